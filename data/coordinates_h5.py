@@ -1,0 +1,140 @@
+"""Tile coordinates as h5 files that TRIDENT's and CLAM's readers take, and reading theirs.
+
+    coords    int64 (N, 2)       level-0 x, y of the kept tiles, row-major; carries the attributes below
+    tissue    float32 (N,)       share of tissue of each kept tile
+    verdict   uint8 (rows, cols) every cell of the grid: kept, or why not (attribute ``names``)
+    share     float16 (rows, cols) share of tissue of every cell
+
+TRIDENT's attributes: ``patch_size`` (delivered pixels), ``patch_size_level0``, ``level0_magnification, target_magnification, overlap,
+name, savetodir, level0_width, level0_height``. CLAM's: ``patch_size, patch_level, downsample, downsampled_level_dim,
+level_dim, name, save_path``. Both call something ``patch_size``: for CLAM it counts pixels of ``patch_level``. The two agree where tiles are pixels
+of a level; where tiles are resampled they don't, and CLAM's ``patch_level`` is left out, so that its reader stops instead of
+reading squares of the wrong size. Ours, beside them: ``mpp, mpp_level0, tile_size_level0`` (exact), ``slide, source, patient``.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+
+from data.coordinates import TileGrid
+from data.fault import Fault
+from data.tiling import KEPT, VERDICTS, Tiling
+
+
+@dataclass(frozen=True)
+class SlideCoordinates:
+    """Where a slide's tiles are, by whoever found them. ``x, y`` int64 (N,) level-0 pixels, in the file's order; ``mpp`` is None
+    where the file doesn't say (CLAM), ``tile_size_level0`` is exact in our files and truncated in TRIDENT's."""
+
+    slide: str
+    x: np.ndarray
+    y: np.ndarray
+    tile_size: int
+    tile_size_level0: float
+    mpp: float | None
+    width: int | None
+    height: int | None
+
+
+def coordinates_path(folder: Path, slide: str) -> Path:
+    """Where the coordinates of ``slide`` lie in a folder of shards."""
+    return folder / "coordinates" / f"{slide}_patches.h5"
+
+
+def write_tiling(folder: Path, tiling: Tiling) -> None:
+    """Write ``<folder>/coordinates/<slide>_patches.h5``; it appears only when it is whole."""
+    path = coordinates_path(folder, tiling.slide)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    grid = tiling.grid
+    x, y, tissue = tiling.tiles(KEPT)
+    attributes: dict[str, object] = {
+        "patch_size": grid.tile_size,
+        "patch_size_level0": int(grid.tile_size_level0),
+        "level0_magnification": round(10 / grid.mpp_level0),
+        "target_magnification": round(10 / grid.mpp),
+        "overlap": 0,
+        "name": tiling.slide,
+        "savetodir": str(path.parent),
+        "level0_width": grid.width,
+        "level0_height": grid.height,
+        "mpp": grid.mpp,
+        "mpp_level0": grid.mpp_level0,
+        "tile_size_level0": grid.tile_size_level0,
+        "level": grid.level,
+        "level_downsample": grid.downsample,
+        "slide": tiling.slide,
+        "source": tiling.source,
+        "patient": tiling.patient,
+        "thumbnail_downsample": tiling.thumbnail_downsample,
+    }
+    if not grid.resampled:
+        attributes |= {
+            "patch_level": grid.level,
+            "downsample": np.array([grid.downsample, grid.downsample]),
+            "downsampled_level_dim": np.array([int(grid.width / grid.downsample), int(grid.height / grid.downsample)]),
+            "level_dim": np.array([int(grid.width / grid.downsample), int(grid.height / grid.downsample)]),
+            "save_path": str(path.parent),
+        }
+    with h5py.File(partial, "w") as file:
+        coords = file.create_dataset("coords", data=np.stack([x, y], axis=1))
+        for key, value in attributes.items():
+            coords.attrs[key] = value
+        file.create_dataset("tissue", data=tissue)
+        verdict = file.create_dataset("verdict", data=tiling.verdict, compression="gzip")
+        verdict.attrs["names"] = list(VERDICTS)
+        file.create_dataset("share", data=tiling.tissue.astype(np.float16), compression="gzip")
+    partial.replace(path)
+
+
+def read_tiling(path: Path) -> Tiling:
+    """Read back what `write_tiling` wrote. Raises Fault for a file that is missing, damaged or another program's."""
+    with _open(path) as file:
+        if "verdict" not in file or "share" not in file:
+            raise Fault(f"{path} holds no tiling of ours (TRIDENT and CLAM files are read with read_coordinates_h5)")
+        of = file["coords"].attrs
+        grid = TileGrid(
+            int(of["level0_width"]), int(of["level0_height"]), float(of["mpp_level0"]), int(of["patch_size"]),
+            float(of["mpp"]), float(of["tile_size_level0"]), int(of["level"]), float(of["level_downsample"]),
+        )  # fmt: skip
+        return Tiling(
+            str(of["slide"]), str(of["source"]), str(of["patient"]), grid, file["verdict"][()],
+            file["share"][()].astype(np.float32), float(of["thumbnail_downsample"]),
+        )  # fmt: skip
+
+
+def read_coordinates_h5(path: Path) -> SlideCoordinates:
+    """Tile coordinates from an h5 of ours, TRIDENT's or CLAM's. Raises Fault where the tiles' size can't be known from it."""
+    with _open(path) as file:
+        if "coords" not in file:
+            raise Fault(f"{path} has no data set called coords: it isn't a file of tile coordinates")
+        coords = file["coords"][()].astype(np.int64).reshape(-1, 2)
+        of = file["coords"].attrs
+        if "patch_size" not in of:
+            raise Fault(f"{path} does not say how large its tiles are (no attribute patch_size)")
+        tile_size = int(of["patch_size"])
+        if "tile_size_level0" in of:
+            side = float(of["tile_size_level0"])
+        elif "patch_size_level0" in of:
+            side = float(of["patch_size_level0"])
+        elif "downsample" in of:
+            side = tile_size * float(np.atleast_1d(of["downsample"])[0])
+        else:
+            raise Fault(
+                f"{path} says neither patch_size_level0 nor downsample: its tiles have no known size on the slide"
+            )
+        mpp = float(of["mpp"]) if "mpp" in of else None
+        width, height = (int(of[key]) if key in of else None for key in ("level0_width", "level0_height"))
+        slide = str(of["name"]) if "name" in of else path.stem.removesuffix("_patches")
+        return SlideCoordinates(slide, coords[:, 0], coords[:, 1], tile_size, side, mpp, width, height)
+
+
+def _open(path: Path) -> h5py.File:
+    try:
+        return h5py.File(path, "r")
+    except FileNotFoundError as error:
+        raise Fault(f"there is no file of tile coordinates at {path}") from error
+    except OSError as error:
+        raise Fault(f"{path} cannot be read as h5 ({error}): delete it and run again") from error

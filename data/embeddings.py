@@ -1,0 +1,295 @@
+"""The store of slide embeddings: one row-major float16 matrix per slide, packed into large files that are memory-mapped.
+
+    store.json                        width, encoder and its hash: one store, one encoder
+    embeddings-0-000000.bin           slide after slide: (n, width) float16, then (n, 2) int64 level-0 x, y; 64-byte aligned
+    journal-0.jsonl                   while part 0 is written: a line per slide, appended once its bytes are on disk
+    index-0.parquet                   when it is closed: the same facts, one row per slide
+
+A slide counts as added when its line is in the journal, so a kill leaves every added slide readable and nothing half: bytes
+past the last line are cut off when writing goes on. Parts let the tasks of a job array write into one store, each its own.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.coordinates import cell_of, row_major
+from data.fault import Fault
+
+FILE_BYTES = 2**32  # a new data file is begun once one is this large
+ALIGNMENT = 64
+
+
+@dataclass(frozen=True)
+class SlideEmbeddings:
+    """One slide's tiles in row-major order."""
+
+    slide: str
+    embeddings: np.ndarray  # (n, width) float16, memory-mapped: only rows that are used are read
+    coordinates: np.ndarray  # (n, 2) int64 level-0 pixels (x, y)
+    tile_size_level0: float
+    mpp: float
+
+    @property
+    def cells(self) -> np.ndarray:
+        """(n, 2) int64: each tile's (column, row) in the slide's grid."""
+        return cell_of(self.coordinates, self.tile_size_level0)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a slide lies in the store: a line of the journal, a row of the index."""
+
+    slide: str
+    file: str
+    offset: int  # bytes; the coordinates follow at the next multiple of ALIGNMENT after the embeddings
+    rows: int
+    tile_size_level0: float
+    mpp: float
+
+    def coordinates_offset(self, width: int) -> int:
+        return _aligned(self.offset + self.rows * width * 2)
+
+    def end(self, width: int) -> int:
+        return _aligned(self.coordinates_offset(width) + self.rows * 16)
+
+
+class EmbeddingWriter:
+    """Adds slides to a store, making it if need be. Use it as a context manager, or `close` it.
+
+    ``part`` is the number of this writer among those that write into the same folder at once (a job array's task). Raises
+    Fault when the folder holds embeddings of another encoder or width, or another process is writing this part.
+    """
+
+    def __init__(self, folder: Path, width: int, encoder: str, encoder_hash: str, part: int = 0) -> None:
+        self.folder, self.width, self.part = Path(folder), width, part
+        self.folder.mkdir(parents=True, exist_ok=True)
+        _claim(self.folder, {"format": 1, "width": width, "encoder": encoder, "encoder_hash": encoder_hash})
+        self._journal = open(self.folder / f"journal-{part}.jsonl", "ab")  # noqa: SIM115
+        try:
+            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._journal.close()
+            raise Fault(
+                f"{self.folder}: another process is writing part {part} of these embeddings; wait for it, or end it."
+            ) from error
+        _cut_torn_line(self.folder / f"journal-{part}.jsonl")
+        self._entries = _entries(self.folder)
+        self._cut_unfinished()
+
+    def done(self, slide: str) -> bool:
+        """Whether the store already holds this slide."""
+        return slide in self._entries
+
+    def add(
+        self, slide: str, embeddings: np.ndarray, coordinates: np.ndarray, tile_size_level0: float, mpp: float
+    ) -> None:
+        """Add one slide: embeddings (n, width) of any float type, coordinates (n, 2) integer level-0 (x, y), in any order.
+
+        On return its bytes and its line are on disk. Raises Fault for values that float16 can't hold (NaN, infinity, beyond
+        65504), ValueError for shapes that don't fit or a slide that is there already.
+        """
+        if slide in self._entries:
+            raise ValueError(f"{slide} is in {self.folder} already; ask done() first")
+        n = len(embeddings)
+        if (
+            embeddings.shape != (n, self.width)
+            or coordinates.shape != (n, 2)
+            or not np.issubdtype(coordinates.dtype, np.integer)
+        ):
+            raise ValueError(
+                f"{slide}: embeddings {embeddings.shape} and {coordinates.dtype} coordinates {coordinates.shape} are not "
+                f"(n, {self.width}) and integer (n, 2)"
+            )
+        order = row_major(coordinates[:, 0], coordinates[:, 1])
+        with np.errstate(over="ignore"):
+            half = embeddings[order].astype(np.float16)
+        if not np.isfinite(half).all():
+            bad = coordinates[order][~np.isfinite(half).all(axis=1)][0]
+            raise Fault(
+                f"{slide}: the embedding of the tile at {tuple(bad.tolist())} is not finite in float16; the encoder is not usable as it is."
+            )
+        entry = Entry(slide, self._file.name, self._end, n, float(tile_size_level0), float(mpp))
+        with open(self._file, "r+b" if self._file.exists() else "w+b") as file:
+            file.seek(entry.offset)
+            file.write(half.tobytes())
+            file.seek(entry.coordinates_offset(self.width))
+            file.write(coordinates[order].astype("<i8").tobytes())
+            file.truncate(entry.end(self.width))
+            file.flush()
+            os.fsync(file.fileno())
+        self._journal.write((json.dumps(asdict(entry)) + "\n").encode())
+        self._journal.flush()
+        os.fsync(self._journal.fileno())
+        self._entries[slide] = entry
+        self._advance(entry)
+
+    def close(self) -> None:
+        """Write this part's index and drop its journal; harmless when repeated."""
+        if self._journal.closed:
+            return
+        own = [entry for entry in self._entries.values() if _part(entry.file) == self.part]
+        partial = self.folder / f".index-{self.part}.parquet.partial"
+        pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in own], schema=_schema()), partial)
+        partial.replace(self.folder / f"index-{self.part}.parquet")
+        os.ftruncate(self._journal.fileno(), 0)
+        self._journal.close()
+
+    def __enter__(self) -> "EmbeddingWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _cut_unfinished(self) -> None:
+        """Find where the last added slide of this part ends, and cut off what a killed writer left behind it."""
+        self._file, self._end = self.folder / f"embeddings-{self.part}-000000.bin", 0
+        for entry in sorted(self._entries.values(), key=lambda entry: (entry.file, entry.offset)):
+            if _part(entry.file) == self.part:
+                self._file = self.folder / entry.file
+                self._advance(entry)
+        if self._file.exists():
+            os.truncate(self._file, self._end)
+
+    def _advance(self, entry: Entry) -> None:
+        self._end = entry.end(self.width)
+        if self._end >= FILE_BYTES:
+            number = int(entry.file.removesuffix(".bin").rsplit("-", 1)[1]) + 1
+            self._file, self._end = self.folder / f"embeddings-{self.part}-{number:06d}.bin", 0
+
+
+class EmbeddingStore:
+    """Reads a store, finished or still being written."""
+
+    def __init__(self, folder: Path, width: int, encoder: str, encoder_hash: str, entries: dict[str, Entry]) -> None:
+        self.folder, self.width, self.encoder, self.encoder_hash = folder, width, encoder, encoder_hash
+        self._entries = entries
+        self._maps: dict[str, np.ndarray] = {}
+
+    @classmethod
+    def open(cls, folder: Path | str) -> "EmbeddingStore":
+        """Raises Fault when the folder holds no embeddings."""
+        folder = Path(folder)
+        if not (folder / "store.json").is_file():
+            raise Fault(f"{folder} holds no slide embeddings (no store.json): make them with `pretrain embed`.")
+        about = json.loads((folder / "store.json").read_text())
+        entries = _entries(folder)
+        return cls(folder, about["width"], about["encoder"], about["encoder_hash"], dict(sorted(entries.items())))
+
+    @property
+    def slides(self) -> list[str]:
+        """Slide ids, sorted: independent of the order and the parts in which they were written."""
+        return list(self._entries)
+
+    @property
+    def digest(self) -> str:
+        """A hash of the encoder and of which slides, with how many tiles, are here: the same for any parts and files."""
+        facts = [[e.slide, e.rows, e.tile_size_level0, e.mpp] for e in self._entries.values()]
+        text = json.dumps([self.width, self.encoder_hash, facts])
+        return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
+
+    def rows(self, slide: str) -> int:
+        """How many tiles a slide has, from the index alone."""
+        return self._entries[slide].rows
+
+    def read(self, slide: str) -> SlideEmbeddings:
+        """One slide; nothing is copied until rows are used. Raises Fault for an unknown slide or a data file that is too short."""
+        if slide not in self._entries:
+            raise Fault(
+                f"{self.folder} holds no slide {slide!r}; it has {len(self._entries)}, such as {next(iter(self._entries), 'none')!r}."
+            )
+        entry = self._entries[slide]
+        if entry.rows == 0:
+            return SlideEmbeddings(
+                slide,
+                np.empty((0, self.width), np.float16),
+                np.empty((0, 2), np.int64),
+                entry.tile_size_level0,
+                entry.mpp,
+            )
+        data = self._map(entry)
+        middle = entry.coordinates_offset(self.width)
+        embeddings = (
+            data[entry.offset : entry.offset + entry.rows * self.width * 2].view("<f2").reshape(entry.rows, self.width)
+        )
+        coordinates = data[middle : middle + entry.rows * 16].view("<i8").reshape(entry.rows, 2).astype(np.int64)
+        return SlideEmbeddings(slide, embeddings, coordinates, entry.tile_size_level0, entry.mpp)
+
+    def _map(self, entry: Entry) -> np.ndarray:
+        path, end = self.folder / entry.file, entry.end(self.width)
+        if len(self._maps.get(entry.file, ())) < end:
+            if not path.is_file() or path.stat().st_size < end:
+                raise Fault(
+                    f"{path} is missing or shorter than its index says; embed {entry.slide} again into a new folder."
+                )
+            self._maps[entry.file] = np.memmap(path, np.uint8, "r")
+        return self._maps[entry.file]
+
+
+def _claim(folder: Path, about: dict[str, object]) -> None:
+    """Write what the store is, or hold it to what it already is: embeddings of two encoders never mix."""
+    path = folder / "store.json"
+    if not path.exists():
+        partial = folder / f".store.json.{os.getpid()}"
+        partial.write_text(json.dumps(about))
+        try:
+            os.link(partial, path)  # fails where another writer was first
+        except FileExistsError:
+            pass
+        finally:
+            partial.unlink()
+    there = json.loads(path.read_text())
+    if there != about:
+        raise Fault(
+            f"{folder} holds embeddings of {there['encoder']} ({there['encoder_hash']}, width {there['width']}), not of "
+            f"{about['encoder']} ({about['encoder_hash']}, width {about['width']}): choose another folder for these."
+        )
+
+
+def _entries(folder: Path) -> dict[str, Entry]:
+    """All added slides: the lines of the journals and the rows of the indexes. A line cut short by a kill doesn't count.
+
+    Journals come first: a writer that closes meanwhile puts its index in place before it empties its journal.
+    """
+    found: list[Entry] = []
+    for path in sorted(folder.glob("journal-*.jsonl")):
+        found += [Entry(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
+    for path in sorted(folder.glob("index-*.parquet")):
+        found += [Entry(**row) for row in pq.read_table(path).to_pylist()]
+    return {entry.slide: entry for entry in found}
+
+
+def _cut_torn_line(journal: Path) -> None:
+    whole = journal.read_bytes().rfind(b"\n") + 1
+    os.truncate(journal, whole)
+
+
+def _part(file: str) -> int:
+    return int(file.split("-")[1])
+
+
+def _aligned(offset: int) -> int:
+    return -(-offset // ALIGNMENT) * ALIGNMENT
+
+
+def _schema() -> pa.Schema:
+    return pa.schema(
+        [
+            ("slide", pa.string()),
+            ("file", pa.string()),
+            ("offset", pa.int64()),
+            ("rows", pa.int64()),
+            ("tile_size_level0", pa.float64()),
+            ("mpp", pa.float64()),
+        ]
+    )

@@ -1,0 +1,200 @@
+"""From the stream to batches: read, decode, cut, draw; one loader process a rank, its work done in threads.
+
+The loader's share is bytes only: uint8 crops and the parameters for what the device does to them. JPEG decoding and
+resampling release the interpreter's lock, so threads are enough, and a slide or shard is opened once.
+"""
+
+import itertools
+import signal
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from data import masks
+from data.augment import Colour, draw
+from data.crops import CropSizes, cut
+from data.fault import Fault
+from data.keyed import rng
+from data.shard_tiles import ShardTiles, UnreadableTile
+from data.stream import Stream
+
+STEPS_AHEAD = 3
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Block masks on the global crops: the share of crops that are masked, their range of ratios, the patch grid's side."""
+
+    share: float
+    low: float
+    high: float
+    grid: int
+
+
+@dataclass
+class MicroBatch:
+    """Uncoloured views of ``tiles`` consecutive tiles of the global batch, the first of which is its ``first``-th."""
+
+    first: int
+    numbers: Tensor  # (tiles,) int64: which tiles
+    views: list[Tensor]  # per crop size uint8 (views * tiles, 3, side, side), view after view
+    parameters: list[Tensor]  # per crop size float32 (views * tiles, WIDTH): see data.augment
+    masks: Tensor  # bool (global views * tiles, rows, columns)
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory, for copies to the device that don't wait."""
+        return MicroBatch(
+            self.first, self.numbers, [v.pin_memory() for v in self.views], self.parameters, self.masks.pin_memory()
+        )
+
+
+@dataclass
+class Batch:
+    """A rank's share of global batch ``step``, in micro-batches; ``bad`` names the tiles that could not be read."""
+
+    step: int
+    parts: list[MicroBatch]
+    bad: list[str]
+
+    def pin_memory(self) -> "Batch":
+        """See `MicroBatch.pin_memory`."""
+        return Batch(self.step, [part.pin_memory() for part in self.parts], self.bad)
+
+
+class TileBatches(IterableDataset["Batch | Fault"]):
+    """A rank's share of the global batches ``start … stop − 1``, each cut into ``accumulate`` micro-batches.
+
+    A tile that can't be read is replaced by the next one that can, is named once, and is counted: the run goes on
+    while the tiles that were bad stay under the trainer's limit, and every rank still takes the same number of tiles.
+    A Fault is handed on as the last item, since raising it here would wrap it in the loader process's traceback.
+    """
+
+    def __init__(
+        self,
+        tiles: ShardTiles,
+        stream: Stream,
+        sizes: CropSizes,
+        colour: Colour,
+        masking: Masking,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world_size: int,
+        accumulate: int,
+        threads: int,
+    ) -> None:
+        self.tiles, self.stream, self.sizes, self.colour, self.masking = tiles, stream, sizes, colour, masking
+        self.seed, self.start, self.stop = seed, start, stop
+        self.rank, self.world_size, self.accumulate, self.threads = rank, world_size, accumulate, threads
+        self.share = stream.batch_size // world_size
+        if self.share % accumulate:
+            raise Fault(
+                f"a rank's {self.share} tiles don't split into trainer.accumulate={accumulate} equal micro-batches."
+            )
+
+    def __iter__(self) -> Iterator[Batch | Fault]:
+        try:
+            yield from self._batches()
+        except Fault as fault:
+            yield fault
+
+    def _batches(self) -> Iterator[Batch]:
+        waiting: deque[tuple[int, list[Future]]] = deque()
+        steps = iter(range(self.start, self.stop))
+        with ThreadPoolExecutor(self.threads) as pool:
+            for step in itertools.islice(steps, STEPS_AHEAD):
+                waiting.append((step, self._submit(pool, step)))
+            while waiting:
+                step, futures = waiting.popleft()
+                results = [future.result() for future in futures]
+                for ahead in itertools.islice(steps, 1):
+                    waiting.append((ahead, self._submit(pool, ahead)))
+                yield self._collect(step, results)
+
+    def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[Future]:
+        numbers = self.stream.batch(step, self.rank, self.world_size)
+        first = step * self.stream.batch_size + self.rank * self.share
+        return [pool.submit(self._views, int(number), first + i) for i, number in enumerate(numbers)]
+
+    def _views(self, number: int, sample: int) -> tuple[int, list[Tensor], np.ndarray, list[str]]:
+        """Views and colour parameters of one tile; ``sample`` is its position in the run, the key of every draw."""
+        bad = []
+        for attempt in range(100):
+            try:
+                tile = self.tiles.read((number + attempt) % len(self.tiles))
+                break
+            except UnreadableTile as error:
+                bad.append(str(error))
+        else:
+            raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
+        generator = rng(self.seed, "colour", sample)
+        kinds = [min(view, 1) for view in range(self.sizes.global_count)] + [2] * self.sizes.local_count
+        rows = np.stack([draw(self.colour, kind, generator) for kind in kinds])
+        return (number + attempt) % len(self.tiles), cut(tile, self.sizes, self.seed, sample), rows, bad
+
+    def _collect(self, step: int, results: list[tuple[int, list[Tensor], np.ndarray, list[str]]]) -> Batch:
+        size = self.share // self.accumulate
+        shares = masks.ratios(
+            self.stream.batch_size * self.sizes.global_count,
+            self.masking.share,
+            self.masking.low,
+            self.masking.high,
+            self.seed,
+            step,
+        ).reshape(self.stream.batch_size, self.sizes.global_count)
+        parts = []
+        for begin in range(0, self.share, size):
+            first = self.rank * self.share + begin
+            part = results[begin : begin + size]
+            views, parameters = [], []
+            for low, high in ((0, self.sizes.global_count), (self.sizes.global_count, len(part[0][1]))):
+                if high > low:
+                    views.append(torch.stack([cut_[view] for view in range(low, high) for _, cut_, _, _ in part]))
+                    parameters.append(
+                        torch.from_numpy(np.stack([rows[view] for view in range(low, high) for _, _, rows, _ in part]))
+                    )
+            parts.append(
+                MicroBatch(
+                    first,
+                    torch.tensor([r[0] for r in part]),
+                    views,
+                    parameters,
+                    self._masks(step, first, shares[first : first + size]),
+                )
+            )
+        return Batch(step, parts, [message for result in results for message in result[3]])
+
+    def _masks(self, step: int, first: int, ratios: np.ndarray) -> Tensor:
+        """Masks ``(views * tiles, grid, grid)`` of the global crops with these ``ratios`` ``(tiles, views)``."""
+        grid, (tiles, views) = self.masking.grid, ratios.shape
+        drawn = np.zeros((views, tiles, grid, grid), dtype=bool)
+        for tile, view in zip(*np.nonzero(ratios), strict=True):
+            sample = step * self.stream.batch_size + first + int(tile)
+            drawn[view, tile] = masks.blocks(grid, grid, ratios[tile, view], rng(self.seed, "mask", sample, int(view)))
+        return torch.from_numpy(drawn.reshape(views * tiles, grid, grid))
+
+
+def load(batches: IterableDataset, pin_memory: bool) -> DataLoader:
+    """The loader process around ``batches``; it dies with its parent and leaves signals to it."""
+    return DataLoader(
+        batches,
+        batch_size=None,
+        num_workers=1,
+        prefetch_factor=2,
+        pin_memory=pin_memory,
+        worker_init_fn=_ignore_signals,
+    )
+
+
+def _ignore_signals(_: int) -> None:
+    # SLURM signals every process of a job step; only the trainer may decide what a signal means.
+    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)

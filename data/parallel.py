@@ -1,0 +1,77 @@
+"""The same function over many jobs in several processes, in which a job may fail or even crash without taking the others along."""
+
+import multiprocessing
+import os
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait as wait_for
+from typing import TypeVar
+
+from data.fault import Fault
+
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def in_processes(
+    function: Callable[[Job], Result], jobs: list[Job], workers: int
+) -> Iterator[tuple[Job, Result | Fault]]:
+    """Yield (job, its result or the Fault it raised) as they are done, in no particular order.
+
+    Other exceptions are raised here. A job whose process dies (a crash inside a C library, out of memory) yields a Fault as well: after a
+    crash the unfinished jobs that were running are repeated one by one, each in its own process, to learn whose fault it was. With one worker or one
+    job everything runs in this process. Workers end when this process does, however it ends.
+    """
+    if workers <= 1 or len(jobs) <= 1:
+        for job in jobs:
+            yield job, _attempt(function, job)
+        return
+    waiting, suspects = list(reversed(jobs)), []
+    while waiting:
+        with _pool(min(workers, len(waiting))) as pool:
+            running: dict[Future[Result | Fault], Job] = {}
+            try:
+                while waiting or running:
+                    while waiting and len(running) < 2 * workers:
+                        job = waiting[-1]
+                        running[pool.submit(_attempt, function, job)] = job
+                        waiting.pop()
+                    finished, _ = wait(running, return_when=FIRST_COMPLETED)
+                    for future in finished:
+                        result = future.result()
+                        yield running.pop(future), result
+            except BrokenProcessPool:
+                suspects = list(running.values())
+        for job in suspects:
+            with _pool(1) as pool:
+                try:
+                    yield job, pool.submit(_attempt, function, job).result()
+                except BrokenProcessPool:
+                    yield job, Fault("the process that worked on it crashed, in openslide or for lack of memory")
+        suspects = []
+
+
+def _attempt(function: Callable[[Job], Result], job: Job) -> Result | Fault:
+    try:
+        return function(job)
+    except Fault as fault:
+        return fault
+
+
+def _pool(workers: int) -> ProcessPoolExecutor:
+    # spawn: a forked child would inherit threads' locks, and whatever the parent has loaded
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+
+
+def _end_with_parent() -> None:
+    """Leave as soon as the parent is gone: a killed parent can't tell its workers to stop."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        wait_for([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

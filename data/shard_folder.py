@@ -1,0 +1,127 @@
+"""The state of a folder of shards while it is being made, on disk and readable by a person.
+
+plan.json     how tiles are cut, and which tiles go into which shard: what makes a second run continue the first
+slides.csv    one row per slide: its id, its file, what came of it, tiles by verdict, and the reason where it failed
+"""
+
+import csv
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from data.fault import Fault
+from data.shards import Part, Shard
+from data.tiling import Tiling
+
+PENDING, TILED, NO_TISSUE, FAILED = "pending", "tiled", "no tissue", "failed"
+
+
+@dataclass
+class SlideRow:
+    """What came of one slide. ``outcome`` is pending, tiled, no tissue or failed; ``message`` says why it failed."""
+
+    slide: str
+    path: str
+    outcome: str = PENDING
+    kept: int = 0
+    background: int = 0
+    pen: int = 0
+    empty: int = 0
+    damaged: int = 0
+    mpp: float = 0.0
+    width: int = 0
+    height: int = 0
+    patient: str = ""
+    message: str = ""
+
+    def describe(self, tiling: Tiling) -> None:
+        """Take over the numbers of a tiling."""
+        for name, count in tiling.counts().items():
+            setattr(self, name, count)
+        self.mpp, self.width, self.height = tiling.grid.mpp, tiling.grid.width, tiling.grid.height
+        self.patient = tiling.patient
+
+
+def prepare(out: Path, settings: dict[str, Any]) -> list[Shard]:
+    """Make the folder for shards cut with ``settings``, or take up an earlier run's: the shards planned so far.
+
+    Leftovers of a killed run are removed. Raises Fault where the folder's tiles were cut differently.
+    """
+    for folder in (out, out / "index", out / "coordinates", out / "thumbnails"):
+        folder.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.glob(".*.[0-9]*"):
+            leftover.unlink()
+    if not (out / "plan.json").exists():
+        if any(out.glob("*.tar")):
+            raise Fault(
+                f"{out} holds shards that another program wrote: choose an empty folder, or index them with 'pretrain shard index={out}'"
+            )
+        save_plan(out, settings, [])
+        return []
+    try:
+        plan = json.loads((out / "plan.json").read_text())
+        shards = [Shard(shard["name"], [Part(*part) for part in shard["parts"]]) for shard in plan["shards"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Fault(f"{out}/plan.json is damaged ({error}): shard into another folder") from error
+    changed = [
+        f"{key}={plan['settings'].get(key)} then, {value} now"
+        for key, value in settings.items()
+        if plan["settings"].get(key) != value
+    ]
+    if changed:
+        raise Fault(f"the tiles in {out} were cut with other settings ({'; '.join(changed)}): choose another out=")
+    return shards
+
+
+def save_plan(out: Path, settings: dict[str, Any], shards: list[Shard]) -> None:
+    """Write ``plan.json``, whole or not at all."""
+    planned = [{"name": shard.name, "parts": [[p.slide, p.first, p.last] for p in shard.parts]} for shard in shards]
+    _write(out / "plan.json", json.dumps({"settings": settings, "shards": planned}))
+
+
+def load_rows(out: Path) -> dict[str, SlideRow]:
+    """The rows of ``slides.csv`` by slide id; empty where there is none yet. Raises Fault where it can't be read."""
+    path = out / "slides.csv"
+    if not path.exists():
+        return {}
+    kinds = {field.name: field.type for field in fields(SlideRow)}
+    try:
+        with path.open(newline="") as file:
+            rows = [SlideRow(**{name: kinds[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]  # type: ignore[operator,misc]
+    except (KeyError, TypeError, ValueError) as error:
+        raise Fault(f"{path} was changed and can't be read any more ({error}): delete it, it is made anew") from error
+    return {row.slide: row for row in rows}
+
+
+def save_rows(out: Path, rows: dict[str, SlideRow]) -> None:
+    """Write ``slides.csv``, whole or not at all, sorted by slide id."""
+    path = out / "slides.csv"
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("w", newline="") as file:
+        table = csv.DictWriter(file, [field.name for field in fields(SlideRow)])
+        table.writeheader()
+        table.writerows(asdict(rows[slide]) for slide in sorted(rows))
+    partial.replace(path)
+
+
+@contextmanager
+def alone(out: Path) -> Iterator[None]:
+    """Hold the folder for this process. Raises Fault where another one is writing to it; ends with the process, however that ends."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise Fault(f"another 'pretrain shard' is writing to {out}: wait for it, or choose another out=") from error
+        yield
+
+
+def _write(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(text)
+    partial.replace(path)

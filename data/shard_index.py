@@ -1,0 +1,314 @@
+"""Where every tile lies in a folder of tar shards, without ever opening a tar to look.
+
+    <folder>/tiles-000000.tar …          the shards, for anyone's WebDataset
+    <folder>/index/tiles-000000.npz …    one record a shard, written with it: the shard counts once both are there
+    <folder>/index.npz                   all of them in one file, columns uncompressed, so that they are memory-mapped
+
+A tile costs 14 bytes in `index.npz` (16 where a JPEG is over 64 KiB, 18 with shards over 4 GiB): byte offset and length in its tar,
+level-0 x and y. Which tar and which slide a tile belongs to is kept as runs. 1.4 billion tiles are 20 GB on disk and
+next to nothing in memory until they are asked for.
+"""
+
+import hashlib
+import json
+import os
+import re
+import tarfile
+import zipfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.fault import Fault
+
+COLUMNS = ("offset", "length", "x", "y")
+RUNS = ("file_start", "run_start", "run_slide")
+# Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
+FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
+         "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
+UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
+
+
+class ShardIndex:
+    """The tiles of a folder of shards, in the order in which they lie in them.
+
+    ``files`` and ``slides`` are names. Per tile, (N,) each: ``file`` and ``slide`` (indices into those), ``offset`` and
+    ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels). ``file_start`` (files + 1,) int64 are the
+    rows at which the tars begin. ``digest`` is a hash of names, places and lengths, the same on every machine.
+    ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list for each of `FACTS`.
+    """
+
+    def __init__(self, folder: Path, columns: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
+        self.folder = folder
+        self.offset, self.length, self.x, self.y = (columns[name] for name in COLUMNS)
+        self.file_start, self.run_start, self.run_slide = (columns[name] for name in RUNS)
+        self.meta = meta
+        self.files: list[str] = meta["files"]
+        self.slides: list[str] = meta["slides"]["slide"]
+        self.digest: str = meta["digest"]
+
+    def __len__(self) -> int:
+        return len(self.offset)
+
+    @cached_property
+    def file(self) -> np.ndarray:
+        """(N,) int32: which tar holds each tile. Made on first use; at a billion tiles use ``file_start``."""
+        return np.repeat(np.arange(len(self.files), dtype=np.int32), np.diff(self.file_start))
+
+    @cached_property
+    def slide(self) -> np.ndarray:
+        """(N,) int32: which slide each tile is from. Made on first use; at a billion tiles use the runs."""
+        return np.repeat(self.run_slide, np.diff(self.run_start))
+
+    def facts(self, slide: int) -> dict[str, Any]:
+        """What is known about slide number ``slide``: a value for each of `FACTS`."""
+        return {name: values[slide] for name, values in self.meta["slides"].items()}
+
+    def rows_of(self, slide: int) -> np.ndarray:
+        """Rows of one slide's tiles, int64, ascending."""
+        runs = np.nonzero(self.run_slide == slide)[0]
+        pieces = [np.arange(self.run_start[run], self.run_start[run + 1]) for run in runs]
+        return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
+
+    def path(self, file: int) -> Path:
+        """The path of tar number ``file``."""
+        return self.folder / self.files[file]
+
+    @classmethod
+    def open(cls, folder: Path) -> "ShardIndex":
+        """The index of a folder of shards, memory-mapped. Raises Fault where there are no shards, no index, or a shard is gone."""
+        folder = Path(folder)
+        path = folder / "index.npz"
+        present = (
+            {entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar")} if folder.is_dir() else set()
+        )
+        if not present:
+            raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
+        if not path.exists():
+            if (folder / "plan.json").exists():
+                raise Fault(f"the shards in {folder} aren't finished: run the same 'pretrain shard' command again")
+            raise Fault(f"the shards in {folder} have no index yet: make it with 'pretrain shard index={folder}'")
+        try:
+            meta, columns = _read_npz(path)
+        except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+            raise Fault(
+                f"{path} is damaged ({error}): delete it and run 'pretrain shard' again, which remakes it"
+            ) from error
+        gone = [name for name in meta["files"] if name not in present]
+        if gone:
+            raise Fault(
+                f"{folder / gone[0]} is in the index but not on disk ({len(gone)} such): put it back, or run 'pretrain shard' again"
+            )
+        return cls(folder, columns, meta)
+
+
+def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
+    """``length`` bytes at ``offset`` of an open tar. Raises Fault where the tar ends before."""
+    data = os.pread(descriptor, length, offset)
+    while 0 < len(data) < length:
+        more = os.pread(descriptor, length - len(data), offset + len(data))
+        if not more:
+            break
+        data += more
+    if len(data) != length:
+        raise Fault(
+            f"a shard ends {length - len(data)} bytes before the end of the tile at byte {offset}: it is truncated, make it again"
+        )
+    return data
+
+
+def merge(folder: Path, names: list[str], made: dict[str, Any]) -> str:
+    """Write ``index.npz`` from the records of the shards ``names`` and return its digest. Memory stays that of one record.
+
+    ``made`` says how the shards were made and becomes the index's ``meta``. An index that is up to date is left alone.
+    """
+    records = [json.loads(str(np.load(record_path(folder, name))["facts"])) for name in names]
+    slides: dict[str, dict[str, Any]] = {}
+    tiles: dict[str, int] = {}
+    for record in records:
+        for facts, count in zip(record["slides"], record["counts"], strict=True):
+            slides.setdefault(facts["slide"], facts)
+            tiles[facts["slide"]] = tiles.get(facts["slide"], 0) + count
+    kept = [slide for slide in slides if tiles[slide]]
+    table: dict[str, list[Any]] = {name: [slides[slide].get(name) for slide in kept] for name in FACTS}
+    table["tiles"] = [tiles[slide] for slide in kept]
+    full = [record for record in records if sum(record["counts"])]
+    digest = hashlib.blake2b(digest_size=16)
+    for record in full:
+        digest.update(f"{record['file']} {record['digest']}\n".encode())
+    meta = made | {"files": [record["file"] for record in full], "sizes": [record["size"] for record in full],
+                   "digest": digest.hexdigest(), "slides": table}  # fmt: skip
+    path = folder / "index.npz"
+    if path.exists() and _same(path, meta):
+        return meta["digest"]
+
+    number = {slide: position for position, slide in enumerate(kept)}
+    file_start = np.cumsum([0] + [sum(record["counts"]) for record in full], dtype=np.int64)
+    runs = [(number[facts["slide"]], count) for record in full
+            for facts, count in zip(record["slides"], record["counts"], strict=True) if count]  # fmt: skip
+    run_start = np.cumsum([0] + [count for _, count in runs], dtype=np.int64)
+    dtypes = {
+        "offset": np.dtype(np.uint32 if max(meta["sizes"], default=0) < 2**32 else np.int64),
+        "length": np.dtype(np.uint16 if max((record["longest"] for record in full), default=0) < 2**16 else np.uint32),
+        "x": np.dtype(np.int32),
+        "y": np.dtype(np.int32),
+    }
+    partial = path.with_name(f".index.npz.{os.getpid()}")
+    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+        for name, dtype in dtypes.items():
+            _write_column(
+                archive,
+                name,
+                dtype,
+                int(file_start[-1]),
+                (np.load(record_path(folder, Path(r["file"]).stem))[name] for r in full),
+            )
+        for name, values in (
+            ("file_start", file_start),
+            ("run_start", run_start),
+            ("run_slide", np.array([n for n, _ in runs], dtype=np.int32)),
+        ):
+            _write_column(archive, name, values.dtype, len(values), iter([values]))
+        archive.writestr("meta.json", json.dumps(meta))
+    publish(partial, path)
+    return meta["digest"]
+
+
+def record_path(folder: Path, name: str) -> Path:
+    """The record that is written with shard ``name``."""
+    return folder / "index" / f"{name}.npz"
+
+
+def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
+    """Write a shard's record: its columns, and ``facts`` with ``file, size, longest`` (bytes), ``slides`` (facts of each, in order) and
+    ``counts`` (tiles of each). A digest is added. The record appears only when it is whole."""
+    digest = hashlib.blake2b(digest_size=16)
+    digest.update(
+        "\n".join(f"{s['slide']} {count}" for s, count in zip(facts["slides"], facts["counts"], strict=True)).encode()
+    )
+    for column in COLUMNS:
+        digest.update(columns[column].astype("<i8").tobytes())
+    path = record_path(folder, name)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    with partial.open("wb") as file:
+        np.savez(file, facts=np.array(json.dumps(facts | {"digest": digest.hexdigest()})), **columns)  # type: ignore[arg-type]
+    publish(partial, path)
+
+
+def publish(partial: Path, path: Path) -> None:
+    """Give a finished file its name, so that after a power cut there is the whole file or none."""
+    with partial.open("rb") as file:
+        os.fsync(file.fileno())
+    partial.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def scan(folder: Path) -> ShardIndex:
+    """Index shards that another program wrote, in one pass over the tars, and keep the index beside them.
+
+    A sample is a ``.jpg`` or ``.jpeg`` member and, if present, a ``.json`` with the same key. ``slide, x, y, mpp, tile_size,
+    tile_size_level0, patient`` are taken from the JSON; failing that, slide and place from a key ``<slide>_<x>_<y>``; failing
+    that, the tar counts as one slide and x and y are -1. Raises Fault for a damaged tar, and where there is no JPEG.
+    """
+    folder = Path(folder)
+    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    if not tars:
+        raise Fault(f"there are no .tar shards in {folder}")
+    (folder / "index").mkdir(exist_ok=True)
+    names = []
+    for tar in tars:
+        names.append(tar.stem)
+        if record_path(folder, tar.stem).exists():
+            continue
+        rows: list[tuple[int, int, int, int]] = []
+        slides: list[dict[str, Any]] = []
+        counts: list[int] = []
+        for key, offset, length, facts in _samples(tar):
+            place = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
+            from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
+            slide = str(facts.get("slide", from_key[0]))
+            x, y = int(facts.get("x", from_key[1])), int(facts.get("y", from_key[2]))
+            if not slides or slides[-1]["slide"] != slide:
+                slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide})
+                counts.append(0)
+            counts[-1] += 1
+            rows.append((offset, length, x, y))
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        columns = {name: table[:, position] for position, name in enumerate(COLUMNS)}
+        longest = int(table[:, 1].max(initial=0))
+        write_record(
+            folder,
+            tar.stem,
+            {"file": tar.name, "size": tar.stat().st_size, "longest": longest, "slides": slides, "counts": counts},
+            columns,
+        )
+    merge(folder, names, {"made_by": "another program, indexed by a scan"})
+    index = ShardIndex.open(folder)
+    if not len(index):
+        raise Fault(f"the shards in {folder} hold no .jpg samples, the only kind that is read")
+    return index
+
+
+def _samples(tar: Path) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+    """(key, offset, length, JSON) of each JPEG of a tar; a JSON may lie before or after its JPEG, next to it."""
+    waiting: tuple[str, int, int] | None = None
+    facts: dict[str, dict[str, Any]] = {}
+    try:
+        with tarfile.open(tar, "r:") as archive:
+            for member in archive:
+                folder, _, base = member.name.rpartition("/")
+                stem, _, suffix = base.partition(".")
+                key = f"{folder}/{stem}" if folder else stem
+                if waiting and waiting[0] != key:
+                    yield *waiting, facts.get(waiting[0], {})
+                    waiting, facts = None, {}
+                if suffix.lower() in ("jpg", "jpeg") and member.isfile():
+                    waiting = (key, member.offset_data, member.size)
+                elif suffix.lower() == "json" and (content := archive.extractfile(member)):
+                    facts[key] = json.load(content)
+        if waiting:
+            yield *waiting, facts.get(waiting[0], {})
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise Fault(f"{tar} is damaged ({error}): replace it, or move it out of the folder") from error
+
+
+def _write_column(
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype, rows: int, pieces: Iterator[np.ndarray]
+) -> None:
+    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
+        np.lib.format.write_array_header_1_0(member, header)
+        for piece in pieces:
+            member.write(piece.astype(dtype).tobytes())
+
+
+def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """``meta.json``, and the columns as memory maps into the uncompressed npz."""
+    columns: dict[str, np.ndarray] = {}
+    with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+        meta = json.loads(archive.read("meta.json"))
+        for name in (*COLUMNS, *RUNS):
+            # A zip member's data begins behind its local header: 30 bytes, then the name and the extra field.
+            start = archive.getinfo(f"{name}.npy").header_offset
+            raw.seek(start + 26)
+            raw.seek(start + 30 + sum(int.from_bytes(raw.read(2), "little") for _ in range(2)))
+            np.lib.format.read_magic(raw)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
+            empty = not shape[0]
+            columns[name] = np.empty(0, dtype) if empty else np.memmap(path, dtype, "r", raw.tell(), shape)
+    return meta, columns
+
+
+def _same(path: Path, meta: dict[str, Any]) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return json.loads(archive.read("meta.json")) == meta
+    except (zipfile.BadZipFile, KeyError, ValueError):
+        return False

@@ -1,0 +1,63 @@
+"""The mean and standard deviation of each embedding dimension over a store, to which prediction targets are standardised."""
+
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data.embeddings import EmbeddingStore
+from data.fault import Fault
+
+ROWS = 4096  # read at a time
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Per-dimension statistics over ``rows`` tiles. A dimension that never varies has ``std`` 1: its target is 0."""
+
+    mean: np.ndarray  # (width,) float64
+    std: np.ndarray  # (width,) float64
+    rows: int
+
+    @classmethod
+    def of(cls, store: EmbeddingStore) -> "Statistics":
+        """One pass over the store, a few thousand tiles at a time, in float64; Fault when it holds no tiles.
+
+        Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not when the mean is
+        large beside the spread.
+        """
+        rows, mean, squares = 0, np.zeros(store.width), np.zeros(store.width)
+        for chunk in _chunks(store):
+            n, centre = len(chunk), chunk.mean(axis=0)
+            away = centre - mean
+            squares += ((chunk - centre) ** 2).sum(axis=0) + away**2 * (rows * n / (rows + n))
+            mean += away * (n / (rows + n))
+            rows += n
+        if rows == 0:
+            raise Fault(
+                f"{store.folder} holds no tiles, so there is nothing to standardise by; embed slides that have tissue."
+            )
+        std = np.sqrt(squares / rows)
+        return cls(mean, np.where(std > 1e-6 * (1 + np.abs(mean)), std, 1.0), rows)
+
+    def save(self, path: Path) -> None:
+        """Write them as JSON, exactly."""
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        partial.write_text(json.dumps({"rows": self.rows, "mean": self.mean.tolist(), "std": self.std.tolist()}))
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: Path) -> "Statistics":
+        """Read what `save` wrote."""
+        content = json.loads(path.read_text())
+        return cls(np.array(content["mean"]), np.array(content["std"]), int(content["rows"]))
+
+
+def _chunks(store: EmbeddingStore) -> Iterator[np.ndarray]:
+    for slide in store.slides:
+        embeddings = store.read(slide).embeddings
+        for first in range(0, len(embeddings), ROWS):
+            yield embeddings[first : first + ROWS].astype(np.float64)

@@ -1,0 +1,97 @@
+"""Self-attention over a packed sequence of crops.
+
+Crops of several sizes lie one behind the other in a single ``(T, width)`` tensor, so that norms and linears run once
+over everything. Attention alone must know where a crop ends. A *backend* is a function
+``(qkv (T, 3 * width), shapes, heads) → (T, width)`` that attends inside each crop:
+
+    sdpa      once per crop size, each a plain batch for torch's scaled_dot_product_attention; runs everywhere
+    xformers  once over the whole sequence, under a block-diagonal mask; needs the package and a CUDA device
+"""
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+Shape = tuple[int, int]
+"""``(crops, tokens per crop)`` of one crop size inside a packed sequence."""
+
+Backend = Callable[[Tensor, Sequence[Shape], int], Tensor]
+
+Kernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
+"""Attention over sequences of the given lengths, one behind the other: q, k, v ``(1, T, heads, d)`` → ``(1, T, heads, d)``."""
+
+
+def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int) -> Tensor:
+    """Softmax attention inside each crop: ``(T, 3 * width)`` → ``(T, width)`` with ``T = Σ crops * tokens``.
+
+    ``softmax(q kᵀ / √d) v`` per head, by torch's scaled_dot_product_attention.
+    """
+    width = qkv.shape[-1] // 3
+    outputs = []
+    for part, (crops, tokens) in zip(qkv.split([crops * tokens for crops, tokens in shapes]), shapes, strict=True):
+        q, k, v = part.view(crops, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        out = F.scaled_dot_product_attention(q, k, v)  # (crops, heads, tokens, width / heads)
+        outputs.append(out.transpose(1, 2).reshape(crops * tokens, width))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def attend_block_diagonal(qkv: Tensor, shapes: Sequence[Shape], heads: int, kernel: Kernel) -> Tensor:
+    """What `attend` computes, by one call of a kernel for sequences of many lengths."""
+    width = qkv.shape[-1] // 3
+    q, k, v = qkv.view(1, len(qkv), 3, heads, width // heads).unbind(2)
+    return kernel(q, k, v, crop_lengths(shapes)).reshape(len(qkv), width)
+
+
+def crop_lengths(shapes: Sequence[Shape]) -> tuple[int, ...]:
+    """The tokens of every single crop, in the order of the packed sequence."""
+    return tuple(tokens for crops, tokens in shapes for _ in range(crops))
+
+
+def backend(name: str) -> Backend:
+    """The backend of that name. Raises ValueError for an unknown one, and for one that can't run on this machine."""
+    if name == "sdpa":
+        return attend
+    if name == "xformers":
+        kernel = _xformers_kernel()
+        return lambda qkv, shapes, heads: attend_block_diagonal(qkv, shapes, heads, kernel)
+    raise ValueError(f"attention is 'sdpa' or 'xformers', not {name!r}")
+
+
+@lru_cache
+def _xformers_kernel() -> Kernel:
+    """xformers' memory-efficient attention. Its masks are made once for each list of lengths: they copy it to the GPU."""
+    if not torch.cuda.is_available():
+        raise ValueError(
+            "attention=xformers needs a CUDA device and there is none here: use attention=sdpa, which computes the same"
+        )
+    try:
+        from xformers.ops import memory_efficient_attention
+        from xformers.ops.fmha.attn_bias import BlockDiagonalMask
+    except ImportError as error:
+        raise ValueError(
+            f"attention=xformers needs the package xformers ({error}): pip install 'slidewright[xformers]', or use attention=sdpa, which computes the same"
+        ) from error
+
+    @lru_cache(maxsize=16)
+    def mask(lengths: tuple[int, ...], device: torch.device) -> Any:
+        return BlockDiagonalMask.from_seqlens(list(lengths), device=device)
+
+    return lambda q, k, v, lengths: memory_efficient_attention(q, k, v, attn_bias=mask(lengths, q.device))
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with timm's parameter names (``qkv``, ``proj``)."""
+
+    def __init__(self, width: int, heads: int, attend: Backend = attend) -> None:
+        super().__init__()
+        self.heads, self.attend = heads, attend
+        self.qkv = nn.Linear(width, 3 * width)
+        self.proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, shapes: Sequence[Shape]) -> Tensor:
+        """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``."""
+        return self.proj(self.attend(self.qkv(x), shapes, self.heads))

@@ -1,0 +1,50 @@
+"""The projection head that turns a token into prototype scores (Caron et al. 2021, appendix C)."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class WeightNormLinear(nn.Module):
+    """A bias-free linear whose row ``k`` is ``g_k * v_k / |v_k|``.
+
+    DINOv2 starts every ``g`` at 1 and, contrary to common belief, trains it, with weight decay.
+    """
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__()
+        self.weight_g = nn.Parameter(torch.empty(outputs, 1))
+        self.weight_v = nn.Parameter(torch.empty(outputs, inputs))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight_v * (self.weight_g / self.weight_v.norm(dim=1, keepdim=True)))
+
+
+class PrototypeHead(nn.Module):
+    """MLP with GELU → L2 norm → weight-normed linear: ``(…, inputs)`` → ``(…, prototypes)``."""
+
+    def __init__(self, inputs: int, *, prototypes: int, bottleneck: int, hidden: int, layers: int) -> None:
+        super().__init__()
+        widths = [inputs, *[hidden] * (layers - 1), bottleneck]
+        modules: list[nn.Module] = []
+        for before, after in zip(widths, widths[1:], strict=False):
+            modules += [nn.Linear(before, after), nn.GELU()]
+        self.mlp = nn.Sequential(*modules[:-1])
+        self.last_layer = WeightNormLinear(bottleneck, prototypes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """DINOv2's initial values: see `models.initialise`."""
+        if name == "last_layer.weight_g":
+            tensor.fill_(1.0)
+        elif name == "last_layer.weight_v":  # torch's default for a linear: U(±1/√fan_in)
+            bound = tensor.shape[1] ** -0.5
+            tensor.uniform_(-bound, bound, generator=generator)
+        elif name.endswith(".weight"):
+            nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+        elif name.endswith(".bias"):
+            tensor.zero_()
+        else:
+            raise KeyError(name)

@@ -1,0 +1,321 @@
+"""The slide encoder: a LongNet over a slide's tile embeddings, with the released Prov-GigaPath names and arithmetic.
+
+Slides are packed, not padded: a batch is one sequence of all their tiles, and ``lengths`` says how many each slide has.
+Every slide gets its CLS token in front (which therefore takes slot 0 of its first segment) and position embeddings
+computed from its tiles' cells. At the released size the state dict has exactly the released 247 keys (86,330,880
+parameters), so ``slide_encoder.pth`` loads and exports strictly.
+
+Sources: Ding et al. 2023 (LongNet), Wang et al. 2022 (sub-LayerNorm), Xu et al. 2024 (Prov-GigaPath).
+"""
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.dilated_attention import check_schedule, dilated_attention
+from models.positions import position_embedding
+
+
+class SlideFeatures(NamedTuple):
+    """What the encoder says about a packed batch of B slides with T tiles in all."""
+
+    tiles: Tensor  # (T, width) every tile, after both norms
+    cls: Tensor  # (B, width) the CLS tokens, after both norms
+    pooled: Tensor  # (B, width) the mean of a slide's tiles after the layers' norm, then the last norm
+    cls_layers: Tensor | None  # (depth + 1, B, width) CLS of the embedding and of each layer, with the last norm alone
+    pooled_layers: Tensor | None  # (depth + 1, B, width) the same for the mean of the tiles
+
+
+class LongNet(nn.Module):
+    """The slide encoder. ``input_width`` is the tile encoder's; keyword arguments are its settings (``configs/model/``).
+
+    ``drop_path`` is the last layer's rate; it grows linearly from 0 at the first. ``compatible`` asks for the released
+    model's attention (attended zero padding, constant branch weights in the backward); `load_released` turns it on.
+
+    Raises ValueError when the widths don't divide, or when a ratio doesn't divide its segment length.
+    """
+
+    def __init__(
+        self,
+        input_width: int,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        feed_forward_width: int,
+        segment_lengths: list[int],
+        dilated_ratios: list[int],
+        dropout: float,
+        drop_path: float,
+        compatible: bool,
+    ) -> None:
+        super().__init__()
+        if width % 4:
+            raise ValueError(f"width {width} must be a multiple of 4, for sines and cosines of two coordinates")
+        self.input_width, self.width = input_width, width
+        self.segment_lengths, self.dilated_ratios = list(segment_lengths), list(dilated_ratios)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.patch_embed = nn.ModuleDict({"proj": nn.Linear(input_width, width)})
+        self.encoder = Layers(
+            width=width,
+            depth=depth,
+            heads=heads,
+            feed_forward_width=feed_forward_width,
+            segment_lengths=segment_lengths,
+            dilated_ratios=dilated_ratios,
+            dropout=dropout,
+            drop_path=drop_path,
+            compatible=compatible,
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+        if not self.cls_token.is_meta:
+            nn.init.normal_(self.cls_token, std=0.02)
+
+    def forward(
+        self,
+        tokens: Tensor,
+        cells: Tensor,
+        lengths: Sequence[int],
+        seeds: Sequence[int] | None = None,
+        all_layers: bool = False,
+    ) -> SlideFeatures:
+        """Encode packed slides.
+
+        tokens: (T, input_width) tile embeddings, slide after slide. cells: (T, 2) integer (x, y) in the slide's grid of
+        tiles, from 0. lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are
+        drawn; None switches both off. all_layers: also collect CLS and mean after every layer.
+        """
+        if not len(tokens) == len(cells) == sum(lengths):
+            raise ValueError(
+                f"{len(tokens)} tokens, {len(cells)} cells and slides of {list(lengths)} tiles do not agree"
+            )
+        x = self.patch_embed["proj"](tokens)
+        x = x + position_embedding(cells, self.width).to(x.dtype)
+        x = prepend(self.cls_token[0], x, lengths)
+        lengths = [n + 1 for n in lengths]
+        x, states = self.encoder(x, lengths, seeds, all_layers)
+        tiles, cls, means = summarise(x, lengths)
+        layers = [(self.norm(cls), self.norm(mean)) for cls, mean in states]
+        cls_layers, pooled_layers = (
+            (torch.stack(rows) for rows in zip(*layers, strict=True)) if layers else (None, None)
+        )
+        return SlideFeatures(self.norm(tiles), self.norm(cls), self.norm(means), cls_layers, pooled_layers)
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
+        if name not in self.state_dict():
+            raise KeyError(name)
+        fill(name, tensor, generator)
+
+    def load_released(self, path: Path | str) -> str:
+        """Load a released ``slide_encoder.pth`` (``{"model": state dict}``) and turn the compatible attention on.
+
+        Returns one sentence that says what was loaded and that the attention is now the released one. Raises
+        FileNotFoundError when the file is missing, ValueError when its names or shapes are not exactly this encoder's.
+        """
+        path = Path(path)
+        if not path.is_file():
+            raise FileNotFoundError(f"{path}: no such slide encoder; without it the encoder would be random")
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state = content.get("model") if isinstance(content, dict) else None
+        if not isinstance(state, dict):
+            raise ValueError(f"{path} is not a released slide encoder: it has no state dict under 'model'")
+        own = self.state_dict()
+        shapes = {name: tuple(value.shape) for name, value in state.items()}
+        wrong = [name for name in own if shapes.get(name) != tuple(own[name].shape)] + [
+            n for n in shapes if n not in own
+        ]
+        if wrong:
+            there, here = shapes.get(wrong[0], "missing"), tuple(own[wrong[0]].shape) if wrong[0] in own else "unknown"
+            raise ValueError(
+                f"{path} does not fit this slide encoder: {len(wrong)} parameters differ, first {wrong[0]} "
+                f"({there} in the file, {here} here); set the model's sizes to those of the file"
+            )
+        self.load_state_dict(state, strict=True, assign=self.cls_token.is_meta)
+        self.encoder.set_compatible(True)
+        return (
+            f"loaded {len(state)} tensors from {path}; attention switched to the released model's "
+            "(compatible: zero padding is attended, branch weights are constants in the backward)"
+        )
+
+
+class Layers(nn.Module):
+    """A stack of pre-norm layers and a final norm: the body of the encoder, and of the decoder in `models.slide_mae`."""
+
+    def __init__(
+        self,
+        *,
+        width: int,
+        depth: int,
+        heads: int,
+        feed_forward_width: int,
+        segment_lengths: list[int],
+        dilated_ratios: list[int],
+        dropout: float,
+        drop_path: float,
+        compatible: bool,
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} must be a multiple of the {heads} heads")
+        check_schedule(segment_lengths, dilated_ratios)
+        self.dropout = dropout
+        self.layers = nn.ModuleList(
+            Layer(
+                index=index,
+                width=width,
+                heads=heads,
+                feed_forward_width=feed_forward_width,
+                segment_lengths=tuple(segment_lengths),
+                dilated_ratios=tuple(dilated_ratios),
+                dropout=dropout,
+                drop_path=drop_path * index / max(1, depth - 1),
+                compatible=compatible,
+            )
+            for index in range(depth)
+        )
+        self.layer_norm = nn.LayerNorm(width)
+
+    def set_compatible(self, compatible: bool) -> None:
+        """Switch every layer's attention between the exact and the released arithmetic."""
+        for module in self.modules():
+            if isinstance(module, DilatedSelfAttention):
+                module.compatible = compatible
+
+    def forward(
+        self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None, all_layers: bool = False
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B, width) each."""
+        x = dropout(x, self.dropout, lengths, seeds, "embedding")
+        states = [summarise(x, lengths)[1:]] if all_layers else []
+        for layer in self.layers:
+            x = layer(x, lengths, seeds)
+            if all_layers:
+                states.append(summarise(x, lengths)[1:])
+        return self.layer_norm(x), states
+
+
+class Layer(nn.Module):
+    """``x + attention(norm(x))``, then ``x + ffn(norm(x))``, each with dropout and per-slide stochastic depth."""
+
+    def __init__(
+        self,
+        *,
+        index: int,
+        width: int,
+        heads: int,
+        feed_forward_width: int,
+        segment_lengths: tuple[int, ...],
+        dilated_ratios: tuple[int, ...],
+        dropout: float,
+        drop_path: float,
+        compatible: bool,
+    ) -> None:
+        super().__init__()
+        self.index, self.dropout, self.drop_path = index, dropout, drop_path
+        self.self_attn = DilatedSelfAttention(width, heads, segment_lengths, dilated_ratios, compatible)
+        self.self_attn_layer_norm = nn.LayerNorm(width)
+        self.ffn = FeedForward(width, feed_forward_width)
+        self.final_layer_norm = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None) -> Tensor:
+        """(T, width) → (T, width)."""
+        x = x + self._regularised(self.self_attn(self.self_attn_layer_norm(x), lengths), lengths, seeds, "attention")
+        return x + self._regularised(self.ffn(self.final_layer_norm(x)), lengths, seeds, "feed-forward")
+
+    def _regularised(self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None, site: str) -> Tensor:
+        x = dropout(x, self.dropout, lengths, seeds, f"{site} {self.index}")
+        return drop_path(x, self.drop_path, lengths, seeds, f"path {site} {self.index}")
+
+
+class DilatedSelfAttention(nn.Module):
+    """Multi-head dilated attention with a norm before its output projection (sub-LayerNorm)."""
+
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        segment_lengths: tuple[int, ...],
+        dilated_ratios: tuple[int, ...],
+        compatible: bool,
+    ) -> None:
+        super().__init__()
+        self.heads, self.segment_lengths, self.dilated_ratios = heads, segment_lengths, dilated_ratios
+        self.compatible = compatible
+        self.q_proj = nn.Linear(width, width)
+        self.k_proj = nn.Linear(width, width)
+        self.v_proj = nn.Linear(width, width)
+        self.inner_attn_ln = nn.LayerNorm(width)
+        self.out_proj = nn.Linear(width, width)
+
+    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
+        """(T, width) → (T, width)."""
+        q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
+        out = dilated_attention(q, k, v, lengths, self.segment_lengths, self.dilated_ratios, self.compatible)
+        return self.out_proj(self.inner_attn_ln(out.flatten(1)))
+
+
+class FeedForward(nn.Module):
+    """``fc2(norm(GELU(fc1(x))))``, with GELU in float32 as released."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.ffn_layernorm = nn.LayerNorm(hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.fc1(x)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        return self.fc2(self.ffn_layernorm(F.gelu(x.to(precise)).to(x.dtype)))
+
+
+def prepend(token: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
+    """Put ``token`` (1, width) before each slide of the packed ``x`` (T, width) → (T + B, width)."""
+    token = token.to(x.dtype)
+    return torch.cat([part for slide in x.split(list(lengths)) for part in (token, slide)])
+
+
+def summarise(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed slides with CLS in front → their tiles (T, width), CLS tokens (B, width) and mean tiles (B, width)."""
+    slides = x.split(list(lengths))
+    tiles = torch.cat([slide[1:] for slide in slides])
+    return tiles, torch.stack([slide[0] for slide in slides]), torch.stack([slide[1:].mean(dim=0) for slide in slides])
+
+
+def dropout(x: Tensor, rate: float, lengths: Sequence[int], seeds: Sequence[int] | None, site: str) -> Tensor:
+    """Dropout whose draws for a slide depend on (the slide's seed, the site) alone, not on what else is in the batch."""
+    if seeds is None or rate == 0:
+        return x
+    kept = torch.empty_like(x, requires_grad=False)
+    for slide, seed in zip(kept.split(list(lengths)), seeds, strict=True):
+        slide.bernoulli_(1 - rate, generator=torch.Generator(x.device).manual_seed(draw(seed, site)))
+    return x * kept.div_(1 - rate)
+
+
+def drop_path(x: Tensor, rate: float, lengths: Sequence[int], seeds: Sequence[int] | None, site: str) -> Tensor:
+    """Stochastic depth (Huang et al. 2016): a whole slide's branch is dropped with probability ``rate``, or else scaled up."""
+    if seeds is None or rate == 0:
+        return x
+    factors = [0.0 if draw(seed, site) < rate * 2**63 else 1 / (1 - rate) for seed in seeds]
+    return torch.cat([slide * factor for slide, factor in zip(x.split(list(lengths)), factors, strict=True)])
+
+
+def draw(seed: int, site: str) -> int:
+    """63 bits that depend on (seed, site) alone."""
+    return int.from_bytes(hashlib.blake2b(f"{seed} {site}".encode(), digest_size=8).digest(), "big") >> 1
+
+
+def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
+    """The released model's initial values: Xavier-uniform matrices, zero biases, norms at 1, tokens normal with σ = 0.02."""
+    if name.endswith("_token"):
+        tensor.normal_(std=0.02, generator=generator)
+    elif tensor.ndim == 2:
+        nn.init.xavier_uniform_(tensor, generator=generator)
+    else:
+        tensor.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -1,0 +1,28 @@
+"""Fixed positions: MAE's two-dimensional sines and cosines (He et al. 2022), which Prov-GigaPath's slide encoder took over."""
+
+import torch
+from torch import Tensor
+
+
+def position_embedding(cells: Tensor, width: int) -> Tensor:
+    """(T, 2) integer cells (x, y) → (T, width) float32: ``[sin(yω), cos(yω), sin(xω), cos(xω)]``, ``ω_i = 10000^(-4i / width)``.
+
+    These are the rows of the released model's table of 1000 × 1000 cells (MAE's 2-d sine-cosine embedding), computed for
+    the columns and rows that occur instead of stored for all. Cells beyond 1000 keep their own values; the table wraps there.
+    Raises ValueError for a negative cell.
+    """
+    if len(cells) == 0:
+        return torch.zeros(0, width, device=cells.device)
+    if cells.min() < 0:
+        raise ValueError(f"cells of a tile grid start at 0; found {cells.min().item()}")
+    quarter = width // 4
+    omega = 10000.0 ** (-torch.arange(quarter, dtype=torch.float64, device=cells.device) / quarter)
+    angle = torch.arange(int(cells.max()) + 1, dtype=torch.float64, device=cells.device)[:, None] * omega
+    table = torch.cat([angle.sin(), angle.cos()], dim=1).float()  # (cells along one axis, width / 2)
+    return torch.cat([table[cells[:, 1]], table[cells[:, 0]]], dim=1)
+
+
+def grid_embedding(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
+    """The fixed positions of an image's patches, row by row: ``(rows * columns, width)``; MAE's first half is the column's."""
+    row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
+    return position_embedding(torch.stack([row.flatten(), column.flatten()], dim=1), width)

@@ -1,0 +1,80 @@
+"""The decoder of the slide masked autoencoder: from the encoder's visible tiles to predictions for the masked ones.
+
+He et al. 2022 (MAE), on the tiles of a slide instead of the patches of an image: visible tiles are projected and set back
+among mask tokens at their places, every place gets its position embedding, and layers that look in both directions
+predict the embedding of each masked tile. The published system says nothing about its decoder; this one is apart from
+the encoder and is thrown away after pretraining.
+
+Its attention is dilated like the encoder's. It sees all tiles of a slide (about 7,000, up to 60,000), four times as many
+as the encoder, and dilation is cheaper than full attention from about 1,500 tokens on; below its first segment length it
+keeps a full-attention branch anyway.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from models.longnet import Layers, fill, summarise
+from models.positions import position_embedding
+
+
+class SlideDecoder(nn.Module):
+    """Predicts the embeddings of masked tiles. Raises ValueError when its widths or its schedule don't divide."""
+
+    def __init__(
+        self,
+        *,
+        encoder_width: int,
+        output_width: int,
+        width: int,
+        depth: int,
+        heads: int,
+        feed_forward_width: int,
+        segment_lengths: list[int],
+        dilated_ratios: list[int],
+    ) -> None:
+        super().__init__()
+        if width % 4:
+            raise ValueError(f"decoder width {width} must be a multiple of 4, for sines and cosines of two coordinates")
+        self.width = width
+        self.embed = nn.Linear(encoder_width, width)
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.decoder = Layers(
+            width=width,
+            depth=depth,
+            heads=heads,
+            feed_forward_width=feed_forward_width,
+            segment_lengths=segment_lengths,
+            dilated_ratios=dilated_ratios,
+            dropout=0.0,
+            drop_path=0.0,
+            compatible=False,
+        )
+        self.head = nn.Linear(width, output_width)
+        if not self.mask_token.is_meta:
+            nn.init.normal_(self.mask_token, std=0.02)
+
+    def forward(
+        self, tiles: Tensor, cls: Tensor, visible: Tensor, masked: Tensor, cells: Tensor, lengths: Sequence[int]
+    ) -> Tensor:
+        """Predictions for the masked tiles, (M, output_width).
+
+        tiles: (V, encoder_width) encoded visible tiles. cls: (B, encoder_width). visible: (V,) and masked: (M,) their indices among the T
+        tiles of the packed slides. cells: (T, 2) of all of them. lengths: all tiles per slide.
+        """
+        embedded = self.embed(tiles)
+        x = self.mask_token.to(embedded.dtype).expand(len(cells), -1).index_copy(0, visible, embedded)
+        x = x + position_embedding(cells, self.width).to(x.dtype)
+        tokens = self.embed(cls)
+        slides = zip(tokens.split(1), x.split(list(lengths)), strict=True)
+        x = torch.cat([part for slide in slides for part in slide])
+        with_cls = [n + 1 for n in lengths]
+        x, _ = self.decoder(x, with_cls, None)
+        return self.head(summarise(x, with_cls)[0][masked])
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
+        if name not in self.state_dict():
+            raise KeyError(name)
+        fill(name, tensor, generator)

@@ -1,0 +1,294 @@
+"""The tile encoder: one vision transformer for every published recipe.
+
+Parameter names are timm's, so a state dict is an export. The architecture is DINOv2's (Oquab et al. 2023, §5 and
+appendix B): pre-norm blocks with layer scale, an MLP or SwiGLU feed-forward, optional registers (Darcet et al. 2023), a
+mask token, position embeddings interpolated to each crop size, and stochastic depth that skips samples instead of
+multiplying them by zero.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.attention import Attention, Shape, backend
+from models.positions import grid_embedding
+
+
+class Tokens(NamedTuple):
+    """What the encoder says about a batch of equal-sized crops, after the last norm."""
+
+    cls: Tensor  # (B, width)
+    registers: Tensor  # (B, registers, width)
+    patches: Tensor  # (B, rows * columns, width), or the visible ones alone
+
+
+@dataclass
+class Kept:
+    """The samples that one residual branch runs on; all the others pass it by (stochastic depth)."""
+
+    rows: Tensor  # (T',) int64: the kept samples' tokens in the packed sequence
+    shapes: list[Shape]  # their crops and tokens, per crop size
+    scale: Tensor  # (T', 1): samples / kept samples, which leaves the expectation as it was
+
+
+class MLP(nn.Module):
+    """``fc2(GELU(fc1(x)))``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """``fc2(SiLU(a) * b)`` with ``a, b = fc1(x)`` (Shazeer 2020): timm's packed layout, DINOv2's ``w12`` and ``w3``."""
+
+    def __init__(self, width: int, hidden: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(width, 2 * hidden)
+        self.fc2 = nn.Linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.fc1(x).chunk(2, dim=-1)
+        return self.fc2(F.silu(gate) * value)
+
+
+class LayerScale(nn.Module):
+    """``gamma * x`` per channel (Touvron et al. 2021)."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.empty(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """``x + ls1(attn(norm1(x)))``, then ``x + ls2(mlp(norm2(x)))``, on a packed sequence."""
+
+    def __init__(
+        self, width: int, heads: int, hidden: int, feed_forward: type[MLP] | type[SwiGLU], scaled: bool, attention: str
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = Attention(width, heads, backend(attention))
+        self.ls1 = LayerScale(width) if scaled else nn.Identity()
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = feed_forward(width, hidden)
+        self.ls2 = LayerScale(width) if scaled else nn.Identity()
+
+    def forward(self, x: Tensor, shapes: list[Shape], kept: tuple[Kept, Kept] | None = None) -> Tensor:
+        """``(T, width)`` → ``(T, width)``; ``kept`` names the samples that see each of the two branches (None: all)."""
+        if kept is None:
+            x = x + self.ls1(self.attn(self.norm1(x), shapes))
+            return x + self.ls2(self.mlp(self.norm2(x)))
+        first, second = kept
+        part = self.ls1(self.attn(self.norm1(x[first.rows]), first.shapes))
+        x = x.index_add(0, first.rows, part * first.scale.to(part.dtype))
+        part = self.ls2(self.mlp(self.norm2(x[second.rows])))
+        return x.index_add(0, second.rows, part * second.scale.to(part.dtype))
+
+
+class PatchEmbedding(nn.Module):
+    """Non-overlapping patches through one linear map: ``(B, 3, H, W)`` → ``(B, H/p * W/p, width)``, row by row."""
+
+    def __init__(self, patch_size: int, width: int) -> None:
+        super().__init__()
+        self.patch_size = patch_size
+        self.proj = nn.Conv2d(3, width, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        # A strided convolution whose kernel is its stride is a matrix product over patches, and faster as one.
+        p = self.patch_size
+        b, c, h, w = images.shape
+        patches = images.view(b, c, h // p, p, w // p, p).permute(0, 2, 4, 1, 3, 5).reshape(b, (h // p) * (w // p), -1)
+        return F.linear(patches, self.proj.weight.flatten(1), self.proj.bias)
+
+
+def resample_positions(positions: Tensor, rows: int, columns: int, *, antialias: bool, offset: float) -> Tensor:
+    """Position embeddings of a square grid ``(1, grid², width)``, bicubically on another one: ``(1, rows * columns, width)``.
+
+    With an ``offset`` the scale is ``(rows + offset) / grid`` instead of the ratio of the sizes, as DINOv2's first
+    release has it against a floating-point floor.
+    """
+    grid = math.isqrt(positions.shape[1])
+    wide = positions if positions.dtype == torch.float64 else positions.float()
+    square = wide.reshape(1, grid, grid, -1).permute(0, 3, 1, 2)
+    if offset:
+        scale = [(rows + offset) / grid, (columns + offset) / grid]
+        resampled = F.interpolate(square, scale_factor=scale, mode="bicubic", antialias=antialias)
+    else:
+        resampled = F.interpolate(square, (rows, columns), mode="bicubic", antialias=antialias)
+    return resampled.permute(0, 2, 3, 1).flatten(1, 2)
+
+
+class VisionTransformer(nn.Module):
+    """A ViT over packed crops of several sizes. Keyword arguments are its settings (``configs/model/``).
+
+    ``feed_forward`` is ``mlp`` or ``swiglu``; ``feed_forward_width`` is the width after the non-linearity;
+    ``layer_scale`` is the initial gamma, 0 for none; ``drop_path`` the share of samples that skip a residual branch,
+    the same for every block as in DINOv2. Position embeddings are a ``image_size / patch_size`` grid, resampled
+    bicubically to other sizes: with ``position_antialias`` and offset 0 as the register models have it, or with
+    ``position_offset=0.1`` as the first DINOv2 release does. ``position_embedding`` is ``learned``, or ``sincos`` for
+    MAE's fixed sines and cosines. ``attention`` names the kernel: see `models.attention`.
+
+    Raises ValueError for a width that the heads don't divide, an image that the patches don't fill, or a kernel that
+    can't run here.
+    """
+
+    def __init__(
+        self,
+        *,
+        image_size: int = 224,
+        patch_size: int = 14,
+        width: int = 384,
+        depth: int = 12,
+        heads: int = 6,
+        feed_forward: str = "mlp",
+        feed_forward_width: int = 1536,
+        registers: int = 0,
+        layer_scale: float = 1e-5,
+        drop_path: float = 0.0,
+        position_antialias: bool = True,
+        position_offset: float = 0.0,
+        position_embedding: str = "learned",
+        attention: str = "sdpa",
+    ) -> None:
+        super().__init__()
+        if width % heads:
+            raise ValueError(f"width {width} is not divisible by heads {heads}")
+        if image_size % patch_size:
+            raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
+        if feed_forward not in ("mlp", "swiglu"):
+            raise ValueError(f"feed_forward is 'mlp' or 'swiglu', not {feed_forward!r}")
+        if position_embedding not in ("learned", "sincos"):
+            raise ValueError(f"position_embedding is 'learned' or 'sincos', not {position_embedding!r}")
+        if position_embedding == "sincos" and width % 4:
+            raise ValueError(f"width {width} must be a multiple of 4, for sines and cosines of two coordinates")
+        self.image_size, self.patch_size, self.width, self.heads = image_size, patch_size, width, heads
+        self.feed_forward, self.layer_scale, self.drop_path = feed_forward, layer_scale, drop_path
+        self.position_antialias, self.position_offset = position_antialias, position_offset
+        self.position_embedding = position_embedding
+        self.grid = image_size // patch_size
+        self.patch_embed = PatchEmbedding(patch_size, width)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
+        self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))  # the class token's position first
+        self.pos_embed.requires_grad_(position_embedding == "learned")
+        mlp = MLP if feed_forward == "mlp" else SwiGLU
+        self.blocks = nn.ModuleList(
+            Block(width, heads, feed_forward_width, mlp, layer_scale > 0, attention) for _ in range(depth)
+        )
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    @property
+    def prefix(self) -> int:
+        """Tokens before the patches: the class token and the registers."""
+        return 1 + (0 if self.reg_token is None else self.reg_token.shape[1])
+
+    def tokens_per_crop(self, size: int) -> int:
+        """Tokens of a square crop of ``size`` pixels, class token and registers included."""
+        return self.prefix + (size // self.patch_size) ** 2
+
+    def forward(
+        self,
+        crops: Sequence[Tensor],
+        masks: Sequence[Tensor | None] | None = None,
+        kept: Sequence[tuple[Kept, Kept]] | None = None,
+        visible: Sequence[Tensor | None] | None = None,
+    ) -> list[Tokens]:
+        """Encode batches of crops of different sizes in one pass.
+
+        ``crops``: normalised images, each ``(B_i, 3, H_i, W_i)``. ``masks``: per batch a bool ``(B_i, patches)`` whose
+        true patches are replaced by the mask token, or None. ``kept``: per block, the samples that its two branches
+        run on (see `Kept`); None runs them all. ``visible``: per batch an int64 ``(B_i, n)`` of the patches that are
+        encoded at all (MAE's), in that order, or None for all.
+        """
+        masks = masks if masks is not None else [None] * len(crops)
+        embedded = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
+        if visible is not None:
+            embedded = [
+                tokens if chosen is None else self._choose(tokens, chosen)
+                for tokens, chosen in zip(embedded, visible, strict=True)
+            ]
+        shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
+        x = torch.cat([tokens.flatten(0, 1) for tokens in embedded])
+        for i, block in enumerate(self.blocks):
+            x = block(x, shapes, None if kept is None else kept[i])
+        x = self.norm(x)
+        parts = x.split([count * tokens for count, tokens in shapes])
+        return [self._split(part.view(*shape, -1)) for part, shape in zip(parts, shapes, strict=True)]
+
+    def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """``(B, 3, H, W)`` normalised images → class token ``(B, width)`` and patch tokens ``(B, patches, width)``."""
+        (tokens,) = self([images])
+        return tokens.cls, tokens.patches
+
+    def embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Images → ``(B, prefix + patches, width)``: patches (masked ones replaced), class token, positions, registers."""
+        height, width = images.shape[-2:]
+        if height % self.patch_size or width % self.patch_size:
+            raise ValueError(
+                f"an image of {height} × {width} pixels is not filled by patches of patch_size {self.patch_size}"
+            )
+        rows, columns = height // self.patch_size, width // self.patch_size
+        x = self.patch_embed(images)
+        if mask is not None:
+            x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
+        cls, position = self.positions(rows, columns)
+        head = [(self.cls_token + cls).to(x.dtype).expand(len(x), -1, -1)]
+        if self.reg_token is not None:
+            head.append(self.reg_token.to(x.dtype).expand(len(x), -1, -1))
+        return torch.cat([*head, x + position.to(x.dtype)], dim=1)
+
+    def positions(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Position embeddings of the class token ``(1, 1, width)`` and of a grid ``(1, rows * columns, width)``."""
+        cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
+        if rows == columns == self.grid:
+            return cls, patches
+        return cls, resample_positions(
+            patches, rows, columns, antialias=self.position_antialias, offset=self.position_offset
+        )
+
+    def _choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:
+        patches = tokens[:, self.prefix :].gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.width))
+        return torch.cat([tokens[:, : self.prefix], patches], dim=1)
+
+    def _split(self, x: Tensor) -> Tokens:
+        return Tokens(x[:, 0], x[:, 1 : self.prefix], x[:, self.prefix :])
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """DINOv2's initial values: see `models.initialise`."""
+        leaf = name.rsplit(".", 1)[-1]
+        if name in ("cls_token", "reg_token"):
+            tensor.normal_(std=1e-6, generator=generator)
+        elif name == "mask_token":
+            tensor.zero_()
+        elif name == "pos_embed" and self.position_embedding == "sincos":
+            tensor.zero_()  # the class token has no place
+            tensor[0, 1:] = grid_embedding(self.grid, self.grid, self.width)
+        elif name == "pos_embed":
+            nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+        elif name.startswith("patch_embed.proj."):  # torch's default for a convolution: U(±1/√fan_in)
+            bound = (3 * self.patch_size**2) ** -0.5
+            tensor.uniform_(-bound, bound, generator=generator)
+        elif leaf == "gamma":
+            tensor.fill_(self.layer_scale)
+        elif leaf == "bias":
+            tensor.zero_()
+        elif "norm" in name and leaf == "weight":
+            tensor.fill_(1.0)
+        elif leaf == "weight":
+            nn.init.trunc_normal_(tensor, std=0.02, generator=generator)
+        else:
+            raise KeyError(name)

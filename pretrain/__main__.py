@@ -1,0 +1,38 @@
+"""The command's front door: check that the house is ours, then hand over to `launch`.
+
+The four packages keep short names (``data``, ``models``, ``launch``, ``pretrain``), so another installed distribution may
+shadow one of them. That is looked for here, before anything of theirs is imported, because the failure would otherwise
+be an obscure ImportError somewhere else.
+"""
+
+import importlib
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def shadowed(root: Path = ROOT) -> str | None:
+    """One sentence naming a package of ours that Python would take from somewhere else, or None."""
+    for name in ("data", "models", "launch"):
+        spec = find_spec(name)
+        found = Path(spec.origin).resolve() if spec and spec.origin else None
+        if found is None or root / name != found.parent:
+            return (
+                f"Python finds the package '{name}' at {found or 'no place'} instead of {root / name}: another installed "
+                f"distribution (or a folder on PYTHONPATH) shadows it. Install Slidewright in an environment of its own "
+                f"with 'pip install -e {root}', or remove the other one."
+            )
+    return None
+
+
+def main() -> None:
+    """Run ``pretrain <command> [key=value …]``."""
+    if problem := shadowed():
+        sys.exit(f"pretrain: {problem}")
+    importlib.import_module("launch.entry").main(sys.argv[1:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,28 @@
+"""Sums over the processes of a run, for what belongs to the global batch. Without a process group they are no-ops."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world_size() -> int:
+    """Processes in the run."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def total(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum of ``x`` over the ranks (of ``group``). Not differentiable: use it on constants and on teacher outputs."""
+    x = x.detach().clone()
+    if world_size() > 1:
+        dist.all_reduce(x, group=group)
+    return x
+
+
+def log_total_exp(x: Tensor) -> Tensor:
+    """``log Σ_ranks exp(x)`` elementwise, shifted by the largest so that nothing overflows. Not differentiable."""
+    if world_size() == 1:
+        return x
+    top = x.detach().clone()
+    dist.all_reduce(top, op=dist.ReduceOp.MAX)
+    top = torch.where(top.isfinite(), top, torch.zeros_like(top))
+    return torch.log(total((x - top).exp())) + top

@@ -1,0 +1,118 @@
+"""``pretrain <command> [key=value …]``: help that teaches, the resolved configuration, and one-line errors."""
+
+import ast
+import re
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from data.fault import Fault
+from pretrain.settings import CONFIGS, Composed, annotated, load, nearest
+
+COMMANDS = {
+    "shard": "slides → tile shards",
+    "inspect": "look at a slide's tissue mask and grid, or at the tiles of a shard",
+    "tile": "tile shards → tile encoder (DINOv2 and its relatives)",
+    "embed": "tile shards + tile encoder → slide embeddings",
+    "slide": "slide embeddings → slide encoder (LongNet masked autoencoder)",
+    "probe": "encoder + labelled tiles → k-NN and linear accuracy beside their baselines",
+    "export": "run → a folder that timm or Prov-GigaPath's code loads",
+    "report": "run → one HTML page",
+    "recipes": "what can be reproduced, at what cost, and what is unknown about it",
+    "demo": "the whole road on a small slide",
+}
+
+
+def parse(arguments: list[str]) -> Composed | None:
+    """The checked configuration that ``arguments`` ask for, or None where they asked for help, a version or ``--cfg``.
+
+    Raises Fault for an unknown command or setting.
+    """
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(overview())
+        return None
+    if arguments[0] == "--version":
+        print(f"slidewright {version('slidewright')}")
+        return None
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
+    overrides, config_dirs, wants_help, wants_config = [], [], False, False
+    words = iter(rest)
+    for word in words:
+        if word in ("-h", "--help"):
+            wants_help = True
+        elif word in ("--cfg", "-c"):
+            if next(words, None) != "job":
+                raise Fault("--cfg takes the word 'job': it prints the whole resolved configuration.")
+            wants_config = True
+        elif word in ("--config-dir", "-cd"):
+            folder = Path(next(words, ""))
+            if not folder.is_dir():
+                raise Fault(
+                    f"--config-dir {folder} is not a folder; it may hold recipe/, model/, … with your own YAML files."
+                )
+            config_dirs.append(folder)
+        elif word.startswith("-"):
+            raise Fault(
+                f"there is no option {word!r}; settings are written key=value, and the options are --help, --cfg job and --config-dir."
+            )
+        else:
+            overrides.append(word)
+    if wants_help:
+        print(explain(command))
+        return None
+    composed = load(command, overrides, config_dirs)
+    if wants_config:
+        print(annotated(composed))
+        return None
+    return composed
+
+
+def overview() -> str:
+    """The text of ``pretrain --help``."""
+    rows = "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items())
+    return f"""\
+Slidewright: pretrain pathology foundation models from whole-slide images.
+
+    slides ──shard──▶ tile shards ──tile──▶ tile encoder ──embed──▶ slide embeddings ──slide──▶ slide encoder
+                                               └─ probe, export                          └─ export
+
+usage: pretrain COMMAND [key=value …] [--help] [--cfg job] [--config-dir DIR]
+
+{rows}
+
+  pretrain tile --help             what a command does, and all its settings
+  pretrain tile --cfg job          the whole resolved configuration, and where each value comes from
+  pretrain tile recipe=… run=…     values come from configs/, a recipe overrides them, the command line overrides both
+
+Every command can be stopped at any moment; the same command continues, or says that it is done.
+Start with 'pretrain demo'."""
+
+
+def explain(command: str) -> str:
+    """The text of ``pretrain <command> --help``: its module's docstring, its settings, its groups."""
+    source = Path(__file__).parent / "commands" / f"{command}.py"
+    text = ast.get_docstring(ast.parse(source.read_text())) or ""
+    body = (CONFIGS / f"{command}.yaml").read_text()
+    settings = re.sub(r"^defaults:\n(?:[ -].*\n)*\n?", "", body, flags=re.M).strip()
+    sections = [text, f"Settings (configs/{command}.yaml):\n\n{_indent(settings)}"]
+    for group in re.findall(r"^  - (?:override )?/?(\w+): (?:\w+|null)", body, flags=re.M):
+        options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+        chosen = re.search(rf"^  - (?:override )?/?{group}: (\w+)", body, flags=re.M)
+        default = chosen.group(1) if chosen else "null"
+        sections.append(f"{group}= one of: {', '.join(options)} (default {default})")
+        if default != "null" and group != "recipe":
+            sections.append(_indent(_indent((CONFIGS / group / f"{default}.yaml").read_text().strip())))
+    sections.append(f"'pretrain {command} --cfg job' prints them all resolved, with where each value comes from.")
+    return "\n\n".join(sections)
+
+
+def _indent(text: str) -> str:
+    return "\n".join(f"  {line}" if line else "" for line in text.splitlines())
+
+
+def fail(fault: Fault) -> None:
+    """End the command with its one line on standard error and exit code 1."""
+    print(f"pretrain: {fault}", file=sys.stderr)
+    sys.exit(1)

@@ -1,0 +1,61 @@
+"""Export a trained encoder in the form that other people's code loads.
+
+format=timm writes a tile run's teacher as a folder with config.json, model.safetensors and a model card. It is loaded
+back and its features are compared with the teacher's before the folder appears:
+
+    timm.create_model("local-dir:encoder", pretrained=True)
+
+format=transformers does the same with a folder for transformers (to load it back, the package must be installed):
+
+    Dinov2Model.from_pretrained("encoder")            without registers
+    Dinov2WithRegistersModel.from_pretrained("encoder")
+
+format=gigapath writes a slide run's encoder as slide_encoder.pth, {"model": state dict} with the released key names.
+
+Examples:
+
+    pretrain export checkpoint=runs/tile out=encoder
+    pretrain export checkpoint=runs/tile/checkpoints/00000400 out=encoder license=apache-2.0
+    pretrain export checkpoint=runs/slide out=slide_encoder format=gigapath
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.fault import Fault
+from pretrain.progress import say
+
+
+@dataclass
+class Config:
+    checkpoint: str
+    out: str
+    format: str
+    license: str
+
+
+def run(config: Config) -> None:
+    """Write the export, or say that it is there already."""
+    from pretrain.export import export_gigapath, export_timm, export_transformers
+
+    checkpoint, out = Path(config.checkpoint), Path(config.out)
+    if not checkpoint.is_dir():
+        raise Fault(f"there is no folder {checkpoint}: give a run's folder or one of its checkpoint folders")
+    if config.format == "timm":
+        new, difference = export_timm(checkpoint, out, config.license)
+        said = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
+        use = f'timm.create_model("local-dir:{out}", pretrained=True)'
+    elif config.format == "transformers":
+        new, difference = export_transformers(checkpoint, out, config.license)
+        said = f"{out}: loads whole in transformers, features within {difference:.1g} of the teacher's"
+        use = f'transformers.AutoModel.from_pretrained("{out}")'
+    elif config.format == "gigapath":
+        new = export_gigapath(checkpoint, out, config.license)
+        said, use = (
+            f"{out}/slide_encoder.pth: the released key names",
+            f'torch.load("{out}/slide_encoder.pth")["model"]',
+        )
+    else:
+        raise Fault(f"format is timm, transformers or gigapath, not {config.format!r}")
+    say(said if new else f"{said}; it was there already, nothing to do")
+    print(use)

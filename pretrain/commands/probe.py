@@ -1,0 +1,211 @@
+"""Score a tile encoder on labelled images: nearest neighbours, a linear classifier, and the rank of its features.
+
+The images lie in class folders, DIR/<class>/*.jpg. Three kinds of features answer the same question: the encoder's, a
+96-bin colour histogram's, and those of the encoder's own architecture with random weights. What counts is the gain over
+the last two: on many tile sets colour alone goes far.
+
+It prints a table, and writes it as JSON to out=. Run again with the same inputs, it shows what it found.
+
+Examples:
+
+    pretrain probe checkpoint=runs/tile train=crc/train test=crc/test out=runs/tile/probe.json
+    pretrain probe checkpoint=encoder train=crc out=probe.json
+    pretrain probe checkpoint=vit_small_patch14_dinov2 train=crc
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from data.fault import Fault
+from pretrain.progress import say
+
+if TYPE_CHECKING:
+    from pretrain.probing import Extracted, LabelledImages, Score
+
+
+@dataclass
+class Config:
+    checkpoint: str
+    train: str
+    test: str | None
+    out: str | None
+    test_fraction: float
+    seed: int
+    batch: int
+    threads: int
+    device: str | None
+    precision: str
+
+
+def run(config: Config) -> None:
+    """Probe, print the table and write the JSON."""
+    from pretrain import probing
+    from pretrain.encoders import load_encoder
+
+    if not 0 < config.test_fraction < 1:
+        raise Fault(f"test_fraction is a share between 0 and 1, not {config.test_fraction}")
+    train = probing.read_class_folders(Path(config.train))
+    if config.test is None:
+        train, test = probing.stratified_split(train, config.test_fraction, config.seed)
+        split = f"own split: {config.test_fraction:g} of every class held out, seed {config.seed}"
+    else:
+        test = probing.read_class_folders(Path(config.test))
+        probing.require_same_classes(train, test)
+        split = "train and test given"
+    encoder = load_encoder(config.checkpoint, config.device or "", config.precision)
+    question = fingerprint([encoder.hash, str(config.seed)], train, test)
+    out = Path(config.out) if config.out else None
+    if out is not None and (earlier := read_scores(out)) is not None and earlier.get("question") == question:
+        say(f"{out} holds these scores already, nothing to do")
+        print(table(earlier))
+        return
+    random = encoder.random_twin(config.seed)
+    extractors: dict[str, probing.Extractor] = {
+        "encoder": encoder.embed_each,
+        "random weights": random.embed_each,
+        "colour histogram": probing.colour_histogram,
+    }
+    fitted = probing.extract(train, extractors, config.batch, config.threads, "train")
+    tested = probing.extract(test, extractors, config.batch, config.threads, "test")
+    scores = {
+        name: probing.score(
+            fitted.features[name], fitted.labels, tested.features[name], tested.labels, len(train.classes)
+        )
+        for name in extractors
+    }
+    result: dict[str, Any] = {
+        "question": question,
+        "encoder": {
+            "name": encoder.name,
+            "source": encoder.source,
+            "hash": encoder.hash,
+            "width": encoder.width,
+            "input": str(encoder.preprocessing),
+            "precision": encoder.precision,
+        },
+        "train": describe(train, fitted),
+        "test": describe(test, tested),
+        "classes": train.classes,
+        "split": split,
+        "chance": float(np.bincount(tested.labels).max() / len(tested.labels)),
+        "method": {
+            "knn": f"{min(probing.NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine / {probing.TEMPERATURE})",
+            "linear": f"logistic regression on standardised features, L2, C = {probing.INVERSE_REGULARISATION:g}, up to 1000 iterations",
+            "rankme": "of the test features, not centred (Garrido 2023)",
+            "standard_error": "binomial over test images; of a gain, paired over test images",
+        },
+        "scores": {
+            name: {
+                "knn": got.knn,
+                "knn_se": got.knn_se,
+                "linear": got.linear,
+                "linear_se": got.linear_se,
+                "linear_converged": got.linear_converged,
+                "rankme": got.rankme,
+                "width": fitted.features[name].shape[1],
+            }
+            for name, got in scores.items()
+        },
+        "gains": {
+            baseline: gains(scores["encoder"], scores[baseline]) for baseline in ("random weights", "colour histogram")
+        },
+    }
+    if out is not None:
+        write_scores(out, result)
+    print(table(result))
+    if out is not None:
+        say(f"written to {out}")
+
+
+def gains(ours: "Score", baseline: "Score") -> dict[str, dict[str, float]]:
+    """How much more accurate than a baseline, with each classifier."""
+    from pretrain.probing import gain
+
+    pairs = {
+        "knn": (ours.knn_correct, baseline.knn_correct),
+        "linear": (ours.linear_correct, baseline.linear_correct),
+    }
+    return {kind: dict(zip(("gain", "se"), gain(*pair), strict=True)) for kind, pair in pairs.items()}
+
+
+def fingerprint(parts: list[str], *folders: "LabelledImages") -> str:
+    """A hash of what was asked: the given parts, and every image's class, name and size in bytes."""
+    digest = hashlib.sha256("\n".join(parts).encode())
+    for images in folders:
+        for path, label in zip(images.files, images.labels, strict=True):
+            digest.update(f"{images.classes[label]} {path.name} {path.stat().st_size}\n".encode())
+        digest.update(b"--\n")
+    return digest.hexdigest()[:16]
+
+
+def describe(images: "LabelledImages", extracted: "Extracted") -> dict[str, Any]:
+    """How many images of a folder were used, and which were not."""
+    return {"folder": str(images.folder), "images": len(extracted.labels), "unreadable": extracted.unreadable}
+
+
+def read_scores(path: Path) -> dict[str, Any] | None:
+    """The scores that an earlier run wrote, None where there are none. Raises `Fault` for a file that is something else."""
+    if not path.exists():
+        return None
+    try:
+        earlier = json.loads(path.read_text())
+    except ValueError as error:
+        raise Fault(f"{path} exists and isn't JSON: choose another out=, or remove it") from error
+    if not isinstance(earlier, dict) or "question" not in earlier:
+        raise Fault(f"{path} exists and holds no scores of 'pretrain probe': choose another out=, or remove it")
+    return earlier
+
+
+def write_scores(path: Path, result: dict[str, Any]) -> None:
+    """Write the JSON whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.unfinished")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    os.replace(temporary, path)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The scores as lines for a terminal."""
+    train, test = result["train"], result["test"]
+    lines = [
+        f"{result['encoder']['name']}: {train['images']} training and {test['images']} test images "
+        f"in {len(result['classes'])} classes ({result['split']})",
+        f"input: {result['encoder']['input']}",
+        "",
+        f"{'features':<18}{'width':>7}{'k-NN':>16}{'linear':>16}{'RankMe':>9}",
+    ]
+    for name, got in result["scores"].items():
+        linear = accuracy(got["linear"], got["linear_se"]) + (" " if got["linear_converged"] else "*")
+        lines.append(
+            f"{name:<18}{got['width']:>7}{accuracy(got['knn'], got['knn_se']):>16}{linear:>17}{got['rankme']:>8.1f}"
+        )
+    lines.append(f"{'largest class':<18}{'':>7}{result['chance']:>8.3f}        {result['chance']:>8.3f}")
+    lines.append("")
+    for baseline, kinds in result["gains"].items():
+        k, linear = kinds["knn"], kinds["linear"]
+        lines.append(
+            f"gain over {baseline:<18}{k['gain']:>+8.3f} ± {k['se']:.3f}{linear['gain']:>+8.3f} ± {linear['se']:.3f}"
+        )
+    lines += ["", f"k-NN: {result['method']['knn']}", f"linear: {result['method']['linear']}"]
+    lines.append(f"±: one standard error ({result['method']['standard_error']})")
+    if result["split"].startswith("own split"):
+        lines.append(
+            "own split: tiles of one patient may be on both sides, which flatters every row; give test= to rule it out"
+        )
+    if not all(got["linear_converged"] for got in result["scores"].values()):
+        lines.append("*: the linear fit stopped at 1000 iterations before it converged")
+    unreadable = len(train["unreadable"]) + len(test["unreadable"])
+    if unreadable:
+        lines.append(f"{unreadable} images could not be read and were left out; the JSON names them")
+    return "\n".join(lines)
+
+
+def accuracy(value: float, error: float) -> str:
+    """``0.613 ± 0.022``."""
+    return f"{value:.3f} ± {error:.3f}"

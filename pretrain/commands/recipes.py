@@ -1,0 +1,152 @@
+"""List the recipes: what each trains, on what, at what published cost, and what is unknown about it.
+
+A recipe is one file in configs/recipe/; every value in it says where it is from. Numbers of parameters are counted on the
+network itself, the mask token left out, as publishers do.
+
+    pretrain recipes
+    pretrain recipes name=midnight
+    pretrain tile recipe=midnight run=runs/midnight data.shards=shards
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from data.fault import Fault
+from pretrain import plugins
+from pretrain.settings import CONFIGS, Composed, annotated, comments, load, nearest
+
+STAGES = ("tile", "slide")
+TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
+UNKNOWN = "?:"  # how a recipe marks a value that is our choice
+
+
+@dataclass
+class Config:
+    """Types of the settings; values and explanations are in ``configs/recipes.yaml``."""
+
+    name: str | None
+
+
+@dataclass
+class Recipe:
+    """What the table says about a recipe."""
+
+    name: str
+    stage: str
+    parameters: int  # of the encoder
+    objective: str
+    batch: int
+    steps: int
+    data: str
+    cost: str
+    unknown: list[str]  # settings whose value is our choice
+
+
+def run(config: Config) -> None:
+    """Print the table, or one recipe in full."""
+    if config.name is None:
+        print(table([describe(name) for name in names()]))
+        return
+    composed = compose(config.name)
+    print("\n".join(heading(path(config.name))))
+    print(f"\n{annotated(composed)}")
+
+
+def names() -> list[str]:
+    """All recipes, by name."""
+    return sorted(file.stem for file in (CONFIGS / "recipe").glob("*.yaml"))
+
+
+def path(name: str) -> Path:
+    """A recipe's file. Raises Fault where there is none."""
+    file = CONFIGS / "recipe" / f"{name}.yaml"
+    if not file.exists():
+        raise Fault(f"there is no recipe {name!r}{nearest(name, set(names()))} 'pretrain recipes' lists them.")
+    return file
+
+
+def compose(name: str) -> Composed:
+    """The configuration of the stage that a recipe is for: the one whose settings it sets. Raises Fault where there is none."""
+    path(name)
+    problems = []
+    for stage in STAGES:
+        try:
+            return load(stage, [f"recipe={name}"])
+        except Fault as fault:
+            problems.append(f"as 'pretrain {stage}': {fault}")
+    raise Fault(f"configs/recipe/{name}.yaml fits no stage: {' '.join(problems)}")
+
+
+def describe(name: str) -> Recipe:
+    """Compose a recipe, build its encoder on the meta device, and collect what its file says."""
+    composed = compose(name)
+    tree = composed.tree
+    model, objective = (plain(tree[part]) for part in ("model", "objective"))
+    with torch.device("meta"):
+        encoder = plugins.build(model, *([TILE_WIDTH] if composed.command == "slide" else []))
+    parameters = sum(p.numel() for name, p in encoder.named_parameters() if name != "mask_token")
+    said = {
+        key: comment
+        for prefix, file in composed.files
+        for key, comment in comments(file).items()
+        if file.parent.name == "recipe"
+    }
+    facts = dict(
+        line.removeprefix("# ").split(": ", 1)
+        for line in heading(path(name))
+        if line.startswith(("# Data: ", "# Cost: "))
+    )
+    kind = objective["_target_"].rpartition(".")[2]
+    return Recipe(
+        name=name,
+        stage=composed.command,
+        parameters=parameters,
+        objective=f"{kind} + {objective['spread']}" if "spread" in objective else kind,
+        batch=tree.data.batch_size,
+        steps=tree.optim.steps,
+        data=facts.get("Data", ""),
+        cost=facts.get("Cost", ""),
+        unknown=sorted(key for key, comment in said.items() if UNKNOWN in comment),
+    )
+
+
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A configuration's node as a dictionary."""
+    values = OmegaConf.to_container(node)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
+def heading(file: Path) -> list[str]:
+    """The comment at the top of a recipe's file, without Hydra's line."""
+    lines = file.read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
+    return [line for line in lines[:first] if "@package" not in line]
+
+
+def table(recipes: list[Recipe]) -> str:
+    """A row a recipe, and under it data, cost, and what is unknown."""
+    rows = [("recipe", "stage", "parameters", "objective", "batch", "steps")]
+    rows += [(r.name, r.stage, f"{r.parameters:,}", r.objective, f"{r.batch:,}", f"{r.steps:,}") for r in recipes]
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = []
+    for row, recipe in zip(rows, [None, *recipes], strict=True):
+        cells = [
+            cell.rjust(width) if i in (2, 4, 5) else cell.ljust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+        if recipe is not None:
+            notes = {"data": recipe.data, "cost": recipe.cost, "unknown": ", ".join(recipe.unknown)}
+            lines += [f"    {name:<8} {text}" for name, text in notes.items() if text]
+    return "\n".join(
+        [
+            *lines,
+            "",
+            "unknown: our choice, never presented as theirs. 'pretrain recipes name=…' shows a recipe in full, with the source of every value.",
+        ]
+    )

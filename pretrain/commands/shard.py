@@ -1,0 +1,269 @@
+"""Cut whole-slide images into tile shards.
+
+Finds the tissue of every slide, cuts it into tiles at the asked microns per pixel, and writes
+
+    <out>/tiles-000000.tar …     WebDataset shards: <slide>_<x>_<y>.jpg and .json, readable by anyone's WebDataset
+    <out>/index.npz              where each tile lies, for training
+    <out>/coordinates/*.h5       the tiles' places, for TRIDENT's and CLAM's readers
+    <out>/thumbnails/*.jpg       a small picture of each slide
+    <out>/slides.csv             what came of each slide, and why one failed
+
+Any format that openslide reads. A slide that fails is named and counted, and the others go on; run the same command
+again to continue after an interruption, to retry what failed, or to add slides.
+
+Examples:
+
+    pretrain shard slides=/slides out=shards
+    pretrain shard slides="a.svs b.tiff" out=shards mpp=1.0 slides_mpp=0.25
+    pretrain shard slides='/archive/**/*.ndpi' out=shards tissue=gigapath workers=8
+    pretrain shard index=/data/their_shards
+"""
+
+import os
+from collections import Counter, defaultdict
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
+from data.fault import Fault
+from data.parallel import in_processes
+from data.shard_folder import (
+    FAILED,
+    NO_TISSUE,
+    PENDING,
+    TILED,
+    SlideRow,
+    alone,
+    load_rows,
+    prepare,
+    save_plan,
+    save_rows,
+)
+from data.shard_index import ShardIndex, merge, scan
+from data.shards import JPEG_QUALITY, Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.slide_names import name_slides
+from data.slides import Slide, list_slides
+from data.tiling import Tiling, TilingSettings, tile_slide, write_thumbnail
+from data.tissue import RULES
+from pretrain.progress import Progress, say, track
+
+
+@dataclass
+class Config:
+    slides: list[str] | None
+    out: str | None
+    mpp: float
+    tile_size: int
+    tissue: str
+    min_tissue: float | None
+    slides_mpp: float | None
+    patient_pattern: str
+    tiles_per_shard: int
+    name: str
+    workers: int | None
+    index: str | None
+
+
+def run(config: Config) -> None:
+    """Cut the slides, or say that it is done. Raises Fault where not one slide gave tiles."""
+    if config.index is not None:
+        index = scan(Path(config.index))
+        say(f"{config.index}: {holdings(index)}, indexed")
+        return
+    if not config.slides or config.out is None:
+        raise Fault(
+            "say which slides to cut and where to: pretrain shard slides=… out=… ('pretrain shard --help' explains)"
+        )
+    if config.tissue not in RULES:
+        raise Fault(f"there is no tissue rule {config.tissue!r}; there are: {', '.join(RULES)}")
+    out = Path(config.out)
+    min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
+    settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
+    paths = list_slides(config.slides)
+    with alone(out):
+        _shard(config, out, settings, paths)
+
+
+def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path]) -> None:
+    workers = config.workers or len(os.sched_getaffinity(0))
+    made = asdict(settings) | {"jpeg_quality": JPEG_QUALITY}
+    plan = prepare(out, made)
+    rows = load_rows(out)
+    names = name_slides(paths, {Path(row.path): row.slide for row in rows.values()})
+    _report_renamed(names)
+    for path, slide in names.items():
+        rows.setdefault(slide, SlideRow(slide, str(path))).path = str(path)
+    save_rows(out, rows)
+    asked = set(names.values())
+    finished = all(rows[slide].outcome in (TILED, NO_TISSUE) for slide in asked)
+    if finished and (out / "index.npz").exists() and all(is_published(out, shard.name) for shard in plan):
+        merge(out, [shard.name for shard in plan], made)
+        _summary(out, rows, asked)
+        say(f"nothing left to do: all {len(asked)} slides are done")
+        return
+
+    # 1. Find the tissue of every slide that isn't planned yet.
+    planned = {part.slide for shard in plan for part in shard.parts}
+    undecided = [
+        (path, slide) for path, slide in names.items() if slide not in planned and rows[slide].outcome != NO_TISSUE
+    ]
+    look = partial(
+        survey, out=out, settings=settings, slides_mpp=config.slides_mpp, patient_pattern=config.patient_pattern
+    )
+    new: dict[str, int] = {}
+    surveyed = in_processes(look, undecided, workers)
+    for (_, slide), result in track(surveyed, len(undecided), "finding tissue", "slides") if undecided else ():
+        row = rows[slide]
+        if isinstance(result, Fault):
+            row.outcome, row.message = FAILED, str(result)
+            say(f"skipped: {result}")
+            continue
+        row.describe(result)
+        candidates = int(sum(row.__dict__[name] for name in ("kept", "empty", "damaged")))
+        row.outcome, row.message = (PENDING, "") if candidates else (NO_TISSUE, "")
+        if candidates:
+            new[slide] = candidates
+        else:
+            say(f"no tissue found on {row.path}")
+
+    # 2. Decide which tiles go into which shard, once, and write it down before the first is cut.
+    parts = _failed_parts(out, plan, asked) + [Part(slide, 0, new[slide]) for slide in sorted(new)]
+    plan += plan_shards(parts, config.tiles_per_shard, config.name, first_number=len(plan))
+    save_plan(out, made, plan)
+    save_rows(out, rows)
+
+    # 3. Cut them. A shard is published whole or not at all, and remembered by being there.
+    todo = [shard for shard in plan if not is_published(out, shard.name)]
+    cut = partial(_cut, out=out, sources={slide: str(path) for path, slide in names.items()})
+    failed: dict[str, str] = {}
+    if todo:
+        progress = Progress(sum(len(shard) for shard in todo), "cutting tiles", "tiles")
+        try:
+            for shard, written in in_processes(cut, todo, workers):
+                if isinstance(written, Fault):
+                    raise written
+                for slide, message in written.failed.items():
+                    failed[slide] = message
+                    say(f"skipped: {message}")
+                progress.advance(len(shard), shard.name)
+        finally:
+            progress.close()
+    else:
+        say("no new tiles to cut")
+
+    # 4. Write down what came of it.
+    published = [shard for shard in plan if is_published(out, shard.name)]
+    _record_rejected(out, published, rows)
+    for shard in published:
+        for part in shard.parts:
+            rows[part.slide].outcome = TILED if rows[part.slide].kept else NO_TISSUE
+            rows[part.slide].message = ""
+    for slide, message in failed.items():
+        rows[slide].outcome, rows[slide].message = FAILED, message
+    merge(out, [shard.name for shard in published], made)
+    save_rows(out, rows)
+    _summary(out, rows, asked)
+    if not any(rows[slide].outcome == TILED for slide in asked):
+        raise Fault(f"none of the {len(asked)} slides gave a tile; the reasons are above and in {out}/slides.csv")
+
+
+def survey(
+    job: tuple[Path, str], out: Path, settings: TilingSettings, slides_mpp: float | None, patient_pattern: str
+) -> Tiling:
+    """Find one slide's tissue and write its coordinates and thumbnail, or read what an earlier run wrote."""
+    path, name = job
+    written = coordinates_path(out, name)
+    if written.exists():
+        tiling = read_tiling(written)
+        if tiling.source == str(path):
+            return tiling
+    with Slide(path) as slide:
+        tiling, thumbnail = tile_slide(slide, name, settings, slides_mpp, patient_pattern)
+    write_thumbnail(out / "thumbnails" / f"{name}.jpg", thumbnail)
+    write_tiling(out, tiling)
+    return tiling
+
+
+def _cut(shard: Shard, out: Path, sources: dict[str, str]) -> Any:
+    return write_shard(out, shard, sources)
+
+
+def _failed_parts(out: Path, plan: list[Shard], asked: set[str]) -> list[Part]:
+    """Parts of slides that failed in a shard published without them, and that no later shard has taken on."""
+    waiting: dict[Part, None] = {}
+    for shard in plan:
+        failed = set(read_facts(out, shard.name)["failed"]) if is_published(out, shard.name) else set()
+        for part in shard.parts:
+            if part.slide in failed and part.slide in asked:
+                waiting[part] = None
+            else:
+                waiting.pop(part, None)
+    return list(waiting)
+
+
+def _record_rejected(out: Path, shards: list[Shard], rows: dict[str, SlideRow]) -> None:
+    """Move tiles that turned out empty or damaged from kept to their verdict, in the slides' h5 and rows."""
+    rejected: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+    for shard in shards:
+        for slide, row, column, verdict in read_facts(out, shard.name)["rejected"]:
+            rejected[slide].append((row, column, verdict))
+    for slide, cells in rejected.items():
+        tiling = read_tiling(coordinates_path(out, slide))
+        verdict = tiling.verdict.copy()
+        for row, column, code in cells:
+            verdict[row, column] = code
+        if (verdict != tiling.verdict).any():
+            tiling = replace(tiling, verdict=verdict)
+            write_tiling(out, tiling)
+        if slide in rows:
+            rows[slide].describe(tiling)
+
+
+def _report_renamed(names: dict[Path, str]) -> None:
+    renamed = [(path, slide) for path, slide in names.items() if slide != path.stem]
+    for path, slide in renamed[:10]:
+        say(f"called {slide}: {path}")
+    if len(renamed) > 10:
+        say(f"… and {len(renamed) - 10} more slides under another name than their file's; slides.csv has them all")
+
+
+def counted_as(number: int, noun: str) -> str:
+    """``1 shard``, ``2 shards``."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+
+
+def holdings(index: ShardIndex) -> str:
+    """``212 tiles of 10 slides in 2 shards``."""
+    parts = (
+        counted_as(len(index), "tile"),
+        counted_as(len(index.slides), "slide"),
+        counted_as(len(index.files), "shard"),
+    )
+    return "{} of {} in {}".format(*parts)
+
+
+def _summary(out: Path, rows: dict[str, SlideRow], asked: set[str]) -> None:
+    """A table of what came of the slides that were asked for."""
+    chosen = [rows[slide] for slide in sorted(asked)]
+    say("")
+    if len(chosen) <= 40:
+        width = max(len(row.slide) for row in chosen)
+        columns = ("kept", "background", "pen", "empty", "damaged")
+        say(f"{'slide':<{width}}  {'outcome':<9}  {'µm/px':<6}" + "".join(f"{name:>12}" for name in columns))
+        for row in chosen:
+            mpp = f"{row.mpp:.4g}" if row.mpp else ""
+            numbers = "".join(f"{getattr(row, name):>12,}" for name in columns)
+            say(f"{row.slide:<{width}}  {row.outcome:<9}  {mpp:<6}{numbers}")
+        say("")
+    outcomes = Counter(row.outcome for row in chosen)
+    counted = ", ".join(f"{outcomes[name]} {name}" for name in (TILED, NO_TISSUE, FAILED) if outcomes[name])
+    say(f"{counted_as(len(chosen), 'slide')}: {counted}")
+    if outcomes[FAILED]:
+        say(f"why they failed: {out}/slides.csv; running the same command again retries them")
+    if (out / "index.npz").exists() and any(out.glob("*.tar")):
+        index = ShardIndex.open(out)
+        size = sum(index.meta["sizes"]) / 1e6
+        say(f"{out}: {holdings(index)} ({size:,.1f} MB)")
+        say(f"look at them: pretrain inspect shards={out} out=inspect")

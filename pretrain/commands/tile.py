@@ -1,0 +1,47 @@
+"""Pretrain a tile encoder on tile shards by self-distillation (DINOv2 and its relatives).
+
+Give a run's folder and one or more folders of shards; a recipe sets network, objective, data and schedule:
+
+    pretrain tile run=runs/first data.shards=shards
+    pretrain tile run=runs/vitl recipe=dinov2_vitl16_short data.shards=shards trainer.devices=8
+    pretrain tile run=runs/first data.shards=shards trainer.devices=2 trainer.accelerator=cpu
+    pretrain tile run=runs/more data.shards=shards init=runs/first optim.frozen_backbone_steps=100
+
+The folder then holds config.yaml (every setting, resolved), provenance.json, metrics.jsonl (a line a step),
+checkpoints/ and samples/ (the crops the network saw). Stopped at any moment, by any means, the same command resumes from
+the newest checkpoint, on the same data in the same order, also on another number of processes.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain import plugins
+from pretrain.optimisation import Optim
+from pretrain.plugins import Plugin
+from pretrain.record import WandbSettings
+from pretrain.tile_stage import TileData, TileTraining
+from pretrain.training import Hardware, fit
+
+
+@dataclass
+class Config:
+    """Types of the settings; values and explanations are in ``configs/``."""
+
+    run: str
+    seed: int
+    init: str | None
+    model: Plugin
+    objective: Plugin
+    data: TileData
+    optim: Optim
+    trainer: Hardware
+    wandb: WandbSettings
+
+
+def run(config: Config) -> None:
+    """Train, or say that the run is done."""
+
+    def objective():  # type: ignore[no-untyped-def]
+        return plugins.build(config.objective, lambda: plugins.build(config.model))
+
+    fit(TileTraining(Path(config.run), config, objective))

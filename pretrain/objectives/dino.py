@@ -1,0 +1,87 @@
+"""DINO (Caron et al. 2021): a student's class tokens predict the teacher's, across views. No masks, no regulariser.
+
+Set against the public code (facebookresearch/dino): its stochastic depth rises linearly over the blocks and scales single
+samples, here all blocks share one rate and samples are skipped, as in DINOv2; it clips each tensor's gradient by itself,
+here each network's; gradients are otherwise those of its loss.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.heads import PrototypeHead
+from models.vit import VisionTransformer
+from pretrain.losses.cross_entropy import cross_view_entropy
+from pretrain.objective import Moment
+from pretrain.self_distillation import Network, SelfDistillation, by_view
+from pretrain.tile_batch import TileBatch
+
+
+class DINO(SelfDistillation):
+    """The objective. Keyword arguments are its settings (``configs/objective/dino.yaml`` explains each).
+
+    ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher. Raises ValueError for an unknown
+    centring.
+    """
+
+    def __init__(
+        self,
+        make_encoder: Callable[[], VisionTransformer],
+        *,
+        group_size: int,
+        prototypes: int,
+        bottleneck: int,
+        hidden: int,
+        head_layers: int,
+        frozen_prototype_norms: bool,
+        centring: str,
+        student_temperature: float,
+        teacher_temperature: float,
+        teacher_temperature_start: float,
+        teacher_temperature_warmup: int,
+        teacher_momentum: float,
+        teacher_momentum_final: float,
+    ) -> None:
+        def network() -> Network:
+            encoder = make_encoder()
+            encoder.mask_token.requires_grad_(False)  # nothing is masked
+            head = PrototypeHead(
+                encoder.width, prototypes=prototypes, bottleneck=bottleneck, hidden=hidden, layers=head_layers
+            )
+            head.last_layer.weight_g.requires_grad_(not frozen_prototype_norms)
+            return Network(encoder, head)
+
+        super().__init__(
+            network,
+            {"dino": prototypes},
+            group_size=group_size,
+            centring=centring,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            teacher_temperature_start=teacher_temperature_start,
+            teacher_temperature_warmup=teacher_temperature_warmup,
+            teacher_momentum=teacher_momentum,
+            teacher_momentum_final=teacher_momentum_final,
+        )
+
+    def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
+        return {"dino": self.teacher.encoder([batch.crops[0][0]])[0].cls}
+
+    def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
+        return self.teacher.dino_head(tokens)
+
+    def loss(self, batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch of augmented crops; its masks play no part."""
+        if batch.targets is None:
+            (batch,) = self.prepare([batch], moment)
+        assert batch.targets is not None
+        tokens = self.student_tokens(batch, moment)
+        scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
+        cls_targets = batch.targets["dino"]().unflatten(0, (batch.crops[0][1], -1))
+        dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
+        return dino_global + dino_local, {
+            "dino_global": dino_global,
+            "dino_local": dino_local,
+            **self.schedules(moment),
+        }

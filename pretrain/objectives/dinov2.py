@@ -1,0 +1,133 @@
+"""DINOv2 (Oquab et al. 2023): image-level DINO, patch-level iBOT, and a spread regulariser.
+
+teacher  ←EMA─  student
+   │               │
+global crops    global crops, half of them with masked patches, and local crops
+   │               │
+cls, patches    cls, masked patches  ──heads──▶ prototype scores
+   └─ centring ────┴─ cross-entropies
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from models.heads import PrototypeHead
+from models.vit import VisionTransformer
+from pretrain.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
+from pretrain.losses.spread import SPREADS
+from pretrain.objective import Moment
+from pretrain.self_distillation import Network, SelfDistillation, by_view
+from pretrain.tile_batch import TileBatch
+
+
+class DINOv2(SelfDistillation):
+    """The full objective. Keyword arguments are its settings (``configs/objective/dinov2.yaml`` explains each).
+
+    ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher.
+    Raises ValueError for an unknown centring or spread regulariser, or a group of one.
+    """
+
+    def __init__(
+        self,
+        make_encoder: Callable[[], VisionTransformer],
+        *,
+        group_size: int,
+        prototypes: int,
+        bottleneck: int,
+        hidden: int,
+        head_layers: int,
+        separate_ibot_head: bool,
+        ibot_prototypes: int,
+        ibot_bottleneck: int,
+        dino_weight: float,
+        ibot_weight: float,
+        spread: str,
+        spread_weight: float,
+        centring: str,
+        student_temperature: float,
+        teacher_temperature: float,
+        teacher_temperature_start: float,
+        teacher_temperature_warmup: int,
+        teacher_momentum: float,
+        teacher_momentum_final: float,
+    ) -> None:
+        if spread not in SPREADS:
+            raise ValueError(f"spread is one of {', '.join(map(repr, SPREADS))}, not {spread!r}")
+        if group_size < 2:
+            raise ValueError(
+                f"group_size {group_size} leaves {spread} nothing to compare a tile with; it is at least 2"
+            )
+
+        def network() -> Network:
+            encoder = make_encoder()
+            dino = PrototypeHead(
+                encoder.width, prototypes=prototypes, bottleneck=bottleneck, hidden=hidden, layers=head_layers
+            )
+            ibot = (
+                PrototypeHead(
+                    encoder.width,
+                    prototypes=ibot_prototypes,
+                    bottleneck=ibot_bottleneck,
+                    hidden=hidden,
+                    layers=head_layers,
+                )
+                if separate_ibot_head
+                else None
+            )
+            return Network(encoder, dino, ibot)
+
+        super().__init__(
+            network,
+            {"dino": prototypes, "ibot": ibot_prototypes if separate_ibot_head else prototypes},
+            group_size=group_size,
+            centring=centring,
+            student_temperature=student_temperature,
+            teacher_temperature=teacher_temperature,
+            teacher_temperature_start=teacher_temperature_start,
+            teacher_temperature_warmup=teacher_temperature_warmup,
+            teacher_momentum=teacher_momentum,
+            teacher_momentum_final=teacher_momentum_final,
+        )
+        self.dino_weight, self.ibot_weight = dino_weight, ibot_weight
+        self.spread, self.spread_weight = SPREADS[spread], spread_weight
+
+    def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
+        seen = self.teacher.encoder([batch.crops[0][0]])[0]
+        return {"dino": seen.cls, "ibot": seen.patches[batch.masks.flatten(1)]}
+
+    def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
+        return self.teacher.dino_head(tokens) if kind == "dino" else self.teacher.score_patches(tokens)
+
+    def loss(self, batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch of augmented crops and masks; see `TileBatch`."""
+        if batch.targets is None:
+            (batch,) = self.prepare([batch], moment)
+        assert batch.targets is not None
+        masks, global_views = batch.masks.flatten(1), batch.crops[0][1]  # (global_views * tiles, patches)
+
+        tokens = self.student_tokens(batch, moment, masks)
+        scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
+        student_patches = self.student.score_patches(tokens[0].patches[masks])
+
+        cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
+        dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
+        weight = (1 / masks.sum(1).clamp(min=1)).unsqueeze(1).expand_as(masks)[masks]
+        ibot = masked_cross_entropy(
+            student_patches, batch.targets["ibot"](), weight, len(masks), self.student_temperature
+        )
+        spread = self.spread(tokens[0].cls, self.group_size)  # mean over views; DINOv2 sums it over them
+
+        total = (
+            self.dino_weight * (dino_global + dino_local)
+            + self.ibot_weight * ibot
+            + self.spread_weight * global_views * spread
+        )
+        return total, {
+            "dino_global": dino_global,
+            "dino_local": dino_local,
+            "ibot": ibot,
+            "spread": spread,
+            **self.schedules(moment),
+        }

@@ -1,0 +1,82 @@
+"""Masked autoencoding of tiles (He et al. 2022): predict the pixels of masked patches from the visible ones.
+
+    visible patches ──encoder──▶ tokens ──decoder, mask tokens at the other places──▶ pixels of all patches
+                                                                                        │ mean squared error on the masked
+
+One network, no teacher. Set against the public code (facebookresearch/mae): the encoder starts from the initial values of
+`VisionTransformer`, the decoder from MAE's.
+"""
+
+from collections.abc import Callable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.fault import Fault
+from data.keyed import rng
+from models.mae import PixelDecoder, normalised, pixels, random_masking
+from models.vit import VisionTransformer
+from pretrain.losses.precision import wide
+from pretrain.objective import Moment, Objective
+from pretrain.tile_batch import TileBatch
+
+
+class MAE(Objective):
+    """The objective. Keyword arguments are its settings (``configs/objective/mae.yaml`` explains each).
+
+    Raises ValueError for a mask ratio outside (0, 1) or an encoder with stochastic depth, which MAE doesn't have.
+    """
+
+    def __init__(
+        self,
+        make_encoder: Callable[[], VisionTransformer],
+        *,
+        mask_ratio: float,
+        norm_pix: bool,
+        decoder_width: int,
+        decoder_depth: int,
+        decoder_heads: int,
+    ) -> None:
+        super().__init__()
+        if not 0 < mask_ratio < 1:
+            raise ValueError(f"mask_ratio {mask_ratio} is not between 0 and 1")
+        self.encoder = make_encoder()
+        if self.encoder.drop_path:
+            raise ValueError("MAE pretrains without stochastic depth: set model.drop_path=0")
+        self.encoder.mask_token.requires_grad_(False)  # masked patches don't enter the encoder
+        self.decoder = PixelDecoder(
+            encoder_width=self.encoder.width, patch_size=self.encoder.patch_size, width=decoder_width, depth=decoder_depth, heads=decoder_heads
+        )  # fmt: skip
+        self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def forward(self, images: Tensor, noise: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, predicted pixels ``(B, L, p * p * 3)`` and mask ``(B, L)`` of ``images`` ``(B, 3, H, W)``.
+
+        ``noise`` ``(B, L)`` decides what is masked: see `random_masking`. The loss is the mean squared error over the
+        masked patches of the batch, each patch's target normalised by itself where ``norm_pix`` says so.
+        """
+        kept, rank, mask = random_masking(noise, self.mask_ratio)
+        (tokens,) = self.encoder([images], visible=[kept])
+        prediction = self.decoder(tokens.cls, tokens.patches, rank, images.shape[-2] // self.encoder.patch_size)
+        target = pixels(wide(images), self.encoder.patch_size)
+        error = (wide(prediction) - (normalised(target) if self.norm_pix else target)).square().mean(dim=-1)
+        return (error * mask).sum() / mask.sum(), prediction, mask
+
+    def loss(self, batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch of one global crop a tile; what is masked depends on (seed, step, the tile's place)."""
+        if len(batch.crops) != 1 or batch.crops[0][1] != 1:
+            raise Fault("MAE sees one crop of each tile: set data.crops.global_count=1 and data.crops.local_count=0.")
+        images = batch.crops[0][0]
+        patches = batch.masks[0].numel()
+        noise = np.stack(
+            [
+                rng(moment.seed, "masked patches", moment.step, moment.first + i).random(patches, np.float32)
+                for i in range(len(images))
+            ]
+        )
+        loss, _, _ = self(images, torch.from_numpy(noise).to(images.device, non_blocking=True))
+        return loss, {}

@@ -1,0 +1,164 @@
+"""Slide masked autoencoding: predict the frozen embeddings of masked tiles from the visible ones.
+
+    visible tiles ──LongNet──▶ tiles, CLS ──decoder──▶ predictions at the masked places
+                                                           │ mean squared error
+    all tiles ──standardised over the data set──▶ targets of the masked tiles
+
+He et al. 2022 (MAE) with Xu et al. 2024's slide encoder (Prov-GigaPath). The published system names neither its decoder
+nor its loss, beyond having adapted MAE; what is chosen here is in ``configs/recipe/gigapath_slide.yaml``. The target is data: the frozen
+encoder's embedding, standardised by fixed statistics. Nothing trainable is ever in it, so it can't collapse.
+"""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data.keyed import rng
+from data.slide_sequences import SlideBatch
+from models.longnet import LongNet
+from models.slide_mae import SlideDecoder
+from pretrain.across_ranks import total, world_size
+from pretrain.objective import Moment, Objective
+from pretrain.probing import rankme
+
+NEIGHBOURS = (1, 4, 8, 16, 32)  # the baseline is the best of these: the bar is as high as neighbours can make it
+DISTANCES = 2**22  # computed at a time
+
+
+class SlideMAE(Objective):
+    """The slide stage's objective. Keyword arguments are its settings.
+
+    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output and its attention schedule.
+    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). Raises ValueError for another.
+    """
+
+    def __init__(
+        self,
+        make_encoder: Callable[[], LongNet],
+        *,
+        decoder_width: int,
+        decoder_depth: int,
+        decoder_heads: int,
+        decoder_feed_forward_width: int,
+        weighting: str,
+    ) -> None:
+        super().__init__()
+        if weighting not in ("slide", "token"):
+            raise ValueError(f"weighting is 'slide' or 'token', not {weighting!r}")
+        self.weighting = weighting
+        self.encoder = make_encoder()
+        self.decoder = SlideDecoder(
+            encoder_width=self.encoder.width,
+            output_width=self.encoder.input_width,
+            width=decoder_width,
+            depth=decoder_depth,
+            heads=decoder_heads,
+            feed_forward_width=decoder_feed_forward_width,
+            segment_lengths=self.encoder.segment_lengths,
+            dilated_ratios=self.encoder.dilated_ratios,
+        )
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def forward(self, batch: SlideBatch, step_seed: int | None) -> dict[str, Tensor]:
+        """Loss and predictions of a batch.
+
+        ``sum`` and ``count``: over any number of ranks or micro-batches the loss is Σ sum / Σ count, the mean over dimensions of the squared
+        error, averaged over slides or over masked tiles. ``prediction``: (M, D), standardised. ``pooled``: (B, width), the encoder's
+        view of the visible tiles. Dropout is drawn from (step_seed, the sequence's position); None switches it off.
+        """
+        seeds = None
+        if step_seed is not None:
+            seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
+        seen = self.encoder(batch.embeddings[batch.visible], batch.cells[batch.visible], batch.visible_lengths, seeds)
+        prediction = self.decoder(seen.tiles, seen.cls, batch.visible, batch.masked, batch.cells, batch.lengths)
+        error = (prediction.float() - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
+        if self.weighting == "slide":
+            slides = torch.stack([slide.mean() for slide in error.split(batch.masked_lengths)])
+            loss, count = slides.sum(), len(slides)
+        else:
+            loss, count = error.sum(), len(error)
+        return {
+            "sum": loss,
+            "count": torch.tensor(float(count), device=loss.device),
+            "prediction": prediction,
+            "pooled": seen.pooled,
+        }
+
+    def loss(self, batch: SlideBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch, scaled so that its mean over ranks is the global Σ sum / Σ count."""
+        result = self(batch, moment.seed)
+        tiles = torch.tensor(float(len(batch.cells)), device=result["count"].device)
+        return result["sum"] * world_size() / total(result["count"]), {"tiles": tiles}
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[SlideBatch]) -> dict[str, float]:
+        """How well masked tiles are predicted, against what needs no learning. Every rank passes the same batches.
+
+        ``r2`` = 1 - Σ (prediction - target)² / Σ (data-set mean - target)², over masked tiles and dimensions: the data-set mean
+        has 0 by definition. ``r2_slide_mean``: of the mean of the slide's visible tiles. ``r2_neighbours``: of the mean of the k nearest
+        visible tiles, for the best k of `NEIGHBOURS`; beating it is learning. ``shuffled_rise``: relative rise of the error when the visible
+        tiles' places are shuffled within each slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled
+        slide embeddings (at most the number of sequences). ``loss``: mean squared error, unweighted. Raises ValueError without batches.
+        """
+        errors: dict[str, float] = defaultdict(float)
+        pooled, tiles, width = [], 0, 0
+        for batch in batches:
+            targets = batch.targets()
+            wanted = targets[batch.masked]
+            result = self(batch, None)
+            shuffled = self(_shuffled(batch), None)
+            errors["model"] += _squared(result["prediction"], wanted)
+            errors["shuffled"] += _squared(shuffled["prediction"], wanted)
+            errors["mean"] += _squared(torch.zeros_like(wanted), wanted)
+            for name, prediction in baselines(batch, targets):
+                errors[name] += _squared(prediction, wanted)
+            pooled.append(result["pooled"].float().cpu())
+            tiles, width = tiles + len(wanted), wanted.shape[1]
+        if not tiles:
+            raise ValueError("there is nothing to evaluate: no batches")
+        energy = errors["mean"] or float("nan")  # embeddings that never vary have nothing to explain
+        neighbours = min(error for name, error in errors.items() if name.startswith("neighbours"))
+        return {
+            "loss": errors["model"] / (tiles * width),
+            "r2": 1 - errors["model"] / energy,
+            "r2_slide_mean": 1 - errors["slide_mean"] / energy,
+            "r2_neighbours": 1 - neighbours / energy,
+            "shuffled_rise": errors["shuffled"] / errors["model"] - 1,
+            "effective_rank": rankme(torch.cat(pooled).numpy()),
+        }
+
+
+def baselines(batch: SlideBatch, targets: Tensor) -> list[tuple[str, Tensor]]:
+    """Predictions (M, D) for the masked tiles that need no learning: the slide's visible mean, and means of nearest visible tiles."""
+    found: dict[str, list[Tensor]] = defaultdict(list)
+    visible, masked = batch.visible.split(batch.visible_lengths), batch.masked.split(batch.masked_lengths)
+    for seen, wanted in zip(visible, masked, strict=True):
+        values, places = targets[seen], batch.cells[seen].double()
+        found["slide_mean"].append(values.mean(dim=0).expand(len(wanted), -1))
+        most = min(max(NEIGHBOURS), len(seen))
+        rows = [
+            torch.cdist(some.double(), places).topk(most, largest=False, sorted=True).indices
+            for some in batch.cells[wanted].split(max(1, DISTANCES // len(seen)))
+        ]
+        nearest = torch.cat(rows)  # (masked tiles, most)
+        for k in NEIGHBOURS:
+            found[f"neighbours {k}"].append(values[nearest[:, :k]].mean(dim=1))
+    return [(name, torch.cat(parts)) for name, parts in found.items()]
+
+
+def _shuffled(batch: SlideBatch) -> SlideBatch:
+    """The batch with the visible tiles of each slide changing places among themselves, the same way every time."""
+    order = np.arange(len(batch.embeddings))
+    for slide, position in zip(batch.visible.cpu().split(batch.visible_lengths), batch.positions, strict=True):
+        order[slide.numpy()] = rng(0, "shuffled places", position).permutation(slide.numpy())
+    return replace(batch, embeddings=batch.embeddings[torch.from_numpy(order).to(batch.embeddings.device)])
+
+
+def _squared(prediction: Tensor, wanted: Tensor) -> float:
+    return (prediction.double() - wanted.double()).square().sum().item()

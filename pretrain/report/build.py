@@ -1,0 +1,165 @@
+"""The page, from a folder: find the parts, write their sections, name what is missing."""
+
+import os
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pretrain import plugins
+from pretrain.report import page
+from pretrain.report.page import Section
+from pretrain.report.parts import Parts, Run, find
+from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
+from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
+
+
+def build(folder: Path, out: Path, shards: Path | None, embeddings: Path | None, probe: Path | None) -> None:
+    """Write the page about ``folder`` to ``out``, whole or not at all. Raises `Fault` when there is nothing to report."""
+    parts = find(folder, shards, embeddings, probe)
+    sections = [section for section in found_sections(parts) if section is not None]
+    if wants := wanted(parts):
+        sections.append(Section("missing", "Not here yet", page.missing(wants)))
+    text = page.document(
+        title=title(parts),
+        kicker="Slidewright report",
+        lead=lead(parts),
+        opening=page.facts(glance(parts)),
+        sections=sections,
+        footer=f"Written by <code>pretrain report run={page.escape(folder)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Not a medical device.",
+    )
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temporary = out.with_name(f".{out.name}.unfinished")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, out)
+
+
+def found_sections(parts: Parts) -> list[Section | None]:
+    """A section for every part that is there, in the order of the road."""
+    return [
+        slides_section(parts.shards) if parts.shards else None,
+        samples_section(parts.tile) if parts.tile else None,
+        tile_section(parts.tile) if parts.tile else None,
+        embeddings_section(parts.embeddings, parts.shards) if parts.embeddings else None,
+        probe_section(parts.probe) if parts.probe else None,
+        slide_section(parts.slide) if parts.slide else None,
+        how_section(parts),
+    ]
+
+
+def title(parts: Parts) -> str:
+    """What the page is about."""
+    name = parts.folder.resolve().name
+    if parts.tile and parts.slide:
+        return f"{name}: from slides to a slide encoder"
+    if parts.tile:
+        return f"{name}: a tile encoder"
+    return f"{name}: a slide encoder" if parts.slide else name
+
+
+def lead(parts: Parts) -> str:
+    """One or two sentences on what was trained."""
+    sentences = []
+    if parts.tile:
+        sentences.append(
+            f"A tile encoder, {describe(parts.tile.config.get('model'))}, learned from tiles without labels."
+        )
+    if parts.slide:
+        sentences.append("A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones.")
+    return " ".join(sentences) or "Tiles and embeddings; no training run is here yet."
+
+
+def describe(model: Any) -> str:
+    """A network's architecture in a phrase, its parameters counted without making them."""
+    if not isinstance(model, dict) or "_target_" not in model:
+        return "its architecture in the configuration below"
+    with torch.device("meta"):
+        parameters = sum(p.numel() for p in plugins.build(model).parameters())
+    size = f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+    kind = model["_target_"].rpartition(".")[2]
+    words = {"VisionTransformer": "a vision transformer"}.get(kind, kind)
+    shape = [f"{model[key]} {name}" for key, name in (("depth", "blocks"), ("heads", "heads")) if key in model]
+    width = [f"width {model['width']}"] if "width" in model else []
+    patch = [f"patch {model['patch_size']} px"] if "patch_size" in model else []
+    return f"{words} of {size} parameters ({', '.join(shape + width + patch)})"
+
+
+def glance(parts: Parts) -> list[tuple[str, str]]:
+    """The numbers to take away."""
+    rows = []
+    if parts.tile and (change := ends(parts.tile.metrics, "loss")):
+        rows.append(("Tile loss", f"{change[0]:.3f} → {change[1]:.3f} in {steps(parts.tile):,} steps"))
+    if parts.probe:
+        ours = parts.probe["scores"]["encoder"]
+        others = {name: got for name, got in parts.probe["scores"].items() if name != "encoder"}
+        beside = ", ".join(f"{name} {got['knn']:.3f}" for name, got in others.items())
+        rows.append(("k-NN accuracy", f"{ours['knn']:.3f} ± {ours['knn_se']:.3f} ({beside})"))
+        beside = ", ".join(f"{name} {got['linear']:.3f}" for name, got in others.items())
+        rows.append(("Linear accuracy", f"{ours['linear']:.3f} ± {ours['linear_se']:.3f} ({beside})"))
+    if parts.slide:
+        if change := ends(parts.slide.metrics, "loss"):
+            rows.append(("Slide loss", f"{change[0]:.3f} → {change[1]:.3f} in {steps(parts.slide):,} steps"))
+        r2, neighbours = last(parts.slide.metrics, "r2"), last(parts.slide.metrics, "r2_neighbours")
+        if r2 is not None:
+            beside = f" (mean of the nearest visible tiles {neighbours:.3f})" if neighbours is not None else ""
+            rows.append(("R² of hidden tiles", f"{r2:.3f}{beside}"))
+    return rows
+
+
+def steps(run: Run) -> int:
+    """The last step on record."""
+    return max((int(values[0][-1]) for values in run.metrics.values() if len(values[0])), default=0)
+
+
+def wanted(parts: Parts) -> list[tuple[str, str]]:
+    """What the page lacks, and the command that makes it."""
+    run = parts.folder
+    road = not (run / "config.yaml").is_file()
+    tile = parts.tile.folder if parts.tile else run / "tile"
+    shards, embeddings = parts.shards or run / "shards", parts.embeddings or run / "embeddings"
+    again = f"pretrain report run={run}"
+    wants = []
+    if parts.shards is None and (road or parts.tile):
+        wants.append(
+            (
+                "The slides and their tiles:",
+                f"{again} shards=…" if not road else f"pretrain shard slides=… out={shards}",
+            )
+        )
+    if parts.tile is None and road:
+        wants.append(("A tile encoder:", f"pretrain tile run={tile} data.shards={shards}"))
+    if parts.tile and "loss" not in parts.tile.metrics:
+        wants.append(
+            (
+                "Loss curves (metrics.jsonl holds no loss yet); the same training command goes on:",
+                f"pretrain tile run={tile} data.shards={shards}",
+            )
+        )
+    if parts.tile and not parts.tile.samples:
+        wants.append(
+            (
+                "The crops that the network saw, which training writes to samples/ as it starts:",
+                f"pretrain tile run={tile} data.shards={shards}",
+            )
+        )
+    if parts.embeddings is None and (road or parts.tile):
+        make = f"pretrain embed checkpoint={tile} shards={shards} out={embeddings}"
+        wants.append(
+            (
+                "Tile embeddings as colours on the slide:",
+                make if road else f"{make}, then {again} embeddings={embeddings}",
+            )
+        )
+    if parts.probe is None and (road or parts.tile):
+        wants.append(("Probe scores:", f"pretrain probe checkpoint={tile} train=DIR out={run / 'probe.json'}"))
+    if parts.slide is None and road:
+        wants.append(("A slide encoder:", f"pretrain slide run={run / 'slide'} data.embeddings={embeddings}"))
+    if parts.slide and "r2" not in parts.slide.metrics:
+        wants.append(
+            (
+                "R² beside its baselines, which training writes at its first evaluation:",
+                f"pretrain slide run={parts.slide.folder} data.embeddings={embeddings}",
+            )
+        )
+    return wants

@@ -1,0 +1,121 @@
+"""What there is to report: a tile run, a slide run, or a folder that holds the whole road."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.fault import Fault
+from pretrain.run_folder import read_config, read_metrics
+
+Series = dict[str, tuple[np.ndarray, np.ndarray]]
+"""Of each metric its steps int64 (n,) and its values float64 (n,)."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A training run's folder and what it recorded."""
+
+    folder: Path
+    config: dict[str, Any]
+    provenance: dict[str, Any]
+    metrics: Series
+    samples: list[Path]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The parts of the road that were found; None for those that weren't."""
+
+    folder: Path
+    tile: Run | None
+    slide: Run | None
+    shards: Path | None
+    embeddings: Path | None
+    probe: dict[str, Any] | None
+
+
+def find(run: Path, shards: Path | None, embeddings: Path | None, probe: Path | None) -> Parts:
+    """Find what ``run`` is and what belongs to it; a part that is given by the caller wins over the one that was found.
+
+    Raises `Fault` when ``run`` is no run and holds none, or a given part isn't there.
+    """
+    for given in (shards, embeddings, probe):
+        if given is not None and not given.exists():
+            raise Fault(f"there is no {given}")
+    tile = slide = None
+    if (run / "config.yaml").is_file():
+        found = read_run(run)
+        tile, slide = (None, found) if "embeddings" in inputs(found) else (found, None)
+    else:
+        tile = read_run(run / "tile") if (run / "tile" / "config.yaml").is_file() else None
+        slide = read_run(run / "slide") if (run / "slide" / "config.yaml").is_file() else None
+    parts = Parts(
+        folder=run,
+        tile=tile,
+        slide=slide,
+        shards=shards or first_folder(run / "shards", tile and inputs(tile).get("shards")),
+        embeddings=embeddings or first_folder(run / "embeddings", slide and inputs(slide).get("embeddings")),
+        probe=read_probe(probe, run / "probe.json", run / "tile" / "probe.json"),
+    )
+    if not any((parts.tile, parts.slide, parts.shards, parts.embeddings, parts.probe)):
+        raise Fault(
+            f"{run} holds nothing to report: give a run's folder, or a folder that holds shards/, tile/, embeddings/ or slide/"
+        )
+    return parts
+
+
+def inputs(run: Run) -> dict[str, Any]:
+    """The run's ``data`` settings."""
+    data = run.config.get("data")
+    return data if isinstance(data, dict) else {}
+
+
+def first_folder(*candidates: object) -> Path | None:
+    """The first candidate that is a folder; a candidate may be a path, a list of them, or nothing."""
+    for candidate in candidates:
+        for one in candidate if isinstance(candidate, list) else [candidate]:
+            if one and Path(str(one)).is_dir():
+                return Path(str(one))
+    return None
+
+
+def read_run(folder: Path) -> Run:
+    """A run's configuration, provenance, metrics and sample pictures."""
+    provenance = folder / "provenance.json"
+    return Run(
+        folder=folder,
+        config=read_config(folder),
+        provenance=json.loads(provenance.read_text()) if provenance.is_file() else {},
+        metrics=series(read_metrics(folder)),
+        samples=sorted((folder / "samples").glob("*.png")),
+    )
+
+
+def series(records: list[dict[str, Any]]) -> Series:
+    """The records of ``metrics.jsonl`` by metric, in order of steps; of a step that was recorded twice the later one counts."""
+    by_name: dict[str, dict[int, float]] = {}
+    for record in records:
+        for name, value in record.items():
+            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+                by_name.setdefault(name, {})[int(record["step"])] = float(value)
+    return {
+        name: (np.array(sorted(values), dtype=np.int64), np.array([values[step] for step in sorted(values)]))
+        for name, values in by_name.items()
+    }
+
+
+def read_probe(*candidates: Path | None) -> dict[str, Any] | None:
+    """The scores in the first of the files that exists. Raises `Fault` for one that ``pretrain probe`` didn't write."""
+    for path in candidates:
+        if path is not None and path.is_file():
+            try:
+                scores = json.loads(path.read_text())
+            except ValueError as error:
+                raise Fault(f"{path} isn't JSON: write it again with pretrain probe out={path}") from error
+            if not isinstance(scores, dict) or "scores" not in scores:
+                raise Fault(f"{path} holds no scores of 'pretrain probe': write it again with out={path}")
+            return scores
+    return None

@@ -1,0 +1,240 @@
+"""What the training and the judging sections show: curves, R² beside its baselines, probe scores."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from pretrain.report import page
+from pretrain.report.figures import Panel, curves, dots
+from pretrain.report.page import Section
+from pretrain.report.parts import Run, Series
+
+TILE_LOSSES = [
+    ("Total loss", "", ["loss"]),
+    ("DINO: class tokens", "", ["dino_global", "dino_local"]),
+    ("iBOT: masked patches", "", ["ibot"]),
+    ("Spread of features", "KoLeo or KDE", ["spread", "koleo"]),
+]
+TILE_COURSE = [
+    ("Learning rate", "", ["lr"]),
+    ("Weight decay", "", ["weight_decay"]),
+    ("Teacher momentum", "", ["momentum"]),
+    ("Teacher temperature", "", ["teacher_temperature"]),
+    ("Gradient norm", "", ["grad_norm"]),
+    ("Throughput", "tiles/s", ["tiles_per_second"]),
+    ("Waiting for data", "share", ["data_wait"]),
+]
+SLIDE_COURSE = [
+    ("Loss", "", ["loss"]),
+    ("Learning rate", "", ["lr"]),
+    ("Gradient norm", "", ["grad_norm"]),
+    ("Throughput", "slides/s", ["slides_per_second"]),
+]
+BASELINES = {
+    "r2_neighbours": ("Mean of the nearest visible tiles", "knows that neighbours look alike"),
+    "r2_slide_mean": ("Mean of the slide’s visible tiles", "knows the slide’s stain and tissue"),
+    "r2_dataset_mean": ("Mean of the data set", "knows nothing of the slide"),
+}
+SCHEDULED = {"lr", "weight_decay", "momentum", "teacher_temperature"}  # drawn as they are: they don't scatter
+LABELS = {"dino_global": "global", "dino_local": "local", "r2": "slide encoder"}
+
+
+def panels(metrics: Series, wanted: list[tuple[str, str, list[str]]]) -> list[Panel]:
+    """A panel for each entry of ``wanted`` (title, unit, metric names) that has anything to show."""
+    found = []
+    for title, unit, names in wanted:
+        lines = {
+            LABELS.get(name, name.rpartition("/")[2]): metrics[name]
+            for name in names
+            if name in metrics and len(metrics[name][0])
+        }
+        if lines:
+            found.append(Panel(title, lines, unit, smooth=not SCHEDULED.intersection(names)))
+    return found
+
+
+def everything_else(metrics: Series, *shown: list[tuple[str, str, list[str]]]) -> list[tuple[str, str, list[str]]]:
+    """The metrics that no list shows, those named ``group/part`` together: another objective's losses have a place too.
+
+    What was zero throughout, such as the count of skipped steps, is left out.
+    """
+    known = {name for wanted in shown for _, _, names in wanted for name in names}
+    groups: dict[str, list[str]] = {}
+    for name, (_, values) in sorted(metrics.items()):
+        if name not in known and np.any(values != 0):
+            groups.setdefault(name.partition("/")[0] if "/" in name else name, []).append(name)
+    titles = {"grad_norm": "Gradient norm by part"}
+    return [(titles.get(group, group.replace("_", " ").capitalize()), "", names) for group, names in groups.items()]
+
+
+def last(metrics: Series, name: str) -> float | None:
+    """The last value of a metric, None where it was never logged."""
+    return float(metrics[name][1][-1]) if name in metrics and len(metrics[name][1]) else None
+
+
+def ends(metrics: Series, name: str) -> tuple[float, float] | None:
+    """The mean of the first and of the last tenth of a metric's finite values."""
+    values = metrics[name][1][np.isfinite(metrics[name][1])] if name in metrics else np.array([])
+    if len(values) < 2:
+        return None
+    part = max(1, len(values) // 10)
+    return float(values[:part].mean()), float(values[-part:].mean())
+
+
+def tile_section(run: Run) -> Section | None:
+    """Losses and the course of a tile run."""
+    if "loss" not in run.metrics:
+        return None
+    steps, values = run.metrics["loss"]
+    text = f"{int(steps[-1]):,} steps are on record."
+    if change := ends(run.metrics, "loss"):
+        text += (
+            f" The total loss went from {change[0]:.3f} to {change[1]:.3f} (means of the first and last tenth). Its level says little by "
+            "itself: the class-token terms together start near the logarithm of the number of prototypes, and the teacher's temperature moves it. Watch for a "
+            "class-token loss that stays where it started (nothing learned) and for KoLeo rising (features falling together)."
+        )
+    bad = int((~np.isfinite(values)).sum())
+    if bad:
+        text += f" {bad} logged losses are not finite."
+    body = page.paragraph(text)
+    body += page.figure(
+        curves(panels(run.metrics, TILE_LOSSES), columns=2, height=2.4),
+        "Pale: as logged. Strong: a running mean.",
+        "Losses over steps.",
+    )
+    course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE)
+    if shown := panels(run.metrics, course):
+        body += page.figure(
+            curves(shown, columns=4, height=1.75),
+            "What was scheduled, and how the machine kept up.",
+            "Course of the run.",
+        )
+    return Section("tile-training", "Training the tile encoder", body)
+
+
+def slide_section(run: Run) -> Section | None:
+    """Loss, R² beside its baselines, and signs of collapse of a slide run."""
+    metrics = run.metrics
+    if "loss" not in metrics:
+        return None
+    body = page.paragraph(
+        f"{int(metrics['loss'][0][-1]):,} steps are on record. Most of a slide's tile embeddings are hidden, and the encoder "
+        "must tell them from the rest. Explained variance (R²) of the hidden embeddings, on slides or fields held out from "
+        "training, is worth something only beside what needs no learning: the strongest baseline simply averages the nearest visible tiles."
+    )
+    r2 = last(metrics, "r2")
+    if r2 is not None:
+        body += r2_results(metrics, r2)
+    evaluated = {"r2", *BASELINES, "shuffled_rise", "effective_rank"}
+    course = SLIDE_COURSE + everything_else({k: v for k, v in metrics.items() if k not in evaluated}, SLIDE_COURSE)
+    body += page.figure(
+        curves(panels(metrics, course), columns=4, height=1.75),
+        "Pale: as logged. Strong: a running mean.",
+        "Course of the run.",
+    )
+    return Section("slide-training", "Training the slide encoder", body)
+
+
+def r2_results(metrics: Series, r2: float) -> str:
+    """The R² chart and table, and what shuffled coordinates and the effective rank say."""
+    lines = {"slide encoder": metrics["r2"]} | {
+        BASELINES[name][0]: metrics[name] for name in BASELINES if name in metrics
+    }
+    chart = curves(
+        [Panel("R² of hidden tile embeddings, held out", lines, dashed=set(lines) - {"slide encoder"}, smooth=False)],
+        1,
+        3.0,
+    )
+    rows = [("Slide encoder", signed(r2, plus=False), "")]
+    for name, (label, knows) in BASELINES.items():
+        value = 0.0 if name == "r2_dataset_mean" else last(metrics, name)  # 0 by definition, so it is not logged
+        if value is not None:
+            rows.append((f"{label} ({knows})", signed(value, plus=False), signed(r2 - value)))
+    body = page.figure(
+        chart, "Solid: the slide encoder. Dashed: the baselines, which need no training.", "R² over steps."
+    )
+    body += page.table(("At the last evaluation", "R²", "encoder’s lead"), rows, r2_verdict(metrics), ours=0)
+    signs = []
+    rise, rank = last(metrics, "shuffled_rise"), last(metrics, "effective_rank")
+    if rise is not None:
+        signs.append(
+            f"Shuffling the tiles’ coordinates changes the loss by {signed(rise)}: "
+            + ("the encoder uses where tiles lie." if rise > 0 else "the encoder does not use where tiles lie.")
+        )
+    if rank is not None:
+        signs.append(f"The effective rank (RankMe) of pooled slide embeddings is {rank:.1f}; 1 would be collapse.")
+    return body + (page.paragraph(" ".join(signs)) if signs else "")
+
+
+def r2_verdict(metrics: Series) -> str:
+    """One sentence on whether the slide encoder beats the strongest baseline it was compared with."""
+    r2, neighbours = last(metrics, "r2"), last(metrics, "r2_neighbours")
+    if r2 is None or neighbours is None:
+        return ""
+    if r2 > neighbours:
+        return f"It beats the mean of the nearest visible tiles by {r2 - neighbours:.3f}: it has learned more than smoothness."
+    return f"It is {neighbours - r2:.3f} below the mean of the nearest visible tiles: it has not yet learned more than smoothness."
+
+
+def probe_section(probe: dict[str, Any]) -> Section:
+    """Probe scores: a chart with error bars, the table, the method."""
+    scores = probe["scores"]
+    chart = dots(
+        list(scores),
+        {
+            "k-NN accuracy": [(got["knn"], got["knn_se"]) for got in scores.values()],
+            "Linear accuracy": [(got["linear"], got["linear_se"]) for got in scores.values()],
+        },
+        {"largest class": probe["chance"]},
+    )
+    rows = [
+        (
+            name,
+            f"{got['width']}",
+            f"{got['knn']:.3f} ± {got['knn_se']:.3f}",
+            f"{got['linear']:.3f} ± {got['linear_se']:.3f}",
+            f"{got['rankme']:.1f}",
+        )
+        for name, got in scores.items()
+    ]
+    train, test = probe["train"], probe["test"]
+    body = page.paragraph(
+        f"Encoder {probe['encoder']['name']}, frozen, on {train['images']:,} training and {test['images']:,} test images in "
+        f"{len(probe['classes'])} classes ({probe['split']}). " + probe_verdict(probe)
+    )
+    body += page.figure(
+        chart, "Points: accuracy on the test images. Bars: two standard errors to each side.", "Probe scores."
+    )
+    body += page.table(("Features", "width", "k-NN", "linear", "RankMe"), rows, "±: one standard error.", ours=0)
+    method = [("Input", probe["encoder"]["input"])] + [(name, text) for name, text in labelled(probe["method"])]
+    body += page.facts(method)
+    return Section("probe", "Probe scores", body)
+
+
+def labelled(method: dict[str, str]) -> list[tuple[str, str]]:
+    """The method's parts with names for readers."""
+    names = {"knn": "k-NN", "linear": "Linear", "rankme": "RankMe", "standard_error": "Standard error"}
+    return [(names.get(key, key), text) for key, text in method.items()]
+
+
+def probe_verdict(probe: dict[str, Any]) -> str:
+    """In words, where the encoder stands to its baselines: a gain counts from two standard errors on."""
+    parts = []
+    for baseline, kinds in probe["gains"].items():
+        for kind, label in (("knn", "k-NN"), ("linear", "linear")):
+            gain, error = kinds[kind]["gain"], kinds[kind]["se"]
+            clear = math.isfinite(error) and abs(gain) > 2 * error
+            place = ("above" if gain > 0 else "below") if clear else "not clearly different"
+            parts.append((baseline, label, f"{signed(gain)} ± {error:.3f}", place))
+    sentences = []
+    for baseline in probe["gains"]:
+        mine = [part for part in parts if part[0] == baseline]
+        words = " and ".join(f"{place} in {label} ({number})" for _, label, number, place in mine)
+        sentences.append(f"Against {'the ' if 'histogram' in baseline else ''}{baseline}: {words}.")
+    return " ".join(sentences)
+
+
+def signed(value: float, plus: bool = True) -> str:
+    """A number to three places with a typographer's minus, and a plus where ``plus``."""
+    return (f"{value:+.3f}" if plus else f"{value:.3f}").replace("-", "−")

@@ -1,0 +1,255 @@
+"""From the command line to a typed configuration, and back to where every value came from.
+
+``configs/<command>.yaml`` composes a command's values (Hydra: groups, recipes, overrides); the dataclass ``Config`` in
+``pretrain/commands/<command>.py`` gives their types. What the schema doesn't know is refused and the nearest name is
+suggested, ``+key=`` included, which Hydra alone would let pass.
+"""
+
+import dataclasses
+import difflib
+import importlib
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.fault import Fault
+from pretrain import plugins
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@dataclass
+class Composed:
+    """A command's resolved configuration and the files and overrides that made it."""
+
+    command: str
+    tree: DictConfig  # typed and complete
+    files: list[tuple[str, Path]]  # (prefix of its keys, file), weakest first
+    overridden: set[str]  # keys set on the command line
+
+    def object(self) -> Any:
+        """The command's ``Config`` dataclass, nested dataclasses and plain lists and dicts throughout."""
+        missing = sorted(OmegaConf.missing_keys(self.tree))
+        if missing:
+            given = " ".join(f"{key}=…" for key in missing)
+            raise Fault(
+                f"{', '.join(missing)} must be given: pretrain {self.command} {given} ('pretrain {self.command} --help' explains)."
+            )
+        config = importlib.import_module(f"pretrain.commands.{self.command}").Config
+        values = vars(OmegaConf.to_object(self.tree))
+        kinds = get_type_hints(config)
+        return config(
+            **{name: vars(value) if kinds[name] == plugins.Plugin else value for name, value in values.items()}
+        )
+
+
+def load(command: str, overrides: list[str], config_dirs: list[Path] | None = None) -> Composed:
+    """Compose and check the configuration of ``command``. Raises Fault for anything unknown, mistyped or malformed."""
+    if not (CONFIGS / f"{command}.yaml").exists():
+        raise Fault(f"configs/{command}.yaml is missing from this installation.")
+    directories = [CONFIGS, *(config_dirs or [])]
+    search = (
+        [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in directories[1:])}]"]
+        if config_dirs
+        else []
+    )
+    values, choices = _compose(command, overrides, search, directories)
+    tree = _typed(command, values)
+    files = _files(command, choices, directories)
+    return Composed(command, tree, files, {_key(override) for override in overrides})
+
+
+def _compose(
+    command: str, overrides: list[str], search: list[str], directories: list[Path]
+) -> tuple[DictConfig, dict[str, str]]:
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=command):
+            whole = compose(command, overrides + search, return_hydra_config=True)
+    except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is set to null
+        raise Fault(_explain(command, overrides, directories, error)) from error
+    choices = {
+        group: str(choice) for group, choice in whole.hydra.runtime.choices.items() if not group.startswith("hydra/")
+    }
+    OmegaConf.set_struct(whole, False)
+    del whole["hydra"]
+    return whole, choices
+
+
+def _typed(command: str, values: DictConfig) -> DictConfig:
+    """Merge ``values`` into the command's schema, in which each plug-in's node takes the schema of its class."""
+    fields = []
+    config = importlib.import_module(f"pretrain.commands.{command}").Config
+    for name, kind in get_type_hints(config).items():
+        if kind == plugins.Plugin:
+            node = values.get(name)
+            if not isinstance(node, DictConfig) or "_target_" not in node:
+                raise Fault(f"{name}._target_ is missing: it names the class to build.")
+            kind = plugins.schema(node["_target_"])
+        fields.append((name, kind))
+    tree = OmegaConf.structured(dataclasses.make_dataclass(config.__name__, fields))
+    _spread_lists(dict(fields), values)
+    try:
+        return OmegaConf.merge(tree, values)  # type: ignore[return-value]
+    except OmegaConfBaseException as error:
+        key = str(error.full_key or error.key)
+        if "not in" in str(error):
+            raise Fault(
+                f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, {known for known in _keys(values) if known != key and not known.startswith(f'{key}.')})}"
+            ) from error
+        raise Fault(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _spread_lists(kinds: dict[str, Any], values: DictConfig) -> None:
+    """Let one value stand for a list of one, and words for a list of words: ``slides="a.svs b.svs"``."""
+    for name, kind in kinds.items():
+        value = None if name not in values or OmegaConf.is_missing(values, name) else values[name]
+        if list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
+            one_path = isinstance(value, str) and Path(value).expanduser().exists()  # which may hold spaces
+            values[name] = shlex.split(value) if isinstance(value, str) and not one_path else [value]
+        elif dataclasses.is_dataclass(kind) and isinstance(value, DictConfig):
+            _spread_lists(get_type_hints(kind), value)
+
+
+def _explain(command: str, overrides: list[str], directories: list[Path], error: Exception) -> str:
+    """One sentence for Hydra's refusal: the first override whose key or choice is unknown, with the nearest known one."""
+    with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=command):
+        known = _keys(compose(command))
+    groups = {folder.name for directory in directories for folder in directory.iterdir() if folder.is_dir()}
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as problem:
+            first = str(problem).splitlines()[0]
+            return f"{text!r} can't be read as key=value ({first}); quote values that hold spaces, commas or braces."
+        key, value = override.key_or_group, override.value()
+        if key in groups and value is None and not override.is_delete():
+            return f"{key}=null is not a choice; '~{key}' leaves the group {key} out."
+        if key in groups and isinstance(value, str):
+            options = sorted({file.stem for directory in directories for file in (directory / key).glob("*.yaml")})
+            if value not in options:
+                return f"there is no {key} {value!r}{nearest(value, set(options))} There are: {', '.join(options)}."
+        elif key not in known and not override.is_add():
+            return f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, known)}"
+    return " ".join(str(error).split())
+
+
+def _keys(tree: DictConfig, prefix: str = "") -> set[str]:
+    """All dotted keys of a configuration, inner ones included."""
+    found = set()
+    for key in map(str, tree):
+        found.add(f"{prefix}{key}")
+        if not OmegaConf.is_missing(tree, key) and isinstance(tree[key], DictConfig):
+            found |= _keys(tree[key], f"{prefix}{key}.")
+    return found
+
+
+def nearest(key: str, known: set[str]) -> str:
+    """The end of a sentence: ``; did you mean 'optim.lr'?``, by the whole dotted name or else by its last part, or a full stop."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        leaf = key.rpartition(".")[2]
+        by_leaf: dict[str, str] = {}
+        for name in sorted(known):
+            by_leaf.setdefault(name.rpartition(".")[2], name)
+        close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
+
+
+def _files(command: str, choices: dict[str, str], directories: list[Path]) -> list[tuple[str, Path]]:
+    """The YAML files behind a composition, in the order in which they win, with the prefix of their keys."""
+    files = [("", CONFIGS / f"{command}.yaml")]
+    # A recipe overrides the groups, and a scale overrides the recipe.
+    for group, choice in sorted(choices.items(), key=lambda item: (item[0].startswith("scale"), item[0] == "recipe")):
+        name = group.partition("@")[0]
+        files += [(prefix, file) for prefix, file in _with_parents(name, choice, directories)]
+    return files
+
+
+def _with_parents(group: str, choice: str, directories: list[Path]) -> list[tuple[str, Path]]:
+    for directory in directories:
+        file = directory / group / f"{choice}.yaml"
+        if file.exists():
+            text = file.read_text()
+            prefix = "" if "@package _global_" in text else f"{group}."
+            parents = [
+                entry
+                for entry in (yaml.safe_load(text) or {}).get("defaults", [])
+                if isinstance(entry, str) and entry != "_self_"
+            ]
+            return [pair for parent in parents for pair in _with_parents(group, parent, directories)] + [(prefix, file)]
+    return []
+
+
+# Where a value comes from ------------------------------------------------------------------------------------------
+
+
+def annotated(composed: Composed) -> str:
+    """The whole resolved configuration as YAML, every value followed by its comment and the file that set it."""
+    origins: dict[str, str] = {}
+    for prefix, file in composed.files:
+        name = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
+        for key, comment in comments(file).items():
+            meaning = comment or _meaning(origins.get(prefix + key, ""))
+            origins[prefix + key] = f"{meaning}  [{name.with_suffix('')}]".strip()
+    for key in composed.overridden & set(origins):
+        origins[key] = f"{_meaning(origins[key])}  [command line]".strip()
+    lines = _lines(composed.tree, origins, "", 0)
+    width = min(56, max((len(line) for line, origin in lines if origin), default=0))
+    return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
+
+
+def comments(file: Path) -> dict[str, str]:
+    """The trailing comment of every value in a YAML file, by dotted key (``""`` where it has none)."""
+    lines = file.read_text().splitlines()
+    found: dict[str, str] = {}
+
+    def walk(node: yaml.Node, prefix: str) -> None:
+        if not isinstance(node, yaml.MappingNode):
+            return
+        for key, value in node.value:
+            name = f"{prefix}{key.value}"
+            if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
+                walk(value, f"{name}.")
+            else:
+                _, _, comment = lines[key.start_mark.line].partition(" # ")
+                found[name] = comment.strip()
+
+    walk(yaml.compose("\n".join(lines)) or yaml.MappingNode("", []), "")
+    found.pop("defaults", None)
+    return found
+
+
+def _meaning(origin: str) -> str:
+    return origin.rpartition("  [")[0]
+
+
+def _lines(tree: DictConfig, origins: dict[str, str], prefix: str, depth: int) -> list[tuple[str, str]]:
+    lines = []
+    for key in map(str, tree):
+        name, indent = f"{prefix}{key}", "  " * depth
+        if OmegaConf.is_missing(tree, key):
+            lines.append((f"{indent}{key}: ???", origins.get(name, "")))
+            continue
+        value = tree[key]
+        if isinstance(value, DictConfig) and len(value):
+            lines.append((f"{indent}{key}:", ""))
+            lines += _lines(value, origins, f"{name}.", depth + 1)
+        else:
+            plain = OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+            text = yaml.safe_dump(plain, default_flow_style=True, width=1000).strip().removesuffix("...").strip()
+            lines.append((f"{indent}{key}: {text}", origins.get(name, "")))
+    return lines

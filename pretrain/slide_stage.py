@@ -1,0 +1,101 @@
+"""Stage two: slides as sequences of frozen tile embeddings, into the slide encoder's masked autoencoder."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import IterableDataset
+
+from data.embeddings import EmbeddingStore
+from data.fault import Fault
+from data.loader import load
+from data.slide_sequences import SlideBatch, SlideSequences
+from data.standardisation import Statistics
+from pretrain.objectives.slide_mae import SlideMAE
+from pretrain.progress import say
+from pretrain.training import Training
+
+
+@dataclass
+class SlideData:
+    """The settings under ``data:``, explained in ``configs/data/embeddings.yaml``."""
+
+    embeddings: str
+    batch_size: int
+    field_cells: int
+    validation_fraction: float
+    crop: float
+    shift_grid: int
+    flip: float
+    mask: str
+    mask_ratio: float
+    block_cells: int
+
+
+class SlideBatches(IterableDataset["list[SlideBatch] | Fault"]):
+    """A rank's share of global batches ``start … stop − 1``, each a list of micro-batches."""
+
+    def __init__(
+        self, sequences: SlideSequences, start: int, stop: int, rank: int, world_size: int, accumulate: int
+    ) -> None:
+        self.sequences, self.start, self.stop = sequences, start, stop
+        self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
+
+    def __iter__(self) -> Iterator[list[SlideBatch] | Fault]:
+        parts, first = self.world_size * self.accumulate, self.rank * self.accumulate
+        try:
+            for step in range(self.start, self.stop):
+                yield [self.sequences.batch(step, first + i, parts) for i in range(self.accumulate)]
+        except Fault as fault:
+            yield fault
+
+
+class SlideTraining(Training):
+    """The slide stage of a run; see `Training`."""
+
+    unit = "slides"
+
+    def __init__(self, run: Path, config: Any, make_objective: Any, store: EmbeddingStore) -> None:
+        super().__init__(run, config, make_objective, config.data.batch_size)
+        self.store = store
+        statistics = run / "statistics.json"
+        if not statistics.exists():  # written before Lightning starts further processes, which then read it
+            run.mkdir(parents=True, exist_ok=True)
+            Statistics.of(store).save(statistics)
+        settings = {name: value for name, value in vars(config.data).items() if name != "embeddings"}
+        self.sequences = SlideSequences(store, Statistics.load(statistics), seed=config.seed, **settings)
+
+    def data_digest(self) -> str:
+        return self.store.digest
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.global_rank == 0:
+            cells, sequences = (
+                self.sequences,
+                f"{len(self.sequences.training)} to train on, {len(self.sequences.validation)} held out",
+            )
+            what = (
+                f"cut into fields of {self.config.data.field_cells} × {self.config.data.field_cells} tiles"
+                if self.config.data.field_cells
+                else "whole"
+            )
+            say(f"{len(cells.store.slides)} slides, {what}: {sequences}")
+
+    def batches(self, start: int, stop: int) -> Iterable[list[SlideBatch] | Fault]:
+        batches = SlideBatches(
+            self.sequences, start, stop, self.global_rank, self.trainer.world_size, self.hardware.accumulate
+        )
+        return load(batches, pin_memory=False)
+
+    def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:
+        for part in batch:
+            yield part.to(self.device, non_blocking=True), part.positions[0] % self.batch_size
+
+    def evaluate(self) -> dict[str, float]:
+        assert isinstance(self.objective, SlideMAE)
+        if not self.sequences.validation:
+            return {}
+        figures = self.objective.evaluate(batch.to(self.device) for batch in self.sequences.validation_batches())
+        return {f"validation_{name}" if name == "loss" else name: value for name, value in figures.items()}

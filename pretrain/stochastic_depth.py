@@ -1,0 +1,52 @@
+"""Which samples skip which residual branch.
+
+DINOv2 drops samples, not activations: a branch runs on a random subset of the batch, the residual scaled up by
+``samples / kept``. "The batch" is one GPU's there; here it is a group of a set number of tiles in stream order, drawn
+by (seed, step, group), so that the same tiles skip the same branches at any world size.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from data.keyed import rng
+from models.vit import Kept
+
+
+def plan(
+    views: Sequence[tuple[int, int]],
+    tiles: int,
+    *,
+    group: int,
+    rate: float,
+    depth: int,
+    seed: int,
+    step: int,
+    first: int,
+    device: torch.device,
+) -> list[tuple[Kept, Kept]] | None:
+    """The kept samples of both branches of each of ``depth`` blocks, or None where ``rate`` is 0.
+
+    ``views``: per crop size ``(views, tokens per crop)``; the packed sequence holds, per crop size, view after view of
+    ``tiles`` tiles each, of which ``first`` is the number of the first in the global batch. Of the ``views * group``
+    crops of a group ``max(1, int(views * group * (1 − rate)))`` are kept.
+    """
+    if rate == 0:
+        return None
+    draws = [rng(seed, "stochastic depth", step, first // group + g) for g in range(tiles // group)]
+    offset, parts = 0, []
+    for count, tokens in views:
+        crops = count * group
+        keep = max(1, int(crops * (1 - rate)))
+        chosen = [np.sort(draw.random((depth, 2, crops)).argsort(-1)[..., :keep], -1) for draw in draws]
+        # Crop c of a group is view c // group of its tile c % group; in the batch, views lie `tiles` apart.
+        samples = [c // group * tiles + g * group + c % group for g, c in enumerate(chosen)]
+        index = torch.from_numpy(np.concatenate(samples, -1)).to(device, non_blocking=True)
+        rows = (index.unsqueeze(-1) * tokens + torch.arange(tokens, device=device)).flatten(2) + offset
+        parts.append((rows, (index.shape[-1], tokens), crops / keep))
+        offset += count * tiles * tokens
+    rows = torch.cat([part[0] for part in parts], dim=2)  # (depth, 2, kept tokens)
+    scale = torch.cat([torch.full((part[0].shape[2], 1), part[2], device=device) for part in parts])
+    shapes = [part[1] for part in parts]
+    return [(Kept(rows[i, 0], shapes, scale), Kept(rows[i, 1], shapes, scale)) for i in range(depth)]

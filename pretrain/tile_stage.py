@@ -1,0 +1,228 @@
+"""Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.augment import Colour, augment
+from data.crops import CropSizes
+from data.fault import Fault
+from data.loader import Batch, Masking, MicroBatch, TileBatches, load
+from data.shard_tiles import ShardTiles
+from data.stream import Stream
+from pretrain import init
+from pretrain.across_ranks import total
+from pretrain.objective import Objective
+from pretrain.progress import say
+from pretrain.tile_batch import TileBatch
+from pretrain.training import Training
+
+NAMED_BAD_TILES = 20  # said one by one; the rest are counted
+JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
+SAMPLE_TILES = 8
+
+
+@dataclass
+class Crops:
+    """``data.crops``: numbers, sizes and scales of the views."""
+
+    global_count: int
+    global_size: int
+    global_scale: list[float]
+    local_count: int
+    local_size: int
+    local_scale: list[float]
+    relative_to: str
+    aspect: list[float]
+    vertical_flip: float
+
+
+@dataclass
+class ColourSettings:
+    """``data.colour``: see `data.augment.Colour`."""
+
+    jitter_probability: float
+    brightness: float
+    contrast: float
+    saturation: float
+    hue: float
+    grey_probability: float
+    blur_probability: list[float]
+    blur_sigma: list[float]
+    solarise_probability: list[float]
+    stain_probability: float
+    stain_shift: float
+
+
+@dataclass
+class MaskSettings:
+    """``data.masks``: which share of the global crops is masked, and how much of them."""
+
+    share: float
+    low: float
+    high: float
+
+
+@dataclass
+class TileData:
+    """The settings under ``data:``, explained in ``configs/data/tiles.yaml``."""
+
+    shards: list[str]
+    batch_size: int
+    lanes: int
+    window: int
+    threads: int
+    max_bad_fraction: float
+    mean: list[float]
+    std: list[float]
+    crops: Crops
+    colour: ColourSettings
+    masks: MaskSettings
+
+
+class TileTraining(Training):
+    """The tile stage of a run; see `Training`."""
+
+    unit = "tiles"
+
+    def __init__(self, run: Path, config: Any, make_objective: Any) -> None:
+        super().__init__(run, config, make_objective, config.data.batch_size)
+        self.data: TileData = config.data
+        self.tiles = ShardTiles([Path(folder) for folder in self.data.shards])
+        self.stream = Stream(
+            self.tiles.block_sizes,
+            batch_size=self.data.batch_size,
+            lanes=self.data.lanes,
+            window=self.data.window,
+            seed=config.seed,
+        )
+        crops = self.data.crops
+        if crops.relative_to not in ("tile", "crop"):
+            raise Fault(f"data.crops.relative_to is tile or crop, not {crops.relative_to!r}.")
+        self.sizes = CropSizes(
+            crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
+            crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
+            (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip,
+        )  # fmt: skip
+        patch = config.model["patch_size"]
+        for name, size, count in (
+            ("global_size", crops.global_size, crops.global_count),
+            ("local_size", crops.local_size, crops.local_count),
+        ):
+            if count and size % patch:
+                raise Fault(f"data.crops.{name}={size} is not a multiple of model.patch_size={patch}.")
+        group = config.objective.get("group_size", 1)
+        share = self.data.batch_size // (config.trainer.devices * config.trainer.nodes * config.trainer.accumulate)
+        if share % group:
+            raise Fault(
+                f"a micro-batch has {share} tiles, not a multiple of objective.group_size={group}; change data.batch_size, trainer.accumulate or the processes."
+            )
+        self.bad = self.seen = 0
+        self.sampled = False
+
+    def data_digest(self) -> str:
+        return self.tiles.digest
+
+    def begin(self, objective: Objective) -> None:
+        if self.config.init is not None:
+            said = init.start_from(self.config.init, objective)
+            if self.global_rank == 0:
+                say(f"{self.run}: starts from {self.config.init}")
+                for sentence in said:
+                    say(f"  {sentence}")
+
+    def batches(self, start: int, stop: int) -> Iterable[Batch | Fault]:
+        colour: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in vars(self.data.colour).items()
+        }
+        patch = self.config.model["patch_size"]
+        batches = TileBatches(
+            self.tiles,
+            self.stream,
+            self.sizes,
+            Colour(**colour),
+            Masking(self.data.masks.share, self.data.masks.low, self.data.masks.high, self.sizes.global_size // patch),
+            seed=self.config.seed,
+            start=start,
+            stop=stop,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=self.hardware.accumulate,
+            threads=self.data.threads,
+        )
+        return load(batches, pin_memory=self.device.type == "cuda")
+
+    def before_step(self, batch: Batch) -> dict[str, float]:
+        for message in batch.bad[: max(0, NAMED_BAD_TILES - self.bad)]:
+            say(f"skipped: {message}")
+        # The count is the same on every rank, so all of them stop or none does, and nobody waits for one that has gone.
+        bad = int(total(torch.tensor(len(batch.bad), device=self.device)))
+        if self.bad <= NAMED_BAD_TILES < self.bad + bad and self.global_rank == 0:
+            say("more tiles can't be read; they are counted and no longer named")
+        self.bad += bad
+        self.seen += self.stream.batch_size
+        if self.bad > self.data.max_bad_fraction * max(self.seen, JUDGED_FROM):
+            raise Fault(
+                f"{self.bad} of {self.seen} tiles can't be read, more than data.max_bad_fraction={self.data.max_bad_fraction} "
+                f"allows; they are named above: restore those shards, or raise the limit."
+            )
+        return {"bad_tiles": bad}
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[TileBatch, int]]:
+        for part in batch.parts:
+            prepared = self.prepare(part)
+            if not self.sampled and self.global_rank == 0:
+                self.sampled = True
+                self.save_samples(prepared)
+            yield prepared, part.first
+
+    def prepare(self, part: MicroBatch) -> TileBatch:
+        """Move a micro-batch to the device and augment it there."""
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.data.mean, self.data.std))
+        crops = []
+        for views, parameters in zip(part.views, part.parameters, strict=True):
+            images = views.to(self.device, non_blocking=True)
+            crops.append((augment(images, parameters, mean, std), len(images) // len(part.numbers)))
+        return TileBatch(crops, part.masks.to(self.device, non_blocking=True))
+
+    def save_samples(self, batch: TileBatch) -> None:
+        """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile."""
+        path = self.run / "samples" / f"step-{self.step:08d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        contact_sheet(batch, self.data.mean, self.data.std).save(path)
+
+
+def contact_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:
+    """Rows of tiles, columns of views: global crops with their masked patches greyed, then local crops."""
+    strips = []
+    for which, (images, views) in enumerate(batch.crops):
+        tiles = len(images) // views
+        shown = images.detach().float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+        if which == 0:
+            side = shown.shape[-1] // batch.masks.shape[-1]
+            covered = batch.masks.cpu().repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
+            shown = torch.where(covered, 0.6 * torch.ones(()) + 0.1 * shown, shown)
+        strips.append(_rows(shown.unflatten(0, (views, tiles)).transpose(0, 1)[:SAMPLE_TILES]))
+    height = max(strip.shape[1] for strip in strips)
+    sheet = torch.ones(3, height, sum(strip.shape[2] for strip in strips) + 12 * (len(strips) - 1))
+    left = 0
+    for strip in strips:
+        # Local crops are enlarged to the global crops' height, so that a tile stays on one row.
+        width = round(strip.shape[2] * height / strip.shape[1])
+        resized = torch.nn.functional.interpolate(strip.unsqueeze(0), (height, width), mode="nearest")[0]
+        if left + resized.shape[2] > sheet.shape[2]:
+            sheet = torch.cat([sheet, torch.ones(3, height, left + resized.shape[2] - sheet.shape[2])], dim=2)
+        sheet[:, :, left : left + width] = resized
+        left += resized.shape[2] + 12
+    return Image.fromarray((sheet.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+
+def _rows(images: Tensor) -> Tensor:
+    """``(tiles, views, 3, s, s)`` → ``(3, tiles * (s + 4), views * (s + 4))``, white between them."""
+    padded = torch.nn.functional.pad(images, (0, 4, 0, 4), value=1.0)
+    return padded.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)

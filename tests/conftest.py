@@ -1,0 +1,26 @@
+"""Shared fixtures: where the reference material lies, if it does."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARED = ROOT.parent / "shared"
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real slides and tiles beside the checkout; tests that need it are skipped without it."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no folder {SHARED.name}/ beside the checkout: real slides and tiles are not here")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def goldens() -> Path:
+    """The reference implementations' numbers: ``GOLDENS=DIR``, or ``shared/goldens`` beside the checkout."""
+    folder = Path(os.environ.get("GOLDENS", SHARED / "goldens"))
+    if not folder.is_dir():
+        pytest.skip("no goldens: set GOLDENS=DIR to the folder of reference numbers")
+    return folder

@@ -1,0 +1,134 @@
+"""Colour, blur, solarisation: torchvision's numbers for the same parameters, and the distributions that were asked for."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+from torchvision.transforms.v2 import functional as reference
+
+from data import augment as ours
+from data.augment import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
+from data.keyed import rng
+from tests.data.tile_folders import picture
+
+ZERO, ONE = torch.zeros(3), torch.ones(3)
+
+
+@pytest.fixture(scope="module")
+def bytes_() -> Tensor:
+    noise = rng(0, "noise").integers(0, 256, (24, 24, 3), dtype=np.uint8)
+    grey = np.full((24, 24, 3), 90, dtype=np.uint8)  # hue is undefined here
+    black, white = np.zeros_like(grey), np.full_like(grey, 255)
+    return torch.from_numpy(np.stack([picture(0, 24), picture(1, 24), noise, grey, black, white])).permute(0, 3, 1, 2)
+
+
+def values(*numbers: float) -> Tensor:
+    return torch.tensor(numbers).view(-1, 1, 1, 1)
+
+
+def rows(count: int, **columns: Any) -> Tensor:
+    table = torch.zeros(count, WIDTH)
+    table[:, FACTORS] = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    table[:, ORDER] = torch.arange(4.0)
+    for name, value in columns.items():
+        table[
+            :,
+            {"jitter": JITTER, "grey": GREY, "sigma": SIGMA, "solarise": SOLARISE, "order": ORDER, "factors": FACTORS}[
+                name
+            ],
+        ] = torch.as_tensor(value)
+    return table
+
+
+@pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4])
+@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
+def test_jitter_equals_torchvisions(name: str, factor: float, bytes_: Tensor) -> None:
+    x = bytes_ / 255
+    found = getattr(ours, name)(x.clone(), values(*[factor] * len(x)))
+    torch.testing.assert_close(found, getattr(reference, f"adjust_{name}")(x, factor), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("turns", [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5])
+def test_hue_equals_torchvisions(turns: float, bytes_: Tensor) -> None:
+    x = bytes_ / 255
+    found = ours.hue(x.clone(), values(*[turns] * len(x)))
+    torch.testing.assert_close(found, reference.adjust_hue(x, turns), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
+def test_blur_equals_torchvisions_nine_taps(sigma: float, bytes_: Tensor) -> None:
+    x = bytes_ / 255
+    found = ours.blur(x, values(*[sigma] * len(x)))
+    torch.testing.assert_close(found, reference.gaussian_blur(x, [9, 9], [sigma, sigma]), atol=2e-6, rtol=0)
+
+
+def test_blur_of_an_oblong_image_equals_torchvisions() -> None:
+    x = torch.from_numpy(rng(1).random((2, 3, 12, 20), dtype=np.float32))
+    torch.testing.assert_close(
+        ours.blur(x, values(1.3, 1.3)), reference.gaussian_blur(x, [9, 9], [1.3, 1.3]), atol=2e-6, rtol=0
+    )
+
+
+def test_solarise_and_grey_equal_torchvisions_on_bytes(bytes_: Tensor) -> None:
+    solarised = ours.augment(bytes_, rows(len(bytes_), solarise=1.0), ZERO, ONE)
+    torch.testing.assert_close(solarised, reference.solarize(bytes_, 128) / 255, atol=1e-6, rtol=0)
+    grey = ours.augment(bytes_, rows(len(bytes_), grey=1.0), ZERO, ONE)
+    torch.testing.assert_close(grey, reference.rgb_to_grayscale(bytes_ / 255, 3), atol=2e-6, rtol=0)
+
+
+def test_each_image_gets_its_own_parameters_in_its_own_order(bytes_: Tensor) -> None:
+    names = ("brightness", "contrast", "saturation", "hue")
+    orders = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [0, 3, 1, 2], [3, 0, 1, 2]])
+    factors = torch.tensor(
+        [
+            [1.3, 0.7, 1.1, 0.08],
+            [0.7, 1.3, 0.9, -0.05],
+            [1.2, 1.2, 0.8, 0.1],
+            [0.9, 0.6, 1.2, 0.02],
+            [1.4, 1.4, 1.2, -0.1],
+            [0.6, 0.8, 1, 0.0],
+        ]
+    )
+    found = ours.augment(bytes_, rows(6, jitter=1.0, order=orders.float(), factors=factors), ZERO, ONE)
+    for image, order, factor, result in zip(bytes_, orders, factors, found, strict=True):
+        expected = image / 255
+        for which in order.tolist():
+            expected = getattr(reference, f"adjust_{names[which]}")(expected, float(factor[which]))
+        torch.testing.assert_close(result, expected, atol=5e-5, rtol=0)
+
+
+def test_without_any_augmentation_only_normalisation_is_left(bytes_: Tensor) -> None:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
+    found = ours.augment(bytes_, rows(len(bytes_)), mean, std)
+    torch.testing.assert_close(found, reference.normalize(bytes_ / 255, mean.tolist(), std.tolist()))
+
+
+def test_the_batch_that_came_in_is_left_as_it_was(bytes_: Tensor) -> None:
+    before = bytes_.clone()
+    ours.augment(bytes_, rows(len(bytes_), jitter=1.0, grey=1.0, solarise=1.0, sigma=1.0), ZERO, ONE)
+    assert torch.equal(bytes_, before)
+
+
+@pytest.mark.parametrize("kind", [0, 1, 2])
+def test_drawn_parameters_follow_their_settings(kind: int) -> None:
+    colour, count = Colour(), 4000
+    table = np.stack([draw(colour, kind, rng(0, kind, sample)) for sample in range(count)])
+    wanted = {JITTER: 0.8, GREY: 0.2, SIGMA: colour.blur_probability[kind], SOLARISE: colour.solarise_probability[kind]}
+    for column, share in wanted.items():
+        assert abs((table[:, column] > 0).mean() - share) <= 4 * np.sqrt(share * (1 - share) / count)
+    for column, (low, high) in zip(range(4, 8), [(0.6, 1.4), (0.6, 1.4), (0.8, 1.2), (-0.1, 0.1)], strict=True):
+        drawn = table[:, column]
+        span = high - low
+        assert low <= drawn.min() < low + 0.02 * span and high - 0.02 * span < drawn.max() <= high
+        assert abs(drawn.mean() - (low + high) / 2) < 4 * span / np.sqrt(12 * count)
+    blurred = table[table[:, SIGMA] > 0, SIGMA]
+    assert not len(blurred) or (0.1 <= blurred.min() < 0.13 and 1.97 < blurred.max() <= 2.0)
+    orders, often = np.unique(table[:, ORDER], axis=0, return_counts=True)
+    assert len(orders) == 24 and np.abs(often - count / 24).max() < 5 * np.sqrt(count / 24)
+
+
+def test_a_brightness_of_more_than_one_never_makes_a_negative_factor() -> None:
+    factors = [draw(Colour(brightness=1.5), 0, rng(0, sample))[4] for sample in range(300)]
+    assert min(factors) >= 0 and max(factors) > 2.3

@@ -1,0 +1,86 @@
+"""Crops: torchvision's rule for the box, torchvision's pixels inside it."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as reference
+
+from data.crops import CropSizes, box, cut
+from data.keyed import rng
+from tests.data.tile_folders import picture
+
+SIZES = CropSizes(2, 32, (0.32, 1.0), 3, 16, (0.05, 0.32))
+
+
+@given(st.integers(1, 400), st.integers(1, 400), st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(0, 10**6))
+def test_every_box_lies_inside_the_tile(height: int, width: int, a: float, b: float, sample: int) -> None:
+    top, left, h, w = box(height, width, (min(a, b), max(a, b)), (3 / 4, 4 / 3), rng(0, sample))
+    assert h > 0 and w > 0 and top >= 0 and left >= 0
+    assert top + h <= height and left + w <= width
+
+
+def test_areas_and_aspects_stay_in_their_ranges_and_fill_them() -> None:
+    boxes = np.array([box(256, 256, (0.05, 0.32), (3 / 4, 4 / 3), rng(0, sample)) for sample in range(2000)])
+    areas, aspects = boxes[:, 2] * boxes[:, 3] / 256**2, boxes[:, 3] / boxes[:, 2]
+    assert 0.048 < areas.min() < 0.06 and 0.31 < areas.max() < 0.325  # sides are rounded to pixels
+    assert 0.74 < aspects.min() < 0.78 and 1.28 < aspects.max() < 1.36
+    assert abs(areas.mean() - (0.05 + 0.32) / 2) < 4 * (0.27 / math.sqrt(12)) / math.sqrt(2000)
+    assert abs(np.log(aspects).mean()) < 4 * (2 * math.log(4 / 3) / math.sqrt(12)) / math.sqrt(2000)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [(100, 300, (0, 83, 100, 133)), (300, 100, (83, 0, 133, 100)), (100, 110, (0, 0, 100, 110))],
+)
+def test_where_no_box_fits_the_largest_central_one_is_taken(
+    height: int, width: int, expected: tuple[int, int, int, int]
+) -> None:
+    assert box(height, width, (4.0, 5.0), (3 / 4, 4 / 3), rng(0)) == expected
+
+
+def test_views_are_torchvisions_antialiased_bicubic_crops_of_the_same_boxes() -> None:
+    tile = picture(0, 96)
+    image = torch.from_numpy(tile).permute(2, 0, 1)
+    for sample in range(10):
+        draw = rng(5, "crops", sample)
+        for view, (side, scale) in zip(cut(tile, SIZES, 5, sample), SIZES.views(), strict=True):
+            top, left, h, w = box(96, 96, scale, SIZES.aspect, draw)
+            expected = reference.resized_crop(
+                image, top, left, h, w, [side, side], InterpolationMode.BICUBIC, antialias=True
+            )
+            if draw.random() < 0.5:
+                expected = reference.horizontal_flip(expected)
+            assert view.dtype == torch.uint8 and view.shape == (3, side, side)
+            assert (view.int() - expected.int()).abs().max() <= 1
+
+
+def test_shrinking_a_fine_pattern_gives_its_mean_not_its_aliases() -> None:
+    board = ((np.indices((128, 128)).sum(0) % 2) * 255).astype(np.uint8)[..., None].repeat(3, -1)
+    for view in cut(board, CropSizes(4, 16, (0.9, 1.0), 0, 8, (0.1, 0.2)), 0, 0):
+        inner = view[:, 2:-2, 2:-2].float()
+        assert (inner - 127.5).abs().max() < 16
+
+
+def test_views_depend_on_seed_and_sample_alone() -> None:
+    tile = picture(1)
+    same = zip(cut(tile, SIZES, 0, 3), cut(tile.copy(), SIZES, 0, 3), strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
+    assert not torch.equal(cut(tile, SIZES, 0, 3)[0], cut(tile, SIZES, 0, 4)[0])
+    assert not torch.equal(cut(tile, SIZES, 0, 3)[0], cut(tile, SIZES, 1, 3)[0])
+
+
+def test_half_of_the_views_are_mirrored() -> None:
+    tile = np.zeros((64, 64, 3), dtype=np.uint8)
+    tile[:, 32:] = 255
+    whole = CropSizes(1, 16, (1.0, 1.0), 0, 8, (0.1, 0.2), aspect=(1.0, 1.0))
+    mirrored = sum(int(cut(tile, whole, 0, sample)[0][0, 8, 0] > 127) for sample in range(400))
+    assert abs(mirrored - 200) < 4 * 10
+
+
+def test_no_local_crops_is_a_setting() -> None:
+    assert len(cut(picture(0), CropSizes(2, 16, (0.3, 1.0), 0, 8, (0.1, 0.3)), 0, 0)) == 2

@@ -1,0 +1,242 @@
+import json
+import multiprocessing
+import os
+import signal
+import time
+
+import h5py
+import numpy as np
+import pytest
+
+from data import embeddings as module
+from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings_h5 import export_h5, import_h5
+from data.fault import Fault
+from data.keyed import rng
+from data.standardisation import Statistics
+
+WIDTH = 6
+
+
+def tiles(slide: str, n: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Embeddings that tell which slide and tile they are of, at n places in no order."""
+    places = rng("places", slide).permutation(100)[:n]
+    coordinates = np.stack([places % 10 * 512, places // 10 * 512], axis=1)
+    return rng("values", slide).normal(size=(n, WIDTH)).astype(np.float32), coordinates
+
+
+def writer(folder, encoder_hash: str = "abc", width: int = WIDTH, part: int = 0) -> EmbeddingWriter:
+    return EmbeddingWriter(folder, width, "vit", encoder_hash, part)
+
+
+def assert_holds(folder, slide: str, n: int = 20) -> None:
+    values, coordinates = tiles(slide, n)
+    found = EmbeddingStore.open(folder).read(slide)
+    order = sorted(range(n), key=lambda i: (coordinates[i, 1], coordinates[i, 0]))
+    assert np.array_equal(found.coordinates, coordinates[order])
+    assert np.array_equal(found.embeddings, values[order].astype(np.float16))
+
+
+def test_a_slide_comes_back_in_row_major_order_in_float16(tmp_path):
+    with writer(tmp_path) as out:
+        for slide, n in (("b", 20), ("a", 7), ("empty", 0)):
+            out.add(slide, *tiles(slide, n), tile_size_level0=512.25, mpp=0.499)
+    store = EmbeddingStore.open(tmp_path)
+    assert (store.slides, store.width, store.encoder_hash, store.rows("b")) == (["a", "b", "empty"], WIDTH, "abc", 20)
+    assert_holds(tmp_path, "a", 7)
+    assert_holds(tmp_path, "b")
+    found = store.read("a")
+    assert (found.tile_size_level0, found.mpp) == (512.25, 0.499)
+    assert isinstance(found.embeddings.base, np.memmap) or isinstance(found.embeddings, np.memmap)
+    assert np.array_equal(found.cells, np.floor(found.coordinates / 512.25))
+    assert store.read("empty").embeddings.shape == (0, WIDTH)
+
+
+def test_writing_goes_on_where_it_stopped_and_done_says_what_is_there(tmp_path):
+    with writer(tmp_path) as out:
+        out.add("a", *tiles("a"), 512.0, 0.5)
+    with writer(tmp_path) as out:
+        assert out.done("a") and not out.done("b")
+        out.add("b", *tiles("b"), 512.0, 0.5)
+        with pytest.raises(ValueError, match="already"):
+            out.add("a", *tiles("a"), 512.0, 0.5)
+    assert EmbeddingStore.open(tmp_path).slides == ["a", "b"]
+    assert_holds(tmp_path, "a")
+    assert_holds(tmp_path, "b")
+
+
+def test_a_store_being_written_can_be_read(tmp_path):
+    out = writer(tmp_path)
+    out.add("a", *tiles("a"), 512.0, 0.5)
+    assert_holds(tmp_path, "a")
+    out.close()
+
+
+def _write_for_ever(folder) -> None:
+    out = writer(folder)
+    number = 0
+    while True:
+        if not out.done(f"s{number}"):
+            out.add(f"s{number}", *tiles(f"s{number}"), 512.0, 0.5)
+        number += 1
+
+
+def test_a_killed_writer_leaves_every_added_slide_readable_and_nothing_half(tmp_path):
+    context = multiprocessing.get_context("fork")
+    before = 0
+    for _ in range(3):
+        process = context.Process(target=_write_for_ever, args=(tmp_path,))
+        process.start()
+        journal = tmp_path / "journal-0.jsonl"
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline and (not journal.exists() or journal.read_bytes().count(b"\n") < before + 5):
+            time.sleep(0.005)
+        os.kill(process.pid, signal.SIGKILL)
+        process.join()
+        slides = EmbeddingStore.open(tmp_path).slides
+        assert len(slides) >= before + 5
+        for slide in slides:
+            assert_holds(tmp_path, slide)
+        before = len(slides)
+    with writer(tmp_path) as out:
+        assert all(out.done(f"s{i}") for i in range(before))
+    assert len(EmbeddingStore.open(tmp_path).slides) == before
+
+
+def test_half_written_bytes_and_a_torn_journal_line_are_cut_off(tmp_path):
+    out = writer(tmp_path)
+    out.add("a", *tiles("a"), 512.0, 0.5)
+    size = (tmp_path / "embeddings-0-000000.bin").stat().st_size
+    out._journal.close()  # as a kill leaves it: no index yet
+    with open(tmp_path / "embeddings-0-000000.bin", "ab") as file:
+        file.write(b"half a slide")
+    with open(tmp_path / "journal-0.jsonl", "a") as file:
+        file.write('{"slide": "b", "fi')
+    assert EmbeddingStore.open(tmp_path).slides == ["a"]
+    with writer(tmp_path) as again:
+        assert not again.done("b")
+        assert (tmp_path / "embeddings-0-000000.bin").stat().st_size == size
+        again.add("b", *tiles("b"), 512.0, 0.5)
+    assert_holds(tmp_path, "a")
+    assert_holds(tmp_path, "b")
+
+
+def test_embeddings_of_two_encoders_never_mix(tmp_path):
+    writer(tmp_path).close()
+    for change in ({"encoder_hash": "other"}, {"width": 7}):
+        with pytest.raises(Fault, match="choose another folder"):
+            writer(tmp_path, **change)
+
+
+def test_two_processes_cannot_write_one_part_but_can_write_two(tmp_path):
+    first = writer(tmp_path)
+    with pytest.raises(Fault, match="another process"):
+        writer(tmp_path)
+    second = writer(tmp_path, part=1)
+    first.add("a", *tiles("a"), 512.0, 0.5)
+    second.add("b", *tiles("b"), 512.0, 0.5)
+    first.close()
+    assert EmbeddingStore.open(tmp_path).slides == ["a", "b"]
+    second.close()
+    assert_holds(tmp_path, "a")
+    assert_holds(tmp_path, "b")
+
+
+def test_the_digest_is_that_of_the_content_and_not_of_how_it_was_written(tmp_path):
+    for folder, order in (("one", "ab"), ("two", "ba"), ("other", "ac")):
+        for part, slide in enumerate(order):
+            with writer(tmp_path / folder, part=part if folder == "two" else 0) as out:
+                out.add(slide, *tiles(slide), 512.0, 0.5)
+    one, two, other = (EmbeddingStore.open(tmp_path / folder).digest for folder in ("one", "two", "other"))
+    assert one == two != other
+
+
+def test_a_new_file_is_begun_when_one_is_large_enough(tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "FILE_BYTES", 1000)
+    for slides in ("abc", "abcde"):
+        with writer(tmp_path) as out:
+            for slide in slides:
+                if not out.done(slide):
+                    out.add(slide, *tiles(slide), 512.0, 0.5)
+    assert len(list(tmp_path.glob("embeddings-0-*.bin"))) == 3
+    for slide in "abcde":
+        assert_holds(tmp_path, slide)
+
+
+def test_values_beyond_float16_are_refused_with_the_place_of_the_tile(tmp_path):
+    values, coordinates = tiles("a")
+    for bad in (np.nan, 1e6):
+        values[3, 2] = bad
+        with writer(tmp_path) as out, pytest.raises(Fault, match=rf"\({coordinates[3, 0]}, {coordinates[3, 1]}\)"):
+            out.add("a", values, coordinates, 512.0, 0.5)
+    assert EmbeddingStore.open(tmp_path).slides == []
+
+
+def test_shapes_that_do_not_fit_are_refused(tmp_path):
+    values, coordinates = tiles("a")
+    with writer(tmp_path) as out:
+        for wrong in (
+            (values[:, :5], coordinates),
+            (values, coordinates[:7]),
+            (values, coordinates.astype(np.float32)),
+        ):
+            with pytest.raises(ValueError, match="integer"):
+                out.add("a", *wrong, 512.0, 0.5)
+
+
+def test_a_folder_without_embeddings_an_unknown_slide_and_a_short_file_are_faults(tmp_path):
+    with pytest.raises(Fault, match="pretrain embed"):
+        EmbeddingStore.open(tmp_path)
+    with writer(tmp_path) as out:
+        out.add("a", *tiles("a"), 512.0, 0.5)
+    with pytest.raises(Fault, match="no slide 'b'"):
+        EmbeddingStore.open(tmp_path).read("b")
+    os.truncate(tmp_path / "embeddings-0-000000.bin", 100)
+    with pytest.raises(Fault, match="shorter"):
+        EmbeddingStore.open(tmp_path).read("a")
+
+
+def test_an_exported_h5_has_the_trident_schema_and_comes_back_the_same(tmp_path):
+    with writer(tmp_path / "store") as out:
+        out.add("a", *tiles("a"), 512.25, 0.499)
+    store = EmbeddingStore.open(tmp_path / "store")
+    export_h5(store, "a", tmp_path / "features" / "a.h5")
+    with h5py.File(tmp_path / "features" / "a.h5") as file:
+        assert (file["features"].shape, file["features"].dtype) == ((20, WIDTH), np.float32)
+        assert (file["coords"].shape, file["coords"].dtype) == ((20, 2), np.int64)
+        assert file["coords"].attrs["patch_size_level0"] == 512 and file["coords"].attrs["name"] == "a"
+    back, there = import_h5(tmp_path / "features" / "a.h5"), store.read("a")
+    assert np.array_equal(back.embeddings, there.embeddings) and np.array_equal(back.coordinates, there.coordinates)
+    assert (back.slide, back.tile_size_level0, back.mpp) == ("a", 512.25, 0.499)
+
+
+def test_an_h5_that_does_not_say_its_tiles_size_needs_it_given(tmp_path):
+    values, coordinates = tiles("a")
+    with h5py.File(tmp_path / "clam.h5", "w") as file:
+        file["features"], file["coords"] = values, coordinates
+    with pytest.raises(Fault, match="size at level 0"):
+        import_h5(tmp_path / "clam.h5")
+    assert import_h5(tmp_path / "clam.h5", tile_size_level0=512, mpp=0.5).tile_size_level0 == 512
+    (tmp_path / "broken.h5").write_bytes(b"not h5")
+    with pytest.raises(Fault, match=r"broken\.h5"):
+        import_h5(tmp_path / "broken.h5")
+
+
+def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.standardisation.ROWS", 7)
+    everything = []
+    with writer(tmp_path) as out:
+        for slide, n in (("a", 20), ("b", 50), ("c", 1)):
+            values, coordinates = tiles(slide, n)
+            values = values * np.array([1, 2, 0.1, 5, 0, 1]) + np.array([0, 100, 300, -5, 3, 0])
+            out.add(slide, values, coordinates, 512.0, 0.5)
+            everything.append(values.astype(np.float16).astype(np.float64))
+    statistics, values = Statistics.of(EmbeddingStore.open(tmp_path)), np.concatenate(everything)
+    assert statistics.rows == 71
+    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(statistics.std[[0, 1, 2, 3, 5]], values.std(0)[[0, 1, 2, 3, 5]], rtol=1e-9)
+    assert statistics.std[4] == 1  # never varies
+    statistics.save(tmp_path / "statistics.json")
+    again = Statistics.load(tmp_path / "statistics.json")
+    assert np.array_equal(again.mean, statistics.mean) and np.array_equal(again.std, statistics.std)
+    assert json.loads((tmp_path / "statistics.json").read_text())["rows"] == 71

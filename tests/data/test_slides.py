@@ -1,0 +1,138 @@
+"""Opening, questioning and reading slides; which files are slides, and what they are called."""
+
+from pathlib import Path
+
+import numpy as np
+import openslide
+import pytest
+from PIL import Image
+
+from data.coordinates import plan_grid
+from data.fault import Fault
+from data.keyed import rng
+from data.slide_names import name_slides
+from data.slides import Slide, list_slides
+from tests.data.synthetic_slides import stained, write_slide
+
+
+@pytest.fixture(scope="module")
+def noise() -> np.ndarray:
+    coarse = rng(1, "slide").integers(0, 256, (75, 100, 3), dtype=np.uint8)
+    return np.asarray(Image.fromarray(coarse).resize((800, 600), Image.Resampling.BICUBIC))
+
+
+def test_tiles_at_the_slides_own_scale_are_its_pixels(tmp_path: Path, noise: np.ndarray) -> None:
+    path = write_slide(tmp_path / "a.tiff", noise, mpp=0.499)
+    with Slide(path) as slide:
+        grid = plan_grid(slide.dimensions, slide.mpp(), 0.5, 100, "a")
+        for x, y in ((0, 0), (300, 200), (700, 500)):
+            np.testing.assert_array_equal(slide.read_tile(grid, x, y), noise[y : y + 100, x : x + 100])
+
+
+def test_tiles_of_a_coarser_level_are_that_levels_pixels(tmp_path: Path, noise: np.ndarray) -> None:
+    path = write_slide(tmp_path / "a.tiff", noise, mpp=0.25, levels=3)
+    with Slide(path) as slide:
+        grid = plan_grid(slide.dimensions, slide.mpp(), 0.5, 64, "a")
+        assert grid.level == 1
+        np.testing.assert_array_equal(slide.read_tile(grid, 128, 256), noise[::2, ::2][128 : 128 + 64, 64 : 64 + 64])
+
+
+@pytest.mark.parametrize("mpp0", [0.25, 0.2273, 0.3])
+def test_a_shrunk_tile_is_the_resized_fractional_box(tmp_path: Path, noise: np.ndarray, mpp0: float) -> None:
+    """Against one resize of the whole image on the same box, away from the edge pixels where the surroundings are seen."""
+    path = write_slide(tmp_path / "a.tiff", noise, mpp=mpp0)
+    with Slide(path) as slide:
+        grid = plan_grid(slide.dimensions, slide.mpp(), 0.5, 64, "a")
+        x, y = int(grid.origin(2)), int(grid.origin(1))
+        tile = slide.read_tile(grid, x, y)
+    side = grid.tile_size_level0
+    whole = Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+    assert tile.shape == (64, 64, 3)
+    np.testing.assert_allclose(tile[4:-4, 4:-4], np.asarray(whole)[4:-4, 4:-4], atol=1)
+
+
+@pytest.mark.parametrize("downsample", [1.0, 4.0, 50**0.5, 20.0])
+def test_a_thumbnail_read_in_strips_is_the_area_average(
+    tmp_path: Path, noise: np.ndarray, downsample: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("data.slides.LARGEST_READ", 100)
+    with Slide(write_slide(tmp_path / "a.tiff", noise, mpp=0.25)) as slide:
+        thumbnail = slide.thumbnail(downsample)
+    width, height = int(800 // downsample), int(600 // downsample)
+    box = (0, 0, width * downsample, height * downsample)
+    expected = Image.fromarray(noise).resize((width, height), Image.Resampling.BOX, box=box)
+    np.testing.assert_allclose(thumbnail[:height, :width], np.asarray(expected), atol=1)
+
+
+def test_resolution_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
+    image = stained(300, 300, [])
+    with Slide(write_slide(tmp_path / "good.tiff", image, mpp=0.25)) as slide:
+        assert slide.mpp() == pytest.approx(0.25)
+        assert slide.mpp(fallback=0.5) == pytest.approx(0.25)
+    with Slide(write_slide(tmp_path / "mute.tiff", image, mpp=None)) as slide:
+        with pytest.raises(Fault, match=r"mute\.tiff .*slides_mpp=0\.25.*leave this slide out"):
+            slide.mpp()
+        assert slide.mpp(fallback=0.5) == 0.5
+    with (
+        Slide(write_slide(tmp_path / "skew.tiff", image, mpp=0.25, mpp_y=0.26)) as slide,
+        pytest.raises(Fault, match="not square"),
+    ):
+        slide.mpp()
+    with Slide(write_slide(tmp_path / "near.tiff", image, mpp=0.25, mpp_y=0.251)) as slide:
+        assert slide.mpp() == pytest.approx(0.2505, abs=1e-5)
+
+
+def test_a_file_that_is_no_slide_is_named(tmp_path: Path) -> None:
+    (tmp_path / "junk.svs").write_bytes(b"not a slide")
+    with pytest.raises(Fault, match=r"junk\.svs cannot be read"):
+        Slide(tmp_path / "junk.svs")
+    with pytest.raises(Fault, match="no such file"):
+        Slide(tmp_path / "none.svs")
+
+
+def test_slides_are_found_in_files_folders_globs_and_lists(tmp_path: Path) -> None:
+    names = ["a.svs", "sub/b.tiff", "sub/.hidden.svs", "dicom/1.dcm", "dicom/2.dcm", "notes.md"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "list.txt").write_text(f"# mine\n{tmp_path}/a.svs\n\n{tmp_path}/sub\n")
+
+    def found(*named: str) -> list[str]:
+        return [
+            str(path.relative_to(tmp_path.resolve())) for path in list_slides([str(tmp_path / name) for name in named])
+        ]
+
+    assert found("") == ["a.svs", "dicom/1.dcm", "sub/b.tiff"]
+    assert found("a.svs", "sub", "a.svs") == ["a.svs", "sub/b.tiff"]
+    assert found("**/*.tiff") == ["sub/b.tiff"]
+    assert found("list.txt") == ["a.svs", "sub/b.tiff"]
+    for missing in ("none.svs", "*.ndpi", "none.txt"):
+        with pytest.raises(Fault, match="there is no"):
+            list_slides([str(tmp_path / missing)])
+
+
+def test_slide_names_are_safe_unique_and_lasting(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("x/s.1.svs", "y/s.1.svs", "z/other.svs")]
+    for path in paths:
+        path.parent.mkdir()
+        path.touch()
+    names = name_slides(paths, {})
+    assert names == {paths[0]: "x-s-1", paths[1]: "y-s-1", paths[2]: "other"}
+    assert name_slides(paths[::-1], {}) == names
+    first = name_slides([paths[0]], {})
+    assert first == {paths[0]: "s-1"}
+    assert name_slides(paths, first) == {paths[0]: "s-1", paths[1]: "y-s-1", paths[2]: "other"}
+
+
+def test_a_slide_that_moved_keeps_its_name(tmp_path: Path) -> None:
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new/s.svs").touch()
+    assert name_slides([tmp_path / "new/s.svs"], {tmp_path / "old/s.svs": "s"}) == {tmp_path / "new/s.svs": "s"}
+
+
+def test_real_slides_give_openslides_own_pixels(shared: Path) -> None:
+    path = shared / "slides/whole/CMU-1-Small-Region.svs"
+    with Slide(path) as slide, openslide.OpenSlide(path) as plain:
+        grid = plan_grid(slide.dimensions, slide.mpp(), 0.5, 256, "CMU")
+        expected = np.asarray(plain.read_region((512, 1024), 0, (256, 256)).convert("RGB"))
+        np.testing.assert_array_equal(slide.read_tile(grid, 512, 1024), expected)

@@ -1,0 +1,78 @@
+"""Crops of several sizes in one sequence, stochastic depth on: the numbers of one pass for each size, forward and backward."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from models.initialise import initialise
+from models.vit import Kept, Tokens, VisionTransformer
+from pretrain.stochastic_depth import plan
+
+TILES, GROUP, DEPTH = 4, 2, 3
+TOLERANCE = 1e-6  # of the tensor's largest value, in float32
+
+
+def network(feed_forward: str, registers: int) -> VisionTransformer:
+    vit = VisionTransformer(
+        image_size=32, patch_size=8, width=24, depth=DEPTH, heads=3, feed_forward=feed_forward, feed_forward_width=40, registers=registers, layer_scale=0.5
+    )  # fmt: skip
+    initialise(vit, 0)
+    with torch.no_grad():
+        for number, parameter in enumerate(vit.parameters()):
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    return vit
+
+
+def of_one_size(kept: list[tuple[Kept, Kept]], which: int, start: int, length: int) -> list[tuple[Kept, Kept]]:
+    """The part of a packed plan that concerns one crop size, for a sequence of its own."""
+
+    def part(branch: Kept) -> Kept:
+        own = (branch.rows >= start) & (branch.rows < start + length)
+        assert own.sum() == branch.shapes[which][0] * branch.shapes[which][1]
+        return Kept(branch.rows[own] - start, [branch.shapes[which]], branch.scale[own])
+
+    return [(part(first), part(second)) for first, second in kept]
+
+
+def loss(tokens: Tokens, which: int) -> Tensor:
+    return sum((part * (1 + which)).sin().sum() for part in tokens)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+@pytest.mark.parametrize(("feed_forward", "registers"), [("mlp", 0), ("swiglu", 4)])
+def test_packed_equals_unpacked_with_stochastic_depth_and_masks(feed_forward: str, registers: int, rate: float) -> None:
+    vit = network(feed_forward, registers)
+    generator = torch.Generator().manual_seed(0)
+    crops = [
+        torch.randn(2 * TILES, 3, 32, 32, generator=generator),
+        torch.randn(3 * TILES, 3, 16, 16, generator=generator),
+    ]
+    masks = [torch.rand(2 * TILES, 16, generator=generator) < 0.3, None]
+    tokens = [vit.tokens_per_crop(32), vit.tokens_per_crop(16)]
+    kept = plan(
+        list(zip((2, 3), tokens, strict=True)),
+        TILES,
+        group=GROUP,
+        rate=rate,
+        depth=DEPTH,
+        seed=0,
+        step=3,
+        first=0,
+        device=torch.device("cpu"),
+    )
+    assert (kept is None) == (rate == 0)
+
+    packed = vit(crops, masks, kept)
+    sum(loss(part, i) for i, part in enumerate(packed)).backward()
+    packed_gradients = {name: parameter.grad.clone() for name, parameter in vit.named_parameters()}
+    vit.zero_grad()
+    lengths = [len(images) * count for images, count in zip(crops, tokens, strict=True)]
+    for i, found in enumerate(packed):
+        own = None if kept is None else of_one_size(kept, i, sum(lengths[:i]), lengths[i])
+        (alone,) = vit([crops[i]], [masks[i]], own)
+        loss(alone, i).backward()  # gradients add up over the sizes
+        for one, other in zip(found, alone, strict=True):
+            if one.numel():
+                assert (one - other).abs().max() <= TOLERANCE * other.abs().max()
+    for name, parameter in vit.named_parameters():
+        assert (packed_gradients[name] - parameter.grad).abs().max() <= TOLERANCE * parameter.grad.abs().max(), name

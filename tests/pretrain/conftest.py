@@ -1,0 +1,118 @@
+"""A small road on disk, each part really computed: shards, a tile run with a checkpoint, class folders."""
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import simplejpeg
+import torch
+import yaml
+from PIL import Image
+from torch import nn
+
+from data.keyed import rng
+from data.shard_index import ShardIndex, scan
+from models.initialise import initialise
+from models.vit import VisionTransformer
+from pretrain import checkpoints
+
+TILE, COLUMNS, ROWS = 40, 4, 3
+MODEL = {
+    "image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 2, "feed_forward": "mlp", "feed_forward_width": 48,
+    "registers": 0, "layer_scale": 1.0, "drop_path": 0.0, "position_antialias": True, "position_offset": 0.0,
+}  # fmt: skip
+
+
+def tile_pixels(slide: int, x: int, y: int) -> np.ndarray:
+    """A tile whose colour depends on its place."""
+    noise = rng(slide, "tile", x, y).integers(0, 40, size=(TILE, TILE, 3))
+    return (noise + np.array([150 + x // 4, 90 + 40 * slide, 120 + y // 2])).clip(0, 255).astype(np.uint8)
+
+
+def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    member = tarfile.TarInfo(name)
+    member.size = len(data)
+    tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    """Two slides of 12 tiles each in two tars that cut the first slide in two, indexed by a scan, with thumbnails."""
+    folder = tmp_path / "shards"
+    (folder / "thumbnails").mkdir(parents=True)
+    tiles = [(slide, x * TILE, y * TILE) for slide in range(2) for y in range(ROWS) for x in range(COLUMNS)]
+    for number, part in enumerate((tiles[:7], tiles[7:])):
+        with tarfile.open(folder / f"tiles-{number:06d}.tar", "w") as tar:
+            for slide, x, y in part:
+                facts = {
+                    "slide": f"slide{slide}", "x": x, "y": y, "mpp": 0.5, "tile_size": TILE, "tile_size_level0": float(TILE),
+                    "width": TILE * COLUMNS + 8, "height": TILE * ROWS + 8, "thumbnail_downsample": 2.0,
+                }  # fmt: skip
+                add(tar, f"slide{slide}_{x}_{y}.jpg", simplejpeg.encode_jpeg(tile_pixels(slide, x, y), quality=95))
+                add(tar, f"slide{slide}_{x}_{y}.json", json.dumps(facts).encode())
+    for slide in range(2):
+        whole = np.full((TILE * ROWS + 8, TILE * COLUMNS + 8, 3), 255, dtype=np.uint8)
+        for which, x, y in tiles:
+            if which == slide:
+                whole[y : y + TILE, x : x + TILE] = tile_pixels(slide, x, y)
+        Image.fromarray(whole[::2, ::2]).save(folder / "thumbnails" / f"slide{slide}.jpg")
+    scan(folder)
+    return folder
+
+
+@pytest.fixture
+def index(shards: Path) -> ShardIndex:
+    return ShardIndex.open(shards)
+
+
+def write_tile_run(run: Path, shards: Path, seed: int = 0, **model: object) -> VisionTransformer:
+    """A tile run's configuration and a published checkpoint whose teacher has random weights; returns the teacher's encoder."""
+    settings = MODEL | model
+    encoder = VisionTransformer(**settings).eval()  # type: ignore[arg-type]
+    initialise(encoder, seed)
+    with torch.no_grad():  # no bias, norm or layer scale at its initial value: a swapped one shows
+        for number, parameter in enumerate(encoder.parameters()):
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+    objective = nn.Module()
+    objective.teacher = nn.Module()
+    objective.teacher.encoder = encoder
+    run.mkdir(parents=True)
+    config = {
+        "run": str(run),
+        "seed": seed,
+        "model": {"_target_": "models.vit.VisionTransformer", **settings},
+        "data": {
+            "shards": [str(shards)],
+            "mean": [0.7, 0.5, 0.6],
+            "std": [0.2, 0.25, 0.2],
+            "crops": {"global_size": 32},
+        },
+    }
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    checkpoints.save(run, 3, objective, torch.optim.SGD(objective.parameters(), lr=0.1), {}, keep=0)
+    return encoder
+
+
+@pytest.fixture
+def make_tile_run(tmp_path: Path, shards: Path):
+    """``make(name, seed=0, **model settings)`` → the run's folder and the teacher's encoder."""
+
+    def make(name: str = "tile", seed: int = 0, **model: object) -> tuple[Path, VisionTransformer]:
+        return tmp_path / name, write_tile_run(tmp_path / name, shards, seed, **model)
+
+    return make
+
+
+@pytest.fixture
+def class_folders(tmp_path: Path) -> Path:
+    """Two classes of 12 images that differ in colour, of two sizes."""
+    for klass, shade in (("healthy", 0), ("tumour", 70)):
+        (tmp_path / "classes" / klass).mkdir(parents=True)
+        for i in range(12):
+            size = (36, 48) if i % 2 else (40, 40)
+            pixels = rng(0, klass, i).integers(0, 80, size=(*size, 3)) + np.array([80 + shade, 90, 100])
+            Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "classes" / klass / f"{i:02d}.png")
+    return tmp_path / "classes"

@@ -1,0 +1,98 @@
+"""Help that teaches, options, and errors of one line."""
+
+from pathlib import Path
+
+import pytest
+
+from data.fault import Fault
+from launch.entry import main
+from pretrain import cli
+from pretrain.settings import CONFIGS
+
+
+def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert cli.parse(arguments) is None
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
+def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(arguments, capsys)
+    assert all(f"\n  {command} " in text for command in cli.COMMANDS)
+
+
+def test_every_command_has_its_module_and_its_configuration() -> None:
+    folder = Path(cli.__file__).parent / "commands"
+    assert set(cli.COMMANDS) == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    assert set(cli.COMMANDS) == {file.stem for file in CONFIGS.glob("*.yaml")}
+
+
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_help_shows_examples_and_every_setting_with_its_comment(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said([command, "--help"], capsys)
+    assert f"pretrain {command} " in text.partition("Settings (")[0]
+    for line in (CONFIGS / f"{command}.yaml").read_text().splitlines():
+        if " # " in line and not line.startswith(("#", "  -")):
+            assert line.strip() in text
+
+
+def test_the_help_of_tile_shows_its_groups_and_their_choices(capsys: pytest.CaptureFixture[str]) -> None:
+    text = said(["tile", "--help"], capsys)
+    assert "recipe= one of: " in text and "(default small)" in text
+    assert "teacher_momentum: 0.992" in text and "# of the moving average" in text
+
+
+def test_cfg_job_prints_the_resolved_configuration_and_runs_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = said(["tile", f"run={tmp_path / 'never'}", "optim.lr=0.125", "--cfg", "job"], capsys)
+    assert "[recipe/small]" in text and "[command line]" in text and "lr: 0.125" in text
+    assert "shards: ???" in text  # what is missing is shown, not refused
+    assert not (tmp_path / "never").exists()
+
+
+def test_a_users_folder_of_settings_is_searched(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\nseed: 41\n")
+    assert "seed: 41" in said(["tile", "recipe=mine", "--config-dir", str(tmp_path), "--cfg", "job"], capsys)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["tlie"], "there is no command 'tlie'; did you mean 'tile'?"),
+        (["tile", "--devices", "2"], "there is no option '--devices'"),
+        (["tile", "--cfg", "hydra"], "--cfg takes the word 'job'"),
+        (["tile", "--config-dir", "/no/such/place"], "--config-dir /no/such/place is not a folder"),
+    ],
+)
+def test_a_slip_is_answered_in_one_sentence(arguments: list[str], sentence: str) -> None:
+    with pytest.raises(Fault) as refused:
+        cli.parse(arguments)
+    assert sentence in str(refused.value)
+
+
+def test_a_fault_ends_the_command_with_one_line_and_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["tile", "data.batchsize=3"])
+    captured = capsys.readouterr()
+    assert ended.value.code == 1 and captured.out == ""
+    assert captured.err.splitlines() == [
+        "pretrain: there is no setting 'data.batchsize' in 'pretrain tile'; did you mean 'data.batch_size'?"
+    ]
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "parse", interrupted)
+    with pytest.raises(SystemExit) as ended:
+        main([])
+    assert ended.value.code == 130 and "the same command continues" in capsys.readouterr().err
+
+
+def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
+    assert said(["--version"], capsys).startswith("slidewright 0.")

@@ -1,0 +1,197 @@
+"""Exports load elsewhere, strictly, and say the same."""
+
+import json
+
+import numpy as np
+import pytest
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from data.fault import Fault
+from data.keyed import rng
+from pretrain import checkpoints, export
+from pretrain.commands.export import Config, run
+from pretrain.encoders import load_encoder
+
+ARCHITECTURES = [
+    {},
+    {"feed_forward": "swiglu", "feed_forward_width": 43},
+    {"registers": 4},
+    {"feed_forward": "swiglu", "feed_forward_width": 40, "registers": 2, "layer_scale": 0.0},
+    {"image_size": 48, "registers": 1},  # positions stored at another grid than the crops'
+    {"image_size": 48, "position_antialias": False, "position_offset": 0.1},
+]
+
+
+@pytest.mark.parametrize("model", ARCHITECTURES, ids=str)
+def test_timm_loads_the_folder_strictly_and_gives_the_teachers_features(make_tile_run, tmp_path, model):
+    folder, teacher = make_tile_run(**model)
+    written, difference = export.export_timm(folder, tmp_path / "encoder", "mit")
+    assert written and difference <= 1e-5
+    loaded = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
+    images = torch.from_numpy(rng(1, "check").normal(size=(2, 3, 32, 32))).float()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), teacher.features(images)[0], atol=1e-5, rtol=1e-5)
+    assert set(load_file(tmp_path / "encoder" / "model.safetensors")) == set(loaded.state_dict())
+
+
+def test_an_exported_encoder_and_its_run_embed_alike(make_tile_run, tmp_path):
+    folder, _ = make_tile_run(registers=2)
+    export.export_timm(folder, tmp_path / "encoder", "mit")
+    images = torch.from_numpy(rng(2, "check").integers(0, 256, size=(2, 40, 50, 3), dtype=np.uint8))
+    ours, theirs = load_encoder(str(folder)), load_encoder(str(tmp_path / "encoder"))
+    assert theirs.preprocessing == ours.preprocessing
+    torch.testing.assert_close(theirs.embed(images), ours.embed(images), atol=1e-5, rtol=1e-5)
+
+
+TRANSFORMERS = [  # as ARCHITECTURES, in the widths that transformers can express
+    {},
+    {"registers": 4, "layer_scale": 0.0},
+    {"feed_forward": "swiglu", "feed_forward_width": 64},
+    {"feed_forward": "swiglu", "feed_forward_width": 64, "registers": 2},
+    {"image_size": 48, "position_antialias": False, "position_offset": 0.1},
+]
+
+
+@pytest.mark.parametrize("model", TRANSFORMERS, ids=str)
+def test_transformers_loads_the_folder_whole_and_gives_the_teachers_features(make_tile_run, tmp_path, model):
+    transformers = pytest.importorskip(
+        "transformers", reason="transformers isn't installed: pip install 'slidewright[test]'"
+    )
+    folder, teacher = make_tile_run(**model)
+    run(Config(str(folder), str(tmp_path / "encoder"), "transformers", "mit"))
+    loaded = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
+    assert type(loaded).__name__ == ("Dinov2WithRegistersModel" if model.get("registers") else "Dinov2Model")
+    images = torch.from_numpy(rng(1, "check").normal(size=(2, 3, 32, 32))).float()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images).pooler_output, teacher.features(images)[0], atol=1e-5, rtol=1e-5)
+    # Loaded here, the folder has the run's preprocessing, and transformers' own image processor prepares images the same way.
+    ours, theirs = load_encoder(str(folder)), load_encoder(str(tmp_path / "encoder"))
+    assert theirs.preprocessing == ours.preprocessing and theirs.width == ours.width
+    pixels = torch.from_numpy(rng(2, "check").integers(0, 256, size=(2, 32, 32, 3), dtype=np.uint8))
+    torch.testing.assert_close(theirs.embed(pixels), ours.embed(pixels), atol=1e-5, rtol=1e-5)
+    processor = transformers.AutoImageProcessor.from_pretrained(tmp_path / "encoder")
+    prepared = processor(images=list(pixels.numpy()), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(prepared, ours.preprocessing(pixels), atol=1e-5, rtol=1e-5)
+    twin = theirs.random_twin(0)
+    assert twin.hash != theirs.hash and twin.embed(pixels).shape == (2, 24)
+
+
+def test_a_width_that_transformers_cannot_express_and_a_folder_without_preprocessing_are_refused(
+    make_tile_run, tmp_path
+):
+    pytest.importorskip("transformers", reason="transformers isn't installed: pip install 'slidewright[test]'")
+    folder, _ = make_tile_run(feed_forward_width=50)
+    with pytest.raises(Fault, match="no mlp_ratio for feed_forward_width=50"):
+        export.export_transformers(folder, tmp_path / "encoder", "mit")
+    assert not (tmp_path / "encoder").exists()
+    folder, _ = make_tile_run("other")
+    export.export_transformers(folder, tmp_path / "encoder", "mit")
+    (tmp_path / "encoder" / "preprocessor_config.json").unlink()
+    with pytest.raises(Fault, match="nothing says how images are prepared"):
+        load_encoder(str(tmp_path / "encoder"))
+
+
+def test_exporting_again_changes_nothing_and_another_export_is_refused(make_tile_run, tmp_path):
+    folder, _ = make_tile_run()
+    out = tmp_path / "encoder"
+    assert export.export_timm(folder, out, "mit")[0]
+    before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
+    assert not export.export_timm(folder, out, "mit")[0]
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+    other, _ = make_tile_run("other", seed=1)
+    with pytest.raises(Fault, match="holds something else"):
+        export.export_timm(other, out, "mit")
+    assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
+
+
+def test_an_export_whose_features_differ_is_not_published(make_tile_run, tmp_path, monkeypatch):
+    folder, _ = make_tile_run()
+    correct = export.timm_format.write
+
+    def wrong(network, image_size):
+        weights = correct(network, image_size)
+        weights["blocks.0.norm1.weight"] += 0.01
+        return weights
+
+    monkeypatch.setattr(export.timm_format, "write", wrong)
+    with pytest.raises(Fault, match="nothing was published"):
+        export.export_timm(folder, tmp_path / "encoder", "mit")
+    assert not (tmp_path / "encoder").exists()
+    assert not list(tmp_path.glob(".encoder*"))
+
+
+def test_a_missing_tensor_stops_a_stranger_from_loading(make_tile_run, tmp_path):
+    folder, _ = make_tile_run()
+    export.export_timm(folder, tmp_path / "encoder", "mit")
+    weights = load_file(tmp_path / "encoder" / "model.safetensors")
+    del weights["blocks.1.mlp.fc2.bias"]
+    save_file(weights, tmp_path / "encoder" / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(Fault, match="can't be loaded"):
+        load_encoder(str(tmp_path / "encoder"))
+
+
+def test_the_card_and_the_configuration_carry_what_a_user_needs(make_tile_run, tmp_path):
+    folder, _ = make_tile_run()
+    export.export_timm(folder, tmp_path / "encoder", "cc-by-4.0")
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert card.startswith("---\nlicense: cc-by-4.0\n") and "feed_forward_width: 48" in card and "step-00000003" in card
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    assert config["pretrained_cfg"]["mean"] == [0.7, 0.5, 0.6]
+    assert config["pretrained_cfg"]["input_size"] == [3, 32, 32]
+    assert config["pretrained_cfg"]["license"] == "cc-by-4.0"
+
+
+def test_timms_truncated_ratio_gives_the_exact_hidden_width():
+    settings = {"patch_size": 16, "depth": 1, "heads": 1, "feed_forward": "mlp", "registers": 0, "layer_scale": 1.0}
+    for width in range(1, 400, 7):
+        for hidden in (width - 1 or 1, 3 * width + 1, 8 * width // 3):
+            _, arguments = export.timm_format.architecture(
+                settings | {"width": width, "feed_forward_width": hidden}, 16
+            )
+            assert int(width * arguments["mlp_ratio"]) == hidden
+
+
+def write_slide_run(folder, encoder: nn.Module) -> None:
+    folder.mkdir()
+    (folder / "config.yaml").write_text("data: {embeddings: embeddings}\n")
+    objective = nn.Module()
+    objective.encoder = encoder
+    checkpoints.save(folder, 1, objective, torch.optim.SGD(objective.parameters(), lr=0.1), {}, keep=0)
+
+
+def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
+    from models.initialise import initialise
+    from models.longnet import LongNet
+
+    settings = {
+        "input_width": 8, "width": 32, "depth": 2, "heads": 4, "feed_forward_width": 64, "segment_lengths": [8, 16],
+        "dilated_ratios": [1, 2], "dropout": 0.0, "drop_path": 0.0, "compatible": False,
+    }  # fmt: skip
+    encoder = LongNet(**settings)
+    initialise(encoder, 0)
+    write_slide_run(tmp_path / "slide", encoder)
+    run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "gigapath", "mit"))
+    released = torch.load(tmp_path / "out" / "slide_encoder.pth", weights_only=True)
+    assert list(released) == ["model"]
+    assert {"cls_token", "patch_embed.proj.weight", "encoder.layers.0.self_attn.q_proj.weight", "norm.weight"} <= set(
+        released["model"]
+    )
+    fresh = LongNet(**settings)
+    fresh.load_state_dict(released["model"], strict=True)
+    for name, tensor in encoder.state_dict().items():
+        torch.testing.assert_close(fresh.state_dict()[name], tensor, atol=0, rtol=0)
+
+
+def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_run, tmp_path):
+    folder, _ = make_tile_run()
+    with pytest.raises(Fault, match="another kind of run"):
+        run(Config(str(folder), str(tmp_path / "out"), "gigapath", "mit"))
+    write_slide_run(tmp_path / "slide", nn.Linear(2, 2))
+    with pytest.raises(Fault, match="not a tile run"):
+        run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "timm", "mit"))
+    with pytest.raises(Fault, match="format is timm, transformers or gigapath"):
+        run(Config(str(folder), str(tmp_path / "out"), "onnx", "mit"))
+    assert not (tmp_path / "out").exists()

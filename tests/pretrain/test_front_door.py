@@ -1,0 +1,55 @@
+"""The command as a user starts it: from anywhere, and not fooled by another package of the same name."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pretrain import __main__ as front_door
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_our_own_packages_are_found_to_be_ours() -> None:
+    assert front_door.shadowed() is None
+
+
+def test_a_package_in_another_place_is_reported_with_both_places_and_the_way_out(tmp_path: Path) -> None:
+    sentence = front_door.shadowed(tmp_path)
+    assert (
+        sentence is not None
+        and str(tmp_path / "data") in sentence
+        and str(ROOT / "data") in sentence
+        and "pip install -e" in sentence
+    )
+
+
+def test_a_shadowing_package_ends_the_command_with_that_sentence(tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("")
+    # Two entries on the path, the stranger's first, as when its distribution was installed before ours.
+    program = (
+        f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; from pretrain.__main__ import main; main()"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert (
+        ended.stderr.startswith("pretrain: Python finds the package 'models' at")
+        and len(ended.stderr.strip().splitlines()) == 1
+    )
+
+
+def test_the_command_runs_from_any_folder_and_errors_go_to_standard_error(tmp_path: Path) -> None:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    ended = subprocess.run(
+        [sys.executable, "-m", "pretrain", "tile", "+optim.lrr=1"],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1 and ended.stdout == ""
+    assert (
+        ended.stderr.strip() == "pretrain: there is no setting 'optim.lrr' in 'pretrain tile'; did you mean 'optim.lr'?"
+    )
+    assert list(tmp_path.iterdir()) == []  # Hydra leaves no outputs/ behind

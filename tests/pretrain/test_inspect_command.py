@@ -1,0 +1,106 @@
+"""`pretrain inspect` shows what is there."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.fault import Fault
+from pretrain.commands import inspect
+from pretrain.commands import shard as shard_command
+from pretrain.pictures import COLOURS, contact_sheet, histogram
+from tests.data.synthetic_slides import stained, write_slide
+
+DEFAULTS: dict[str, Any] = {
+    "slide": None, "shards": None, "out": None, "mpp": 0.5, "tile_size": 64, "tissue": "otsu", "min_tissue": None, "slides_mpp": None,
+    "tiles": 20, "maps": 4, "seed": 0,
+}  # fmt: skip
+
+
+def look(**settings: Any) -> None:
+    inspect.run(
+        inspect.Config(
+            **(DEFAULTS | {key: str(value) if isinstance(value, Path) else value for key, value in settings.items()})
+        )
+    )
+
+
+@pytest.fixture(scope="module")
+def slide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    image = stained(640, 704, [(250, 300, 200)])
+    image[64:320, 512:640] = (40, 80, 190)
+    return write_slide(tmp_path_factory.mktemp("slides") / "s.tiff", image, 0.5)
+
+
+def near(picture: Image.Image, colour: tuple[int, int, int], tolerance: int = 12) -> np.ndarray:
+    return (np.abs(np.asarray(picture).astype(int) - colour) <= tolerance).all(axis=2)
+
+
+def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    look(slide=slide, out=tmp_path)
+    err = capsys.readouterr().err
+    assert "index.html" in err and "kept" in err and "8 pen" in err
+    page = (tmp_path / "index.html").read_text()
+    for stem in ("tiles", "tissue", "thumbnail"):
+        assert f'src="{stem}.png"' in page
+    tiles = Image.open(tmp_path / "tiles.png")
+    zoom = 1200 / 704  # the map is drawn 1200 pixels wide, 16 from the left and 46 from the top
+    kept = near(tiles.crop((16, 46, 16 + 1200, 46 + 1090)), COLOURS[1])
+    xs, ys = np.nonzero(kept.any(axis=0))[0] / zoom, np.nonzero(kept.any(axis=1))[0] / zoom
+    assert xs.min() >= 0 and xs.max() < 512 and ys.max() <= 577, "kept tiles are outlined around the disc only"
+    assert near(tiles, COLOURS[2]).sum() > 500, "pen is in the picture"
+
+
+def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: Path) -> None:
+    shard_command.run(
+        shard_command.Config(
+            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", 1, None
+        )
+    )
+    look(shards=tmp_path / "shards", out=tmp_path / "look")
+    stems = {path.stem for path in (tmp_path / "look").glob("*.png")}
+    assert stems == {"sheet", "map-s", "tiles-per-slide", "mpp", "mpp-level0"}
+    page = (tmp_path / "look/index.html").read_text()
+    assert all(f"{stem}.png" in page for stem in stems)
+    first = (tmp_path / "look/sheet.png").read_bytes()
+    look(shards=tmp_path / "shards", out=tmp_path / "again")
+    look(shards=tmp_path / "shards", out=tmp_path / "other", seed=1)
+    assert (tmp_path / "again/sheet.png").read_bytes() == first != (tmp_path / "other/sheet.png").read_bytes()
+
+
+def test_a_tile_that_is_no_jpeg_is_named(slide: Path, tmp_path: Path) -> None:
+    shard_command.run(
+        shard_command.Config(
+            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", 1, None
+        )
+    )
+    tar = tmp_path / "shards/tiles-000000.tar"
+    tar.write_bytes(bytes(tar.stat().st_size))
+    with pytest.raises(Fault, match=r"tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
+        look(shards=tmp_path / "shards", out=tmp_path / "look")
+
+
+def test_one_of_slide_and_shards_is_needed(slide: Path, tmp_path: Path) -> None:
+    for given in ({}, {"slide": slide, "shards": tmp_path}):
+        with pytest.raises(Fault, match="say what to look at"):
+            look(out=tmp_path, **given)
+
+
+def test_a_sheet_shows_every_tile_in_its_place() -> None:
+    colours = [(250, 0, 0), (0, 250, 0), (0, 0, 250), (250, 250, 0), (0, 250, 250)]
+    sheet = contact_sheet(
+        [np.full((32, 32, 3), colour, dtype=np.uint8) for colour in colours],
+        [f"tile\n{n}" for n in range(5)],
+        columns=3,
+        side=40,
+    )
+    centres = [np.argwhere(near(sheet, colour)).mean(axis=0) for colour in colours]
+    assert [int((near(sheet, colour)).sum()) for colour in colours] == [1600] * 5
+    assert centres[0][0] == centres[2][0] < centres[3][0] == centres[4][0]
+    assert centres[0][1] == centres[3][1] < centres[1][1] < centres[2][1]
+
+
+def test_a_histogram_of_equal_values_is_drawn() -> None:
+    assert histogram(np.full(5, 0.25), "title", "µm").size == histogram(np.arange(9.0), "title", "µm").size

@@ -1,0 +1,91 @@
+"""metrics.jsonl always, Weights & Biases when asked."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from data.fault import Fault
+from pretrain.record import Record, Wandb, WandbSettings
+
+
+@dataclass
+class Config:
+    wandb: WandbSettings
+    seed: int = 0
+
+
+def config(mode: str) -> Config:
+    return Config(WandbSettings(mode, "slidewright"))
+
+
+def test_every_line_is_on_disk_as_soon_as_it_is_added(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0)
+    for step in (1, 2):
+        record.add(step, {"loss": 0.1 + step})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {
+            "step": step,
+            "loss": 0.1 + step,
+        }
+
+
+def test_a_resumed_record_drops_the_steps_it_will_retake(tmp_path: Path) -> None:
+    first = Record(tmp_path, 0)
+    for step in range(1, 6):
+        first.add(step, {"loss": 0.0})
+    second = Record(tmp_path, 3)
+    for step in (4, 5):
+        second.add(step, {"loss": 1.0})
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in found] == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 1.0), (5, 1.0)]
+
+
+def test_a_full_disk_is_one_clear_sentence(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0)
+    record.file.close()
+    record.file = open("/dev/full", "a")  # noqa: SIM115
+    with pytest.raises(Fault, match="can't be written"):
+        record.add(1, {"loss": 0.0})
+
+
+def test_off_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, '.'); from tests.pretrain.test_record import config, Wandb;"
+        f"w = Wandb(Path({str(tmp_path)!r}), config('off')); w.add(1, {{'loss': 1.0}}); w.close(); assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[2])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match=r"wandb\.mode is off, online or offline, not 'on'"):
+        Wandb(tmp_path, config("on"))
+
+
+def test_offline_writes_its_folder_and_keeps_its_id_over_starts(tmp_path: Path) -> None:
+    ids = []
+    for step in (1, 2):
+        mirror = Wandb(tmp_path, config("offline"))
+        mirror.add(step, {"loss": 1.0})
+        assert mirror.run is not None
+        ids.append(mirror.run.id)
+        mirror.close()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()
+    segments = [path for path in (tmp_path / "wandb").glob("offline-run-*") if any(path.glob("*.wandb"))]
+    assert len(segments) >= 1
+
+
+def test_online_without_a_login_writes_offline_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    mirror = Wandb(tmp_path, config("online"))
+    mirror.add(1, {"loss": 1.0})
+    mirror.close()
+    assert "not logged in" in capsys.readouterr().err
+    assert list((tmp_path / "wandb").glob("offline-run-*"))

@@ -1,0 +1,97 @@
+"""A run's folder: reopened by the same settings, closed to others, whole after a kill."""
+
+import json
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.fault import Fault
+from pretrain import run_folder
+
+
+@dataclass
+class Inner:
+    lr: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.999)
+
+
+@dataclass
+class Config:
+    run: str = "runs/a"
+    seed: int = 0
+    optim: Inner = field(default_factory=Inner)
+    trainer: dict[str, Any] = field(default_factory=lambda: {"devices": 1})
+    data: dict[str, Any] = field(default_factory=lambda: {"threads": 2, "batch_size": 8})
+
+
+def test_opening_writes_what_a_reader_needs(tmp_path: Path) -> None:
+    run_folder.open_run(tmp_path / "a", Config(), first_rank=True)
+    assert run_folder.read_config(tmp_path / "a")["optim"]["lr"] == 0.1
+    (start,) = json.loads((tmp_path / "a" / "provenance.json").read_text())["starts"]
+    assert start["packages"]["torch"].startswith("2.") and start["command"][0] == "pretrain" and start["git"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {
+        "config.yaml",
+        "provenance.json",
+        "checkpoints",
+        "samples",
+    }
+
+
+def test_every_start_is_kept(tmp_path: Path) -> None:
+    for _ in range(3):
+        run_folder.open_run(tmp_path, Config(), first_rank=True)
+    assert len(json.loads((tmp_path / "provenance.json").read_text())["starts"]) == 3
+
+
+def test_only_the_first_rank_writes(tmp_path: Path) -> None:
+    run_folder.open_run(tmp_path, Config(), first_rank=False)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_changed_settings_are_refused_with_the_difference(tmp_path: Path) -> None:
+    run_folder.open_run(tmp_path, Config(), first_rank=True)
+    with pytest.raises(Fault, match=r"optim\.lr: 0\.1 → 0\.2; seed: 0 → 1\); give another run="):
+        run_folder.open_run(tmp_path, Config(seed=1, optim=Inner(lr=0.2)), first_rank=True)
+    assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+
+
+def test_where_and_how_fast_it_runs_may_change_and_leaves_the_hash(tmp_path: Path) -> None:
+    before = run_folder.open_run(tmp_path, Config(), first_rank=True)
+    moved = Config(run="elsewhere", trainer={"devices": 8}, data={"threads": 16, "batch_size": 8})
+    assert run_folder.open_run(tmp_path, moved, first_rank=True) == before
+    assert run_folder.digest({"seed": 0}) != run_folder.digest({"seed": 1})
+
+
+def test_a_setting_that_came_or_went_is_a_difference(tmp_path: Path) -> None:
+    run_folder.open_run(tmp_path, Config(), first_rank=True)
+    with pytest.raises(Fault, match=r"data\.window: None → 4"):
+        run_folder.open_run(
+            tmp_path, replace(Config(), data={"threads": 2, "batch_size": 8, "window": 4}), first_rank=True
+        )
+
+
+def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match="is not a run's folder"):
+        run_folder.read_config(tmp_path)
+
+
+def test_writing_replaces_a_file_in_one_step(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "file.txt"
+    run_folder.write(path, "one")
+    run_folder.write(path, "two")
+    assert path.read_text() == "two" and list(path.parent.iterdir()) == [path]
+
+
+def test_a_line_cut_short_by_a_kill_is_left_out_and_then_rewritten(tmp_path: Path) -> None:
+    lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3, 4))
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 5, "lo')
+    assert [record["step"] for record in run_folder.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    run_folder.rewind_metrics(tmp_path, 2)
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:
+    assert run_folder.read_metrics(tmp_path) == []

@@ -1,0 +1,180 @@
+"""From the command line to typed settings; what is not known is refused with the nearest name."""
+
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from omegaconf import OmegaConf
+
+from data.fault import Fault
+from pretrain import cli, settings
+from pretrain.settings import CONFIGS, annotated, comments, load
+
+GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
+
+
+def commands() -> list[str]:
+    return [name for name in cli.COMMANDS if (CONFIGS / f"{name}.yaml").exists()]
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_composes_and_only_its_required_keys_are_missing(command: str) -> None:
+    composed = load(command, [])
+    required = set(re.findall(r"^(\w+): +\?\?\?", (CONFIGS / f"{command}.yaml").read_text(), flags=re.M))
+    inner = set()
+    for prefix, file in composed.files:
+        inner |= {prefix + key for key in re.findall(r"^(\w+): +\?\?\?", file.read_text(), flags=re.M)}
+    assert OmegaConf.missing_keys(composed.tree) == required | inner
+
+
+def uses(command: str, group: str) -> bool:
+    return bool(re.search(rf"^  - (?:override )?/?{group}: ", (CONFIGS / f"{command}.yaml").read_text(), flags=re.M))
+
+
+CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_file_of_every_group_fits_the_schema_of_a_command(group: str, choice: str) -> None:
+    """Whoever offers the group must take the file: with its recipe left out where a recipe for another network would clash."""
+    refusals = []
+    for command in commands():
+        if uses(command, group):
+            for others in ([], ["~recipe"] if group != "recipe" and uses(command, "recipe") else []):
+                try:
+                    load(command, [f"{group}={choice}", *others])
+                    return
+                except Fault as fault:
+                    refusals.append(f"{command}: {fault}")
+    raise AssertionError("\n".join(refusals) or f"no command uses the group {group}")
+
+
+@pytest.mark.parametrize("file", sorted(CONFIGS.rglob("*.yaml")), ids=lambda file: str(file.relative_to(CONFIGS)))
+def test_every_value_says_what_it_means_where_it_is_introduced(file: Path) -> None:
+    if file.parent.name == "objective" or file.parent.name == "data" or file.parent == CONFIGS:
+        bare = [key for key, comment in comments(file).items() if not comment and "_target_" not in key]
+        # A name that says everything may go without, but not most of a file.
+        assert len(bare) <= len(comments(file)) / 2, bare
+
+
+@pytest.mark.parametrize(
+    ("overrides", "sentence"),
+    [
+        (
+            ["data.batchsize=3"],
+            "there is no setting 'data.batchsize' in 'pretrain tile'; did you mean 'data.batch_size'?",
+        ),
+        (["+optim.lrr=0.1"], "there is no setting 'optim.lrr' in 'pretrain tile'; did you mean 'optim.lr'?"),
+        (["++optim.lrr=0.1"], "there is no setting 'optim.lrr' in 'pretrain tile'; did you mean 'optim.lr'?"),
+        (["+batch_siz=4"], "there is no setting 'batch_siz' in 'pretrain tile'; did you mean 'data.batch_size'?"),
+        (["recipe=smal"], "there is no recipe 'smal'; did you mean 'small'? There are: "),
+        (["optim.lr=fast"], "optim.lr: Value 'fast' of type 'str' could not be converted to Float"),
+        (["optim.steps=1.5"], "optim.steps: "),
+        (["trainer.devices=null"], "trainer.devices: "),
+        (["optim.betas=[0.9"], "'optim.betas=[0.9' can't be read as key=value"),
+        (["seed"], "'seed' can't be read as key=value"),
+        (["optim=null"], "optim=null is not a choice"),
+        (["model._target_=models.vit.Nothing"], "models.vit.Nothing can't be imported"),
+        (["model._target_=pathlib.Path"], "pathlib.Path is not a torch nn.Module class"),
+    ],
+)
+def test_what_is_not_known_is_refused_in_one_line_with_the_nearest_name(overrides: list[str], sentence: str) -> None:
+    with pytest.raises(Fault) as refused:
+        load("tile", overrides)
+    assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_suggestion_is_never_the_refused_key_itself() -> None:
+    with pytest.raises(Fault) as refused:
+        load("tile", ["+model.foo.bar=1"])
+    assert "did you mean 'model.foo" not in str(refused.value)
+
+
+def test_missing_settings_are_listed_with_the_command_that_gives_them() -> None:
+    with pytest.raises(Fault, match=r"data\.shards, run must be given: pretrain tile data\.shards=… run=…"):
+        load("tile", []).object()
+
+
+def test_values_arrive_typed_and_plain() -> None:
+    config = load("tile", ["run=a", "data.shards=b", "optim.lr=1", "model.width=48"]).object()
+    assert type(config).__name__ == "Config" and type(config).__module__ == "pretrain.commands.tile"
+    assert config.optim.lr == 1.0 and isinstance(config.optim.lr, float)
+    assert (
+        isinstance(config.model, dict) and config.model["width"] == 48 and type(config.data.crops.global_scale) is list
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [("one", ["one"]), ("'a b'", ["a", "b"]), ("[a,b]", ["a", "b"]), ("\"'my slides' c\"", ["my slides", "c"])],
+)
+def test_words_become_a_list(given: str, expected: list[str]) -> None:
+    assert load("tile", ["run=a", f"data.shards={given}"]).object().data.shards == expected
+
+
+def test_one_path_with_spaces_that_exists_stays_one(tmp_path: Path) -> None:
+    folder = tmp_path / "my tiles"
+    folder.mkdir()
+    assert load("tile", ["run=a", f"data.shards='{folder}'"]).object().data.shards == [str(folder)]
+
+
+def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_group() -> None:
+    recipe = yaml.safe_load((CONFIGS / "recipe" / "small.yaml").read_text())
+    group = yaml.safe_load((CONFIGS / "data" / "tiles.yaml").read_text())
+    assert recipe["data"]["batch_size"] != group["batch_size"]
+    assert load("tile", []).tree.data.batch_size == recipe["data"]["batch_size"]
+    assert load("tile", ["data.batch_size=8"]).tree.data.batch_size == 8
+    assert load("tile", ["~recipe"]).tree.data.batch_size == group["batch_size"]
+
+
+def test_every_value_is_printed_with_its_meaning_and_where_it_comes_from() -> None:
+    overrides = ["optim.clip=1.5", "run=a", "data.shards=b"]
+    text = annotated(load("tile", overrides))
+    by_key = {line.split(":")[0].strip(): line for line in text.splitlines()}
+    assert re.search(r"batch_size: 32 +# .*\[recipe/small\]$", by_key["batch_size"])
+    assert re.search(r"clip: 1\.5 +# largest gradient norm.*\[command line\]$", by_key["clip"])
+    assert by_key["window"].endswith("[data/tiles]") and by_key["seed"].endswith("[tile]")
+    assert yaml.safe_load(text) == OmegaConf.to_container(load("tile", overrides).tree)
+
+
+def test_a_users_own_recipe_is_found_used_and_named(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\noptim:\n  lr: 0.25  # mine\n")
+    composed = load("tile", ["recipe=mine"], [tmp_path])
+    assert composed.tree.optim.lr == 0.25
+    line = next(line for line in annotated(composed).splitlines() if line.strip().startswith("lr:"))
+    assert "mine" in line and str(tmp_path / "recipe" / "mine") in line
+    with pytest.raises(Fault, match=r"there is no recipe 'mime'; did you mean 'mine'\?"):
+        load("tile", ["recipe=mime"], [tmp_path])
+
+
+def test_a_mistake_inside_a_users_recipe_is_refused_too(tmp_path: Path) -> None:
+    (tmp_path / "recipe").mkdir()
+    (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\noptim:\n  learning_rate: 0.25\n")
+    with pytest.raises(Fault, match=r"optim\.learning_rate"):
+        load("tile", ["recipe=mine"], [tmp_path])
+
+
+def test_a_new_model_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_model.py").write_text(
+        "from torch import nn\nclass Mine(nn.Module):\n    def __init__(self, *, size: int, patch_size: int):\n        super().__init__()\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: own_model.Mine\nsize: 3\npatch_size: 8\n")
+    composed = load("tile", ["model=mine", "~recipe", "run=a", "data.shards=b"], [tmp_path])
+    assert composed.object().model == {"_target_": "own_model.Mine", "size": 3, "patch_size": 8}
+    with pytest.raises(Fault, match=r"model\.sise.*did you mean 'model\.size'"):
+        load("tile", ["model=mine", "~recipe", "+model.sise=4"], [tmp_path])
+
+
+def test_comments_are_read_from_values_not_from_strings(tmp_path: Path) -> None:
+    file = tmp_path / "a.yaml"
+    file.write_text('one: 1  # first\ntwo:\n  three: "x"   # inner\n  four: [1, 2]\n')
+    assert comments(file) == {"one": "first", "two.three": "inner", "two.four": ""}
+
+
+def test_nearest_finds_a_name_by_its_last_part() -> None:
+    assert settings.nearest("lerning", {"optim.learning", "data.threads"}) == "; did you mean 'optim.learning'?"
+    assert settings.nearest("qqq", {"optim.lr"}) == "."

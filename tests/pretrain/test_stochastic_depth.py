@@ -1,0 +1,81 @@
+"""Which samples skip: a function of (seed, step, group), whoever computes them."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pretrain.stochastic_depth import plan
+
+CPU = torch.device("cpu")
+VIEWS = [(2, 5), (3, 2)]  # (views, tokens per crop) of two crop sizes
+
+
+def crops(
+    tiles: int, first: int = 0, group: int = 4, rate: float = 0.4, step: int = 0, seed: int = 0
+) -> list[list[set[tuple[int, int, int]]]]:
+    """Per block and branch the kept crops as (crop size, view, tile of the global batch)."""
+    kept = plan(VIEWS, tiles, group=group, rate=rate, depth=3, seed=seed, step=step, first=first, device=CPU)
+    assert kept is not None
+    place = {}
+    row = 0
+    for size, (views, tokens) in enumerate(VIEWS):
+        for view in range(views):
+            for tile in range(tiles):
+                for _ in range(tokens):
+                    place[row] = (size, view, first + tile)
+                    row += 1
+    return [[{place[r] for r in branch.rows.tolist()} for branch in branches] for branches in kept]
+
+
+def test_no_rate_is_no_plan() -> None:
+    assert plan(VIEWS, 4, group=4, rate=0.0, depth=3, seed=0, step=0, first=0, device=CPU) is None
+
+
+@given(st.integers(1, 4), st.integers(2, 6), st.floats(0.05, 0.95), st.integers(0, 20))
+def test_every_group_keeps_the_set_number_of_whole_crops(groups: int, group: int, rate: float, step: int) -> None:
+    tiles = groups * group
+    kept = plan(VIEWS, tiles, group=group, rate=rate, depth=2, seed=0, step=step, first=0, device=CPU)
+    assert kept is not None
+    for branches in kept:
+        for branch in branches:
+            offset, begin = 0, 0
+            for (views, tokens), (count, length) in zip(VIEWS, branch.shapes, strict=True):
+                keep = max(1, int(views * group * (1 - rate)))
+                assert (count, length) == (groups * keep, tokens)
+                rows = branch.rows[begin : begin + count * length].view(count, length) - offset
+                assert torch.equal(rows, rows[:, :1] + torch.arange(length)) and not (rows[:, 0] % length).any()
+                whole = rows[:, 0] // length
+                assert len(set(whole.tolist())) == count and whole.min() >= 0 and whole.max() < views * tiles
+                assert torch.equal(
+                    torch.bincount(whole % tiles // group, minlength=groups), torch.full((groups,), keep)
+                )
+                torch.testing.assert_close(
+                    branch.scale[begin : begin + count * length], torch.full((count * length, 1), views * group / keep)
+                )
+                offset, begin = offset + views * tiles * tokens, begin + count * length
+
+
+def test_ranks_and_micro_batches_keep_together_what_the_whole_batch_keeps() -> None:
+    whole = crops(16)
+    for size in (4, 8):
+        parts = [crops(size, first) for first in range(0, 16, size)]
+        assert [
+            [set().union(*(part[block][branch] for part in parts)) for branch in range(2)] for block in range(3)
+        ] == whole
+
+
+def test_steps_seeds_blocks_and_branches_draw_apart() -> None:
+    base = crops(8)
+    assert crops(8, step=1) != base and crops(8, seed=1) != base
+    assert base[0][0] != base[0][1] and base[0] != base[1]
+
+
+def test_every_crop_is_kept_equally_often() -> None:
+    counts: dict[tuple[int, int, int], int] = {}
+    for step in range(300):
+        for crop in crops(4, step=step)[0][0]:
+            counts[crop] = counts.get(crop, 0) + 1
+    for (size, _, _), count in counts.items():
+        share = [int(8 * 0.6) / 8, int(12 * 0.6) / 12][size]
+        assert abs(count / 300 - share) < 5 * (share * (1 - share) / 300) ** 0.5
+    assert len(counts) == 20

@@ -1,0 +1,411 @@
+"""The tile stage, run for real on a tiny encoder: shared, killed, resumed, spoilt, and always the same run.
+
+Most runs are made in this process through `launch.entry.main`, which saves six seconds of imports; those that are
+about processes (several of them, or a killed one) are real commands.
+"""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from launch.entry import main
+from pretrain import checkpoints
+from pretrain.objectives.dinov2 import DINOv2
+from tests.data.tile_folders import spoil, write_tiles
+
+ROOT = Path(__file__).resolve().parents[2]
+STEPS = 6
+TINY = [
+    "model.image_size=32", "model.patch_size=8", "model.width=48", "model.depth=2", "model.heads=2", "model.feed_forward_width=96",
+    "objective.group_size=4", "objective.prototypes=64", "objective.ibot_prototypes=64", "objective.bottleneck=16", "objective.hidden=48",
+    "data.batch_size=16", "data.lanes=4", "data.threads=1", "data.crops.global_size=32", "data.crops.local_size=16", "data.crops.local_count=2",
+    f"optim.steps={STEPS}", "optim.warmup_steps=2", "optim.frozen_last_layer_steps=1", "trainer.checkpoint_every=2", "trainer.accelerator=cpu",
+]  # fmt: skip
+# The two ways through the objective: Sinkhorn over all ranks, and everything else that depends on how samples are split.
+WAYS = {
+    "sinkhorn": ["objective.separate_ibot_head=true"],
+    "everything": [
+        "objective.centring=centre",
+        "objective.spread=kde",
+        "model.drop_path=0.3",
+        "trainer.accumulate=2",
+        "model.registers=2",
+    ],
+}
+GROUP = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+CLOCK = ("tiles_per_second", "data_wait")
+
+
+def command(shards: Path, run: Path, *settings: str) -> list[str]:
+    return ["tile", f"run={run}", f"data.shards={shards}", *TINY, *settings]
+
+
+def metrics(run: Path) -> list[dict[str, Any]]:
+    """The record of a run without what depends on the clock."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in line.items() if name not in CLOCK} for line in lines]
+
+
+def weights(run: Path) -> dict[str, Tensor]:
+    newest = checkpoints.newest(run)
+    assert newest is not None
+    return checkpoints.read(newest, "")
+
+
+def start(arguments: list[str]) -> subprocess.Popen[str]:
+    # Runs made in this process have left the address of their process group behind.
+    kept = {name: value for name, value in os.environ.items() if name not in GROUP}
+    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-m", "pretrain", *arguments],
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    return output
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A run from first to last step in one process, each way. Never written to after this."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    for way, settings in WAYS.items():
+        main(command(shards, folder / way, *settings))
+    return {way: folder / way for way in WAYS}
+
+
+def assert_close(found: Path, expected: Path) -> None:
+    ours, theirs = metrics(found), metrics(expected)
+    assert [line["step"] for line in ours] == [line["step"] for line in theirs]
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.keys() == other.keys()
+        for name, value in one.items():
+            tolerance = 1e-4 if name.startswith("grad_norm") else 1e-5
+            assert value == pytest.approx(other[name], rel=tolerance, abs=tolerance), f"{name} at step {one['step']}"
+
+
+# Any number of processes -------------------------------------------------------------------------------------------
+
+
+def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    shared = ["trainer.devices=2", "trainer.keep_checkpoints=0"]
+    running = {way: start(command(shards, tmp_path / way, *settings, *shared)) for way, settings in WAYS.items()}
+    for way, process in running.items():
+        finish(process)
+        assert_close(tmp_path / way, uninterrupted[way])
+    for way, settings in WAYS.items():
+        for step in (4, 6):
+            shutil.rmtree(tmp_path / way / "checkpoints" / f"step-{step:08d}")
+        main(command(shards, tmp_path / way, *settings))
+        assert_close(tmp_path / way, uninterrupted[way])
+
+
+@pytest.mark.slow
+def test_a_bad_tile_on_one_of_two_processes_is_counted_and_too_many_stop_both(shards: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    spoil(folder, list(range(0, 77, 8)))
+    process = start(command(folder, tmp_path / "run", "trainer.devices=2", "data.max_bad_fraction=0.0001"))
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1, output
+    assert "more than data.max_bad_fraction=0.0001 allows" in output
+    assert "Traceback" not in output, output
+
+
+def test_micro_batches_change_nothing_that_belongs_to_the_global_batch(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    main(command(shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.accumulate=4"))
+    assert_close(tmp_path / "run", uninterrupted["sinkhorn"])
+
+
+# Stopped at any moment ---------------------------------------------------------------------------------------------
+
+
+def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> None:
+    """SIGKILL once so many steps are on record."""
+    deadline = time.monotonic() + 120
+    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
+        assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def test_a_killed_run_resumes_and_ends_bit_for_bit_as_the_uninterrupted_one(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    run, settings = tmp_path / "run", WAYS["everything"]
+    kill_after(start(command(shards, run, *settings)), run, 3)
+    newest = checkpoints.newest(run)
+    assert newest is not None and checkpoints.read_state(newest)["step"] < STEPS, (
+        "the kill came too late to test anything"
+    )
+    main(command(shards, run, *settings))
+    assert metrics(run) == metrics(uninterrupted["everything"])
+    found, expected = weights(run), weights(uninterrupted["everything"])
+    assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_nothing(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, settings = tmp_path / "run", WAYS["sinkhorn"]
+
+    class Kill(BaseException):
+        pass
+
+    def die_at(step: int) -> None:
+        import torch.distributed.checkpoint as dcp
+
+        save = dcp.save
+
+        def dying(state: Any, *, checkpoint_id: Path) -> None:
+            save(state, checkpoint_id=checkpoint_id)
+            if checkpoint_id.name.startswith(f"step-{step:08d}"):
+                raise Kill
+
+        monkeypatch.setattr(dcp, "save", dying)
+        with pytest.raises(Kill):
+            main(command(shards, run, *settings))
+        monkeypatch.setattr(dcp, "save", save)
+        assert [path.suffix for path in (run / "checkpoints").glob(f"step-{step:08d}*")] == [".partial"]
+
+    die_at(2)
+    assert checkpoints.newest(run) is None
+    die_at(4)
+    main(command(shards, run, *settings))
+    assert metrics(run) == metrics(uninterrupted["sinkhorn"])
+    assert not list((run / "checkpoints").glob("*.partial"))
+    assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3, 0.5])
+def test_a_kill_at_any_moment_after_the_first_step_changes_nothing(
+    delay: float, shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    run, settings = tmp_path / "run", WAYS["everything"]
+    process = start(command(shards, run, *settings))
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
+        assert process.poll() is None
+        time.sleep(0.005)
+    time.sleep(delay)
+    process.kill()
+    process.communicate()
+    main(command(shards, run, *settings))
+    assert metrics(run) == metrics(uninterrupted["everything"])
+
+
+def test_a_finished_run_says_it_is_done_and_touches_nothing(
+    shards: Path, uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = uninterrupted["sinkhorn"]
+    before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
+    main(command(shards, run, *WAYS["sinkhorn"]))
+    assert f"is done: {STEPS} steps" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
+
+
+# What a run leaves -------------------------------------------------------------------------------------------------
+
+
+def test_the_record_has_each_step_once_with_finite_figures(uninterrupted: dict[str, Path]) -> None:
+    for run in uninterrupted.values():
+        lines = metrics(run)
+        assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+        assert {
+            "loss",
+            "dino_global",
+            "dino_local",
+            "ibot",
+            "spread",
+            "lr",
+            "weight_decay",
+            "momentum",
+            "grad_norm",
+            "bad_tiles",
+            "skipped",
+        } <= lines[0].keys()
+        assert lines[0]["lr"] == 0.0 and lines[1]["lr"] > 0  # warm-up
+        assert all(line["loss"] == line["loss"] for line in lines)
+
+
+def test_the_folder_holds_what_the_network_saw(uninterrupted: dict[str, Path]) -> None:
+    run = uninterrupted["sinkhorn"]
+    (sheet,) = (run / "samples").glob("*.png")
+    with Image.open(sheet) as picture:
+        assert picture.width > 2 * 36 + 2 * 36 and picture.height == 8 * 36
+    assert {"config.yaml", "provenance.json", "metrics.jsonl", "checkpoints", "samples"} <= {
+        path.name for path in run.iterdir()
+    }
+
+
+def test_training_moves_the_student_and_the_teacher_follows_behind(uninterrupted: dict[str, Path]) -> None:
+    tensors = weights(uninterrupted["sinkhorn"])
+    name = "encoder.blocks.0.attn.qkv.weight"
+    apart = (tensors[f"student.{name}"] - tensors[f"teacher.{name}"]).abs().max()
+    assert apart > 1e-6
+    assert set(tensors) == {f"{side}.{rest}" for side in ("student", "teacher") for rest in (n.partition(".")[2] for n in tensors if n.startswith("student."))} | {
+        "dino_centre", "ibot_centre",
+    }  # fmt: skip
+
+
+# Bad input ---------------------------------------------------------------------------------------------------------
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line with which a command ends."""
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    assert ended.value.code == 1
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
+    return line
+
+
+def test_changed_settings_are_refused_with_the_difference(
+    shards: Path, uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = refused(command(shards, uninterrupted["sinkhorn"], *WAYS["sinkhorn"], "optim.lr=0.5"), capsys)
+    assert "optim.lr: 0.001 → 0.5" in line and "give another run=" in line
+
+
+def test_changed_data_is_refused_on_resuming(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints" / "step-00000006")
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    for name in ("config.yaml",):
+        text = (run / name).read_text()
+        (run / name).write_text(text.replace(str(shards), str(folder)))
+    (folder / "index.npz").unlink()
+    (folder / "index" / "tiles-000001.npz").unlink()
+    (folder / "tiles-000001.tar").unlink()
+    write_tiles(tmp_path / "more", [50])
+    shutil.copy(tmp_path / "more" / "tiles-000000.tar", folder / "tiles-000001.tar")
+    from data.shard_index import scan
+
+    scan(folder)
+    assert "data" in refused(command(folder, run, *WAYS["sinkhorn"]), capsys)
+
+
+def test_a_bad_tile_is_named_counted_and_replaced(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = shutil.copytree(shards, tmp_path / "shards")
+    spoil(folder, [3, 50])
+    main(command(folder, tmp_path / "run", "data.max_bad_fraction=0.2"))
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: tile")]
+    lines = metrics(tmp_path / "run")
+    assert len(lines) == STEPS and sum(line["bad_tiles"] for line in lines) == len(said) >= 2
+    assert any("slide0 (144, 0)" in line and "tiles-000000.tar" in line for line in said)
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["data.crops.local_size=20"], "data.crops.local_size=20 is not a multiple of model.patch_size=8"),
+        (["objective.group_size=3"], "not a multiple of objective.group_size=3"),
+        (["objective.group_size=1", "data.lanes=4"], "group_size 1 leaves koleo nothing to compare"),
+        (["trainer.precision=fp8"], "trainer.precision is one of float32, bf16, not 'fp8'"),
+        (["data.lanes=5"], "data.batch_size=16 is not a multiple of data.lanes=5"),
+        (["objective.spread=hope"], "not 'hope'"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_one_line(
+    settings: list[str], sentence: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert sentence in refused(command(shards, tmp_path / "run", *settings), capsys)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
+    """Make the loss NaN at these steps."""
+    loss = DINOv2.loss
+
+    def poisoned(self: DINOv2, batch: Any, moment: Any) -> Any:
+        value, figures = loss(self, batch, moment)
+        return (value * float("nan") if moment.step in steps else value), figures
+
+    monkeypatch.setattr(DINOv2, "loss", poisoned)
+
+
+def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, {2, 3})
+    main(command(shards, tmp_path / "run", *WAYS["everything"]))
+    said = capsys.readouterr().err
+    assert "step 2 skipped: loss" in said and "step 3 skipped" in said
+    lines = metrics(tmp_path / "run")
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 2, 2, 2]
+    assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
+    assert checkpoints.read_state(checkpoints.published(tmp_path / "run")[-1])["skipped"] == 2
+
+
+def test_a_skipped_step_leaves_every_weight_and_centre_as_it_was(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    poison(monkeypatch, {2, 3})
+    main(command(shards, tmp_path / "run", *WAYS["everything"], "trainer.keep_checkpoints=0"))
+    second, fourth = (checkpoints.read(tmp_path / "run" / "checkpoints" / f"step-0000000{step}", "") for step in (2, 4))
+    assert all(torch.equal(second[name], fourth[name]) for name in second)
+
+
+def test_too_many_skipped_steps_stop_the_run(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    poison(monkeypatch, {2, 3, 4, 5})
+    line = refused(command(shards, tmp_path / "run", "optim.max_skipped=2"), capsys)
+    assert "3 steps in a row" in line and "optim.max_skipped=2" in line
+
+
+def test_wandb_offline_writes_its_folder_and_off_writes_none(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    main(command(shards, tmp_path / "run", "wandb.mode=offline", "optim.steps=2"))
+    assert any((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
+    assert not (uninterrupted["sinkhorn"] / "wandb").exists()
+
+
+def test_bf16_trains_near_float32_and_keeps_float32_masters(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    main(command(shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.precision=bf16"))
+    assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
+    for one, other in zip(metrics(tmp_path / "run"), metrics(uninterrupted["sinkhorn"]), strict=True):
+        assert one["loss"] == pytest.approx(other["loss"], rel=0.05) and one["loss"] != other["loss"]

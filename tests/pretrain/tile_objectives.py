@@ -1,0 +1,83 @@
+"""Tiny objectives and batches for tests."""
+
+from collections.abc import Callable
+
+import torch
+
+from models.initialise import initialise
+from models.vit import VisionTransformer
+from pretrain.objective import Objective
+from pretrain.objectives.dino import DINO
+from pretrain.objectives.dinov2 import DINOv2
+from pretrain.objectives.mae import MAE
+from pretrain.tile_batch import TileBatch
+
+GLOBAL, LOCAL, PATCH = 16, 8, 4
+TEACHING = {
+    "student_temperature": 0.1, "teacher_temperature": 0.07, "teacher_temperature_start": 0.04, "teacher_temperature_warmup": 0,
+    "teacher_momentum": 0.9, "teacher_momentum_final": 1.0,
+}  # fmt: skip
+HEAD = {"prototypes": 24, "bottleneck": 8, "hidden": 16, "head_layers": 2}
+
+
+def encoder(**settings: object) -> Callable[[], VisionTransformer]:
+    defaults = {
+        "image_size": GLOBAL,
+        "patch_size": PATCH,
+        "width": 16,
+        "depth": 2,
+        "heads": 2,
+        "feed_forward_width": 32,
+        "layer_scale": 1.0,
+    }
+    return lambda: VisionTransformer(**(defaults | settings))  # type: ignore[arg-type]
+
+
+def filled(objective: Objective, seed: int = 0) -> Objective:
+    """The objective with the first values that a run would give it."""
+    for name, network in objective.trained().items():
+        initialise(network, seed, name)
+    objective.start()
+    return objective
+
+
+def dinov2(centring: str = "sinkhorn", drop_path: float = 0.0, **settings: object) -> DINOv2:
+    values = {
+        **TEACHING, **HEAD, "group_size": 2, "separate_ibot_head": True, "ibot_prototypes": 20, "ibot_bottleneck": 8, "dino_weight": 1.0,
+        "ibot_weight": 1.0, "spread": "koleo", "spread_weight": 0.1, "centring": centring,
+    }  # fmt: skip
+    return filled(DINOv2(encoder(drop_path=drop_path), **(values | settings)))  # type: ignore[arg-type, return-value]
+
+
+def dino(centring: str = "centre", drop_path: float = 0.0, **settings: object) -> DINO:
+    values = {**TEACHING, **HEAD, "group_size": 2, "frozen_prototype_norms": True, "centring": centring}
+    return filled(DINO(encoder(drop_path=drop_path), **(values | settings)))  # type: ignore[arg-type, return-value]
+
+
+def mae(**settings: object) -> MAE:
+    values = {"mask_ratio": 0.75, "norm_pix": True, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
+    return filled(MAE(encoder(position_embedding="sincos"), **(values | settings)))  # type: ignore[arg-type, return-value]
+
+
+def batch(tiles: int, views: tuple[int, int] = (2, 3), seed: int = 0, dtype: torch.dtype = torch.float32) -> TileBatch:
+    """Noise as crops; every second global crop has one to five of its sixteen patches masked."""
+    draw = torch.Generator().manual_seed(seed)
+    crops = [
+        (torch.randn(count * tiles, 3, side, side, generator=draw, dtype=dtype), count)
+        for count, side in zip(views, (GLOBAL, LOCAL), strict=True)
+        if count
+    ]
+    grid = GLOBAL // PATCH
+    masks = torch.zeros(views[0] * tiles, grid * grid, dtype=torch.bool)
+    for crop in range(0, len(masks), 2):
+        masks[crop, torch.randperm(grid * grid, generator=draw)[: 1 + crop % 5]] = True
+    return TileBatch(crops, masks.unflatten(1, (grid, grid)))
+
+
+def part(whole: TileBatch, first: int, last: int) -> TileBatch:
+    """The tiles ``[first, last)`` of a batch: crops and masks are stacked view by view."""
+
+    def of(x: torch.Tensor, views: int) -> torch.Tensor:
+        return x.unflatten(0, (views, -1))[:, first:last].flatten(0, 1)
+
+    return TileBatch([(of(images, views), views) for images, views in whole.crops], of(whole.masks, whole.crops[0][1]))

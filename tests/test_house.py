@@ -1,0 +1,97 @@
+"""The house: imports point one way, packages are complete, nothing of one machine is in it."""
+
+import ast
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+from setuptools import find_packages
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("data", "models", "pretrain", "launch")
+# Who must not be imported by whom.
+FORBIDDEN = {
+    "data": {"models", "pretrain", "launch", "lightning", "pytorch_lightning", "hydra", "omegaconf"},
+    "models": {"data", "pretrain", "launch", "lightning", "pytorch_lightning", "hydra", "omegaconf"},
+    "pretrain": {"launch"},
+    "launch": set(),
+}
+SOURCES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
+
+
+def imported(source: str) -> set[str]:
+    """Top-level names of every module that a file imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found.add((node.module or "").partition(".")[0])
+    return found
+
+
+def test_the_check_itself_sees_an_import_inside_a_function() -> None:
+    assert imported("def f():\n    from lightning.pytorch import Trainer\n    import os.path") == {"lightning", "os"}
+
+
+@pytest.mark.parametrize("package", PACKAGES)
+def test_imports_point_one_way(package: str) -> None:
+    files = [file for file in SOURCES if file.relative_to(ROOT).parts[0] == package]
+    assert files
+    wrong = {
+        str(file.relative_to(ROOT)): found
+        for file in files
+        if (found := imported(file.read_text()) & FORBIDDEN[package])
+    }
+    assert not wrong
+
+
+def test_every_package_is_installed() -> None:
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    there = {str(file.parent.relative_to(ROOT)).replace("/", ".") for file in SOURCES}
+    assert there == set(find_packages(str(ROOT), include=patterns))  # which also asks each of them for an __init__.py
+
+
+def kept() -> list[Path]:
+    """Files that are, or would be, in the repository."""
+    try:
+        answer = subprocess.run(
+            ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+        )
+    except FileNotFoundError:
+        pytest.skip("git is not installed: what is tracked can't be told")
+    if answer.returncode:
+        pytest.skip("not a git checkout: what is tracked can't be told")
+    return [ROOT / name for name in answer.stdout.split("\0") if name and (ROOT / name).is_file()]
+
+
+def test_git_keeps_every_source_file() -> None:
+    assert set(SOURCES) <= set(kept())
+
+
+def test_no_path_of_one_machine_is_in_the_repository() -> None:
+    place = re.compile(r"(?<![\w./-])/(work|root|home/\w+)/[\w.-]+|(?<![\w./-])/tmp/[\w-]+")
+    wrong = []
+    for file in kept():
+        if file.suffix in (".py", ".yaml", ".toml", ".md", ".sh", "") and file != Path(__file__):
+            text = file.read_bytes().decode(errors="ignore")
+            wrong += [f"{file.relative_to(ROOT)}: {found.group()}" for found in place.finditer(text)]
+    assert not wrong
+
+
+def test_no_source_file_swallows_errors_silently() -> None:
+    wrong = []
+    for file in SOURCES:
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.ExceptHandler):
+                broad = isinstance(node.type, ast.Name) and node.type.id in ("Exception", "BaseException", "OSError")
+                silent = all(isinstance(line, ast.Pass | ast.Continue) for line in node.body)
+                if node.type is None or (broad and silent):
+                    wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    assert not wrong

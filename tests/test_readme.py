@@ -1,0 +1,96 @@
+"""Every command that the README shows runs, in the order in which it is shown."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+SLIDE = Path(sys.prefix) / "share" / "slidewright" / "CMU-1-Small-Region.svs"
+# Training as shown takes minutes; here it takes a step or two. Nothing else is changed.
+SHORTER = {"tile": ["optim.steps=2"], "slide": ["optim.steps=2"]}
+
+
+def commands(program: str) -> list[str]:
+    """The lines of the README's bash blocks that start with ``program``."""
+    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
+    return [line for block in blocks for line in block.splitlines() if line.split(" ")[0] == program]
+
+
+def test_every_line_of_the_bash_blocks_is_a_command_that_is_tested() -> None:
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
+    assert [line for line in lines if not line.startswith(("#", "pretrain ", "make "))] == []
+    assert len(commands("pretrain")) > 12
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``slides/`` (three copies of a real one) and ``labelled/{train,test}/`` (two classes of made-up tiles)."""
+    if not SLIDE.exists():
+        pytest.skip(f"the real slide is not at {SLIDE}: 'make setup' brings it")
+    folder = tmp_path_factory.mktemp("readme")
+    (folder / "slides").mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copy(SLIDE, folder / "slides" / f"{name}.svs")
+    draw = np.random.default_rng(0)
+    for split in ("train", "test"):
+        for kind, level in (("light", 200), ("dark", 90)):
+            (folder / "labelled" / split / kind).mkdir(parents=True)
+            for i in range(6):
+                pixels = draw.normal(level, 30, (96, 96, 3)).clip(0, 255).astype(np.uint8)
+                Image.fromarray(pixels).save(folder / "labelled" / split / kind / f"{i}.png")
+    return folder
+
+
+def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
+    lines = []
+    for line in commands("pretrain"):
+        words = shlex.split(line)[1:]
+        lines.append(words + (SHORTER.get(words[0], []) if "--cfg" not in words else []))
+    driver = (
+        "import json, sys\n"
+        "from launch.entry import main\n"
+        "if __name__ == '__main__':\n"
+        "    for words in json.loads(sys.argv[1]):\n"
+        "        print('$ pretrain', *words, flush=True)\n"
+        "        main(words)\n"
+    )
+    (workplace / "driver.py").write_text(driver)
+    # Two processes are started by running the whole program again, so those commands go alone.
+    several = [words for words in lines if any(word.startswith("trainer.devices=") for word in words)]
+    single = [words for words in lines if words not in several]
+    environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(workplace), "OMP_NUM_THREADS": "1"}
+    for group in (single, several):
+        done = subprocess.run(
+            [sys.executable, "driver.py", json.dumps(group)],
+            cwd=workplace,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=400,
+        )
+        assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    for made in ("shards/index.npz", "inspect/index.html", "inspect_slide/index.html", "embeddings/store.json", "encoder/model.safetensors",
+                 "slide_encoder/slide_encoder.pth", "runs/tile/report.html", "runs/tile/probe.json", "embeddings_of_export/h5"):  # fmt: skip
+        assert (workplace / made).exists(), made
+
+
+def test_the_make_targets_named_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"`?make ([a-z-]+)", README):
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def test_the_files_and_pictures_named_exist() -> None:
+    for path in re.findall(r"\]\((\.readme/[^)]+)\)", README) + re.findall(
+        r"`((?:data|models|pretrain)/[\w/]+\.py)`", README
+    ):
+        assert (ROOT / path).exists(), path
