@@ -1,5 +1,7 @@
 """The projection head that turns a token into prototype scores (Caron et al. 2021, appendix C)."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -27,7 +29,7 @@ class PrototypeHead(nn.Module):
         super().__init__()
         widths = [inputs, *[hidden] * (layers - 1), bottleneck]
         modules: list[nn.Module] = []
-        for before, after in zip(widths, widths[1:], strict=False):
+        for before, after in pairwise(widths):
             modules += [nn.Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*modules[:-1])
         self.last_layer = WeightNormLinear(bottleneck, prototypes)
