@@ -13,7 +13,7 @@ ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
 
-.PHONY: demo test test-slow parity lint setup clean
+.PHONY: demo test test-slow parity bench-packed lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -21,11 +21,15 @@ setup: $(VENV)/installed $(SLIDE)
 demo: setup
 	$(BIN)/pretrain demo $(if $(SLIDES),slides='$(SLIDES)') $(ARGS)
 
+# One test process a core, one thread each: more threads than cores make small networks several times slower.
 test: setup
-	$(BIN)/python -m pytest -m "not slow"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
 
 test-slow: setup
-	$(BIN)/python -m pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+
+bench-packed: setup
+	$(BIN)/python tests/bench/packed_crops.py
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity
