@@ -93,8 +93,7 @@ class SlideMAE(Objective):
     def loss(self, batch: SlideBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch, scaled so that its mean over ranks is the global Σ sum / Σ count."""
         result = self(batch, moment.seed)
-        tiles = torch.tensor(float(len(batch.cells)), device=result["count"].device)
-        return result["sum"] * world_size() / total(result["count"]), {"tiles": tiles}
+        return result["sum"] * world_size() / total(result["count"]), {}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[SlideBatch]) -> dict[str, float]:
