@@ -4,7 +4,8 @@ Crops of several sizes lie one behind the other in a single ``(T, width)`` tenso
 over everything. Attention alone must know where a crop ends. A *backend* is a function
 ``(qkv (T, 3 * width), shapes, heads) → (T, width)`` that attends inside each crop:
 
-    sdpa      once per crop size, each a plain batch for torch's scaled_dot_product_attention; runs everywhere
+    sdpa      once per crop size, each a plain batch for torch's scaled_dot_product_attention; on a CPU, for crops of few
+              tokens, as matrix products, which are many times faster there (most of all in bfloat16, backward)
     xformers  once over the whole sequence, under a block-diagonal mask; needs the package and a CUDA device
 """
 
@@ -19,6 +20,9 @@ from torch import Tensor, nn
 Shape = tuple[int, int]
 """``(crops, tokens per crop)`` of one crop size inside a packed sequence."""
 
+FEW_TOKENS = 512
+"""Up to here a crop's attention matrix is small, and on a CPU plain products beat the fused kernel."""
+
 Backend = Callable[[Tensor, Sequence[Shape], int], Tensor]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
@@ -28,15 +32,23 @@ Kernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int) -> Tensor:
     """Softmax attention inside each crop: ``(T, 3 * width)`` → ``(T, width)`` with ``T = Σ crops * tokens``.
 
-    ``softmax(q kᵀ / √d) v`` per head, by torch's scaled_dot_product_attention.
+    ``softmax(q kᵀ / √d) v`` per head: the one formula, by the kernel that is fast for the device and length.
     """
     width = qkv.shape[-1] // 3
     outputs = []
     for part, (crops, tokens) in zip(qkv.split([crops * tokens for crops, tokens in shapes]), shapes, strict=True):
         q, k, v = part.view(crops, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        out = F.scaled_dot_product_attention(q, k, v)  # (crops, heads, tokens, width / heads)
+        few = qkv.device.type == "cpu" and tokens <= FEW_TOKENS
+        out = (
+            _products(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
+        )  # (crops, heads, tokens, width / heads)
         outputs.append(out.transpose(1, 2).reshape(crops * tokens, width))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+
+
+def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """``softmax(q kᵀ / √d) v`` on ``(crops, heads, tokens, d)``."""
+    return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
 
 
 def attend_block_diagonal(qkv: Tensor, shapes: Sequence[Shape], heads: int, kernel: Kernel) -> Tensor:
@@ -92,6 +104,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, shapes: Sequence[Shape]) -> Tensor:
-        """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``."""
-        return self.proj(self.attend(self.qkv(x), shapes, self.heads))
+    def forward(self, x: Tensor, shapes: Sequence[Shape], rows: Tensor | None = None) -> Tensor:
+        """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``; or the result's ``rows`` ``(R,)`` alone."""
+        attended = self.attend(self.qkv(x), shapes, self.heads)
+        return self.proj(attended if rows is None else attended[rows])

@@ -23,8 +23,8 @@ class Tokens(NamedTuple):
     """What the encoder says about a batch of equal-sized crops, after the last norm."""
 
     cls: Tensor  # (B, width)
-    registers: Tensor  # (B, registers, width)
-    patches: Tensor  # (B, rows * columns, width), or the visible ones alone
+    registers: Tensor  # (B, registers, width); none where only some tokens were asked for
+    patches: Tensor  # (B, rows * columns, width), the visible ones alone, or (M, width): those that were asked for
 
 
 @dataclass
@@ -34,6 +34,21 @@ class Kept:
     rows: Tensor  # (T',) int64: the kept samples' tokens in the packed sequence
     shapes: list[Shape]  # their crops and tokens, per crop size
     scale: Tensor  # (T', 1): samples / kept samples, which leaves the expectation as it was
+
+    def at(self, wanted: Tensor, length: int) -> Tensor:
+        """Where ``rows`` holds rows of ``wanted`` ``(R,)``; the packed sequence has ``length`` rows."""
+        return torch.nonzero(self._places(wanted, length) >= 0).flatten()
+
+    def among(self, wanted: Tensor, length: int) -> "Kept":
+        """The same samples, but only their ``wanted`` rows, counted among these."""
+        places = self._places(wanted, length)
+        return Kept(places[places >= 0], self.shapes, self.scale[places >= 0])
+
+    def _places(self, wanted: Tensor, length: int) -> Tensor:
+        """For each of ``rows`` its place in ``wanted``, −1 where it is not there: ``(T',)``."""
+        place = wanted.new_full((length,), -1)
+        place[wanted] = torch.arange(len(wanted), device=wanted.device)
+        return place[self.rows]
 
 
 class MLP(nn.Module):
@@ -86,13 +101,26 @@ class Block(nn.Module):
         self.mlp = feed_forward(width, hidden)
         self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
-    def forward(self, x: Tensor, shapes: list[Shape], kept: tuple[Kept, Kept] | None = None) -> Tensor:
-        """``(T, width)`` → ``(T, width)``; ``kept`` names the samples that see each of the two branches (None: all)."""
-        if kept is None:
+    def forward(
+        self, x: Tensor, shapes: list[Shape], kept: tuple[Kept, Kept] | None = None, wanted: Tensor | None = None
+    ) -> Tensor:
+        """``(T, width)`` → ``(T, width)``; ``kept`` names the samples that see each of the two branches (None: all).
+
+        ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then. The others are keys and values,
+        and nothing more of them is computed.
+        """
+        if kept is None and wanted is None:
             x = x + self.ls1(self.attn(self.norm1(x), shapes))
             return x + self.ls2(self.mlp(self.norm2(x)))
+        if kept is None:
+            x = x[wanted] + self.ls1(self.attn(self.norm1(x), shapes, wanted))
+            return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
-        part = self.ls1(self.attn(self.norm1(x[first.rows]), first.shapes))
+        seen, chosen = self.norm1(x[first.rows]), None
+        if wanted is not None:
+            first, second, chosen = first.among(wanted, len(x)), second.among(wanted, len(x)), first.at(wanted, len(x))
+            x = x[wanted]
+        part = self.ls1(self.attn(seen, first.shapes, chosen))
         x = x.index_add(0, first.rows, part * first.scale.to(part.dtype))
         part = self.ls2(self.mlp(self.norm2(x[second.rows])))
         return x.index_add(0, second.rows, part * second.scale.to(part.dtype))
@@ -206,13 +234,16 @@ class VisionTransformer(nn.Module):
         masks: Sequence[Tensor | None] | None = None,
         kept: Sequence[tuple[Kept, Kept]] | None = None,
         visible: Sequence[Tensor | None] | None = None,
+        wanted: Sequence[Tensor | None] | None = None,
     ) -> list[Tokens]:
         """Encode batches of crops of different sizes in one pass.
 
         ``crops``: normalised images, each ``(B_i, 3, H_i, W_i)``. ``masks``: per batch a bool ``(B_i, patches)`` whose
         true patches are replaced by the mask token, or None. ``kept``: per block, the samples that its two branches
         run on (see `Kept`); None runs them all. ``visible``: per batch an int64 ``(B_i, n)`` of the patches that are
-        encoded at all (MAE's), in that order, or None for all.
+        encoded at all (MAE's), in that order, or None for all. ``wanted``: per batch a bool ``(B_i, patches)`` of the
+        patches whose tokens the caller reads beside the class tokens', or None for no patch at all; the last block then
+        computes no more than these, with the same result, and `Tokens.patches` holds them one behind the other, ``(M, width)``.
         """
         masks = masks if masks is not None else [None] * len(crops)
         embedded = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
@@ -223,9 +254,17 @@ class VisionTransformer(nn.Module):
             ]
         shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
         x = torch.cat([tokens.flatten(0, 1) for tokens in embedded])
+        rows = None if wanted is None else self._wanted_rows(shapes, wanted, x.device)
         for i, block in enumerate(self.blocks):
-            x = block(x, shapes, None if kept is None else kept[i])
+            last = i == len(self.blocks) - 1
+            x = block(x, shapes, None if kept is None else kept[i], torch.cat(rows) if rows and last else None)
         x = self.norm(x)
+        if rows is not None:
+            groups = iter(x.split([len(part) for part in rows]))
+            return [
+                Tokens(cls, cls.new_empty(len(cls), 0, self.width), patches)
+                for cls, patches in zip(groups, groups, strict=True)
+            ]
         parts = x.split([count * tokens for count, tokens in shapes])
         return [self._split(part.view(*shape, -1)) for part, shape in zip(parts, shapes, strict=True)]
 
@@ -259,6 +298,16 @@ class VisionTransformer(nn.Module):
         return cls, resample_positions(
             patches, rows, columns, antialias=self.position_antialias, offset=self.position_offset
         )
+
+    def _wanted_rows(self, shapes: list[Shape], wanted: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
+        """Rows of the packed sequence: per batch its class tokens ``(B_i,)``, then its wanted patches ``(M_i,)``."""
+        rows, offset = [], 0
+        for (crops, tokens), patches in zip(shapes, wanted, strict=True):
+            rows.append(offset + tokens * torch.arange(crops, device=device))
+            crop, patch = (rows[-1].new_empty(2, 0)) if patches is None else patches.nonzero(as_tuple=True)
+            rows.append(offset + tokens * crop + self.prefix + patch)
+            offset += crops * tokens
+        return rows
 
     def _choose(self, tokens: Tensor, chosen: Tensor) -> Tensor:
         patches = tokens[:, self.prefix :].gather(1, chosen.unsqueeze(-1).expand(-1, -1, self.width))

@@ -137,7 +137,9 @@ class SelfDistillation(Objective):
         return torch.no_grad()(lambda: self.teacher_scores(kind, tokens))
 
     def student_tokens(self, batch: TileBatch, moment: Moment, masks: Tensor | None = None) -> list[Tokens]:
-        """The student's tokens of all crops in one packed pass, with stochastic depth; ``masks`` are the global crops'.
+        """The student's tokens of all crops in one packed pass, with stochastic depth: class tokens and masked patches.
+
+        ``masks`` ``(global crops, patches)`` are replaced by the mask token, and are the patches that come back.
 
         Raises Fault where there are not two views to compare.
         """
@@ -151,7 +153,8 @@ class SelfDistillation(Objective):
             len(images) // views, group=self.group_size, rate=encoder.drop_path, depth=len(encoder.blocks),
             seed=moment.seed, step=moment.step, first=moment.first, device=images.device,
         )  # fmt: skip
-        return encoder([crops for crops, _ in batch.crops], [masks, *[None] * (len(batch.crops) - 1)], kept)
+        of_each = [masks, *[None] * (len(batch.crops) - 1)]
+        return encoder([crops for crops, _ in batch.crops], of_each, kept, wanted=of_each)
 
     def after_step(self, moment: Moment) -> None:
         # A centre moves once the step has been taken, so it is one step late, as DINO's and DINOv2's are.

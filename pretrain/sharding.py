@@ -53,8 +53,12 @@ class ShardedStrategy(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
 
-def shard(objective: Objective, mesh: DeviceMesh, precision: str) -> None:
-    """Wrap every network of an objective that was built on the meta device: blocks first, then the network."""
+def shard(objective: Objective, mesh: DeviceMesh, precision: str, compiled: bool = False) -> None:
+    """Wrap every network of an objective that was built on the meta device: blocks first, then the network.
+
+    ``compiled`` blocks go through torch.compile, each by itself: all blocks of a network share one compilation, and what
+    gathers and frees their parameters stays outside of it.
+    """
     if precision not in PRECISIONS:
         raise Fault(f"trainer.precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
     inside = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32)
@@ -66,6 +70,8 @@ def shard(objective: Objective, mesh: DeviceMesh, precision: str) -> None:
         for module in network.modules():
             if isinstance(module, nn.ModuleList):
                 for block in module:
+                    if compiled:
+                        block.forward = torch.compile(block.forward)
                     fully_shard(block, mesh=mesh, mp_policy=inside)
         # A teacher has no backward, so nothing but this would free its root's gathered parameters; at one process the
         # mistake goes unnoticed.

@@ -42,6 +42,7 @@ class Hardware:
     nodes: int
     shard_size: int | None
     precision: str
+    compile: bool
     accumulate: int
     log_every: int
     checkpoint_every: int
@@ -92,14 +93,14 @@ class Training(L.LightningModule, ABC):
         with torch.device("meta"):
             objective = self.make_objective()
         assert self.device_mesh is not None
-        shard(objective, self.device_mesh, self.hardware.precision)
+        shard(objective, self.device_mesh, self.hardware.precision, self.hardware.compile)
         begin = self.begin if checkpoints.newest(self.run) is None else None
         materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin)
         self.objective = objective
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.objective.trained(), self.optim)
-        return torch.optim.AdamW(groups, lr=0.0, betas=(self.optim.betas[0], self.optim.betas[1]), foreach=True)
+        return torch.optim.AdamW(groups, lr=0.0, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
 
     def on_fit_start(self) -> None:
         hash_ = run_folder.open_run(self.run, self.config, self.global_rank == 0)

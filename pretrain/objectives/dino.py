@@ -66,7 +66,7 @@ class DINO(SelfDistillation):
         )
 
     def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
-        return {"dino": self.teacher.encoder([batch.crops[0][0]])[0].cls}
+        return {"dino": self.teacher.encoder([batch.crops[0][0]], wanted=[None])[0].cls}
 
     def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
         return self.teacher.dino_head(tokens)

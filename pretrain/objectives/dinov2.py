@@ -94,8 +94,8 @@ class DINOv2(SelfDistillation):
         self.spread, self.spread_weight = SPREADS[spread], spread_weight
 
     def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
-        seen = self.teacher.encoder([batch.crops[0][0]])[0]
-        return {"dino": seen.cls, "ibot": seen.patches[batch.masks.flatten(1)]}
+        (seen,) = self.teacher.encoder([batch.crops[0][0]], wanted=[batch.masks.flatten(1)])
+        return {"dino": seen.cls, "ibot": seen.patches}
 
     def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
         return self.teacher.dino_head(tokens) if kind == "dino" else self.teacher.score_patches(tokens)
@@ -109,7 +109,7 @@ class DINOv2(SelfDistillation):
 
         tokens = self.student_tokens(batch, moment, masks)
         scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
-        student_patches = self.student.score_patches(tokens[0].patches[masks])
+        student_patches = self.student.score_patches(tokens[0].patches)
 
         cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
         dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)

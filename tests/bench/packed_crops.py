@@ -43,11 +43,16 @@ class Unpacked(VisionTransformer):
         masks: list[Tensor | None] | None = None,
         kept: list[tuple[Kept, Kept]] | None = None,
         visible: None = None,
+        wanted: list[Tensor | None] | None = None,
     ) -> list[Tokens]:
         if kept is not None:
             raise SystemExit("stochastic depth is drawn for the packed sequence: set model.drop_path=0")
         masks = masks if masks is not None else [None] * len(crops)
-        return [VisionTransformer.forward(self, [images], [mask])[0] for images, mask in zip(crops, masks, strict=True)]
+        read = [None if wanted is None else [part] for part in wanted or crops]
+        return [
+            VisionTransformer.forward(self, [images], [mask], wanted=patches)[0]
+            for images, mask, patches in zip(crops, masks, read, strict=True)
+        ]
 
 
 def objective(config: object, encoder: type[VisionTransformer]) -> Objective:

@@ -98,6 +98,35 @@ def test_stochastic_depth_equals_skipping_and_scaling_written_out() -> None:
         torch.testing.assert_close(vit.norm(x)[:, vit.prefix :], split.patches, atol=2e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("drop_path", [0.0, 0.5])
+def test_the_last_block_computes_the_wanted_tokens_alone_with_the_same_outputs_and_gradients(drop_path: float) -> None:
+    vit, tiles = network(drop_path=drop_path, registers=2).double(), 4
+    wide, narrow = images(2 * tiles, 32).double(), images(3 * tiles, 16, 1).double()
+    views = [(2, vit.tokens_per_crop(32)), (3, vit.tokens_per_crop(16))]
+    kept = plan(views, tiles, group=2, rate=drop_path, depth=3, seed=0, step=7, first=0, device=torch.device("cpu"))
+    mask = torch.rand(2 * tiles, 16, generator=torch.Generator().manual_seed(2)) < 0.4
+    seen = []
+    hook = vit.blocks[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+
+    whole = vit([wide, narrow], [mask, None], kept)
+    everything = [whole[0].cls, whole[0].patches[mask], whole[1].cls]
+    sum((part.sin() * (i + 1)).sum() for i, part in enumerate(everything)).backward()  # type: ignore[union-attr]
+    of_everything = gradients(vit)
+    some = vit([wide, narrow], [mask, None], kept, wanted=[mask, None])
+    wanted = [some[0].cls, some[0].patches, some[1].cls]
+    sum((part.sin() * (i + 1)).sum() for i, part in enumerate(wanted)).backward()  # type: ignore[union-attr]
+    of_wanted = gradients(vit)
+    hook.remove()
+
+    assert some[0].registers.numel() == some[1].patches.numel() == 0
+    for one, other in zip(everything, wanted, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-12, rtol=1e-12)
+    assert of_everything.keys() == of_wanted.keys()
+    for name, gradient in of_everything.items():
+        torch.testing.assert_close(gradient, of_wanted[name], atol=1e-10, rtol=1e-10)
+    assert seen[1] <= int(mask.sum()) + 5 * tiles < seen[0]
+
+
 @pytest.mark.parametrize(
     ("architecture", "ours", "theirs"),
     [
