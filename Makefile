@@ -13,7 +13,7 @@ ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
 
-.PHONY: demo test test-slow parity bench-packed lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -30,6 +30,10 @@ test-slow: setup
 
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py
+
+# What 12 minutes on two cores teach: about 75 minutes. Your own tiles: make bench-learning ARGS="TILES=folder".
+bench-learning: setup
+	$(BIN)/python tests/bench/learning.py $(ARGS)
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

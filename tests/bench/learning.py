@@ -28,8 +28,7 @@ from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
@@ -46,6 +45,7 @@ from pretrain.probing import (
     stratified_split,
 )
 
+ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae"}
 HALVINGS = 10
 EARLY_TILES = 8000

@@ -409,3 +409,11 @@ def test_bf16_trains_near_float32_and_keeps_float32_masters(
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
     for one, other in zip(metrics(tmp_path / "run"), metrics(uninterrupted["sinkhorn"]), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05) and one["loss"] != other["loss"]
+
+
+@pytest.mark.slow
+def test_compiled_blocks_change_nothing_but_rounding(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+) -> None:
+    finish(start(command(shards, tmp_path / "compiled", *WAYS["everything"], "trainer.compile=true")))
+    assert_close(tmp_path / "compiled", uninterrupted["everything"])
