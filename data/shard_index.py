@@ -25,6 +25,7 @@ import numpy as np
 from data.fault import Fault
 
 COLUMNS = ("offset", "length", "x", "y")
+CHECKSUMS = ("crc32", "json_crc32")  # of each tile's JPEG and JSON: in the shards' records only, for 'pretrain shards verify'
 RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",

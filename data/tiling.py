@@ -7,7 +7,7 @@ slide to show where its tiles are.
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,13 @@ class Tiling:
         """Level-0 x, y (int64) and tissue share of the cells with one of these verdicts, in row-major order."""
         rows, columns = np.nonzero(np.isin(self.verdict, verdicts))
         return self.grid.origin(columns), self.grid.origin(rows), self.tissue[rows, columns]
+
+    def rejected(self, places: list[tuple[int, int, int]]) -> "Tiling":
+        """The same with other verdicts for the tiles at these level-0 (x, y, verdict)."""
+        verdict = self.verdict.copy()
+        for x, y, code in places:
+            verdict[self.grid.cell(y), self.grid.cell(x)] = code
+        return replace(self, verdict=verdict)
 
     def counts(self) -> dict[str, int]:
         """How many cells got each verdict."""

@@ -95,12 +95,12 @@ def is_fluorescence(rgb: np.ndarray) -> bool:
 
 
 def is_empty(tile: np.ndarray) -> bool:
-    """True for a tile (H, W, 3) uint8 with nothing in it: flat (mean standard deviation of the channels under 5), or more
+    """True for a tile (H, W, 3 or more) uint8 with nothing in it: flat (mean standard deviation of the channels under 5), or more
     than half of it pure black or pure white, as missing data reads. Judged on every fourth pixel.
 
     The limits are those of Prov-GigaPath's empty-tile check.
     """
-    sample = tile[::4, ::4].transpose(2, 0, 1).reshape(3, -1)
+    sample = tile[::4, ::4, :3].transpose(2, 0, 1).reshape(3, -1)
     flat = sample.std(axis=1, dtype=np.float32).mean() < 5
     missing = max((sample.max(axis=0) == 0).mean(), (sample.min(axis=0) == 255).mean()) > 0.5
     return bool(flat or missing)

@@ -21,12 +21,13 @@ Examples:
 
 import os
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
+from data.cutting import JPEG_QUALITY
 from data.fault import Fault
 from data.parallel import in_processes
 from data.shard_folder import (
@@ -42,7 +43,7 @@ from data.shard_folder import (
     save_rows,
 )
 from data.shard_index import ShardIndex, merge, scan
-from data.shards import JPEG_QUALITY, Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
 from data.slide_names import name_slides
 from data.slides import Slide, list_slides
 from data.tiling import Tiling, TilingSettings, tile_slide, write_thumbnail
@@ -207,15 +208,12 @@ def _record_rejected(out: Path, shards: list[Shard], rows: dict[str, SlideRow]) 
     """Move tiles that turned out empty or damaged from kept to their verdict, in the slides' h5 and rows."""
     rejected: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for shard in shards:
-        for slide, row, column, verdict in read_facts(out, shard.name)["rejected"]:
-            rejected[slide].append((row, column, verdict))
+        for slide, x, y, verdict in read_facts(out, shard.name)["rejected"]:
+            rejected[slide].append((x, y, verdict))
     for slide, cells in rejected.items():
-        tiling = read_tiling(coordinates_path(out, slide))
-        verdict = tiling.verdict.copy()
-        for row, column, code in cells:
-            verdict[row, column] = code
-        if (verdict != tiling.verdict).any():
-            tiling = replace(tiling, verdict=verdict)
+        before = read_tiling(coordinates_path(out, slide))
+        tiling = before.rejected(cells)
+        if (tiling.verdict != before.verdict).any():
             write_tiling(out, tiling)
         if slide in rows:
             rows[slide].describe(tiling)

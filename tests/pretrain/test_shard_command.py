@@ -103,15 +103,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = """
 import sys, time
-from data import shards
+from data import cutting
 from pretrain.commands.shard import Config, run
-encode = shards.simplejpeg.encode_jpeg
-class Slow:
-    @staticmethod
-    def encode_jpeg(tile, quality):
-        time.sleep(0.01)
-        return encode(tile, quality=quality)
-shards.simplejpeg = Slow
+encode = cutting.encode
+def slow(tile):
+    time.sleep(0.01)
+    return encode(tile)
+cutting.encode = slow
 run(Config(**eval(sys.argv[1])))
 """
 
