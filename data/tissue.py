@@ -29,7 +29,7 @@ def otsu(rgb: np.ndarray) -> np.ndarray:
     on a nearly empty slide through the glass. So it is held between 88 and 94 % of the glass, taken as the thumbnail's
     99th percentile. What is neither coloured nor dark (shadows, dust, the seams of a scanner) is background.
     """
-    luminance = rgb.mean(axis=2)
+    luminance = _mean(rgb)
     glass = float(np.percentile(luminance, 99))
     threshold = float(np.clip(_threshold(luminance), 0.88 * glass, 0.94 * glass))
     coloured = (_chroma(rgb) > 14) | (luminance < 0.5 * glass)
@@ -39,7 +39,7 @@ def otsu(rgb: np.ndarray) -> np.ndarray:
 
 def gigapath(rgb: np.ndarray) -> np.ndarray:
     """Prov-GigaPath's rule: the channels' mean below its own Otsu threshold (Xu et al. 2024, Methods)."""
-    luminance = rgb.mean(axis=2)
+    luminance = _mean(rgb)
     return luminance < _threshold(luminance)
 
 
@@ -73,13 +73,13 @@ def pen(rgb: np.ndarray) -> np.ndarray:
     violet through pink). Ink breaks that order. Green and blue ink absorb red most; red ink absorbs blue as much as
     green, and far more of both than eosin does; black ink is dark without a hue.
     """
-    smooth = ndimage.uniform_filter(rgb.astype(np.float32), size=(3, 3, 1))
-    red, green, blue = np.moveaxis(smooth, 2, 0)
-    chroma = smooth.max(axis=2) - smooth.min(axis=2)
+    red, green, blue = (ndimage.uniform_filter(channel, size=3, output=np.float32) for channel in _channels(rgb))
+    brightest = np.maximum(np.maximum(red, green), blue)
+    chroma = brightest - np.minimum(np.minimum(red, green), blue)
     green_or_blue = (red < green - 8) & (chroma > 25)
     solid_red = (red > 110) & (np.maximum(green, blue) < 0.45 * red) & (blue - green < 0.14 * red)
     faint_red = (red > 150) & (np.maximum(green, blue) < 0.80 * red) & (blue - green < 0.03 * red)
-    black = (smooth.max(axis=2) < 115) & (chroma < 36)
+    black = (brightest < 115) & (chroma < 36)
     ink = _without_specks(green_or_blue | solid_red | faint_red | black)
     return ndimage.binary_dilation(ink, iterations=1)
 
@@ -89,8 +89,9 @@ def is_fluorescence(rgb: np.ndarray) -> bool:
 
     Black filling around a bright-field scan does not count, as the scan's glass is bright.
     """
-    dark = float((rgb.max(axis=2) < 45).mean())
-    bright = float((rgb.min(axis=2) > 170).mean())
+    red, green, blue = _channels(rgb)
+    dark = float((np.maximum(np.maximum(red, green), blue) < 45).mean())
+    bright = float((np.minimum(np.minimum(red, green), blue) > 170).mean())
     return dark > 0.5 and bright < 0.02
 
 
@@ -128,13 +129,24 @@ def _threshold(luminance: np.ndarray) -> float:
     return float(threshold_otsu(luminance)) if luminance.min() < luminance.max() else float(luminance.min())
 
 
+def _channels(rgb: np.ndarray) -> np.ndarray:
+    """(H, W, 3) → (3, H, W), contiguous: on planes everything below is several times faster than along an axis of three."""
+    return np.ascontiguousarray(np.moveaxis(rgb, 2, 0))
+
+
+def _mean(rgb: np.ndarray) -> np.ndarray:
+    return _channels(rgb).sum(axis=0, dtype=np.uint16) / 3.0
+
+
 def _chroma(rgb: np.ndarray) -> np.ndarray:
-    return rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
+    """Highest minus lowest channel, uint8."""
+    red, green, blue = _channels(rgb)
+    return np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
 
 
 def _hsv(rgb: np.ndarray) -> np.ndarray:
     """RGB uint8 → hue 0–180, saturation 0–255, value 0–255, uint8 (OpenCV's scales)."""
-    red, green, blue = np.moveaxis(rgb.astype(np.float32), 2, 0)
+    red, green, blue = _channels(rgb.astype(np.float32))
     value = np.maximum(np.maximum(red, green), blue)
     chroma = value - np.minimum(np.minimum(red, green), blue)
     safe = np.where(chroma > 0, chroma, 1)
