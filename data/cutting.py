@@ -21,7 +21,9 @@ from data.tissue import is_empty
 JPEG_QUALITY = 90
 MOST_DAMAGED = 0.05  # share of a slide's tiles that may be damaged before the slide counts as failed
 FIELD = 2048  # pixels a side, of the level that is read, of a field of tiles that are read one after another
-CACHE = 64 << 20  # bytes of decoded pixels: a field, and the slide's own squares (up to 1024 pixels) that stick out of it
+CACHE = (
+    64 << 20
+)  # bytes of decoded pixels: a field, and the slide's own squares (up to 1024 pixels) that stick out of it
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tarfile
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -74,9 +75,15 @@ def plan_shards(parts: list[Part], limit: int, name: str, first_number: int) -> 
 
 
 def is_published(folder: Path, name: str) -> bool:
-    """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar."""
-    record = record_path(folder, name)
-    return record.exists() and ((folder / f"{name}.tar").exists() or not sum(read_facts(folder, name)["counts"]))
+    """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar in the size that the record says."""
+    try:
+        facts = read_facts(folder, name)
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):
+        return False  # none yet, or one that is damaged: the shard is made again
+    if not sum(facts["counts"]):
+        return True
+    tar = folder / f"{name}.tar"
+    return tar.exists() and tar.stat().st_size == facts["size"]
 
 
 def read_facts(folder: Path, name: str) -> dict[str, Any]:

@@ -5,12 +5,17 @@ Here a tar ends with its mark, two blocks of zeros, or exactly where a member en
 other end is a fault of the tar.
 """
 
+import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
 BLOCK = tarfile.BLOCKSIZE
+LENGTH_NAME = tarfile.LENGTH_NAME
+CHECKSUM_FIELD = re.compile(
+    rb"[0-7 ]{6}(\0 | \0)|[0-7]{7}\0"
+)  # the only bytes of a header that its checksum leaves out
 LONG_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 PAX = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.XGLTYPE)
 
@@ -35,7 +40,8 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
     The caller may move ``file`` in between. Names are those of the GNU or PAX extension where there is one. Raises
     DamagedTar after the last member in front of the damage.
     """
-    position, extended = 0, {}
+    position = 0
+    extended: dict[str, str] = {}
     while position < length:
         file.seek(position)
         block = file.read(BLOCK)
@@ -48,6 +54,10 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
             header = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.TarError as error:
             raise DamagedTar(f"the header at byte {position} is damaged ({error})") from error
+        if not CHECKSUM_FIELD.fullmatch(block[148:156]):
+            raise DamagedTar(
+                f"the header at byte {position} is damaged (its checksum isn't written as any tar program does)"
+            )
         if block[257:262] != b"ustar" and block[156:157] not in (b"\0", b"0"):
             raise DamagedTar(f"the header at byte {position} is damaged (a member of unknown kind)")
         data = position + BLOCK
@@ -67,6 +77,16 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
         raise DamagedTar("it is truncated: it ends after an extended header, before the member that this is for")
 
 
+def is_header_of(block: bytes, name: str | None, size: int) -> bool:
+    """Whether a header block is that of a member of this size and, where it isn't None, of this name; at the cost of a few comparisons.
+
+    Of a name longer than the block has room for, the beginning is compared.
+    """
+    if block[124:136].rstrip(b" \0").lstrip(b" 0") != b"%o" % size:
+        return False
+    return name is None or block[:LENGTH_NAME].rstrip(b"\0") == name.encode()[:LENGTH_NAME]
+
+
 def padding(member: Member) -> int:
     """How many bytes of zeros follow a member's data."""
     return -member.size % BLOCK
@@ -75,7 +95,7 @@ def padding(member: Member) -> int:
 def member_header(name: str, size: int) -> bytes:
     """The GNU header blocks of a plain file of ``size`` bytes, as tarfile writes them, with nothing of this machine in them."""
     short = name.encode()
-    if len(short) > tarfile.LENGTH_NAME or size >= 8**11:
+    if len(short) > LENGTH_NAME or size >= 8**11:
         member = tarfile.TarInfo(name)
         member.size = size
         return member.tobuf(tarfile.GNU_FORMAT)
