@@ -13,7 +13,10 @@ ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
 
-.PHONY: demo test test-slow parity bench-packed lint setup clean
+# BENCH_SLIDES: slides to cut, in place of a made-up one
+BENCH_SLIDES ?=
+
+.PHONY: demo test test-slow parity bench-packed bench-shard lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -30,6 +33,9 @@ test-slow: setup
 
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py
+
+bench-shard: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/bench/shard.py $(BENCH_SLIDES)
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

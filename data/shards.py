@@ -198,7 +198,8 @@ def _add_part(
             rejected.append((part.slide, tile.x, tile.y, tile.verdict))
             continue
         key = f"{part.slide}_{tile.x}_{tile.y}"
-        facts = f'{beginning}, "x": {tile.x}, "y": {tile.y}, "tissue": {round(tile.share, 3)}}}'.encode()
+        measured = "" if math.isnan(tile.share) else f', "tissue": {round(tile.share, 3)}'
+        facts = f'{beginning}, "x": {tile.x}, "y": {tile.y}{measured}}}'.encode()
         offset = tar.add(f"{key}.jpg", tile.jpeg)
         tar.add(f"{key}.json", facts)
         rows.append((offset, len(tile.jpeg), tile.x, tile.y, zlib.crc32(tile.jpeg), zlib.crc32(facts)))

@@ -46,7 +46,8 @@ def gigapath(rgb: np.ndarray) -> np.ndarray:
 def clam(rgb: np.ndarray) -> np.ndarray:
     """CLAM's preset (Lu et al. 2021): saturation of 8 and more after a 7 px median, closed with a 4 px square.
 
-    CLAM then drops contours smaller than 100 patches of 512 px, which would drop every biopsy; here they stay.
+    A tile is kept where any of this touches it. CLAM then drops contours smaller than 100 patches of 512 px, which would drop every
+    biopsy, and lays a grid of its own into each contour: neither is done here.
     """
     saturation = ndimage.median_filter(_hsv(rgb)[..., 1], size=7)
     return _closed(saturation > 8, np.ones((4, 4)))
@@ -58,11 +59,15 @@ def hsv(rgb: np.ndarray) -> np.ndarray:
     return (hue >= 90) & (saturation >= 8) & (value >= 103)
 
 
+# For rules that their authors apply to the tile's own pixels: the finest that scanners have, so that only a slide of more than
+# `data.tiling.LARGEST_MASK` pixels a side is judged more coarsely.
+FULL = 0.1
+
 RULES: dict[str, TissueRule] = {
     "otsu": TissueRule(otsu, mpp=8.0, min_tissue=0.25, rejects_pen=True),
     "gigapath": TissueRule(gigapath, mpp=2.0, min_tissue=0.1, rejects_pen=False),
-    "clam": TissueRule(clam, mpp=8.0, min_tissue=0.01, rejects_pen=False),
-    "hsv": TissueRule(hsv, mpp=2.0, min_tissue=0.6, rejects_pen=False),
+    "clam": TissueRule(clam, mpp=FULL, min_tissue=1e-6, rejects_pen=False),
+    "hsv": TissueRule(hsv, mpp=FULL, min_tissue=0.6, rejects_pen=False),
 }
 
 

@@ -36,8 +36,8 @@ def parse(arguments: list[str]) -> Composed | None:
     if arguments[0] == "--version":
         print(f"slidewright {version('slidewright')}")
         return None
-    words = 2 if any(command.startswith(f"{arguments[0]} ") for command in COMMANDS) else 1
-    command, rest = " ".join(arguments[:words]), arguments[words:]
+    length = 2 if any(command.startswith(f"{arguments[0]} ") for command in COMMANDS) else 1
+    command, rest = " ".join(arguments[:length]), arguments[length:]
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
     overrides, config_dirs, wants_help, wants_config = [], [], False, False
