@@ -23,7 +23,7 @@ from data.cutting import JPEG_QUALITY
 from data.shards import Part, Shard, write_shard
 from data.slides import Slide
 from data.tiling import READ, Tiling, TilingSettings, tile_slide
-from tests.data.synthetic_slides import stained
+from tests.data.enormous_slide import write_enormous
 
 ROUNDS = 7
 MOST_TILES = 2000
@@ -31,15 +31,7 @@ MOST_TILES = 2000
 
 def wide_slide(path: Path) -> Path:
     """40,000 × 2,560 pixels of texture in JPEG squares of 240 pixels, as scanners write them: a row of these is more than openslide's cache holds."""
-    import tifffile
-
-    squares = [simplejpeg.encode_jpeg(stained(240, 240, [(120, 120, 999)], seed), quality=85, colorsubsampling="420") for seed in range(16)]  # fmt: skip
-    across, down = -(-40_000 // 240), -(-2_560 // 240)
-    tifffile.imwrite(
-        path, (squares[(3 * i) % 16] for i in range(across * down)), shape=(2_560, 40_000, 3), dtype=np.uint8, tile=(240, 240),
-        compression="jpeg", photometric="ycbcr", subsampling=(2, 2), resolution=(20_000, 20_000), resolutionunit="CENTIMETER", metadata=None,
-    )  # fmt: skip
-    return path
+    return write_enormous(path, 40_000, 2_560, (0, 0, 999, 999), mpp=0.5, square=240)
 
 
 def bare(path: Path, tiling: Tiling, tiles: int) -> None:

@@ -6,33 +6,29 @@ from pathlib import Path
 import numpy as np
 import simplejpeg
 
-from tests.data.synthetic_slides import GLASS, stained
-
-TILE = 512
+from tests.data.synthetic_slides import stained
 
 
-def write_enormous(path: Path, side: int, tissue: tuple[int, int, int, int], mpp: float, step: int = 4) -> Path:
-    """Write a square pyramid of ``side`` pixels, each level ``1 / step`` of the last, with tissue on the level-0 tiles ``left, top, right,
-    bottom`` (right and bottom excluded), JPEG tiles of 512 pixels."""
-    glass = simplejpeg.encode_jpeg(np.full((TILE, TILE, 3), GLASS, np.uint8), quality=80, colorsubsampling="420")
-    textures = [
-        simplejpeg.encode_jpeg(stained(TILE, TILE, [(256, 256, 999)], seed), quality=80, colorsubsampling="420")
-        for seed in range(4)
-    ]
+def write_enormous(
+    path: Path, width: int, height: int, tissue: tuple[int, int, int, int], mpp: float, step: int = 4, square: int = 512
+) -> Path:
+    """Write a pyramid of ``width`` × ``height`` pixels, each level ``1 / step`` of the last, in JPEG squares of ``square`` pixels, with tissue
+    on the level-0 squares ``left, top, right, bottom`` (right and bottom excluded)."""
+    pictures = [stained(square, square, [(0, 0, 9999)] if seed else [], seed) for seed in range(5)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:
         file.write(
             struct.pack("<2sHHHQ", b"II", 43, 8, 0, 0)
         )  # the place of the first directory is filled in at the end
         places = []
-        for data in (glass, *textures):
+        for picture in pictures:
+            data = simplejpeg.encode_jpeg(picture, quality=80, colorsubsampling="420")
             places.append((file.tell(), len(data)))
             file.write(data)
         link, level, scale = 8, 0, 1
-        while level == 0 or side // scale > 2 * TILE:
-            length = side // scale
-            across = -(-length // TILE)
-            rows, columns = np.mgrid[:across, :across]
+        while level == 0 or max(width, height) // scale > 2 * square:
+            across, down = width // scale, height // scale
+            rows, columns = np.mgrid[: -(-down // square), : -(-across // square)]
             left, top, right, bottom = tissue
             inside = (columns * scale < right) & ((columns + 1) * scale > left) & (rows * scale < bottom) & ((rows + 1) * scale > top)  # fmt: skip
             which = np.where(inside, 1 + (rows * 7 + columns * 3) % 4, 0).ravel()
@@ -43,11 +39,11 @@ def write_enormous(path: Path, side: int, tissue: tuple[int, int, int, int], mpp
             file.write(table[:, 1].tobytes())
             bits = struct.pack("<HHHH", 8, 8, 8, 0)
             entries = [
-                (254, 4, 1, struct.pack("<Q", int(level > 0))), (256, 4, 1, struct.pack("<Q", length)), (257, 4, 1, struct.pack("<Q", length)),
+                (254, 4, 1, struct.pack("<Q", int(level > 0))), (256, 4, 1, struct.pack("<Q", across)), (257, 4, 1, struct.pack("<Q", down)),
                 (258, 3, 3, bits), (259, 3, 1, struct.pack("<Q", 7)), (262, 3, 1, struct.pack("<Q", 6)),
                 (277, 3, 1, struct.pack("<Q", 3)), (282, 5, 1, struct.pack("<II", round(1e7 / (mpp * scale)), 1000)),
                 (283, 5, 1, struct.pack("<II", round(1e7 / (mpp * scale)), 1000)), (284, 3, 1, struct.pack("<Q", 1)),
-                (296, 3, 1, struct.pack("<Q", 3)), (322, 4, 1, struct.pack("<Q", TILE)), (323, 4, 1, struct.pack("<Q", TILE)),
+                (296, 3, 1, struct.pack("<Q", 3)), (322, 4, 1, struct.pack("<Q", square)), (323, 4, 1, struct.pack("<Q", square)),
                 (324, 16, len(which), struct.pack("<Q", offsets)), (325, 16, len(which), struct.pack("<Q", counts)),
                 (530, 3, 2, struct.pack("<HHI", 2, 2, 0)),
             ]  # fmt: skip

@@ -33,7 +33,7 @@ print(json.dumps({"grown_mib": peak() - before, "tiles": len(tiles), "most": max
 
 @pytest.mark.slow
 def test_memory_is_bounded_and_no_tile_is_read_twice(tmp_path: Path) -> None:
-    slide = write_enormous(tmp_path / "slides/big.tiff", 100_000, (80, 64, 96, 80), mpp=0.25)
+    slide = write_enormous(tmp_path / "slides/big.tiff", 100_000, 100_000, (80, 64, 96, 80), mpp=0.25)
     assert slide.stat().st_size < 4e6
     settings = DEFAULTS | {
         "slides": [str(slide)],
