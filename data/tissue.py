@@ -49,8 +49,9 @@ def clam(rgb: np.ndarray) -> np.ndarray:
     A tile is kept where any of this touches it. CLAM then drops contours smaller than 100 patches of 512 px, which would drop every
     biopsy, and lays a grid of its own into each contour: neither is done here.
     """
-    saturation = ndimage.median_filter(_hsv(rgb)[..., 1], size=7)
-    return _closed(saturation > 8, np.ones((4, 4)))
+    # The median of 49 values is above 8 where most of them are: counting is twenty times faster than sorting.
+    above = ndimage.uniform_filter((_hsv(rgb)[..., 1] > 8).astype(np.float32), size=7) > 0.5
+    return _closed(above, np.ones((4, 4)))
 
 
 def hsv(rgb: np.ndarray) -> np.ndarray:

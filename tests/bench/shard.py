@@ -25,8 +25,8 @@ from data.slides import Slide
 from data.tiling import READ, Tiling, TilingSettings, tile_slide
 from tests.data.enormous_slide import write_enormous
 
-ROUNDS = 7
-MOST_TILES = 2000
+ROUNDS = 5
+MOST_TILES = 1248
 
 
 def wide_slide(path: Path) -> Path:

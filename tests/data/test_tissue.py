@@ -5,12 +5,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 from skimage.color import rgb2hsv
 
 from data.keyed import rng
 from data.slides import Slide
 from data.tiling import TilingSettings, tile_slide
-from data.tissue import RULES, _hsv, is_empty, is_fluorescence, otsu, pen, shares
+from data.tissue import RULES, _closed, _hsv, is_empty, is_fluorescence, otsu, pen, shares
 from tests.data.synthetic_slides import stained
 
 INKS = {"green": (40, 130, 110), "blue": (40, 80, 190), "red": (205, 25, 30), "black": (35, 33, 36)}
@@ -91,6 +92,13 @@ def test_hsv_is_that_of_skimage_on_opencvs_scales() -> None:
     assert difference.max() <= 1.01
 
 
+def test_counting_is_clams_median() -> None:
+    image = rng(7, "grain").integers(200, 214, (60, 80, 3), dtype=np.uint8)  # saturation around 8
+    sorted_out = ndimage.median_filter(_hsv(image)[..., 1], size=7) > 8
+    assert 0.2 < sorted_out.mean() < 0.8
+    np.testing.assert_array_equal(RULES["clam"].mask(image), _closed(sorted_out, np.ones((4, 4))))
+
+
 @pytest.mark.parametrize(
     ("picture", "box"),
     [
@@ -124,6 +132,7 @@ def test_tiles_kept_on_a_real_slide_are_the_systems_own_counts(shared: Path, rul
     assert tiling.counts()["kept"] == (published or 44)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("rule", "published", "off"), [("gigapath", 170, 0), ("hsv", 152, 4), ("clam", 184, 10)])
 def test_tiles_kept_on_a_frozen_section_are_near_the_systems_own_counts(
     shared: Path, rule: str, published: int, off: int
