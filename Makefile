@@ -13,7 +13,10 @@ ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
 
-.PHONY: demo test test-slow parity bench-packed bench-learning lint setup clean
+# Slides that 'make bench-shard' cuts, in place of a made-up one.
+BENCH_SLIDES ?=
+
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -34,6 +37,9 @@ bench-packed: setup
 # What 12 minutes on two cores teach: about 75 minutes. Your own tiles: make bench-learning ARGS="TILES=folder".
 bench-learning: setup
 	$(BIN)/python tests/bench/learning.py $(ARGS)
+
+bench-shard: setup
+	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/bench/shard.py $(BENCH_SLIDES)
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

@@ -4,6 +4,7 @@
     tissue    float32 (N,)       share of tissue of each kept tile
     verdict   uint8 (rows, cols) every cell of the grid: kept, or why not (attribute ``names``)
     share     float16 (rows, cols) share of tissue of every cell
+    places    int64 (N, 2)       only where another program chose the tiles: see `data.tiling.Tiling`
 
 TRIDENT's attributes: ``patch_size`` (delivered pixels), ``patch_size_level0``, ``level0_magnification, target_magnification, overlap,
 name, savetodir, level0_width, level0_height``. CLAM's: ``patch_size, patch_level, downsample, downsampled_level_dim,
@@ -12,6 +13,7 @@ of a level; where tiles are resampled they don't, and CLAM's ``patch_level`` is 
 reading squares of the wrong size. Ours, beside them: ``mpp, mpp_level0, tile_size_level0`` (exact), ``slide, source, patient``.
 """
 
+import io
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,7 +57,7 @@ def write_tiling(folder: Path, tiling: Tiling) -> None:
         "patch_size_level0": int(grid.tile_size_level0),
         "level0_magnification": round(10 / grid.mpp_level0),
         "target_magnification": round(10 / grid.mpp),
-        "overlap": 0,
+        "overlap": _overlap(tiling),
         "name": tiling.slide,
         "savetodir": str(path.parent),
         "level0_width": grid.width,
@@ -78,7 +80,9 @@ def write_tiling(folder: Path, tiling: Tiling) -> None:
             "level_dim": np.array([int(grid.width / grid.downsample), int(grid.height / grid.downsample)]),
             "save_path": str(path.parent),
         }
-    with h5py.File(partial, "w") as file:
+    # Made in memory and written as bytes: a full disk is then an OSError, which HDF5 has no word for.
+    whole = io.BytesIO()
+    with h5py.File(whole, "w") as file:
         coords = file.create_dataset("coords", data=np.stack([x, y], axis=1))
         for key, value in attributes.items():
             coords.attrs[key] = value
@@ -86,6 +90,9 @@ def write_tiling(folder: Path, tiling: Tiling) -> None:
         verdict = file.create_dataset("verdict", data=tiling.verdict, compression="gzip")
         verdict.attrs["names"] = list(VERDICTS)
         file.create_dataset("share", data=tiling.tissue.astype(np.float16), compression="gzip")
+        if tiling.places is not None:
+            file.create_dataset("places", data=tiling.places, compression="gzip")
+    partial.write_bytes(whole.getbuffer())
     partial.replace(path)
 
 
@@ -102,7 +109,17 @@ def read_tiling(path: Path) -> Tiling:
         return Tiling(
             str(of["slide"]), str(of["source"]), str(of["patient"]), grid, file["verdict"][()],
             file["share"][()].astype(np.float32), float(of["thumbnail_downsample"]),
+            file["places"][()] if "places" in file else None,
         )  # fmt: skip
+
+
+def _overlap(tiling: Tiling) -> int:
+    """Delivered pixels that neighbours share, as TRIDENT means it: from the smallest step between tiles of one row."""
+    if tiling.places is None:
+        return 0
+    step = np.diff(tiling.places[:, 0])[np.diff(tiling.places[:, 1]) == 0]
+    scale = tiling.grid.tile_size / tiling.grid.tile_size_level0
+    return max(0, tiling.grid.tile_size - round(int(step.min()) * scale)) if len(step) else 0
 
 
 def read_coordinates_h5(path: Path) -> SlideCoordinates:

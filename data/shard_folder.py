@@ -2,6 +2,8 @@
 
 plan.json     how tiles are cut, and which tiles go into which shard: what makes a second run continue the first
 slides.csv    one row per slide: its id, its file, what came of it, tiles by verdict, and the reason where it failed
+
+A part of a job array (`data.job_array`) has its own: ``plan-003-of-040.json``. What follows the name is its ``state``.
 """
 
 import csv
@@ -47,46 +49,56 @@ class SlideRow:
         self.patient = tiling.patient
 
 
-def prepare(out: Path, settings: dict[str, Any]) -> list[Shard]:
+def prepare(out: Path, settings: dict[str, Any], state: str = "") -> list[Shard]:
     """Make the folder for shards cut with ``settings``, or take up an earlier run's: the shards planned so far.
 
     Leftovers of a killed run are removed. Raises Fault where the folder's tiles were cut differently.
     """
     for folder in (out, out / "index", out / "coordinates", out / "thumbnails"):
         folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(".*.[0-9]*"):
-            leftover.unlink()
-    if not (out / "plan.json").exists():
-        if any(out.glob("*.tar")):
+    sweep(out, state)
+    if not (out / f"plan{state}.json").exists():
+        if any(out.glob("*.tar")) and not any(out.glob("plan*.json")):
             raise Fault(
-                f"{out} holds shards that another program wrote: choose an empty folder, or index them with 'pretrain shard index={out}'"
+                f"{out} holds shards that another program wrote: choose an empty folder, or index them with 'pretrain shards index shards={out}'"
             )
-        save_plan(out, settings, [])
+        save_plan(out, settings, [], state)
         return []
-    try:
-        plan = json.loads((out / "plan.json").read_text())
-        shards = [Shard(shard["name"], [Part(*part) for part in shard["parts"]]) for shard in plan["shards"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise Fault(f"{out}/plan.json is damaged ({error}): shard into another folder") from error
-    changed = [
-        f"{key}={plan['settings'].get(key)} then, {value} now"
-        for key, value in settings.items()
-        if plan["settings"].get(key) != value
-    ]
+    then, shards = load_plan(out, state)
+    changed = [f"{key}={then.get(key)} then, {value} now" for key, value in settings.items() if then.get(key) != value]
     if changed:
         raise Fault(f"the tiles in {out} were cut with other settings ({'; '.join(changed)}): choose another out=")
     return shards
 
 
-def save_plan(out: Path, settings: dict[str, Any], shards: list[Shard]) -> None:
+def sweep(out: Path, state: str = "") -> None:
+    """Remove what killed runs left half written; of a part of a job array only what is surely its own."""
+    for folder in (out, out / "index", out / "coordinates", out / "thumbnails"):
+        for leftover in folder.glob(f".*{state}*.[0-9]*" if state else ".*.[0-9]*"):
+            leftover.unlink()
+
+
+def load_plan(out: Path, state: str = "") -> tuple[dict[str, Any], list[Shard]]:
+    """The settings and the shards of ``plan.json``. Raises Fault where it is damaged."""
+    path = out / f"plan{state}.json"
+    try:
+        plan = json.loads(path.read_text())
+        return plan["settings"], [
+            Shard(shard["name"], [Part(*part) for part in shard["parts"]]) for shard in plan["shards"]
+        ]
+    except (ValueError, KeyError, TypeError) as error:
+        raise Fault(f"{path} is damaged ({error}): shard into another folder") from error
+
+
+def save_plan(out: Path, settings: dict[str, Any], shards: list[Shard], state: str = "") -> None:
     """Write ``plan.json``, whole or not at all."""
     planned = [{"name": shard.name, "parts": [[p.slide, p.first, p.last] for p in shard.parts]} for shard in shards]
-    _write(out / "plan.json", json.dumps({"settings": settings, "shards": planned}))
+    _write(out / f"plan{state}.json", json.dumps({"settings": settings, "shards": planned}))
 
 
-def load_rows(out: Path) -> dict[str, SlideRow]:
+def load_rows(out: Path, state: str = "") -> dict[str, SlideRow]:
     """The rows of ``slides.csv`` by slide id; empty where there is none yet. Raises Fault where it can't be read."""
-    path = out / "slides.csv"
+    path = out / f"slides{state}.csv"
     if not path.exists():
         return {}
     kinds = {field.name: field.type for field in fields(SlideRow)}
@@ -98,9 +110,9 @@ def load_rows(out: Path) -> dict[str, SlideRow]:
     return {row.slide: row for row in rows}
 
 
-def save_rows(out: Path, rows: dict[str, SlideRow]) -> None:
+def save_rows(out: Path, rows: dict[str, SlideRow], state: str = "") -> None:
     """Write ``slides.csv``, whole or not at all, sorted by slide id."""
-    path = out / "slides.csv"
+    path = out / f"slides{state}.csv"
     partial = path.with_name(f".{path.name}.{os.getpid()}")
     with partial.open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(SlideRow)])
@@ -110,10 +122,10 @@ def save_rows(out: Path, rows: dict[str, SlideRow]) -> None:
 
 
 @contextmanager
-def alone(out: Path) -> Iterator[None]:
+def alone(out: Path, state: str = "") -> Iterator[None]:
     """Hold the folder for this process. Raises Fault where another one is writing to it; ends with the process, however that ends."""
     out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("w") as lock:
+    with (out / f".lock{state}").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

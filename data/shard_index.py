@@ -13,8 +13,8 @@ import hashlib
 import json
 import os
 import re
-import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +23,13 @@ from typing import Any
 import numpy as np
 
 from data.fault import Fault
+from data.tar_members import DamagedTar, members
 
 COLUMNS = ("offset", "length", "x", "y")
+CHECKSUMS = (
+    "crc32",
+    "json_crc32",
+)  # of each tile's JPEG and JSON: in the shards' records only, for 'pretrain shards verify'
 RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
@@ -78,27 +83,30 @@ class ShardIndex:
         return self.folder / self.files[file]
 
     @classmethod
-    def open(cls, folder: Path) -> "ShardIndex":
-        """The index of a folder of shards, memory-mapped. Raises Fault where there are no shards, no index, or a shard is gone."""
+    def open(cls, folder: Path, complete: bool = True) -> "ShardIndex":
+        """The index of a folder of shards, memory-mapped. Raises Fault where there are no shards, no index, or (unless ``complete``
+        is False) a shard is gone."""
         folder = Path(folder)
         path = folder / "index.npz"
         present = (
             {entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar")} if folder.is_dir() else set()
         )
-        if not present:
+        if not present and not (path.exists() and not complete):
             raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
         if not path.exists():
             if (folder / "plan.json").exists():
                 raise Fault(f"the shards in {folder} aren't finished: run the same 'pretrain shard' command again")
-            raise Fault(f"the shards in {folder} have no index yet: make it with 'pretrain shard index={folder}'")
+            raise Fault(
+                f"the shards in {folder} have no index yet: make it with 'pretrain shards index shards={folder}'"
+            )
         try:
             meta, columns = _read_npz(path)
         except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
             raise Fault(
-                f"{path} is damaged ({error}): delete it and run 'pretrain shard' again, which remakes it"
+                f"{path} is damaged ({error}): delete it and run 'pretrain shards index shards={folder}', which remakes it"
             ) from error
         gone = [name for name in meta["files"] if name not in present]
-        if gone:
+        if gone and complete:
             raise Fault(
                 f"{folder / gone[0]} is in the index but not on disk ({len(gone)} such): put it back, or run 'pretrain shard' again"
             )
@@ -225,12 +233,12 @@ def scan(folder: Path) -> ShardIndex:
     names = []
     for tar in tars:
         names.append(tar.stem)
-        if record_path(folder, tar.stem).exists():
+        if _recorded_size(folder, tar.stem) == tar.stat().st_size:
             continue
-        rows: list[tuple[int, int, int, int]] = []
+        rows: list[tuple[int, ...]] = []
         slides: list[dict[str, Any]] = []
         counts: list[int] = []
-        for key, offset, length, facts in _samples(tar):
+        for key, offset, length, facts, checksums in _samples(tar):
             place = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
             from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
             slide = str(facts.get("slide", from_key[0]))
@@ -239,14 +247,21 @@ def scan(folder: Path) -> ShardIndex:
                 slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide})
                 counts.append(0)
             counts[-1] += 1
-            rows.append((offset, length, x, y))
-        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        columns = {name: table[:, position] for position, name in enumerate(COLUMNS)}
+            rows.append((offset, length, x, y, *checksums))
+        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+        columns = {name: table[:, position] for position, name in enumerate((*COLUMNS, *CHECKSUMS))}
         longest = int(table[:, 1].max(initial=0))
         write_record(
             folder,
             tar.stem,
-            {"file": tar.name, "size": tar.stat().st_size, "longest": longest, "slides": slides, "counts": counts},
+            {
+                "file": tar.name,
+                "size": tar.stat().st_size,
+                "longest": longest,
+                "slides": slides,
+                "counts": counts,
+                "scanned": True,
+            },
             columns,
         )
     merge(folder, names, {"made_by": "another program, indexed by a scan"})
@@ -256,27 +271,48 @@ def scan(folder: Path) -> ShardIndex:
     return index
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
-    """(key, offset, length, JSON) of each JPEG of a tar; a JSON may lie before or after its JPEG, next to it."""
-    waiting: tuple[str, int, int] | None = None
-    facts: dict[str, dict[str, Any]] = {}
+def _samples(tar: Path) -> Iterator[tuple[str, int, int, dict[str, Any], tuple[int, int]]]:
+    """(key, offset, length, JSON, CRC-32 of JPEG and of JSON or 0) of each JPEG of a tar; a JSON may lie before or after its
+    JPEG, next to it."""
+    waiting: tuple[str, int, int, int] | None = None
+    found: dict[str, tuple[dict[str, Any], int]] = {}
+
+    def sample(
+        key: str, offset: int, length: int, checksum: int
+    ) -> tuple[str, int, int, dict[str, Any], tuple[int, int]]:
+        facts, of_json = found.get(key, ({}, 0))
+        return key, offset, length, facts, (checksum, of_json)
+
     try:
-        with tarfile.open(tar, "r:") as archive:
-            for member in archive:
+        with tar.open("rb") as file:
+            for member in members(file, tar.stat().st_size):
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
                 key = f"{folder}/{stem}" if folder else stem
                 if waiting and waiting[0] != key:
-                    yield *waiting, facts.get(waiting[0], {})
-                    waiting, facts = None, {}
-                if suffix.lower() in ("jpg", "jpeg") and member.isfile():
-                    waiting = (key, member.offset_data, member.size)
-                elif suffix.lower() == "json" and (content := archive.extractfile(member)):
-                    facts[key] = json.load(content)
+                    yield sample(*waiting)
+                    waiting, found = None, {}
+                if suffix.lower() not in ("jpg", "jpeg", "json") or not member.is_file:
+                    continue
+                file.seek(member.offset)
+                content = file.read(member.size)
+                if suffix.lower() == "json":
+                    found[key] = json.loads(content), zlib.crc32(content)
+                else:
+                    waiting = (key, member.offset, member.size, zlib.crc32(content))
         if waiting:
-            yield *waiting, facts.get(waiting[0], {})
-    except (tarfile.TarError, OSError, ValueError) as error:
+            yield sample(*waiting)
+    except (DamagedTar, OSError, ValueError) as error:
         raise Fault(f"{tar} is damaged ({error}): replace it, or move it out of the folder") from error
+
+
+def _recorded_size(folder: Path, name: str) -> int | None:
+    """The size of the tar that a shard's record describes; None where there is no readable record."""
+    try:
+        with np.load(record_path(folder, name)) as record:
+            return int(json.loads(str(record["facts"]))["size"])
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError):
+        return None
 
 
 def _write_column(

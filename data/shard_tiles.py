@@ -9,6 +9,7 @@ import simplejpeg
 
 from data.fault import Fault
 from data.shard_index import ShardIndex, read_jpeg
+from data.tar_members import BLOCK, is_header_of
 
 TILES_PER_BLOCK = 1000
 
@@ -42,17 +43,31 @@ class ShardTiles:
     def name(self, number: int) -> str:
         """A tile's name for messages: tar, slide and place."""
         index, row = self.locate(number)
-        slide = index.slides[index.run_slide[int(np.searchsorted(index.run_start, row, side="right")) - 1]]
-        return f"tile {slide} ({index.x[row]}, {index.y[row]}) in {self._tar(index, row)}"
+        return f"tile {self._slide(index, row)} ({index.x[row]}, {index.y[row]}) in {self._tar(index, row)}"
 
     def read(self, number: int) -> np.ndarray:
-        """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
+        """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it.
+
+        The member's header is read with it and must be this tile's: a tar that is no longer the one that was indexed must not
+        pass other tiles off as those in the index. (In tars of other programs, whose names are their own, the length must agree.)
+        """
         index, row = self.locate(number)
+        offset, length = int(index.offset[row]), int(index.length[row])
         try:
-            data = read_jpeg(self._descriptor(self._tar(index, row)), int(index.offset[row]), int(index.length[row]))
-            return simplejpeg.decode_jpeg(data, colorspace="RGB")
+            data = read_jpeg(self._descriptor(self._tar(index, row)), offset - BLOCK, length + BLOCK)
+            own = "made_by" not in index.meta
+            if not is_header_of(data[:BLOCK], self._member(index, row) if own else None, length):
+                raise ValueError("the shard holds something else there: its index is of another file")
+            return simplejpeg.decode_jpeg(memoryview(data)[BLOCK:], colorspace="RGB")
         except (ValueError, OSError, Fault) as error:
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})") from error
+
+    @staticmethod
+    def _slide(index: ShardIndex, row: int) -> str:
+        return index.slides[index.run_slide[int(np.searchsorted(index.run_start, row, side="right")) - 1]]
+
+    def _member(self, index: ShardIndex, row: int) -> str:
+        return f"{self._slide(index, row)}_{index.x[row]}_{index.y[row]}.jpg"
 
     @staticmethod
     def _tar(index: ShardIndex, row: int) -> Path:

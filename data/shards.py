@@ -6,29 +6,25 @@ is read, and kept in ``plan.json``; each shard is then a job of its own, and the
 whatever order, after whatever interruption.
 """
 
-import io
 import json
 import math
 import os
 import tarfile
+import zipfile
 import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
-import simplejpeg
 
 from data.coordinates_h5 import coordinates_path, read_tiling
+from data.cutting import cut_tiles
 from data.fault import Fault
-from data.shard_index import publish, record_path, write_record
-from data.slides import Slide
-from data.tiling import DAMAGED, EMPTY, READ, Tiling
-from data.tissue import is_empty
-
-JPEG_QUALITY = 90
-MOST_DAMAGED = 0.05  # share of a slide's tiles that may be damaged before the slide counts as failed
+from data.shard_index import CHECKSUMS, COLUMNS, publish, record_path, write_record
+from data.tar_members import BLOCK, member_header
+from data.tiling import KEPT, Tiling
 
 
 @dataclass(frozen=True)
@@ -79,9 +75,15 @@ def plan_shards(parts: list[Part], limit: int, name: str, first_number: int) -> 
 
 
 def is_published(folder: Path, name: str) -> bool:
-    """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar."""
-    record = record_path(folder, name)
-    return record.exists() and ((folder / f"{name}.tar").exists() or not sum(read_facts(folder, name)["counts"]))
+    """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar in the size that the record says."""
+    try:
+        facts = read_facts(folder, name)
+    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):
+        return False  # none yet, or one that is damaged: the shard is made again
+    if not sum(facts["counts"]):
+        return True
+    tar = folder / f"{name}.tar"
+    return tar.exists() and tar.stat().st_size == facts["size"]
 
 
 def read_facts(folder: Path, name: str) -> dict[str, Any]:
@@ -94,7 +96,7 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
     """Cut the tiles of ``shard`` and publish its tar and its record.
 
     ``sources`` gives each slide's file. Tiles that turn out empty, or whose data is damaged, are left out and
-    recorded in ``facts["rejected"]`` as [slide, row, column, verdict]. A slide that can't be read, or with more than 5 % of
+    recorded in ``facts["rejected"]`` as [slide, x, y, verdict]. A slide that can't be read, or with more than 5 % of
     its tiles damaged, is taken out of the shard again and recorded in ``facts["failed"]``; where every slide failed nothing is published.
 
     The tar is synced and renamed before its record, and counts from then on; whatever happens earlier leaves only a hidden
@@ -103,12 +105,13 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
     written = Written(shard.name)
     path = folder / f"{shard.name}.tar"
     partial = folder / f".{path.name}.{os.getpid()}"
-    rows: list[tuple[int, int, int, int, int]] = []
+    rows: list[tuple[int, ...]] = []
     slides: list[dict[str, Any]] = []
     counts: list[int] = []
     rejected: list[tuple[str, int, int, int]] = []
     try:
-        with partial.open("w+b") as raw, tarfile.open(fileobj=raw, mode="w", format=tarfile.GNU_FORMAT) as tar:
+        with partial.open("wb") as raw:
+            tar = TarWriter(raw)
             for part in shard.parts:
                 before, rejected_before, start = len(rows), len(rejected), tar.offset
                 tiling = read_tiling(coordinates_path(folder, part.slide))
@@ -117,19 +120,18 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
                 except Fault as fault:
                     written.failed[part.slide] = str(fault)
                     del rows[before:], rejected[rejected_before:]
-                    tar.offset = start
-                    raw.seek(start)
-                    raw.truncate()
+                    tar.rewind(start)
                     continue
                 slides.append(facts_of(tiling))
                 counts.append(len(rows) - before)
+            tar.finish()
         written.tiles, written.size = len(rows), partial.stat().st_size
         if not slides:
             return written
         if rows:
             publish(partial, path)
-        table = np.array(rows, dtype=np.int64).reshape(-1, 5)
-        columns = {name: table[:, position] for position, name in enumerate(("offset", "length", "x", "y", "crc32"))}
+        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+        columns = {name: table[:, position] for position, name in enumerate((*COLUMNS, *CHECKSUMS))}
         facts = {
             "file": path.name, "size": written.size, "longest": int(table[:, 1].max(initial=0)), "slides": slides, "counts": counts,
             "rejected": rejected, "failed": written.failed,
@@ -155,52 +157,49 @@ def facts_of(tiling: Tiling) -> dict[str, Any]:
     }  # fmt: skip
 
 
+class TarWriter:
+    """A tar written front to back, whose end can be taken back. No time, owner or mode of this machine goes in."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file, self.offset = file, 0
+
+    def add(self, name: str, data: bytes) -> int:
+        """Append a member and return the offset of its data."""
+        header = member_header(name, len(data))
+        self.file.write(header + data + bytes(-len(data) % BLOCK))
+        offset = self.offset + len(header)
+        self.offset = offset + len(data) + -len(data) % BLOCK
+        return offset
+
+    def rewind(self, offset: int) -> None:
+        """Take back everything from ``offset`` on."""
+        self.file.seek(offset)
+        self.file.truncate()
+        self.offset = offset
+
+    def finish(self) -> None:
+        """Write the end mark, and fill the last record as tar programs do."""
+        end = self.offset + 2 * BLOCK
+        self.file.write(bytes(end - self.offset + -end % tarfile.RECORDSIZE))
+
+
 def _add_part(
-    tar: tarfile.TarFile, part: Part, tiling: Tiling, source: Path,
-    rows: list[tuple[int, int, int, int, int]], rejected: list[tuple[str, int, int, int]],
+    tar: TarWriter, part: Part, tiling: Tiling, source: Path,
+    rows: list[tuple[int, ...]], rejected: list[tuple[str, int, int, int]],
 ) -> None:  # fmt: skip
-    grid = tiling.grid
-    xs, ys, shares = (values[part.first : part.last] for values in tiling.tiles(*READ))
     common = {
         key: value
         for key, value in facts_of(tiling).items()
         if key in ("slide", "patient", "level", "mpp", "tile_size", "tile_size_level0") and value is not None
     }
-    damaged = 0
-    slide = Slide(source)
-    try:
-        if slide.dimensions[0] != (grid.width, grid.height):
-            raise Fault(
-                f"{source} is not the slide it was when its tissue was found (its size has changed): shard it into another folder"
-            )
-        for x, y, share in zip(xs.tolist(), ys.tolist(), shares.tolist(), strict=True):
-            try:
-                tile = slide.read_tile(grid, x, y)
-            except Fault as fault:
-                damaged += 1
-                rejected.append((part.slide, int(grid.cell(y)), int(grid.cell(x)), DAMAGED))
-                if damaged > MOST_DAMAGED * len(xs):
-                    raise Fault(
-                        f"{fault}; {damaged} of its tiles so far, too many to go on: replace the file"
-                    ) from fault
-                slide.close()
-                slide = Slide(source)  # after an error openslide refuses everything else on the same handle
-                continue
-            if is_empty(tile):
-                rejected.append((part.slide, int(grid.cell(y)), int(grid.cell(x)), EMPTY))
-                continue
-            jpeg = simplejpeg.encode_jpeg(np.ascontiguousarray(tile), quality=JPEG_QUALITY)
-            key = f"{part.slide}_{x}_{y}"
-            offset = _add(tar, f"{key}.jpg", jpeg)
-            _add(tar, f"{key}.json", json.dumps(common | {"x": x, "y": y, "tissue": round(share, 3)}).encode())
-            rows.append((offset, len(jpeg), x, y, zlib.crc32(jpeg)))
-    finally:
-        slide.close()
-
-
-def _add(tar: tarfile.TarFile, name: str, data: bytes) -> int:
-    """Append a member and return the offset of its data. No time, owner or mode of this machine goes in."""
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
-    return tar.offset - math.ceil(len(data) / tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+    beginning = json.dumps(common)[:-1]
+    for tile in cut_tiles(source, tiling, part.first, part.last):
+        if tile.verdict != KEPT:
+            rejected.append((part.slide, tile.x, tile.y, tile.verdict))
+            continue
+        key = f"{part.slide}_{tile.x}_{tile.y}"
+        measured = "" if math.isnan(tile.share) else f', "tissue": {round(tile.share, 3)}'
+        facts = f'{beginning}, "x": {tile.x}, "y": {tile.y}{measured}}}'.encode()
+        offset = tar.add(f"{key}.jpg", tile.jpeg)
+        tar.add(f"{key}.json", facts)
+        rows.append((offset, len(tile.jpeg), tile.x, tile.y, zlib.crc32(tile.jpeg), zlib.crc32(facts)))

@@ -22,13 +22,16 @@ ISOTROPIC = 0.01
 class Slide:
     """One open slide. Use as a context manager; not to be shared between processes.
 
+    ``cache`` is how many bytes of decoded pixels are kept for neighbouring tiles (openslide's own 32 MiB where it isn't given).
     Raises Fault where openslide cannot open the file.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, cache: int | None = None) -> None:
         self.path = path
         try:
             self._reader = openslide.OpenSlide(path)
+            if cache is not None:
+                self._reader.set_cache(openslide.OpenSlideCache(cache))
         except (openslide.OpenSlideError, OSError) as error:
             reason = "no such file" if not path.exists() else str(error) or type(error).__name__
             raise Fault(f"{path} cannot be read as a slide ({reason}): replace the file, or leave it out") from error
@@ -75,6 +78,11 @@ class Slide:
         Untouched pixels of ``grid.level`` where the grid does not resample; otherwise resized with antialiasing from exactly
         the tile's own (fractional) box. Raises Fault where the slide's data is damaged there.
         """
+        return np.asarray(self.tile_image(grid, x, y).convert("RGB"))
+
+    def tile_image(self, grid: TileGrid, x: int, y: int) -> Image.Image:
+        """`read_tile` as a picture: RGB where it was resized, otherwise RGBA without transparency, as openslide gives it (for an
+        encoder that takes this, a conversion less)."""
         left, top, side = grid.level_box(x, y)
         first_column, first_row = math.floor(left), math.floor(top)
         width = math.ceil(left + side - 1e-6) - first_column
@@ -83,8 +91,8 @@ class Slide:
         if grid.resampled:
             box = (left - first_column, top - first_row, left - first_column + side, top - first_row + side)
             box = (box[0], box[1], min(box[2], width), min(box[3], height))
-            region = region.resize((grid.tile_size, grid.tile_size), Image.Resampling.BICUBIC, box=box)
-        return np.asarray(region)
+            region = region.convert("RGB").resize((grid.tile_size, grid.tile_size), Image.Resampling.BICUBIC, box=box)
+        return region
 
     def thumbnail(self, downsample: float) -> np.ndarray:
         """The whole slide, ``downsample`` level-0 pixels to a pixel, area-averaged: uint8 (H, W, 3).
@@ -104,12 +112,12 @@ class Slide:
                 region = self._read(level, left, top, region_width, region_height)
                 x0, y0 = column * scale - left, row * scale - top
                 box = (x0, y0, min(x0 + columns * scale, region_width), min(y0 + rows * scale, region_height))
-                block = region.resize((columns, rows), Image.Resampling.BOX, box=box)
+                block = region.convert("RGB").resize((columns, rows), Image.Resampling.BOX, box=box)
                 thumbnail[row : row + rows, column : column + columns] = np.asarray(block)
         return thumbnail
 
     def _read(self, level: int, left: int, top: int, width: int, height: int) -> Image.Image:
-        """RGB pixels of one level, ``left`` and ``top`` in that level's pixels. Where the slide holds nothing, white.
+        """Opaque RGBA pixels of one level, ``left`` and ``top`` in that level's pixels. Where the slide holds nothing, white.
 
         openslide takes the corner in whole level-0 pixels, so at a level with a fractional downsample the corner may be off by
         half a level-0 pixel.
@@ -119,10 +127,9 @@ class Slide:
             pixels = self._reader.read_region((round(left * stated), round(top * stated)), level, (width, height))
         except openslide.OpenSlideError as error:
             raise Fault(f"{self.path} is damaged near level {level}, pixel ({left}, {top}): {error}") from error
-        if pixels.getchannel("A").getextrema()[0] == 255:
-            return pixels.convert("RGB")
-        white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, pixels).convert("RGB")
+        if np.asarray(pixels)[..., 3].min() == 255:
+            return pixels
+        return Image.alpha_composite(Image.new("RGBA", pixels.size, (255, 255, 255, 255)), pixels)
 
 
 def list_slides(named: list[str]) -> list[Path]:

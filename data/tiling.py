@@ -7,7 +7,7 @@ slide to show where its tiles are.
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,11 @@ class TilingSettings:
 @dataclass(frozen=True)
 class Tiling:
     """A slide's tiles, and its cells without one. ``verdict`` (rows, columns) uint8 indexes `VERDICTS`; ``tissue`` (rows, columns)
-    float32 is each cell's share of tissue."""
+    float32 is each cell's share of tissue.
+
+    Tiles that another program chose needn't lie on the grid: they are ``places`` (N, 2) int64, level-0 x and y in row-major order,
+    ``verdict`` and ``tissue`` are (1, N), and ``tissue`` is NaN, which nobody measured.
+    """
 
     slide: str
     source: str  # the slide's file
@@ -54,11 +58,22 @@ class Tiling:
     verdict: np.ndarray
     tissue: np.ndarray
     thumbnail_downsample: float  # level-0 pixels per pixel of the stored thumbnail
+    places: np.ndarray | None = None
 
     def tiles(self, *verdicts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Level-0 x, y (int64) and tissue share of the cells with one of these verdicts, in row-major order."""
         rows, columns = np.nonzero(np.isin(self.verdict, verdicts))
+        if self.places is not None:
+            return self.places[columns, 0], self.places[columns, 1], self.tissue[0, columns]
         return self.grid.origin(columns), self.grid.origin(rows), self.tissue[rows, columns]
+
+    def rejected(self, places: list[tuple[int, int, int]]) -> "Tiling":
+        """The same with other verdicts for the tiles at these level-0 (x, y, verdict)."""
+        verdict = self.verdict.copy()
+        given = {} if self.places is None else {tuple(place): i for i, place in enumerate(self.places.tolist())}
+        for x, y, code in places:
+            verdict[(0, given[x, y]) if given else (self.grid.cell(y), self.grid.cell(x))] = code
+        return replace(self, verdict=verdict)
 
     def counts(self) -> dict[str, int]:
         """How many cells got each verdict."""
@@ -99,9 +114,15 @@ def tile_slide(
     if rule.rejects_pen:
         ink = shares(pen(picture), left, top, side)
         verdict[(ink >= MOST_PEN) | ((verdict == BACKGROUND) & (ink >= SOME_PEN))] = PEN
-    match = re.search(patient_pattern, slide.path.name) if patient_pattern else None
-    tiling = Tiling(name, str(slide.path), match.group(0) if match else "", grid, verdict, tissue, thumbnail_downsample)
+    patient = patient_in(slide.path, patient_pattern)
+    tiling = Tiling(name, str(slide.path), patient, grid, verdict, tissue, thumbnail_downsample)
     return tiling, _shrunk(image, thumbnail_downsample / finest)
+
+
+def patient_in(path: Path, pattern: str) -> str:
+    """The first match of the regular expression ``pattern`` in a slide's file name, or nothing."""
+    match = re.search(pattern, path.name) if pattern else None
+    return match.group(0) if match else ""
 
 
 def downsample_for(rule: TissueRule, grid: TileGrid) -> float:

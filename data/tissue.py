@@ -29,7 +29,7 @@ def otsu(rgb: np.ndarray) -> np.ndarray:
     on a nearly empty slide through the glass. So it is held between 88 and 94 % of the glass, taken as the thumbnail's
     99th percentile. What is neither coloured nor dark (shadows, dust, the seams of a scanner) is background.
     """
-    luminance = rgb.mean(axis=2)
+    luminance = _mean(rgb)
     glass = float(np.percentile(luminance, 99))
     threshold = float(np.clip(_threshold(luminance), 0.88 * glass, 0.94 * glass))
     coloured = (_chroma(rgb) > 14) | (luminance < 0.5 * glass)
@@ -39,17 +39,19 @@ def otsu(rgb: np.ndarray) -> np.ndarray:
 
 def gigapath(rgb: np.ndarray) -> np.ndarray:
     """Prov-GigaPath's rule: the channels' mean below its own Otsu threshold (Xu et al. 2024, Methods)."""
-    luminance = rgb.mean(axis=2)
+    luminance = _mean(rgb)
     return luminance < _threshold(luminance)
 
 
 def clam(rgb: np.ndarray) -> np.ndarray:
     """CLAM's preset (Lu et al. 2021): saturation of 8 and more after a 7 px median, closed with a 4 px square.
 
-    CLAM then drops contours smaller than 100 patches of 512 px, which would drop every biopsy; here they stay.
+    A tile is kept where any of this touches it. CLAM then drops contours smaller than 100 patches of 512 px, which would drop every
+    biopsy, and lays a grid of its own into each contour: neither is done here.
     """
-    saturation = ndimage.median_filter(_hsv(rgb)[..., 1], size=7)
-    return _closed(saturation > 8, np.ones((4, 4)))
+    # The median of 49 values is above 8 where most of them are: counting is twenty times faster than sorting.
+    above = ndimage.uniform_filter((_hsv(rgb)[..., 1] > 8).astype(np.float32), size=7) > 0.5
+    return _closed(above, np.ones((4, 4)))
 
 
 def hsv(rgb: np.ndarray) -> np.ndarray:
@@ -58,11 +60,15 @@ def hsv(rgb: np.ndarray) -> np.ndarray:
     return (hue >= 90) & (saturation >= 8) & (value >= 103)
 
 
+# For rules that their authors apply to the tile's own pixels: the finest that scanners have, so that only a slide of more than
+# `data.tiling.LARGEST_MASK` pixels a side is judged more coarsely.
+FULL = 0.1
+
 RULES: dict[str, TissueRule] = {
     "otsu": TissueRule(otsu, mpp=8.0, min_tissue=0.25, rejects_pen=True),
     "gigapath": TissueRule(gigapath, mpp=2.0, min_tissue=0.1, rejects_pen=False),
-    "clam": TissueRule(clam, mpp=8.0, min_tissue=0.01, rejects_pen=False),
-    "hsv": TissueRule(hsv, mpp=2.0, min_tissue=0.6, rejects_pen=False),
+    "clam": TissueRule(clam, mpp=FULL, min_tissue=1e-6, rejects_pen=False),
+    "hsv": TissueRule(hsv, mpp=FULL, min_tissue=0.6, rejects_pen=False),
 }
 
 
@@ -73,13 +79,13 @@ def pen(rgb: np.ndarray) -> np.ndarray:
     violet through pink). Ink breaks that order. Green and blue ink absorb red most; red ink absorbs blue as much as
     green, and far more of both than eosin does; black ink is dark without a hue.
     """
-    smooth = ndimage.uniform_filter(rgb.astype(np.float32), size=(3, 3, 1))
-    red, green, blue = np.moveaxis(smooth, 2, 0)
-    chroma = smooth.max(axis=2) - smooth.min(axis=2)
+    red, green, blue = (ndimage.uniform_filter(channel, size=3, output=np.float32) for channel in _channels(rgb))
+    brightest = np.maximum(np.maximum(red, green), blue)
+    chroma = brightest - np.minimum(np.minimum(red, green), blue)
     green_or_blue = (red < green - 8) & (chroma > 25)
     solid_red = (red > 110) & (np.maximum(green, blue) < 0.45 * red) & (blue - green < 0.14 * red)
     faint_red = (red > 150) & (np.maximum(green, blue) < 0.80 * red) & (blue - green < 0.03 * red)
-    black = (smooth.max(axis=2) < 115) & (chroma < 36)
+    black = (brightest < 115) & (chroma < 36)
     ink = _without_specks(green_or_blue | solid_red | faint_red | black)
     return ndimage.binary_dilation(ink, iterations=1)
 
@@ -89,18 +95,19 @@ def is_fluorescence(rgb: np.ndarray) -> bool:
 
     Black filling around a bright-field scan does not count, as the scan's glass is bright.
     """
-    dark = float((rgb.max(axis=2) < 45).mean())
-    bright = float((rgb.min(axis=2) > 170).mean())
+    red, green, blue = _channels(rgb)
+    dark = float((np.maximum(np.maximum(red, green), blue) < 45).mean())
+    bright = float((np.minimum(np.minimum(red, green), blue) > 170).mean())
     return dark > 0.5 and bright < 0.02
 
 
 def is_empty(tile: np.ndarray) -> bool:
-    """True for a tile (H, W, 3) uint8 with nothing in it: flat (mean standard deviation of the channels under 5), or more
+    """True for a tile (H, W, 3 or more) uint8 with nothing in it: flat (mean standard deviation of the channels under 5), or more
     than half of it pure black or pure white, as missing data reads. Judged on every fourth pixel.
 
     The limits are those of Prov-GigaPath's empty-tile check.
     """
-    sample = tile[::4, ::4].transpose(2, 0, 1).reshape(3, -1)
+    sample = tile[::4, ::4, :3].transpose(2, 0, 1).reshape(3, -1)
     flat = sample.std(axis=1, dtype=np.float32).mean() < 5
     missing = max((sample.max(axis=0) == 0).mean(), (sample.min(axis=0) == 255).mean()) > 0.5
     return bool(flat or missing)
@@ -128,13 +135,24 @@ def _threshold(luminance: np.ndarray) -> float:
     return float(threshold_otsu(luminance)) if luminance.min() < luminance.max() else float(luminance.min())
 
 
+def _channels(rgb: np.ndarray) -> np.ndarray:
+    """(H, W, 3) → (3, H, W), contiguous: on planes everything below is several times faster than along an axis of three."""
+    return np.ascontiguousarray(np.moveaxis(rgb, 2, 0))
+
+
+def _mean(rgb: np.ndarray) -> np.ndarray:
+    return _channels(rgb).sum(axis=0, dtype=np.uint16) / 3.0
+
+
 def _chroma(rgb: np.ndarray) -> np.ndarray:
-    return rgb.max(axis=2).astype(np.int16) - rgb.min(axis=2)
+    """Highest minus lowest channel, uint8."""
+    red, green, blue = _channels(rgb)
+    return np.maximum(np.maximum(red, green), blue) - np.minimum(np.minimum(red, green), blue)
 
 
 def _hsv(rgb: np.ndarray) -> np.ndarray:
     """RGB uint8 → hue 0–180, saturation 0–255, value 0–255, uint8 (OpenCV's scales)."""
-    red, green, blue = np.moveaxis(rgb.astype(np.float32), 2, 0)
+    red, green, blue = _channels(rgb.astype(np.float32))
     value = np.maximum(np.maximum(red, green), blue)
     chroma = value - np.minimum(np.minimum(red, green), blue)
     safe = np.where(chroma > 0, chroma, 1)

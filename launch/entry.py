@@ -6,6 +6,7 @@ import sys
 
 from data.fault import Fault
 from pretrain import cli
+from pretrain.settings import stem
 
 
 def main(arguments: list[str]) -> None:
@@ -16,7 +17,7 @@ def main(arguments: list[str]) -> None:
             sys.stdout.flush()
             return
         config = composed.object()
-        importlib.import_module(f"pretrain.commands.{composed.command}").run(config)
+        importlib.import_module(f"pretrain.commands.{stem(composed.command)}").run(config)
         sys.stdout.flush()
     except Fault as fault:
         cli.fail(fault)

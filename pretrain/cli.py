@@ -7,10 +7,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data.fault import Fault
-from pretrain.settings import CONFIGS, Composed, annotated, load, nearest
+from pretrain.settings import CONFIGS, Composed, annotated, load, nearest, stem
 
 COMMANDS = {
     "shard": "slides → tile shards",
+    "shards verify": "read shards whole, and find what is missing, damaged or not as the index says",
+    "shards index": "index shards that another program wrote, or merge what a job array made",
     "inspect": "look at a slide's tissue mask and grid, or at the tiles of a shard",
     "tile": "tile shards → tile encoder (DINOv2 and its relatives)",
     "embed": "tile shards + tile encoder → slide embeddings",
@@ -34,7 +36,8 @@ def parse(arguments: list[str]) -> Composed | None:
     if arguments[0] == "--version":
         print(f"slidewright {version('slidewright')}")
         return None
-    command, rest = arguments[0], arguments[1:]
+    length = 2 if any(command.startswith(f"{arguments[0]} ") for command in COMMANDS) else 1
+    command, rest = " ".join(arguments[:length]), arguments[length:]
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
     overrides, config_dirs, wants_help, wants_config = [], [], False, False
@@ -71,7 +74,7 @@ def parse(arguments: list[str]) -> Composed | None:
 
 def overview() -> str:
     """The text of ``pretrain --help``."""
-    rows = "\n".join(f"  {name:<8} {summary}" for name, summary in COMMANDS.items())
+    rows = "\n".join(f"  {name:<13} {summary}" for name, summary in COMMANDS.items())
     return f"""\
 Slidewright: pretrain pathology foundation models from whole-slide images.
 
@@ -92,11 +95,12 @@ Start with 'pretrain demo'."""
 
 def explain(command: str) -> str:
     """The text of ``pretrain <command> --help``: its module's docstring, its settings, its groups."""
-    source = Path(__file__).parent / "commands" / f"{command}.py"
+    name = stem(command)
+    source = Path(__file__).parent / "commands" / f"{name}.py"
     text = ast.get_docstring(ast.parse(source.read_text())) or ""
-    body = (CONFIGS / f"{command}.yaml").read_text()
+    body = (CONFIGS / f"{name}.yaml").read_text()
     settings = re.sub(r"^defaults:\n(?:[ -].*\n)*\n?", "", body, flags=re.M).strip()
-    sections = [text, f"Settings (configs/{command}.yaml):\n\n{_indent(settings)}"]
+    sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(settings)}"]
     for group in re.findall(r"^  - (?:override )?/?(\w+): (?:\w+|null)", body, flags=re.M):
         options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
         chosen = re.search(rf"^  - (?:override )?/?{group}: (\w+)", body, flags=re.M)

@@ -44,7 +44,7 @@ class Composed:
             raise Fault(
                 f"{', '.join(missing)} must be given: pretrain {self.command} {given} ('pretrain {self.command} --help' explains)."
             )
-        config = importlib.import_module(f"pretrain.commands.{self.command}").Config
+        config = importlib.import_module(f"pretrain.commands.{stem(self.command)}").Config
         values = vars(OmegaConf.to_object(self.tree))
         kinds = get_type_hints(config)
         return config(
@@ -52,10 +52,15 @@ class Composed:
         )
 
 
+def stem(command: str) -> str:
+    """What the files of a command are called: ``shards verify`` → ``shards_verify``."""
+    return command.replace(" ", "_")
+
+
 def load(command: str, overrides: list[str], config_dirs: list[Path] | None = None) -> Composed:
     """Compose and check the configuration of ``command``. Raises Fault for anything unknown, mistyped or malformed."""
-    if not (CONFIGS / f"{command}.yaml").exists():
-        raise Fault(f"configs/{command}.yaml is missing from this installation.")
+    if not (CONFIGS / f"{stem(command)}.yaml").exists():
+        raise Fault(f"configs/{stem(command)}.yaml is missing from this installation.")
     directories = [CONFIGS, *(config_dirs or [])]
     search = (
         [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in directories[1:])}]"]
@@ -73,8 +78,8 @@ def _compose(
 ) -> tuple[DictConfig, dict[str, str]]:
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=command):
-            whole = compose(command, overrides + search, return_hydra_config=True)
+        with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=stem(command)):
+            whole = compose(stem(command), overrides + search, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is set to null
         raise Fault(_explain(command, overrides, directories, error)) from error
     choices = {
@@ -88,7 +93,7 @@ def _compose(
 def _typed(command: str, values: DictConfig) -> DictConfig:
     """Merge ``values`` into the command's schema, in which each plug-in's node takes the schema of its class."""
     fields = []
-    config = importlib.import_module(f"pretrain.commands.{command}").Config
+    config = importlib.import_module(f"pretrain.commands.{stem(command)}").Config
     for name, kind in get_type_hints(config).items():
         if kind == plugins.Plugin:
             node = values.get(name)
@@ -122,8 +127,8 @@ def _spread_lists(kinds: dict[str, Any], values: DictConfig) -> None:
 
 def _explain(command: str, overrides: list[str], directories: list[Path], error: Exception) -> str:
     """One sentence for Hydra's refusal: the first override whose key or choice is unknown, with the nearest known one."""
-    with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=command):
-        known = _keys(compose(command))
+    with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=stem(command)):
+        known = _keys(compose(stem(command)))
     groups = {folder.name for directory in directories for folder in directory.iterdir() if folder.is_dir()}
     for text in overrides:
         try:
@@ -171,7 +176,7 @@ def _key(override: str) -> str:
 
 def _files(command: str, choices: dict[str, str], directories: list[Path]) -> list[tuple[str, Path]]:
     """The YAML files behind a composition, in the order in which they win, with the prefix of their keys."""
-    files = [("", CONFIGS / f"{command}.yaml")]
+    files = [("", CONFIGS / f"{stem(command)}.yaml")]
     # A recipe overrides the groups, and a scale overrides the recipe.
     for group, choice in sorted(choices.items(), key=lambda item: (item[0].startswith("scale"), item[0] == "recipe")):
         name = group.partition("@")[0]

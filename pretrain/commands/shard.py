@@ -16,18 +16,25 @@ Examples:
     pretrain shard slides=/slides out=shards
     pretrain shard slides="a.svs b.tiff" out=shards mpp=1.0 slides_mpp=0.25
     pretrain shard slides='/archive/**/*.ndpi' out=shards tissue=gigapath workers=8
-    pretrain shard index=/data/their_shards
+    pretrain shard slides=/slides out=shards coordinates=trident/20x_256px_0px_overlap
+    pretrain shard slides=/slides out=shards part=3/40
+
+The last line is one job of an array of forty, each of which takes its share of the slides; 'pretrain shards index
+shards=shards' merges what they made. With coordinates= the tiles are those that TRIDENT or CLAM chose, and no tissue is looked for.
 """
 
 import os
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
+from data.cutting import JPEG_QUALITY
 from data.fault import Fault
+from data.given_tiles import Left, find_coordinates, given_tiles
+from data.job_array import JobPart, check_division, known_slides
 from data.parallel import in_processes
 from data.shard_folder import (
     FAILED,
@@ -41,8 +48,8 @@ from data.shard_folder import (
     save_plan,
     save_rows,
 )
-from data.shard_index import ShardIndex, merge, scan
-from data.shards import JPEG_QUALITY, Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.shard_index import ShardIndex, merge
+from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
 from data.slide_names import name_slides
 from data.slides import Slide, list_slides
 from data.tiling import Tiling, TilingSettings, tile_slide, write_thumbnail
@@ -52,8 +59,8 @@ from pretrain.progress import Progress, say, track
 
 @dataclass
 class Config:
-    slides: list[str] | None
-    out: str | None
+    slides: list[str]
+    out: str
     mpp: float
     tile_size: int
     tissue: str
@@ -62,45 +69,51 @@ class Config:
     patient_pattern: str
     tiles_per_shard: int
     name: str
+    coordinates: str | None
+    part: str | None
     workers: int | None
-    index: str | None
 
 
 def run(config: Config) -> None:
-    """Cut the slides, or say that it is done. Raises Fault where not one slide gave tiles."""
-    if config.index is not None:
-        index = scan(Path(config.index))
-        say(f"{config.index}: {holdings(index)}, indexed")
-        return
-    if not config.slides or config.out is None:
-        raise Fault(
-            "say which slides to cut and where to: pretrain shard slides=… out=… ('pretrain shard --help' explains)"
-        )
+    """Cut the slides, or say that it is done. Raises Fault where not one slide gave tiles, and where the disk is full."""
     if config.tissue not in RULES:
         raise Fault(f"there is no tissue rule {config.tissue!r}; there are: {', '.join(RULES)}")
     out = Path(config.out)
     min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
     paths = list_slides(config.slides)
-    with alone(out):
-        _shard(config, out, settings, paths)
+    part = None if config.part is None else JobPart.parse(config.part)
+    try:
+        with alone(out, part.state if part else ""):
+            _shard(config, out, settings, paths, part)
+    except OSError as error:  # what a slide's file does wrong is a Fault already: this is about writing
+        raise Fault(f"writing to {out} failed ({error.strerror or error}): make room or fix the disk, then run the same command again") from error  # fmt: skip
 
 
-def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path]) -> None:
+def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path], part: JobPart | None) -> None:
+    state = part.state if part else ""
     workers = config.workers or len(os.sched_getaffinity(0))
     made = asdict(settings) | {"jpeg_quality": JPEG_QUALITY}
-    plan = prepare(out, made)
-    rows = load_rows(out)
-    names = name_slides(paths, {Path(row.path): row.slide for row in rows.values()})
+    if config.coordinates is not None:
+        made |= {"tissue": "given", "min_tissue": None}
+    check_division(out, part)
+    plan = prepare(out, made, state)
+    rows = load_rows(out, state)
+    names = name_slides(paths, known_slides(out))
+    if part is not None:
+        names = {path: slide for path, slide in names.items() if part.owns(slide)}
+        say(f"{part}: {counted_as(len(names), 'slide')} of {len(paths):,}")
     _report_renamed(names)
     for path, slide in names.items():
         rows.setdefault(slide, SlideRow(slide, str(path))).path = str(path)
-    save_rows(out, rows)
+    save_rows(out, rows, state)
     asked = set(names.values())
     finished = all(rows[slide].outcome in (TILED, NO_TISSUE) for slide in asked)
-    if finished and (out / "index.npz").exists() and all(is_published(out, shard.name) for shard in plan):
-        merge(out, [shard.name for shard in plan], made)
-        _summary(out, rows, asked)
+    merged = part is not None or (out / "index.npz").exists()
+    if finished and merged and all(is_published(out, shard.name) for shard in plan):
+        if part is None:
+            merge(out, [shard.name for shard in plan], made)
+        _summary(out, rows, asked, part)
         say(f"nothing left to do: all {len(asked)} slides are done")
         return
 
@@ -110,8 +123,9 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
         (path, slide) for path, slide in names.items() if slide not in planned and rows[slide].outcome != NO_TISSUE
     ]
     look = partial(
-        survey, out=out, settings=settings, slides_mpp=config.slides_mpp, patient_pattern=config.patient_pattern
-    )
+        survey, out=out, settings=settings, slides_mpp=config.slides_mpp, patient_pattern=config.patient_pattern,
+        coordinates=None if config.coordinates is None else Path(config.coordinates),
+    )  # fmt: skip
     new: dict[str, int] = {}
     surveyed = in_processes(look, undecided, workers)
     for (_, slide), result in track(surveyed, len(undecided), "finding tissue", "slides") if undecided else ():
@@ -120,7 +134,12 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
             row.outcome, row.message = FAILED, str(result)
             say(f"skipped: {result}")
             continue
-        row.describe(result)
+        tiling, left = result
+        if left.outside or left.double:
+            say(
+                f"{row.path}: left out {left.outside:,} given tiles that hang over its edge, and {left.double:,} that were given twice"
+            )
+        row.describe(tiling)
         candidates = int(sum(row.__dict__[name] for name in ("kept", "empty", "damaged")))
         row.outcome, row.message = (PENDING, "") if candidates else (NO_TISSUE, "")
         if candidates:
@@ -130,9 +149,9 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
 
     # 2. Decide which tiles go into which shard, once, and write it down before the first is cut.
     parts = _failed_parts(out, plan, asked) + [Part(slide, 0, new[slide]) for slide in sorted(new)]
-    plan += plan_shards(parts, config.tiles_per_shard, config.name, first_number=len(plan))
-    save_plan(out, made, plan)
-    save_rows(out, rows)
+    plan += plan_shards(parts, config.tiles_per_shard, config.name + state, first_number=len(plan))
+    save_rows(out, rows, state)  # before the plan: what is planned isn't surveyed again
+    save_plan(out, made, plan, state)
 
     # 3. Cut them. A shard is published whole or not at all, and remembered by being there.
     todo = [shard for shard in plan if not is_published(out, shard.name)]
@@ -157,33 +176,50 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
     published = [shard for shard in plan if is_published(out, shard.name)]
     _record_rejected(out, published, rows)
     for shard in published:
-        for part in shard.parts:
-            rows[part.slide].outcome = TILED if rows[part.slide].kept else NO_TISSUE
-            rows[part.slide].message = ""
+        for piece in shard.parts:
+            rows[piece.slide].outcome = TILED if rows[piece.slide].kept else NO_TISSUE
+            rows[piece.slide].message = ""
     for slide, message in failed.items():
         rows[slide].outcome, rows[slide].message = FAILED, message
-    merge(out, [shard.name for shard in published], made)
-    save_rows(out, rows)
-    _summary(out, rows, asked)
-    if not any(rows[slide].outcome == TILED for slide in asked):
-        raise Fault(f"none of the {len(asked)} slides gave a tile; the reasons are above and in {out}/slides.csv")
+    if part is None:
+        merge(out, [shard.name for shard in published], made)
+    save_rows(out, rows, state)
+    _summary(out, rows, asked, part)
+    if asked and not any(rows[slide].outcome == TILED for slide in asked):
+        raise Fault(
+            f"none of the {len(asked)} slides gave a tile; the reasons are above and in {out}/slides{state}.csv"
+        )
 
 
 def survey(
-    job: tuple[Path, str], out: Path, settings: TilingSettings, slides_mpp: float | None, patient_pattern: str
-) -> Tiling:
-    """Find one slide's tissue and write its coordinates and thumbnail, or read what an earlier run wrote."""
+    job: tuple[Path, str],
+    out: Path,
+    settings: TilingSettings,
+    slides_mpp: float | None,
+    patient_pattern: str,
+    coordinates: Path | None,
+) -> tuple[Tiling, Left]:
+    """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and thumbnail; or read what
+    an earlier run wrote. Returns the tiling, and what of the given tiles was left out."""
     path, name = job
     written = coordinates_path(out, name)
+    left = Left(0, 0)
     if written.exists():
-        tiling = read_tiling(written)
-        if tiling.source == str(path):
-            return tiling
+        try:
+            tiling = read_tiling(written)
+            if tiling.source == str(path):
+                return tiling, left
+        except Fault as fault:
+            say(f"made again: {fault}")
     with Slide(path) as slide:
-        tiling, thumbnail = tile_slide(slide, name, settings, slides_mpp, patient_pattern)
+        if coordinates is None:
+            tiling, thumbnail = tile_slide(slide, name, settings, slides_mpp, patient_pattern)
+        else:
+            file = find_coordinates(coordinates, path, name)
+            tiling, thumbnail, left = given_tiles(slide, name, file, settings, slides_mpp, patient_pattern)
     write_thumbnail(out / "thumbnails" / f"{name}.jpg", thumbnail)
     write_tiling(out, tiling)
-    return tiling
+    return tiling, left
 
 
 def _cut(shard: Shard, out: Path, sources: dict[str, str]) -> Any:
@@ -207,15 +243,12 @@ def _record_rejected(out: Path, shards: list[Shard], rows: dict[str, SlideRow]) 
     """Move tiles that turned out empty or damaged from kept to their verdict, in the slides' h5 and rows."""
     rejected: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for shard in shards:
-        for slide, row, column, verdict in read_facts(out, shard.name)["rejected"]:
-            rejected[slide].append((row, column, verdict))
+        for slide, x, y, verdict in read_facts(out, shard.name)["rejected"]:
+            rejected[slide].append((x, y, verdict))
     for slide, cells in rejected.items():
-        tiling = read_tiling(coordinates_path(out, slide))
-        verdict = tiling.verdict.copy()
-        for row, column, code in cells:
-            verdict[row, column] = code
-        if (verdict != tiling.verdict).any():
-            tiling = replace(tiling, verdict=verdict)
+        before = read_tiling(coordinates_path(out, slide))
+        tiling = before.rejected(cells)
+        if (tiling.verdict != before.verdict).any():
             write_tiling(out, tiling)
         if slide in rows:
             rows[slide].describe(tiling)
@@ -244,11 +277,11 @@ def holdings(index: ShardIndex) -> str:
     return "{} of {} in {}".format(*parts)
 
 
-def _summary(out: Path, rows: dict[str, SlideRow], asked: set[str]) -> None:
-    """A table of what came of the slides that were asked for."""
+def _summary(out: Path, rows: dict[str, SlideRow], asked: set[str], part: JobPart | None) -> None:
+    """A table of what came of the slides that were asked for, and what comes next."""
     chosen = [rows[slide] for slide in sorted(asked)]
     say("")
-    if len(chosen) <= 40:
+    if 0 < len(chosen) <= 40:
         width = max(len(row.slide) for row in chosen)
         columns = ("kept", "background", "pen", "empty", "damaged")
         say(f"{'slide':<{width}}  {'outcome':<9}  {'µm/px':<6}" + "".join(f"{name:>12}" for name in columns))
@@ -259,10 +292,14 @@ def _summary(out: Path, rows: dict[str, SlideRow], asked: set[str]) -> None:
         say("")
     outcomes = Counter(row.outcome for row in chosen)
     counted = ", ".join(f"{outcomes[name]} {name}" for name in (TILED, NO_TISSUE, FAILED) if outcomes[name])
-    say(f"{counted_as(len(chosen), 'slide')}: {counted}")
+    say(f"{counted_as(len(chosen), 'slide')}: {counted or 'nothing to do'}")
     if outcomes[FAILED]:
-        say(f"why they failed: {out}/slides.csv; running the same command again retries them")
-    if (out / "index.npz").exists() and any(out.glob("*.tar")):
+        say(
+            f"why they failed: {out}/slides{part.state if part else ''}.csv; running the same command again retries them"
+        )
+    if part is not None:
+        say(f"{part} is done; when all are: pretrain shards index shards={out}")
+    elif (out / "index.npz").exists() and any(out.glob("*.tar")):
         index = ShardIndex.open(out)
         size = sum(index.meta["sizes"]) / 1e6
         say(f"{out}: {holdings(index)} ({size:,.1f} MB)")

@@ -89,3 +89,41 @@ def test_a_slide_coarser_than_asked_is_refused_by_name() -> None:
 def test_row_major_is_by_y_then_x() -> None:
     x, y = np.array([5, 0, 5, 0]), np.array([9, 9, 0, 0])
     assert row_major(x, y).tolist() == [3, 2, 1, 0]
+
+
+downsampled = st.tuples(
+    st.floats(0.1, 0.6) | st.just(0.2527), st.sampled_from([0.25, 0.5, 1.0, 2.0]), st.sampled_from([224, 256, 512]),
+    st.integers(20_000, 200_000), st.integers(20_000, 200_000), st.floats(1.3, 4.4), st.integers(1, 5),
+)  # fmt: skip
+
+
+@given(downsampled, st.integers(0, 10**6), st.integers(0, 10**6))
+def test_cell_pixel_and_micron_lead_back_to_each_other_at_any_downsample(
+    scan: tuple[float, float, int, int, int, float, int], column: int, row: int
+) -> None:
+    """Grid → level-0 → µm → level-0 → grid, exactly, also where the levels' downsamples are not whole."""
+    mpp0, mpp, tile, width, height, step, levels = scan
+    if mpp0 > mpp * 1.02:
+        return
+    dimensions = [(max(1, round(width / step**i)), max(1, round(height / step**i))) for i in range(levels)]
+    grid = plan_grid(dimensions, mpp0, mpp, tile, "slide")
+    if not grid.columns or not grid.rows:
+        return
+    cells = np.array([column % grid.columns, row % grid.rows, grid.columns - 1, grid.rows - 1, 0])
+    x = grid.origin(cells)
+    back = np.round(grid.level0(grid.microns(x))).astype(np.int64)
+    assert back.tolist() == x.tolist() and grid.cell(back).tolist() == cells.tolist()
+    # Distances in µm are what the delivered pixels say they are: n cells are n · tile · mpp, but for the rounding up of a corner.
+    np.testing.assert_allclose(grid.microns(x), cells * tile * grid.mpp, atol=mpp0 * (1 + 1e-6))
+
+
+@given(st.integers(20_000, 120_000), st.integers(20_000, 120_000), st.sampled_from([2, 4]))
+def test_a_scanner_at_0_2527_gives_whole_pixels_at_every_nominal_scale(width: int, height: int, step: int) -> None:
+    dimensions = [(width // step**i, height // step**i) for i in range(4)]
+    for mpp, factor in ((0.25, 1), (0.5, 2), (1.0, 4)):
+        grid = plan_grid(dimensions, 0.2527, mpp, 256, "slide")
+        if factor in (1, step):
+            assert not grid.resampled and grid.tile_size_level0 == 256 * factor and grid.mpp == 0.2527 * factor
+        else:
+            assert grid.tile_size_level0 * 0.2527 == pytest.approx(256 * grid.mpp, rel=1e-12)
+            assert grid.downsample <= factor * 1.02

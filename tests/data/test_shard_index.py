@@ -117,7 +117,7 @@ def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
     with pytest.raises(Fault, match=r"no tile shards in .*pretrain shard slides="):
         ShardIndex.open(tmp_path / "nowhere")
     make(tmp_path, LAYOUT)
-    with pytest.raises(Fault, match=r"no index yet.*pretrain shard index="):
+    with pytest.raises(Fault, match=r"no index yet.*pretrain shards index shards="):
         ShardIndex.open(tmp_path)
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(Fault, match="aren't finished"):

@@ -12,7 +12,7 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import shards as shards_module
+from data import cutting
 from data.coordinates_h5 import write_tiling
 from data.fault import Fault
 from data.shard_index import ShardIndex, merge, read_jpeg
@@ -98,14 +98,14 @@ def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path: Path, monk
     shard = Shard("tiles-000000", [part_of(tiled(tmp_path, "a"))])
     calls = []
 
-    def full(tile: np.ndarray, quality: int) -> bytes:
+    def full(tile: np.ndarray) -> bytes:
         calls.append(1)
         if len(calls) == 5:
             raise OSError(28, "No space left on device")
-        return simplejpeg.encode_jpeg(tile, quality=quality)
+        return encode(tile)
 
-    monkeypatch.setattr(shards_module.simplejpeg, "encode_jpeg", full, raising=True)
-    monkeypatch.setattr(shards_module, "simplejpeg", type("Stub", (), {"encode_jpeg": staticmethod(full)}))
+    encode = cutting.encode
+    monkeypatch.setattr(cutting, "encode", full)
     with pytest.raises(Fault, match=r"tiles-000000\.tar failed \(No space left"):
         write_shard(tmp_path, shard, {})
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".*"))
@@ -162,7 +162,7 @@ def test_tiles_found_empty_are_recorded_with_their_cell(tmp_path: Path) -> None:
     flat[192:256, 256:320] = (190, 110, 170)
     write_slide(tmp_path / "slides/a.tiff", flat, 0.5)
     written = write_shard(tmp_path, Shard("tiles-000000", [part_of(tiling)]), {})
-    assert read_facts(tmp_path, "tiles-000000")["rejected"] == [["a", 3, 4, 3]]
+    assert read_facts(tmp_path, "tiles-000000")["rejected"] == [["a", 256, 192, 3]]
     assert written.tiles == len(tiling.tiles(*READ)[0]) - 1
 
 

@@ -7,7 +7,7 @@ import pytest
 from data.fault import Fault
 from launch.entry import main
 from pretrain import cli
-from pretrain.settings import CONFIGS
+from pretrain.settings import CONFIGS, stem
 
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -23,17 +23,17 @@ def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.C
 
 def test_every_command_has_its_module_and_its_configuration() -> None:
     folder = Path(cli.__file__).parent / "commands"
-    assert set(cli.COMMANDS) == {file.stem for file in folder.glob("*.py")} - {"__init__"}
-    assert set(cli.COMMANDS) == {file.stem for file in CONFIGS.glob("*.yaml")}
+    assert {stem(command) for command in cli.COMMANDS} == {file.stem for file in folder.glob("*.py")} - {"__init__"}
+    assert {stem(command) for command in cli.COMMANDS} == {file.stem for file in CONFIGS.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_help_shows_examples_and_every_setting_with_its_comment(
     command: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = said([command, "--help"], capsys)
+    text = said([*command.split(), "--help"], capsys)
     assert f"pretrain {command} " in text.partition("Settings (")[0]
-    for line in (CONFIGS / f"{command}.yaml").read_text().splitlines():
+    for line in (CONFIGS / f"{stem(command)}.yaml").read_text().splitlines():
         if " # " in line and not line.startswith(("#", "  -")):
             assert line.strip() in text
 
@@ -63,6 +63,8 @@ def test_a_users_folder_of_settings_is_searched(tmp_path: Path, capsys: pytest.C
     ("arguments", "sentence"),
     [
         (["tlie"], "there is no command 'tlie'; did you mean 'tile'?"),
+        (["shards", "verfy"], "there is no command 'shards verfy'; did you mean 'shards verify'?"),
+        (["shards"], "there is no command 'shards'"),
         (["tile", "--devices", "2"], "there is no option '--devices'"),
         (["tile", "--cfg", "hydra"], "--cfg takes the word 'job'"),
         (["tile", "--config-dir", "/no/such/place"], "--config-dir /no/such/place is not a folder"),

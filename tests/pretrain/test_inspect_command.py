@@ -56,7 +56,7 @@ def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: py
 def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: Path) -> None:
     shard_command.run(
         shard_command.Config(
-            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", 1, None
+            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
         )
     )
     look(shards=tmp_path / "shards", out=tmp_path / "look")
@@ -73,7 +73,7 @@ def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: P
 def test_a_tile_that_is_no_jpeg_is_named(slide: Path, tmp_path: Path) -> None:
     shard_command.run(
         shard_command.Config(
-            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", 1, None
+            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
         )
     )
     tar = tmp_path / "shards/tiles-000000.tar"

@@ -20,7 +20,8 @@ from tests.data.synthetic_slides import stained, write_slide
 
 DEFAULTS: dict[str, Any] = {
     "slides": None, "out": None, "mpp": 0.5, "tile_size": 64, "tissue": "otsu", "min_tissue": None, "slides_mpp": None,
-    "patient_pattern": "TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", "tiles_per_shard": 40, "name": "tiles", "workers": 1, "index": None,
+    "patient_pattern": "TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", "tiles_per_shard": 40, "name": "tiles", "workers": 1, "coordinates": None,
+    "part": None,
 }  # fmt: skip
 
 
@@ -103,15 +104,13 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = """
 import sys, time
-from data import shards
+from data import cutting
 from pretrain.commands.shard import Config, run
-encode = shards.simplejpeg.encode_jpeg
-class Slow:
-    @staticmethod
-    def encode_jpeg(tile, quality):
-        time.sleep(0.01)
-        return encode(tile, quality=quality)
-shards.simplejpeg = Slow
+encode = cutting.encode
+def slow(tile):
+    time.sleep(0.01)
+    return encode(tile)
+cutting.encode = slow
 run(Config(**eval(sys.argv[1])))
 """
 
@@ -246,8 +245,6 @@ def test_what_cannot_be_is_refused_in_one_sentence(done: tuple[Path, Path], tmp_
         shard(slides=source, out=out, mpp=1.0)
     with pytest.raises(Fault, match="no tissue rule 'otsuu'; there are: otsu, gigapath"):
         shard(slides=source, out=tmp_path / "out", tissue="otsuu")
-    with pytest.raises(Fault, match="say which slides"):
-        shard(out=tmp_path / "out")
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs/x.tar").touch()
     with pytest.raises(Fault, match="another program"):

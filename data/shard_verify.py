@@ -1,0 +1,339 @@
+"""Is a folder of shards what its index and its records say, to the byte?
+
+Every tar is read once, front to back. Each member's header is held to its checksum, each tile's JPEG and JSON to the CRC-32 that
+was recorded when the shard was written or scanned, each gap to zeros, the members' places to the index; the index to its own
+checksums and to the shards' records. So any change of any byte that a reader could meet is found. What the tars held when they were recorded
+isn't taken on trust either where another program wrote them: there every JPEG is decoded.
+"""
+
+import json
+import os
+import zipfile
+import zlib
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+import simplejpeg
+
+from data.coordinates_h5 import read_tiling
+from data.fault import Fault
+from data.shard_index import CHECKSUMS, COLUMNS, RUNS, ShardIndex, record_path
+from data.tar_members import DamagedTar, Member, members, padding
+
+JPEGS = ("jpg", "jpeg")
+MOST_NAMED = 1000  # findings kept for one shard; the rest are counted
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is wrong: in which file of the folder, at which member of it (empty: the file as a whole), and what."""
+
+    shard: str
+    member: str
+    kind: str  # a few words to count by
+    what: str
+
+
+@dataclass
+class Verified:
+    """What came of one shard. ``tiles`` and ``size`` (bytes) are what was there; ``findings`` is cut at `MOST_NAMED`, ``unnamed`` counts the rest."""
+
+    shard: str
+    tiles: int = 0
+    size: int = 0
+    findings: list[Finding] = field(default_factory=list)
+    unnamed: int = 0
+
+    def find(self, member: str, kind: str, what: str) -> None:
+        """Add a finding."""
+        if len(self.findings) < MOST_NAMED:
+            self.findings.append(Finding(self.shard, member, kind, what))
+        else:
+            self.unnamed += 1
+
+
+def list_shards(folder: Path) -> list[str]:
+    """The tars in the folder and those that its index, records or plan know of, by file name, sorted. Raises Fault where there is nothing."""
+    if not folder.is_dir():
+        raise Fault(f"there is no folder {folder}")
+    names = {path.name for path in folder.glob("*.tar")} | {f"{path.stem}.tar" for path in folder.glob("index/*.npz")}
+    opened = _index(folder)
+    if isinstance(opened, tuple):
+        names |= opened[0].keys()
+    if not names:
+        raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
+    return sorted(names)
+
+
+def verify_folder(folder: Path) -> Verified:
+    """What belongs to no single shard: ``index.npz`` itself, shards that it lacks, and the slides' h5 files of coordinates."""
+    result = Verified("index.npz")
+    opened = _index(folder)
+    if isinstance(opened, Finding):
+        result.findings.append(opened)
+        return result
+    _, index = opened
+    with zipfile.ZipFile(folder / "index.npz") as archive:
+        bad = archive.testzip()
+    if bad:
+        result.find(
+            bad, "damaged index", "its bytes have changed since it was written: 'pretrain shards index' makes it again"
+        )
+    for number, slide in enumerate(index.slides):
+        facts = index.facts(number)
+        if facts["coordinates"] is None:
+            continue
+        path = folder / str(facts["coordinates"])
+        try:
+            kept = read_tiling(path).counts()["kept"]
+        except Fault as fault:
+            result.find(str(facts["coordinates"]), "damaged coordinates", str(fault))
+            continue
+        if kept != facts["tiles"]:
+            result.find(
+                str(facts["coordinates"]), "coordinates differ",
+                f"it says that slide {slide} has {kept} tiles, the index says {facts['tiles']}",
+            )  # fmt: skip
+    return result
+
+
+def verify_shard(folder: Path, name: str) -> Verified:
+    """Read shard ``name`` (its file name) whole and hold it to the index and to its record."""
+    result = Verified(name)
+    path = folder / name
+    record = _record(folder, name, result)
+    columns, checked = _expected(folder, name, record, result)
+    facts = record[0] if record else None
+    planned_empty = facts is not None and not sum(facts["counts"])
+    if not path.exists():
+        if not planned_empty:
+            result.find("", "missing shard", "it is known to the index or has a record, but there is no such file: put it back, or run 'pretrain shard' again")  # fmt: skip
+        return result
+    try:
+        with path.open("rb") as file:
+            result.size = os.fstat(file.fileno()).st_size
+            _walk(file, result, columns, checked, decode=facts is None or bool(facts.get("scanned")) or not checked)
+    except OSError as error:
+        result.find("", "unreadable", f"it can't be read ({error.strerror or error})")
+        return result
+    if facts is not None and facts["size"] != result.size:
+        difference = result.size - facts["size"]
+        result.find("", "truncated" if difference < 0 else "wrong size", f"it has {abs(difference):,} bytes {'less' if difference < 0 else 'more'} than when it was recorded")  # fmt: skip
+    return result
+
+
+def _walk(
+    file: BinaryIO, result: Verified, columns: dict[str, np.ndarray] | None, checked: bool, decode: bool
+) -> None:  # fmt: skip
+    """One pass over the tar: every member, every gap, then the tiles that the pass did not meet."""
+    rows = {} if columns is None else {int(offset): row for row, offset in enumerate(columns["offset"])}
+    met: set[int] = set()
+    seen: set[str] = set()
+    sample, row = "", None  # key of the JPEG that was met last, and its row in the index
+    open_json = False  # whether that JPEG still waits for its JSON
+    jsons = columns is not None and checked and bool((columns["json_crc32"] != 0).any())
+    early: dict[str, bytes] = {}  # JSON that came before its JPEG
+
+    def missing_json() -> None:
+        if open_json and row is not None and columns is not None and jsons and columns["json_crc32"][row]:
+            result.find(f"{sample}.json", "missing JSON", "the tile's facts are gone")
+
+    try:
+        for member in members(file, result.size):
+            if not member.is_file:
+                continue
+            file.seek(member.offset)
+            data = file.read(member.size)
+            if file.read(padding(member)).strip(b"\0"):
+                result.find(member.name, "changed bytes", "the padding behind it isn't zeros")
+            if member.name in seen:
+                result.find(
+                    member.name, "double member", "the shard holds two members of this name: webdataset refuses it"
+                )
+            seen.add(member.name)
+            key, _, suffix = _split(member.name)
+            if suffix in JPEGS:
+                missing_json()
+                result.tiles += 1
+                sample, row = key, rows.get(member.offset)
+                open_json = True
+                if row is not None:
+                    met.add(row)
+                _check_jpeg(result, member, data, columns, row, checked, decode)
+                if key in early:
+                    open_json = False
+                    _check_json(result, key, early.pop(key), columns, row, jsons)
+            elif suffix == "json":
+                if key == sample and open_json:
+                    open_json = False
+                    _check_json(result, key, data, columns, row, jsons)
+                else:
+                    early = {key: data}
+        missing_json()
+    except DamagedTar as damage:
+        kind = "truncated" if "truncated" in str(damage) else "damaged tar"
+        result.find("", kind, f"{damage}; {len(rows) - len(met):,} of its {len(rows):,} tiles lie behind that" if columns is not None else str(damage))  # fmt: skip
+    if not result.tiles:
+        result.find("", "empty shard", "there is no tile in it")
+    if columns is not None:
+        _check_unmet(file, result, columns, sorted(set(rows.values()) - met), checked)
+
+
+def _check_jpeg(
+    result: Verified, member: Member, data: bytes, columns: dict[str, np.ndarray] | None, row: int | None, checked: bool, decode: bool
+) -> None:  # fmt: skip
+    if columns is not None and row is None:
+        result.find(
+            member.name, "not in the index", f"no tile is known at byte {member.offset}: training never sees it"
+        )
+    elif columns is not None and row is not None:
+        x, y = int(columns["x"][row]), int(columns["y"][row])
+        stated = _place(member.name)
+        if member.size != int(columns["length"][row]):
+            result.find(
+                member.name, "index mismatch", f"it has {member.size} bytes, in the index {columns['length'][row]}"
+            )
+        elif stated is not None and not decode and stated != (x, y):
+            result.find(member.name, "index mismatch", f"in the index its place is ({x}, {y})")
+        elif checked and zlib.crc32(data) != int(columns["crc32"][row]):
+            how = _undecodable(data)
+            result.find(
+                member.name, "changed tile", f"its bytes have changed ({how or 'it still decodes, to other pixels'})"
+            )
+            return
+    if decode and (how := _undecodable(data)):
+        result.find(member.name, "undecodable tile", how)
+
+
+def _check_json(
+    result: Verified, key: str, data: bytes, columns: dict[str, np.ndarray] | None, row: int | None, checked: bool
+) -> None:  # fmt: skip
+    try:
+        facts = json.loads(data)
+        fine = isinstance(facts, dict)
+    except ValueError:
+        fine = False
+    if not fine:
+        result.find(f"{key}.json", "damaged JSON", "it is not a JSON object")
+    elif columns is not None and row is not None:
+        if checked and zlib.crc32(data) != int(columns["json_crc32"][row]):
+            result.find(f"{key}.json", "changed JSON", "its bytes have changed")
+        elif any(axis in facts and facts[axis] != int(columns[axis][row]) for axis in ("x", "y")):
+            result.find(f"{key}.json", "index mismatch", f"it says ({facts.get('x')}, {facts.get('y')}), the index ({columns['x'][row]}, {columns['y'][row]})")  # fmt: skip
+
+
+def _check_unmet(
+    file: BinaryIO, result: Verified, columns: dict[str, np.ndarray], rows: list[int], checked: bool
+) -> None:
+    """Tiles of the index that the pass over the members did not meet: is each still readable where the index has it?"""
+    for row in rows:
+        offset, length = int(columns["offset"][row]), int(columns["length"][row])
+        name = f"tile ({columns['x'][row]}, {columns['y'][row]}) at byte {offset}"
+        data = os.pread(file.fileno(), length, offset)
+        if len(data) < length:
+            result.find(name, "lost tile", f"the shard ends {length - len(data)} bytes before its end")
+        elif (checked and zlib.crc32(data) != int(columns["crc32"][row])) or _undecodable(data):
+            result.find(name, "lost tile", "there is no member there, nor the tile's bytes")
+        else:
+            result.find(name, "hidden tile", "training reads it, but no reader of tars comes to it")
+
+
+def _expected(
+    folder: Path, name: str, record: tuple[dict[str, Any], dict[str, np.ndarray]] | None, result: Verified
+) -> tuple[dict[str, np.ndarray] | None, bool]:
+    """What the tiles of a shard should be: offset, length, x, y, and the checksums where there are any (then True)."""
+    opened = _index(folder)
+    indexed = None
+    if not isinstance(opened, Finding):
+        files, index = opened
+        if name in files:
+            file = files[name]
+            rows = slice(int(index.file_start[file]), int(index.file_start[file + 1]))
+            indexed = {column: np.asarray(getattr(index, column)[rows]).astype(np.int64) for column in COLUMNS}
+        elif record is None or sum(record[0]["counts"]):
+            result.find("", "not in the index", "training never reads it: 'pretrain shards index' takes it up")
+    if record is None:
+        return indexed, False
+    columns = record[1]
+    if indexed is not None and any(not np.array_equal(indexed[column], columns[column]) for column in COLUMNS):
+        result.find("", "index mismatch", "index.npz and the shard's own record place its tiles differently: 'pretrain shards index' makes the index again")  # fmt: skip
+    return columns, all(column in columns for column in CHECKSUMS)
+
+
+def _record(folder: Path, name: str, result: Verified) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    path = record_path(folder, Path(name).stem)
+    try:
+        with np.load(path) as record:
+            columns = {key: record[key].astype(np.int64) for key in record.files if key != "facts"}
+            facts = json.loads(str(record["facts"]))
+        if {*COLUMNS} - set(columns) or len({len(column) for column in columns.values()}) != 1:
+            raise ValueError("columns are missing")
+        if sum(facts["counts"]) != len(columns["offset"]):
+            raise ValueError("its numbers of tiles disagree")
+        return facts, columns
+    except FileNotFoundError:
+        result.find("", "missing record", f"index/{path.name} is gone: its tiles have no checksums")
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError, NotImplementedError) as error:
+        result.find(f"index/{path.name}", "damaged record", f"the shard's record can't be read ({error})")
+    return None
+
+
+def _index(folder: Path) -> "tuple[dict[str, int], ShardIndex] | Finding":
+    """The folder's index with the numbers of its shards by name, or what is wrong with it. (Shards that are gone don't count here:
+    they are found one by one.)"""
+    path = folder / "index.npz"
+    if not path.exists():
+        return Finding(
+            "index.npz", "", "missing index", f"there is none: 'pretrain shards index shards={folder}' makes it"
+        )
+    stamp = path.stat()
+    return _opened(folder, stamp.st_mtime_ns, stamp.st_size)
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: Path, changed: int, size: int) -> "tuple[dict[str, int], ShardIndex] | Finding":
+    try:
+        index = ShardIndex.open(folder, complete=False)
+        _sound(index)
+        return {name: number for number, name in enumerate(index.files)}, index
+    except Fault as fault:
+        return Finding("index.npz", "", "damaged index", str(fault))
+
+
+def _sound(index: ShardIndex) -> None:
+    """Raises Fault where the index's columns can't belong together."""
+    tiles = len(index.offset)
+    whole = (
+        len(index.file_start) == len(index.files) + 1 == len(set(index.files)) + 1
+        and len(index.run_start) == len(index.run_slide) + 1
+        and all(len(getattr(index, column)) == tiles for column in COLUMNS)
+        and all((np.diff(getattr(index, name)) >= 0).all() for name in RUNS[:2])
+        and all(int(getattr(index, name)[-1]) == tiles for name in RUNS[:2])
+        and bool((np.asarray(index.run_slide) < len(index.slides)).all())
+    )
+    if not whole:
+        raise Fault(f"{index.folder / 'index.npz'} is damaged (its columns don't belong together): delete it and run 'pretrain shards index shards={index.folder}'")  # fmt: skip
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """``folder/a_0_0.jpg`` → ``folder/a_0_0``, ``.``, ``jpg``: WebDataset's key ends at the first dot of the last part."""
+    folder, slash, base = name.rpartition("/")
+    stem, dot, suffix = base.partition(".")
+    return f"{folder}{slash}{stem}", dot, suffix.lower()
+
+
+def _place(name: str) -> tuple[int, int] | None:
+    parts = _split(name)[0].rsplit("_", 2)
+    return (int(parts[1]), int(parts[2])) if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else None
+
+
+def _undecodable(data: bytes) -> str:
+    """Why the bytes are no JPEG, or nothing."""
+    try:
+        simplejpeg.decode_jpeg(data, colorspace="RGB")
+    except ValueError as error:
+        return f"it is no readable JPEG: {error}"
+    return ""

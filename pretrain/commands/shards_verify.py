@@ -1,0 +1,93 @@
+"""Read tile shards whole and find everything that is wrong with them.
+
+Held to checksums, to the index and to each other: tars that are missing, truncated, damaged, empty or not in the index; tiles whose
+bytes have changed or that are no JPEG; JSON that is missing, damaged or says another place; an index or a record that
+doesn't match its shard; coordinates that disagree. Each finding names the shard, the member and what it is.
+
+The findings are listed for a person, and as JSON for a program. The exit code is 0 where nothing is wrong and 1 otherwise.
+Nothing is changed. 'pretrain shard', run again, makes missing and truncated shards of its own anew; delete a
+damaged one first.
+
+Examples:
+
+    pretrain shards verify shards=shards
+    pretrain shards verify shards="/data/a /data/b" report=findings.json workers=8
+"""
+
+import json
+import os
+import sys
+from collections import Counter
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.fault import Fault
+from data.parallel import in_processes
+from data.shard_verify import Finding, Verified, list_shards, verify_folder, verify_shard
+from pretrain.progress import Progress, say
+
+MOST_SAID = 20  # findings of a folder that are said one by one; the report has them all
+
+
+@dataclass
+class Config:
+    shards: list[str]
+    report: str | None
+    workers: int | None
+
+
+def run(config: Config) -> None:
+    """Verify every folder, write the report, and raise a Fault where anything was found."""
+    folders = [verify(Path(folder), config.workers or len(os.sched_getaffinity(0))) for folder in config.shards]
+    found = sum(folder["found"] for folder in folders)
+    report = json.dumps({"ok": not found, "found": found, "folders": folders}, indent=1)
+    if config.report is None:
+        sys.stdout.write(report + "\n")
+    else:
+        Path(config.report).write_text(report + "\n")
+        say(f"the whole report: {config.report}")
+    if found:
+        named = f"{config.report} names them" if config.report else "the report names them"
+        raise Fault(f"{found:,} {'thing is' if found == 1 else 'things are'} wrong with the shards in {', '.join(config.shards)}; {named}")  # fmt: skip
+
+
+def verify(folder: Path, workers: int) -> dict[str, Any]:
+    """The report on one folder: what was there, how many findings of which kind, and each of them."""
+    names = list_shards(folder)
+    results = [verify_folder(folder)]
+    progress = Progress(len(names), f"verifying {folder}", "shards")
+    said = 0
+    try:
+        for finding in results[0].findings:
+            said = _say(finding, said)
+        for name, result in in_processes(partial(verify_shard, folder), names, workers):
+            if isinstance(result, Fault):  # the process died on it
+                result = Verified(name, findings=[Finding(name, "", "unreadable", str(result))])
+            results.append(result)
+            for finding in result.findings:
+                said = _say(finding, said)
+            progress.advance(1, name)
+    finally:
+        progress.close()
+    results.sort(key=lambda result: result.shard)
+    findings = [finding for result in results for finding in result.findings]
+    unnamed = sum(result.unnamed for result in results)
+    kinds = Counter(finding.kind for finding in findings)
+    tiles, size = sum(result.tiles for result in results), sum(result.size for result in results)
+    counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()) or "all is well"
+    say(f"{folder}: {len(names):,} shards, {tiles:,} tiles, {size / 1e6:,.1f} MB read: {counted}")
+    return {
+        "folder": str(folder), "shards": len(names), "tiles": tiles, "bytes": size, "found": len(findings) + unnamed, "kinds": kinds,
+        "findings": [asdict(finding) for finding in findings], "unnamed": unnamed,
+    }  # fmt: skip
+
+
+def _say(finding: Finding, said: int) -> int:
+    if said < MOST_SAID:
+        member = f" {finding.member}:" if finding.member else ""
+        say(f"{finding.shard}:{member} {finding.what}")
+    elif said == MOST_SAID:
+        say("… and more, which are counted and in the report")
+    return said + 1
