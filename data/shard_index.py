@@ -18,17 +18,19 @@ import zipfile
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from data.fault import Fault
+from data.remote import RemoteColumn, Truncated, is_remote, list_names, open_file
 
 COLUMNS = ("offset", "length", "x", "y")
 RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
          "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
+SCANNED_AT_ONCE = 8 << 20  # bytes of a remote tar
 UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 
 
@@ -39,10 +41,13 @@ class ShardIndex:
     ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels). ``file_start`` (files + 1,) int64 are the
     rows at which the tars begin. ``digest`` is a hash of names, places and lengths, the same on every machine.
     ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list for each of `FACTS`.
+
+    The folder may be a URL: then the columns ``offset, length, x, y`` are read from there a page at a time (`RemoteColumn`).
+    An index may lie in another folder than its shards (``meta["location"]``), as that of shards that can't be written to.
     """
 
-    def __init__(self, folder: Path, columns: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str, columns: dict[str, Any], meta: dict[str, Any]) -> None:
+        self.folder = meta.get("location") or folder
         self.offset, self.length, self.x, self.y = (columns[name] for name in COLUMNS)
         self.file_start, self.run_start, self.run_slide = (columns[name] for name in RUNS)
         self.meta = meta
@@ -73,40 +78,67 @@ class ShardIndex:
         pieces = [np.arange(self.run_start[run], self.run_start[run + 1]) for run in runs]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
+    @property
+    def remote(self) -> bool:
+        """Whether the shards lie behind a URL."""
+        return is_remote(self.folder)
+
+    def url(self, file: int) -> str:
+        """The URL of tar number ``file`` where the shards are remote."""
+        return f"{str(self.folder).rstrip('/')}/{self.files[file]}"
+
     def path(self, file: int) -> Path:
-        """The path of tar number ``file``."""
-        return self.folder / self.files[file]
+        """The path of tar number ``file``. Raises Fault where it has none, behind a URL."""
+        if self.remote:
+            raise Fault(f"{self.folder} is remote, and this command reads shards on a disk only: copy them there first")
+        return Path(self.folder) / self.files[file]
 
     @classmethod
-    def open(cls, folder: Path) -> "ShardIndex":
-        """The index of a folder of shards, memory-mapped. Raises Fault where there are no shards, no index, or a shard is gone."""
+    def open(cls, folder: Path | str) -> "ShardIndex":
+        """The index of a folder of shards, memory-mapped or behind a URL. Raises Fault where there are no shards, no index, or a
+        shard is gone (which a remote folder isn't asked)."""
+        if is_remote(folder):
+            return cls(str(folder), *_read_remote(str(folder).rstrip("/")))
         folder = Path(folder)
         path = folder / "index.npz"
         present = (
             {entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar")} if folder.is_dir() else set()
         )
-        if not present:
+        if not present and not path.exists():
             raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
         if not path.exists():
             if (folder / "plan.json").exists():
                 raise Fault(f"the shards in {folder} aren't finished: run the same 'pretrain shard' command again")
             raise Fault(f"the shards in {folder} have no index yet: make it with 'pretrain shard index={folder}'")
         try:
-            meta, columns = _read_npz(path)
+            with path.open("rb") as file:
+                meta, places = _read_npz(file)
+                columns = {
+                    name: np.memmap(path, dtype, "r", start, (rows,)) if rows else np.empty(0, dtype)
+                    for name, (dtype, start, rows) in places.items()
+                }
         except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
             raise Fault(
                 f"{path} is damaged ({error}): delete it and run 'pretrain shard' again, which remakes it"
             ) from error
-        gone = [name for name in meta["files"] if name not in present]
+        index = cls(folder, columns, meta)
+        if index.remote:
+            return index
+        if Path(index.folder) != folder:
+            there = Path(index.folder)
+            present = {entry.name for entry in os.scandir(there)} if there.is_dir() else set()
+        elif not present:
+            raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
+        gone = [name for name in index.files if name not in present]
         if gone:
             raise Fault(
-                f"{folder / gone[0]} is in the index but not on disk ({len(gone)} such): put it back, or run 'pretrain shard' again"
+                f"{index.path(index.files.index(gone[0]))} is in the index but not on disk ({len(gone)} such): put it back, or run 'pretrain shard' again"
             )
-        return cls(folder, columns, meta)
+        return index
 
 
 def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
-    """``length`` bytes at ``offset`` of an open tar. Raises Fault where the tar ends before."""
+    """``length`` bytes at ``offset`` of an open tar. Raises Truncated, a Fault, where the tar ends before."""
     data = os.pread(descriptor, length, offset)
     while 0 < len(data) < length:
         more = os.pread(descriptor, length - len(data), offset + len(data))
@@ -114,7 +146,7 @@ def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
             break
         data += more
     if len(data) != length:
-        raise Fault(
+        raise Truncated(
             f"a shard ends {length - len(data)} bytes before the end of the tile at byte {offset}: it is truncated, make it again"
         )
     return data
@@ -210,29 +242,54 @@ def publish(partial: Path, path: Path) -> None:
         os.close(folder)
 
 
-def scan(folder: Path) -> ShardIndex:
-    """Index shards that another program wrote, in one pass over the tars, and keep the index beside them.
+def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
+    """Index shards that another program wrote, in one pass over the tars, and keep the index beside them, or in ``out``.
 
     A sample is a ``.jpg`` or ``.jpeg`` member and, if present, a ``.json`` with the same key. ``slide, x, y, mpp, tile_size,
     tile_size_level0, patient`` are taken from the JSON; failing that, slide and place from a key ``<slide>_<x>_<y>``; failing
     that, the tar counts as one slide and x and y are -1. Raises Fault for a damaged tar, and where there is no JPEG.
+
+    The folder may be a URL, read from front to back once; its index goes to ``out``. An interrupted scan goes on with the next tar.
     """
-    folder = Path(folder)
-    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
-    if not tars:
+    remote = is_remote(folder)
+    if remote and out is None:
+        raise Fault(
+            f"say where the index of {folder} goes: 'pretrain shard index={folder} out=FOLDER', and train on FOLDER"
+        )
+    if remote:
+        names = list_names(str(folder), ".tar")
+    else:
+        folder = Path(folder)
+        names = sorted(path.name for path in folder.glob("*.tar")) if folder.is_dir() else []
+    if not names:
         raise Fault(f"there are no .tar shards in {folder}")
-    (folder / "index").mkdir(exist_ok=True)
-    names = []
-    for tar in tars:
-        names.append(tar.stem)
-        if record_path(folder, tar.stem).exists():
-            continue
-        rows: list[tuple[int, int, int, int]] = []
-        slides: list[dict[str, Any]] = []
-        counts: list[int] = []
-        for key, offset, length, facts in _samples(tar):
-            place = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
-            from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
+    kept = Path(folder) if out is None else Path(out)
+    (kept / "index").mkdir(parents=True, exist_ok=True)
+    for name in names:
+        if not record_path(kept, Path(name).stem).exists():
+            _scan_tar(f"{str(folder).rstrip('/')}/{name}", name, kept)
+    made: dict[str, Any] = {"made_by": "another program, indexed by a scan"}
+    if out is not None:
+        made["location"] = str(folder) if remote else str(Path(folder).resolve())
+    merge(kept, [Path(name).stem for name in names], made)
+    index = ShardIndex.open(kept)
+    if not len(index):
+        raise Fault(f"the shards in {folder} hold no .jpg samples, the only kind that is read")
+    return index
+
+
+def _scan_tar(place: str, name: str, folder: Path) -> None:
+    """Write the record of the tar at ``place`` into ``folder``."""
+    rows: list[tuple[int, int, int, int]] = []
+    slides: list[dict[str, Any]] = []
+    counts: list[int] = []
+    stem = Path(name).stem
+    with open_file(place, SCANNED_AT_ONCE) if is_remote(place) else open(place, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        for key, offset, length, facts in _samples(file, place):
+            match = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
+            from_key: tuple[Any, ...] = match.groups() if match else (stem, UNKNOWN, UNKNOWN)
             slide = str(facts.get("slide", from_key[0]))
             x, y = int(facts.get("x", from_key[1])), int(facts.get("y", from_key[2]))
             if not slides or slides[-1]["slide"] != slide:
@@ -240,28 +297,20 @@ def scan(folder: Path) -> ShardIndex:
                 counts.append(0)
             counts[-1] += 1
             rows.append((offset, length, x, y))
-        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-        columns = {name: table[:, position] for position, name in enumerate(COLUMNS)}
-        longest = int(table[:, 1].max(initial=0))
-        write_record(
-            folder,
-            tar.stem,
-            {"file": tar.name, "size": tar.stat().st_size, "longest": longest, "slides": slides, "counts": counts},
-            columns,
-        )
-    merge(folder, names, {"made_by": "another program, indexed by a scan"})
-    index = ShardIndex.open(folder)
-    if not len(index):
-        raise Fault(f"the shards in {folder} hold no .jpg samples, the only kind that is read")
-    return index
+    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+    columns = {name: table[:, position] for position, name in enumerate(COLUMNS)}
+    longest = int(table[:, 1].max(initial=0))
+    write_record(
+        folder, stem, {"file": name, "size": size, "longest": longest, "slides": slides, "counts": counts}, columns
+    )
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+def _samples(file: IO[bytes], place: str) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
     """(key, offset, length, JSON) of each JPEG of a tar; a JSON may lie before or after its JPEG, next to it."""
     waiting: tuple[str, int, int] | None = None
     facts: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(tar, "r:") as archive:
+        with tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
@@ -275,8 +324,8 @@ def _samples(tar: Path) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
                     facts[key] = json.load(content)
         if waiting:
             yield *waiting, facts.get(waiting[0], {})
-    except (tarfile.TarError, OSError, ValueError) as error:
-        raise Fault(f"{tar} is damaged ({error}): replace it, or move it out of the folder") from error
+    except (tarfile.TarError, Truncated, OSError, ValueError) as error:
+        raise Fault(f"{place} is damaged ({error}): replace it, or move it out of the folder") from error
 
 
 def _write_column(
@@ -289,10 +338,10 @@ def _write_column(
             member.write(piece.astype(dtype).tobytes())
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """``meta.json``, and the columns as memory maps into the uncompressed npz."""
-    columns: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+def _read_npz(raw: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[np.dtype, int, int]]]:
+    """``meta.json``, and where each column lies in the uncompressed npz: its dtype, first byte and number of rows."""
+    places: dict[str, tuple[np.dtype, int, int]] = {}
+    with zipfile.ZipFile(raw) as archive:
         meta = json.loads(archive.read("meta.json"))
         for name in (*COLUMNS, *RUNS):
             # A zip member's data begins behind its local header: 30 bytes, then the name and the extra field.
@@ -301,8 +350,27 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             raw.seek(start + 30 + sum(int.from_bytes(raw.read(2), "little") for _ in range(2)))
             np.lib.format.read_magic(raw)
             shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
-            empty = not shape[0]
-            columns[name] = np.empty(0, dtype) if empty else np.memmap(path, dtype, "r", raw.tell(), shape)
+            places[name] = dtype, raw.tell(), shape[0]
+    return meta, places
+
+
+def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked for."""
+    url = f"{folder}/index.npz"
+    try:
+        with open_file(url) as raw:
+            meta, places = _read_npz(raw)
+    except FileNotFoundError as error:
+        raise Fault(
+            f"there is no {url}: make an index of those shards with 'pretrain shard index={folder} out=FOLDER', and train on FOLDER"
+        ) from error
+    except (zipfile.BadZipFile, ValueError, KeyError, Truncated, OSError) as error:
+        raise Fault(f"{url} is damaged ({error}): remake it where the shards were made, and upload it again") from error
+    columns: dict[str, Any] = {}
+    for name, (dtype, start, rows) in places.items():
+        columns[name] = RemoteColumn(url, dtype, start, rows)
+        if name in RUNS:
+            columns[name] = columns[name][:]
     return meta, columns
 
 
