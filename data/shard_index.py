@@ -15,7 +15,7 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -188,25 +188,34 @@ def merge(folder: Path, names: list[str], made: dict[str, Any]) -> str:
         "x": np.dtype(np.int32),
         "y": np.dtype(np.int32),
     }
+    columns = {name: _recorded(folder, full, name) for name in COLUMNS}
+    run_slide = np.array([n for n, _ in runs], dtype=np.int32)
+    bounds = {"file_start": file_start, "run_start": run_start, "run_slide": run_slide}
+    write_index(folder, meta, dtypes, columns, bounds)
+    return meta["digest"]
+
+
+def write_index(
+    folder: Path,
+    meta: dict[str, Any],
+    dtypes: dict[str, np.dtype],
+    columns: Mapping[str, Iterable[np.ndarray]],
+    runs: dict[str, np.ndarray],
+) -> None:
+    """Write ``index.npz``: ``columns`` piece by piece, one piece a shard, then ``runs`` and ``meta``; whole or not at all."""
+    path = folder / "index.npz"
     partial = path.with_name(f".index.npz.{os.getpid()}")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for name, dtype in dtypes.items():
-            _write_column(
-                archive,
-                name,
-                dtype,
-                int(file_start[-1]),
-                (np.load(record_path(folder, Path(r["file"]).stem))[name] for r in full),
-            )
-        for name, values in (
-            ("file_start", file_start),
-            ("run_start", run_start),
-            ("run_slide", np.array([n for n, _ in runs], dtype=np.int32)),
-        ):
-            _write_column(archive, name, values.dtype, len(values), iter([values]))
+        for name in COLUMNS:
+            _write_column(archive, name, dtypes[name], int(runs["file_start"][-1]), columns[name])
+        for name in RUNS:
+            _write_column(archive, name, runs[name].dtype, len(runs[name]), [runs[name]])
         archive.writestr("meta.json", json.dumps(meta))
     publish(partial, path)
-    return meta["digest"]
+
+
+def _recorded(folder: Path, records: list[dict[str, Any]], column: str) -> Iterator[np.ndarray]:
+    return (np.load(record_path(folder, Path(record["file"]).stem))[column] for record in records)
 
 
 def record_path(folder: Path, name: str) -> Path:
@@ -329,7 +338,7 @@ def _samples(file: IO[bytes], place: str) -> Iterator[tuple[str, int, int, dict[
 
 
 def _write_column(
-    archive: zipfile.ZipFile, name: str, dtype: np.dtype, rows: int, pieces: Iterator[np.ndarray]
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype, rows: int, pieces: Iterable[np.ndarray]
 ) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}

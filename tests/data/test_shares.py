@@ -15,7 +15,7 @@ def counted(members: np.ndarray, size: int) -> list[int]:
     return np.bincount(members, minlength=size).tolist()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(WEIGHTS, st.integers(0, 500))
 def test_a_count_without_counting_is_the_count(weights: list[int], position: int) -> None:
     shares = Shares(weights)
@@ -25,7 +25,7 @@ def test_a_count_without_counting_is_the_count(weights: list[int], position: int
         assert before[members == member].tolist() == list(range(int((members == member).sum())))
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(WEIGHTS)
 def test_after_a_period_the_shares_are_exact_and_the_sequence_repeats(weights: list[int]) -> None:
     shares = Shares(weights)
@@ -35,7 +35,7 @@ def test_after_a_period_the_shares_are_exact_and_the_sequence_repeats(weights: l
     assert [w * sum(weights) for w in shares.whole] == [w * shares.period for w in weights]
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(WEIGHTS, st.integers(0, 10**12))
 def test_any_run_of_draws_holds_the_shares_to_within_the_number_of_members(weights: list[int], start: int) -> None:
     shares, length = Shares(weights), 64

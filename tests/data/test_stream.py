@@ -18,6 +18,7 @@ def stream(sizes: list[int], lanes: int = 8, each: int = 2, window: int = 3, see
     return Stream([Part(np.array(sizes))], batch_size=lanes * each, lanes=lanes, window=window, seed=seed)
 
 
+@settings(deadline=None)
 @given(SIZES, st.integers(1, 4), st.integers(0, 5), st.integers(0, 200))
 def test_any_number_of_ranks_reads_the_same_global_batches(sizes: list[int], each: int, seed: int, step: int) -> None:
     assume(sum(sizes) >= 8)
@@ -28,7 +29,7 @@ def test_any_number_of_ranks_reads_the_same_global_batches(sizes: list[int], eac
         assert np.array_equal(np.concatenate(shares), whole)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(SIZES, LANES, st.integers(1, 5), st.integers(0, 3))
 def test_a_lane_gives_each_tile_of_a_pass_once_before_any_twice(
     sizes: list[int], lanes: int, window: int, seed: int
@@ -42,7 +43,7 @@ def test_a_lane_gives_each_tile_of_a_pass_once_before_any_twice(
             assert len(set(tiles.tolist())) == length
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(SIZES, LANES, st.integers(1, 5), st.integers(0, 3))
 def test_a_pass_over_all_lanes_holds_every_tile_exactly_once(
     sizes: list[int], lanes: int, window: int, seed: int
@@ -55,6 +56,7 @@ def test_a_pass_over_all_lanes_holds_every_tile_exactly_once(
         assert np.array_equal(np.sort(tiles), np.arange(order.tiles))
 
 
+@settings(deadline=None)
 @given(SIZES, LANES, st.lists(st.integers(0, 400), min_size=1, max_size=6))
 def test_a_position_gives_the_same_tiles_however_it_was_reached(sizes: list[int], lanes: int, steps: list[int]) -> None:
     assume(sum(sizes) >= lanes)
@@ -115,7 +117,7 @@ def mixed(parts: list[tuple[list[int], int]], lanes: int = 8, each: int = 2, sli
     return Stream(made, batch_size=lanes * each, lanes=lanes, window=2, seed=0, slides_per_lane=slides)
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(PARTS, st.sampled_from([(2, None), (4, 1), (4, 2)]), st.integers(0, 300))
 def test_a_mixture_is_the_same_for_any_world_and_from_any_start(
     parts: list[tuple[list[int], int]], shape: tuple[int, int | None], step: int
@@ -131,7 +133,7 @@ def test_a_mixture_is_the_same_for_any_world_and_from_any_start(
         assert np.array_equal(np.concatenate([fresh[r].batch(step, r, world) for r in range(world)]), whole)
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(PARTS, LANES, st.sampled_from([(1, None), (6, 2), (4, 1)]))
 def test_a_lane_of_a_mixture_gives_each_tile_of_a_part_once_before_any_twice(
     parts: list[tuple[list[int], int]], lanes: int, shape: tuple[int, int | None]
@@ -149,7 +151,7 @@ def test_a_lane_of_a_mixture_gives_each_tile_of_a_part_once_before_any_twice(
                 assert len(set(mine[begin : begin + length].tolist())) == length
 
 
-@settings(max_examples=40)
+@settings(max_examples=40, deadline=None)
 @given(PARTS, st.integers(0, 10**9))
 def test_every_batch_and_every_lane_hold_the_shares(parts: list[tuple[list[int], int]], step: int) -> None:
     assume(min(sum(sizes) for sizes, _ in parts) >= 8)
@@ -172,7 +174,7 @@ def test_one_part_is_not_a_mixture() -> None:
 # One or several slides a lane and step -----------------------------------------------------------------------------
 
 
-@settings(max_examples=80)
+@settings(max_examples=80, deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=4, max_size=14), st.sampled_from([(4, 1), (8, 2), (6, 3), (5, 1)]), st.integers(1, 4), st.integers(0, 3))  # fmt: skip
 def test_a_step_takes_its_tiles_from_the_asked_number_of_slides(
     slides: list[int], shape: tuple[int, int], window: int, seed: int
