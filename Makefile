@@ -13,7 +13,7 @@ ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
 
-.PHONY: demo test test-slow parity bench-packed lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-plan lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -27,6 +27,10 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+
+# Needs 20 GB of disk for a minute or two; PLAN=FOLDER says where.
+bench-plan: setup
+	$(BIN)/python tests/bench/plan.py $(PLAN)
 
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py

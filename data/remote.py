@@ -5,6 +5,7 @@ that names the URL. What can't get better (no such file, no permission, a server
 """
 
 import io
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -23,6 +24,7 @@ PAUSE = 0.5  # seconds before the second attempt, doubled before each further on
 PATIENCE = 30.0  # seconds without a byte after which a read counts as stalled
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # fmt: skip
 HOPELESS = (FileNotFoundError, PermissionError, Fault)
+READ_AHEAD = 4 << 20  # bytes, where a file is read from front to back
 FETCHED_AT_ONCE = 8  # blocks, beside those that somebody waits for
 PAGE = 16_384  # rows of a column that are read at once
 
@@ -57,7 +59,8 @@ def read_range(url: str, start: int, stop: int) -> bytes:
             )
         if len(data) < stop - start:
             raise Truncated(
-                f"{url} ends {stop - start - len(data)} bytes early, at byte {start + len(data)} of at least {stop}", data
+                f"{url} ends {stop - start - len(data)} bytes early, at byte {start + len(data)} of at least {stop}",
+                data,
             )
         return data
 
@@ -86,9 +89,24 @@ def list_names(url: str, ending: str) -> list[str]:
     return _persistent(url, attempt)
 
 
-def open_file(url: str, buffer: int = 1 << 16) -> io.BufferedReader:
-    """A file to read and seek in, by ranges of ``buffer`` bytes."""
-    return io.BufferedReader(_RangeFile(url), buffer)
+class RemotePath:
+    """A file behind a URL, with as much of ``pathlib.Path`` as reading it takes."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.name = url, url.rpartition("/")[2]
+        self.stem = self.name.rpartition(".")[0]
+
+    def __str__(self) -> str:
+        return self.url
+
+    def stat(self) -> os.stat_result:
+        """``st_size`` and nothing else."""
+        return os.stat_result((0, 0, 0, 0, 0, 0, size_of(self.url), 0, 0, 0))
+
+    def open(self, mode: str = "rb") -> io.BufferedReader:
+        """The file, to read and seek in by ranges of 4 MiB."""
+        assert mode == "rb", "remote files are only read"
+        return io.BufferedReader(_RangeFile(self.url), READ_AHEAD)
 
 
 class RemoteColumn:

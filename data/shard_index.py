@@ -15,7 +15,7 @@ import os
 import re
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -23,14 +23,13 @@ from typing import IO, Any
 import numpy as np
 
 from data.fault import Fault
-from data.remote import RemoteColumn, Truncated, is_remote, list_names, open_file
+from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names
 
 COLUMNS = ("offset", "length", "x", "y")
 RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
          "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
-SCANNED_AT_ONCE = 8 << 20  # bytes of a remote tar
 UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 
 
@@ -47,7 +46,8 @@ class ShardIndex:
     """
 
     def __init__(self, folder: Path | str, columns: dict[str, Any], meta: dict[str, Any]) -> None:
-        self.folder = meta.get("location") or folder
+        self.folder = Path(folder)
+        self.location: Path | str = meta.get("location") or folder
         self.offset, self.length, self.x, self.y = (columns[name] for name in COLUMNS)
         self.file_start, self.run_start, self.run_slide = (columns[name] for name in RUNS)
         self.meta = meta
@@ -81,24 +81,27 @@ class ShardIndex:
     @property
     def remote(self) -> bool:
         """Whether the shards lie behind a URL."""
-        return is_remote(self.folder)
+        return is_remote(self.location)
 
     def url(self, file: int) -> str:
         """The URL of tar number ``file`` where the shards are remote."""
-        return f"{str(self.folder).rstrip('/')}/{self.files[file]}"
+        return f"{str(self.location).rstrip('/')}/{self.files[file]}"
 
     def path(self, file: int) -> Path:
         """The path of tar number ``file``. Raises Fault where it has none, behind a URL."""
         if self.remote:
-            raise Fault(f"{self.folder} is remote, and this command reads shards on a disk only: copy them there first")
-        return Path(self.folder) / self.files[file]
+            raise Fault(
+                f"{self.location} is remote, and this command reads shards on a disk only: copy them there first"
+            )
+        return Path(self.location) / self.files[file]
 
     @classmethod
     def open(cls, folder: Path | str) -> "ShardIndex":
         """The index of a folder of shards, memory-mapped or behind a URL. Raises Fault where there are no shards, no index, or a
         shard is gone (which a remote folder isn't asked)."""
         if is_remote(folder):
-            return cls(str(folder), *_read_remote(str(folder).rstrip("/")))
+            meta, columns = _read_remote(str(folder).rstrip("/"))
+            return cls(str(folder), columns, meta)
         folder = Path(folder)
         path = folder / "index.npz"
         present = (
@@ -124,8 +127,8 @@ class ShardIndex:
         index = cls(folder, columns, meta)
         if index.remote:
             return index
-        if Path(index.folder) != folder:
-            there = Path(index.folder)
+        there = Path(index.location)
+        if there != folder:
             present = {entry.name for entry in os.scandir(there)} if there.is_dir() else set()
         elif not present:
             raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
@@ -190,7 +193,7 @@ def merge(folder: Path, names: list[str], made: dict[str, Any]) -> str:
     }
     columns = {name: _recorded(folder, full, name) for name in COLUMNS}
     run_slide = np.array([n for n, _ in runs], dtype=np.int32)
-    bounds = {"file_start": file_start, "run_start": run_start, "run_slide": run_slide}
+    bounds: dict[str, np.ndarray] = {"file_start": file_start, "run_start": run_start, "run_slide": run_slide}
     write_index(folder, meta, dtypes, columns, bounds)
     return meta["digest"]
 
@@ -258,47 +261,32 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
     tile_size_level0, patient`` are taken from the JSON; failing that, slide and place from a key ``<slide>_<x>_<y>``; failing
     that, the tar counts as one slide and x and y are -1. Raises Fault for a damaged tar, and where there is no JPEG.
 
-    The folder may be a URL, read from front to back once; its index goes to ``out``. An interrupted scan goes on with the next tar.
+    The folder may be a URL, whose index then goes to ``out``: its tars are read once from front to back, a few MB at a time.
     """
-    remote = is_remote(folder)
-    if remote and out is None:
-        raise Fault(
-            f"say where the index of {folder} goes: 'pretrain shard index={folder} out=FOLDER', and train on FOLDER"
-        )
-    if remote:
-        names = list_names(str(folder), ".tar")
-    else:
-        folder = Path(folder)
-        names = sorted(path.name for path in folder.glob("*.tar")) if folder.is_dir() else []
-    if not names:
-        raise Fault(f"there are no .tar shards in {folder}")
-    kept = Path(folder) if out is None else Path(out)
-    (kept / "index").mkdir(parents=True, exist_ok=True)
-    for name in names:
-        if not record_path(kept, Path(name).stem).exists():
-            _scan_tar(f"{str(folder).rstrip('/')}/{name}", name, kept)
     made: dict[str, Any] = {"made_by": "another program, indexed by a scan"}
+    shards, tars = folder, list_tars(folder)
+    if not tars:
+        raise Fault(f"there are no .tar shards in {folder}")
+    if out is None and is_remote(folder):
+        raise Fault(
+            f"say where the index of {folder} goes: pretrain shard index={folder} out=FOLDER, and train on FOLDER"
+        )
     if out is not None:
-        made["location"] = str(folder) if remote else str(Path(folder).resolve())
-    merge(kept, [Path(name).stem for name in names], made)
-    index = ShardIndex.open(kept)
-    if not len(index):
-        raise Fault(f"the shards in {folder} hold no .jpg samples, the only kind that is read")
-    return index
-
-
-def _scan_tar(place: str, name: str, folder: Path) -> None:
-    """Write the record of the tar at ``place`` into ``folder``."""
-    rows: list[tuple[int, int, int, int]] = []
-    slides: list[dict[str, Any]] = []
-    counts: list[int] = []
-    stem = Path(name).stem
-    with open_file(place, SCANNED_AT_ONCE) if is_remote(place) else open(place, "rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        for key, offset, length, facts in _samples(file, place):
-            match = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
-            from_key: tuple[Any, ...] = match.groups() if match else (stem, UNKNOWN, UNKNOWN)
+        made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
+    folder = Path(folder) if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "index").mkdir(exist_ok=True)
+    names = []
+    for tar in tars:
+        names.append(tar.stem)
+        if record_path(folder, tar.stem).exists():
+            continue
+        rows: list[tuple[int, int, int, int]] = []
+        slides: list[dict[str, Any]] = []
+        counts: list[int] = []
+        for key, offset, length, facts in _samples(tar):
+            place = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
+            from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
             slide = str(facts.get("slide", from_key[0]))
             x, y = int(facts.get("x", from_key[1])), int(facts.get("y", from_key[2]))
             if not slides or slides[-1]["slide"] != slide:
@@ -306,20 +294,28 @@ def _scan_tar(place: str, name: str, folder: Path) -> None:
                 counts.append(0)
             counts[-1] += 1
             rows.append((offset, length, x, y))
-    table = np.array(rows, dtype=np.int64).reshape(-1, 4)
-    columns = {name: table[:, position] for position, name in enumerate(COLUMNS)}
-    longest = int(table[:, 1].max(initial=0))
-    write_record(
-        folder, stem, {"file": name, "size": size, "longest": longest, "slides": slides, "counts": counts}, columns
-    )
+        table = np.array(rows, dtype=np.int64).reshape(-1, 4)
+        columns = {name: table[:, position] for position, name in enumerate(COLUMNS)}
+        longest = int(table[:, 1].max(initial=0))
+        write_record(
+            folder,
+            tar.stem,
+            {"file": tar.name, "size": tar.stat().st_size, "longest": longest, "slides": slides, "counts": counts},
+            columns,
+        )
+    merge(folder, names, made)
+    index = ShardIndex.open(folder)
+    if not len(index):
+        raise Fault(f"the shards in {shards} hold no .jpg samples, the only kind that is read")
+    return index
 
 
-def _samples(file: IO[bytes], place: str) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
+def _samples(tar: Path | RemotePath) -> Iterator[tuple[str, int, int, dict[str, Any]]]:
     """(key, offset, length, JSON) of each JPEG of a tar; a JSON may lie before or after its JPEG, next to it."""
     waiting: tuple[str, int, int] | None = None
     facts: dict[str, dict[str, Any]] = {}
     try:
-        with tarfile.open(fileobj=file, mode="r:") as archive:
+        with tar.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as archive:
             for member in archive:
                 folder, _, base = member.name.rpartition("/")
                 stem, _, suffix = base.partition(".")
@@ -333,8 +329,15 @@ def _samples(file: IO[bytes], place: str) -> Iterator[tuple[str, int, int, dict[
                     facts[key] = json.load(content)
         if waiting:
             yield *waiting, facts.get(waiting[0], {})
-    except (tarfile.TarError, Truncated, OSError, ValueError) as error:
-        raise Fault(f"{place} is damaged ({error}): replace it, or move it out of the folder") from error
+    except (tarfile.TarError, OSError, ValueError) as error:
+        raise Fault(f"{tar} is damaged ({error}): replace it, or move it out of the folder") from error
+
+
+def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
+    """The shards in a folder or behind a URL, sorted by name."""
+    if is_remote(folder):
+        return [RemotePath(f"{str(folder).rstrip('/')}/{name}") for name in list_names(str(folder), ".tar")]
+    return sorted(Path(folder).glob("*.tar")) if Path(folder).is_dir() else []
 
 
 def _write_column(
@@ -367,7 +370,7 @@ def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked for."""
     url = f"{folder}/index.npz"
     try:
-        with open_file(url) as raw:
+        with RemotePath(url).open() as raw:
             meta, places = _read_npz(raw)
     except FileNotFoundError as error:
         raise Fault(

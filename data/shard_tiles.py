@@ -2,7 +2,6 @@
 
 import os
 import threading
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +22,7 @@ class ShardTiles(TileSource):
     one slide, too. On a disk a tile is one ``pread``; a remote tar is read a whole block at a time.
     """
 
-    def __init__(self, *, shards: Sequence[str | Path], group: int = 1) -> None:
+    def __init__(self, group: int = 1, *, shards: list[str]) -> None:
         self.indices = [ShardIndex.open(folder) for folder in shards]
         self.starts = np.cumsum([0, *(len(index) for index in self.indices)])
         sizes = np.concatenate([cut_blocks(_runs(index, group), group) for index in self.indices])
@@ -43,7 +42,9 @@ class ShardTiles(TileSource):
         index, row = self.locate(number)
         slide = index.slides[index.run_slide[int(np.searchsorted(index.run_start, row, side="right")) - 1]]
         file = _file(index, row)
-        return f"tile {slide} ({index.x[row]}, {index.y[row]}) in {index.url(file) if index.remote else index.path(file)}"
+        return (
+            f"tile {slide} ({index.x[row]}, {index.y[row]}) in {index.url(file) if index.remote else index.path(file)}"
+        )
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         index, row = self.locate(number)
@@ -100,7 +101,7 @@ class ShardTiles(TileSource):
         return tar
 
     def __getstate__(self) -> dict[str, object]:
-        left_behind = {"_tars": {}, "_lock": None, "_fetched": None}
+        left_behind: dict[str, object] = {"_tars": {}, "_lock": None, "_fetched": None}
         return {**self.__dict__, **left_behind}
 
     def __setstate__(self, state: dict[str, object]) -> None:

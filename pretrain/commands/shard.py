@@ -17,6 +17,7 @@ Examples:
     pretrain shard slides="a.svs b.tiff" out=shards mpp=1.0 slides_mpp=0.25
     pretrain shard slides='/archive/**/*.ndpi' out=shards tissue=gigapath workers=8
     pretrain shard index=/data/their_shards
+    pretrain shard index=s3://bucket/their_shards out=their_index
 """
 
 import os
@@ -44,8 +45,9 @@ from data.shard_folder import (
 from data.shard_index import ShardIndex, merge, scan
 from data.shards import JPEG_QUALITY, Part, Shard, is_published, plan_shards, read_facts, write_shard
 from data.slide_names import name_slides
-from data.slides import Slide, list_slides
-from data.tiling import Tiling, TilingSettings, tile_slide, write_thumbnail
+from data.slide_survey import survey
+from data.slides import list_slides
+from data.tiling import TilingSettings
 from data.tissue import RULES
 from pretrain.progress import Progress, say, track
 
@@ -69,7 +71,7 @@ class Config:
 def run(config: Config) -> None:
     """Cut the slides, or say that it is done. Raises Fault where not one slide gave tiles."""
     if config.index is not None:
-        index = scan(Path(config.index))
+        index = scan(config.index, Path(config.out) if config.out is not None else None)
         say(f"{config.index}: {holdings(index)}, indexed")
         return
     if not config.slides or config.out is None:
@@ -167,23 +169,6 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
     _summary(out, rows, asked)
     if not any(rows[slide].outcome == TILED for slide in asked):
         raise Fault(f"none of the {len(asked)} slides gave a tile; the reasons are above and in {out}/slides.csv")
-
-
-def survey(
-    job: tuple[Path, str], out: Path, settings: TilingSettings, slides_mpp: float | None, patient_pattern: str
-) -> Tiling:
-    """Find one slide's tissue and write its coordinates and thumbnail, or read what an earlier run wrote."""
-    path, name = job
-    written = coordinates_path(out, name)
-    if written.exists():
-        tiling = read_tiling(written)
-        if tiling.source == str(path):
-            return tiling
-    with Slide(path) as slide:
-        tiling, thumbnail = tile_slide(slide, name, settings, slides_mpp, patient_pattern)
-    write_thumbnail(out / "thumbnails" / f"{name}.jpg", thumbnail)
-    write_tiling(out, tiling)
-    return tiling
 
 
 def _cut(shard: Shard, out: Path, sources: dict[str, str]) -> Any:
