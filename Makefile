@@ -16,7 +16,7 @@ GOLDENS ?= ../shared/goldens
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -30,6 +30,10 @@ test: setup
 
 test-slow: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+
+# Needs 20 GB of disk for a minute or two; PLAN=FOLDER says where.
+bench-plan: setup
+	$(BIN)/python tests/bench/plan.py $(PLAN)
 
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py

@@ -21,10 +21,12 @@ from data.augment import Colour, draw
 from data.crops import CropSizes, cut
 from data.fault import Fault
 from data.keyed import rng
-from data.shard_tiles import ShardTiles, UnreadableTile
 from data.stream import Stream
+from data.tile_source import TileSource, UnreadableTile
 
 STEPS_AHEAD = 3
+EXPECTED_AHEAD = 24  # steps; a source that fetches from afar begins that early
+ATTEMPTS = 100
 
 
 @dataclass(frozen=True)
@@ -70,14 +72,14 @@ class Batch:
 class TileBatches(IterableDataset["Batch | Fault"]):
     """A rank's share of the global batches ``start … stop − 1``, each cut into ``accumulate`` micro-batches.
 
-    A tile that can't be read is replaced by the next one that can, is named once, and is counted: the run goes on
+    A tile that can't be read is replaced by the next one of its source that can, is named once, and is counted: the run goes on
     while the tiles that were bad stay under the trainer's limit, and every rank still takes the same number of tiles.
     A Fault is handed on as the last item, since raising it here would wrap it in the loader process's traceback.
     """
 
     def __init__(
         self,
-        tiles: ShardTiles,
+        tiles: TileSource,
         stream: Stream,
         sizes: CropSizes,
         colour: Colour,
@@ -107,38 +109,43 @@ class TileBatches(IterableDataset["Batch | Fault"]):
             yield fault
 
     def _batches(self) -> Iterator[Batch]:
+        self.tiles.hold(self.stream.window * len(self.stream.owned(self.rank, self.world_size)))
+        expected: deque[np.ndarray] = deque()
         waiting: deque[tuple[int, list[Future]]] = deque()
         steps = iter(range(self.start, self.stop))
+        ahead = iter(range(self.start, self.stop))
         with ThreadPoolExecutor(self.threads) as pool:
-            for step in itertools.islice(steps, STEPS_AHEAD):
-                waiting.append((step, self._submit(pool, step)))
-            while waiting:
+            while True:
+                for step in itertools.islice(ahead, STEPS_AHEAD + EXPECTED_AHEAD - len(waiting) - len(expected)):
+                    expected.append(self.stream.batch(step, self.rank, self.world_size))
+                    self.tiles.expect(expected[-1])
+                for step in itertools.islice(steps, STEPS_AHEAD - len(waiting)):
+                    waiting.append((step, self._submit(pool, step, expected.popleft())))
+                if not waiting:
+                    return
                 step, futures = waiting.popleft()
-                results = [future.result() for future in futures]
-                for ahead in itertools.islice(steps, 1):
-                    waiting.append((ahead, self._submit(pool, ahead)))
-                yield self._collect(step, results)
+                yield self._collect(step, [future.result() for future in futures])
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int) -> list[Future]:
-        numbers = self.stream.batch(step, self.rank, self.world_size)
+    def _submit(self, pool: ThreadPoolExecutor, step: int, numbers: np.ndarray) -> list[Future]:
         first = step * self.stream.batch_size + self.rank * self.share
-        return [pool.submit(self._views, int(number), first + i) for i, number in enumerate(numbers)]
+        return [pool.submit(self._views, number, first + i) for i, number in enumerate(numbers.tolist())]
 
     def _views(self, number: int, sample: int) -> tuple[int, list[Tensor], np.ndarray, list[str]]:
         """Views and colour parameters of one tile; ``sample`` is its position in the run, the key of every draw."""
-        bad = []
-        for attempt in range(100):
+        bad: list[str] = []
+        while True:
             try:
-                tile = self.tiles.read((number + attempt) % len(self.tiles))
+                tile = self.tiles.read(number, self.seed, sample)
                 break
             except UnreadableTile as error:
                 bad.append(str(error))
-        else:
-            raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
+                number = error.next % len(self.tiles)
+            if len(bad) == ATTEMPTS:
+                raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
         generator = rng(self.seed, "colour", sample)
         kinds = np.array([min(view, 1) for view in range(self.sizes.global_count)] + [2] * self.sizes.local_count)
         rows = draw(self.colour, kinds, generator)
-        return (number + attempt) % len(self.tiles), cut(tile, self.sizes, self.seed, sample), rows, bad
+        return number, cut(tile, self.sizes, self.seed, sample), rows, bad
 
     def _collect(self, step: int, results: list[tuple[int, list[Tensor], np.ndarray, list[str]]]) -> Batch:
         size = self.share // self.accumulate

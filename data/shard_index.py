@@ -15,14 +15,15 @@ import os
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from data.fault import Fault
+from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names
 from data.tar_members import DamagedTar, members
 
 COLUMNS = ("offset", "length", "x", "y")
@@ -44,10 +45,14 @@ class ShardIndex:
     ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels). ``file_start`` (files + 1,) int64 are the
     rows at which the tars begin. ``digest`` is a hash of names, places and lengths, the same on every machine.
     ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list for each of `FACTS`.
+
+    The folder may be a URL: then the columns ``offset, length, x, y`` are read from there a page at a time (`RemoteColumn`).
+    An index may lie in another folder than its shards (``meta["location"]``), as that of shards that can't be written to.
     """
 
-    def __init__(self, folder: Path, columns: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path | str, columns: dict[str, Any], meta: dict[str, Any]) -> None:
+        self.folder = Path(folder)
+        self.location: Path | str = meta.get("location") or folder
         self.offset, self.length, self.x, self.y = (columns[name] for name in COLUMNS)
         self.file_start, self.run_start, self.run_slide = (columns[name] for name in RUNS)
         self.meta = meta
@@ -78,20 +83,36 @@ class ShardIndex:
         pieces = [np.arange(self.run_start[run], self.run_start[run + 1]) for run in runs]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
+    @property
+    def remote(self) -> bool:
+        """Whether the shards lie behind a URL."""
+        return is_remote(self.location)
+
+    def url(self, file: int) -> str:
+        """The URL of tar number ``file`` where the shards are remote."""
+        return f"{str(self.location).rstrip('/')}/{self.files[file]}"
+
     def path(self, file: int) -> Path:
-        """The path of tar number ``file``."""
-        return self.folder / self.files[file]
+        """The path of tar number ``file``. Raises Fault where it has none, behind a URL."""
+        if self.remote:
+            raise Fault(
+                f"{self.location} is remote, and this command reads shards on a disk only: copy them there first"
+            )
+        return Path(self.location) / self.files[file]
 
     @classmethod
-    def open(cls, folder: Path, complete: bool = True) -> "ShardIndex":
-        """The index of a folder of shards, memory-mapped. Raises Fault where there are no shards, no index, or (unless ``complete``
-        is False) a shard is gone."""
+    def open(cls, folder: Path | str, complete: bool = True) -> "ShardIndex":
+        """The index of a folder of shards, memory-mapped or behind a URL. Raises Fault where there are no shards, no index, or (unless
+        ``complete`` is False) a shard is gone (which a remote folder isn't asked)."""
+        if is_remote(folder):
+            meta, columns = _read_remote(str(folder).rstrip("/"))
+            return cls(str(folder), columns, meta)
         folder = Path(folder)
         path = folder / "index.npz"
         present = (
             {entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar")} if folder.is_dir() else set()
         )
-        if not present and not (path.exists() and not complete):
+        if not present and not path.exists():
             raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
         if not path.exists():
             if (folder / "plan.json").exists():
@@ -100,21 +121,34 @@ class ShardIndex:
                 f"the shards in {folder} have no index yet: make it with 'pretrain shards index shards={folder}'"
             )
         try:
-            meta, columns = _read_npz(path)
+            with path.open("rb") as file:
+                meta, places = _read_npz(file)
+                columns = {
+                    name: np.memmap(path, dtype, "r", start, (rows,)) if rows else np.empty(0, dtype)
+                    for name, (dtype, start, rows) in places.items()
+                }
         except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
             raise Fault(
                 f"{path} is damaged ({error}): delete it and run 'pretrain shards index shards={folder}', which remakes it"
             ) from error
-        gone = [name for name in meta["files"] if name not in present]
+        index = cls(folder, columns, meta)
+        if index.remote:
+            return index
+        there = Path(index.location)
+        if there != folder:
+            present = {entry.name for entry in os.scandir(there)} if there.is_dir() else set()
+        elif not present and complete:
+            raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
+        gone = [name for name in index.files if name not in present]
         if gone and complete:
             raise Fault(
-                f"{folder / gone[0]} is in the index but not on disk ({len(gone)} such): put it back, or run 'pretrain shard' again"
+                f"{index.path(index.files.index(gone[0]))} is in the index but not on disk ({len(gone)} such): put it back, or run 'pretrain shard' again"
             )
-        return cls(folder, columns, meta)
+        return index
 
 
 def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
-    """``length`` bytes at ``offset`` of an open tar. Raises Fault where the tar ends before."""
+    """``length`` bytes at ``offset`` of an open tar. Raises Truncated, a Fault, where the tar ends before."""
     data = os.pread(descriptor, length, offset)
     while 0 < len(data) < length:
         more = os.pread(descriptor, length - len(data), offset + len(data))
@@ -122,7 +156,7 @@ def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
             break
         data += more
     if len(data) != length:
-        raise Fault(
+        raise Truncated(
             f"a shard ends {length - len(data)} bytes before the end of the tile at byte {offset}: it is truncated, make it again"
         )
     return data
@@ -164,25 +198,34 @@ def merge(folder: Path, names: list[str], made: dict[str, Any]) -> str:
         "x": np.dtype(np.int32),
         "y": np.dtype(np.int32),
     }
+    columns = {name: _recorded(folder, full, name) for name in COLUMNS}
+    run_slide = np.array([n for n, _ in runs], dtype=np.int32)
+    bounds: dict[str, np.ndarray] = {"file_start": file_start, "run_start": run_start, "run_slide": run_slide}
+    write_index(folder, meta, dtypes, columns, bounds)
+    return meta["digest"]
+
+
+def write_index(
+    folder: Path,
+    meta: dict[str, Any],
+    dtypes: dict[str, np.dtype],
+    columns: Mapping[str, Iterable[np.ndarray]],
+    runs: dict[str, np.ndarray],
+) -> None:
+    """Write ``index.npz``: ``columns`` piece by piece, one piece a shard, then ``runs`` and ``meta``; whole or not at all."""
+    path = folder / "index.npz"
     partial = path.with_name(f".index.npz.{os.getpid()}")
     with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for name, dtype in dtypes.items():
-            _write_column(
-                archive,
-                name,
-                dtype,
-                int(file_start[-1]),
-                (np.load(record_path(folder, Path(r["file"]).stem))[name] for r in full),
-            )
-        for name, values in (
-            ("file_start", file_start),
-            ("run_start", run_start),
-            ("run_slide", np.array([n for n, _ in runs], dtype=np.int32)),
-        ):
-            _write_column(archive, name, values.dtype, len(values), iter([values]))
+        for name in COLUMNS:
+            _write_column(archive, name, dtypes[name], int(runs["file_start"][-1]), columns[name])
+        for name in RUNS:
+            _write_column(archive, name, runs[name].dtype, len(runs[name]), [runs[name]])
         archive.writestr("meta.json", json.dumps(meta))
     publish(partial, path)
-    return meta["digest"]
+
+
+def _recorded(folder: Path, records: list[dict[str, Any]], column: str) -> Iterator[np.ndarray]:
+    return (np.load(record_path(folder, Path(record["file"]).stem))[column] for record in records)
 
 
 def record_path(folder: Path, name: str) -> Path:
@@ -218,17 +261,27 @@ def publish(partial: Path, path: Path) -> None:
         os.close(folder)
 
 
-def scan(folder: Path) -> ShardIndex:
-    """Index shards that another program wrote, in one pass over the tars, and keep the index beside them.
+def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
+    """Index shards that another program wrote, in one pass over the tars, and keep the index beside them, or in ``out``.
 
     A sample is a ``.jpg`` or ``.jpeg`` member and, if present, a ``.json`` with the same key. ``slide, x, y, mpp, tile_size,
     tile_size_level0, patient`` are taken from the JSON; failing that, slide and place from a key ``<slide>_<x>_<y>``; failing
     that, the tar counts as one slide and x and y are -1. Raises Fault for a damaged tar, and where there is no JPEG.
+
+    The folder may be a URL, whose index then goes to ``out``: its tars are read once from front to back, a few MB at a time.
     """
-    folder = Path(folder)
-    tars = sorted(folder.glob("*.tar")) if folder.is_dir() else []
+    made: dict[str, Any] = {"made_by": "another program, indexed by a scan"}
+    shards, tars = folder, list_tars(folder)
     if not tars:
         raise Fault(f"there are no .tar shards in {folder}")
+    if out is None and is_remote(folder):
+        raise Fault(
+            f"say where the index of {folder} goes: pretrain shards index shards={folder} out=FOLDER, and train on FOLDER"
+        )
+    if out is not None:
+        made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
+    folder = Path(folder) if out is None else Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
     (folder / "index").mkdir(exist_ok=True)
     names = []
     for tar in tars:
@@ -264,14 +317,14 @@ def scan(folder: Path) -> ShardIndex:
             },
             columns,
         )
-    merge(folder, names, {"made_by": "another program, indexed by a scan"})
+    merge(folder, names, made)
     index = ShardIndex.open(folder)
     if not len(index):
-        raise Fault(f"the shards in {folder} hold no .jpg samples, the only kind that is read")
+        raise Fault(f"the shards in {shards} hold no .jpg samples, the only kind that is read")
     return index
 
 
-def _samples(tar: Path) -> Iterator[tuple[str, int, int, dict[str, Any], tuple[int, int]]]:
+def _samples(tar: Path | RemotePath) -> Iterator[tuple[str, int, int, dict[str, Any], tuple[int, int]]]:
     """(key, offset, length, JSON, CRC-32 of JPEG and of JSON or 0) of each JPEG of a tar; a JSON may lie before or after its
     JPEG, next to it."""
     waiting: tuple[str, int, int, int] | None = None
@@ -315,8 +368,15 @@ def _recorded_size(folder: Path, name: str) -> int | None:
         return None
 
 
+def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
+    """The shards in a folder or behind a URL, sorted by name."""
+    if is_remote(folder):
+        return [RemotePath(f"{str(folder).rstrip('/')}/{name}") for name in list_names(str(folder), ".tar")]
+    return sorted(Path(folder).glob("*.tar")) if Path(folder).is_dir() else []
+
+
 def _write_column(
-    archive: zipfile.ZipFile, name: str, dtype: np.dtype, rows: int, pieces: Iterator[np.ndarray]
+    archive: zipfile.ZipFile, name: str, dtype: np.dtype, rows: int, pieces: Iterable[np.ndarray]
 ) -> None:
     with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
         header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
@@ -325,10 +385,10 @@ def _write_column(
             member.write(piece.astype(dtype).tobytes())
 
 
-def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """``meta.json``, and the columns as memory maps into the uncompressed npz."""
-    columns: dict[str, np.ndarray] = {}
-    with zipfile.ZipFile(path) as archive, path.open("rb") as raw:
+def _read_npz(raw: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[np.dtype, int, int]]]:
+    """``meta.json``, and where each column lies in the uncompressed npz: its dtype, first byte and number of rows."""
+    places: dict[str, tuple[np.dtype, int, int]] = {}
+    with zipfile.ZipFile(raw) as archive:
         meta = json.loads(archive.read("meta.json"))
         for name in (*COLUMNS, *RUNS):
             # A zip member's data begins behind its local header: 30 bytes, then the name and the extra field.
@@ -337,8 +397,27 @@ def _read_npz(path: Path) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             raw.seek(start + 30 + sum(int.from_bytes(raw.read(2), "little") for _ in range(2)))
             np.lib.format.read_magic(raw)
             shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
-            empty = not shape[0]
-            columns[name] = np.empty(0, dtype) if empty else np.memmap(path, dtype, "r", raw.tell(), shape)
+            places[name] = dtype, raw.tell(), shape[0]
+    return meta, places
+
+
+def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked for."""
+    url = f"{folder}/index.npz"
+    try:
+        with RemotePath(url).open() as raw:
+            meta, places = _read_npz(raw)
+    except FileNotFoundError as error:
+        raise Fault(
+            f"there is no {url}: make an index of those shards with 'pretrain shards index shards={folder} out=FOLDER', and train on FOLDER"
+        ) from error
+    except (zipfile.BadZipFile, ValueError, KeyError, Truncated, OSError) as error:
+        raise Fault(f"{url} is damaged ({error}): remake it where the shards were made, and upload it again") from error
+    columns: dict[str, Any] = {}
+    for name, (dtype, start, rows) in places.items():
+        columns[name] = RemoteColumn(url, dtype, start, rows)
+        if name in RUNS:
+            columns[name] = columns[name][:]
     return meta, columns
 
 

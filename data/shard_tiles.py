@@ -1,39 +1,38 @@
-"""Tiles of one or several folders of shards, by number: bytes from an index and a pread, never a scan."""
+"""Tiles of one or several folders of shards, by number: bytes from an index and a range read, never a scan."""
 
 import os
-from collections.abc import Sequence
+import threading
 from pathlib import Path
 
 import numpy as np
 import simplejpeg
 
-from data.fault import Fault
+from data.remote import BlockCache, Truncated, read_range
 from data.shard_index import ShardIndex, read_jpeg
+from data.stream import Part
 from data.tar_members import BLOCK, is_header_of
+from data.tile_source import TileSource, UnreadableTile, cut_blocks
 
-TILES_PER_BLOCK = 1000
-
-
-class UnreadableTile(Exception):
-    """A tile whose bytes are gone or are no JPEG; the message names it."""
+MOST_OPEN = 256  # tars of a process
 
 
-class ShardTiles:
-    """The tiles of ``folders`` as one numbered sequence ``0 … len − 1``, read at random from any thread.
+class ShardTiles(TileSource):
+    """The tiles of ``shards``, folders or URLs of folders, as one numbered sequence.
 
-    ``block_sizes`` (blocks,) int64 are the runs of neighbouring tiles that `data.stream.Stream` deals out: at most a
-    thousand tiles each, never across two tars. ``digest`` identifies the tiles and their order.
+    A block is a stretch of one tar, at most a thousand tiles; with a ``group`` of several tiles (`Stream`'s ``slides_per_lane``) of
+    one slide, too. On a disk a tile is one ``pread``; a remote tar is read a whole block at a time.
     """
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.indices = [ShardIndex.open(folder) for folder in folders]
+    def __init__(self, group: int = 1, *, shards: list[str]) -> None:
+        self.indices = [ShardIndex.open(folder) for folder in shards]
         self.starts = np.cumsum([0, *(len(index) for index in self.indices)])
-        self.block_sizes = np.concatenate([_blocks(np.diff(index.file_start)) for index in self.indices])
+        sizes = np.concatenate([cut_blocks(_runs(index, group), group) for index in self.indices])
+        self.parts = [Part(sizes, name=", ".join(map(str, shards)))]
         self.digest = "+".join(index.digest for index in self.indices)
-        self._open: dict[Path, int] = {}
-
-    def __len__(self) -> int:
-        return int(self.starts[-1])
+        self._ends = np.cumsum(sizes)
+        self._tars: dict[Path, _Tar] = {}
+        self._lock = threading.Lock()
+        self._fetched = BlockCache(_fetch)
 
     def locate(self, number: int) -> tuple[ShardIndex, int]:
         """The index that holds tile ``number``, and its row there."""
@@ -41,11 +40,12 @@ class ShardTiles:
         return self.indices[which], int(number - self.starts[which])
 
     def name(self, number: int) -> str:
-        """A tile's name for messages: tar, slide and place."""
         index, row = self.locate(number)
-        return f"tile {self._slide(index, row)} ({index.x[row]}, {index.y[row]}) in {self._tar(index, row)}"
+        file = _file(index, row)
+        tar = index.url(file) if index.remote else index.path(file)
+        return f"tile {_slide(index, row)} ({index.x[row]}, {index.y[row]}) in {tar}"
 
-    def read(self, number: int) -> np.ndarray:
+    def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it.
 
         The member's header is read with it and must be this tile's: a tar that is no longer the one that was indexed must not
@@ -54,41 +54,109 @@ class ShardTiles:
         index, row = self.locate(number)
         offset, length = int(index.offset[row]), int(index.length[row])
         try:
-            data = read_jpeg(self._descriptor(self._tar(index, row)), offset - BLOCK, length + BLOCK)
-            own = "made_by" not in index.meta
-            if not is_header_of(data[:BLOCK], self._member(index, row) if own else None, length):
+            if index.remote:
+                data = self._from_block(number, index, row)
+            else:
+                data = read_jpeg(self._tar(index.path(_file(index, row))).descriptor, offset - BLOCK, length + BLOCK)
+        except (FileNotFoundError, Truncated) as error:
+            following = number - row + _next_file(index, row)
+            raise UnreadableTile(f"{self.name(number)} can't be read ({error})", following) from error
+        except OSError as error:
+            raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
+        own = "made_by" not in index.meta
+        try:
+            if not is_header_of(data[:BLOCK], _member(index, row) if own else None, length):
                 raise ValueError("the shard holds something else there: its index is of another file")
             return simplejpeg.decode_jpeg(memoryview(data)[BLOCK:], colorspace="RGB")
-        except (ValueError, OSError, Fault) as error:
-            raise UnreadableTile(f"{self.name(number)} can't be read ({error})") from error
+        except ValueError as error:
+            raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
 
-    @staticmethod
-    def _slide(index: ShardIndex, row: int) -> str:
-        return index.slides[index.run_slide[int(np.searchsorted(index.run_start, row, side="right")) - 1]]
+    def hold(self, blocks: int) -> None:
+        self._fetched.capacity = 2 * blocks
 
-    def _member(self, index: ShardIndex, row: int) -> str:
-        return f"{self._slide(index, row)}_{index.x[row]}_{index.y[row]}.jpg"
+    def expect(self, numbers: np.ndarray) -> None:
+        """Fetch remote blocks ahead; the kernel looks ahead on a disk."""
+        if any(index.remote for index in self.indices):
+            for block in np.unique(np.searchsorted(self._ends, numbers, side="right")):
+                first = int(self._ends[block - 1]) if block else 0
+                index, row = self.locate(first)
+                if index.remote:
+                    self._fetched.announce(*self._range(int(block), index, row))
 
-    @staticmethod
-    def _tar(index: ShardIndex, row: int) -> Path:
-        return index.path(int(np.searchsorted(index.file_start, row, side="right")) - 1)
+    def _from_block(self, number: int, index: ShardIndex, row: int) -> bytes:
+        block = int(np.searchsorted(self._ends, number, side="right"))
+        first = int(self._ends[block - 1]) if block else 0
+        url, start, stop = self._range(block, index, row - (number - first))
+        offset, length = int(index.offset[row]) - BLOCK - start, int(index.length[row]) + BLOCK
+        data = self._fetched.get(url, start, stop)[offset : offset + length]
+        if len(data) < length:
+            raise Truncated(f"{url} is truncated")
+        return data
 
-    def _descriptor(self, tar: Path) -> int:
-        if tar not in self._open:
-            # Two threads may open it twice; the one that loses closes its own, and preads never share a position.
-            descriptor = os.open(tar, os.O_RDONLY)
-            if self._open.setdefault(tar, descriptor) != descriptor:
-                os.close(descriptor)
-        return self._open[tar]
+    def _range(self, block: int, index: ShardIndex, row: int) -> tuple[str, int, int]:
+        """URL and bytes of a block whose first tile is ``row`` of ``index``, that tile's header included."""
+        last = row + int(self.parts[0].block_sizes[block]) - 1
+        start, stop = int(index.offset[row]) - BLOCK, int(index.offset[last]) + int(index.length[last])
+        return index.url(_file(index, row)), start, stop
+
+    def _tar(self, path: Path) -> "_Tar":
+        tar = self._tars.get(path)
+        if tar is None:
+            with self._lock:
+                tar = self._tars.setdefault(path, _Tar(path))
+                while len(self._tars) > MOST_OPEN:
+                    self._tars.pop(next(iter(self._tars)))  # closed once the last thread is through with it
+        return tar
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_open": {}}
+        left_behind: dict[str, object] = {"_tars": {}, "_lock": None, "_fetched": None}
+        return {**self.__dict__, **left_behind}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        self.__dict__.update(state)
+        self._lock, self._fetched = threading.Lock(), BlockCache(_fetch)
 
 
-def _blocks(tiles_per_file: np.ndarray) -> np.ndarray:
-    """Cut each file's tiles into equal runs of at most `TILES_PER_BLOCK`."""
-    sizes = []
-    for tiles in tiles_per_file.tolist():
-        count = max(1, -(-tiles // TILES_PER_BLOCK))
-        sizes.append(np.diff(np.arange(count + 1) * tiles // count))
-    return np.concatenate(sizes)
+class _Tar:
+    """An open tar, closed with the last reference to it."""
+
+    def __init__(self, path: Path) -> None:
+        self.descriptor = -1
+        self.descriptor = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+
+
+def _file(index: ShardIndex, row: int) -> int:
+    return int(np.searchsorted(index.file_start, row, side="right")) - 1
+
+
+def _slide(index: ShardIndex, row: int) -> str:
+    return index.slides[index.run_slide[int(np.searchsorted(index.run_start, row, side="right")) - 1]]
+
+
+def _member(index: ShardIndex, row: int) -> str:
+    return f"{_slide(index, row)}_{index.x[row]}_{index.y[row]}.jpg"
+
+
+def _next_file(index: ShardIndex, row: int) -> int:
+    """The row in the next tar that lies as far from its beginning: a lost tar's tiles are not all replaced by one."""
+    file = _file(index, row)
+    following = (file + 1) % len(index.files)
+    first, last = int(index.file_start[following]), int(index.file_start[following + 1])
+    return first + (row - int(index.file_start[file])) % (last - first)
+
+
+def _runs(index: ShardIndex, group: int) -> np.ndarray:
+    """Tiles of each tar, in a row; where tiles are dealt out in groups, of each slide in each tar."""
+    bounds = index.file_start if group == 1 else np.union1d(index.file_start, index.run_start)
+    return np.diff(bounds)
+
+
+def _fetch(url: str, start: int, stop: int) -> bytes:
+    try:
+        return read_range(url, start, stop)
+    except Truncated as error:
+        return error.data  # the tiles before the end are sound

@@ -1,115 +1,108 @@
-"""The order of tiles: a pure function of (seed, position).
+"""The order of tiles: a pure function of (sources, seed, position).
 
-    blocks    ▓▓▓▓ ▓▓▓▓ ▓▓▓▓ ▓▓▓▓ ▓▓▓▓        runs of about a thousand neighbouring tiles of the source
-    pass      a permutation of all blocks, laid end to end: T tiles
-    lanes     └─ 0 ─┘└─ 1 ─┘└─ 2 ─┘└─ 3 ─┘    the pass cut into equal stretches (to within one tile)
-    window    inside its stretch a lane permutes the tiles of a few blocks at a time
+    parts     what is mixed: data sets, magnifications, each with a weight       data.shares says whose turn it is
+    lanes     parallel readers, each with an endless sequence of every part      data.passes says which tile is next
     batch     the same number of tiles from every lane, lane after lane
 
-A lane reads its stretch from front to back, then its stretch of the next pass, for ever. Because every pass cuts the
-same T tiles into the same lengths, the tile at position ``n`` of a lane is found by one division, wherever in the run
-it lies: there is no state but the position. Ranks own neighbouring lanes, so a rank's share of a global batch is a
+A lane is a reader with a position: how many tiles it has taken. Counting tells how many of them were of each part, so the
+state of the whole is one integer, the step. Ranks own neighbouring lanes: a rank's share of a global batch is a
 contiguous slice of it, and a change of world size changes who reads a tile, never which tile is read.
-
-Within a pass of a lane every tile comes once; over all lanes a pass holds every tile of the source exactly once.
 """
 
-from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.fault import Fault
-from data.keyed import rng
+from data.passes import Passes
+from data.shares import Shares
 
 
 @dataclass(frozen=True)
-class Window:
-    """A few neighbouring blocks of one lane's pass, their tiles permuted."""
+class Part:
+    """One part of a mixture, the whole of it where nothing is mixed."""
 
-    start: int  # position in the lane's pass of its first tile
-    tiles: np.ndarray  # (n,) int64: tile numbers, in the order in which they come
+    block_sizes: np.ndarray  # (blocks,) int64: runs of neighbouring tiles, which number on through all parts
+    weight: float = 1.0  # its share of the tiles of every lane, in the scale of the other parts' weights
+    name: str = "the source"  # for messages
 
 
 class Stream:
-    """Global batches of tile numbers ``0 … T − 1`` for a source made of blocks of the given sizes.
+    """Global batches of tile numbers; those of the first part are ``0 … T₀ − 1``, the second part's go on from there.
 
     ``lanes`` bounds the world size (a rank owns at least one lane) and is part of the order, as ``batch_size``,
-    ``window`` (blocks that are mixed) and ``seed`` are: change one and the order is another.
+    ``window`` (blocks that are mixed) and ``seed`` are: change one and the order is another. With ``slides_per_lane`` a
+    lane's share of a batch is so many equal groups, each of one block, and blocks are to be cut within slides.
     Raises Fault where the numbers don't divide.
     """
 
-    def __init__(self, block_sizes: np.ndarray, *, batch_size: int, lanes: int, window: int, seed: int) -> None:
-        self.sizes = np.asarray(block_sizes, dtype=np.int64)
-        self.tiles = int(self.sizes.sum())
-        self.batch_size, self.lanes, self.window, self.seed = batch_size, lanes, window, seed
-        if batch_size % lanes:
-            raise Fault(
-                f"data.batch_size={batch_size} is not a multiple of data.lanes={lanes}: a batch takes the same number from every lane."
+    def __init__(
+        self,
+        parts: Sequence[Part],
+        *,
+        batch_size: int,
+        lanes: int,
+        window: int,
+        seed: int,
+        slides_per_lane: int | None = None,
+    ) -> None:
+        self.batch_size, self.lanes, self.window = batch_size, lanes, window
+        self.group = group_size(batch_size, lanes, slides_per_lane)
+        self.shares = Shares([part.weight for part in parts])
+        self.passes: list[Passes] = []
+        for part in parts:
+            first, key = sum(p.tiles for p in self.passes), len(self.passes)
+            passes = Passes(
+                part.block_sizes, lanes=lanes, window=window, group=self.group, seed=seed, key=key, first=first
             )
-        if self.tiles < lanes:
-            raise Fault(f"the source holds {self.tiles} tiles, fewer than data.lanes={lanes}; set data.lanes lower.")
-        self.starts = np.concatenate([[0], np.cumsum(self.sizes)[:-1]])  # each block's first tile number
-        self._passes: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
-        self._windows: dict[int, tuple[int, Window]] = {}
+            if passes.tiles < lanes:
+                raise Fault(f"{part.name} holds {passes.tiles} tiles, fewer than data.lanes={lanes}; set it lower.")
+            self.passes.append(passes)
+        self.tiles = sum(passes.tiles for passes in self.passes)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
         """Tile numbers ``(batch_size / world_size,)`` of a rank's share of global batch ``step`` (both count from 0)."""
+        each = self.batch_size // self.lanes
+        return np.concatenate([self.lane(lane, step * each, each) for lane in self.owned(rank, world_size)])
+
+    def owned(self, rank: int, world_size: int) -> range:
+        """The lanes that a rank reads. Raises Fault where they can't be shared out evenly."""
         if self.lanes % world_size:
             raise Fault(
                 f"data.lanes={self.lanes} is not a multiple of the {world_size} processes; set data.lanes to a multiple of it."
             )
-        owned = self.lanes // world_size
-        each = self.batch_size // self.lanes
-        return np.concatenate([self.lane(lane, step * each, each) for lane in range(rank * owned, (rank + 1) * owned)])
+        each = self.lanes // world_size
+        return range(rank * each, (rank + 1) * each)
 
     def lane(self, lane: int, position: int, count: int) -> np.ndarray:
         """``count`` tile numbers of ``lane`` from its ``position`` on (tiles consumed so far)."""
-        first, last = self._stretch(lane)
-        found = []
-        while count:
-            number, offset = divmod(position, last - first)
-            window = self._window(lane, number, offset)
-            part = window.tiles[offset - window.start :][:count]
-            found.append(part)
-            position, count = position + len(part), count - len(part)
-        return np.concatenate(found)
+        if len(self.passes) == 1:
+            return self.passes[0].tile_numbers(lane, position, count)
+        # Lanes are as far apart in the sequence of turns as their shares of a batch lie in it. So a batch is one run of
+        # that sequence, and holds its shares too, as closely as whole groups allow.
+        ahead = lane * (self.batch_size // self.lanes // self.group)
+        within = np.arange(position, position + count)
+        part, turn = self.shares.members(within // self.group + ahead)
+        numbers = np.empty(count, dtype=np.int64)
+        for which, skipped in enumerate(self.shares.counts(ahead)):
+            here = np.flatnonzero(part == which)
+            if len(here):
+                start = (int(turn[here[0]]) - skipped) * self.group + int(within[here[0]]) % self.group
+                numbers[here] = self.passes[which].tile_numbers(lane, start, len(here))
+        return numbers
 
-    def _stretch(self, lane: int) -> tuple[int, int]:
-        """The tiles ``[first, last)`` of every pass that are this lane's."""
-        return lane * self.tiles // self.lanes, (lane + 1) * self.tiles // self.lanes
 
-    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A pass's permuted blocks and where each ends in the pass: ``(blocks,)`` twice."""
-        if number not in self._passes:
-            order = rng(self.seed, "blocks", number).permutation(len(self.sizes))
-            self._passes[number] = order, np.cumsum(self.sizes[order])
-            if len(self._passes) > 2:  # lanes differ by a tile a pass, so at most two passes are open at once
-                self._passes.popitem(last=False)
-        return self._passes[number]
-
-    def _window(self, lane: int, number: int, offset: int) -> Window:
-        """The window of this lane's pass ``number`` that holds ``offset``; the last one of each lane is kept."""
-        cached = self._windows.get(lane)
-        if cached and cached[0] == number and 0 <= offset - cached[1].start < len(cached[1].tiles):
-            return cached[1]
-        order, ends = self._pass(number)
-        first, last = self._stretch(lane)
-        first_block = int(np.searchsorted(ends, first, side="right"))
-        here = int(np.searchsorted(ends, first + offset, side="right"))
-        index = (here - first_block) // self.window
-        low = first_block + index * self.window
-        pieces, start = [], None
-        for at in range(low, min(low + self.window, len(order))):
-            block = order[at]
-            begin, end = int(ends[at] - self.sizes[block]), int(ends[at])
-            cut_begin, cut_end = max(begin, first), min(end, last)  # a stretch may begin or end inside a block
-            if cut_begin >= cut_end:
-                continue
-            start = cut_begin - first if start is None else start
-            pieces.append(np.arange(cut_begin - begin, cut_end - begin) + self.starts[block])
-        tiles = np.concatenate(pieces)
-        assert start is not None
-        window = Window(start, rng(self.seed, "window", number, lane, index).permutation(tiles))
-        self._windows[lane] = number, window
-        return window
+def group_size(batch_size: int, lanes: int, slides_per_lane: int | None) -> int:
+    """Tiles that are dealt out together: 1, or a lane's share of the batch over ``slides_per_lane``. Raises Fault."""
+    if batch_size % lanes:
+        raise Fault(
+            f"data.batch_size={batch_size} is not a multiple of data.lanes={lanes}: a batch takes the same number from every lane."
+        )
+    if slides_per_lane is None:
+        return 1
+    if slides_per_lane < 1 or batch_size // lanes % slides_per_lane:
+        raise Fault(
+            f"data.slides_per_lane={slides_per_lane} doesn't divide the {batch_size // lanes} tiles that a lane gives to a batch."
+        )
+    return batch_size // lanes // slides_per_lane

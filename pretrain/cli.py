@@ -7,7 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data.fault import Fault
-from pretrain.settings import CONFIGS, Composed, annotated, load, nearest, stem
+from pretrain.settings import CONFIGS, Composed, annotated, choices_of, load, nearest, stem, with_parents
 
 COMMANDS = {
     "shard": "slides → tile shards",
@@ -99,17 +99,21 @@ def explain(command: str) -> str:
     source = Path(__file__).parent / "commands" / f"{name}.py"
     text = ast.get_docstring(ast.parse(source.read_text())) or ""
     body = (CONFIGS / f"{name}.yaml").read_text()
-    settings = re.sub(r"^defaults:\n(?:[ -].*\n)*\n?", "", body, flags=re.M).strip()
-    sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(settings)}"]
+    sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(_without_defaults(body))}"]
     for group in re.findall(r"^  - (?:override )?/?(\w+): (?:\w+|null)", body, flags=re.M):
-        options = sorted(file.stem for file in (CONFIGS / group).glob("*.yaml"))
+        options = choices_of(group, [CONFIGS])
         chosen = re.search(rf"^  - (?:override )?/?{group}: (\w+)", body, flags=re.M)
         default = chosen.group(1) if chosen else "null"
         sections.append(f"{group}= one of: {', '.join(options)} (default {default})")
         if default != "null" and group != "recipe":
-            sections.append(_indent(_indent((CONFIGS / group / f"{default}.yaml").read_text().strip())))
+            files = [file for _, file in reversed(with_parents(group, default, [CONFIGS]))]
+            sections.append(_indent(_indent("\n".join(_without_defaults(file.read_text()) for file in files))))
     sections.append(f"'pretrain {command} --cfg job' prints them all resolved, with where each value comes from.")
     return "\n\n".join(sections)
+
+
+def _without_defaults(text: str) -> str:
+    return re.sub(r"^defaults:\n(?:[ -].*\n)*\n?", "", text, flags=re.M).strip()
 
 
 def _indent(text: str) -> str:

@@ -1,6 +1,6 @@
-"""Networks and objectives are plug-ins: a class named by ``_target_``, whose keyword-only arguments are its settings.
+"""Networks, objectives and sources of tiles are plug-ins: a class named by ``_target_``, whose keyword-only arguments are its settings.
 
-A new model or objective is one new file with such a class and one YAML file that names it; nothing else is edited. The
+A new model, objective or source is one new file with such a class and one YAML file that names it; nothing else is edited. The
 schema that Hydra's values are checked against is read off the constructor.
 """
 
@@ -18,35 +18,57 @@ Plugin = dict[str, Any]
 """The type of a configuration node that holds a plug-in: ``_target_`` and the settings of that class."""
 
 
-def locate(target: str) -> type[nn.Module]:
-    """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is an nn.Module."""
+def locate(target: str, base: type = nn.Module) -> type:
+    """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``."""
     module, _, name = target.rpartition(".")
     try:
         found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise Fault(f"_target_: {target} can't be imported ({error}); give the dotted path of a class.") from error
-    if not (inspect.isclass(found) and issubclass(found, nn.Module)):
-        raise Fault(f"_target_: {target} is not a torch nn.Module class, so it can't be a model or an objective.")
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        wanted = "torch nn.Module class, so it can't be a model or an objective" if base is nn.Module else base.__name__
+        raise Fault(f"_target_: {target} is not a {wanted}.")
     return found
+
+
+def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
+    """The keyword-only arguments of the class that ``target`` names, with their types."""
+    constructor = locate(target, base).__init__  # type: ignore[misc]
+    hints = get_type_hints(constructor)
+    names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    return {name: hints[name] for name in names}
 
 
 def schema(target: str) -> type:
     """A dataclass of ``_target_`` and the class's keyword-only arguments, all of them required."""
-    constructor = locate(target).__init__
-    hints = get_type_hints(constructor)
-    names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return dataclasses.make_dataclass(
-        target.rpartition(".")[2] + "Settings", [("_target_", str), *((n, hints[n]) for n in names)]
+        target.rpartition(".")[2] + "Settings", [("_target_", str), *settings_of(target).items()]
     )
 
 
-def build(settings: Mapping[str, Any], *arguments: Any) -> nn.Module:
+def has_plugin_beside(kind: Any) -> bool:
+    """Whether a type of settings is a dataclass whose ``_target_`` brings settings of its own."""
+    return dataclasses.is_dataclass(kind) and "_target_" in get_type_hints(kind)
+
+
+def schema_beside(common: type, target: str) -> type:
+    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields."""
+    return dataclasses.make_dataclass(common.__name__, list(settings_of(target, common.base).items()), bases=(common,))  # type: ignore[attr-defined]
+
+
+def build(settings: Mapping[str, Any], *arguments: Any, base: type = nn.Module) -> Any:
     """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings.
 
     A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it.
     """
-    target = locate(settings["_target_"])
+    target = locate(settings["_target_"], base)
     try:
         return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
     except ValueError as error:
         raise Fault(f"{target.__name__}: {error}") from error
+
+
+def build_beside(settings: Any, *arguments: Any) -> Any:
+    """Construct the plug-in whose settings lie beside the common ones in ``settings``, a `schema_beside` dataclass."""
+    own = {name: getattr(settings, name) for name in settings_of(settings._target_, settings.base)}
+    return build({"_target_": settings._target_, **own}, *arguments, base=settings.base)

@@ -95,11 +95,12 @@ def _typed(command: str, values: DictConfig) -> DictConfig:
     fields = []
     config = importlib.import_module(f"pretrain.commands.{stem(command)}").Config
     for name, kind in get_type_hints(config).items():
-        if kind == plugins.Plugin:
+        if kind == plugins.Plugin or plugins.has_plugin_beside(kind):
             node = values.get(name)
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 raise Fault(f"{name}._target_ is missing: it names the class to build.")
-            kind = plugins.schema(node["_target_"])
+            target = node["_target_"]
+            kind = plugins.schema(target) if kind == plugins.Plugin else plugins.schema_beside(kind, target)
         fields.append((name, kind))
     tree = OmegaConf.structured(dataclasses.make_dataclass(config.__name__, fields))
     _spread_lists(dict(fields), values)
@@ -140,7 +141,7 @@ def _explain(command: str, overrides: list[str], directories: list[Path], error:
         if key in groups and value is None and not override.is_delete():
             return f"{key}=null is not a choice; '~{key}' leaves the group {key} out."
         if key in groups and isinstance(value, str):
-            options = sorted({file.stem for directory in directories for file in (directory / key).glob("*.yaml")})
+            options = choices_of(key, directories)
             if value not in options:
                 return f"there is no {key} {value!r}{nearest(value, set(options))} There are: {', '.join(options)}."
         elif key not in known and not override.is_add():
@@ -170,6 +171,12 @@ def nearest(key: str, known: set[str]) -> str:
     return f"; did you mean {close[0]!r}?" if close else "."
 
 
+def choices_of(group: str, directories: list[Path]) -> list[str]:
+    """The files that a group offers; one that begins with an underscore is a part of others."""
+    found = {file.stem for directory in directories for file in (directory / group).glob("*.yaml")}
+    return sorted(name for name in found if not name.startswith("_"))
+
+
 def _key(override: str) -> str:
     return override.split("=", 1)[0].lstrip("+~")
 
@@ -180,11 +187,12 @@ def _files(command: str, choices: dict[str, str], directories: list[Path]) -> li
     # A recipe overrides the groups, and a scale overrides the recipe.
     for group, choice in sorted(choices.items(), key=lambda item: (item[0].startswith("scale"), item[0] == "recipe")):
         name = group.partition("@")[0]
-        files += [(prefix, file) for prefix, file in _with_parents(name, choice, directories)]
+        files += [(prefix, file) for prefix, file in with_parents(name, choice, directories)]
     return files
 
 
-def _with_parents(group: str, choice: str, directories: list[Path]) -> list[tuple[str, Path]]:
+def with_parents(group: str, choice: str, directories: list[Path]) -> list[tuple[str, Path]]:
+    """A choice's files, those it is based on before it, each with the prefix of its keys."""
     for directory in directories:
         file = directory / group / f"{choice}.yaml"
         if file.exists():
@@ -195,7 +203,7 @@ def _with_parents(group: str, choice: str, directories: list[Path]) -> list[tupl
                 for entry in (yaml.safe_load(text) or {}).get("defaults", [])
                 if isinstance(entry, str) and entry != "_self_"
             ]
-            return [pair for parent in parents for pair in _with_parents(group, parent, directories)] + [(prefix, file)]
+            return [pair for parent in parents for pair in with_parents(group, parent, directories)] + [(prefix, file)]
     return []
 
 

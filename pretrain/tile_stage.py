@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
@@ -13,9 +13,9 @@ from data.augment import Colour, augment
 from data.crops import CropSizes
 from data.fault import Fault
 from data.loader import Batch, Masking, MicroBatch, TileBatches, load
-from data.shard_tiles import ShardTiles
-from data.stream import Stream
-from pretrain import init
+from data.stream import Stream, group_size
+from data.tile_source import TileSource
+from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.objective import Objective
 from pretrain.progress import say
@@ -70,12 +70,15 @@ class MaskSettings:
 
 @dataclass
 class TileData:
-    """The settings under ``data:``, explained in ``configs/data/tiles.yaml``."""
+    """The settings under ``data:``, explained in ``configs/data/``; beside them lie those of the source that ``_target_`` names."""
 
-    shards: list[str]
+    base: ClassVar[type] = TileSource
+
+    _target_: str
     batch_size: int
     lanes: int
     window: int
+    slides_per_lane: int | None
     threads: int
     max_bad_fraction: float
     mean: list[float]
@@ -93,14 +96,9 @@ class TileTraining(Training):
     def __init__(self, run: Path, config: Any, make_objective: Any) -> None:
         super().__init__(run, config, make_objective, config.data.batch_size)
         self.data: TileData = config.data
-        self.tiles = ShardTiles([Path(folder) for folder in self.data.shards])
-        self.stream = Stream(
-            self.tiles.block_sizes,
-            batch_size=self.data.batch_size,
-            lanes=self.data.lanes,
-            window=self.data.window,
-            seed=config.seed,
-        )
+        shape: dict[str, Any] = {name: getattr(self.data, name) for name in ("batch_size", "lanes", "slides_per_lane")}
+        self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
+        self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
         crops = self.data.crops
         if crops.relative_to not in ("tile", "crop"):
             raise Fault(f"data.crops.relative_to is tile or crop, not {crops.relative_to!r}.")

@@ -33,7 +33,6 @@ from typing import Any
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from data.cutting import JPEG_QUALITY
 from data.fault import Fault
-from data.given_tiles import Left, find_coordinates, given_tiles
 from data.job_array import JobPart, check_division, known_slides
 from data.parallel import in_processes
 from data.shard_folder import (
@@ -51,8 +50,9 @@ from data.shard_folder import (
 from data.shard_index import ShardIndex, merge
 from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
 from data.slide_names import name_slides
-from data.slides import Slide, list_slides
-from data.tiling import Tiling, TilingSettings, tile_slide, write_thumbnail
+from data.slide_survey import survey
+from data.slides import list_slides
+from data.tiling import TilingSettings
 from data.tissue import RULES
 from pretrain.progress import Progress, say, track
 
@@ -189,37 +189,6 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
         raise Fault(
             f"none of the {len(asked)} slides gave a tile; the reasons are above and in {out}/slides{state}.csv"
         )
-
-
-def survey(
-    job: tuple[Path, str],
-    out: Path,
-    settings: TilingSettings,
-    slides_mpp: float | None,
-    patient_pattern: str,
-    coordinates: Path | None,
-) -> tuple[Tiling, Left]:
-    """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and thumbnail; or read what
-    an earlier run wrote. Returns the tiling, and what of the given tiles was left out."""
-    path, name = job
-    written = coordinates_path(out, name)
-    left = Left(0, 0)
-    if written.exists():
-        try:
-            tiling = read_tiling(written)
-            if tiling.source == str(path):
-                return tiling, left
-        except Fault as fault:
-            say(f"made again: {fault}")
-    with Slide(path) as slide:
-        if coordinates is None:
-            tiling, thumbnail = tile_slide(slide, name, settings, slides_mpp, patient_pattern)
-        else:
-            file = find_coordinates(coordinates, path, name)
-            tiling, thumbnail, left = given_tiles(slide, name, file, settings, slides_mpp, patient_pattern)
-    write_thumbnail(out / "thumbnails" / f"{name}.jpg", thumbnail)
-    write_tiling(out, tiling)
-    return tiling, left
 
 
 def _cut(shard: Shard, out: Path, sources: dict[str, str]) -> Any:

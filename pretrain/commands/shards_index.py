@@ -5,12 +5,14 @@ Of shards that another program wrote: one pass over the tars, WebDataset samples
 slide, x, y, mpp, tile_size, tile_size_level0 and patient; checksums are taken on the way. Of shards that 'pretrain shard' wrote in one
 piece: the index again, should it be lost or damaged.
 
+Shards that you can't write to, or that lie behind a URL, get their index in a folder of yours with out=; train on that folder.
 Tars and records that are indexed already are not read again.
 
 Examples:
 
     pretrain shards index shards=shards
     pretrain shards index shards="/data/their_shards /data/more_of_theirs"
+    pretrain shards index shards=s3://bucket/their_shards out=their_index
 """
 
 from collections import Counter
@@ -19,6 +21,7 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.job_array import merge_parts, parts_in
+from data.remote import is_remote
 from data.shard_folder import FAILED, NO_TISSUE, TILED, alone, load_plan
 from data.shard_index import ShardIndex, merge, scan
 from data.shards import is_published
@@ -29,11 +32,20 @@ from pretrain.progress import say
 @dataclass
 class Config:
     shards: list[str]
+    out: str | None
 
 
 def run(config: Config) -> None:
     """Index every folder. Raises Fault where shards are unfinished or damaged."""
-    for folder in map(Path, config.shards):
+    if config.out is not None:
+        if len(config.shards) != 1:
+            raise Fault(f"out={config.out} keeps the index of one folder, and shards= names {len(config.shards)}: run the command once for each")  # fmt: skip
+        say(f"{config.shards[0]}: {holdings(scan(config.shards[0], Path(config.out)))}, indexed in {config.out}")
+        return
+    for name in config.shards:
+        if is_remote(name):
+            scan(name)  # says that it needs out=
+        folder = Path(name)
         if parts_in(folder):
             with alone(folder):
                 rows = merge_parts(folder)

@@ -35,8 +35,8 @@ def batches(
     threads: int = 2,
     seed: int = 0,
 ) -> TileBatches:
-    tiles = ShardTiles([folder])
-    stream = Stream(tiles.block_sizes, batch_size=BATCH, lanes=4, window=1, seed=seed)
+    tiles = ShardTiles(shards=[folder])
+    stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=1, seed=seed)
     return TileBatches(
         tiles, stream, SIZES, Colour(), Masking(0.5, 0.1, 0.5, 8), seed=seed, start=start, stop=stop, rank=rank,
         world_size=world_size, accumulate=accumulate, threads=threads,

@@ -9,7 +9,7 @@ from omegaconf import OmegaConf
 
 from data.fault import Fault
 from pretrain import cli, settings
-from pretrain.settings import CONFIGS, annotated, comments, load
+from pretrain.settings import CONFIGS, annotated, choices_of, comments, load
 
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 
@@ -32,7 +32,7 @@ def uses(command: str, group: str) -> bool:
     return bool(re.search(rf"^  - (?:override )?/?{group}: ", (CONFIGS / f"{command}.yaml").read_text(), flags=re.M))
 
 
-CHOICES = [(group, file.stem) for group in GROUPS for file in sorted((CONFIGS / group).glob("*.yaml"))]
+CHOICES = [(group, choice) for group in GROUPS for choice in choices_of(group, [CONFIGS])]
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

@@ -1,0 +1,273 @@
+"""Byte ranges of files behind ``http(s)://``, ``s3://``, ``gs://`` and whatever else fsspec reaches, by a patient reader.
+
+A read that fails, stalls or comes back short is tried again, each time after twice the pause; what stays broken ends in an error
+that names the URL. What can't get better (no such file, no permission, a server without byte ranges) ends at once.
+"""
+
+import io
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+import fsspec
+import numpy as np
+from fsspec.asyn import AsyncFileSystem, sync
+
+from data.fault import Fault
+
+ATTEMPTS = 5
+PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
+PATIENCE = 30.0  # seconds without a byte after which a read counts as stalled
+PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # fmt: skip
+HOPELESS = (FileNotFoundError, PermissionError, Fault)
+READ_AHEAD = 4 << 20  # bytes, where a file is read from front to back
+FETCHED_AT_ONCE = 8  # blocks, beside those that somebody waits for
+PAGE = 16_384  # rows of a column that are read at once
+
+Result = TypeVar("Result")
+
+
+class Truncated(Fault):
+    """A file ends before the bytes that were asked for; ``data`` are those that there are."""
+
+    def __init__(self, message: str, data: bytes = b"") -> None:
+        super().__init__(message)
+        self.data = data
+
+
+def is_remote(place: str | Path) -> bool:
+    """Whether a name is a URL, and not a path on this machine."""
+    return "://" in str(place)
+
+
+def read_range(url: str, start: int, stop: int) -> bytes:
+    """Bytes ``[start, stop)`` of a file. Raises OSError where there is no such file, Truncated where it is shorter, and Fault where
+    it can't be read for good."""
+    if start >= stop:
+        return b""
+
+    def attempt(system: Any, path: str) -> bytes:
+        data = _waited_for(system, system._cat_file if isinstance(system, AsyncFileSystem) else system.cat_file, path, start=start, end=stop)  # fmt: skip
+        if len(data) > stop - start:
+            raise Fault(
+                f"the server of {url} ignores byte ranges, and a whole file for every few tiles would never end: "
+                f"serve the files with one that knows Range requests, or copy them to a disk."
+            )
+        if len(data) < stop - start:
+            raise Truncated(
+                f"{url} ends {stop - start - len(data)} bytes early, at byte {start + len(data)} of at least {stop}",
+                data,
+            )
+        return data
+
+    return _persistent(url, attempt)
+
+
+def size_of(url: str) -> int:
+    """A file's length in bytes. Raises as `read_range` does."""
+
+    def attempt(system: Any, path: str) -> int:
+        info = _waited_for(system, system._info if isinstance(system, AsyncFileSystem) else system.info, path)
+        if not info.get("size"):
+            raise Fault(f"the server of {url} doesn't say how long the file is, which reading parts of it takes.")
+        return int(info["size"])
+
+    return _persistent(url, attempt)
+
+
+def list_names(url: str, ending: str) -> list[str]:
+    """Names of the files in a folder that end so, sorted. For http(s), those that the folder's page links to."""
+
+    def attempt(system: Any, path: str) -> list[str]:
+        found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, f"{path.rstrip('/')}/", detail=False)  # fmt: skip
+        return sorted({name.rstrip("/").rpartition("/")[2] for name in found if name.endswith(ending)})
+
+    return _persistent(url, attempt)
+
+
+class RemotePath:
+    """A file behind a URL, with as much of ``pathlib.Path`` as reading it takes."""
+
+    def __init__(self, url: str) -> None:
+        self.url, self.name = url, url.rpartition("/")[2]
+        self.stem = self.name.rpartition(".")[0]
+
+    def __str__(self) -> str:
+        return self.url
+
+    def stat(self) -> os.stat_result:
+        """``st_size`` and nothing else."""
+        return os.stat_result((0, 0, 0, 0, 0, 0, size_of(self.url), 0, 0, 0))
+
+    def open(self, mode: str = "rb") -> io.BufferedReader:
+        """The file, to read and seek in by ranges of 4 MiB."""
+        assert mode == "rb", "remote files are only read"
+        return io.BufferedReader(_RangeFile(self.url), READ_AHEAD)
+
+
+class RemoteColumn:
+    """One column of an index that lies behind a URL: like a one-dimensional array, read a page of rows at a time."""
+
+    def __init__(self, url: str, dtype: np.dtype, start: int, rows: int) -> None:
+        self.url, self.dtype, self.start, self.shape = url, dtype, start, (rows,)
+        self._pages: dict[int, np.ndarray] = {}
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, rows: Any) -> Any:
+        """A row, a slice without a step, or an array of rows."""
+        if isinstance(rows, slice):
+            first, last, step = rows.indices(len(self))
+            assert step == 1, "columns are read forwards"
+            pages = [self._page(page) for page in range(first // PAGE, -(-max(last, first) // PAGE))]
+            return np.concatenate(pages)[first % PAGE :][: last - first] if last > first else np.empty(0, self.dtype)
+        if np.ndim(rows):
+            return np.array([self[int(row)] for row in rows], dtype=self.dtype)
+        return self._page(int(rows) // PAGE)[int(rows) % PAGE]
+
+    def _page(self, page: int) -> np.ndarray:
+        found = self._pages.get(page)
+        if found is None:
+            first, last = page * PAGE, min((page + 1) * PAGE, len(self))
+            size = self.dtype.itemsize
+            found = np.frombuffer(
+                read_range(self.url, self.start + first * size, self.start + last * size), dtype=self.dtype
+            )
+            if len(self._pages) > 64:
+                self._pages = {}
+            self._pages[page] = found
+        return found
+
+
+class _RangeFile(io.RawIOBase):
+    def __init__(self, url: str) -> None:
+        self.url, self.length, self.position = url, size_of(url), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.length)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        data = read_range(self.url, self.position, min(self.position + len(buffer), self.length))
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
+    """The result of ``attempt(file system, path)``, tried again and again while there is hope."""
+    system, path = _file_system(url)
+    began = time.monotonic()
+    for number in range(1, ATTEMPTS + 1):
+        try:
+            return attempt(system, path)
+        except Exception as error:  # every file system of fsspec has errors of its own
+            if isinstance(error, HOPELESS) and not isinstance(error, Truncated):
+                raise
+            status = getattr(error, "status", None)
+            if status == 416:
+                raise Truncated(f"{url} ends before the bytes that its index says it has") from error
+            if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
+                raise Fault(f"{url} is refused (HTTP {status} {getattr(error, 'message', '')}): check the address and who may read it.") from error  # fmt: skip
+            if number == ATTEMPTS:
+                if isinstance(error, Truncated):
+                    raise
+                raise Fault(
+                    f"{url} can't be read ({str(error) or type(error).__name__}), tried {ATTEMPTS} times over "
+                    f"{time.monotonic() - began:.0f} s: check the server and the network, then run the same command again."
+                ) from error
+            time.sleep(PAUSE * 2 ** (number - 1))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _file_system(url: str) -> tuple[Any, str]:
+    # fsspec keeps one instance a process for the same arguments, and makes a new one after a fork.
+    protocol = url.partition("://")[0]
+    options: dict[str, Any] = {}
+    if protocol in ("http", "https"):
+        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)}  # fmt: skip
+    try:
+        return fsspec.url_to_fs(url, **options)
+    except ImportError as error:
+        package = PACKAGES.get(protocol, str(error))
+        raise Fault(f"reading {url} takes the package {package}: pip install {package}.") from error
+    except ValueError as error:
+        raise Fault(f"{url} can't be read: {error}.") from error
+
+
+def _waited_for(system: Any, function: Any, *arguments: Any, **named: Any) -> Any:
+    """Call a file system's function; where it is asynchronous, wait for it a multiple of `PATIENCE` and no longer."""
+    if not isinstance(system, AsyncFileSystem):
+        return function(*arguments, **named)
+    return sync(system.loop, function, *arguments, timeout=10 * PATIENCE, **named)
+
+
+class BlockCache:
+    """The last ``capacity`` byte ranges that were asked for, each fetched once, in the background where it is announced."""
+
+    def __init__(self, fetch: Callable[[str, int, int], bytes]) -> None:
+        self.fetch, self.capacity = fetch, 8
+        self._at_once = threading.Semaphore(FETCHED_AT_ONCE)
+        self._blocks: dict[tuple[str, int, int], _Pending] = {}
+        self._lock = threading.Lock()
+
+    def get(self, url: str, start: int, stop: int) -> bytes:
+        """The bytes; fetched here where nobody has begun to."""
+        return self._pending(url, start, stop)[0].wait()
+
+    def announce(self, url: str, start: int, stop: int) -> None:
+        """Begin to fetch a range in a thread of its own."""
+        pending, new = self._pending(url, start, stop)
+        if new:
+            threading.Thread(target=self._fetch_ahead, args=(pending,), daemon=True).start()
+
+    def _fetch_ahead(self, pending: "_Pending") -> None:
+        with self._at_once:
+            pending.run()
+
+    def _pending(self, url: str, start: int, stop: int) -> "tuple[_Pending, bool]":
+        key = url, start, stop
+        with self._lock:
+            known = self._blocks.pop(key, None)
+            pending = self._blocks[key] = known or _Pending(self.fetch, key)  # the latest comes last
+            while len(self._blocks) > self.capacity:
+                self._blocks.pop(next(iter(self._blocks)))
+        return pending, known is None
+
+
+class _Pending:
+    """One range: fetched by whoever comes first; the others wait. An error stays, it was fought long enough."""
+
+    def __init__(self, fetch: Callable[[str, int, int], bytes], key: tuple[str, int, int]) -> None:
+        self._fetch, self._key, self._lock = fetch, key, threading.Lock()
+        self._data: bytes | None = None
+        self._error: Exception | None = None
+
+    def run(self) -> None:
+        with self._lock:
+            if self._data is None and self._error is None:
+                try:
+                    self._data = self._fetch(*self._key)
+                except Exception as error:  # handed to everyone who waits
+                    self._error = error
+
+    def wait(self) -> bytes:
+        self.run()
+        if self._error is not None:
+            raise self._error
+        assert self._data is not None
+        return self._data

@@ -1,0 +1,133 @@
+"""Where a set of slides has tissue, looked at once and kept: what reading slides online begins with.
+
+    <folder>/survey.json                 the settings, the slides, tiles of each, and the slides without any
+    <folder>/coordinates/*_patches.h5    each slide's grid and verdicts
+    <folder>/thumbnails/*.jpg            a small picture of each slide
+
+Any number of processes may survey into one folder at the same time: each takes the next slide that has no grid yet, in an
+order of its own, and whoever ends last writes the same ``survey.json``.
+"""
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
+from data.fault import Fault
+from data.given_tiles import Left, find_coordinates, given_tiles
+from data.keyed import rng
+from data.parallel import in_processes
+from data.slide_names import name_slides
+from data.slides import Slide
+from data.tiling import KEPT, Tiling, TilingSettings, tile_slide, write_thumbnail
+
+
+@dataclass(frozen=True)
+class Surveyed:
+    """A survey: per slide with tissue its id, file and number of tiles; ``left_out`` says why others gave none."""
+
+    folder: Path
+    settings: TilingSettings
+    slides: list[str]
+    files: list[str]
+    tiles: list[int]
+    left_out: dict[str, str]  # file → reason
+    digest: str
+
+    def tiling(self, slide: int) -> Tiling:
+        """The grid and verdicts of slide number ``slide``."""
+        return read_tiling(coordinates_path(self.folder, self.slides[slide]))
+
+
+def survey(
+    job: tuple[Path, str],
+    out: Path,
+    settings: TilingSettings,
+    slides_mpp: float | None,
+    patient_pattern: str = "",
+    coordinates: Path | None = None,
+) -> tuple[Tiling, Left]:
+    """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and thumbnail; or read
+    what an earlier run wrote. Returns the tiling, and what of the given tiles was left out."""
+    path, name = job
+    written, left = coordinates_path(out, name), Left(0, 0)
+    if written.exists():
+        try:
+            tiling = read_tiling(written)
+            if tiling.source == str(path):
+                return tiling, left
+        except Fault as fault:
+            warnings.warn(f"made again: {fault}", stacklevel=2)
+    with Slide(path) as slide:
+        if coordinates is None:
+            tiling, thumbnail = tile_slide(slide, name, settings, slides_mpp, patient_pattern)
+        else:
+            file = find_coordinates(coordinates, path, name)
+            tiling, thumbnail, left = given_tiles(slide, name, file, settings, slides_mpp, patient_pattern)
+    write_thumbnail(out / "thumbnails" / f"{name}.jpg", thumbnail)
+    write_tiling(out, tiling)
+    return tiling, left
+
+
+def known_survey(folder: Path, paths: list[Path], settings: TilingSettings) -> Surveyed | None:
+    """The survey in a folder, or None where there is none yet. Raises Fault where it is one of other slides or settings."""
+    try:
+        kept = json.loads((folder / "survey.json").read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise Fault(f"{folder}/survey.json is damaged ({error}): delete it, it is made anew") from error
+    changed = [f"{key} {kept['settings'].get(key)} then, {value} now" for key, value in asdict(settings).items() if kept["settings"].get(key) != value]  # fmt: skip
+    if sorted(map(str, paths)) != sorted([*kept["files"], *kept["left_out"]]):
+        changed.append("other slides")
+    if changed:
+        raise Fault(f"{folder} holds a survey of another kind ({'; '.join(changed)}): choose another folder for the grids, or delete it")  # fmt: skip
+    return Surveyed(folder, settings, *(kept[name] for name in ("slides", "files", "tiles", "left_out", "digest")))
+
+
+def survey_slides(
+    folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: float | None, workers: int
+) -> Iterator[tuple[Path, Tiling | Fault]]:
+    """Look at every slide, yielding each as it is done; afterwards ``survey.json`` is there."""
+    for inside in ("coordinates", "thumbnails"):
+        (folder / inside).mkdir(parents=True, exist_ok=True)
+    names = name_slides(paths, {})
+    # Processes that survey together rarely meet; the result is the same in any order.
+    jobs = [list(names.items())[i] for i in rng(os.getpid(), "survey").permutation(len(names))]
+    found: dict[Path, Tiling | Fault] = {}
+    look = partial(survey, out=folder, settings=settings, slides_mpp=slides_mpp)
+    for (path, _), result in in_processes(look, jobs, workers):
+        found[path] = result if isinstance(result, Fault) else result[0]
+        yield path, found[path]
+    _write(folder, names, found, settings)
+
+
+def _write(folder: Path, names: dict[Path, str], found: dict[Path, Tiling | Fault], settings: TilingSettings) -> None:
+    slides: list[str] = []
+    files: list[str] = []
+    tiles: list[int] = []
+    left_out: dict[str, str] = {}
+    digest = hashlib.blake2b(json.dumps(asdict(settings)).encode(), digest_size=16)
+    for path, slide in sorted(names.items()):
+        tiling = found[path]
+        count = tiling.counts()["kept"] if isinstance(tiling, Tiling) else 0
+        if isinstance(tiling, Fault) or not count:
+            left_out[str(path)] = str(tiling) if isinstance(tiling, Fault) else "no tissue found"
+            continue
+        slides.append(slide)
+        files.append(str(path))
+        tiles.append(count)
+        # The slide and where its tiles are, not where its file lies: the same on every machine.
+        digest.update(f"{slide} {tiling.grid.tile_size_level0} {tiling.verdict.shape}".encode())
+        digest.update((tiling.verdict == KEPT).tobytes())
+    kept: dict[str, Any] = {"settings": asdict(settings), "slides": slides, "files": files, "tiles": tiles,
+                            "left_out": left_out, "digest": digest.hexdigest()}  # fmt: skip
+    partial_ = folder / f".survey.json.{os.getpid()}"
+    partial_.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
+    partial_.replace(folder / "survey.json")

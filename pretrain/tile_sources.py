@@ -1,0 +1,123 @@
+"""Sources of tiles as settings name them: slides read online, and weighted mixtures. Shards need nothing more: `data.shard_tiles`."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data.fault import Fault
+from data.mixture import Mixture
+from data.slide_survey import Surveyed, known_survey, survey_slides
+from data.slide_tiles import SlideTiles
+from data.slides import list_slides
+from data.tile_source import TileSource
+from data.tiling import TilingSettings
+from data.tissue import RULES
+from pretrain import plugins
+from pretrain.progress import say, track
+from pretrain.settings import CONFIGS, nearest
+
+KINDS = {
+    "shards": "tiles",
+    "slides": "online",
+}  # the setting that only one kind of member has → its file in configs/data
+NAMED = 10  # slides left out that are said one by one
+
+
+class OnlineSlides(Mixture):
+    """Tiles at random places in the tissue of slides, at one or several ``mpp`` in equal shares (kaiko); see `SlideTiles`.
+
+    Where the tissue is is looked up once, in parallel processes, and kept in ``grids``. Slides that can't be used are named and
+    left out; raises Fault where none is left at some resolution.
+    """
+
+    def __init__(
+        self,
+        group: int = 1,
+        *,
+        slides: list[str],
+        grids: str,
+        mpp: list[float],
+        tile_size: int,
+        tissue: str,
+        min_tissue: float | None,
+        slides_mpp: float | None,
+        workers: int | None,
+    ) -> None:
+        if tissue not in RULES:
+            raise Fault(
+                f"there is no tissue rule {tissue!r}{nearest(tissue, set(RULES))} There are: {', '.join(RULES)}."
+            )
+        paths = list_slides(slides)
+        least = RULES[tissue].min_tissue if min_tissue is None else min_tissue
+        members: dict[str, tuple[TileSource, float]] = {}
+        for scale in mpp:
+            settings = TilingSettings(scale, tile_size, tissue, least)
+            folder = Path(grids) / f"{scale:g}um-{tile_size}px"
+            surveyed = known_survey(folder, paths, settings) or _survey(folder, paths, settings, slides_mpp, workers)
+            if not surveyed.slides:
+                raise Fault(
+                    f"none of the {len(paths)} slides gives a tile at {scale:g} µm/px; {folder}/survey.json says why."
+                )
+            members[f"{scale:g} µm/px"] = SlideTiles(surveyed, group), 1.0
+        super().__init__(members)
+
+
+class WeightedMixture(Mixture):
+    """Several sources with a weight each, exact in the long run. A member is ``{weight: …}`` and the settings of its kind:
+    ``shards`` as in ``data=tiles``, ``slides`` and the like as in ``data=online``, or any class that its ``_target_`` names."""
+
+    def __init__(self, group: int = 1, *, members: dict[str, Any]) -> None:
+        if not members:
+            raise Fault(
+                "data.members is empty: name the sources to mix, as data.members={a:{shards:…,weight:1},b:{…}}."
+            )
+        super().__init__({name: _member(name, dict(member), group) for name, member in members.items()})
+
+
+def _member(name: str, given: dict[str, Any], group: int) -> tuple[TileSource, float]:
+    """A member's source and weight. Raises Fault for what it lacks, and for settings that its kind doesn't have."""
+    if "weight" not in given:
+        raise Fault(f"data.members.{name}.weight is missing: it is the member's share, in any scale.")
+    weight = float(given.pop("weight"))
+    defaults = _defaults(name, given)
+    wanted = plugins.settings_of(defaults["_target_"], TileSource)
+    settings = (
+        {key: value for key, value in defaults.items() if key in wanted} | given | {"_target_": defaults["_target_"]}
+    )
+    for key in settings.keys() - wanted.keys() - {"_target_"}:
+        raise Fault(f"there is no setting 'data.members.{name}.{key}'{nearest(key, set(wanted) | {'weight'})}")
+    for key, kind in wanted.items():
+        if settings.get(key, "???") == "???":
+            raise Fault(f"data.members.{name}.{key} must be given.")
+        if kind in (list[str], list[float]) and not isinstance(settings[key], list):
+            settings[key] = [settings[key]]
+    return plugins.build(settings, group, base=TileSource), weight
+
+
+def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    if "_target_" in given:
+        return {"_target_": given["_target_"]}
+    for key, file in KINDS.items():
+        if key in given:
+            return yaml.safe_load((CONFIGS / "data" / f"{file}.yaml").read_text())
+    raise Fault(f"data.members.{name} says no source: give it shards=… or slides=….")
+
+
+def _survey(
+    folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: float | None, workers: int | None
+) -> Surveyed:
+    looked_at = survey_slides(folder, paths, settings, slides_mpp, workers or len(os.sched_getaffinity(0)))
+    left_out = 0
+    for _, result in track(looked_at, len(paths), f"finding tissue at {settings.mpp:g} µm/px", "slides"):
+        if isinstance(result, Fault):
+            left_out += 1
+            if left_out <= NAMED:
+                say(f"left out: {result}")
+    if left_out > NAMED:
+        say(f"… and {left_out - NAMED} more slides are left out; {folder}/survey.json names them all")
+    surveyed = known_survey(folder, paths, settings)
+    assert surveyed is not None
+    return surveyed

@@ -1,0 +1,104 @@
+"""A real HTTP server on loopback that serves a folder with byte ranges, and misbehaves when told to."""
+
+import re
+import threading
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+FAIL, STALL, CUT, SHORT, FORBID = "answer 500", "stall", "close in the middle", "send less, politely", "answer 403"
+
+
+class FlakyServer(ThreadingHTTPServer):
+    """``misbehave`` holds what to do with the next GET requests of files; ``always`` what to do with all."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.folder = folder
+        self.misbehave: deque[str | None] = deque()
+        self.always: str | None = None
+        self.ranges = True
+        self.served: list[tuple[str, int]] = []  # file and bytes of every sound answer
+        self.released = threading.Event()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: FlakyServer
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self) -> None:
+        self._answer(body=False)
+
+    def do_GET(self) -> None:
+        self._answer(body=True)
+
+    def _answer(self, body: bool) -> None:
+        path = self.server.folder / self.path.lstrip("/")
+        if path.is_dir():
+            page = "".join(f'<a href="{child.name}">{child.name}</a>\n' for child in sorted(path.iterdir())).encode()
+            return self._send(200, page, {"Content-Type": "text/html"}, body)
+        if not path.exists():
+            return self._send(404, b"", {}, body)
+        if not body:
+            return self._send(200, path.read_bytes(), {}, body)
+        mood = self.server.always or (self.server.misbehave.popleft() if self.server.misbehave else None)
+        if mood == FAIL:
+            return self._send(500, b"out of order", {}, body)
+        if mood == FORBID:
+            return self._send(403, b"", {}, body)
+        content, status, headers = path.read_bytes(), 200, {}
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if match and self.server.ranges:
+            first, last = int(match[1]), min(int(match[2]), len(content) - 1)
+            if first >= len(content):
+                return self._send(416, b"", {"Content-Range": f"bytes */{len(content)}"}, body)
+            headers["Content-Range"] = f"bytes {first}-{last}/{len(content)}"
+            content, status = content[first : last + 1], 206
+        if mood == SHORT:
+            content = content[: len(content) // 2]
+        if mood in (STALL, CUT):
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content[: len(content) // 2])
+            self.wfile.flush()
+            if mood == STALL:
+                self.server.released.wait(20)
+            self.close_connection = True
+            return None
+        self.server.served.append((path.name, len(content)))
+        return self._send(status, content, headers, body)
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextmanager
+def serving(folder: Path) -> Iterator[FlakyServer]:
+    """A server of ``folder`` in a thread, for as long as the context lasts."""
+    server = FlakyServer(folder)
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.released.set()
+        server.shutdown()
+        server.server_close()
+        thread.join(10)

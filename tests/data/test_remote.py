@@ -1,0 +1,179 @@
+"""Files behind a URL: the same bytes as from a disk, through failures, and a clear end where there is no hope."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import remote
+from data.fault import Fault
+from data.loader import Batch
+from data.remote import RemoteColumn, RemotePath, Truncated, list_names, read_range, size_of
+from data.shard_index import ShardIndex, scan
+from data.shard_tiles import ShardTiles
+from data.tile_source import UnreadableTile
+from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, serving
+from tests.data.test_loader import batches, by_tile, same
+from tests.data.tile_folders import write_tiles
+
+CONTENT = bytes(range(256)) * 40
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    monkeypatch.setattr(remote, "PATIENCE", 0.4)
+    (tmp_path / "bytes").write_bytes(CONTENT)
+    with serving(tmp_path) as running:
+        yield running
+
+
+def test_a_range_is_those_bytes_and_no_others_are_sent(server: FlakyServer) -> None:
+    assert read_range(f"{server.url}/bytes", 1000, 1300) == CONTENT[1000:1300]
+    assert server.served == [("bytes", 300)]
+    assert size_of(f"{server.url}/bytes") == len(CONTENT)
+
+
+@pytest.mark.parametrize("mood", [FAIL, STALL, CUT, SHORT])
+def test_a_server_that_recovers_costs_only_time(server: FlakyServer, mood: str) -> None:
+    server.misbehave.extend([mood] * 2)
+    assert read_range(f"{server.url}/bytes", 5, 4000) == CONTENT[5:4000]
+    assert not server.misbehave
+
+
+@pytest.mark.parametrize("mood", [FAIL, STALL, CUT])
+def test_a_server_that_stays_broken_ends_in_one_sentence_with_its_url(server: FlakyServer, mood: str) -> None:
+    server.always = mood
+    with pytest.raises(Fault, match=rf"{server.url}/bytes can't be read .*tried 5 times") as refused:
+        read_range(f"{server.url}/bytes", 0, 100)
+    assert not isinstance(refused.value, Truncated) and "\n" not in str(refused.value)
+
+
+def test_what_cannot_get_better_is_not_tried_again(server: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 1000)
+    with pytest.raises(FileNotFoundError, match="nothing"):
+        read_range(f"{server.url}/nothing", 0, 10)
+    server.always = FORBID
+    with pytest.raises(Fault, match=r"is refused \(HTTP 403"):
+        read_range(f"{server.url}/bytes", 0, 10)
+    server.always, server.ranges = None, False
+    with pytest.raises(Fault, match="ignores byte ranges"):
+        read_range(f"{server.url}/bytes", 0, 10)
+
+
+def test_a_file_that_ends_early_is_truncated_and_what_there_is_comes_along(server: FlakyServer) -> None:
+    with pytest.raises(Truncated, match="ends 100 bytes early") as refused:
+        read_range(f"{server.url}/bytes", len(CONTENT) - 50, len(CONTENT) + 100)
+    assert refused.value.data == CONTENT[-50:]
+    with pytest.raises(Truncated):
+        read_range(f"{server.url}/bytes", len(CONTENT) + 5, len(CONTENT) + 10)
+
+
+def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    with pytest.raises(Fault, match=r"http://127\.0\.0\.1:9/tiles can't be read"):
+        read_range("http://127.0.0.1:9/tiles", 0, 10)
+
+
+def test_a_missing_package_is_named() -> None:
+    with pytest.raises(Fault, match="takes the package gcsfs: pip install gcsfs"):
+        read_range("gs://bucket/tiles", 0, 10)
+    with pytest.raises(Fault, match="nosuch"):
+        read_range("nosuch://bucket/tiles", 0, 10)
+
+
+def test_a_file_is_read_and_searched_like_one_on_disk(server: FlakyServer) -> None:
+    path = RemotePath(f"{server.url}/bytes")
+    with path.open() as file:
+        assert file.seek(-10, 2) == len(CONTENT) - 10 and file.read() == CONTENT[-10:]
+        file.seek(0)
+        assert file.read() == CONTENT
+    assert path.stat().st_size == len(CONTENT) and (path.name, path.stem) == ("bytes", "")
+
+
+def test_a_column_is_the_array_whatever_is_asked_of_it(tmp_path: Path, server: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(remote, "PAGE", 10)
+    values = np.arange(1000, 1095, dtype=np.uint32)
+    (tmp_path / "column").write_bytes(b"head" + values.tobytes())
+    column = RemoteColumn(f"{server.url}/column", values.dtype, 4, 95)
+    assert len(column) == 95 and column[94] == 1094 and column[7] == 1007
+    for wanted in (slice(0, 95), slice(9, 11), slice(20, 20), slice(88, 200), np.array([3, 94, 3])):
+        assert np.array_equal(column[wanted], values[wanted])
+    before = len(server.served)
+    assert column[50:60].tolist() == list(range(1050, 1060)) and len(server.served) == before
+
+
+# Shards ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return write_tiles(tmp_path / "shards", [11, 13])
+
+
+def load(shards: object, **settings: int) -> list[Batch]:
+    found = list(batches(shards, **settings))  # type: ignore[arg-type]
+    assert all(isinstance(batch, Batch) for batch in found)
+    return found  # type: ignore[return-value]
+
+
+def test_remote_shards_give_the_batches_of_local_ones_through_failures(folder: Path, server: FlakyServer) -> None:
+    server.misbehave.extend([FAIL, CUT, None, STALL, None, SHORT, None, FAIL, None, CUT])
+    for near, far in zip(load(folder), load(f"{server.url}/shards"), strict=True):
+        assert same(by_tile(near.parts), by_tile(far.parts)) and not far.bad
+    assert ShardTiles(shards=[f"{server.url}/shards"]).digest == ShardTiles(shards=[folder]).digest
+
+
+def test_a_block_is_fetched_in_one_request_and_once(folder: Path, server: FlakyServer) -> None:
+    tiles = ShardTiles(shards=[f"{server.url}/shards"])
+    server.served.clear()
+    tiles.expect(np.arange(24))
+    for number in range(24):
+        tiles.read(number)
+    data = [served for served in server.served if served[0].endswith(".tar")]
+    assert [name for name, _ in sorted(data)] == ["tiles-000000.tar", "tiles-000001.tar"]
+    assert sum(size for _, size in data) < sum(path.stat().st_size for path in folder.glob("*.tar"))
+
+
+def test_a_remote_tar_that_goes_is_skipped_and_a_truncated_one_loses_its_end(folder: Path, server: FlakyServer) -> None:
+    tiles = ShardTiles(shards=[f"{server.url}/shards"])
+    index, row = tiles.locate(20)
+    tar = folder / "tiles-000001.tar"
+    tar.write_bytes(tar.read_bytes()[: int(index.offset[row]) + 10])
+    (folder / "tiles-000000.tar").unlink()
+    with pytest.raises(UnreadableTile, match=rf"{server.url}/shards/tiles-000000.tar") as gone:
+        tiles.read(3)
+    assert gone.value.next == 11 + 3  # as far into the next tar
+    assert tiles.read(19).shape == (48, 48, 3)
+    with pytest.raises(UnreadableTile, match="truncated"):
+        tiles.read(20)
+
+
+def test_a_server_that_dies_during_training_stops_it_with_its_url(folder: Path, server: FlakyServer) -> None:
+    dying = batches(f"{server.url}/shards", stop=9)  # type: ignore[arg-type]
+    server.always = FAIL
+    (last,) = list(dying)
+    assert isinstance(last, Fault) and f"{server.url}/shards/" in str(last) and "tried 5 times" in str(last)
+
+
+def test_others_remote_shards_take_one_scan_and_an_index_of_ours(folder: Path, tmp_path: Path, server: FlakyServer) -> None:  # fmt: skip
+    (folder / "index.npz").unlink()
+    with pytest.raises(Fault, match=rf"there is no {server.url}/shards/index\.npz: make an index .*index={server.url}/shards out="):  # fmt: skip
+        ShardTiles(shards=[f"{server.url}/shards"])
+    with pytest.raises(Fault, match="say where the index"):
+        scan(f"{server.url}/shards")
+    assert list_names(f"{server.url}/shards", ".tar") == ["tiles-000000.tar", "tiles-000001.tar"]
+    index = scan(f"{server.url}/shards", tmp_path / "mine")
+    assert index.remote and len(index) == 24 and ShardIndex.open(tmp_path / "mine").digest == index.digest
+    scan(folder)
+    for near, far in zip(load(folder), load(tmp_path / "mine"), strict=True):
+        assert same(by_tile(near.parts), by_tile(far.parts))
+
+
+def test_shards_that_cannot_be_written_to_have_their_index_elsewhere(folder: Path, tmp_path: Path) -> None:
+    index = scan(folder, tmp_path / "mine")
+    assert index.path(0) == folder / "tiles-000000.tar" and not list((tmp_path / "mine").glob("*.tar"))
+    (folder / "tiles-000001.tar").unlink()
+    with pytest.raises(Fault, match=rf"{folder}/tiles-000001\.tar is in the index but not on disk"):
+        ShardIndex.open(tmp_path / "mine")

@@ -1,0 +1,114 @@
+"""Every source of tiles trains: shards, slides online, mixtures, one slide a lane; and says what is wrong with its settings."""
+
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data.fault import Fault
+from launch.entry import main
+from pretrain.commands import tile as tile_command
+from pretrain.settings import load
+from pretrain.tile_stage import TileTraining
+from tests.data.flaky_server import serving
+from tests.data.test_slide_tiles import write_slides
+from tests.data.tile_folders import write_tiles
+from tests.pretrain.test_tile_training import TINY, metrics, weights
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """``slides``, and ``a`` and ``b`` of shards."""
+    folder = tmp_path_factory.mktemp("sources")
+    write_slides(folder / "slides")
+    write_tiles(folder / "a", [40, 37])
+    write_tiles(folder / "b", [30])
+    return folder
+
+
+def stage(folder: Path, *settings: str) -> TileTraining:
+    config = load("tile", [f"run={folder / 'none'}", *TINY, *settings]).object()
+    return TileTraining(Path(config.run), config, lambda: None)  # type: ignore[arg-type, return-value]
+
+
+def losses(run: Path) -> list[float]:
+    return [line["loss"] for line in metrics(run)]
+
+
+def test_slides_online_train_and_resume_and_their_tissue_is_looked_for_once(folder: Path, tmp_path: Path) -> None:
+    words = ["tile", *TINY, "data=online", f"data.slides={folder / 'slides'}", f"data.grids={tmp_path / 'grids'}", "data.mpp=[0.5,1.0]", "data.tile_size=32", "data.workers=1"]  # fmt: skip
+    main([*words, f"run={tmp_path / 'whole'}"])
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")}
+    assert {path.parent.name for path in made} >= {"0.5um-32px", "1um-32px"}
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
+    main([*words, f"run={tmp_path / 'again'}"])  # goes on after step 4
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")} == made
+
+
+def test_a_mixture_of_shards_slides_and_a_server_trains_in_its_shares(folder: Path, tmp_path: Path) -> None:
+    with serving(folder) as server:
+        members = f"{{near:{{shards:{folder / 'a'},weight:2}},far:{{shards:'{server.url}/b',weight:1}},online:{{slides:{folder / 'slides'},grids:{tmp_path / 'grids'},tile_size:32,workers:1,mpp:0.5,weight:1}}}}"  # fmt: skip
+        words = [*TINY, "data=mixture", f"data.members={members}"]
+        main(["tile", *words, f"run={tmp_path / 'run'}"])
+        assert len(losses(tmp_path / "run")) == 6
+        training = stage(folder, *words)
+        numbers = np.concatenate([training.stream.batch(step) for step in range(40)])
+        counts = np.histogram(numbers, training.tiles.starts)[0] / len(numbers)  # type: ignore[attr-defined]
+        assert counts == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
+
+
+def test_one_slide_a_lane_and_step(tmp_path: Path) -> None:
+    shards = write_tiles(tmp_path / "many", [12] * 12)
+
+    def slides_a_share(*settings: str) -> list[int]:
+        stream = stage(tmp_path, f"data.shards={shards}", "data.window=3", *settings).stream
+        shares = [share for step in range(27) for share in (stream.batch(step).reshape(4, 4) // 12).tolist()]
+        return [len(set(share)) for share in shares]
+
+    assert set(slides_a_share("data.slides_per_lane=1")) == {1}
+    assert set(slides_a_share("data.slides_per_lane=2")) == {1, 2}
+    assert sum(n > 2 for n in slides_a_share()) > 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        (["data=mixture", "data.members={}"], "data.members is empty"),
+        (["data=mixture", "data.members={a:{shards:FOLDER/a}}"], "data.members.a.weight is missing"),
+        (["data=mixture", "data.members={a:{weight:1}}"], "data.members.a says no source"),
+        (["data=mixture", "data.members={a:{weight:1,shards:FOLDER/a,mmp:1}}"], "there is no setting 'data.members.a.mmp'"),
+        (["data=mixture", "data.members={a:{weight:1,slides:FOLDER/slides}}"], "data.members.a.grids must be given"),
+        (["data=mixture", "data.members={a:{weight:0,shards:FOLDER/a}}"], "positive numbers"),
+        (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.tissue=otzu"], "did you mean 'otsu'"),
+        (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.mpp=0.25", "data.workers=1"], "none of the 2 slides"),
+        (["data.shards=FOLDER/a", "data.slides_per_lane=3"], "data.slides_per_lane=3 doesn't divide the 4 tiles"),
+        (["data.shards=FOLDER/a", "data._target_=data.stream.Stream"], "data.stream.Stream is not a TileSource"),
+    ],
+)  # fmt: skip
+def test_wrong_settings_end_in_one_sentence(folder: Path, settings: list[str], sentence: str) -> None:
+    with pytest.raises(Fault, match=re.escape(sentence)):
+        stage(folder, *(word.replace("FOLDER", str(folder)) for word in settings))
+
+
+def test_help_shows_the_sources_and_what_becomes_of_their_tiles(capsys: pytest.CaptureFixture[str]) -> None:
+    main(["tile", "--help"])
+    text = capsys.readouterr().out
+    assert "data= one of: embeddings, mixture, online, tiles (default tiles)" in text
+    assert "slides_per_lane: null" in text and "global_size: 224" in text and "_views" not in text
+
+
+def test_a_source_of_ones_own_is_one_class_and_its_settings(folder: Path) -> None:
+    """Named by its dotted path; its keyword-only arguments are settings under data."""
+    settings: dict[str, Any] = {"data": tile_command.TileData}
+    assert "shards" not in settings["data"].__dataclass_fields__
+    tree = load("tile", ["run=r", "data=online", "data.slides=s", "data.grids=g", "data.min_tissue=0.4"]).object()
+    assert tree.data.slides == ["s"] and tree.data.min_tissue == 0.4 and not hasattr(tree.data, "shards")
+    with pytest.raises(Fault, match=r"there is no setting 'data\.slides'"):
+        load("tile", ["run=r", "data.shards=s", "+data.slides=s"])
