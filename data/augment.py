@@ -6,21 +6,26 @@ grey, blur, solarise, normalise; stains are shifted before them.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Columns of a parameter row.
-ORDER = slice(0, 4)  # the order of brightness (0), contrast (1), saturation (2) and hue (3)
+ORDER = slice(0, 4)  # the order of brightness, contrast, saturation and hue
 FACTORS = slice(4, 8)  # their factors; hue in turns
+BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 JITTER, GREY, SIGMA, SOLARISE = 8, 9, 10, 11
 """Whether to jitter, whether to grey, the blur's sigma in pixels (0: none), whether to solarise."""
 STAIN, STAINS, WIDTH = 12, slice(13, 16), 16
 """Whether to shift the stains, and by how much: haematoxylin, eosin, DAB."""
 
 BLUR_TAPS = 9
+NO_JITTER = 4  # place of the hue in an order that isn't followed
+CACHE = 1 << 18  # numbers worked on at once by a CPU: a megabyte
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision has it
 DARKEST = 1e-6  # transmitted light below which nothing is told apart; its logarithm is the unit of stains
 # Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok & Johnston 2001).
@@ -48,75 +53,110 @@ class Colour:
     stain_shift: float = 0.0
 
 
-def draw(colour: Colour, kind: int, generator: np.random.Generator) -> np.ndarray:
-    """One parameter row ``(WIDTH,)`` float32 for a view of ``kind`` 0 (first global), 1 (other globals) or 2 (local)."""
-    u = generator.random(9)
-    row = np.zeros(WIDTH, dtype=np.float32)
-    row[ORDER] = generator.permutation(4)
-    strengths = (colour.brightness, colour.contrast, colour.saturation)
-    row[4:7] = [max(0.0, 1 - s) + u_ * (1 + s - max(0.0, 1 - s)) for s, u_ in zip(strengths, u, strict=False)]
-    row[7] = colour.hue * (2 * u[3] - 1)
-    row[JITTER] = u[4] < colour.jitter_probability
-    row[GREY] = u[5] < colour.grey_probability
-    low, high = colour.blur_sigma
-    row[SIGMA] = (low + u[6] * (high - low)) if u[7] < colour.blur_probability[kind] else 0.0
-    row[SOLARISE] = u[8] < colour.solarise_probability[kind]
-    row[STAIN] = generator.random() < colour.stain_probability
-    row[STAINS] = colour.stain_shift * (2 * generator.random(3) - 1)
-    return row
+def draw(colour: Colour, kinds: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    """Parameter rows ``(views, WIDTH)`` float32 of a tile's views, whose ``kinds`` ``(views,)`` are 0 (first global), 1 (other
+    globals) or 2 (local)."""
+    u = generator.random((len(kinds), 17))
+    rows = np.empty((len(kinds), WIDTH), dtype=np.float32)
+    rows[:, ORDER] = u[:, :4].argsort(1)
+    strengths = np.array((colour.brightness, colour.contrast, colour.saturation))
+    low, high = np.maximum(0.0, 1 - strengths), 1 + strengths
+    rows[:, 4:7] = low + u[:, 4:7] * (high - low)
+    rows[:, 7] = colour.hue * (2 * u[:, 7] - 1)
+    rows[:, JITTER] = u[:, 8] < colour.jitter_probability
+    rows[:, GREY] = u[:, 9] < colour.grey_probability
+    sigma = colour.blur_sigma[0] + u[:, 10] * (colour.blur_sigma[1] - colour.blur_sigma[0])
+    rows[:, SIGMA] = np.where(u[:, 11] < np.take(colour.blur_probability, kinds), sigma, 0.0)
+    rows[:, SOLARISE] = u[:, 12] < np.take(colour.solarise_probability, kinds)
+    rows[:, STAIN] = u[:, 13] < colour.stain_probability
+    rows[:, STAINS] = colour.stain_shift * (2 * u[:, 14:] - 1)
+    return rows
 
 
 def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 ``(N, 3, H, W)`` → float32 of the same shape, augmented and normalised by ``mean`` and ``std`` ``(3,)``.
 
-    ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation.
+    ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. Images whose
+    hue has the same place in their order go together, on a CPU no more of them at once than its cache holds.
     """
-    x = images.float().div_(255)
-    _apply(x, parameters[:, STAIN] > 0, shift_stains, parameters[:, STAINS])
-    for slot in range(4):
-        for which, part in enumerate((brightness, contrast, saturation, hue)):
-            chosen = (parameters[:, JITTER] > 0) & (parameters[:, ORDER][:, slot] == which)
-            _apply(x, chosen, part, parameters[:, FACTORS][:, which])
-    _apply(x, parameters[:, GREY] > 0, lambda part, _: luma(part).expand_as(part), parameters[:, GREY])
-    _apply(x, parameters[:, SIGMA] > 0, blur, parameters[:, SIGMA])
-    _apply(
-        x,
-        parameters[:, SOLARISE] > 0,
-        lambda part, _: torch.where(part >= 128 / 255, 1 - part, part),
-        parameters[:, SOLARISE],
-    )
-    return x.sub_(mean.view(1, 3, 1, 1)).div_(std.view(1, 3, 1, 1))
+    device, rows = images.device, parameters.numpy()
+    result = torch.empty(images.shape, dtype=torch.float32, device=device)
+    size = max(1, CACHE // max(1, images[0].numel())) if device.type == "cpu" else len(images)
+    weights = torch.from_numpy(_weights(rows)).to(device, non_blocking=True)
+    hue_at = np.where(rows[:, JITTER] > 0, (rows[:, ORDER] == HUE).argmax(1), NO_JITTER)
+    offset, scale = (mean / std).view(1, 3, 1, 1), (1 / std).view(1, 3, 1, 1)
+    for place in range(5):
+        together = np.flatnonzero(hue_at == place)
+        for numbers in (together[first : first + size] for first in range(0, len(together), size)):
+            there, own = torch.from_numpy(numbers).to(device, non_blocking=True), rows[numbers]
+            x = images.index_select(0, there).float().mul_(1 / 255)
+            _apply(x, own[:, STAIN] > 0, shift_stains, own[:, STAINS])
+            if place != NO_JITTER:
+                jitter(x, weights.index_select(0, there), place)
+            _apply(x, own[:, GREY] > 0, lambda part, _: luma(part).expand_as(part), own[:, GREY])
+            _apply(x, own[:, SIGMA] > 0, blur, own[:, SIGMA])
+            _apply(x, own[:, SOLARISE] > 0, solarise, own[:, SOLARISE])
+            result.index_copy_(0, there, x.mul_(scale).sub_(offset))
+    return result
+
+
+def _weights(rows: np.ndarray) -> np.ndarray:
+    """What `jitter` needs for each place of each image's order: ``(N, 4, 3)``; see `blend`, and for the hue its turns."""
+    order = rows[:, ORDER].astype(np.int64)
+    factors = np.take_along_axis(rows[:, FACTORS], order, 1)
+    rest = 1 - factors
+    return np.stack([factors, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
+
+
+def jitter(x: Tensor, weights: Tensor, hue_at: int) -> None:
+    """The four parts of jitter by ``weights`` ``(N, 4, 3)``, in place, for images that all turn their hue in place ``hue_at``."""
+    for place, of_place in enumerate(weights.view(len(x), 4, 3, 1, 1, 1).unbind(1)):
+        if place == hue_at:
+            hue(x, of_place[:, 0])
+        else:
+            blend(x, *of_place.unbind(1))
 
 
 def luma(x: Tensor) -> Tensor:
     """Grey ``(N, 1, H, W)``."""
-    return LUMA[0] * x[:, :1] + LUMA[1] * x[:, 1:2] + LUMA[2] * x[:, 2:]
+    return (x[:, :1] * LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
 
 
-def brightness(x: Tensor, factor: Tensor) -> Tensor:
-    """``f · x``, clipped to (0, 1)."""
-    return (x * factor).clamp_(0, 1)
+def blend(x: Tensor, factor: Tensor, grey: Tensor, mean_grey: Tensor) -> Tensor:
+    """``factor · x + grey · luma(x) + mean_grey · mean(luma(x))``, clipped to (0, 1), in place; weights ``(N, 1, 1, 1)``.
 
-
-def contrast(x: Tensor, factor: Tensor) -> Tensor:
-    """``f · x + (1 − f) · mean grey``, clipped."""
-    return (x * factor + (1 - factor) * luma(x).mean((2, 3), keepdim=True)).clamp_(0, 1)
-
-
-def saturation(x: Tensor, factor: Tensor) -> Tensor:
-    """``f · x + (1 − f) · grey``, clipped."""
-    return (x * factor + (1 - factor) * luma(x)).clamp_(0, 1)
+    Brightness by f is (f, 0, 0), saturation (f, 1 − f, 0), contrast (f, 0, 1 − f): in one form, images that are at
+    different parts of their orders go together.
+    """
+    plane = luma(x)
+    level = plane.mean((2, 3), keepdim=True) * mean_grey
+    return x.mul_(factor).add_(plane.mul_(grey).add_(level)).clamp_(0, 1)
 
 
 def hue(x: Tensor, turns: Tensor) -> Tensor:
-    """Rotate the hue of HSV by ``turns``: exact, through ``f(n) = v − v·s·max(0, min(k, 4 − k, 1))``, ``k = (n + 6h) mod 6``."""
-    value, top = x.max(1, keepdim=True)
-    chroma = value - x.amin(1, keepdim=True)
-    r, g, b = x.split(1, 1)
-    safe = torch.where(chroma > 0, chroma, torch.ones_like(chroma))
-    h = torch.where(top == 0, (g - b) / safe, torch.where(top == 1, 2 + (b - r) / safe, 4 + (r - g) / safe))
-    k = torch.remainder(torch.tensor([5.0, 3.0, 1.0], device=x.device).view(1, 3, 1, 1) + h + 6 * turns, 6)
-    return value - chroma * torch.minimum(k, 4 - k).clamp_(0, 1)
+    """Rotate the hue of HSV by ``turns`` ``(N, 1, 1, 1)``, in place: exact, and without a choice for each pixel.
+
+    With green and blue sorted, and the larger of them and red, the hue in sixths is ``|k + (other − smaller) / chroma|``
+    with k = 0, −6, −2, 4 as they lay. A channel is then ``value − chroma · f``, f = 1 within a sixth of a turn of the channel's
+    opposite hue, falling to 0 at a third.
+    """
+    red, green, blue = x.split(1, 1)
+    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)
+    value, other = torch.maximum(red, larger), torch.minimum(red, larger)
+    swapped = torch.gt(blue, green, out=torch.empty_like(red))
+    not_red = torch.gt(larger, red, out=larger)
+    chroma = value - torch.minimum(other, smaller)
+    sixths = other.sub_(smaller).div_(chroma.clamp(min=1e-12))
+    sixths.add_(not_red, alpha=-2).add_(not_red.mul_(12).sub_(6).mul_(swapped)).abs_()
+    opposite = torch.tensor([2.0, 5 / 3, 4 / 3], device=x.device).view(1, 3, 1, 1)  # plus whole turns, to stay positive
+    torch.add(sixths.mul_(1 / 6), turns + opposite, out=x)
+    away = x.frac_().sub_(0.5).abs_()
+    return torch.sub(value, away.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma), out=x)
+
+
+def solarise(x: Tensor, _: Tensor) -> Tensor:
+    """Invert what is 128 or brighter, of 255."""
+    return torch.where(x >= 128 / 255, 1 - x, x)
 
 
 def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
@@ -133,32 +173,38 @@ def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of nine taps with a sigma (pixels) per image, reflected at the border: ``K_rows · x · K_columnsᵀ``.
+    """Gaussian of nine taps with a sigma (pixels) ``(N, 1, 1, 1)`` per image, reflected at the border.
 
-    As two matrix products with banded ``(side, side)`` matrices, which both CPUs and GPUs do far faster than a grouped
-    convolution with a kernel per image.
+    Rows, then columns, as sums of shifted images, two taps of one weight at a time. Rows keep their padding, so that a shift
+    to the side is one of the flat image: long loops over whole images, which is faster than a convolution with a kernel for each.
     """
-    rows = _blur_matrix(sigma.flatten(), x.shape[2])
-    columns = rows if x.shape[2] == x.shape[3] else _blur_matrix(sigma.flatten(), x.shape[3])
-    return rows.unsqueeze(1) @ x @ columns.mT.unsqueeze(1)
+    reach = BLUR_TAPS // 2
+    taps = torch.exp(-0.5 * (torch.arange(reach + 1, device=x.device) / sigma.view(-1, 1)) ** 2)
+    taps = taps / (2 * taps.sum(1, keepdim=True) - 1)  # (N, reach + 1), from the middle outwards
+    padded = F.pad(x, (reach, reach, reach, reach), mode="reflect")
+    taps, width = taps.repeat_interleave(3, 0), padded.shape[3]
+    down = _taps(padded.reshape(len(taps), -1), taps, width)
+    across = _taps(F.pad(down, (0, 2 * reach)), taps, 1)
+    return across.view(len(x), 3, -1, width)[..., : x.shape[3]]
 
 
-def _blur_matrix(sigma: Tensor, side: int) -> Tensor:
-    """``(N, side, side)``: row i holds the taps around pixel i, those beyond the border folded back."""
-    offsets = torch.arange(-(BLUR_TAPS // 2), BLUR_TAPS // 2 + 1, device=sigma.device)
-    kernel = torch.exp(-0.5 * (offsets / sigma.unsqueeze(1)) ** 2)
-    kernel = kernel / kernel.sum(1, keepdim=True)  # (N, taps)
-    at = (torch.arange(side, device=sigma.device).unsqueeze(1) + offsets).abs()
-    at = torch.where(at >= side, 2 * (side - 1) - at, at)  # (side, taps)
-    matrix = sigma.new_zeros(len(sigma), side, side)
-    return matrix.scatter_add_(2, at.expand(len(sigma), -1, -1), kernel.unsqueeze(1).expand(-1, side, -1))
+def _taps(rows: Tensor, taps: Tensor, stride: int) -> Tensor:
+    """``Σ taps[:, |k|] · rows[:, i + k · stride]`` for every i where all of them lie inside."""
+    reach = taps.shape[1] - 1
+    length, (middle, *others) = rows.shape[1] - 2 * reach * stride, taps.split(1, 1)
+    found = rows.narrow(1, reach * stride, length) * middle
+    both = torch.empty_like(found)
+    for step, weight in enumerate(others, start=1):
+        before, after = (rows.narrow(1, (reach + k) * stride, length) for k in (-step, step))
+        found.addcmul_(torch.add(before, after, out=both), weight)
+    return found
 
 
-def _apply(x: Tensor, chosen: Tensor, part, values: Tensor) -> None:  # type: ignore[no-untyped-def]
+def _apply(x: Tensor, chosen: np.ndarray, part: Callable[[Tensor, Tensor], Tensor], values: np.ndarray) -> None:
     """``x[chosen] ← part(x[chosen], values[chosen])`` in place; ``values`` arrive as ``(n, 1, 1, 1)``, stains as ``(n, 3, 1, 1)``."""
-    rows = torch.nonzero(chosen).flatten()
-    if len(rows) == 0:
+    numbers = np.flatnonzero(chosen)
+    if len(numbers) == 0:
         return
-    factors = values[rows].view(len(rows), -1, 1, 1).to(x.device, non_blocking=True)
-    rows = rows.to(x.device, non_blocking=True)
-    x[rows] = part(x[rows], factors)
+    factors = torch.from_numpy(values[numbers].reshape(len(numbers), -1, 1, 1)).to(x.device, non_blocking=True)
+    rows = torch.from_numpy(numbers).to(x.device, non_blocking=True)
+    x.index_copy_(0, rows, part(x.index_select(0, rows), factors))

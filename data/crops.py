@@ -4,6 +4,7 @@ The loader only cuts; colour and blur run batched on the device (`data.augment`)
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -45,20 +46,25 @@ class CropSizes:
         ] * self.local_count
 
 
+TRIES = 10
+NUMBERS = 2 * TRIES + 4  # drawn for a view: for each try an area and an aspect, then place and mirroring
+
+
 def box(
-    height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], draw: np.random.Generator
+    height: int, width: int, scale: tuple[float, float], aspect: tuple[float, float], u: Sequence[float]
 ) -> tuple[int, int, int, int]:
     """``(top, left, height, width)`` in pixels of a random resized crop, by torchvision's rule.
 
     Ten tries at an area uniform in ``scale`` and an aspect ratio log-uniform in ``aspect``; failing that, the largest
-    central crop of an allowed aspect.
+    central crop of an allowed aspect. ``u`` are `NUMBERS` numbers uniform in [0, 1), the last two of them not used here.
     """
-    areas = height * width * draw.uniform(*scale, size=10)
-    aspects = np.exp(draw.uniform(math.log(aspect[0]), math.log(aspect[1]), size=10))
-    for area, ratio in zip(areas, aspects, strict=True):
+    low, high = math.log(aspect[0]), math.log(aspect[1])
+    for attempt in range(TRIES):
+        area = height * width * (scale[0] + u[attempt] * (scale[1] - scale[0]))
+        ratio = math.exp(low + u[TRIES + attempt] * (high - low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(draw.integers(0, height - h + 1)), int(draw.integers(0, width - w + 1)), h, w
+            return int(u[-4] * (height - h + 1)), int(u[-3] * (width - w + 1)), h, w
     ratio = min(max(width / height, aspect[0]), aspect[1])
     w, h = (width, round(width / ratio)) if width / height < aspect[0] else (round(height * ratio), height)
     w, h = min(w, width), min(h, height)
@@ -71,16 +77,15 @@ def cut(tile: np.ndarray, sizes: CropSizes, seed: int, sample: int) -> list[Tens
     Boxes and mirroring (half of the views left to right, some top to bottom) depend on ``(seed, sample)`` alone; ``sample`` is the tile's
     position in the run. Bicubic with antialiasing, on bytes, as DINOv2's views are.
     """
-    draw = rng(seed, "crops", sample)
+    kinds = sizes.views()
+    drawn = rng(seed, "crops", sample).random((len(kinds), NUMBERS)).tolist()
     image = torch.from_numpy(tile).permute(2, 0, 1).unsqueeze(0)  # channels-last bytes: torch's fast path
+    height, width = tile.shape[:2]
     views = []
-    for side, scale in sizes.views():
-        areas = sizes.areas(side, scale, tile.shape[0], tile.shape[1])
-        top, left, h, w = box(tile.shape[0], tile.shape[1], areas, sizes.aspect, draw)
-        view = F.interpolate(image[..., top : top + h, left : left + w], (side, side), mode="bicubic", antialias=True)
-        if draw.random() < 0.5:
-            view = view.flip(-1)
-        if sizes.vertical_flip and draw.random() < sizes.vertical_flip:
-            view = view.flip(-2)
-        views.append(view[0])
+    for (side, scale), u in zip(kinds, drawn, strict=True):
+        top, left, h, w = box(height, width, sizes.areas(side, scale, height, width), sizes.aspect, u)
+        part = image.narrow(2, top, h).narrow(3, left, w)
+        view = F.interpolate(part, (side, side), mode="bicubic", antialias=True)[0]
+        flips = [axis for axis, share, number in ((2, 0.5, u[-2]), (1, sizes.vertical_flip, u[-1])) if number < share]
+        views.append(view.flip(flips) if flips else view)
     return views

@@ -136,8 +136,8 @@ class TileBatches(IterableDataset["Batch | Fault"]):
         else:
             raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
         generator = rng(self.seed, "colour", sample)
-        kinds = [min(view, 1) for view in range(self.sizes.global_count)] + [2] * self.sizes.local_count
-        rows = np.stack([draw(self.colour, kind, generator) for kind in kinds])
+        kinds = np.array([min(view, 1) for view in range(self.sizes.global_count)] + [2] * self.sizes.local_count)
+        rows = draw(self.colour, kinds, generator)
         return (number + attempt) % len(self.tiles), cut(tile, self.sizes, self.seed, sample), rows, bad
 
     def _collect(self, step: int, results: list[tuple[int, list[Tensor], np.ndarray, list[str]]]) -> Batch:

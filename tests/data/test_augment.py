@@ -13,6 +13,7 @@ from data.augment import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, C
 from data.keyed import rng
 from tests.data.tile_folders import picture
 
+NAMES = ("brightness", "contrast", "saturation", "hue")
 ZERO, ONE = torch.zeros(3), torch.ones(3)
 
 
@@ -43,11 +44,13 @@ def rows(count: int, **columns: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4])
-@pytest.mark.parametrize("name", ["brightness", "contrast", "saturation"])
-def test_jitter_equals_torchvisions(name: str, factor: float, bytes_: Tensor) -> None:
-    x = bytes_ / 255
-    found = getattr(ours, name)(x.clone(), values(*[factor] * len(x)))
-    torch.testing.assert_close(found, getattr(reference, f"adjust_{name}")(x, factor), atol=2e-6, rtol=0)
+@pytest.mark.parametrize("which", range(3))
+def test_jitter_equals_torchvisions(which: int, factor: float, bytes_: Tensor) -> None:
+    factors = torch.tensor([1.0, 1.0, 1.0, 0.0])
+    factors[which] = factor
+    found = ours.augment(bytes_, rows(len(bytes_), jitter=1.0, factors=factors), ZERO, ONE)
+    expected = getattr(reference, f"adjust_{NAMES[which]}")(bytes_ / 255, factor)
+    torch.testing.assert_close(found, expected, atol=5e-6, rtol=0)
 
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5])
@@ -79,7 +82,6 @@ def test_solarise_and_grey_equal_torchvisions_on_bytes(bytes_: Tensor) -> None:
 
 
 def test_each_image_gets_its_own_parameters_in_its_own_order(bytes_: Tensor) -> None:
-    names = ("brightness", "contrast", "saturation", "hue")
     orders = torch.tensor([[0, 1, 2, 3], [3, 2, 1, 0], [1, 3, 0, 2], [2, 0, 3, 1], [0, 3, 1, 2], [3, 0, 1, 2]])
     factors = torch.tensor(
         [
@@ -95,7 +97,7 @@ def test_each_image_gets_its_own_parameters_in_its_own_order(bytes_: Tensor) -> 
     for image, order, factor, result in zip(bytes_, orders, factors, found, strict=True):
         expected = image / 255
         for which in order.tolist():
-            expected = getattr(reference, f"adjust_{names[which]}")(expected, float(factor[which]))
+            expected = getattr(reference, f"adjust_{NAMES[which]}")(expected, float(factor[which]))
         torch.testing.assert_close(result, expected, atol=5e-5, rtol=0)
 
 
@@ -114,7 +116,7 @@ def test_the_batch_that_came_in_is_left_as_it_was(bytes_: Tensor) -> None:
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_drawn_parameters_follow_their_settings(kind: int) -> None:
     colour, count = Colour(), 4000
-    table = np.stack([draw(colour, kind, rng(0, kind, sample)) for sample in range(count)])
+    table = draw(colour, np.full(count, kind), rng(0, kind))
     wanted = {JITTER: 0.8, GREY: 0.2, SIGMA: colour.blur_probability[kind], SOLARISE: colour.solarise_probability[kind]}
     for column, share in wanted.items():
         assert abs((table[:, column] > 0).mean() - share) <= 4 * np.sqrt(share * (1 - share) / count)
@@ -130,5 +132,19 @@ def test_drawn_parameters_follow_their_settings(kind: int) -> None:
 
 
 def test_a_brightness_of_more_than_one_never_makes_a_negative_factor() -> None:
-    factors = [draw(Colour(brightness=1.5), 0, rng(0, sample))[4] for sample in range(300)]
-    assert min(factors) >= 0 and max(factors) > 2.3
+    factors = draw(Colour(brightness=1.5), np.zeros(300, dtype=int), rng(0))[:, 4]
+    assert factors.min() >= 0 and factors.max() > 2.3
+
+
+def test_images_are_worked_on_in_any_number_at_once(bytes_: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    images = bytes_.repeat(8, 1, 1, 1)
+    colour = Colour(
+        stain_probability=0.5, stain_shift=0.05, blur_probability=(0.5, 0.5, 0.5), solarise_probability=(0.3, 0.3, 0.3)
+    )
+    parameters = torch.from_numpy(draw(colour, np.zeros(len(images), dtype=int), rng(3)))
+    together = ours.augment(images, parameters, ZERO, ONE)
+    for cache in (1, 3 * bytes_[0].numel()):
+        monkeypatch.setattr(ours, "CACHE", cache)
+        torch.testing.assert_close(ours.augment(images, parameters, ZERO, ONE), together, atol=1e-6, rtol=0)
+    for image, row, result in zip(images, parameters, together, strict=True):
+        torch.testing.assert_close(ours.augment(image[None], row[None], ZERO, ONE)[0], result, atol=1e-6, rtol=0)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from data.crops import CropSizes, box, cut
+from data.crops import NUMBERS, CropSizes, box, cut
 from data.keyed import rng
 from tests.data.tile_folders import picture
 
@@ -19,18 +19,29 @@ SIZES = CropSizes(2, 32, (0.32, 1.0), 3, 16, (0.05, 0.32))
 
 @given(st.integers(1, 400), st.integers(1, 400), st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(0, 10**6))
 def test_every_box_lies_inside_the_tile(height: int, width: int, a: float, b: float, sample: int) -> None:
-    top, left, h, w = box(height, width, (min(a, b), max(a, b)), (3 / 4, 4 / 3), rng(0, sample))
+    top, left, h, w = box(
+        height, width, (min(a, b), max(a, b)), (3 / 4, 4 / 3), rng(0, sample).random(NUMBERS).tolist()
+    )
     assert h > 0 and w > 0 and top >= 0 and left >= 0
     assert top + h <= height and left + w <= width
 
 
 def test_areas_and_aspects_stay_in_their_ranges_and_fill_them() -> None:
-    boxes = np.array([box(256, 256, (0.05, 0.32), (3 / 4, 4 / 3), rng(0, sample)) for sample in range(2000)])
+    drawn = rng(0, "boxes").random((2000, NUMBERS)).tolist()
+    boxes = np.array([box(256, 256, (0.05, 0.32), (3 / 4, 4 / 3), u) for u in drawn])
     areas, aspects = boxes[:, 2] * boxes[:, 3] / 256**2, boxes[:, 3] / boxes[:, 2]
     assert 0.048 < areas.min() < 0.06 and 0.31 < areas.max() < 0.325  # sides are rounded to pixels
     assert 0.74 < aspects.min() < 0.78 and 1.28 < aspects.max() < 1.36
     assert abs(areas.mean() - (0.05 + 0.32) / 2) < 4 * (0.27 / math.sqrt(12)) / math.sqrt(2000)
     assert abs(np.log(aspects).mean()) < 4 * (2 * math.log(4 / 3) / math.sqrt(12)) / math.sqrt(2000)
+
+
+def test_places_are_uniform_and_reach_both_edges() -> None:
+    drawn = rng(1, "boxes").random((2000, NUMBERS)).tolist()
+    places = np.array([box(20, 14, (0.36, 0.36), (1.0, 1.0), u)[:2] for u in drawn])  # 10 × 10 of 20 × 14
+    for values, count in zip(places.T, (11, 5), strict=True):
+        often = np.bincount(values, minlength=count)
+        assert len(often) == count and np.abs(often - 2000 / count).max() < 5 * np.sqrt(2000 / count)
 
 
 @pytest.mark.parametrize(
@@ -40,20 +51,20 @@ def test_areas_and_aspects_stay_in_their_ranges_and_fill_them() -> None:
 def test_where_no_box_fits_the_largest_central_one_is_taken(
     height: int, width: int, expected: tuple[int, int, int, int]
 ) -> None:
-    assert box(height, width, (4.0, 5.0), (3 / 4, 4 / 3), rng(0)) == expected
+    assert box(height, width, (4.0, 5.0), (3 / 4, 4 / 3), rng(0).random(NUMBERS).tolist()) == expected
 
 
 def test_views_are_torchvisions_antialiased_bicubic_crops_of_the_same_boxes() -> None:
     tile = picture(0, 96)
     image = torch.from_numpy(tile).permute(2, 0, 1)
     for sample in range(10):
-        draw = rng(5, "crops", sample)
-        for view, (side, scale) in zip(cut(tile, SIZES, 5, sample), SIZES.views(), strict=True):
-            top, left, h, w = box(96, 96, scale, SIZES.aspect, draw)
+        drawn = rng(5, "crops", sample).random((5, NUMBERS)).tolist()
+        for view, (side, scale), u in zip(cut(tile, SIZES, 5, sample), SIZES.views(), drawn, strict=True):
+            top, left, h, w = box(96, 96, scale, SIZES.aspect, u)
             expected = reference.resized_crop(
                 image, top, left, h, w, [side, side], InterpolationMode.BICUBIC, antialias=True
             )
-            if draw.random() < 0.5:
+            if u[-2] < 0.5:
                 expected = reference.horizontal_flip(expected)
             assert view.dtype == torch.uint8 and view.shape == (3, side, side)
             assert (view.int() - expected.int()).abs().max() <= 1
