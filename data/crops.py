@@ -39,6 +39,10 @@ class CropSizes:
             return scale
         return (scale[0] * side) ** 2 / (height * width), (scale[1] * side) ** 2 / (height * width)
 
+    def kinds(self) -> np.ndarray:
+        """``(views,)``: 0 for the first global view, 1 for other globals, 2 for local ones."""
+        return np.array([min(view, 1) for view in range(self.global_count)] + [2] * self.local_count)
+
     def views(self) -> list[tuple[int, tuple[float, float]]]:
         """``(side, scale)`` of every view, the global ones first."""
         return [(self.global_size, self.global_scale)] * self.global_count + [

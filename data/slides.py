@@ -119,7 +119,7 @@ class Slide:
             pixels = self._reader.read_region((round(left * stated), round(top * stated)), level, (width, height))
         except openslide.OpenSlideError as error:
             raise Fault(f"{self.path} is damaged near level {level}, pixel ({left}, {top}): {error}") from error
-        if pixels.getchannel("A").getextrema()[0] == 255:
+        if np.asarray(pixels).view("<u4").min() >= 0xFF000000:  # alpha is the highest byte: opaque throughout
             return pixels.convert("RGB")
         white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
         return Image.alpha_composite(white, pixels).convert("RGB")

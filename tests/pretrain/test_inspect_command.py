@@ -15,7 +15,7 @@ from tests.data.synthetic_slides import stained, write_slide
 
 DEFAULTS: dict[str, Any] = {
     "slide": None, "shards": None, "out": None, "mpp": 0.5, "tile_size": 64, "tissue": "otsu", "min_tissue": None, "slides_mpp": None,
-    "tiles": 20, "maps": 4, "seed": 0,
+    "tiles": 20, "maps": 4, "recipe": "small", "weights": None, "seed": 0,
 }  # fmt: skip
 
 
@@ -43,7 +43,7 @@ def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: py
     err = capsys.readouterr().err
     assert "index.html" in err and "kept" in err and "8 pen" in err
     page = (tmp_path / "index.html").read_text()
-    for stem in ("tiles", "tissue", "thumbnail"):
+    for stem in ("tiles", "tissue", "examples", "thumbnail"):
         assert f'src="{stem}.png"' in page
     tiles = Image.open(tmp_path / "tiles.png")
     zoom = 1200 / 704  # the map is drawn 1200 pixels wide, 16 from the left and 46 from the top
@@ -59,14 +59,14 @@ def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: P
             [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", 1, None
         )
     )
-    look(shards=tmp_path / "shards", out=tmp_path / "look")
+    look(shards=[tmp_path / "shards"], out=tmp_path / "look")
     stems = {path.stem for path in (tmp_path / "look").glob("*.png")}
-    assert stems == {"sheet", "map-s", "tiles-per-slide", "mpp", "mpp-level0"}
+    assert stems == {"sheet", "seen", "map-s", "tiles-per-slide", "mpp", "mpp-level0"}
     page = (tmp_path / "look/index.html").read_text()
     assert all(f"{stem}.png" in page for stem in stems)
     first = (tmp_path / "look/sheet.png").read_bytes()
-    look(shards=tmp_path / "shards", out=tmp_path / "again")
-    look(shards=tmp_path / "shards", out=tmp_path / "other", seed=1)
+    look(shards=[tmp_path / "shards"], out=tmp_path / "again")
+    look(shards=[tmp_path / "shards"], out=tmp_path / "other", seed=1)
     assert (tmp_path / "again/sheet.png").read_bytes() == first != (tmp_path / "other/sheet.png").read_bytes()
 
 
@@ -79,11 +79,11 @@ def test_a_tile_that_is_no_jpeg_is_named(slide: Path, tmp_path: Path) -> None:
     tar = tmp_path / "shards/tiles-000000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     with pytest.raises(Fault, match=r"tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
-        look(shards=tmp_path / "shards", out=tmp_path / "look")
+        look(shards=[tmp_path / "shards"], out=tmp_path / "look")
 
 
 def test_one_of_slide_and_shards_is_needed(slide: Path, tmp_path: Path) -> None:
-    for given in ({}, {"slide": slide, "shards": tmp_path}):
+    for given in ({}, {"slide": slide, "shards": [tmp_path]}):
         with pytest.raises(Fault, match="say what to look at"):
             look(out=tmp_path, **given)
 
