@@ -12,8 +12,10 @@ SLIDES ?=
 ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
+# Slides and tiles to time the data path on; without them it takes the slide above.
+SHARED ?= ../shared
 
-.PHONY: demo test test-slow parity bench-packed lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-data lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -30,6 +32,9 @@ test-slow: setup
 
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py
+
+bench-data: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data.py $(SHARED)
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

@@ -40,6 +40,7 @@ class Crops:
     relative_to: str
     aspect: list[float]
     vertical_flip: float
+    quarter_turns: float
 
 
 @dataclass
@@ -92,7 +93,7 @@ def crop_sizes(crops: Crops) -> CropSizes:
     return CropSizes(
         crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
         crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
-        (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip,
+        (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip, crops.quarter_turns,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ Examples:
 
     pretrain inspect slide=a.svs out=look
     pretrain inspect slide=a.svs out=look tissue=gigapath mpp=1.0
-    pretrain inspect shards=shards out=look tiles=128 recipe=openmidnight
+    pretrain inspect shards=shards out=look tiles=128 views=openmidnight
     pretrain inspect shards="breast lung" weights=[3,1] out=look
 """
 
@@ -49,7 +49,7 @@ class Config:
     slides_mpp: float | None
     tiles: int
     maps: int
-    recipe: str | None
+    views: str | None
     weights: list[float] | None
     seed: int
 
@@ -60,7 +60,7 @@ def run(config: Config) -> None:
         page = slide_page(config, Path(config.slide))
     elif config.shards and config.slide is None:
         page = shards_page(
-            [Path(folder) for folder in config.shards], config.weights, config.recipe, config.tiles, config.maps, config.seed
+            [Path(folder) for folder in config.shards], config.weights, config.views, config.tiles, config.maps, config.seed
         )  # fmt: skip
     else:
         raise Fault("say what to look at: pretrain inspect slide=FILE, or pretrain inspect shards=FOLDER")
