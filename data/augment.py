@@ -25,7 +25,9 @@ STAIN, STAINS, WIDTH = 12, slice(13, 16), 16
 
 BLUR_TAPS = 9
 NO_JITTER = 4  # place of the hue in an order that isn't followed
-CACHE = 1 << 18  # numbers worked on at once by a CPU: a megabyte
+CACHE = (
+    1 << 20
+)  # numbers worked on at once by a CPU: few enough for its cache, and enough that calls cost little beside them
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision has it
 DARKEST = 1e-6  # transmitted light below which nothing is told apart; its logarithm is the unit of stains
 # Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok & Johnston 2001).
@@ -77,7 +79,7 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
     """uint8 ``(N, 3, H, W)`` → float32 of the same shape, augmented and normalised by ``mean`` and ``std`` ``(3,)``.
 
     ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. Images whose
-    hue has the same place in their order go together, on a CPU no more of them at once than its cache holds.
+    hue has the same place in their order go together, on a CPU no more of them at once than suit its cache.
     """
     device, rows = images.device, parameters.numpy()
     result = torch.empty(images.shape, dtype=torch.float32, device=device)
