@@ -79,12 +79,14 @@ class Slide:
         first_column, first_row = math.floor(left), math.floor(top)
         width = math.ceil(left + side - 1e-6) - first_column
         height = math.ceil(top + side - 1e-6) - first_row
-        region = self._read(grid.level, first_column, first_row, width, height)
         if grid.resampled:
+            region = self._read(grid.level, first_column, first_row, width, height)
             box = (left - first_column, top - first_row, left - first_column + side, top - first_row + side)
             box = (box[0], box[1], min(box[2], width), min(box[3], height))
-            region = region.resize((grid.tile_size, grid.tile_size), Image.Resampling.BICUBIC, box=box)
-        return np.asarray(region)
+            return np.asarray(region.resize((grid.tile_size, grid.tile_size), Image.Resampling.BICUBIC, box=box))
+        # Packed by Pillow in one go: by way of an RGB image it would take twice as long.
+        packed = self._opaque(grid.level, first_column, first_row, width, height).tobytes("raw", "RGB")
+        return np.frombuffer(packed, dtype=np.uint8).reshape(height, width, 3)
 
     def thumbnail(self, downsample: float) -> np.ndarray:
         """The whole slide, ``downsample`` level-0 pixels to a pixel, area-averaged: uint8 (H, W, 3).
@@ -109,7 +111,11 @@ class Slide:
         return thumbnail
 
     def _read(self, level: int, left: int, top: int, width: int, height: int) -> Image.Image:
-        """RGB pixels of one level, ``left`` and ``top`` in that level's pixels. Where the slide holds nothing, white.
+        """RGB pixels of one level; see `_opaque`."""
+        return self._opaque(level, left, top, width, height).convert("RGB")
+
+    def _opaque(self, level: int, left: int, top: int, width: int, height: int) -> Image.Image:
+        """RGBA pixels of one level, ``left`` and ``top`` in that level's pixels. Where the slide holds nothing, white.
 
         openslide takes the corner in whole level-0 pixels, so at a level with a fractional downsample the corner may be off by
         half a level-0 pixel.
@@ -119,10 +125,10 @@ class Slide:
             pixels = self._reader.read_region((round(left * stated), round(top * stated)), level, (width, height))
         except openslide.OpenSlideError as error:
             raise Fault(f"{self.path} is damaged near level {level}, pixel ({left}, {top}): {error}") from error
-        if np.asarray(pixels).view("<u4").min() >= 0xFF000000:  # alpha is the highest byte: opaque throughout
-            return pixels.convert("RGB")
+        if pixels.getchannel("A").getextrema()[0] == 255:
+            return pixels
         white = Image.new("RGBA", pixels.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, pixels).convert("RGB")
+        return Image.alpha_composite(white, pixels)
 
 
 def list_slides(named: list[str]) -> list[Path]:
