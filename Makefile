@@ -12,11 +12,13 @@ SLIDES ?=
 ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
+# Slides and tiles to time the data path on; without them it takes the slide above.
+SHARED ?= ../shared
 
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -44,6 +46,9 @@ bench-learning: setup
 
 bench-shard: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/bench/shard.py $(BENCH_SLIDES)
+
+bench-data: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data.py $(SHARED)
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

@@ -25,7 +25,9 @@ STAIN, STAINS, WIDTH = 12, slice(13, 16), 16
 
 BLUR_TAPS = 9
 NO_JITTER = 4  # place of the hue in an order that isn't followed
-CACHE = 1 << 18  # numbers worked on at once by a CPU: a megabyte
+CACHE = (
+    1 << 20
+)  # numbers worked on at once by a CPU: few enough for its cache, and enough that calls cost little beside them
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision has it
 DARKEST = 1e-6  # transmitted light below which nothing is told apart; its logarithm is the unit of stains
 # Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok & Johnston 2001).
@@ -77,7 +79,7 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
     """uint8 ``(N, 3, H, W)`` → float32 of the same shape, augmented and normalised by ``mean`` and ``std`` ``(3,)``.
 
     ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. Images whose
-    hue has the same place in their order go together, on a CPU no more of them at once than its cache holds.
+    hue has the same place in their order go together, on a CPU no more of them at once than suit its cache.
     """
     device, rows = images.device, parameters.numpy()
     result = torch.empty(images.shape, dtype=torch.float32, device=device)
@@ -136,27 +138,29 @@ def blend(x: Tensor, factor: Tensor, grey: Tensor, mean_grey: Tensor) -> Tensor:
 def hue(x: Tensor, turns: Tensor) -> Tensor:
     """Rotate the hue of HSV by ``turns`` ``(N, 1, 1, 1)``, in place: exact, and without a choice for each pixel.
 
-    With green and blue sorted, and the larger of them and red, the hue in sixths is ``|k + (other − smaller) / chroma|``
-    with k = 0, −6, −2, 4 as they lay. A channel is then ``value − chroma · f``, f = 1 within a sixth of a turn of the channel's
-    opposite hue, falling to 0 at a third.
+    With green and blue sorted, then red and the larger of them, the hue in sixths of a turn is ``|k + (other − smaller) / chroma|``,
+    where k is 0, −6, −2 or 4 as they lay. A channel is then ``value − chroma · f``: f = 1 within a sixth of a turn of the channel's
+    opposite hue, falling to 0 at a third; the distance of two angles a, b on the circle is ``3 − ||a − b| − 3|``.
     """
     red, green, blue = x.split(1, 1)
     larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)
     value, other = torch.maximum(red, larger), torch.minimum(red, larger)
     swapped = torch.gt(blue, green, out=torch.empty_like(red))
     not_red = torch.gt(larger, red, out=larger)
-    chroma = value - torch.minimum(other, smaller)
+    lowest = torch.minimum(other, smaller)
+    chroma = value - lowest
     sixths = other.sub_(smaller).div_(chroma.clamp(min=1e-12))
     sixths.add_(not_red, alpha=-2).add_(not_red.mul_(12).sub_(6).mul_(swapped)).abs_()
-    opposite = torch.tensor([2.0, 5 / 3, 4 / 3], device=x.device).view(1, 3, 1, 1)  # plus whole turns, to stay positive
-    torch.add(sixths.mul_(1 / 6), turns + opposite, out=x)
-    away = x.frac_().sub_(0.5).abs_()
-    return torch.sub(value, away.mul_(-6).add_(2).clamp_(0, 1).mul_(chroma), out=x)
+    opposite = (torch.tensor([-3.0, -1.0, 1.0], device=x.device).view(1, 3, 1, 1) - 6 * turns).remainder(6)
+    near = torch.sub(sixths, opposite, out=x).abs_().sub_(3).abs_()
+    torch.addcmul(value + chroma, near, chroma, value=-1, out=x)
+    return torch.clamp(x, lowest, value, out=x)
 
 
 def solarise(x: Tensor, _: Tensor) -> Tensor:
     """Invert what is 128 or brighter, of 255."""
-    return torch.where(x >= 128 / 255, 1 - x, x)
+    bright = torch.ge(x, 128 / 255, out=torch.empty_like(x))
+    return x.addcmul_(bright, 1 - 2 * x)
 
 
 def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
@@ -165,11 +169,11 @@ def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
     Beer-Lambert: ``log x / log 1e-6 = stains · colours``, per pixel; stains are clipped to (0, 1) after the shift, as
     OpenMidnight does (scikit-image's ``rgb2hed`` and ``hed2rgb``, Ruifrok & Johnston 2001).
     """
+    unit, pixels = math.log(DARKEST), x.clamp(min=DARKEST).log_().flatten(2)
     colours = torch.tensor(STAIN_COLOURS)
-    to_stains, colours, unit = torch.linalg.inv(colours).to(x.device), colours.to(x.device), math.log(DARKEST)
-    stains = torch.einsum("nchw,cs->nshw", x.clamp(min=DARKEST).log() / unit, to_stains).clamp(min=0)
-    stains = (stains + shift.view(-1, 3, 1, 1)).clamp_(0, 1)
-    return torch.einsum("nshw,sc->nchw", stains * unit, colours).exp().clamp_(0, 1)
+    to_stains, to_light = (torch.linalg.inv(colours).T / unit).to(x.device), (colours.T * unit).to(x.device)
+    stains = (to_stains @ pixels).clamp_(min=0).add_(shift.view(-1, 3, 1)).clamp_(0, 1)
+    return (to_light @ stains).exp_().clamp_(0, 1).view(x.shape)
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:

@@ -32,12 +32,17 @@ class CropSizes:
     aspect: tuple[float, float] = (3 / 4, 4 / 3)
     relative_to: str = "tile"
     vertical_flip: float = 0.0  # probability; left to right it is a half
+    quarter_turns: float = 0.0  # probability of a turn by 90, 180 or 270 degrees, equally likely
 
     def areas(self, side: int, scale: tuple[float, float], height: int, width: int) -> tuple[float, float]:
         """The range of areas of a view of ``side`` pixels in a tile of ``height`` × ``width``, as shares of the tile's."""
         if self.relative_to == "tile":
             return scale
         return (scale[0] * side) ** 2 / (height * width), (scale[1] * side) ** 2 / (height * width)
+
+    def kinds(self) -> np.ndarray:
+        """``(views,)``: 0 for the first global view, 1 for other globals, 2 for local ones."""
+        return np.array([min(view, 1) for view in range(self.global_count)] + [2] * self.local_count)
 
     def views(self) -> list[tuple[int, tuple[float, float]]]:
         """``(side, scale)`` of every view, the global ones first."""
@@ -47,7 +52,9 @@ class CropSizes:
 
 
 TRIES = 10
-NUMBERS = 2 * TRIES + 4  # drawn for a view: for each try an area and an aspect, then place and mirroring
+NUMBERS = (
+    2 * TRIES + 5
+)  # drawn for a view: for each try an area and an aspect, then two for the place, two for mirroring, a turn
 
 
 def box(
@@ -56,7 +63,7 @@ def box(
     """``(top, left, height, width)`` in pixels of a random resized crop, by torchvision's rule.
 
     Ten tries at an area uniform in ``scale`` and an aspect ratio log-uniform in ``aspect``; failing that, the largest
-    central crop of an allowed aspect. ``u`` are `NUMBERS` numbers uniform in [0, 1), the last two of them not used here.
+    central crop of an allowed aspect. ``u`` are `NUMBERS` numbers uniform in [0, 1), the last three of them not used here.
     """
     low, high = math.log(aspect[0]), math.log(aspect[1])
     for attempt in range(TRIES):
@@ -64,7 +71,7 @@ def box(
         ratio = math.exp(low + u[TRIES + attempt] * (high - low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
-            return int(u[-4] * (height - h + 1)), int(u[-3] * (width - w + 1)), h, w
+            return int(u[-5] * (height - h + 1)), int(u[-4] * (width - w + 1)), h, w
     ratio = min(max(width / height, aspect[0]), aspect[1])
     w, h = (width, round(width / ratio)) if width / height < aspect[0] else (round(height * ratio), height)
     w, h = min(w, width), min(h, height)
@@ -74,7 +81,7 @@ def box(
 def cut(tile: np.ndarray, sizes: CropSizes, seed: int, sample: int) -> list[Tensor]:
     """Cut every view of one tile: uint8 ``(H, W, 3)`` → a list of uint8 tensors ``(3, side, side)``.
 
-    Boxes and mirroring (half of the views left to right, some top to bottom) depend on ``(seed, sample)`` alone; ``sample`` is the tile's
+    Boxes, mirroring (half of the views left to right, some top to bottom) and quarter turns after it depend on ``(seed, sample)`` alone; ``sample`` is the tile's
     position in the run. Bicubic with antialiasing, on bytes, as DINOv2's views are.
     """
     kinds = sizes.views()
@@ -86,6 +93,8 @@ def cut(tile: np.ndarray, sizes: CropSizes, seed: int, sample: int) -> list[Tens
         top, left, h, w = box(height, width, sizes.areas(side, scale, height, width), sizes.aspect, u)
         part = image.narrow(2, top, h).narrow(3, left, w)
         view = F.interpolate(part, (side, side), mode="bicubic", antialias=True)[0]
-        flips = [axis for axis, share, number in ((2, 0.5, u[-2]), (1, sizes.vertical_flip, u[-1])) if number < share]
-        views.append(view.flip(flips) if flips else view)
+        flips = [axis for axis, share, number in ((2, 0.5, u[-3]), (1, sizes.vertical_flip, u[-2])) if number < share]
+        view = view.flip(flips) if flips else view
+        turned = u[-1] < sizes.quarter_turns
+        views.append(view.rot90(1 + int(3 * u[-1] / sizes.quarter_turns), (1, 2)) if turned else view)
     return views

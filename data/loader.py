@@ -21,6 +21,7 @@ from data.augment import Colour, draw
 from data.crops import CropSizes, cut
 from data.fault import Fault
 from data.keyed import rng
+from data.shared_memory import stack
 from data.stream import Stream
 from data.tile_source import TileSource, UnreadableTile
 
@@ -143,8 +144,7 @@ class TileBatches(IterableDataset["Batch | Fault"]):
             if len(bad) == ATTEMPTS:
                 raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
         generator = rng(self.seed, "colour", sample)
-        kinds = np.array([min(view, 1) for view in range(self.sizes.global_count)] + [2] * self.sizes.local_count)
-        rows = draw(self.colour, kinds, generator)
+        rows = draw(self.colour, self.sizes.kinds(), generator)
         return number, cut(tile, self.sizes, self.seed, sample), rows, bad
 
     def _collect(self, step: int, results: list[tuple[int, list[Tensor], np.ndarray, list[str]]]) -> Batch:
@@ -164,7 +164,7 @@ class TileBatches(IterableDataset["Batch | Fault"]):
             views, parameters = [], []
             for low, high in ((0, self.sizes.global_count), (self.sizes.global_count, len(part[0][1]))):
                 if high > low:
-                    views.append(torch.stack([cut_[view] for view in range(low, high) for _, cut_, _, _ in part]))
+                    views.append(stack([cut_[view] for view in range(low, high) for _, cut_, _, _ in part]))
                     parameters.append(
                         torch.from_numpy(np.stack([rows[view] for view in range(low, high) for _, _, rows, _ in part]))
                     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
 from data.tiling import BACKGROUND, DAMAGED, EMPTY, KEPT, PEN, VERDICTS, Tiling
@@ -106,6 +106,30 @@ def histogram(values: np.ndarray, title: str, label: str, bins: int = 40) -> Ima
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
+    return _rendered(figure)
+
+
+def mixture(names: Sequence[str], tiles: np.ndarray, shares: np.ndarray) -> Image.Image:
+    """Each data set's share of the tiles that there are and of those that are drawn, and how often each of its tiles comes
+    while the whole is passed through once. ``tiles`` (n,) counts, ``shares`` (n,) sum to 1."""
+    figure = Figure(figsize=(6.4, 1.3 + 0.55 * len(names)), dpi=110, layout="constrained")
+    axes = figure.subplots()
+    places = np.arange(len(names))
+    axes.barh(places - 0.19, shares, 0.36, color="#178754", label="of what is drawn")
+    axes.barh(places + 0.19, tiles / tiles.sum(), 0.36, color="#b9b9b9", label="of the tiles")
+    for place, share, count in zip(places.tolist(), shares.tolist(), tiles.tolist(), strict=True):
+        often = share * tiles.sum() / count
+        axes.annotate(
+            f"{share:.1%}, each of {count:,} tiles {often:.2g}× a pass", (share, place - 0.19), (4, 0),
+            textcoords="offset points", va="center", fontsize=8.5,
+        )  # fmt: skip
+    axes.set_yticks(places, list(names))
+    axes.invert_yaxis()
+    axes.set(title="Shares of the mixture", xlim=(0, max(1.0, 1.5 * float(shares.max()))))
+    axes.xaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_xticks(np.linspace(0, 1, 6))
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8.5)
     return _rendered(figure)
 
 

@@ -40,6 +40,7 @@ class Crops:
     relative_to: str
     aspect: list[float]
     vertical_flip: float
+    quarter_turns: float
 
 
 @dataclass
@@ -88,6 +89,25 @@ class TileData:
     masks: MaskSettings
 
 
+def crop_sizes(crops: Crops) -> CropSizes:
+    """The settings of crops as the loader takes them. Raises Fault for an unknown ``relative_to``."""
+    if crops.relative_to not in ("tile", "crop"):
+        raise Fault(f"data.crops.relative_to is tile or crop, not {crops.relative_to!r}.")
+    return CropSizes(
+        crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
+        crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
+        (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip, crops.quarter_turns,
+    )  # fmt: skip
+
+
+def colour(settings: ColourSettings) -> Colour:
+    """The settings of colour as the loader takes them."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(settings).items()
+    }
+    return Colour(**values)
+
+
 class TileTraining(Training):
     """The tile stage of a run; see `Training`."""
 
@@ -100,13 +120,7 @@ class TileTraining(Training):
         self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
         crops = self.data.crops
-        if crops.relative_to not in ("tile", "crop"):
-            raise Fault(f"data.crops.relative_to is tile or crop, not {crops.relative_to!r}.")
-        self.sizes = CropSizes(
-            crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
-            crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
-            (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip,
-        )  # fmt: skip
+        self.sizes = crop_sizes(crops)
         patch = config.model["patch_size"]
         for name, size, count in (
             ("global_size", crops.global_size, crops.global_count),
@@ -135,15 +149,12 @@ class TileTraining(Training):
                     say(f"  {sentence}")
 
     def batches(self, start: int, stop: int) -> Iterable[Batch | Fault]:
-        colour: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in vars(self.data.colour).items()
-        }
         patch = self.config.model["patch_size"]
         batches = TileBatches(
             self.tiles,
             self.stream,
             self.sizes,
-            Colour(**colour),
+            colour(self.data.colour),
             Masking(self.data.masks.share, self.data.masks.low, self.data.masks.high, self.sizes.global_size // patch),
             seed=self.config.seed,
             start=start,

@@ -60,7 +60,7 @@ def verify(folder: Path) -> list[Finding]:
 def read_all(folder: Path) -> tuple[list[int], list[str]] | Fault:
     """Numbers of the tiles that training can read, and the messages about the others; or the Fault that stops it at once."""
     try:
-        tiles = ShardTiles([folder])
+        tiles = ShardTiles(shards=[str(folder)])
     except Fault as fault:
         return fault
     good, bad = [], []
@@ -247,11 +247,11 @@ def test_every_spoilt_shard_is_found_and_named_and_costs_the_others_nothing(
 def test_training_never_takes_another_tile_for_the_one_in_the_index(
     originals: dict[str, Path], tmp_path: Path, kind: str
 ) -> None:
-    whole = ShardTiles([originals["ours"]])
+    whole = ShardTiles(shards=[str(originals["ours"])])
     shutil.copytree(originals["ours"], tmp_path / "x")
     SPOILS[kind][0](tmp_path / "x" / VICTIM, rng(0, "spoil"))
     good, bad = read_all(tmp_path / "x")  # type: ignore[misc]
-    spoilt = ShardTiles([tmp_path / "x"])
+    spoilt = ShardTiles(shards=[str(tmp_path / "x")])
     assert len(bad) == (len(good) and 24 - len(good)) > 0
     if kind != "two tiles swapped":
         assert all(np.array_equal(spoilt.read(number), whole.read(number)) for number in good)
@@ -265,8 +265,8 @@ def test_batches_go_on_with_full_counts_and_name_what_was_replaced(
     shutil.copytree(originals["ours"], folder)
     SPOILS[kind][0](folder / VICTIM, rng(1, "spoil", kind))
     lost = len(read_all(folder)[1])  # type: ignore[index]
-    tiles = ShardTiles([folder])
-    stream = Stream(tiles.block_sizes, batch_size=8, lanes=2, window=1, seed=0)
+    tiles = ShardTiles(shards=[str(folder)])
+    stream = Stream(tiles.parts, batch_size=8, lanes=2, window=1, seed=0)
     batches = list(
         TileBatches(
             tiles, stream, CropSizes(1, 24, (0.32, 1.0), 0, 16, (0.05, 0.32)), Colour(), Masking(0.5, 0.1, 0.5, 8),
@@ -283,7 +283,7 @@ def test_a_shard_that_vanishes_while_training_reads_it_is_a_counted_skip(
 ) -> None:
     folder = tmp_path / "x"
     shutil.copytree(originals["ours"], folder)
-    tiles = ShardTiles([folder])
+    tiles = ShardTiles(shards=[str(folder)])
     tiles.read(0)
     (folder / "tiles-000000.tar").unlink()
     (folder / VICTIM).unlink()

@@ -79,3 +79,28 @@ def test_vertical_flips_come_as_often_as_asked(probability: float) -> None:
     tile = np.repeat(np.linspace(0, 250, 32).astype(np.uint8)[:, None, None], 32, 1).repeat(3, 2)
     upside_down = np.mean([bool(cut(tile, sizes, 0, sample)[0][0, 0, 0] > 100) for sample in range(400)])
     assert abs(upside_down - probability) <= 4 * np.sqrt(probability * (1 - probability) / 400)
+
+
+def test_turned_and_mirrored_views_are_the_eight_symmetries_equally_often() -> None:
+    sizes = CropSizes(1, 8, (1.0, 1.0), 0, 16, (0.05, 0.32), (1.0, 1.0), vertical_flip=0.5, quarter_turns=0.75)
+    tile = np.zeros((8, 8, 3), dtype=np.uint8)
+    tile[:4, :4], tile[:4, 4:], tile[4:, :4] = 240, 160, 80
+    found: dict[tuple[int, ...], int] = {}
+    for sample in range(1600):
+        view = cut(tile, sizes, 0, sample)[0][0]
+        corners = tuple(int(view[row, column]) // 60 for row in (1, -2) for column in (1, -2))
+        found[corners] = found.get(corners, 0) + 1
+    assert len(found) == 8 and max(abs(often - 200) for often in found.values()) < 5 * np.sqrt(200)
+
+
+def test_quarter_turns_come_as_often_as_asked_and_turn_whole_views() -> None:
+    plain = CropSizes(2, 16, (0.3, 1.0), 2, 8, (0.05, 0.32))
+    turning = CropSizes(2, 16, (0.3, 1.0), 2, 8, (0.05, 0.32), quarter_turns=0.3)
+    tile = rng(0, "tile").integers(0, 255, (40, 40, 3), dtype=np.uint8)
+    turns = []
+    for sample in range(200):
+        for before, after in zip(cut(tile, plain, 0, sample), cut(tile, turning, 0, sample), strict=True):
+            turns += [turn for turn in range(4) if torch.equal(before.rot90(turn, (1, 2)), after)]
+    assert len(turns) == 800
+    often = np.bincount(turns, minlength=4)
+    assert np.abs(often - 800 * np.array([0.7, 0.1, 0.1, 0.1])).max() < 5 * np.sqrt(800 * 0.21)

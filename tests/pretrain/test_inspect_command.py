@@ -11,11 +11,13 @@ from data.fault import Fault
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
 from pretrain.pictures import COLOURS, contact_sheet, histogram
+from pretrain.seen import recipe_settings, seen
 from tests.data.synthetic_slides import stained, write_slide
+from tests.data.tile_folders import picture, write_tiles
 
 DEFAULTS: dict[str, Any] = {
     "slide": None, "shards": None, "out": None, "mpp": 0.5, "tile_size": 64, "tissue": "otsu", "min_tissue": None, "slides_mpp": None,
-    "tiles": 20, "maps": 4, "seed": 0,
+    "tiles": 20, "maps": 4, "views": "small", "weights": None, "seed": 0,
 }  # fmt: skip
 
 
@@ -43,7 +45,7 @@ def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: py
     err = capsys.readouterr().err
     assert "index.html" in err and "kept" in err and "8 pen" in err
     page = (tmp_path / "index.html").read_text()
-    for stem in ("tiles", "tissue", "thumbnail"):
+    for stem in ("tiles", "tissue", "examples", "thumbnail"):
         assert f'src="{stem}.png"' in page
     tiles = Image.open(tmp_path / "tiles.png")
     zoom = 1200 / 704  # the map is drawn 1200 pixels wide, 16 from the left and 46 from the top
@@ -59,15 +61,45 @@ def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: P
             [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
         )
     )
-    look(shards=tmp_path / "shards", out=tmp_path / "look")
+    look(shards=[tmp_path / "shards"], out=tmp_path / "look")
     stems = {path.stem for path in (tmp_path / "look").glob("*.png")}
-    assert stems == {"sheet", "map-s", "tiles-per-slide", "mpp", "mpp-level0"}
+    assert stems == {"sheet", "seen", "map-s", "tiles-per-slide", "mpp", "mpp-level0"}
     page = (tmp_path / "look/index.html").read_text()
     assert all(f"{stem}.png" in page for stem in stems)
     first = (tmp_path / "look/sheet.png").read_bytes()
-    look(shards=tmp_path / "shards", out=tmp_path / "again")
-    look(shards=tmp_path / "shards", out=tmp_path / "other", seed=1)
+    look(shards=[tmp_path / "shards"], out=tmp_path / "again")
+    look(shards=[tmp_path / "shards"], out=tmp_path / "other", seed=1)
     assert (tmp_path / "again/sheet.png").read_bytes() == first != (tmp_path / "other/sheet.png").read_bytes()
+
+
+def test_a_mixture_shows_each_folders_share_and_draws_by_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [str(write_tiles(tmp_path / name, [tiles], side=32)) for name, tiles in (("lung", 60), ("skin", 20))]
+    look(shards=folders, weights=[1.0, 4.0], out=tmp_path / "look", views=None)
+    said = capsys.readouterr().err
+    assert "20.0% of what is drawn, 75.0% of the tiles" in said and "80.0% of what is drawn, 25.0% of the tiles" in said
+    stems = {path.stem for path in (tmp_path / "look").glob("*.png")}
+    assert "mixture" in stems and "seen" not in stems
+    for weights in ([1.0], [1.0, 0.0]):
+        with pytest.raises(Fault, match="2 positive numbers, one for each folder"):
+            look(shards=folders, weights=weights, out=tmp_path / "look")
+
+
+def test_the_views_shown_are_those_of_training_and_follow_the_recipe() -> None:
+    tiles = [picture(number, 64) for number in range(3)]
+    small = recipe_settings("small", ["data.crops.local_count=2", "data.crops.global_size=64"])
+    sheet = np.asarray(seen(tiles, small, 0))
+    assert sheet.shape[0] == 3 * 68 and sheet.shape[1] > 4 * 68
+    plain = recipe_settings(
+        "small",
+        [f"data.crops.{name}" for name in ("local_count=0", "global_size=64", "global_scale=[1,1]", "aspect=[1,1]")]
+        + ["data.colour.jitter_probability=0", "data.colour.grey_probability=0", "data.masks.share=0"]
+        + ["data.colour.blur_probability=[0,0,0]", "data.colour.solarise_probability=[0,0,0]"],
+    )
+    shown = np.asarray(seen(tiles, plain, 0)).astype(int)
+    for row, tile in enumerate(tiles):
+        for column in range(2):
+            view = shown[68 * row : 68 * row + 64, 68 * column : 68 * column + 64]
+            assert min(np.abs(view - other).max() for other in (tile, tile[:, ::-1])) <= 1
 
 
 def test_a_tile_that_is_no_jpeg_is_named(slide: Path, tmp_path: Path) -> None:
@@ -79,11 +111,11 @@ def test_a_tile_that_is_no_jpeg_is_named(slide: Path, tmp_path: Path) -> None:
     tar = tmp_path / "shards/tiles-000000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     with pytest.raises(Fault, match=r"tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
-        look(shards=tmp_path / "shards", out=tmp_path / "look")
+        look(shards=[tmp_path / "shards"], out=tmp_path / "look")
 
 
 def test_one_of_slide_and_shards_is_needed(slide: Path, tmp_path: Path) -> None:
-    for given in ({}, {"slide": slide, "shards": tmp_path}):
+    for given in ({}, {"slide": slide, "shards": [tmp_path]}):
         with pytest.raises(Fault, match="say what to look at"):
             look(out=tmp_path, **given)
 

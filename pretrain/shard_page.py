@@ -1,0 +1,124 @@
+"""What folders of tile shards consist of, and what a network would see of them: the pages of 'pretrain inspect shards=…'."""
+
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import simplejpeg
+from PIL import Image
+
+from data.coordinates_h5 import read_tiling
+from data.fault import Fault
+from data.keyed import rng
+from data.raw_tiles import RawTiles
+from data.shard_index import UNKNOWN, ShardIndex
+from pretrain.picture_page import Page
+from pretrain.pictures import contact_sheet, histogram, mixture, tile_map
+from pretrain.seen import recipe_settings, seen
+
+SEEN = 8  # tiles whose views are shown
+
+
+def shards_page(
+    folders: Sequence[Path], weights: Sequence[float] | None, recipe: str | None, tiles: int, maps: int, seed: int
+) -> Page:
+    """Sheets of ``tiles`` tiles, the views that ``recipe`` makes of some (None: none), ``maps`` tile maps, histograms, and the shares of a
+    mixture by ``weights`` (any scale; None: by their tiles). Raises Fault for weights that don't fit the folders."""
+    indices = [ShardIndex.open(folder) for folder in folders]
+    counts = np.array([len(index) for index in indices])
+    shares = counts / counts.sum() if weights is None else _shares(weights, len(folders))
+    page = Page(f"{', '.join(folder.name for folder in folders)}: tile shards")
+    page.facts = [fact for index in indices for fact in _facts(index)]
+    of_each = rng(seed, "mixture").multinomial(tiles, shares)
+    drawn = [_draw(index, int(count), seed) for index, count in zip(indices, of_each, strict=True)]
+    pictures = [tile for own, _ in drawn for tile in own]
+    captions = [caption for _, own in drawn for caption in own]
+    page.pictures.append(("sheet", f"{len(pictures)} tiles drawn at random", contact_sheet(pictures, captions)))
+    if recipe is not None:
+        some = [pictures[at] for at in np.linspace(0, len(pictures) - 1, min(SEEN, len(pictures))).astype(int)]
+        words = f"What the network sees under recipe={recipe}: a tile a row, global views with masked patches grey, then local views"
+        page.pictures.append(("seen", words, seen(some, recipe_settings(recipe), seed)))
+    if len(folders) > 1:
+        names = _distinct([folder.name for folder in folders])
+        page.facts += [
+            (f"share of {name}", f"{share:.1%} of what is drawn, {count / counts.sum():.1%} of the tiles")
+            for name, share, count in zip(names, shares, counts, strict=True)
+        ]
+        page.pictures.append(("mixture", "", mixture(names, counts, shares)))
+    page.pictures += _maps(indices, maps)
+    return _with_histograms(page, indices)
+
+
+def _shares(weights: Sequence[float], folders: int) -> np.ndarray:
+    if len(weights) != folders or min(weights) <= 0:
+        raise Fault(f"weights={list(weights)} must be {folders} positive numbers, one for each folder of shards=")
+    return np.array(weights) / sum(weights)
+
+
+def _facts(index: ShardIndex) -> list[tuple[str, str]]:
+    facts = index.meta["slides"]
+    return [
+        ("shards", str(index.folder)),
+        ("tar files", f"{len(index.files):,} ({sum(index.meta['sizes']) / 1e6:,.1f} MB)"),
+        ("tiles", f"{len(index):,} of {index.length.mean() / 1000:.1f} kB"),
+        ("slides", f"{len(index.slides):,}"),
+        ("patients", f"{len({patient for patient in facts['patient'] if patient}):,} known"),
+        ("digest", index.digest),
+    ]
+
+
+def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
+    """``count`` tiles (H, W, 3) uint8 at random, and their captions. Raises Fault for a tile that can't be read."""
+    rows = np.sort(rng(seed, "inspect", str(index.digest)).permutation(len(index))[:count])
+    tiles, captions = [], []
+    with RawTiles(index) as raw:
+        for row, jpeg in zip(rows.tolist(), raw.read(rows), strict=True):
+            try:
+                tiles.append(simplejpeg.decode_jpeg(jpeg))
+            except ValueError as error:
+                path = index.path(int(np.searchsorted(index.file_start, row, side="right")) - 1)
+                raise Fault(
+                    f"{path}: the tile at byte {index.offset[row]} is no readable JPEG ({error}): make this shard again"
+                ) from error
+            slide = index.slides[int(index.run_slide[np.searchsorted(index.run_start, row, side="right") - 1])]
+            place = "place unknown" if index.x[row] == UNKNOWN else f"{index.x[row]}, {index.y[row]}"
+            captions.append(f"{slide}\n{place}")
+    return tiles, captions
+
+
+def _maps(indices: Sequence[ShardIndex], most: int) -> list[tuple[str, str, Image.Image]]:
+    """Where the tiles are on the first ``most`` slides that have a thumbnail."""
+    found: list[tuple[str, str, Image.Image]] = []
+    for number, index in enumerate(indices):
+        for slide, coordinates in zip(index.slides, index.meta["slides"]["coordinates"], strict=True):
+            picture = index.folder / "thumbnails" / f"{slide}.jpg"
+            if len(found) == most:
+                return found
+            if coordinates and picture.exists():
+                tiling = read_tiling(index.folder / coordinates)
+                stem = f"map-{slide}" if len(indices) == 1 else f"map-{number}-{slide}"
+                found.append((stem, "", tile_map(np.asarray(Image.open(picture).convert("RGB")), tiling, 720)))
+    return found
+
+
+def _with_histograms(page: Page, indices: Sequence[ShardIndex]) -> Page:
+    for fact, stem, title, label in (
+        ("tiles", "tiles-per-slide", "Tiles per slide", "tiles"),
+        ("mpp", "mpp", "Resolution of the tiles", "µm per pixel"),
+        ("mpp_level0", "mpp-level0", "Resolution of the scanners", "µm per level-0 pixel"),
+    ):
+        values = [value for index in indices for value in index.meta["slides"][fact] if value is not None]
+        if values:
+            page.pictures.append((stem, "", histogram(np.array(values), title, label)))
+    return page
+
+
+def _distinct(names: Sequence[str]) -> list[str]:
+    """The names, numbered where they repeat."""
+    often, met = Counter(names), Counter[str]()
+    found = []
+    for name in names:
+        met[name] += 1
+        found.append(name if often[name] == 1 else f"{name} ({met[name]})")
+    return found

@@ -1,0 +1,295 @@
+"""How fast tiles get from shards and slides to the network, beside how it is usually done: CPU time a tile, on one core.
+
+    python tests/bench/data.py [SHARED]      SHARED: a folder with slides/whole/*.svs and tiles/**/*.jpg; about four minutes
+
+Both ways make two crops of 224 px and eight of 98 px, with DINOv2's settings, from the same JPEG tiles in the same tars, in a
+DataLoader with one worker. *Usual* is WebDataset, PIL, and torchvision's v2 transforms for each tile. *Ours* is the
+product's own loader, which ends at uint8 crops, and then its batched augmentation. Clocks count the CPU time of every process
+and thread that takes part, from the second batch on. Rounds of all of them alternate, and the fastest round of each counts,
+since other work on the machine only ever adds. Without SHARED the tiles are cut from the slide that 'make setup' fetched.
+
+    loader_ratio      usual loader / our loader (ours is without colour, which the device adds)
+    end_to_end_ratio  usual loader / (our loader + our augmentation on the same core)
+    raw_read_ratio    webdataset, shuffled, bytes only / our reads of the same tiles at random
+    online_ratio      our reading of random tiles of a slide / openslide's read_region alone
+    floor_share       (JPEG decoding + resampling alone) / our loader: 1 would be no overhead at all
+"""
+
+import io
+import json
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+import openslide
+import simplejpeg
+import torch
+import torch.nn.functional as F
+import webdataset
+from PIL import Image
+from torch.utils.data import DataLoader, IterableDataset
+from torchvision.transforms import v2
+
+from data.augment import Colour, augment
+from data.coordinates import plan_grid
+from data.crops import NUMBERS, CropSizes, box
+from data.keyed import rng
+from data.loader import Batch, Masking, TileBatches
+from data.raw_tiles import RawTiles
+from data.shard_index import ShardIndex, scan
+from data.shard_tiles import ShardTiles
+from data.slides import Slide
+from data.stream import Stream
+
+ROUNDS = 5
+BATCH = 16  # tiles
+BATCHES, USUAL_BATCHES = 12, 4  # measured in a round, after one that isn't
+SIZES = CropSizes(2, 224, (0.32, 1.0), 8, 98, (0.05, 0.32))
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+ONLINE_TILES = 40
+TILES_A_TAR = 1000
+FETCHED = Path(__file__).resolve().parents[2] / ".venv/share/slidewright/CMU-1-Small-Region.svs"
+
+
+# What there is to read -------------------------------------------------------------------------------------------
+
+
+def jpegs(shared: Path, slide: Path) -> list[bytes]:
+    """The shared tiles, or else tiles of the slide."""
+    files = sorted(shared.glob("tiles/**/*.jpg"))
+    if files:
+        return [file.read_bytes() for file in files]
+    with Slide(slide) as opened:
+        grid = plan_grid(opened.dimensions, opened.mpp(), 0.5, 256, str(slide))
+        places = [(int(grid.origin(c)), int(grid.origin(r))) for r in range(grid.rows) for c in range(grid.columns)]
+        return [simplejpeg.encode_jpeg(np.ascontiguousarray(opened.read_tile(grid, *at)), 90) for at in places] * 8
+
+
+def write_shards(folder: Path, tiles: list[bytes]) -> None:
+    """The tiles in tars, in a random order, as 'pretrain shard' writes them, with their index."""
+    order = rng(0, "order").permutation(len(tiles))
+    for which, first in enumerate(range(0, len(tiles), TILES_A_TAR)):
+        with tarfile.open(folder / f"tiles-{which:06d}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+            for number in order[first : first + TILES_A_TAR].tolist():
+                for name, data in ((f"s_{number}_0.jpg", tiles[number]), (f"s_{number}_0.json", b"{}")):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    scan(folder)
+
+
+# The usual way -----------------------------------------------------------------------------------------------------
+
+
+class Usual:
+    """DINOv2's views of one PIL image by torchvision's v2 transforms: ten normalised float tensors."""
+
+    def __init__(self) -> None:
+        colour = Colour()
+        jitter = v2.RandomApply(
+            [v2.ColorJitter(colour.brightness, colour.contrast, colour.saturation, colour.hue)], colour.jitter_probability
+        )  # fmt: skip
+        end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
+        kinds = [(SIZES.global_size, SIZES.global_scale)] * 2 + [(SIZES.local_size, SIZES.local_scale)]
+        self.views = [
+            v2.Compose([
+                v2.RandomResizedCrop(side, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+                v2.RandomHorizontalFlip(),
+                jitter,
+                v2.RandomGrayscale(colour.grey_probability),
+                v2.RandomApply([v2.GaussianBlur(9, colour.blur_sigma)], colour.blur_probability[kind]),
+                v2.RandomApply([v2.RandomSolarize(128, 1.0)], colour.solarise_probability[kind]),
+                *end,
+            ])
+            for kind, (side, scale) in enumerate(kinds)
+        ]  # fmt: skip
+
+    def __call__(self, image: Image.Image) -> list[torch.Tensor]:
+        first, other, local = self.views
+        return [first(image), other(image), *(local(image) for _ in range(SIZES.local_count))]
+
+
+def usual_tiles(tars: list[str]) -> Any:
+    """WebDataset's samples, shuffled, as bytes."""
+    return webdataset.WebDataset(tars, shardshuffle=False, nodesplitter=None).repeat().shuffle(1000, initial=500)
+
+
+def usual_batches(tars: list[str]) -> Iterator[list[torch.Tensor]]:
+    transform = Usual()
+    samples = iter(usual_tiles(tars))
+    while True:
+        tiles = [Image.open(io.BytesIO(next(samples)["jpg"])).convert("RGB") for _ in range(BATCH)]
+        views = [transform(tile) for tile in tiles]
+        yield [torch.stack([tile[view] for tile in views]) for view in range(len(views[0]))]
+
+
+def our_batches(folder: Path) -> Iterator[Batch]:
+    tiles = ShardTiles(shards=[str(folder)])
+    stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=4, seed=0)
+    for batch in TileBatches(
+        tiles, stream, SIZES, Colour(), Masking(0.5, 0.1, 0.5, 16), seed=0, start=0, stop=BATCHES + 8, rank=0,
+        world_size=1, accumulate=1, threads=1,
+    ):  # fmt: skip
+        assert isinstance(batch, Batch), batch
+        yield batch
+
+
+# Clocks ------------------------------------------------------------------------------------------------------------
+
+
+class Timed(IterableDataset[tuple[float, Any]]):
+    """Batches with the CPU time that their process had used when each was ready."""
+
+    def __init__(self, batches: Callable[[], Iterator[Any]]) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[tuple[float, Any]]:
+        torch.set_num_threads(1)
+        for batch in self.batches():
+            yield time.process_time(), batch
+
+
+def in_a_loader(batches: Callable[[], Iterator[Any]], count: int) -> tuple[float, list[Any]]:
+    """CPU seconds a tile of worker and main process together, over ``count`` batches after the first; and those batches."""
+    found, kept, began = iter(DataLoader(Timed(batches), batch_size=None, num_workers=1, prefetch_factor=2)), [], 0.0
+    first, _ = next(found)
+    began = time.process_time()
+    for _ in range(count):
+        worker, batch = next(found)
+        kept.append(batch)
+    return (worker - first + time.process_time() - began) / (count * BATCH), kept
+
+
+def seconds(action: Callable[[], object]) -> float:
+    began = time.process_time()
+    action()
+    return time.process_time() - began
+
+
+# What is measured --------------------------------------------------------------------------------------------------
+
+
+def colour(batches: list[Batch]) -> float:
+    """Augmenting what the loader gave, on this core, a micro-batch at a time."""
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    parts = [part for batch in batches for part in batch.parts]
+
+    def all_of_them() -> None:
+        for part in parts:
+            for views, parameters in zip(part.views, part.parameters, strict=True):
+                augment(views, parameters, mean, std)
+
+    return seconds(all_of_them) / (len(parts) * BATCH)
+
+
+def floor(tiles: list[bytes]) -> float:
+    """Only decoding, and only resampling of the same boxes: no reading, drawing, mirroring or collecting."""
+    boxes = []
+    for number in range(len(tiles)):
+        header = simplejpeg.decode_jpeg_header(tiles[number])
+        drawn = rng(0, "floor", number).random((10, NUMBERS)).tolist()
+        boxes.append([
+            (side, box(header[0], header[1], scale, SIZES.aspect, u)) for (side, scale), u in zip(SIZES.views(), drawn, strict=True)
+        ])  # fmt: skip
+
+    def decode_and_cut() -> None:
+        for jpeg, views in zip(tiles, boxes, strict=True):
+            image = torch.from_numpy(simplejpeg.decode_jpeg(jpeg, colorspace="RGB")).permute(2, 0, 1).unsqueeze(0)
+            for side, (top, left, h, w) in views:
+                F.interpolate(image[..., top : top + h, left : left + w], (side, side), mode="bicubic", antialias=True)
+
+    return seconds(decode_and_cut) / len(tiles)
+
+
+def raw(folder: Path) -> float:
+    """All tiles in random order, the bytes of 64 at a time."""
+    with RawTiles(ShardIndex.open(folder)) as tiles:
+        order = rng(0, "raw").permutation(len(tiles.index))
+
+        def read() -> None:
+            for first in range(0, len(order), 64):
+                tiles.read(order[first : first + 64])
+
+        return seconds(read) / len(order)
+
+
+def usual_raw(tars: list[str], count: int) -> float:
+    """As many samples of webdataset's as are asked for, once its shuffle buffer is full."""
+    samples = iter(usual_tiles(tars))
+    for _ in range(1200):
+        next(samples)
+
+    def read() -> None:
+        for _ in range(count):
+            next(samples)
+
+    return seconds(read) / count
+
+
+def online(slide: Path) -> tuple[float, float]:
+    """A random tile by our reader, and by openslide's ``read_region`` alone, in turns."""
+    ours = bare = 0.0
+    with Slide(slide) as opened:
+        grid = plan_grid(opened.dimensions, opened.mpp(0.5), opened.mpp(0.5), 256, str(slide))
+        reader = openslide.OpenSlide(slide)
+        draw = rng(time.monotonic_ns(), "online")
+        for _ in range(ONLINE_TILES):
+            for own in (True, False):
+                x, y = int(draw.integers(0, grid.width - 256)), int(draw.integers(0, grid.height - 256))
+                if own:
+                    ours += seconds(lambda x=x, y=y: opened.read_tile(grid, x, y))
+                else:
+                    bare += seconds(lambda x=x, y=y: reader.read_region((x, y), 0, (256, 256)))
+        reader.close()
+    return ours / ONLINE_TILES, bare / ONLINE_TILES
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    shared = Path(sys.argv[1] if len(sys.argv) > 1 else "none")
+    slide = shared / "slides/whole/CMU-1-Small-Region.svs"
+    slide = slide if slide.exists() else FETCHED
+    if not slide.exists():
+        raise SystemExit(f"there is no slide at {slide}: run 'make setup' first, or name a folder that has slides")
+    fastest: dict[str, float] = {}
+
+    def note(**figures: float) -> None:
+        for name, value in figures.items():
+            fastest[name] = min(value, fastest.get(name, float("inf")))
+
+    with tempfile.TemporaryDirectory() as name:
+        folder, tiles = Path(name), jpegs(shared, slide)
+        write_shards(folder, tiles)
+        tars = sorted(str(tar) for tar in folder.glob("*.tar"))
+        for _ in range(ROUNDS):
+            note(usual=in_a_loader(lambda: usual_batches(tars), USUAL_BATCHES)[0])
+            for _ in range(2):
+                spent, batches = in_a_loader(lambda: our_batches(folder), BATCHES)
+                note(loader=spent, floor=floor(tiles[: BATCHES * BATCH]), colour=colour(batches))
+            note(usual_raw=usual_raw(tars, 1500), raw=raw(folder))
+            note(**dict(zip(("online", "bare"), online(slide), strict=True)))
+    words = {
+        "usual": "usual loader, colour included", "loader": "our loader, uint8 crops", "floor": "  of it decoding and resampling",
+        "colour": "our augmentation", "usual_raw": "webdataset, bytes only", "raw": "our reads, bytes only",
+        "online": "our reading of a slide", "bare": "openslide's read_region",
+    }  # fmt: skip
+    for key, meaning in words.items():
+        print(f"{meaning:<34} {fastest[key] * 1e3:8.4f} ms a tile")
+    print(json.dumps({
+        "loader_ratio": round(fastest["usual"] / fastest["loader"], 2),
+        "end_to_end_ratio": round(fastest["usual"] / (fastest["loader"] + fastest["colour"]), 2),
+        "raw_read_ratio": round(fastest["usual_raw"] / fastest["raw"], 2),
+        "online_ratio": round(fastest["online"] / fastest["bare"], 3),
+        "floor_share": round(fastest["floor"] / fastest["loader"], 3),
+    }))  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
