@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from models.initialise import initialise
-from models.longnet import LongNet
+from models.longnet import LongNet, drop_path, dropout
 from models.positions import position_embedding
+from models.sequence_parallel import Share
 
 RELEASED = {
     "input_width": 1536,
@@ -129,14 +130,12 @@ def test_dropout_is_drawn_from_the_slides_seeds_and_off_without_them():
 
 
 def test_dropout_and_drop_path_keep_the_expectation():
-    from models.longnet import drop_path, dropout
-
-    ones, lengths, seeds = torch.ones(4000, 8), [2] * 2000, list(range(2000))
+    ones, share, seeds = torch.ones(4000, 8), Share((2,) * 2000), list(range(2000))
     for function in (dropout, drop_path):
-        found = function(ones, 0.25, lengths, seeds, "here")
+        found = function(ones, 0.25, share, seeds, "here")
         assert found.unique().tolist() == pytest.approx([0, 1 / 0.75])
         assert found.mean() == pytest.approx(1, abs=0.05)
-    assert drop_path(ones, 0.25, lengths, seeds, "here").view(2000, -1).std(dim=1).max() == 0  # a slide at a time
+    assert drop_path(ones, 0.25, share, seeds, "here").view(2000, -1).std(dim=1).max() == 0  # a slide at a time
 
 
 def test_a_released_file_loads_strictly_and_switches_to_compatible_attention(tmp_path):
