@@ -13,7 +13,7 @@ ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
 
-.PHONY: demo test test-slow parity bench-packed lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-longnet lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -30,6 +30,9 @@ test-slow: setup
 
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py
+
+bench-longnet: setup
+	$(BIN)/python tests/bench/longnet.py
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

@@ -60,6 +60,7 @@ class SlideMAE(Objective):
             feed_forward_width=decoder_feed_forward_width,
             segment_lengths=self.encoder.segment_lengths,
             dilated_ratios=self.encoder.dilated_ratios,
+            attention=self.encoder.attention,
         )
 
     def trained(self) -> dict[str, nn.Module]:

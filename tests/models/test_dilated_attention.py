@@ -5,7 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models.dilated_attention import CALL_ELEMENTS, check_schedule, dilated_attention, lay_out
+from models.dilated_attention import CALL_ELEMENTS, _cut, check_schedule, dilated_attention, lay_out
 
 CPU = torch.device("cpu")
 
@@ -107,7 +107,7 @@ def test_compatible_mode_equals_the_published_formulation_with_its_padding_and_c
 def test_gradients_equal_finite_differences():
     q, k, v = random_qkv(11, 4, width=2)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: dilated_attention(q, k, v, [4, 7], [2, 6], [1, 2]), (q, k, v), eps=1e-6, atol=1e-7
+        lambda q, k, v: dilated_attention(q, k, v, [4, 7], [2, 6], [1, 2]), (q, k, v), eps=1e-6, atol=1e-7, rtol=0
     )
 
 
@@ -129,6 +129,36 @@ def test_packed_slides_of_any_lengths_give_each_slides_own_result_and_gradient(c
         strict=True,
     ):
         torch.testing.assert_close(one, other, atol=1e-13, rtol=0)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), max_size=6),
+    per_call=st.integers(0, 40),
+    together=st.integers(1, 4),
+)
+def test_calls_hold_all_runs_in_order_and_no_more_tokens_than_allowed(shapes, per_call, together):
+    calls = list(_cut(shapes, per_call, together))
+    runs = [length for call in calls for count, length in call for _ in range(count)]
+    assert runs == [length for count, length in shapes for _ in range(count)]
+    for call in calls:
+        tokens, count = sum(count * length for count, length in call), sum(count for count, _ in call)
+        assert count and (tokens <= per_call or (len(call) == 1 and count <= together))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("heads", "segments", "ratios", "n"), [(4, [4, 8, 16], [1, 2, 4], 37), (8, [8, 12], [1, 4], 29)]
+)
+def test_some_of_the_heads_give_what_they_give_among_all(heads, segments, ratios, n, processes):
+    q, k, v = random_qkv(n, heads)
+    whole = dilated_attention(q, k, v, [n], segments, ratios)
+    some = heads // processes
+    parts = [
+        dilated_attention(*(x[:, i : i + some] for x in (q, k, v)), [n], segments, ratios, of_heads=(i, heads))
+        for i in range(0, heads, some)
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-13, rtol=0)
 
 
 @settings(max_examples=50, deadline=None)
