@@ -55,6 +55,7 @@ class Branch:
 
     unit: int  # heads that move together; a token's heads are heads / unit such units
     calls: list[Call]
+    complete: bool  # ratio 1: every token and head is in one of its runs, and calls are slices
 
 
 def check_schedule(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> None:
@@ -147,7 +148,7 @@ def lay_out(
         where = slice(start, stop) if rows is None else rows[start:stop].to(device)
         calls.append(Call(where, tuple(some), padding))
         start = stop
-    return Branch(unit, calls)
+    return Branch(unit, calls, r == 1)
 
 
 def _permutation(
@@ -223,7 +224,8 @@ class _DilatedAttention(torch.autograd.Function):
     ) -> Tensor:
         tokens, heads, width = q.shape
         precise = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros((tokens, heads, width), dtype=precise)
+        begun = not branches[0].complete  # a complete branch writes first values; before another, there must be some
+        out = q.new_zeros(q.shape, dtype=precise) if begun else q.new_empty(q.shape, dtype=precise)
         lse = q.new_full((tokens, heads), -torch.inf, dtype=precise)
         keep = compatible and any(ctx.needs_input_grad[:3])
         kept: list[Tensor] = []
@@ -237,11 +239,15 @@ class _DilatedAttention(torch.autograd.Function):
                     part, part_lse = _as_published(part, part_lse, call.padding)
                 if keep:
                     kept += [part, part_lse]
-                before = _take(statistic, call.rows)
-                after = torch.logaddexp(before, part_lse)
-                old = _take(merged, call.rows) * (before - after).exp_()[..., None]
-                _put(merged, call.rows, old.addcmul_(part.to(precise), (part_lse - after).exp_()[..., None]))
-                _put(statistic, call.rows, after)
+                if begun:
+                    before, old = _take(statistic, call.rows), _take(merged, call.rows)
+                    after = torch.logaddexp(before, part_lse)
+                    old = old.mul_((before - after).exp_()[..., None])
+                    part = old.addcmul_(part.to(precise), (part_lse - after).exp_()[..., None])
+                    part_lse = after
+                _put(merged, call.rows, part)
+                _put(statistic, call.rows, part_lse)
+            begun = True
         out = out.to(q.dtype)
         ctx.branches, ctx.compatible, ctx.kernel = branches, compatible, kernel
         ctx.save_for_backward(q, k, v, lse, *(kept if compatible else [out]))
@@ -253,7 +259,8 @@ class _DilatedAttention(torch.autograd.Function):
         q, k, v, lse, *kept = ctx.saved_tensors
         tokens, heads, width = q.shape
         grad = grad.contiguous()
-        totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
+        begun = not ctx.branches[0].complete
+        totals = [(torch.zeros_like if begun else torch.empty_like)(x, dtype=lse.dtype) for x in (q, k, v)]
         results = iter(kept)
         for branch in ctx.branches:
             units = (tokens * heads // branch.unit, branch.unit)
@@ -268,7 +275,8 @@ class _DilatedAttention(torch.autograd.Function):
                     part = _take(kept[0].view(*units, width), call.rows)
                     shares = ctx.kernel.backward(gradient, qs, ks, vs, part, statistic, call.shapes)
                 for total, share in zip(totals, shares, strict=True):
-                    _add(total.view(*units, width), call.rows, share)
+                    (_add if begun else _put)(total.view(*units, width), call.rows, share)
+            begun = True
         dq, dk, dv = (total.to(q.dtype) for total in totals)
         return dq, dk, dv, None, None, None
 
