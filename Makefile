@@ -18,7 +18,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data bench-longnet lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -49,6 +49,9 @@ bench-shard: setup
 
 bench-data: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data.py $(SHARED)
+
+bench-longnet: setup
+	$(BIN)/python tests/bench/longnet.py
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

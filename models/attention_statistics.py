@@ -1,47 +1,162 @@
-"""Softmax attention that also hands out its log-sum-exp, forward and backward as two plain functions.
+"""Softmax attention over runs of tokens that also hands out its log-sum-exp, forward and backward as two plain functions.
 
 Attention over parts of the keys can be merged afterwards when each part's log-sum-exp (LSE) is known, and the gradient
 of the merged result is the ordinary attention backward fed with the *merged* output and LSE (see
-`models.dilated_attention`). torch's public attention keeps the LSE to itself, so this module calls the stock kernels
-beneath it, and is the one place where a faster kernel would be added.
+`models.dilated_attention`). Public attention functions keep the LSE to themselves or drop its gradient, so the stock
+kernels beneath them are called here.
 
-Everywhere: ``q, k, v`` are (batch, heads, tokens, head_width) with any strides as long as the last is 1, the softmax
-scale is ``head_width ** -0.5``, nothing is masked, and neither function records an autograd graph.
+Runs lie one behind another: ``q, k, v`` are (rows, heads, head_width), and ``shapes`` says which rows belong together, as
+``(runs, tokens in each)`` in order. The softmax scale is ``head_width ** -0.5``, nothing is masked, and no autograd graph is recorded.
+A `Kernel` is found by name:
+
+    sdpa        torch's stock kernels, a call for each run length; runs everywhere
+    varlen      torch's FlashAttention, one call for runs of all lengths; CUDA, float16 or bfloat16
+    flash_attn  the same of the package flash-attn; CUDA, float16 or bfloat16
+    xformers    the package xformers, a call for each run length; CUDA
 """
 
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from typing import Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
+Shape = tuple[int, int]
+"""``(runs, tokens in each)``."""
+
 BLOCK = 1024  # queries at a time on the plain path: bounds its scores to BLOCK x tokens
+ALIGNED = 32  # the memory-efficient kernel's LSE comes and goes padded to a multiple of this
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention and its statistics: the output, shaped and typed as ``q``, and the LSE (batch, heads, tokens).
+class Kernel(Protocol):
+    """Attention inside runs, and its share of the gradient of a softmax that may be larger."""
 
-    ``out = softmax(s) v`` and ``lse = log Σ_keys exp(s)`` with ``s = q kᵀ / √head_width``. The LSE is float32, or float64
-    when ``q`` is.
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, Tensor]:
+        """``out = softmax(s) v``, shaped and typed as ``q``, and ``lse = log Σ_keys exp(s)``, (rows, heads), at least float32."""
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[Shape]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of ``q, k, v`` for the gradient ``grad`` of the output, given ``out`` and ``lse`` of any softmax they are part of.
+
+        With ``P = exp(s - lse)``: ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))``, ``dQ = dS K / √d``, ``dK = dSᵀ Q / √d``
+        (Dao et al. 2022, FlashAttention, algorithm 4). ``P`` need not sum to one over these keys: when ``lse`` and ``out``
+        are those of a larger set of keys, the result is this set's exact share of the gradient.
+        """
+
+
+class Batched:
+    """A kernel that takes runs of one length as a batch; every length is a call.
+
+    ``attend``: q, k, v (runs, heads, length, head_width) → the output and the LSE (runs, heads, length). ``attend_backward``: grad, q, k, v,
+    out, lse → dq, dk, dv. Any strides, as long as the last is 1.
     """
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-    return _attend_plainly(q, k, v)
+
+    def __init__(self, attend: Callable[..., tuple[Tensor, ...]], attend_backward: Callable[..., tuple[Tensor, ...]]):
+        self.attend, self.attend_backward = attend, attend_backward
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, Tensor]:
+        out, lse = self._each(self.attend, (q, k, v), shapes)
+        return out, lse
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[Shape]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        dq, dk, dv = self._each(self.attend_backward, (grad, q, k, v, out, lse), shapes)
+        return dq, dk, dv
+
+    @staticmethod
+    def _each(
+        function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], shapes: Sequence[Shape]
+    ) -> list[Tensor]:
+        sizes = [runs * length for runs, length in shapes]
+        results = [
+            [x.transpose(1, 2).flatten(0, 1) for x in function(*(p.unflatten(0, shape).transpose(1, 2) for p in parts))]
+            for shape, *parts in zip(shapes, *(x.split(sizes) for x in tensors), strict=True)
+        ]
+        return results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results, strict=True)]
 
 
-def attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``q, k, v`` for the gradient ``grad`` of the output, given ``out`` and ``lse`` of any softmax they are part of.
+class VariableLength:
+    """A kernel that takes runs of all lengths in one call, with the rows at which they begin.
 
-    With ``P = exp(s - lse)``: ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))``, ``dQ = dS K / √d``, ``dK = dSᵀ Q / √d``
-    (Dao et al. 2022, FlashAttention, algorithm 4). ``P`` need not sum to one over these keys: when ``lse`` and ``out``
-    are those of a larger set of keys, the result is this set's exact share of the gradient.
+    ``attend``: q, k, v (rows, heads, head_width), starts (runs + 1,) int32, longest → the output and the LSE (heads, rows).
+    ``attend_backward``: grad, q, k, v, out, lse (heads, rows), starts, longest → dq, dk, dv. Everything contiguous.
     """
+
+    def __init__(
+        self, attend: Callable[..., tuple[Tensor, Tensor]], attend_backward: Callable[..., tuple[Tensor, ...]]
+    ):
+        self.attend, self.attend_backward = attend, attend_backward
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, Tensor]:
+        out, lse = self.attend(q.contiguous(), k.contiguous(), v.contiguous(), *run_starts(tuple(shapes), q.device))
+        return out, lse.mT
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[Shape]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        tensors = (x.contiguous() for x in (grad, q, k, v, out, lse.mT))
+        dq, dk, dv = self.attend_backward(*tensors, *run_starts(tuple(shapes), q.device))
+        return dq, dk, dv
+
+
+@lru_cache(maxsize=64)
+def run_starts(shapes: tuple[Shape, ...], device: torch.device) -> tuple[Tensor, int]:
+    """The rows at which runs begin, (runs + 1,) int32 with the total last, and the longest run. Cached: every layer asks again."""
+    lengths = torch.tensor([0, *(length for runs, length in shapes for _ in range(runs))], dtype=torch.int32)
+    return lengths.cumsum(0, dtype=torch.int32).to(device), max(length for _, length in shapes)
+
+
+def stock(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """torch's own attention with statistics, for `Batched`: flash on CPUs, flash or memory-efficient on CUDA, otherwise plain products."""
+    aten = torch.ops.aten
+    match _stock_kernel(q):
+        case "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
+        case "flash":
+            return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
+        case "efficient":
+            out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
+            return out, lse[..., : q.shape[2]]
+    return plain(q, k, v)
+
+
+def stock_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+    """The backward of `stock`."""
+    aten, length = torch.ops.aten, q.shape[2]
+    kernel = _stock_kernel(q)
+    if kernel == "cpu":
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
+    if kernel == "plain":
+        return plain_backward(grad, q, k, v, out, lse)
+    no_draws = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    if kernel == "flash":
+        no_starts = torch.empty(0, dtype=torch.int32, device=q.device)  # of runs, which are all of one length
+        return aten._scaled_dot_product_flash_attention_backward(
+            grad, q, k, v, out, lse.contiguous(), no_starts, no_starts, length, length, 0.0, False, no_draws, no_draws
+        )
+    padded = F.pad(lse, (0, -length % ALIGNED), value=torch.inf)
+    seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device).unbind()
+    return aten._scaled_dot_product_efficient_attention_backward(
+        grad, q, k, v, None, out, padded, seed, offset, 0.0, [True, True, True, False]
+    )[:3]
+
+
+def _stock_kernel(q: Tensor) -> str:
+    """Which kernel takes ``q``: those on CUDA want a head of whole 16-byte words, and flash 16-bit numbers besides."""
     if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
-    return _attend_backward_plainly(grad, q, k, v, out, lse)
+        return "cpu"
+    if q.device.type != "cuda" or q.shape[-1] % 8:
+        return "plain"
+    low = q.dtype in (torch.float16, torch.bfloat16)
+    return "flash" if low and q.shape[-1] <= 256 else "efficient" if low or q.dtype == torch.float32 else "plain"
 
 
-def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """`attend` in plain matrix products, a block of queries at a time: any device, any floating type."""
+def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """`stock` in plain matrix products, a block of queries at a time: any device, any floating type."""
     precise = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
     for queries in q.split(BLOCK, dim=2):
@@ -52,10 +167,10 @@ def _attend_plainly(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
-def _attend_backward_plainly(
+def plain_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`attend_backward` in plain matrix products, a block of queries at a time."""
+    """`stock_backward` in plain matrix products, a block of queries at a time."""
     precise = lse.dtype
     scale = q.shape[-1] ** -0.5
     dk, dv = torch.zeros_like(k, dtype=precise), torch.zeros_like(v, dtype=precise)
@@ -69,3 +184,6 @@ def _attend_backward_plainly(
         dk += ds.mT @ queries.to(precise)
         dqs.append((ds @ k.to(precise)).to(q.dtype))
     return torch.cat(dqs, dim=2), dk.to(k.dtype), dv.to(v.dtype)
+
+
+SDPA = Batched(stock, stock_backward)

@@ -21,7 +21,7 @@ padding of incomplete segments. A model trained that way needs both to give the 
 """
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
@@ -32,19 +32,21 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.attention_statistics import attend, attend_backward
+from models.attention_statistics import SDPA, Kernel, Shape
 
-CALL_ELEMENTS = 2**22  # elements of q in one attention call: bounds what a branch holds beside its input and output
+CALL_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+"""Elements of q in one attention call, unless one run is more: bounds what a branch holds beside its input and output."""
 
 
 @dataclass(frozen=True)
-class Runs:
-    """Runs of equal length that go through attention in one call."""
+class Call:
+    """Runs that go through attention in one call."""
 
     rows: slice | Tensor  # which rows of the (tokens * units, unit heads, head_width) view, run by run
-    count: int  # runs
-    length: int  # tokens in each
-    padding: Tensor | None  # (count, 1, 1) log of the number of zero keys the public code adds; None where it adds none
+    shapes: tuple[Shape, ...]  # (runs, tokens in each), in the order of the rows
+    padding: (
+        Tensor | None
+    )  # (rows, 1) log of the number of zero keys the public code adds to a run; None where it adds none
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ class Branch:
     """One (segment length, ratio) of a schedule, laid out for slides of given lengths."""
 
     unit: int  # heads that move together; a token's heads are heads / unit such units
-    calls: list[Runs]
+    calls: list[Call]
+    complete: bool  # ratio 1: every token and head is in one of its runs, and calls are slices
 
 
 def check_schedule(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> None:
@@ -83,12 +86,15 @@ def dilated_attention(
     segment_lengths: Sequence[int],
     dilated_ratios: Sequence[int],
     compatible: bool = False,
+    kernel: Kernel = SDPA,
+    of_heads: tuple[int, int] | None = None,
 ) -> Tensor:
     """Dilated attention of packed sequences: (tokens, heads, head_width) each → (tokens, heads, head_width).
 
     ``lengths`` are the tokens of each slide, in the order in which they are packed; slides do not see each other. Gradients
     are exact, or those of the public code when ``compatible``. A token that no branch makes active (possible only
-    when the ratios' groups are more than the heads) gives zeros.
+    when the ratios' groups are more than the heads) gives zeros. ``of_heads``: (first, all), where these are only some of a
+    layer's heads, which decides the tokens that each of them sees.
 
     Raises ValueError when the lengths don't add up, or when a slide is longer than a segment whose ratio doesn't divide it.
     """
@@ -98,23 +104,25 @@ def dilated_attention(
     reached = [(w, r) for w, r in zip(segment_lengths, dilated_ratios, strict=True) if longest > w]
     if reached:
         check_schedule(*zip(*reached, strict=True))
+    first, every = of_heads or (0, q.shape[1])
     branches = [
-        lay_out(tuple(lengths), w, r, q.shape[1], q.shape[2], q.device)
+        lay_out(tuple(lengths), w, r, range(first, first + q.shape[1]), every, q.shape[2], q.device)
         for w, r in zip(segment_lengths, dilated_ratios, strict=True)
     ]
-    return _DilatedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), branches, compatible)
+    return _DilatedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), branches, compatible, kernel)
 
 
 @lru_cache(maxsize=64)
-def lay_out(lengths: tuple[int, ...], w: int, r: int, heads: int, head_width: int, device: torch.device) -> Branch:
+def lay_out(
+    lengths: tuple[int, ...], w: int, r: int, heads: range, every: int, head_width: int, device: torch.device
+) -> Branch:
     """The runs of branch (w, r) for packed slides of these lengths, grouped into calls. Cached: every layer asks again.
 
-    Group g holds heads ``g * ceil(heads / r)`` onwards, as in the public code; when r does not divide the heads, the last
-    groups are smaller or empty. A slide shorter than w is one segment.
+    ``heads`` are the ones at hand, of ``every`` head in all. Group g holds heads ``g * ceil(every / r)`` onwards, as in the public
+    code; when r does not divide the heads, the last groups are smaller or empty. A slide shorter than w is one segment.
     """
-    group = ceil(heads / r)
-    unit = gcd(group, heads)
-    per_call = max(1, CALL_ELEMENTS // (unit * head_width))  # tokens
+    group = ceil(every / r)
+    unit = gcd(group, len(heads), heads.start)
     segments = []  # (first token, segments, tokens in each, tokens missing from each)
     for start, n in zip(accumulate(lengths, initial=0), lengths, strict=False):
         segment = min(w, n)
@@ -122,41 +130,32 @@ def lay_out(lengths: tuple[int, ...], w: int, r: int, heads: int, head_width: in
         segments.append((start, full, segment, 0))
         if rest:
             segments.append((start + full * segment, 1, rest, segment - rest))
-    if r == 1:
-        return Branch(unit, _slices(segments, per_call, device))
-    return Branch(unit, _permutation(segments, r, heads // unit, group // unit, per_call, device))
-
-
-def _slices(segments: list[tuple[int, int, int, int]], per_call: int, device: torch.device) -> list[Runs]:
-    """Ratio 1: every segment is a run, and neighbouring runs of equal length are a slice of the packed tokens."""
-    merged: list[tuple[int, int, int, int]] = []
-    for first, count, length, missing in segments:
-        if merged and merged[-1][2:] == (length, missing) and merged[-1][0] + merged[-1][1] * length == first:
-            first, count = merged[-1][0], merged.pop()[1] + count
-        merged.append((first, count, length, missing))
-    calls = []
-    for first, count, length, missing in merged:
-        step = max(1, per_call // length)
-        for run in range(0, count, step):
-            some = min(step, count - run)
-            rows = slice(first + run * length, first + (run + some) * length)
-            calls.append(Runs(rows, some, length, _log_padding(torch.full((some,), missing), device)))
-    return calls
+    if r == 1:  # every segment is a run, in the order of the tokens
+        rows = None
+        shapes = [(count, length) for _, count, length, _ in segments]
+        zeros = torch.cat([torch.full((count * length,), missing) for _, count, length, missing in segments])
+    else:
+        phase = torch.tensor(heads[::unit]) // group  # the offset mod r at which each unit of heads is active
+        rows, shapes, zeros = _permutation(segments, r, phase)
+    # A call's work is shared out by run and head, so each has enough of them for every thread.
+    together = ceil(torch.get_num_threads() / unit) if device.type == "cpu" else 1
+    per_call = CALL_ELEMENTS.get(device.type, CALL_ELEMENTS["cuda"]) // (unit * head_width)
+    calls, start = [], 0
+    for some in _cut(shapes, per_call, together):
+        stop = start + sum(runs * length for runs, length in some)
+        missing = zeros[start:stop]
+        padding = missing.double().log()[:, None].to(device) if missing.any() else None
+        where = slice(start, stop) if rows is None else rows[start:stop].to(device)
+        calls.append(Call(where, tuple(some), padding))
+        start = stop
+    return Branch(unit, calls, r == 1)
 
 
 def _permutation(
-    segments: list[tuple[int, int, int, int]],
-    r: int,
-    units: int,
-    units_in_group: int,
-    per_call: int,
-    device: torch.device,
-) -> list[Runs]:
-    """Ratio r > 1: a run is (segment, unit of heads), its tokens r apart; runs of equal length share a call."""
-    phase = torch.arange(units) // units_in_group  # the offset mod r at which each unit of heads is active
-    found: dict[int, list[tuple[Tensor, Tensor]]] = defaultdict(
-        list
-    )  # run length → rows (runs, length), missing (runs,)
+    segments: list[tuple[int, int, int, int]], r: int, phase: Tensor
+) -> tuple[Tensor, list[Shape], Tensor]:
+    """Ratio r > 1: a run is (segment, unit of heads), its tokens r apart. All rows by run length, shapes, missing tokens of each row."""
+    found: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # run length → rows (runs, length), missing
     for first, count, size, missing in segments:
         padded = ceil((size + missing) / r)
         for extra in (1, 0):  # phases below size % r meet one token more than the others
@@ -165,73 +164,92 @@ def _permutation(
             if len(unit) == 0 or length == 0:
                 continue
             token = torch.arange(count)[:, None, None] * size + torch.arange(length) * r + phase[unit][:, None]
-            rows = ((first + token) * units + unit[:, None]).flatten(0, 1)  # (segments * units, length)
-            found[length].append((rows, torch.full((len(rows),), padded - length)))
-    calls = []
-    for length, parts in found.items():
-        rows, zeros = (torch.cat(column) for column in zip(*parts, strict=True))
-        step = max(1, per_call // length)
-        for some, missing_keys in zip(rows.split(step), zeros.split(step), strict=True):
-            calls.append(Runs(some.flatten().to(device), len(some), length, _log_padding(missing_keys, device)))
-    return calls
+            rows = ((first + token) * len(phase) + unit[:, None]).flatten(0, 1)  # (segments * units, length)
+            found[length].append((rows, padded - length))
+    parts = [(rows, missing) for length in sorted(found) for rows, missing in found[length]]
+    if not parts:  # none of these heads is active
+        return torch.empty(0, dtype=torch.int64), [], torch.empty(0, dtype=torch.int64)
+    shapes = [(len(rows), rows.shape[1]) for rows, _ in parts]
+    zeros = torch.cat([torch.full((rows.numel(),), missing) for rows, missing in parts])
+    return torch.cat([rows.flatten() for rows, _ in parts]), shapes, zeros
 
 
-def _log_padding(zeros: Tensor, device: torch.device) -> Tensor | None:
-    return zeros.double().log().view(-1, 1, 1).to(device) if zeros.any() else None
+def _cut(shapes: list[Shape], per_call: int, together: int) -> Iterator[list[Shape]]:
+    """Runs in order, cut into calls of at most ``per_call`` tokens, or of ``together`` runs where these are more."""
+    call: list[Shape] = []
+    room = per_call
+    for count, length in shapes:
+        while count:
+            fit = max(0, room // length)
+            some = count if count <= fit else fit // together * together
+            if not some and call:
+                yield call
+                call, room = [], per_call
+                continue
+            some = some or min(count, together)
+            if call and call[-1][1] == length:
+                call[-1] = (call[-1][0] + some, length)
+            else:
+                call.append((some, length))
+            count, room = count - some, room - some * length
+    if call:
+        yield call
 
 
-def _take(x: Tensor, runs: Runs) -> Tensor:
-    """The rows of (rows, heads, head_width) that a call needs, as (runs, heads, length, head_width)."""
-    some = x[runs.rows] if isinstance(runs.rows, slice) else x.index_select(0, runs.rows)
-    return some.unflatten(0, (runs.count, runs.length)).transpose(1, 2)
+def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
+    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
 
 
-def _rows(x: Tensor) -> Tensor:
-    """The inverse of `_take`'s reshaping: (runs, heads, length, …) → (rows, heads, …)."""
-    return x.transpose(1, 2).flatten(0, 1)
-
-
-def _add(total: Tensor, runs: Runs, part: Tensor) -> None:
+def _add(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
     """``total[rows] += part``; a call's rows are distinct, so this is a gather, a sum and a copy."""
-    if isinstance(runs.rows, slice):
-        total[runs.rows] += part
+    if isinstance(rows, slice):
+        total[rows] += part
     else:
-        total.index_copy_(0, runs.rows, total.index_select(0, runs.rows).add_(part))
+        total.index_copy_(0, rows, total.index_select(0, rows).add_(part))
 
 
-def _put(total: Tensor, runs: Runs, part: Tensor) -> None:
-    if isinstance(runs.rows, slice):
-        total[runs.rows] = part
+def _put(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
+    if isinstance(rows, slice):
+        total[rows] = part
     else:
-        total.index_copy_(0, runs.rows, part)
+        total.index_copy_(0, rows, part)
 
 
 class _DilatedAttention(torch.autograd.Function):
     """All branches and their merge as one function, so that no branch's output has to be kept for the backward."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, branches: list[Branch], compatible: bool) -> Tensor:
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, branches: list[Branch], compatible: bool, kernel: Kernel
+    ) -> Tensor:
         tokens, heads, width = q.shape
         precise = torch.promote_types(q.dtype, torch.float32)
-        out = q.new_zeros((tokens, heads, width), dtype=precise)
+        begun = not branches[0].complete  # a complete branch writes first values; before another, there must be some
+        out = q.new_zeros(q.shape, dtype=precise) if begun else q.new_empty(q.shape, dtype=precise)
         lse = q.new_full((tokens, heads), -torch.inf, dtype=precise)
+        keep = compatible and any(ctx.needs_input_grad[:3])
         kept: list[Tensor] = []
         for branch in branches:
             units = (tokens * heads // branch.unit, branch.unit)
             merged, statistic = out.view(*units, width), lse.view(units)
-            for runs in branch.calls:
-                part, part_lse = attend(*(_take(x.view(*units, width), runs) for x in (q, k, v)))
+            for call in branch.calls:
+                qs, ks, vs = (_take(x.view(*units, width), call.rows) for x in (q, k, v))
+                part, part_lse = kernel.forward(qs, ks, vs, call.shapes)
                 if compatible:
-                    part, part_lse = _as_published(part, part_lse, runs.padding)
+                    part, part_lse = _as_published(part, part_lse, call.padding)
+                if keep:
                     kept += [part, part_lse]
-                part, part_lse = _rows(part), _rows(part_lse)
-                before = statistic[runs.rows]
-                after = torch.logaddexp(before, part_lse)
-                old = merged[runs.rows] * (before - after).exp_()[..., None]
-                _put(merged, runs, old.addcmul_(part.to(precise), (part_lse - after).exp_()[..., None]))
-                _put(statistic, runs, after)
+                if begun:
+                    before, old = _take(statistic, call.rows), _take(merged, call.rows)
+                    after = torch.logaddexp(before, part_lse)
+                    old = old.mul_((before - after).exp_()[..., None])
+                    part = old.addcmul_(part.to(precise), (part_lse - after).exp_()[..., None])
+                    part_lse = after
+                _put(merged, call.rows, part)
+                _put(statistic, call.rows, part_lse)
+            begun = True
         out = out.to(q.dtype)
-        ctx.branches, ctx.compatible = branches, compatible
+        ctx.branches, ctx.compatible, ctx.kernel = branches, compatible, kernel
         ctx.save_for_backward(q, k, v, lse, *(kept if compatible else [out]))
         return out
 
@@ -241,23 +259,26 @@ class _DilatedAttention(torch.autograd.Function):
         q, k, v, lse, *kept = ctx.saved_tensors
         tokens, heads, width = q.shape
         grad = grad.contiguous()
-        totals = [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
+        begun = not ctx.branches[0].complete
+        totals = [(torch.zeros_like if begun else torch.empty_like)(x, dtype=lse.dtype) for x in (q, k, v)]
         results = iter(kept)
         for branch in ctx.branches:
             units = (tokens * heads // branch.unit, branch.unit)
-            for runs in branch.calls:
-                qs, ks, vs = (_take(x.view(*units, width), runs) for x in (q, k, v))
-                gradient, statistic = _take(grad.view(*units, width), runs), _take(lse.view(units), runs)
+            for call in branch.calls:
+                gradient, qs, ks, vs = (_take(x.view(*units, width), call.rows) for x in (grad, q, k, v))
+                statistic = _take(lse.view(units), call.rows)
                 if ctx.compatible:  # out = Σ_b weight_b out_b with constant weights: each branch's own backward, scaled
                     part, part_lse = next(results), next(results)
                     gradient = gradient * (part_lse - statistic).exp()[..., None].to(grad.dtype)
-                    shares = attend_backward(gradient, qs, ks, vs, part, part_lse)
+                    shares = ctx.kernel.backward(gradient, qs, ks, vs, part, part_lse, call.shapes)
                 else:
-                    shares = attend_backward(gradient, qs, ks, vs, _take(kept[0].view(*units, width), runs), statistic)
+                    part = _take(kept[0].view(*units, width), call.rows)
+                    shares = ctx.kernel.backward(gradient, qs, ks, vs, part, statistic, call.shapes)
                 for total, share in zip(totals, shares, strict=True):
-                    _add(total.view(*units, width), runs, _rows(share))
+                    (_add if begun else _put)(total.view(*units, width), call.rows, share)
+            begun = True
         dq, dk, dv = (total.to(q.dtype) for total in totals)
-        return dq, dk, dv, None, None
+        return dq, dk, dv, None, None, None
 
 
 def _as_published(part: Tensor, lse: Tensor, padding: Tensor | None) -> tuple[Tensor, Tensor]:

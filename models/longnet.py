@@ -9,7 +9,7 @@ Sources: Ding et al. 2023 (LongNet), Wang et al. 2022 (sub-LayerNorm), Xu et al.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -17,8 +17,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.attention_kernels import kernel
 from models.dilated_attention import check_schedule, dilated_attention
 from models.positions import position_embedding
+from models.sequence_parallel import Group, Share, check_heads, gather, heads_at_hand, scatter, to_heads, to_tokens
+
+PIECE = 4096  # tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else
 
 
 class SlideFeatures(NamedTuple):
@@ -36,8 +40,10 @@ class LongNet(nn.Module):
 
     ``drop_path`` is the last layer's rate; it grows linearly from 0 at the first. ``compatible`` asks for the released
     model's attention (attended zero padding, constant branch weights in the backward); `load_released` turns it on.
+    ``attention`` names the kernel, see `models.attention_statistics`.
 
-    Raises ValueError when the widths don't divide, or when a ratio doesn't divide its segment length.
+    Raises ValueError when the widths don't divide, when a ratio doesn't divide its segment length, or for a kernel that
+    can't run here.
     """
 
     def __init__(
@@ -53,12 +59,14 @@ class LongNet(nn.Module):
         dropout: float,
         drop_path: float,
         compatible: bool,
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         if width % 4:
             raise ValueError(f"width {width} must be a multiple of 4, for sines and cosines of two coordinates")
         self.input_width, self.width = input_width, width
         self.segment_lengths, self.dilated_ratios = list(segment_lengths), list(dilated_ratios)
+        self.attention = attention
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(input_width, width)})
         self.encoder = Layers(
@@ -71,6 +79,7 @@ class LongNet(nn.Module):
             dropout=dropout,
             drop_path=drop_path,
             compatible=compatible,
+            attention=attention,
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if not self.cls_token.is_meta:
@@ -159,12 +168,14 @@ class Layers(nn.Module):
         dropout: float,
         drop_path: float,
         compatible: bool,
+        attention: str,
     ) -> None:
         super().__init__()
         if width % heads:
             raise ValueError(f"width {width} must be a multiple of the {heads} heads")
         check_schedule(segment_lengths, dilated_ratios)
-        self.dropout = dropout
+        self.heads, self.dropout = heads, dropout
+        self.group: Group = None
         self.layers = nn.ModuleList(
             Layer(
                 index=index,
@@ -176,6 +187,7 @@ class Layers(nn.Module):
                 dropout=dropout,
                 drop_path=drop_path * index / max(1, depth - 1),
                 compatible=compatible,
+                attention=attention,
             )
             for index in range(depth)
         )
@@ -187,17 +199,26 @@ class Layers(nn.Module):
             if isinstance(module, DilatedSelfAttention):
                 module.compatible = compatible
 
+    def share_slides(self, group: Group) -> None:
+        """Let the processes of ``group`` each compute a share of every slide's tokens (see `models.sequence_parallel`).
+
+        They are given the same slides, and get the same results. Raises ValueError unless the processes divide the heads.
+        """
+        check_heads(self.heads, group)
+        self.group = group
+
     def forward(
         self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None, all_layers: bool = False
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B, width) each."""
-        x = dropout(x, self.dropout, lengths, seeds, "embedding")
-        states = [summarise(x, lengths)[1:]] if all_layers else []
+        share = Share(tuple(lengths), self.group)
+        x = dropout(scatter(x, share), self.dropout, share, seeds, "embedding")
+        states = [summarise(gather(x, share), lengths)[1:]] if all_layers else []
         for layer in self.layers:
-            x = layer(x, lengths, seeds)
+            x = layer(x, share, seeds)
             if all_layers:
-                states.append(summarise(x, lengths)[1:])
-        return self.layer_norm(x), states
+                states.append(summarise(gather(x, share), lengths)[1:])
+        return gather(self.layer_norm(x), share), states
 
 
 class Layer(nn.Module):
@@ -215,26 +236,42 @@ class Layer(nn.Module):
         dropout: float,
         drop_path: float,
         compatible: bool,
+        attention: str,
     ) -> None:
         super().__init__()
         self.index, self.dropout, self.drop_path = index, dropout, drop_path
-        self.self_attn = DilatedSelfAttention(width, heads, segment_lengths, dilated_ratios, compatible)
+        self.self_attn = DilatedSelfAttention(width, heads, segment_lengths, dilated_ratios, compatible, attention)
         self.self_attn_layer_norm = nn.LayerNorm(width)
         self.ffn = FeedForward(width, feed_forward_width)
         self.final_layer_norm = nn.LayerNorm(width)
 
-    def forward(self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None) -> Tensor:
-        """(T, width) → (T, width)."""
-        x = x + self._regularised(self.self_attn(self.self_attn_layer_norm(x), lengths), lengths, seeds, "attention")
-        return x + self._regularised(self.ffn(self.final_layer_norm(x)), lengths, seeds, "feed-forward")
+    def forward(self, x: Tensor, share: Share, seeds: Sequence[int] | None) -> Tensor:
+        """(t, width) → (t, width), the share's tokens. Without gradients and dropout, a piece of the tokens at a time."""
+        if torch.is_grad_enabled() or seeds is not None:
+            q, k, v = self.self_attn.project(self.self_attn_layer_norm(x))
+            attended = self.self_attn.finish(self.self_attn.attend(q, k, v, share))
+            x = x + self._regularised(attended, share, seeds, "attention")
+            return x + self._regularised(self.ffn(self.final_layer_norm(x)), share, seeds, "feed-forward")
+        q, k, v = in_pieces(lambda some: self.self_attn.project(self.self_attn_layer_norm(some)), x)
+        attended = self.self_attn.attend(q, k, v, share)
+        del q, k, v
 
-    def _regularised(self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None, site: str) -> Tensor:
-        x = dropout(x, self.dropout, lengths, seeds, f"{site} {self.index}")
-        return drop_path(x, self.drop_path, lengths, seeds, f"path {site} {self.index}")
+        def rest(some: Tensor, attended: Tensor) -> tuple[Tensor]:
+            some = some + self.self_attn.finish(attended)
+            return (some + self.ffn(self.final_layer_norm(some)),)
+
+        return in_pieces(rest, x, attended)[0]
+
+    def _regularised(self, x: Tensor, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
+        x = dropout(x, self.dropout, share, seeds, f"{site} {self.index}")
+        return drop_path(x, self.drop_path, share, seeds, f"path {site} {self.index}")
 
 
 class DilatedSelfAttention(nn.Module):
-    """Multi-head dilated attention with a norm before its output projection (sub-LayerNorm)."""
+    """Multi-head dilated attention with a norm before its output projection (sub-LayerNorm), in three steps: `Layer` calls each.
+
+    What comes before and after attention looks at one token at a time, and can therefore be done in pieces.
+    """
 
     def __init__(
         self,
@@ -243,21 +280,45 @@ class DilatedSelfAttention(nn.Module):
         segment_lengths: tuple[int, ...],
         dilated_ratios: tuple[int, ...],
         compatible: bool,
+        attention: str,
     ) -> None:
         super().__init__()
         self.heads, self.segment_lengths, self.dilated_ratios = heads, segment_lengths, dilated_ratios
-        self.compatible = compatible
+        self.compatible, self.kernel = compatible, kernel(attention)
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)
         self.inner_attn_ln = nn.LayerNorm(width)
         self.out_proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
-        """(T, width) → (T, width)."""
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(t, width) → q, k, v (t, heads, head_width)."""
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
-        out = dilated_attention(q, k, v, lengths, self.segment_lengths, self.dilated_ratios, self.compatible)
+        return q, k, v
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, share: Share) -> Tensor:
+        """q, k, v (t, heads, head_width) of the share's tokens → (t, heads, head_width), having seen all tokens."""
+        schedule = self.segment_lengths, self.dilated_ratios, self.compatible, self.kernel
+        if share.group is None:
+            return dilated_attention(q, k, v, share.lengths, *schedule)
+        q, k, v = to_heads(torch.stack([q, k, v], dim=1), share).unbind(1)
+        out = dilated_attention(q, k, v, share.lengths, *schedule, heads_at_hand(self.heads, share.group))
+        return to_tokens(out[:, None], share)[:, 0]
+
+    def finish(self, out: Tensor) -> Tensor:
+        """(t, heads, head_width) → (t, width)."""
         return self.out_proj(self.inner_attn_ln(out.flatten(1)))
+
+
+def in_pieces(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
+    """``function(*tensors)``, which looks at one row at a time, computed `PIECE` rows at a time into results of full length."""
+    results: tuple[Tensor, ...] = ()
+    for start in range(0, max(1, len(tensors[0])), PIECE):
+        pieces = function(*(x[start : start + PIECE] for x in tensors))
+        results = results or tuple(piece.new_empty(len(tensors[0]), *piece.shape[1:]) for piece in pieces)
+        for whole, piece in zip(results, pieces, strict=True):
+            whole[start : start + PIECE] = piece
+    return results
 
 
 class FeedForward(nn.Module):
@@ -288,22 +349,28 @@ def summarise(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor
     return tiles, torch.stack([slide[0] for slide in slides]), torch.stack([slide[1:].mean(dim=0) for slide in slides])
 
 
-def dropout(x: Tensor, rate: float, lengths: Sequence[int], seeds: Sequence[int] | None, site: str) -> Tensor:
+def dropout(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
     """Dropout whose draws for a slide depend on (the slide's seed, the site) alone, not on what else is in the batch."""
     if seeds is None or rate == 0:
         return x
     kept = torch.empty_like(x, requires_grad=False)
-    for slide, seed in zip(kept.split(list(lengths)), seeds, strict=True):
-        slide.bernoulli_(1 - rate, generator=torch.Generator(x.device).manual_seed(draw(seed, site)))
+    sizes = [tokens.stop - tokens.start for _, tokens in share.parts]
+    for (number, tokens), part in zip(share.parts, kept.split(sizes), strict=True):
+        generator = torch.Generator(x.device).manual_seed(draw(seeds[number], site))
+        slide = part if len(part) == share.lengths[number] else x.new_empty(share.lengths[number], *x.shape[1:])
+        slide.bernoulli_(1 - rate, generator=generator)
+        if slide is not part:  # other processes hold the rest, and all cut theirs from the same draws
+            part.copy_(slide[tokens])
     return x * kept.div_(1 - rate)
 
 
-def drop_path(x: Tensor, rate: float, lengths: Sequence[int], seeds: Sequence[int] | None, site: str) -> Tensor:
+def drop_path(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
     """Stochastic depth (Huang et al. 2016): a whole slide's branch is dropped with probability ``rate``, or else scaled up."""
     if seeds is None or rate == 0:
         return x
     factors = [0.0 if draw(seed, site) < rate * 2**63 else 1 / (1 - rate) for seed in seeds]
-    return torch.cat([slide * factor for slide, factor in zip(x.split(list(lengths)), factors, strict=True)])
+    each = [factors[number] for number, tokens in share.parts for _ in range(tokens.stop - tokens.start)]
+    return x * x.new_tensor(each)[:, None]
 
 
 def draw(seed: int, site: str) -> int:

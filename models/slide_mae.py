@@ -33,6 +33,7 @@ class SlideDecoder(nn.Module):
         feed_forward_width: int,
         segment_lengths: list[int],
         dilated_ratios: list[int],
+        attention: str = "sdpa",
     ) -> None:
         super().__init__()
         if width % 4:
@@ -50,6 +51,7 @@ class SlideDecoder(nn.Module):
             dropout=0.0,
             drop_path=0.0,
             compatible=False,
+            attention=attention,
         )
         self.head = nn.Linear(width, output_width)
         if not self.mask_token.is_meta:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
 from data.embeddings import EmbeddingStore
@@ -12,6 +13,8 @@ from data.fault import Fault
 from data.loader import load
 from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
+from models.sequence_parallel import Group
+from pretrain.across_ranks import world_size
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.progress import say
 from pretrain.training import Training
@@ -31,6 +34,7 @@ class SlideData:
     mask: str
     mask_ratio: float
     block_cells: int
+    processes_per_slide: int
 
 
 class SlideBatches(IterableDataset["list[SlideBatch] | Fault"]):
@@ -51,6 +55,13 @@ class SlideBatches(IterableDataset["list[SlideBatch] | Fault"]):
             yield fault
 
 
+def process_group(together: int) -> Group:
+    """This process's group of ``together`` neighbouring ranks, None for one. Raises ValueError unless they divide the processes."""
+    if together < 1 or world_size() % together:
+        raise ValueError(f"it must divide the run's {world_size()} processes (trainer.devices × trainer.nodes)")
+    return dist.new_subgroups(together)[0] if together > 1 else None
+
+
 class SlideTraining(Training):
     """The slide stage of a run; see `Training`."""
 
@@ -63,11 +74,22 @@ class SlideTraining(Training):
         if not statistics.exists():  # written before Lightning starts further processes, which then read it
             run.mkdir(parents=True, exist_ok=True)
             Statistics.of(store).save(statistics)
-        settings = {name: value for name, value in vars(config.data).items() if name != "embeddings"}
+        own = ("embeddings", "processes_per_slide")
+        settings = {name: value for name, value in vars(config.data).items() if name not in own}
         self.sequences = SlideSequences(store, Statistics.load(statistics), seed=config.seed, **settings)
 
     def data_digest(self) -> str:
         return self.store.digest
+
+    def configure_model(self) -> None:
+        if self.objective is not None:
+            return
+        super().configure_model()
+        assert isinstance(self.objective, SlideMAE)
+        try:
+            self.objective.share_slides(process_group(self.config.data.processes_per_slide))
+        except ValueError as error:
+            raise Fault(f"data.processes_per_slide={self.config.data.processes_per_slide}: {error}.") from error
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
@@ -84,9 +106,11 @@ class SlideTraining(Training):
             say(f"{len(cells.store.slides)} slides, {what}: {sequences}")
 
     def batches(self, start: int, stop: int) -> Iterable[list[SlideBatch] | Fault]:
-        batches = SlideBatches(
-            self.sequences, start, stop, self.global_rank, self.trainer.world_size, self.hardware.accumulate
-        )
+        # Processes that share slides get the same ones. Each counts their loss once, and so does the sum over all of the
+        # numbers that it is divided by; gradients, summed over tokens by sharing and averaged over processes, come out the same.
+        together = self.config.data.processes_per_slide
+        rank, groups = self.global_rank // together, self.trainer.world_size // together
+        batches = SlideBatches(self.sequences, start, stop, rank, groups, self.hardware.accumulate)
         return load(batches, pin_memory=False)
 
     def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:

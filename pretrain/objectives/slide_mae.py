@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data.keyed import rng
 from data.slide_sequences import SlideBatch
 from models.longnet import LongNet
+from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
 from pretrain.across_ranks import total, world_size
 from pretrain.objective import Moment, Objective
@@ -60,10 +61,16 @@ class SlideMAE(Objective):
             feed_forward_width=decoder_feed_forward_width,
             segment_lengths=self.encoder.segment_lengths,
             dilated_ratios=self.encoder.dilated_ratios,
+            attention=self.encoder.attention,
         )
 
     def trained(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "decoder": self.decoder}
+
+    def share_slides(self, group: Group) -> None:
+        """Let the processes of ``group`` share every slide's tokens; they get the same batches. ValueError unless the heads divide."""
+        self.encoder.encoder.share_slides(group)
+        self.decoder.decoder.share_slides(group)
 
     def forward(self, batch: SlideBatch, step_seed: int | None) -> dict[str, Tensor]:
         """Loss and predictions of a batch.

@@ -5,8 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from models import attention_statistics
-from models.dilated_attention import check_schedule, dilated_attention, lay_out
+from models.dilated_attention import CALL_ELEMENTS, _cut, check_schedule, dilated_attention, lay_out
 
 CPU = torch.device("cpu")
 
@@ -108,7 +107,7 @@ def test_compatible_mode_equals_the_published_formulation_with_its_padding_and_c
 def test_gradients_equal_finite_differences():
     q, k, v = random_qkv(11, 4, width=2)
     assert torch.autograd.gradcheck(
-        lambda q, k, v: dilated_attention(q, k, v, [4, 7], [2, 6], [1, 2]), (q, k, v), eps=1e-6, atol=1e-7
+        lambda q, k, v: dilated_attention(q, k, v, [4, 7], [2, 6], [1, 2]), (q, k, v), eps=1e-6, atol=1e-7, rtol=0
     )
 
 
@@ -132,6 +131,36 @@ def test_packed_slides_of_any_lengths_give_each_slides_own_result_and_gradient(c
         torch.testing.assert_close(one, other, atol=1e-13, rtol=0)
 
 
+@settings(max_examples=200, deadline=None)
+@given(
+    shapes=st.lists(st.tuples(st.integers(1, 9), st.integers(1, 12)), max_size=6),
+    per_call=st.integers(0, 40),
+    together=st.integers(1, 4),
+)
+def test_calls_hold_all_runs_in_order_and_no_more_tokens_than_allowed(shapes, per_call, together):
+    calls = list(_cut(shapes, per_call, together))
+    runs = [length for call in calls for count, length in call for _ in range(count)]
+    assert runs == [length for count, length in shapes for _ in range(count)]
+    for call in calls:
+        tokens, count = sum(count * length for count, length in call), sum(count for count, _ in call)
+        assert count and (tokens <= per_call or (len(call) == 1 and count <= together))
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("heads", "segments", "ratios", "n"), [(4, [4, 8, 16], [1, 2, 4], 37), (8, [8, 12], [1, 4], 29)]
+)
+def test_some_of_the_heads_give_what_they_give_among_all(heads, segments, ratios, n, processes):
+    q, k, v = random_qkv(n, heads)
+    whole = dilated_attention(q, k, v, [n], segments, ratios)
+    some = heads // processes
+    parts = [
+        dilated_attention(*(x[:, i : i + some] for x in (q, k, v)), [n], segments, ratios, of_heads=(i, heads))
+        for i in range(0, heads, some)
+    ]
+    torch.testing.assert_close(torch.cat(parts, dim=1), whole, atol=1e-13, rtol=0)
+
+
 @settings(max_examples=50, deadline=None)
 @given(
     lengths=st.lists(st.integers(1, 70), min_size=1, max_size=4),
@@ -140,11 +169,12 @@ def test_packed_slides_of_any_lengths_give_each_slides_own_result_and_gradient(c
     heads=st.sampled_from([1, 3, 4, 6, 8]),
 )
 def test_a_branch_holds_each_active_token_and_head_once_without_padding(lengths, w, r, heads):
-    branch = lay_out(tuple(lengths), w * r, r, heads, 8, CPU)
+    branch = lay_out(tuple(lengths), w * r, r, range(heads), heads, 8, CPU)
     units = heads // branch.unit
     every = torch.arange(sum(lengths) * units)
-    rows = torch.cat([every[runs.rows] for runs in branch.calls])
-    assert [runs.count * runs.length for runs in branch.calls] == [len(every[runs.rows]) for runs in branch.calls]
+    rows = torch.cat([every[call.rows] for call in branch.calls])
+    for call in branch.calls:
+        assert sum(runs * length for runs, length in call.shapes) == len(every[call.rows])
     expected = [
         (start + t) * units + unit
         for start, n in zip([sum(lengths[:i]) for i in range(len(lengths))], lengths, strict=True)
@@ -159,10 +189,10 @@ def test_large_branches_are_cut_into_calls_that_give_the_same(monkeypatch):
     q, k, v = random_qkv(100, 4)
     whole = dilated_attention(q, k, v, [100], [8, 16], [1, 2])
     lay_out.cache_clear()
-    monkeypatch.setattr("models.dilated_attention.CALL_ELEMENTS", 200)
+    monkeypatch.setitem(CALL_ELEMENTS, "cpu", 200)
     try:
         cut = dilated_attention(q, k, v, [100], [8, 16], [1, 2])
-        assert max(len(lay_out((100,), w, r, 4, 4, CPU).calls) for w, r in ((8, 1), (16, 2))) > 4
+        assert max(len(lay_out((100,), w, r, range(4), 4, 4, CPU).calls) for w, r in ((8, 1), (16, 2))) > 4
     finally:
         lay_out.cache_clear()
     torch.testing.assert_close(cut, whole, atol=1e-14, rtol=0)
@@ -206,26 +236,6 @@ def test_bfloat16_is_accumulated_in_float32():
     low = [x.bfloat16() for x in (q, k, v)]
     exact = dilated_attention(*(x.float() for x in low), [200], segments, ratios)
     assert (dilated_attention(*low, [200], segments, ratios).float() - exact).abs().max() < 1.2e-2 * exact.abs().max()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_the_plain_path_agrees_with_the_stock_kernel_forward_and_backward(dtype, monkeypatch):
-    monkeypatch.setattr(attention_statistics, "BLOCK", 7)  # several blocks of queries, the last one short
-    q, k, v, grad = (
-        torch.randn(3, 2, 17, 8, dtype=dtype, generator=torch.Generator().manual_seed(i)) for i in range(4)
-    )
-    stock, plain = attention_statistics.attend(q, k, v), attention_statistics._attend_plainly(q, k, v)
-    tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for one, other in zip(stock, plain, strict=True):
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
-    # statistics of a larger softmax, as merged branches have them
-    out, lse = stock[0] * 0.5, stock[1] + 0.3
-    for one, other in zip(
-        attention_statistics.attend_backward(grad, q, k, v, out, lse),
-        attention_statistics._attend_backward_plainly(grad, q, k, v, out, lse),
-        strict=True,
-    ):
-        torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
 
 
 def test_a_plan_made_in_inference_mode_serves_training_too():

@@ -3,8 +3,9 @@ import pytest
 import torch
 
 from models.initialise import initialise
-from models.longnet import LongNet
+from models.longnet import LongNet, drop_path, dropout
 from models.positions import position_embedding
+from models.sequence_parallel import Share
 
 RELEASED = {
     "input_width": 1536,
@@ -68,6 +69,22 @@ def test_full_size_encoder_has_the_released_keys_and_parameters(width, depth, he
         assert sum(p.numel() for p in network.parameters()) == parameters
 
 
+@pytest.mark.parametrize(("width", "depth"), [(768, 12), (1024, 24), (1536, 12)])
+def test_a_full_size_released_file_loads_strictly(width, depth, tmp_path):
+    settings = RELEASED | {"width": width, "depth": depth, "feed_forward_width": 4 * width}
+    with torch.device("meta"):
+        network, expected = LongNet(**settings), LongNet(**settings).state_dict()
+    generator = torch.Generator().manual_seed(0)
+    # every tensor one random number throughout: the released names and shapes in a small file
+    state = {name: torch.randn(1, generator=generator).expand(value.shape) for name, value in expected.items()}
+    torch.save({"model": state}, tmp_path / "slide_encoder.pth")
+    said = network.load_released(tmp_path / "slide_encoder.pth")
+    assert f"loaded {len(expected)} tensors" in said and "compatible" in said
+    assert all(layer.self_attn.compatible for layer in network.encoder.layers)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, state[name]), name
+
+
 def test_every_parameter_has_an_initial_value_that_depends_on_its_name_alone():
     with torch.device("meta"):
         network = LongNet(**SMALL)
@@ -129,14 +146,12 @@ def test_dropout_is_drawn_from_the_slides_seeds_and_off_without_them():
 
 
 def test_dropout_and_drop_path_keep_the_expectation():
-    from models.longnet import drop_path, dropout
-
-    ones, lengths, seeds = torch.ones(4000, 8), [2] * 2000, list(range(2000))
+    ones, share, seeds = torch.ones(4000, 8), Share((2,) * 2000), list(range(2000))
     for function in (dropout, drop_path):
-        found = function(ones, 0.25, lengths, seeds, "here")
+        found = function(ones, 0.25, share, seeds, "here")
         assert found.unique().tolist() == pytest.approx([0, 1 / 0.75])
         assert found.mean() == pytest.approx(1, abs=0.05)
-    assert drop_path(ones, 0.25, lengths, seeds, "here").view(2000, -1).std(dim=1).max() == 0  # a slide at a time
+    assert drop_path(ones, 0.25, share, seeds, "here").view(2000, -1).std(dim=1).max() == 0  # a slide at a time
 
 
 def test_a_released_file_loads_strictly_and_switches_to_compatible_attention(tmp_path):
@@ -179,6 +194,27 @@ def test_settings_that_do_not_divide_are_refused():
     ):
         with pytest.raises(ValueError, match=named):
             LongNet(**SMALL | changes)
+
+
+@pytest.mark.parametrize("compatible", [False, True])
+def test_without_gradients_pieces_of_the_tokens_give_the_same(compatible, monkeypatch):
+    monkeypatch.setattr("models.longnet.PIECE", 7)  # pieces across slides, the last one short
+    network, batch = small(compatible=compatible), slides([5, 33, 1, 40])
+    whole = network(*batch, all_layers=True)
+    with torch.no_grad():
+        pieces = network(*batch, all_layers=True)
+    for one, other in zip(pieces, whole, strict=True):
+        assert not one.requires_grad
+        torch.testing.assert_close(one, other, atol=2e-6, rtol=0)
+
+
+def test_a_layer_without_gradients_leaves_its_input_alone():
+    network = small()
+    x = torch.randn(30, 16)
+    before = x.clone()
+    with torch.inference_mode():
+        network.encoder.layers[0](x, Share((30,)), None)
+    assert torch.equal(x, before)
 
 
 def test_cells_and_lengths_that_do_not_fit_the_tokens_are_refused():

@@ -1,0 +1,122 @@
+"""Faster attention kernels for CUDA, by name, behind the interface of `models.attention_statistics`.
+
+Each is a pair of functions: a forward that hands out its log-sum-exp, and a backward that takes any. The packages' public
+functions drop the log-sum-exp's gradient without a word, which is why their inner forward and backward are called.
+"""
+
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from models.attention_statistics import SDPA, Batched, Kernel, VariableLength
+
+NAMES = ("sdpa", "varlen", "flash_attn", "xformers")
+
+
+def kernel(name: str) -> Kernel:
+    """The kernel of that name. Raises ValueError for an unknown one, and for one that can't run on this machine."""
+    if name == "sdpa":
+        return SDPA
+    if name not in NAMES:
+        raise ValueError(f"attention is {', '.join(NAMES[:-1])} or {NAMES[-1]}, not {name!r}")
+    if not torch.cuda.is_available():
+        raise ValueError(
+            f"attention={name} needs a CUDA device and there is none here: use attention=sdpa, which computes the same"
+        )
+    return {"varlen": _varlen, "flash_attn": _flash_attn, "xformers": _xformers}[name]()
+
+
+@lru_cache
+def _varlen() -> Kernel:
+    """torch's FlashAttention for runs of many lengths, beneath `torch.nn.attention.varlen`."""
+    return VariableLength(varlen_attend, varlen_attend_backward)
+
+
+def varlen_attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """`VariableLength`'s forward by torch's operator. Raises ValueError for numbers of more than 16 bits."""
+    _check_low_precision("varlen", q)
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, False, False, scale=q.shape[-1] ** -0.5
+    )
+    return out, lse
+
+
+def varlen_attend_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: int
+) -> tuple[Tensor, ...]:
+    """`VariableLength`'s backward by torch's operator."""
+    no_draws = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad, q, k, v, out, lse, starts, starts, longest, longest, 0.0, False, no_draws, unused,
+        scale=q.shape[-1] ** -0.5,
+    )  # fmt: skip
+
+
+@lru_cache
+def _flash_attn() -> Kernel:
+    """The package flash-attn, from version 2.7 on."""
+    try:
+        from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
+    except ImportError as error:
+        raise ValueError(_lacks("flash_attn", "flash-attn", error)) from error
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        _check_low_precision("flash_attn", q)
+        out, lse, *_ = _flash_attn_varlen_forward(
+            q, k, v, starts, starts, longest, longest, dropout_p=0.0, softmax_scale=q.shape[-1] ** -0.5, causal=False
+        )
+        return out, lse
+
+    def attend_backward(
+        grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: int
+    ) -> tuple[Tensor, ...]:
+        dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
+        _flash_attn_varlen_backward(
+            grad, q, k, v, out, lse, dq, dk, dv, starts, starts, longest, longest, dropout_p=0.0,
+            softmax_scale=q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
+            alibi_slopes=None, deterministic=False,
+        )  # fmt: skip
+        return dq, dk, dv
+
+    return VariableLength(attend, attend_backward)
+
+
+@lru_cache
+def _xformers() -> Kernel:
+    """The package xformers, runs of one length at a time: its statistics of many lengths have changed shape over versions."""
+    try:
+        from xformers.ops.fmha import (
+            memory_efficient_attention_backward,
+            memory_efficient_attention_forward_requires_grad,
+        )
+    except ImportError as error:
+        raise ValueError(_lacks("xformers", "'slidewright[xformers]'", error)) from error
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        out, lse = memory_efficient_attention_forward_requires_grad(*(x.transpose(1, 2) for x in (q, k, v)))
+        return out.transpose(1, 2), lse[..., : q.shape[2]]
+
+    def attend_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
+        grad, q, k, v, out = (x.transpose(1, 2) for x in (grad, q, k, v, out))
+        return tuple(
+            x.transpose(1, 2) for x in memory_efficient_attention_backward(grad, out, lse.contiguous(), q, k, v)
+        )
+
+    return Batched(attend, attend_backward)
+
+
+def _check_low_precision(name: str, q: Tensor) -> None:
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(
+            f"attention={name} computes in float16 or bfloat16, and this model is in {str(q.dtype).removeprefix('torch.')}: "
+            "use attention=sdpa, or set trainer.precision=bf16"
+        )
+
+
+def _lacks(name: str, package: str, error: ImportError) -> str:
+    return (
+        f"attention={name} needs the package {name} ({error}): pip install {package}, "
+        "or use attention=sdpa, which computes the same"
+    )
