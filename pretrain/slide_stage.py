@@ -23,6 +23,8 @@ class SlideData:
 
     embeddings: str
     batch_size: int
+    batch_tokens: int | None
+    lanes: int
     field_cells: int
     validation_fraction: float
     crop: float
@@ -89,9 +91,15 @@ class SlideTraining(Training):
         )
         return load(batches, pin_memory=False)
 
+    def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
+        start = self.sequences.packing.start
+        self.taken = start(self.step + 1) - start(self.step)
+        return {"slides": self.taken}
+
     def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:
         for part in batch:
-            yield part.to(self.device, non_blocking=True), part.positions[0] % self.batch_size
+            first = part.positions[0] - self.sequences.packing.start(self.step)
+            yield part.to(self.device, non_blocking=True), first
 
     def evaluate(self) -> dict[str, float]:
         assert isinstance(self.objective, SlideMAE)
