@@ -58,7 +58,7 @@ class EmbeddingWriter:
         self.folder, self.width, self.encoder, self.part, self.parts = Path(folder), width, encoder, part, parts
         self._finished, self._without = False, dict[str, str]()
         self.folder.mkdir(parents=True, exist_ok=True)
-        _claim(self.folder, {"format": 1, "width": width, "encoder": encoder, "encoder_hash": encoder_hash})
+        claim(self.folder, {"format": 1, "width": width, "encoder": encoder, "encoder_hash": encoder_hash})
         self._journal = open(self.folder / f"journal-{part}.jsonl", "ab")  # noqa: SIM115
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -253,11 +253,14 @@ class EmbeddingStore:
         return self._maps[entry.file]
 
 
-def _claim(folder: Path, about: dict[str, object]) -> None:
-    """Write what the store is, or hold it to what it already is: embeddings of two encoders never mix."""
-    path = folder / "store.json"
+def claim(folder: Path, about: dict[str, object], name: str = "store.json") -> None:
+    """Write what a folder holds (``encoder``, ``encoder_hash``, ``width``) into its file ``name``, or hold it to what it already is.
+
+    Embeddings of two encoders never mix: raises Fault where it is another's.
+    """
+    path = folder / name
     if not path.exists():
-        partial = folder / f".store.json.{os.getpid()}"
+        partial = folder / f".{name}.{os.getpid()}"
         partial.write_text(json.dumps(about))
         try:
             os.link(partial, path)  # fails where another writer was first

@@ -1,5 +1,6 @@
 """Stage two: slides as sequences of frozen tile embeddings, into the slide encoder's masked autoencoder."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,10 @@ from data.fault import Fault
 from data.loader import load
 from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
+from pretrain import run_folder
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.progress import say
+from pretrain.slide_encoders import TILE_ENCODER
 from pretrain.training import Training
 
 
@@ -64,6 +67,9 @@ class SlideTraining(Training):
         statistics = run / "statistics.json"
         if not statistics.exists():  # written before Lightning starts further processes, which then read it
             run.mkdir(parents=True, exist_ok=True)
+            say(f"reading {store.folder} once through, for the mean and the spread of its embeddings")
+            about = {"encoder": store.encoder, "encoder_hash": store.encoder_hash, "width": store.width}
+            run_folder.write(run / TILE_ENCODER, json.dumps(about))
             Statistics.of(store).save(statistics)
         settings = {name: value for name, value in vars(config.data).items() if name != "embeddings"}
         self.sequences = SlideSequences(store, Statistics.load(statistics), seed=config.seed, **settings)

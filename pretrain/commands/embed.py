@@ -32,6 +32,7 @@ from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.embeddings_h5 import EXPORTS, exported
 from data.fault import Fault
 from data.feature_files import list_features, maker, width
+from data.slide_features import slides_in
 from data.slide_names import name_slides
 from data.slides import list_slides
 from data.tiling import TilingSettings
@@ -76,9 +77,7 @@ def run(config: Config) -> None:
         merge(Path(config.out))
         report(config, EmbeddingStore.open(Path(config.out)), {}, 0, time.monotonic())
     elif config.stage == "slide":
-        from pretrain.slide_embedding import embed_store
-
-        embed_store(config, part, parts)
+        embed_slides_whole(config, part, parts)
     elif config.features:
         take_over(config, part, parts)
     else:
@@ -181,6 +180,27 @@ def take_over(config: Config, part: int, parts: int) -> None:
     store = EmbeddingStore.open(Path(config.out))
     write_exports(config, store, [slide for slide in mine if slide not in failed])
     report(config, store, failed, len(pending) - len(failed), began)
+
+
+def embed_slides_whole(config: Config, part: int, parts: int) -> None:
+    """stage=slide."""
+    from pretrain.slide_embedding import embed_store
+    from pretrain.slide_encoders import load_slide_encoder
+
+    assert config.checkpoint is not None and config.embeddings is not None
+    began = time.monotonic()
+    encoder = load_slide_encoder(config.checkpoint, config.device or "")
+    for sentence in encoder.said:
+        say(f"{encoder.name}: {sentence}")
+    store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
+    new = embed_store(store, encoder, out, part=part, parts=parts, tokens=config.tokens, precision=config.precision)
+    slides = len(slides_in(out))
+    say(f"{out}: {slides} slides" + ("" if new else "; all were there already, nothing to do"))
+    facts = {
+        "out": config.out, "slides": slides, "width": encoder.network.width, "encoder": encoder.name, "encoder_hash": encoder.hash,
+        "tile_encoder_hash": store.encoder_hash, "new_slides": new, "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    print(json.dumps(facts), flush=True)
 
 
 def slide_source(config: Config, writer: EmbeddingWriter) -> SlideSource:
