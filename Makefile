@@ -13,7 +13,7 @@ ARGS ?=
 # The reference numbers that 'make parity' compares with.
 GOLDENS ?= ../shared/goldens
 
-.PHONY: demo test test-slow parity bench-packed bench-learning lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-embed lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -34,6 +34,9 @@ bench-packed: setup
 # What 12 minutes on two cores teach: about 75 minutes. Your own tiles: make bench-learning ARGS="TILES=folder".
 bench-learning: setup
 	$(BIN)/python tests/bench/learning.py $(ARGS)
+
+bench-embed: setup
+	$(BIN)/python tests/bench/embed.py
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

@@ -164,12 +164,13 @@ class SlideSequences:
             if self.mask == "random"
             else block_mask(cells, self.mask_ratio, self.block_cells, random)
         )
-        return _Item(sequence.slide, position, slide.embeddings[rows].astype(np.float32), cells, masked)
+        return _Item(sequence.slide, position, slide.embeddings[rows], cells, masked)
 
     def _pack(self, items: list["_Item"]) -> SlideBatch:
         masked = np.concatenate([item.masked for item in items])
+        embeddings = torch.from_numpy(np.concatenate([item.embeddings for item in items]))
         return SlideBatch(
-            embeddings=torch.from_numpy(np.concatenate([item.embeddings for item in items])),
+            embeddings=embeddings.float(),  # torch converts six times faster than numpy
             cells=torch.from_numpy(np.concatenate([item.cells for item in items])),
             lengths=[len(item.masked) for item in items],
             visible=torch.from_numpy(np.flatnonzero(~masked)),
@@ -187,7 +188,7 @@ class SlideSequences:
 class _Item:
     slide: str
     position: int
-    embeddings: np.ndarray  # (n, D) float32
+    embeddings: np.ndarray  # (n, D) float16
     cells: np.ndarray  # (n, 2) int64
     masked: np.ndarray  # (n,) bool
 

@@ -64,21 +64,22 @@ def _rows(
     store: EmbeddingStore, encoder: SlideEncoder, slides: Sequence[str], tokens: int, precision: str
 ) -> Iterator[dict[str, object]]:
     for batch in packed(store, slides, tokens):
-        values = [slide.embeddings.astype(np.float32) for slide in batch]
         cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(encoder.device)
-        x = torch.from_numpy(np.concatenate(values)).to(encoder.device)
+        lengths = [len(slide.embeddings) for slide in batch]
+        x = torch.from_numpy(np.concatenate([slide.embeddings for slide in batch])).to(encoder.device).float()
         low = precision != "float32"
         with (
             torch.inference_mode(),
             torch.autocast(encoder.device.type, PRECISIONS[precision]) if low else nullcontext(),
         ):
-            found = encoder.network(x, cells, [len(slide.embeddings) for slide in batch], all_layers=True)
+            found = encoder.network(x, cells, lengths, all_layers=True)
         layers = {"pooled_layers": found.pooled_layers, "cls_layers": found.cls_layers}
         by_slide = {name: tensor.transpose(0, 1).float().cpu().numpy() for name, tensor in layers.items()}
         by_slide |= {name: getattr(found, name).float().cpu().numpy() for name in ("pooled", "cls")}
+        by_slide["mean_tiles"] = torch.stack([tiles.mean(dim=0) for tiles in x.split(lengths)]).cpu().numpy()
         for i, slide in enumerate(batch):
             summaries = {name: array[i] for name, array in by_slide.items()}
-            yield {"slide": slide.slide, "tiles": len(values[i]), "mean_tiles": values[i].mean(axis=0)} | summaries
+            yield {"slide": slide.slide, "tiles": lengths[i]} | summaries
 
 
 def packed(store: EmbeddingStore, slides: Sequence[str], tokens: int) -> Iterator[list[SlideEmbeddings]]:
