@@ -37,7 +37,7 @@ from models.vit import VisionTransformer
 from pretrain.embedding import embed_slides
 from pretrain.encoders import Preprocessing, TileEncoder, class_token, freeze
 
-BATCH, TILES, ROUNDS = 16, 96, 5
+BATCH, TILES, ROUNDS = 16, 64, 5
 ROWS, WIDTH = 8089, 1536
 
 

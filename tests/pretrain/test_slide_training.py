@@ -106,3 +106,40 @@ def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else() -> None:
         *("data.batch_size", "data.batch_tokens", "data.lanes", "data.validation_fraction", "optim.steps", "optim.warmup_steps", "optim.frozen_last_layer_steps"),
     }  # fmt: skip
     assert smoke["optim.steps"] == 20 and smoke["model.width"] < full["model.width"]
+
+
+@pytest.mark.slow
+def test_a_run_beats_the_nearest_neighbours_on_slides_whose_pattern_they_cannot_know(tmp_path: Path) -> None:
+    """64 slides of one pattern of waves 6.3 tiles long, with a sign of each slide's own: what lies where has to be learned."""
+    cells = np.stack(np.meshgrid(np.arange(12), np.arange(12)), axis=-1).reshape(-1, 2)
+    pattern = np.concatenate([np.cos(cells), np.sin(cells)], axis=1) @ rng("waves").normal(size=(4, 16))
+    with EmbeddingWriter(tmp_path / "store", 16, "made up", "0" * 16) as writer:
+        for number in range(64):
+            draw = rng("slide", number)
+            values = draw.normal(size=16) / 2 + draw.choice([-1, 1]) * pattern + 0.3 * draw.normal(size=pattern.shape)
+            writer.add(f"slide{number}", values, cells * 256, 256.0, 0.5)
+    small = [f"{part}={value}" for part, value in (("model.width", 32), ("model.depth", 2), ("model.dropout", 0.0), ("model.feed_forward_width", 64),
+             ("objective.decoder_width", 32), ("objective.decoder_feed_forward_width", 64))]  # fmt: skip
+    whole = [
+        "data.field_cells=0",
+        "data.crop=1.0",
+        "data.shift_grid=0",
+        "data.flip=0.0",
+        "optim.lr=3e-3",
+        "optim.steps=260",
+        "optim.warmup_steps=20",
+    ]
+    finish(
+        train(
+            tmp_path / "run",
+            tmp_path / "store",
+            *small,
+            *whole,
+            "objective.weighting=slide",
+            "optim.weight_decay=0.01",
+            "optim.clip=0",
+        )
+    )
+    last = metrics(tmp_path / "run")[-1]
+    assert last["r2_slide_mean"] < last["r2_neighbours"] < 0.5
+    assert last["r2"] > last["r2_neighbours"] + 0.2 and last["shuffled_rise"] > 1 and last["effective_rank"] > 2
