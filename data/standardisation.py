@@ -61,7 +61,7 @@ class Statistics:
 
 
 def _chunks(store: EmbeddingStore) -> Iterator[np.ndarray]:
-    stride = -(-sum(store.rows(slide) for slide in store.slides) // MOST)
+    stride = max(1, -(-sum(store.rows(slide) for slide in store.slides) // MOST))
     for slide in store.slides:
         embeddings = store.read(slide).embeddings[::stride]
         for first in range(0, len(embeddings), ROWS):

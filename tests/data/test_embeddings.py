@@ -259,3 +259,16 @@ def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path
     again = Statistics.load(tmp_path / "statistics.json")
     assert np.array_equal(again.mean, statistics.mean) and np.array_equal(again.std, statistics.std)
     assert json.loads((tmp_path / "statistics.json").read_text())["rows"] == 71
+
+
+def test_statistics_of_a_large_store_are_those_of_every_so_many_th_tile_of_each_slide(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.standardisation.MOST", 25)
+    with writer(tmp_path) as out:
+        for slide, n in (("a", 20), ("b", 50), ("empty", 0)):
+            out.add(slide, *tiles(slide, n), 512.0, 0.5)
+    store = EmbeddingStore.open(tmp_path)
+    values = np.concatenate([store.read(slide).embeddings[::3] for slide in ("a", "b")]).astype(np.float64)
+    statistics = Statistics.of(store)
+    assert statistics.rows == len(values) == 24
+    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(statistics.std, values.std(0), rtol=1e-9)
