@@ -229,7 +229,7 @@ def report(config: Config, store: EmbeddingStore, failed: dict[str, str], new: i
     empty = sum(not store.rows(slide) for slide in store.slides)
     said = f"{config.out}: {len(store.slides)} slides, {tiles} tiles, {store.width} wide"
     said += f", {empty} of the slides without tissue" if empty else ""
-    say(said if new or failed else f"{said}; all were there already, nothing to do")
+    say(said if new or failed or config.merge else f"{said}; all were there already, nothing to do")
     facts: dict[str, Any] = {
         "out": config.out, "slides": len(store.slides), "tiles": tiles, "width": store.width, "encoder": store.encoder,
         "encoder_hash": store.encoder_hash, "new_slides": new, "failed": failed, "seconds": round(seconds, 1),
