@@ -18,7 +18,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data bench-longnet lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data bench-longnet bench-embed lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -52,6 +52,9 @@ bench-data: setup
 
 bench-longnet: setup
 	$(BIN)/python tests/bench/longnet.py
+
+bench-embed: setup
+	$(BIN)/python tests/bench/embed.py
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

@@ -2,8 +2,7 @@
 
     store.json                        width, encoder and its hash: one store, one encoder
     embeddings-0-000000.bin           slide after slide: (n, width) float16, then (n, 2) int64 level-0 x, y; 64-byte aligned
-    journal-0.jsonl                   while part 0 is written: a line per slide, appended once its bytes are on disk
-    index-0.parquet                   when it is closed: the same facts, one row per slide
+    journal-0.jsonl, index-0.parquet  which slides there are, and where: see `data.embedding_index`
 
 A slide counts as added when its line is in the journal, so a kill leaves every added slide readable and nothing half: bytes
 past the last line are cut off when writing goes on. Parts let the tasks of a job array write into one store, each its own.
@@ -18,14 +17,12 @@ from pathlib import Path
 from types import TracebackType
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from data.coordinates import cell_of, row_major
+from data.embedding_index import MERGED, Entry, PartFacts, read_entries, read_index, write_index
 from data.fault import Fault
 
 FILE_BYTES = 2**32  # a new data file is begun once one is this large
-ALIGNMENT = 64
 
 
 @dataclass(frozen=True)
@@ -37,6 +34,9 @@ class SlideEmbeddings:
     coordinates: np.ndarray  # (n, 2) int64 level-0 pixels (x, y)
     tile_size_level0: float
     mpp: float
+    tile_size: int = 0  # delivered pixels a side; 0: not known
+    slide_width: int = 0  # level-0 pixels; 0: not known
+    slide_height: int = 0
 
     @property
     def cells(self) -> np.ndarray:
@@ -44,35 +44,21 @@ class SlideEmbeddings:
         return cell_of(self.coordinates, self.tile_size_level0)
 
 
-@dataclass(frozen=True)
-class Entry:
-    """Where a slide lies in the store: a line of the journal, a row of the index."""
-
-    slide: str
-    file: str
-    offset: int  # bytes; the coordinates follow at the next multiple of ALIGNMENT after the embeddings
-    rows: int
-    tile_size_level0: float
-    mpp: float
-
-    def coordinates_offset(self, width: int) -> int:
-        return _aligned(self.offset + self.rows * width * 2)
-
-    def end(self, width: int) -> int:
-        return _aligned(self.coordinates_offset(width) + self.rows * 16)
-
-
 class EmbeddingWriter:
     """Adds slides to a store, making it if need be. Use it as a context manager, or `close` it.
 
-    ``part`` is the number of this writer among those that write into the same folder at once (a job array's task). Raises
-    Fault when the folder holds embeddings of another encoder or width, or another process is writing this part.
+    ``part`` of ``parts`` is the number of this writer among those that write into the same folder at once (a job array's
+    task, counted from 1); 0 where it is alone. Raises Fault when the folder holds embeddings of another encoder or width, or
+    another process is writing this part.
     """
 
-    def __init__(self, folder: Path, width: int, encoder: str, encoder_hash: str, part: int = 0) -> None:
-        self.folder, self.width, self.part = Path(folder), width, part
+    def __init__(
+        self, folder: Path, width: int, encoder: str, encoder_hash: str, part: int = 0, parts: int = 1
+    ) -> None:
+        self.folder, self.width, self.encoder, self.part, self.parts = Path(folder), width, encoder, part, parts
+        self._finished, self._without = False, dict[str, str]()
         self.folder.mkdir(parents=True, exist_ok=True)
-        _claim(self.folder, {"format": 1, "width": width, "encoder": encoder, "encoder_hash": encoder_hash})
+        claim(self.folder, {"format": 1, "width": width, "encoder": encoder, "encoder_hash": encoder_hash})
         self._journal = open(self.folder / f"journal-{part}.jsonl", "ab")  # noqa: SIM115
         try:
             fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -82,18 +68,34 @@ class EmbeddingWriter:
                 f"{self.folder}: another process is writing part {part} of these embeddings; wait for it, or end it."
             ) from error
         _cut_torn_line(self.folder / f"journal-{part}.jsonl")
-        self._entries = _entries(self.folder)
+        self._entries = read_entries(self.folder)
         self._cut_unfinished()
 
     def done(self, slide: str) -> bool:
         """Whether the store already holds this slide."""
         return slide in self._entries
 
+    def sources(self) -> dict[Path, str]:
+        """The ids of slides that were read from their own files, by file."""
+        return {Path(entry.source): entry.slide for entry in self._entries.values() if entry.source}
+
     def add(
-        self, slide: str, embeddings: np.ndarray, coordinates: np.ndarray, tile_size_level0: float, mpp: float
+        self,
+        slide: str,
+        embeddings: np.ndarray,
+        coordinates: np.ndarray,
+        tile_size_level0: float,
+        mpp: float,
+        *,
+        tile_size: int = 0,
+        slide_width: int = 0,
+        slide_height: int = 0,
+        source: str = "",
     ) -> None:
         """Add one slide: embeddings (n, width) of any float type, coordinates (n, 2) integer level-0 (x, y), in any order.
 
+        tile_size_level0, tile_size: a tile's side in level-0 and in delivered pixels; mpp: µm per delivered pixel; slide_width,
+        slide_height: of level 0, in pixels; source: the slide's file. Those with a default have it where they aren't known.
         On return its bytes and its line are on disk. Raises Fault for values that float16 can't hold (NaN, infinity, beyond
         65504), ValueError for shapes that don't fit or a slide that is there already.
         """
@@ -117,7 +119,18 @@ class EmbeddingWriter:
             raise Fault(
                 f"{slide}: the embedding of the tile at {tuple(bad.tolist())} is not finite in float16; the encoder is not usable as it is."
             )
-        entry = Entry(slide, self._file.name, self._end, n, float(tile_size_level0), float(mpp))
+        entry = Entry(
+            slide,
+            self._file.name,
+            self._end,
+            n,
+            float(tile_size_level0),
+            float(mpp),
+            tile_size,
+            slide_width,
+            slide_height,
+            source,
+        )
         with open(self._file, "r+b" if self._file.exists() else "w+b") as file:
             file.seek(entry.offset)
             file.write(half.tobytes())
@@ -132,14 +145,18 @@ class EmbeddingWriter:
         self._entries[slide] = entry
         self._advance(entry)
 
+    def finish(self, without: dict[str, str]) -> None:
+        """Say that every slide of this part was seen to; ``without``: those that gave no embeddings, each with the reason."""
+        self._finished, self._without = True, without
+
     def close(self) -> None:
         """Write this part's index and drop its journal; harmless when repeated."""
         if self._journal.closed:
             return
-        own = [entry for entry in self._entries.values() if _part(entry.file) == self.part]
-        partial = self.folder / f".index-{self.part}.parquet.partial"
-        pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in own], schema=_schema()), partial)
-        partial.replace(self.folder / f"index-{self.part}.parquet")
+        merged = {entry.slide for entry in read_index(self.folder / MERGED)} if (self.folder / MERGED).exists() else ()
+        own = [entry for entry in self._entries.values() if entry.part == self.part and entry.slide not in merged]
+        facts = PartFacts(self.part, self.parts, self._finished, self._without)
+        write_index(self.folder / f"index-{self.part}.parquet", own, facts)
         os.ftruncate(self._journal.fileno(), 0)
         self._journal.close()
 
@@ -155,7 +172,7 @@ class EmbeddingWriter:
         """Find where the last added slide of this part ends, and cut off what a killed writer left behind it."""
         self._file, self._end = self.folder / f"embeddings-{self.part}-000000.bin", 0
         for entry in sorted(self._entries.values(), key=lambda entry: (entry.file, entry.offset)):
-            if _part(entry.file) == self.part:
+            if entry.part == self.part:
                 self._file = self.folder / entry.file
                 self._advance(entry)
         if self._file.exists():
@@ -183,7 +200,7 @@ class EmbeddingStore:
         if not (folder / "store.json").is_file():
             raise Fault(f"{folder} holds no slide embeddings (no store.json): make them with `pretrain embed`.")
         about = json.loads((folder / "store.json").read_text())
-        entries = _entries(folder)
+        entries = read_entries(folder)
         return cls(folder, about["width"], about["encoder"], about["encoder_hash"], dict(sorted(entries.items())))
 
     @property
@@ -209,13 +226,13 @@ class EmbeddingStore:
                 f"{self.folder} holds no slide {slide!r}; it has {len(self._entries)}, such as {next(iter(self._entries), 'none')!r}."
             )
         entry = self._entries[slide]
+        of = (entry.tile_size_level0, entry.mpp, entry.tile_size, entry.slide_width, entry.slide_height)
         if entry.rows == 0:
             return SlideEmbeddings(
                 slide,
                 np.empty((0, self.width), np.float16),
                 np.empty((0, 2), np.int64),
-                entry.tile_size_level0,
-                entry.mpp,
+                *of,
             )
         data = self._map(entry)
         middle = entry.coordinates_offset(self.width)
@@ -223,7 +240,7 @@ class EmbeddingStore:
             data[entry.offset : entry.offset + entry.rows * self.width * 2].view("<f2").reshape(entry.rows, self.width)
         )
         coordinates = data[middle : middle + entry.rows * 16].view("<i8").reshape(entry.rows, 2).astype(np.int64)
-        return SlideEmbeddings(slide, embeddings, coordinates, entry.tile_size_level0, entry.mpp)
+        return SlideEmbeddings(slide, embeddings, coordinates, *of)
 
     def _map(self, entry: Entry) -> np.ndarray:
         path, end = self.folder / entry.file, entry.end(self.width)
@@ -236,11 +253,14 @@ class EmbeddingStore:
         return self._maps[entry.file]
 
 
-def _claim(folder: Path, about: dict[str, object]) -> None:
-    """Write what the store is, or hold it to what it already is: embeddings of two encoders never mix."""
-    path = folder / "store.json"
+def claim(folder: Path, about: dict[str, object], name: str = "store.json") -> None:
+    """Write what a folder holds (``encoder``, ``encoder_hash``, ``width``) into its file ``name``, or hold it to what it already is.
+
+    Embeddings of two encoders never mix: raises Fault where it is another's.
+    """
+    path = folder / name
     if not path.exists():
-        partial = folder / f".store.json.{os.getpid()}"
+        partial = folder / f".{name}.{os.getpid()}"
         partial.write_text(json.dumps(about))
         try:
             os.link(partial, path)  # fails where another writer was first
@@ -256,40 +276,6 @@ def _claim(folder: Path, about: dict[str, object]) -> None:
         )
 
 
-def _entries(folder: Path) -> dict[str, Entry]:
-    """All added slides: the lines of the journals and the rows of the indexes. A line cut short by a kill doesn't count.
-
-    Journals come first: a writer that closes meanwhile puts its index in place before it empties its journal.
-    """
-    found: list[Entry] = []
-    for path in sorted(folder.glob("journal-*.jsonl")):
-        found += [Entry(**json.loads(line)) for line in path.read_bytes().split(b"\n")[:-1]]
-    for path in sorted(folder.glob("index-*.parquet")):
-        found += [Entry(**row) for row in pq.read_table(path).to_pylist()]
-    return {entry.slide: entry for entry in found}
-
-
 def _cut_torn_line(journal: Path) -> None:
     whole = journal.read_bytes().rfind(b"\n") + 1
     os.truncate(journal, whole)
-
-
-def _part(file: str) -> int:
-    return int(file.split("-")[1])
-
-
-def _aligned(offset: int) -> int:
-    return -(-offset // ALIGNMENT) * ALIGNMENT
-
-
-def _schema() -> pa.Schema:
-    return pa.schema(
-        [
-            ("slide", pa.string()),
-            ("file", pa.string()),
-            ("offset", pa.int64()),
-            ("rows", pa.int64()),
-            ("tile_size_level0", pa.float64()),
-            ("mpp", pa.float64()),
-        ]
-    )

@@ -1,68 +1,116 @@
-"""Slide embeddings as the h5 files of TRIDENT, out and in: ``features`` (n, D) float32 and ``coords`` (n, 2) level-0 pixels.
+"""Slide embeddings as the files of TRIDENT, CLAM and STAMP: written here, read in `data.feature_files`.
 
-``coords`` carries ``patch_size_level0`` (an integer, truncated, as theirs is), ``overlap``, ``name`` and ``savetodir``; beside them the
-exact ``tile_size_level0`` and ``mpp``, so that our own files come back as they were. CLAM's features have the same two data
-sets without attributes and are read when the tile's size is given.
+    TRIDENT  <slide>.h5            features (n, D) float32, coords (n, 2) int64 level-0 pixels with the attributes of its patches
+    CLAM     h5_files/<slide>.h5   features and coords as above; pt_files/<slide>.pt: features as a tensor
+    STAMP    <slide>.h5            feats (n, D) float16, coords (n, 2) float64 µm; unit, tile_size_um, tile_size_px, extractor
+
+Rows are in row-major order. Beside their attributes are ours: ``tile_size_level0`` exact where theirs is truncated, and ``mpp``, so
+that our own files come back as they were.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import h5py
 import numpy as np
+import torch
 
-from data.coordinates import row_major
 from data.embeddings import EmbeddingStore, SlideEmbeddings
 from data.fault import Fault
 
 
-def export_h5(store: EmbeddingStore, slide: str, path: Path) -> None:
-    """Write one slide of the store as a TRIDENT feature file; it appears under its name only when it is whole."""
+def export_trident(store: EmbeddingStore, slide: str, folder: Path) -> None:
+    """Write one slide as a TRIDENT feature file."""
+    found, path = store.read(slide), folder / f"{slide}.h5"
+    with _whole(path) as file:
+        features = file.create_dataset("features", data=found.embeddings.astype(np.float32))
+        features.attrs.update({"name": slide, "savetodir": str(folder)} | _encoder(store))
+        coords = file.create_dataset("coords", data=found.coordinates)
+        coords.attrs.update({"name": slide, "savetodir": str(folder), "overlap": 0} | _ours(found))
+        coords.attrs["patch_size_level0"] = int(found.tile_size_level0)
+        if np.isfinite(found.mpp):
+            coords.attrs["target_magnification"] = round(10 / found.mpp)
+        if found.tile_size:
+            coords.attrs["patch_size"] = found.tile_size
+            coords.attrs["level0_magnification"] = round(10 / mpp_level0(found))
+        if found.slide_width:
+            coords.attrs.update({"level0_width": found.slide_width, "level0_height": found.slide_height})
+
+
+def export_clam(store: EmbeddingStore, slide: str, folder: Path) -> None:
+    """Write one slide as CLAM's two feature files. ``coords`` has the attributes of CLAM's patches, counted at level 0, where a
+    tile is a whole number of level-0 pixels."""
     found = store.read(slide)
-    path = Path(path)
+    features = found.embeddings.astype(np.float32)
+    tensor = folder / "pt_files" / f"{slide}.pt"
+    tensor.parent.mkdir(parents=True, exist_ok=True)
+    partial = tensor.with_name(f".{tensor.name}.partial")
+    torch.save(torch.from_numpy(features), partial)
+    partial.replace(tensor)
+    with _whole(folder / "h5_files" / f"{slide}.h5") as file:
+        file.create_dataset("features", data=features).attrs.update(_encoder(store))
+        coords = file.create_dataset("coords", data=found.coordinates)
+        coords.attrs.update({"name": slide, "save_path": str(folder / "h5_files")} | _ours(found))
+        if found.tile_size_level0 == int(found.tile_size_level0):
+            coords.attrs.update({"patch_size": int(found.tile_size_level0), "patch_level": 0, "downsample": [1.0, 1.0]})
+        if found.slide_width:
+            size = [found.slide_width, found.slide_height]
+            coords.attrs.update({"level_dim": size, "downsampled_level_dim": size})
+
+
+def export_stamp(store: EmbeddingStore, slide: str, folder: Path) -> None:
+    """Write one slide as a STAMP feature file. Raises Fault where the store doesn't say its scale on the slide."""
+    found = store.read(slide)
+    if not found.tile_size or not np.isfinite(found.mpp):
+        raise Fault(
+            f"{store.folder} doesn't say how many pixels and µm the tiles of {slide} have, and STAMP counts in µm: "
+            "embed the slide again into a new folder, or export to trident or clam."
+        )
+    with _whole(folder / f"{slide}.h5") as file:
+        file.create_dataset("feats", data=found.embeddings)
+        file.create_dataset("coords", data=found.coordinates * mpp_level0(found))
+        size = {"unit": "um", "tile_size_um": found.tile_size * found.mpp, "tile_size_px": found.tile_size}
+        file.attrs.update(
+            size
+            | {"extractor": store.encoder, "feat_type": "tile", "mpp_level0": mpp_level0(found)}
+            | _encoder(store)
+            | _ours(found)
+        )
+        if found.slide_width:
+            file.attrs.update({"level0_width": found.slide_width, "level0_height": found.slide_height})
+
+
+EXPORTS: dict[str, Callable[[EmbeddingStore, str, Path], None]] = {
+    "trident": export_trident,
+    "clam": export_clam,
+    "stamp": export_stamp,
+}
+
+
+def exported(kind: str, slide: str, folder: Path) -> bool:
+    """Whether the files of a slide are there, whole."""
+    return (folder / "h5_files" / f"{slide}.h5" if kind == "clam" else folder / f"{slide}.h5").exists()
+
+
+def mpp_level0(found: SlideEmbeddings) -> float:
+    """µm per level-0 pixel, of a slide whose ``tile_size`` is known."""
+    return found.mpp * found.tile_size / found.tile_size_level0
+
+
+def _encoder(store: EmbeddingStore) -> dict[str, object]:
+    return {"encoder": store.encoder, "encoder_hash": store.encoder_hash}
+
+
+def _ours(found: SlideEmbeddings) -> dict[str, object]:
+    return {"tile_size_level0": found.tile_size_level0, "mpp": found.mpp, "tile_size": found.tile_size}
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[h5py.File]:
+    """An h5 to fill, which appears under its name only when it is whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.partial")
     with h5py.File(partial, "w") as file:
-        features = file.create_dataset("features", data=found.embeddings.astype(np.float32))
-        features.attrs.update({"name": slide, "encoder": store.encoder, "encoder_hash": store.encoder_hash})
-        coords = file.create_dataset("coords", data=found.coordinates)
-        coords.attrs.update(
-            {
-                "patch_size_level0": int(found.tile_size_level0),
-                "overlap": 0,
-                "name": slide,
-                "savetodir": str(path.parent),
-                "tile_size_level0": found.tile_size_level0,
-                "mpp": found.mpp,
-            }
-        )
+        yield file
     partial.replace(path)
-
-
-def import_h5(path: Path, tile_size_level0: float | None = None, mpp: float | None = None) -> SlideEmbeddings:
-    """One slide from a TRIDENT or CLAM feature file, put in row-major order; the slide's id is the file's stem.
-
-    What the file's attributes say comes before ``tile_size_level0`` and ``mpp``. Raises Fault when neither says it, or when
-    the file is not such a file.
-    """
-    path = Path(path)
-    try:
-        with h5py.File(path) as file:
-            if "features" not in file or "coords" not in file:
-                raise Fault(
-                    f"{path} has no data sets 'features' and 'coords': it is not a TRIDENT or CLAM feature file."
-                )
-            features, coords = file["features"][()], file["coords"][()].astype(np.int64)
-            of = dict(file["coords"].attrs)
-    except OSError as error:
-        raise Fault(f"{path} can't be read as h5 ({error}).") from error
-    features, coords = features.reshape(-1, features.shape[-1]), coords.reshape(-1, 2)
-    if len(features) != len(coords):
-        raise Fault(f"{path} has {len(features)} features for {len(coords)} coordinates.")
-    side = of.get("tile_size_level0", of.get("patch_size_level0", tile_size_level0))
-    scale = of.get("mpp", mpp)
-    if side is None or scale is None:
-        raise Fault(
-            f"{path} does not say its tiles' {'size at level 0' if side is None else 'µm per pixel'}: give it (tile_size_level0=…, mpp=…)."
-        )
-    order = row_major(coords[:, 0], coords[:, 1])
-    return SlideEmbeddings(path.stem, features[order].astype(np.float16), coords[order], float(side), float(scale))

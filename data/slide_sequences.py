@@ -1,10 +1,9 @@
 """Sequences of tile embeddings for the slide stage: what they are, in which order they come, how they are cut and masked.
 
 A sequence is a slide, or a *field*, a square of ``field_cells`` × ``field_cells`` cells of its tile grid, where there are too few slides
-to learn from. Its tiles are in row-major order. The order of sequences is a pure function of (seed, position): each pass
-over the data is a keyed permutation, laid end to end; global batch ``step`` takes positions ``step · batch_size`` onwards, and a
-rank's share is a contiguous slice of it. What happens to a sequence (crop, shift, flip, mask) is keyed by (seed,
-position) too. So the only state is the number of steps done, and it holds at any world size.
+to learn from. Its tiles are in row-major order. The order of sequences and what a batch holds are in `data.slide_packing`; what
+happens to a sequence (crop, shift, flip, mask) is keyed by (seed, position) too. So the only state is the number of steps done, and it
+holds at any world size.
 """
 
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from torch import Tensor
 from data.embeddings import EmbeddingStore, SlideEmbeddings
 from data.fault import Fault
 from data.keyed import rng
+from data.slide_packing import Packing
 from data.slide_views import FEWEST, augment, block_mask, random_mask
 from data.standardisation import Statistics
 
@@ -26,7 +26,9 @@ class Sequence:
     """A slide or a field: rows of the store in row-major order."""
 
     slide: str
-    rows: np.ndarray  # (n,) int64, ascending
+    rows: (
+        np.ndarray | range
+    )  # (n,) int64, ascending; a whole slide's are a range, since a million slides' would fill the memory
 
 
 @dataclass
@@ -71,7 +73,7 @@ class SlideSequences:
 
     field_cells: side of the squares that sequences are cut to, 0 for whole slides. validation_fraction: share of slides
     held out, drawn by ``seed``; with a single slide, a band along one of its sides, so that no tile is in both. crop, shift_grid, flip:
-    augmentation, see `augment`. mask: "random" or "block"; mask_ratio: share of tiles masked; block_cells: side of the blocks.
+    augmentation, see `augment`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked; block_cells: side of the blocks.
 
     Raises Fault where a setting makes no sense or leaves nothing to train on or to hold out.
     """
@@ -82,6 +84,8 @@ class SlideSequences:
         statistics: Statistics,
         *,
         batch_size: int,
+        batch_tokens: int | None,
+        lanes: int,
         seed: int,
         field_cells: int,
         validation_fraction: float,
@@ -105,7 +109,7 @@ class SlideSequences:
                 f"the statistics are of {len(statistics.mean)} dimensions, the embeddings in {store.folder} of {store.width}."
             )
         self.store, self.statistics = store, statistics
-        self.batch_size, self.seed = batch_size, seed
+        self.seed = seed
         self.crop, self.shift_grid, self.flip = crop, shift_grid, flip
         self.mask, self.mask_ratio, self.block_cells = mask, mask_ratio, block_cells
         self.training, self.validation = split(store, field_cells, validation_fraction, seed)
@@ -116,27 +120,17 @@ class SlideSequences:
                 f"{store.folder} is too small to hold out validation_fraction={validation_fraction} of it; raise the fraction, "
                 "embed more slides, or set it to 0."
             )
-        self._pass: tuple[int, np.ndarray] = (-1, np.empty(0, np.int64))
+        sizes = np.array([len(sequence.rows) for sequence in self.training])
+        self.packing = Packing(sizes, batch_size=batch_size, batch_tokens=batch_tokens, lanes=lanes, seed=seed)
 
     def sequence_at(self, position: int) -> Sequence:
-        """The training sequence at a position of the stream: position // n is its pass, each pass holds each sequence once."""
-        number, offset = divmod(position, len(self.training))
-        if self._pass[0] != number:
-            self._pass = number, rng(self.seed, "slide order", number).permutation(len(self.training))
-        return self.training[self._pass[1][offset]]
+        """The training sequence at a position of the stream."""
+        return self.training[self.packing.sequence_at(position)]
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> SlideBatch:
-        """A rank's share of global batch ``step`` (both count from 0), augmented and masked. Fault unless the batch divides.
-
-        With ``a`` micro-batches a step, micro-batch ``i`` of a rank is ``batch(step, rank * a + i, world_size * a)``.
-        """
-        if self.batch_size % world_size:
-            raise Fault(
-                f"batch_size={self.batch_size} sequences can't be shared evenly by {world_size} processes; make it a multiple."
-            )
-        share = self.batch_size // world_size
-        first = step * self.batch_size + rank * share
-        return self._pack([self._item(self.sequence_at(k), k, "train") for k in range(first, first + share)])
+        """A rank's share of global batch ``step``, augmented and masked; see `Packing.batch`."""
+        positions = self.packing.batch(step, rank, world_size)
+        return self._pack([self._item(self.sequence_at(k), k, "train") for k in positions])
 
     def batches(self, step: int, rank: int = 0, world_size: int = 1) -> Iterator[SlideBatch]:
         """A rank's share of every global batch from ``step`` on, without end."""
@@ -145,20 +139,23 @@ class SlideSequences:
             step += 1
 
     def validation_batches(self) -> Iterator[SlideBatch]:
-        """The held-out sequences in batches: not augmented, masked the same way every time, the same on every rank."""
-        items = (self._item(sequence, k, "validation") for k, sequence in enumerate(self.validation))
-        waiting = []
-        for item in items:
-            waiting.append(item)
-            if len(waiting) == self.batch_size:
+        """The held-out sequences, a lane's share at a time: not augmented, masked the same way every time, the same on every rank."""
+        waiting: list[_Item] = []
+        tiles = 0
+        for k, sequence in enumerate(self.validation):
+            n, room = len(sequence.rows), self.packing.room
+            if waiting and (len(waiting) == self.packing.most or (room is not None and tiles + n > room)):
                 yield self._pack(waiting)
-                waiting = []
+                waiting, tiles = [], 0
+            waiting.append(self._item(sequence, k, "validation"))
+            tiles += n
         if waiting:
             yield self._pack(waiting)
 
     def _item(self, sequence: Sequence, position: int, what: str) -> "_Item":
         slide = self.store.read(sequence.slide)
-        rows, cells = sequence.rows, slide.cells[sequence.rows]
+        rows = np.asarray(sequence.rows)
+        cells = slide.cells[rows]
         random = rng(self.seed, f"slide {what}", position)
         if what == "train":
             rows, cells = augment(rows, cells, random, self.crop, self.shift_grid, self.flip)
@@ -167,12 +164,13 @@ class SlideSequences:
             if self.mask == "random"
             else block_mask(cells, self.mask_ratio, self.block_cells, random)
         )
-        return _Item(sequence.slide, position, slide.embeddings[rows].astype(np.float32), cells, masked)
+        return _Item(sequence.slide, position, slide.embeddings[rows], cells, masked)
 
     def _pack(self, items: list["_Item"]) -> SlideBatch:
         masked = np.concatenate([item.masked for item in items])
+        embeddings = torch.from_numpy(np.concatenate([item.embeddings for item in items]))
         return SlideBatch(
-            embeddings=torch.from_numpy(np.concatenate([item.embeddings for item in items])),
+            embeddings=embeddings.float(),  # torch converts six times faster than numpy
             cells=torch.from_numpy(np.concatenate([item.cells for item in items])),
             lengths=[len(item.masked) for item in items],
             visible=torch.from_numpy(np.flatnonzero(~masked)),
@@ -190,7 +188,7 @@ class SlideSequences:
 class _Item:
     slide: str
     position: int
-    embeddings: np.ndarray  # (n, D) float32
+    embeddings: np.ndarray  # (n, D) float16
     cells: np.ndarray  # (n, 2) int64
     masked: np.ndarray  # (n,) bool
 
@@ -204,7 +202,7 @@ def split(
     ``seed`` being held out; fields overlap, so holding out fields would leak their tiles into training.
     """
     slides = [slide for slide in store.slides if store.rows(slide) >= FEWEST]
-    whole = [Sequence(slide, np.arange(store.rows(slide))) for slide in slides]
+    whole = [Sequence(slide, range(store.rows(slide))) for slide in slides]
     held_out: list[Sequence] = []
     if not validation_fraction:
         training = whole
@@ -247,7 +245,8 @@ def cut_fields(sequence: Sequence, cells: np.ndarray, side: int) -> list[Sequenc
     ``cells``: (tiles of the slide, 2). A sequence smaller than a square gives the one square that holds it. The last square of
     a row or column is moved back to end at the edge.
     """
-    own = cells[sequence.rows]
+    rows = np.asarray(sequence.rows)
+    own = cells[rows]
     low, high = own.min(axis=0), own.max(axis=0) + 1
     starts = []
     for axis in (0, 1):
@@ -259,5 +258,5 @@ def cut_fields(sequence: Sequence, cells: np.ndarray, side: int) -> list[Sequenc
         for column in starts[0]:
             inside = ((own >= (column, row)) & (own < (column + side, row + side))).all(axis=1)
             if inside.sum() >= max(FEWEST, area / 4):
-                fields.append(Sequence(sequence.slide, sequence.rows[inside]))
+                fields.append(Sequence(sequence.slide, rows[inside]))
     return fields

@@ -12,6 +12,9 @@ from data.embeddings import EmbeddingStore
 from data.fault import Fault
 
 ROWS = 4096  # read at a time
+MOST = (
+    2**22
+)  # tiles looked at: their mean is within 0.0005 standard deviations of that of all of them, if slides were alike
 
 
 @dataclass(frozen=True)
@@ -26,6 +29,7 @@ class Statistics:
     def of(cls, store: EmbeddingStore) -> "Statistics":
         """One pass over the store, a few thousand tiles at a time, in float64; Fault when it holds no tiles.
 
+        Of a store of more than `MOST` tiles, every so-many-th tile of each slide: a published data set is four terabytes.
         Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not when the mean is
         large beside the spread.
         """
@@ -57,7 +61,8 @@ class Statistics:
 
 
 def _chunks(store: EmbeddingStore) -> Iterator[np.ndarray]:
+    stride = max(1, -(-sum(store.rows(slide) for slide in store.slides) // MOST))
     for slide in store.slides:
-        embeddings = store.read(slide).embeddings
+        embeddings = store.read(slide).embeddings[::stride]
         for first in range(0, len(embeddings), ROWS):
             yield embeddings[first : first + ROWS].astype(np.float64)

@@ -15,7 +15,7 @@ COMMANDS = {
     "shards index": "index shards that another program wrote, or merge what a job array made",
     "inspect": "look at a slide's tissue mask and grid, or at the tiles of a shard",
     "tile": "tile shards → tile encoder (DINOv2 and its relatives)",
-    "embed": "tile shards + tile encoder → slide embeddings",
+    "embed": "tile shards or slides + tile encoder → tile embeddings; these + slide encoder → slide embeddings",
     "slide": "slide embeddings → slide encoder (LongNet masked autoencoder)",
     "probe": "encoder + labelled tiles → k-NN and linear accuracy beside their baselines",
     "export": "run → a folder that timm or Prov-GigaPath's code loads",

@@ -86,13 +86,30 @@ class TileEncoder:
         return self.preprocessing.image_size
 
     @torch.inference_mode()
-    def embed(self, images: Tensor) -> Tensor:
-        """Features of images of one size: uint8 (B, H, W, 3) → float32 (B, width), on the CPU."""
+    def start(self, images: Tensor) -> Callable[[], Tensor]:
+        """Begin to embed images of one size, uint8 (B, H, W, 3); call what it returns for the features, float32 (B, width) on the CPU.
+
+        On a GPU this returns at once, so that the next images can be brought meanwhile.
+        """
         x = self.preprocessing(images.to(self.device, non_blocking=True))
         low = self.precision != "float32"
         with torch.autocast(self.device.type, PRECISIONS[self.precision]) if low else nullcontext():
-            features = self.network(x)
-        return features.float().cpu()
+            features = self.network(x).float()
+        if self.device.type != "cuda":
+            return features.cpu
+        there = features.to("cpu", non_blocking=True)
+        copied = torch.cuda.Event()
+        copied.record()
+
+        def wait() -> Tensor:
+            copied.synchronize()
+            return there
+
+        return wait
+
+    def embed(self, images: Tensor) -> Tensor:
+        """Features of images of one size: uint8 (B, H, W, 3) → float32 (B, width), on the CPU."""
+        return self.start(images)()
 
     def embed_each(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Features of n images of any sizes, each uint8 (H, W, 3): float32 (n, width). Equal sizes go through together."""

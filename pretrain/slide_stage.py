@@ -1,5 +1,6 @@
 """Stage two: slides as sequences of frozen tile embeddings, into the slide encoder's masked autoencoder."""
 
+import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,9 +15,11 @@ from data.loader import load
 from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
 from models.sequence_parallel import Group
+from pretrain import run_folder
 from pretrain.across_ranks import world_size
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.progress import say
+from pretrain.slide_encoders import TILE_ENCODER
 from pretrain.training import Training
 
 
@@ -26,6 +29,8 @@ class SlideData:
 
     embeddings: str
     batch_size: int
+    batch_tokens: int | None
+    lanes: int
     field_cells: int
     validation_fraction: float
     crop: float
@@ -73,6 +78,9 @@ class SlideTraining(Training):
         statistics = run / "statistics.json"
         if not statistics.exists():  # written before Lightning starts further processes, which then read it
             run.mkdir(parents=True, exist_ok=True)
+            say(f"reading {store.folder} once through, for the mean and the spread of its embeddings")
+            about = {"encoder": store.encoder, "encoder_hash": store.encoder_hash, "width": store.width}
+            run_folder.write(run / TILE_ENCODER, json.dumps(about))
             Statistics.of(store).save(statistics)
         own = ("embeddings", "processes_per_slide")
         settings = {name: value for name, value in vars(config.data).items() if name not in own}
@@ -113,9 +121,15 @@ class SlideTraining(Training):
         batches = SlideBatches(self.sequences, start, stop, rank, groups, self.hardware.accumulate)
         return load(batches, pin_memory=False)
 
+    def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
+        start = self.sequences.packing.start
+        self.taken = start(self.step + 1) - start(self.step)
+        return {"slides": self.taken}
+
     def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:
         for part in batch:
-            yield part.to(self.device, non_blocking=True), part.positions[0] % self.batch_size
+            first = part.positions[0] - self.sequences.packing.start(self.step)
+            yield part.to(self.device, non_blocking=True), first
 
     def evaluate(self) -> dict[str, float]:
         assert isinstance(self.objective, SlideMAE)

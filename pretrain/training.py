@@ -62,6 +62,7 @@ class Training(L.LightningModule, ABC):
         self.hardware: Hardware = config.trainer
         self.step = self.skipped = self.skipped_in_a_row = 0
         self.objective: Objective = None  # type: ignore[assignment]  # configure_model builds it, in the run's processes
+        self.taken = batch_size  # samples in the present step; a stage whose steps differ says so in before_step
         self._ended = time.monotonic()
 
     # What a stage adds -----------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ class Training(L.LightningModule, ABC):
         self.step += 1
         now = time.monotonic()
         figures |= {
-            f"{self.unit}_per_second": self.batch_size / (now - self._ended),
+            f"{self.unit}_per_second": self.taken / (now - self._ended),
             "data_wait": (began - self._ended) / (now - self._ended),
         }
         self._ended = now

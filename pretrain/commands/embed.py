@@ -1,191 +1,246 @@
-"""Turn every slide of a folder of tile shards into a sequence of tile embeddings.
+"""Turn slides into sequences of tile embeddings, and these into slide embeddings.
 
-The encoder is frozen. out= becomes a store with one float16 matrix per slide, tiles in row-major order, which
-'pretrain slide' trains on. A store belongs to one encoder: another one's embeddings are refused. h5=true also writes
-<out>/h5/<slide>.h5 with features and coords as TRIDENT has them.
+stage=tile (the default): every tile of every slide goes through a frozen tile encoder. out= becomes a store with one float16
+matrix per slide, tiles in row-major order, which 'pretrain slide' trains on. Tiles come from shards, or straight from the
+slides. A store belongs to one encoder: another one's embeddings are refused.
 
-Stopped at any moment, the same command goes on with the first slide that isn't whole.
+stage=slide: every slide of such a store goes through a slide encoder. out= becomes a folder of Parquet files, one row per slide:
+pooled, cls, pooled_layers and cls_layers (of all layers, one after another), and mean_tiles, the baseline that needs no slide encoder.
+
+Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is named and left
+out, the others go on, and the command ends with an error; run again, it is retried. The last line of output is JSON.
 
 Examples:
 
     pretrain embed checkpoint=runs/tile shards=shards out=embeddings
-    pretrain embed checkpoint=encoder shards=shards out=embeddings h5=true batch=256
+    pretrain embed checkpoint=encoder slides=/slides out=embeddings mpp=0.5 export=trident batch=256
+    pretrain embed checkpoint=encoder slides=/slides out=embeddings part=3/40      # a task of a job array …
+    pretrain embed out=embeddings merge=true                                       # … and when all are done
+    pretrain embed features=trident/features_uni_v1 encoder=uni_v1 out=embeddings
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=slide_embeddings
 """
 
-import os
-from collections.abc import Callable, Iterator, Sequence
+import json
+import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
+from typing import Any
 
-import numpy as np
-
+from data.embedding_index import merge
+from data.embedding_sources import ShardSource, SlideSource, TileSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
-from data.embeddings_h5 import export_h5
+from data.embeddings_h5 import EXPORTS, exported
 from data.fault import Fault
-from data.shard_index import UNKNOWN, ShardIndex, read_jpeg
-from pretrain.ahead import map_ahead
-from pretrain.progress import Progress, say, track
+from data.feature_files import list_features, maker, width
+from data.slide_features import slides_in
+from data.slide_names import name_slides
+from data.slides import list_slides
+from data.tiling import TilingSettings
+from data.tissue import RULES
+from pretrain.progress import say, track
 
 
 @dataclass
 class Config:
-    checkpoint: str
-    shards: str
+    """Types of the settings; values and explanations are in ``configs/embed.yaml``."""
+
+    stage: str
     out: str
-    h5: bool
-    batch: int
-    threads: int
-    max_bad_fraction: float
+    slides: list[str] | None
+    shards: str | None
+    features: str | None
+    embeddings: str | None
+    checkpoint: str | None
     device: str | None
     precision: str
-
-
-Embed = Callable[[Sequence[np.ndarray]], np.ndarray]
-"""From n tiles, each uint8 (height, width, 3), to embeddings float32 (n, width)."""
+    batch: int
+    tokens: int
+    threads: int
+    max_bad_fraction: float
+    part: str | None
+    merge: bool
+    export: list[str]
+    mpp: float
+    tile_size: int
+    tissue: str
+    min_tissue: float | None
+    slides_mpp: float | None
+    encoder: str | None
+    features_tile: float | None
 
 
 def run(config: Config) -> None:
-    """Embed what isn't embedded yet."""
+    """Embed what isn't embedded yet. Raises Fault where a slide was left out, at the end."""
+    part, parts = parse_part(config.part)
+    check(config)
+    if config.merge:
+        merge(Path(config.out))
+        report(config, EmbeddingStore.open(Path(config.out)), {}, 0, time.monotonic())
+    elif config.stage == "slide":
+        embed_slides_whole(config, part, parts)
+    elif config.features:
+        take_over(config, part, parts)
+    else:
+        embed(config, part, parts)
+
+
+def parse_part(text: str | None) -> tuple[int, int]:
+    """``3/40`` → (3, 40); (0, 1) where there is one process. Raises Fault for anything else."""
+    if text is None:
+        return 0, 1
+    first, _, last = text.partition("/")
+    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+        raise Fault(f"part={text} is not one of a number of parts: write part=3/40 for the third of 40.")
+    return int(first), int(last)
+
+
+def check(config: Config) -> None:
+    """Raise Fault for settings that don't fit together, saying which to give."""
+    if config.stage not in ("tile", "slide"):
+        raise Fault(f"stage is tile or slide, not {config.stage!r}.")
+    unknown = [kind for kind in config.export if kind not in EXPORTS]
+    if unknown:
+        raise Fault(f"export={unknown[0]} is not known; there are: {', '.join(EXPORTS)}.")
+    if config.stage == "slide" and config.merge:
+        raise Fault(
+            f"slide embeddings need no merging: pandas.read_parquet({config.out!r}) reads all parts as one table."
+        )
+    if config.merge:
+        return
+    if config.stage == "slide":
+        if not config.embeddings or not config.checkpoint:
+            raise Fault("stage=slide needs checkpoint=, a slide run, and embeddings=, a store of tile embeddings.")
+        return
+    if config.embeddings:
+        raise Fault("embeddings= is for stage=slide; to embed tiles, give slides= or shards=.")
+    given = [name for name in ("slides", "shards", "features") if getattr(config, name)]
+    if not given:
+        raise Fault("say what to embed: slides=… or shards=… ('pretrain embed --help' explains).")
+    if len(given) > 1 and "features" not in given:
+        raise Fault("give slides= or shards=, not both: the shards hold the slides' tiles already.")
+    if not config.features and not config.checkpoint:
+        raise Fault("say by what to embed: checkpoint=… is a tile run, an exported folder or the name of a timm model.")
+    if config.tissue not in RULES:
+        raise Fault(f"there is no tissue rule {config.tissue!r}; there are: {', '.join(RULES)}.")
+
+
+def embed(config: Config, part: int, parts: int) -> None:
+    """stage=tile, by an encoder."""
+    from pretrain.embedding import embed_slides
     from pretrain.encoders import load_encoder
 
-    index = ShardIndex.open(Path(config.shards))
+    assert config.checkpoint is not None
+    began = time.monotonic()
+    shards = ShardSource(Path(config.shards)) if config.shards else None
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision)
-    out = Path(config.out)
-    with EmbeddingWriter(out, encoder.width, encoder.name, encoder.hash) as writer:
-        pending = [slide for slide in range(len(index.slides)) if not writer.done(index.slides[slide])]
+    with EmbeddingWriter(Path(config.out), encoder.width, encoder.name, encoder.hash, part, parts) as writer:
+        source: TileSource = shards or slide_source(config, writer)
+        mine = share(source, part, parts) if part else source.slides
+        pending = [slide for slide in mine if not writer.done(slide)]
+        failed: dict[str, str] = {}
         if pending:
             say(f"{encoder.name} ({encoder.hash}): {encoder.preprocessing}")
-            embed_slides(encoder.embed_each, encoder.width, index, pending, writer, config)
-    store = EmbeddingStore.open(out)
-    if config.h5:
-        write_h5(store, out / "h5")
-    tiles = sum(store.rows(slide) for slide in store.slides)
-    done = f"{out}: {len(store.slides)} slides, {tiles} tiles, {store.width} wide"
-    say(done if pending else f"{done}; all were there already, nothing to do")
+            failed = embed_slides(
+                encoder.start,
+                source,
+                pending,
+                writer,
+                batch=config.batch,
+                threads=config.threads,
+                max_bad_fraction=config.max_bad_fraction,
+                pin=encoder.device.type == "cuda",
+                done=len(mine) - len(pending),
+            )
+        writer.finish(failed)
+    store = EmbeddingStore.open(Path(config.out))
+    write_exports(config, store, [slide for slide in mine if slide not in failed])
+    report(config, store, failed, len(pending) - len(failed), began)
 
 
-def embed_slides(
-    embed: Embed, width: int, index: ShardIndex, pending: Sequence[int], writer: EmbeddingWriter, config: Config
-) -> None:
-    """Embed the slides ``pending`` in batches that run on from one slide into the next; add each as soon as it is whole.
+def take_over(config: Config, part: int, parts: int) -> None:
+    """stage=tile, of features that are there already. Where they don't carry a hash of their encoder, its name stands for it."""
+    from pretrain import feature_import
 
-    A tile that can't be decoded is named and left out of its slide. Raises `Fault` when that is more than
-    ``max_bad_fraction`` of a slide, or when the shards don't say where tiles lie.
-    """
-    tiles_of: list[int] = index.meta["slides"]["tiles"]
-    left = sum(tiles_of[slide] for slide in pending)
-    progress = Progress(len(index), "embed", "tiles", done=len(index) - left)
-    rows_of: dict[int, np.ndarray] = {}  # of slides that are begun and not yet added
-    vectors: list[np.ndarray] = []
-    whole: list[bool] = []
-
-    def tiles_in_order() -> Iterator[tuple[int, int]]:
-        for slide in pending:
-            rows_of[slide] = placed_rows(index, slide)
-            yield from ((slide, int(row)) for row in rows_of[slide])
-
-    def decode(batch: list[tuple[int, int]]) -> list[np.ndarray | Fault]:
-        return read_tiles(index, [row for _, row in batch])
-
-    try:
-        for batch, tiles in zip_ahead(decode, batches(tiles_in_order(), config.batch), config.threads):
-            good = [tile for tile in tiles if not isinstance(tile, Fault)]
-            embedded = iter(embed(good) if good else np.empty((0, width), np.float32))
-            for (slide, _row), tile in zip(batch, tiles, strict=True):
-                if isinstance(tile, Fault):
-                    say(f"left out: {tile}")
-                    whole.append(False)
-                else:
-                    vectors.append(next(embedded))
-                    whole.append(True)
-                if len(whole) == len(rows_of[slide]):
-                    matrix = np.array(vectors, dtype=np.float32).reshape(-1, width)
-                    add(index, slide, rows_of.pop(slide), matrix, np.array(whole), writer, config.max_bad_fraction)
-                    vectors, whole = [], []
-            progress.advance(len(batch), index.slides[batch[-1][0]])
-    finally:
-        progress.close()
-
-
-def placed_rows(index: ShardIndex, slide: int) -> np.ndarray:
-    """Rows of a slide's tiles in the index, in the order in which they lie in the tars, so that each tar is read once through.
-
-    Raises `Fault` when nobody recorded where the tiles lie on the slide.
-    """
-    rows = index.rows_of(slide)
-    if not index.facts(slide)["tile_size_level0"] or (np.asarray(index.x[rows]) == UNKNOWN).any():
-        raise Fault(
-            f"{index.folder} doesn't say where the tiles of {index.slides[slide]} lie (x, y and tile_size_level0 in each tile's .json), "
-            "and a slide's sequence needs their places: make the shards with 'pretrain shard'"
+    assert config.features is not None
+    began = time.monotonic()
+    files = list_features(Path(config.features))
+    first = next(iter(files.values()))
+    said, hash_ = maker(first)
+    name = config.encoder or said
+    if name is None:
+        raise Fault(f"the files in {config.features} don't say which encoder made them: give its name, encoder=….")
+    mine = sorted(files)[part - 1 :: parts] if part else sorted(files)
+    with EmbeddingWriter(Path(config.out), width(first), name, hash_ or f"imported {name}", part, parts) as writer:
+        pending = [slide for slide in mine if not writer.done(slide)]
+        slides = {path.stem: path for path in list_slides(config.slides or [])}
+        failed = feature_import.take_over(
+            files, pending, writer, slides=slides, slides_mpp=config.slides_mpp, tile_size_level0=config.features_tile
         )
-    return rows
+        writer.finish(failed)
+    store = EmbeddingStore.open(Path(config.out))
+    write_exports(config, store, [slide for slide in mine if slide not in failed])
+    report(config, store, failed, len(pending) - len(failed), began)
 
 
-def add(
-    index: ShardIndex,
-    slide: int,
-    rows: np.ndarray,
-    vectors: np.ndarray,
-    whole: np.ndarray,
-    writer: EmbeddingWriter,
-    max_bad_fraction: float,
-) -> None:
-    """Add one slide to the store: ``vectors`` (m, width) of those m of its tiles whose ``whole`` (n,) is true."""
-    name, facts = index.slides[slide], index.facts(slide)
-    bad = int((~whole).sum())
-    if bad > max_bad_fraction * len(whole):
-        raise Fault(
-            f"{bad} of {len(whole)} tiles of {name} in {index.folder} can't be decoded: make the shard again, or allow it with "
-            f"max_bad_fraction={bad / len(whole):.3g}"
-        )
-    kept = rows[whole]
-    coordinates = np.stack([index.x[kept], index.y[kept]], axis=1).astype(np.int64)
-    mpp = float(facts["mpp"]) if facts["mpp"] else float("nan")
-    writer.add(name, vectors, coordinates, float(facts["tile_size_level0"]), mpp)
+def embed_slides_whole(config: Config, part: int, parts: int) -> None:
+    """stage=slide."""
+    from pretrain.slide_embedding import embed_store
+    from pretrain.slide_encoders import load_slide_encoder
+
+    assert config.checkpoint is not None and config.embeddings is not None
+    began = time.monotonic()
+    encoder = load_slide_encoder(config.checkpoint, config.device or "")
+    for sentence in encoder.said:
+        say(f"{encoder.name}: {sentence}")
+    store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
+    new = embed_store(store, encoder, out, part=part, parts=parts, tokens=config.tokens, precision=config.precision)
+    slides = len(slides_in(out))
+    say(f"{out}: {slides} slides" + ("" if new else "; all were there already, nothing to do"))
+    facts = {
+        "out": config.out, "slides": slides, "width": encoder.network.width, "encoder": encoder.name, "encoder_hash": encoder.hash,
+        "tile_encoder_hash": store.encoder_hash, "new_slides": new, "seconds": round(time.monotonic() - began, 1),
+    }  # fmt: skip
+    print(json.dumps(facts), flush=True)
 
 
-def batches(stream: Iterator[tuple[int, int]], size: int) -> Iterator[list[tuple[int, int]]]:
-    """Consecutive items in lists of ``size``, the last one shorter."""
-    while batch := list(islice(stream, size)):
-        yield batch
+def slide_source(config: Config, writer: EmbeddingWriter) -> SlideSource:
+    """The slides that ``slides=`` names; those embedded before keep their ids."""
+    min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
+    settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
+    names = name_slides(list_slides(config.slides or []), writer.sources())
+    for path, slide in names.items():
+        if slide != path.stem:
+            say(f"called {slide}: {path}")
+    return SlideSource(names, settings, config.slides_mpp)
 
 
-def zip_ahead(
-    decode: Callable[[list[tuple[int, int]]], list[np.ndarray | Fault]],
-    items: Iterator[list[tuple[int, int]]],
-    threads: int,
-) -> Iterator[tuple[list[tuple[int, int]], list[np.ndarray | Fault]]]:
-    """Each batch with its decoded tiles, decoded ``threads`` batches ahead."""
-    return map_ahead(lambda batch: (batch, decode(batch)), items, threads, ahead=threads + 1)
+def write_exports(config: Config, store: EmbeddingStore, slides: list[str]) -> None:
+    """For each asked format the files of the slides that have none yet."""
+    for kind in config.export:
+        folder = Path(config.out) / kind
+        absent = [slide for slide in slides if not exported(kind, slide, folder)]
+        for slide in track(absent, len(absent), kind, "slides"):
+            EXPORTS[kind](store, slide, folder)
 
 
-def read_tiles(index: ShardIndex, rows: list[int]) -> list[np.ndarray | Fault]:
-    """Decode tiles of the index: uint8 (height, width, 3) each, or the `Fault` that says which one can't be and why."""
-    import simplejpeg
-
-    tiles: list[np.ndarray | Fault] = []
-    descriptors: dict[int, int] = {}
-    try:
-        for row in rows:
-            file = int(np.searchsorted(index.file_start, row, side="right")) - 1
-            if file not in descriptors:
-                descriptors[file] = os.open(index.path(file), os.O_RDONLY)
-            try:
-                jpeg = read_jpeg(descriptors[file], int(index.offset[row]), int(index.length[row]))
-                tiles.append(simplejpeg.decode_jpeg(jpeg))
-            except (ValueError, Fault) as error:
-                place = f"({int(index.x[row])}, {int(index.y[row])}) in {index.path(file)}"
-                tiles.append(Fault(f"the tile at {place} can't be decoded ({error})"))
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-    return tiles
+def report(config: Config, store: EmbeddingStore, failed: dict[str, str], new: int, began: float) -> None:
+    """Say what is there, print it as JSON, and raise Fault where a slide was left out."""
+    tiles, seconds = sum(store.rows(slide) for slide in store.slides), time.monotonic() - began
+    empty = sum(not store.rows(slide) for slide in store.slides)
+    said = f"{config.out}: {len(store.slides)} slides, {tiles} tiles, {store.width} wide"
+    said += f", {empty} of the slides without tissue" if empty else ""
+    say(said if new or failed or config.merge else f"{said}; all were there already, nothing to do")
+    facts: dict[str, Any] = {
+        "out": config.out, "slides": len(store.slides), "tiles": tiles, "width": store.width, "encoder": store.encoder,
+        "encoder_hash": store.encoder_hash, "new_slides": new, "failed": failed, "seconds": round(seconds, 1),
+    }  # fmt: skip
+    print(json.dumps(facts), flush=True)
+    left_out(failed)
 
 
-def write_h5(store: EmbeddingStore, folder: Path) -> None:
-    """One h5 per slide that has none yet."""
-    folder.mkdir(exist_ok=True)
-    absent = [slide for slide in store.slides if not (folder / f"{slide}.h5").exists()]
-    for slide in track(absent, len(absent), "h5", "slides"):
-        export_h5(store, slide, folder / f"{slide}.h5")
+def left_out(failed: dict[str, str]) -> None:
+    """End with an error where slides were left out."""
+    if failed:
+        first = next(iter(failed.values()))
+        count = "a slide was" if len(failed) == 1 else f"{len(failed)} slides were"
+        raise Fault(f"{count} left out, and will be tried again by the same command: {first}")

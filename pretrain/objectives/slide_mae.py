@@ -10,7 +10,7 @@ encoder's embedding, standardised by fixed statistics. Nothing trainable is ever
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -97,10 +97,16 @@ class SlideMAE(Objective):
             "pooled": seen.pooled,
         }
 
-    def loss(self, batch: SlideBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch, scaled so that its mean over ranks is the global Σ sum / Σ count."""
-        result = self(batch, moment.seed)
-        return result["sum"] * world_size() / total(result["count"]), {}
+    def prepare(self, parts: Sequence[SlideBatch], moment: Moment) -> list[tuple[SlideBatch, float]]:
+        """Each micro-batch with what its sum is multiplied by, so that the mean over micro-batches and ranks is the global Σ sum / Σ count."""
+        counts = [len(part.lengths) if self.weighting == "slide" else len(part.masked) for part in parts]
+        everywhere = total(torch.tensor(float(sum(counts)), device=parts[0].embeddings.device)).item()
+        return [(part, world_size() * len(parts) / everywhere) for part in parts]
+
+    def loss(self, batch: tuple[SlideBatch, float], moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch as `prepare` gives it."""
+        part, factor = batch
+        return self(part, moment.seed)["sum"] * factor, {}
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[SlideBatch]) -> dict[str, float]:

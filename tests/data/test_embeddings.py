@@ -4,13 +4,12 @@ import os
 import signal
 import time
 
-import h5py
 import numpy as np
 import pytest
 
 from data import embeddings as module
+from data.embedding_index import merge
 from data.embeddings import EmbeddingStore, EmbeddingWriter
-from data.embeddings_h5 import export_h5, import_h5
 from data.fault import Fault
 from data.keyed import rng
 from data.standardisation import Statistics
@@ -196,30 +195,50 @@ def test_a_folder_without_embeddings_an_unknown_slide_and_a_short_file_are_fault
         EmbeddingStore.open(tmp_path).read("a")
 
 
-def test_an_exported_h5_has_the_trident_schema_and_comes_back_the_same(tmp_path):
-    with writer(tmp_path / "store") as out:
-        out.add("a", *tiles("a"), 512.25, 0.499)
-    store = EmbeddingStore.open(tmp_path / "store")
-    export_h5(store, "a", tmp_path / "features" / "a.h5")
-    with h5py.File(tmp_path / "features" / "a.h5") as file:
-        assert (file["features"].shape, file["features"].dtype) == ((20, WIDTH), np.float32)
-        assert (file["coords"].shape, file["coords"].dtype) == ((20, 2), np.int64)
-        assert file["coords"].attrs["patch_size_level0"] == 512 and file["coords"].attrs["name"] == "a"
-    back, there = import_h5(tmp_path / "features" / "a.h5"), store.read("a")
-    assert np.array_equal(back.embeddings, there.embeddings) and np.array_equal(back.coordinates, there.coordinates)
-    assert (back.slide, back.tile_size_level0, back.mpp) == ("a", 512.25, 0.499)
+def close_parts(folder, parts: int, finished: list[int]) -> None:
+    for part in range(1, parts + 1):
+        with EmbeddingWriter(folder, WIDTH, "vit", "abc", part, parts) as out:
+            if not out.done(f"s{part}"):
+                out.add(f"s{part}", *tiles(f"s{part}"), 512.0, 0.5)
+            if part in finished:
+                out.finish({})
 
 
-def test_an_h5_that_does_not_say_its_tiles_size_needs_it_given(tmp_path):
-    values, coordinates = tiles("a")
-    with h5py.File(tmp_path / "clam.h5", "w") as file:
-        file["features"], file["coords"] = values, coordinates
-    with pytest.raises(Fault, match="size at level 0"):
-        import_h5(tmp_path / "clam.h5")
-    assert import_h5(tmp_path / "clam.h5", tile_size_level0=512, mpp=0.5).tile_size_level0 == 512
-    (tmp_path / "broken.h5").write_bytes(b"not h5")
-    with pytest.raises(Fault, match=r"broken\.h5"):
-        import_h5(tmp_path / "broken.h5")
+def test_parts_merge_into_one_index_and_hold_the_same_slides_before_and_after(tmp_path):
+    close_parts(tmp_path, 3, [1, 2, 3])
+    before = EmbeddingStore.open(tmp_path).digest
+    for _ in range(2):  # again: nothing to do
+        merge(tmp_path)
+        assert sorted(path.name for path in tmp_path.glob("*.parquet")) == ["index.parquet"]
+        assert not list(tmp_path.glob("journal-*"))
+        assert EmbeddingStore.open(tmp_path).digest == before
+        for part in (1, 2, 3):
+            assert_holds(tmp_path, f"s{part}")
+    with writer(tmp_path, part=2) as out:  # and writing can go on
+        assert out.done("s2")
+        out.add("later", *tiles("later"), 512.0, 0.5)
+        out.finish({})
+    for slide in ("s2", "later"):
+        assert_holds(tmp_path, slide)
+
+
+def test_a_part_that_did_not_come_to_its_end_is_named_and_not_merged(tmp_path):
+    close_parts(tmp_path, 3, [1, 3])
+    with pytest.raises(Fault, match="the first of them part=2/3"):
+        merge(tmp_path)
+    close_parts(tmp_path, 3, [2])
+    with pytest.raises(Fault, match="the first of them part=1/3"):  # its last run didn't come to its end
+        merge(tmp_path)
+    close_parts(tmp_path, 3, [1, 2, 3])
+    out = EmbeddingWriter(tmp_path, WIDTH, "vit", "abc", 4, 4)
+    out.add("running", *tiles("running"), 512.0, 0.5)
+    with pytest.raises(Fault, match=r"part 4 .* is being written"):
+        merge(tmp_path)
+    out.close()
+    merge(tmp_path)  # the array of three is whole
+    assert EmbeddingStore.open(tmp_path).slides == ["running", "s1", "s2", "s3"]
+    with pytest.raises(Fault, match="no parts to merge"):
+        merge(tmp_path / "other")
 
 
 def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path, monkeypatch):
@@ -240,3 +259,16 @@ def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path
     again = Statistics.load(tmp_path / "statistics.json")
     assert np.array_equal(again.mean, statistics.mean) and np.array_equal(again.std, statistics.std)
     assert json.loads((tmp_path / "statistics.json").read_text())["rows"] == 71
+
+
+def test_statistics_of_a_large_store_are_those_of_every_so_many_th_tile_of_each_slide(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.standardisation.MOST", 25)
+    with writer(tmp_path) as out:
+        for slide, n in (("a", 20), ("b", 50), ("empty", 0)):
+            out.add(slide, *tiles(slide, n), 512.0, 0.5)
+    store = EmbeddingStore.open(tmp_path)
+    values = np.concatenate([store.read(slide).embeddings[::3] for slide in ("a", "b")]).astype(np.float64)
+    statistics = Statistics.of(store)
+    assert statistics.rows == len(values) == 24
+    np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-9)
+    np.testing.assert_allclose(statistics.std, values.std(0), rtol=1e-9)

@@ -16,6 +16,8 @@ from data.standardisation import Statistics
 
 DEFAULTS = {
     "batch_size": 4,
+    "batch_tokens": None,
+    "lanes": 4,
     "seed": 1,
     "field_cells": 0,
     "validation_fraction": 0.25,
@@ -210,7 +212,7 @@ def test_settings_that_make_no_sense_are_faults(store, tmp_path):
     ):
         with pytest.raises(Fault, match=named):
             sequences(store, **changes)
-    with pytest.raises(Fault, match="batch_size=4"):
+    with pytest.raises(Fault, match="lanes=4"):
         sequences(store).batch(0, 0, 3)
     with pytest.raises(Fault, match="too small"):
         sequences(make_store(tmp_path / "small", 1, side=3), validation_fraction=0.5)

@@ -1,23 +1,31 @@
-"""Slides become sequences of embeddings, once each, whatever interrupts."""
+"""Slides become sequences of embeddings, once each, from shards or from the slides, whatever interrupts."""
 
-import dataclasses
+import json
+import shutil
+from pathlib import Path
 
 import h5py
 import numpy as np
 import pytest
 import simplejpeg
 
+from data.embedding_sources import ShardSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
+from data.keyed import rng
 from data.shard_index import ShardIndex, read_jpeg
-from pretrain.commands import embed
-from pretrain.commands.embed import Config, embed_slides, run
+from pretrain import embedding
+from pretrain.commands import shard
+from pretrain.commands.embed import Config, run
 from pretrain.encoders import load_encoder
+from pretrain.settings import load
+from tests.data.synthetic_slides import stained, write_slide
 
 
-def settings(checkpoint, shards, out, **changes) -> Config:
-    config = Config(str(checkpoint), str(shards), str(out), False, 5, 2, 0.001, "cpu", "float32")
-    return dataclasses.replace(config, **changes)
+def settings(checkpoint, shards, out, *overrides: str) -> Config:
+    given = [f"shards={shards}"] if shards else []
+    words = [f"checkpoint={checkpoint}", *given, f"out={out}", "batch=5", "threads=2", "device=cpu", *overrides]
+    return load("embed", words).object()
 
 
 def contents(out) -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -42,8 +50,8 @@ def test_every_tile_is_embedded_once_at_its_own_place(make_tile_run, shards, tmp
 
 def test_the_batch_size_and_the_number_of_threads_change_nothing(make_tile_run, shards, tmp_path):
     folder, _ = make_tile_run()
-    run(settings(folder, shards, tmp_path / "a", batch=24, threads=1))
-    run(settings(folder, shards, tmp_path / "b", batch=7, threads=4))
+    run(settings(folder, shards, tmp_path / "a", "batch=24", "threads=1"))
+    run(settings(folder, shards, tmp_path / "b", "batch=7", "threads=4"))
     for (one, where), (other, there) in zip(
         contents(tmp_path / "a").values(), contents(tmp_path / "b").values(), strict=True
     ):
@@ -59,19 +67,20 @@ def test_an_interrupted_command_goes_on_with_the_first_slide_that_is_not_whole(m
     folder, _ = make_tile_run()
     run(settings(folder, shards, tmp_path / "whole"))
     encoder = load_encoder(str(folder), device="cpu")
-    config = settings(folder, shards, tmp_path / "out", batch=4)
     calls = []
 
     def dies_in_the_second_slide(tiles):
         calls.append(len(tiles))
         if sum(calls) > 16:
             raise Killed
-        return encoder.embed_each(tiles)
+        return encoder.start(tiles)
 
     with pytest.raises(Killed), EmbeddingWriter(tmp_path / "out", encoder.width, encoder.name, encoder.hash) as writer:
-        embed_slides(dies_in_the_second_slide, encoder.width, index, [0, 1], writer, config)
+        embedding.embed_slides(
+            dies_in_the_second_slide, ShardSource(shards), ["slide0", "slide1"], writer, batch=4, threads=2, max_bad_fraction=0, pin=False, done=0
+        )  # fmt: skip
     assert EmbeddingStore.open(tmp_path / "out").slides == ["slide0"]
-    run(config)
+    run(settings(folder, shards, tmp_path / "out", "batch=4"))
     for (one, where), (other, there) in zip(
         contents(tmp_path / "whole").values(), contents(tmp_path / "out").values(), strict=True
     ):
@@ -82,10 +91,13 @@ def test_an_interrupted_command_goes_on_with_the_first_slide_that_is_not_whole(m
 def test_a_second_run_computes_nothing_and_says_so(make_tile_run, shards, tmp_path, capsys, monkeypatch):
     folder, _ = make_tile_run()
     run(settings(folder, shards, tmp_path / "out"))
-    monkeypatch.setattr(embed, "embed_slides", lambda *_: pytest.fail("embedded again"))
+    monkeypatch.setattr(embedding, "embed_slides", lambda *_, **__: pytest.fail("embedded again"))
     capsys.readouterr()
     run(settings(folder, shards, tmp_path / "out"))
-    assert "nothing to do" in capsys.readouterr().err
+    said = capsys.readouterr()
+    assert "nothing to do" in said.err
+    facts = json.loads(said.out.splitlines()[-1])
+    assert (facts["slides"], facts["tiles"], facts["new_slides"], facts["failed"]) == (2, 24, 0, {})
 
 
 def test_another_encoder_cannot_write_into_the_same_store(make_tile_run, shards, tmp_path):
@@ -107,7 +119,7 @@ def test_an_undecodable_tile_is_named_and_stops_the_command_beyond_the_allowed_s
     spoil(index, 3)
     with pytest.raises(Fault, match=r"1 of 12 tiles of slide0 .* max_bad_fraction=0\.0833"):
         run(settings(folder, shards, tmp_path / "out"))
-    run(settings(folder, shards, tmp_path / "out", max_bad_fraction=0.1))
+    run(settings(folder, shards, tmp_path / "out", "max_bad_fraction=0.1"))
     said = capsys.readouterr().err
     assert f"({index.x[3]}, {index.y[3]}) in {index.path(0)}" in said
     embeddings, coordinates = contents(tmp_path / "out")["slide0"]
@@ -122,12 +134,159 @@ def test_a_truncated_shard_is_an_error_that_names_it(make_tile_run, shards, tmp_
         run(settings(folder, shards, tmp_path / "out"))
 
 
-def test_h5_files_hold_what_the_store_holds_in_the_layout_of_trident(make_tile_run, shards, tmp_path):
+def test_exports_are_written_also_when_asked_for_later(make_tile_run, shards, tmp_path):
     folder, _ = make_tile_run()
     run(settings(folder, shards, tmp_path / "out"))
-    run(settings(folder, shards, tmp_path / "out", h5=True))  # asked for later: written without embedding again
+    run(settings(folder, shards, tmp_path / "out", "export=[trident,clam,stamp]"))
     embeddings, coordinates = contents(tmp_path / "out")["slide1"]
-    with h5py.File(tmp_path / "out" / "h5" / "slide1.h5") as file:
+    with h5py.File(tmp_path / "out" / "trident" / "slide1.h5") as file:
         np.testing.assert_array_equal(file["features"][()], embeddings.astype(np.float32))
         np.testing.assert_array_equal(file["coords"][()], coordinates)
         assert file["coords"].attrs["patch_size_level0"] == 40
+    for kind in ("trident", "clam", "stamp"):
+        out = tmp_path / f"from {kind}"
+        run(load("embed", [f"features='{tmp_path / 'out' / kind}'", f"out='{out}'"]).object())
+        assert EmbeddingStore.open(out).encoder_hash == EmbeddingStore.open(tmp_path / "out").encoder_hash
+        for (one, where), (other, there) in zip(
+            contents(tmp_path / "out").values(), contents(out).values(), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+            np.testing.assert_array_equal(where, there)
+
+
+@pytest.fixture
+def slides(tmp_path: Path) -> Path:
+    """Three slides with tissue, of which one needs resampling, one without any, and a file that is no slide."""
+    folder = tmp_path / "slides"
+    write_slide(folder / "one.tiff", stained(400, 500, [(180, 170, 150)]), 0.5, levels=2)
+    write_slide(folder / "two.tiff", stained(600, 500, [(200, 300, 160), (420, 120, 60)], seed=1), 0.4)
+    write_slide(folder / "three.tiff", stained(300, 300, [(150, 150, 120)], seed=2), 0.5)
+    write_slide(folder / "glass.tiff", stained(300, 300, []), 0.5)
+    (folder / "broken.svs").write_bytes(b"no slide")
+    return folder
+
+
+def direct(folder, slides, out, *overrides: str) -> Config:
+    return settings(folder, None, out, f"slides='{slides}'", "tile_size=40", *overrides)
+
+
+def test_slides_read_directly_give_the_tiles_that_their_shards_hold(make_tile_run, slides, tmp_path, capsys):
+    folder, _ = make_tile_run()
+    with pytest.raises(Fault, match=r"a slide was left out.*broken\.svs"):
+        run(direct(folder, slides, tmp_path / "direct"))
+    facts = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert facts["slides"] == 4 and list(facts["failed"]) == ["broken"]
+    (slides / "broken.svs").unlink()
+    run(direct(folder, slides, tmp_path / "direct"))  # and the others are remembered, the empty one too
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 0
+    shard.run(load("shard", [f"slides='{slides}'", f"out='{tmp_path / 'cut'}'", "tile_size=40", "workers=1"]).object())
+    run(settings(folder, tmp_path / "cut", tmp_path / "through shards"))
+    found, expected = contents(tmp_path / "direct"), contents(tmp_path / "through shards")
+    assert len(found.pop("glass")[0]) == 0 and found.keys() == expected.keys() == {"one", "two", "three"}
+    for slide in found:
+        (one, where), (other, there) = found[slide], expected[slide]
+        np.testing.assert_array_equal(where, there)
+        assert len(where) > 8
+        cosine = (
+            (one * other).sum(1)
+            / np.linalg.norm(one.astype(float), axis=1)
+            / np.linalg.norm(other.astype(float), axis=1)
+        )
+        assert cosine.min() > 0.98  # they differ by JPEG compression
+
+
+def test_an_embedding_of_a_slide_read_directly_is_that_of_its_pixels(make_tile_run, slides, tmp_path):
+    folder, _ = make_tile_run()
+    run(direct(folder, slides / "one.tiff", tmp_path / "out", "max_bad_fraction=0"))
+    pixels = stained(400, 500, [(180, 170, 150)])
+    encoder = load_encoder(str(folder), device="cpu")
+    embeddings, coordinates = contents(tmp_path / "out")["one"]
+    for vector, (x, y) in zip(embeddings, coordinates, strict=True):
+        np.testing.assert_allclose(vector, encoder.embed_each([pixels[y : y + 40, x : x + 40]])[0], atol=4e-3)
+
+
+def test_the_tasks_of_a_job_array_share_the_slides_and_merge_to_what_one_process_writes(
+    make_tile_run, slides, tmp_path, capsys
+):
+    folder, _ = make_tile_run()
+    (slides / "broken.svs").unlink()
+    run(direct(folder, slides, tmp_path / "one"))
+    for part in (3, 1):
+        run(direct(folder, slides, tmp_path / "parts", f"part={part}/3"))
+    merging = load("embed", [f"out='{tmp_path / 'parts'}'", "merge=true"]).object()
+    with pytest.raises(Fault, match="part=2/3"):
+        run(merging)
+    run(direct(folder, slides, tmp_path / "parts", "part=2/3"))
+    capsys.readouterr()
+    run(merging)
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["slides"] == 4
+    assert EmbeddingStore.open(tmp_path / "one").digest == EmbeddingStore.open(tmp_path / "parts").digest
+    for (one, where), (other, there) in zip(
+        contents(tmp_path / "one").values(), contents(tmp_path / "parts").values(), strict=True
+    ):
+        np.testing.assert_array_equal(where, there)
+        np.testing.assert_allclose(one.astype(np.float32), other.astype(np.float32), atol=2e-3)
+    run(direct(folder, slides, tmp_path / "parts", "part=2/3"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 0
+
+
+def test_shares_are_disjoint_complete_and_of_about_the_same_size(shards):
+    source = ShardSource(shards)
+    source.slides = [f"s{i:03d}" for i in range(100)]
+    source.sizes = [int(size) for size in rng(0).pareto(1.5, 100) * 1000 + 10]
+    parts = [share(source, part, 7) for part in range(1, 8)]
+    assert sorted(slide for part in parts for slide in part) == source.slides
+    loads = [sum(source.sizes[source.slides.index(slide)] for slide in part) for part in parts]
+    assert max(loads) <= max(max(source.sizes), 1.1 * sum(loads) / 7)
+
+
+def test_features_of_another_encoder_or_of_none_known_are_not_mixed_in(tmp_path, capsys):
+    for name in ("uni", "virchow"):
+        (tmp_path / name).mkdir()
+        with h5py.File(tmp_path / name / f"{name}.h5", "w") as file:
+            file["feats"], file["coords"] = np.ones((3, 8), np.float16), np.arange(6.0).reshape(3, 2) * 256
+            file.attrs.update({"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "extractor": name})
+
+    def importing(name: str, *words: str) -> Config:
+        return load(
+            "embed", [f"features={tmp_path / name}", f"out={tmp_path / 'out'}", "slides_mpp=0.5", *words]
+        ).object()
+
+    run(importing("uni"))
+    for words in ((), ("encoder=uni",)):
+        with pytest.raises(Fault, match="another"):
+            run(importing("virchow", *words))
+    assert EmbeddingStore.open(tmp_path / "out").slides == ["uni"]
+    with h5py.File(tmp_path / "virchow" / "virchow.h5", "a") as file:
+        del file.attrs["extractor"]
+    with pytest.raises(Fault, match="encoder=…"):
+        run(importing("virchow"))
+
+
+def test_a_slide_seen_again_under_a_longer_list_keeps_its_id(make_tile_run, slides, tmp_path, capsys):
+    folder, _ = make_tile_run()
+    run(direct(folder, slides / "one.tiff", tmp_path / "out"))
+    (tmp_path / "more").mkdir()
+    shutil.copy(slides / "three.tiff", tmp_path / "more" / "one.tiff")
+    both = f"['{slides / 'one.tiff'}','{tmp_path / 'more'}']"
+    run(settings(folder, None, tmp_path / "out", f"slides={both}", "tile_size=40"))
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 1
+    assert EmbeddingStore.open(tmp_path / "out").slides == ["more-one", "one"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["checkpoint=c"], "slides=… or shards=…"),
+        (["shards=s"], "checkpoint=…"),
+        (["shards=s", "slides=t", "checkpoint=c"], "not both"),
+        (["shards=s", "checkpoint=c", "part=4/3"], "part=3/40"),
+        (["shards=s", "checkpoint=c", "export=h5"], "trident, clam, stamp"),
+        (["stage=slide", "checkpoint=c"], "embeddings="),
+        (["embeddings=e", "checkpoint=c"], "stage=slide"),
+        (["stage=tiles"], "tile or slide"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_faults_that_say_what_to_give(words, said, tmp_path):
+    with pytest.raises(Fault, match=said):
+        run(load("embed", [*words, f"out={tmp_path / 'out'}"]).object())

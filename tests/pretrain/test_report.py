@@ -16,6 +16,7 @@ from data.keyed import rng
 from pretrain.commands import embed, probe
 from pretrain.commands.report import Config, run
 from pretrain.report import figures, maps, page, parts, training
+from pretrain.settings import load
 
 
 def descend(steps: int) -> list[dict[str, float]]:
@@ -69,7 +70,8 @@ def road(tmp_path, shards, make_tile_run, class_folders) -> Path:
     Image.fromarray(rng(0, "sheet").integers(0, 256, size=(40, 90, 3), dtype=np.uint8)).save(
         folder / "samples" / "step-00000000.png"
     )
-    embed.run(embed.Config(str(folder), str(shards), str(tmp_path / "embeddings"), False, 8, 1, 0.0, "cpu", "float32"))
+    words = [f"checkpoint={folder}", f"shards={shards}", f"out={tmp_path / 'embeddings'}", "device=cpu"]
+    embed.run(load("embed", words).object())
     probe.run(
         probe.Config(
             str(folder), str(class_folders), None, str(tmp_path / "probe.json"), 0.25, 0, 8, 1, "cpu", "float32"

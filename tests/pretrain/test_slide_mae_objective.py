@@ -42,7 +42,7 @@ def waves(folder: Path, slides: int, side: int = 12) -> EmbeddingStore:
 def sequences(tmp_path_factory) -> SlideSequences:
     store = waves(tmp_path_factory.mktemp("store"), 64)
     return SlideSequences(
-        store, Statistics.of(store), batch_size=8, seed=0, field_cells=0, validation_fraction=0.25, crop=1.0,
+        store, Statistics.of(store), batch_size=8, batch_tokens=None, lanes=4, seed=0, field_cells=0, validation_fraction=0.25, crop=1.0,
         shift_grid=0, flip=0.0, mask="random", mask_ratio=0.75, block_cells=3,
     )  # fmt: skip
 
@@ -67,7 +67,8 @@ def test_it_learns_what_the_nearest_visible_neighbours_cannot_explain(sequences)
     before, losses = model.evaluate(sequences.validation_batches()), []
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (1 - step / steps)
-        loss, _ = model.loss(sequences.batch(step), Moment(step, steps, seed=0))
+        moment = Moment(step, steps, seed=0)
+        loss, _ = model.loss(model.prepare([sequences.batch(step)], moment)[0], moment)
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
@@ -88,10 +89,13 @@ def parts_of(batch: SlideBatch, sequences: SlideSequences) -> list[SlideBatch]:
 def test_sums_and_counts_of_the_ranks_make_the_loss_of_the_global_batch_with_dropout_on(sequences, weighting):
     model, batch = objective(weighting, dropout=0.2), sequences.batch(0)
     whole = model(batch, 7)
-    parts = [model(part, 7) for part in parts_of(batch, sequences)]
-    apart = sum(part["sum"] for part in parts) / sum(part["count"] for part in parts)
+    parts = parts_of(batch, sequences)
+    results = [model(part, 7) for part in parts]
+    apart = sum(part["sum"] for part in results) / sum(part["count"] for part in results)
     torch.testing.assert_close(apart, whole["sum"] / whole["count"], atol=1e-6, rtol=0)
-    torch.testing.assert_close(model.loss(batch, Moment(0, 1, seed=7))[0], apart, atol=1e-6, rtol=0)
+    moment = Moment(0, 1, seed=7)
+    losses = [model.loss(part, moment)[0] for part in model.prepare(parts, moment)]
+    torch.testing.assert_close(torch.stack(losses).mean(), apart, atol=1e-6, rtol=0)
 
 
 def test_weighting_counts_slides_or_masked_tiles():
@@ -149,11 +153,11 @@ def test_predicting_the_data_set_mean_has_r2_zero_and_a_perfect_model_one(sequen
     batches = list(targets.values())
 
     def perfect(batch: SlideBatch, step_seed: int | None) -> dict[str, torch.Tensor]:
-        return {"prediction": batch.targets()[batch.masked] * 0.5, "pooled": torch.eye(len(batch.lengths))}
+        return {"prediction": batch.targets()[batch.masked] * 0.5, "pooled": torch.eye(16)[batch.positions]}
 
     monkeypatch.setattr(model, "forward", perfect)
     figures = model.evaluate(batches)
-    assert figures["r2"] == pytest.approx(0.75) and figures["effective_rank"] == pytest.approx(8, rel=1e-3)
+    assert figures["r2"] == pytest.approx(0.75) and figures["effective_rank"] == pytest.approx(16, rel=1e-3)
 
 
 def test_the_recipe_names_every_setting_of_encoder_and_objective_and_builds_the_released_encoder():

@@ -11,39 +11,41 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import OmegaConf
 
-from data.embeddings import EmbeddingWriter
+from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
+from pretrain.run_folder import flat
+from pretrain.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
-SMALL = ["model.width=32", "model.depth=2", "objective.decoder_width=32", "objective.decoder_depth=1", "data.batch_size=4", "data.field_cells=0"]  # fmt: skip
+SMALL = ["model.width=32", "model.depth=2", "objective.decoder_width=32", "objective.decoder_depth=1", "data.batch_size=8", "data.batch_tokens=180", "data.lanes=2", "data.field_cells=0"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Six slides of 8 × 6 tiles, 16-wide embeddings that vary smoothly over the slide."""
+    """Six slides of up to 8 × 6 tiles, 16-wide embeddings that vary smoothly over the slide."""
     folder = tmp_path_factory.mktemp("embeddings")
     cells = np.stack(np.meshgrid(np.arange(8), np.arange(6)), axis=-1).reshape(-1, 2)
     with EmbeddingWriter(folder, 16, "made up", "0" * 16) as writer:
         for number in range(6):
             draw = rng(number, "slide")
             waves = np.sin(cells @ draw.normal(0, 0.7, (2, 16)) + draw.uniform(0, 6, 16))
-            writer.add(f"slide{number}", waves.astype(np.float32), cells * 256, 256.0, 0.5)
+            kept = slice(0, 48 - 6 * number)
+            writer.add(f"slide{number}", waves[kept].astype(np.float32), cells[kept] * 256, 256.0, 0.5)
     return folder
 
 
 def start(run: Path, store: Path, *settings: str) -> subprocess.Popen[str]:
+    return train(run, store, "optim.steps=12", "trainer.checkpoint_every=4", *SMALL, *settings)
+
+
+def train(run: Path, store: Path, *settings: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name not in GROUP}
-    words = [
-        f"run={run}",
-        f"data.embeddings={store}",
-        "optim.steps=12",
-        "trainer.checkpoint_every=4",
-        "trainer.accelerator=cpu",
-    ]
+    words = [f"run={run}", f"data.embeddings={store}", "trainer.accelerator=cpu", *settings]
     return subprocess.Popen(
-        [sys.executable, "-m", "pretrain", "slide", *words, *SMALL, *settings],
+        [sys.executable, "-m", "pretrain", "slide", *words],
         cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
 
@@ -66,6 +68,7 @@ def test_two_processes_and_a_killed_run_end_like_one_uninterrupted_process(store
     expected = metrics(tmp_path / "one")
     assert [line["step"] for line in expected if "loss" in line] == list(range(1, 13))
     assert [line["step"] for line in expected if "r2_neighbours" in line] == [4, 8, 12]
+    assert len({line["slides"] for line in expected if "slides" in line}) > 1  # packed to a number of tiles
     for found, line in zip(metrics(tmp_path / "two"), expected, strict=True):
         assert found == pytest.approx(line, rel=1e-4, abs=1e-5)
 
@@ -78,3 +81,65 @@ def test_two_processes_and_a_killed_run_end_like_one_uninterrupted_process(store
     killed.communicate()
     finish(start(tmp_path / "killed", store))
     assert metrics(tmp_path / "killed") == expected
+
+
+def test_the_published_recipe_runs_at_smoke_scale_even_on_a_single_slide(store: Path, tmp_path: Path) -> None:
+    with EmbeddingWriter(tmp_path / "alone", 16, "made up", "0" * 16) as writer:
+        found = EmbeddingStore.open(store).read("slide0")
+        writer.add("slide0", np.array(found.embeddings), found.coordinates, 256.0, 0.5)
+    finish(train(tmp_path / "run", tmp_path / "alone", "recipe=gigapath_slide", "scale=smoke"))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 21))
+    assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines if "loss" in line)
+    assert {"r2", "r2_neighbours", "r2_slide_mean", "shuffled_rise", "effective_rank"} <= lines[-1].keys()
+
+
+def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else() -> None:
+    given = ["recipe=gigapath_slide", "run=r", "data.embeddings=e"]
+    full, smoke = (
+        flat(OmegaConf.to_container(load("slide", [*given, *scale]).tree)) for scale in ([], ["scale=smoke"])
+    )  # type: ignore[arg-type]
+    changed = {key for key in full if full[key] != smoke[key]}
+    assert changed <= {
+        *(f"model.{name}" for name in ("width", "depth", "heads", "feed_forward_width")),
+        *(f"objective.decoder_{name}" for name in ("width", "depth", "heads", "feed_forward_width")),
+        *("data.batch_size", "data.batch_tokens", "data.lanes", "data.validation_fraction", "optim.steps", "optim.warmup_steps", "optim.frozen_last_layer_steps"),
+    }  # fmt: skip
+    assert smoke["optim.steps"] == 20 and smoke["model.width"] < full["model.width"]
+
+
+@pytest.mark.slow
+def test_a_run_beats_the_nearest_neighbours_on_slides_whose_pattern_they_cannot_know(tmp_path: Path) -> None:
+    """64 slides of one pattern of waves 6.3 tiles long, with a sign of each slide's own: what lies where has to be learned."""
+    cells = np.stack(np.meshgrid(np.arange(12), np.arange(12)), axis=-1).reshape(-1, 2)
+    pattern = np.concatenate([np.cos(cells), np.sin(cells)], axis=1) @ rng("waves").normal(size=(4, 16))
+    with EmbeddingWriter(tmp_path / "store", 16, "made up", "0" * 16) as writer:
+        for number in range(64):
+            draw = rng("slide", number)
+            values = draw.normal(size=16) / 2 + draw.choice([-1, 1]) * pattern + 0.3 * draw.normal(size=pattern.shape)
+            writer.add(f"slide{number}", values, cells * 256, 256.0, 0.5)
+    small = [f"{part}={value}" for part, value in (("model.width", 32), ("model.depth", 2), ("model.dropout", 0.0), ("model.feed_forward_width", 64),
+             ("objective.decoder_width", 32), ("objective.decoder_feed_forward_width", 64))]  # fmt: skip
+    whole = [
+        "data.field_cells=0",
+        "data.crop=1.0",
+        "data.shift_grid=0",
+        "data.flip=0.0",
+        "optim.lr=3e-3",
+        "optim.steps=260",
+        "optim.warmup_steps=20",
+    ]
+    finish(
+        train(
+            tmp_path / "run",
+            tmp_path / "store",
+            *small,
+            *whole,
+            "objective.weighting=slide",
+            "optim.weight_decay=0.01",
+            "optim.clip=0",
+        )
+    )
+    last = metrics(tmp_path / "run")[-1]
+    assert last["r2_slide_mean"] < last["r2_neighbours"] < 0.5
+    assert last["r2"] > last["r2_neighbours"] + 0.2 and last["shuffled_rise"] > 1 and last["effective_rank"] > 2

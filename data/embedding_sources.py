@@ -1,0 +1,189 @@
+"""Where tiles come from to be embedded: a folder of shards, or the slides themselves, without shards in between.
+
+A source knows its slides by name and size; `open` finds one slide's tiles, and their pixels are then read in any order
+from any thread. The same slide gives the same tiles either way: the tissue rule, the grid and the check for empty tiles are those
+of ``pretrain shard``. Only JPEG compression is left out where a slide is read directly.
+"""
+
+import heapq
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+import simplejpeg
+
+from data.coordinates import TileGrid
+from data.fault import Fault
+from data.shard_index import UNKNOWN, ShardIndex, read_jpeg
+from data.slides import Slide
+from data.tiling import KEPT, TilingSettings, tile_slide
+from data.tissue import is_empty
+
+Pixels = np.ndarray | Fault | None
+"""A tile uint8 (H, W, 3); the Fault that says why it can't be read; or None for a tile with nothing in it."""
+
+
+@dataclass(frozen=True)
+class SlideTiles:
+    """One slide's tiles: where they lie, and how to read them. ``read`` takes rows of ``coordinates`` and may run in several threads."""
+
+    slide: str
+    coordinates: np.ndarray  # (n, 2) int64 level-0 pixels (x, y)
+    tile_size_level0: float
+    mpp: float  # NaN where nobody recorded it
+    read: Callable[[np.ndarray], list[Pixels]]
+    tile_size: int = 0  # delivered pixels a side; 0: not known, as below
+    slide_width: int = 0
+    slide_height: int = 0
+    source: str = ""
+    close: Callable[[], None] = field(default=lambda: None)
+
+
+class TileSource(Protocol):
+    """Slides by name, with a size each (tiles or bytes) by which work is shared out."""
+
+    slides: list[str]
+    sizes: list[int]
+
+    def open(self, slide: str) -> SlideTiles:
+        """Find a slide's tiles. Raises Fault where that can't be done."""
+        ...
+
+
+class ShardSource:
+    """The slides of a folder of tile shards. Rows are in the order of the tars, so that each is read once through."""
+
+    def __init__(self, folder: Path) -> None:
+        self.index = ShardIndex.open(folder)
+        self.slides = list(self.index.slides)
+        self._numbers = {slide: number for number, slide in enumerate(self.slides)}
+        self.sizes: list[int] = self.index.meta["slides"]["tiles"]
+
+    def open(self, slide: str) -> SlideTiles:
+        """Find a slide's tiles. Raises Fault where nobody recorded where they lie on the slide."""
+        index, number = self.index, self._numbers[slide]
+        rows, facts = index.rows_of(number), index.facts(number)
+        places = np.stack([index.x[rows], index.y[rows]], axis=1).astype(np.int64)
+        if not facts["tile_size_level0"] or (places == UNKNOWN).any():
+            raise Fault(
+                f"{index.folder} doesn't say where the tiles of {slide} lie (x, y and tile_size_level0 in each tile's .json), "
+                "and a slide's sequence needs their places: make the shards with 'pretrain shard'"
+            )
+        return SlideTiles(
+            slide,
+            places,
+            float(facts["tile_size_level0"]),
+            float(facts["mpp"]) if facts["mpp"] else float("nan"),
+            lambda wanted: read_shards(index, rows[wanted]),
+            tile_size=int(facts["tile_size"] or 0),
+            slide_width=int(facts["width"] or 0),
+            slide_height=int(facts["height"] or 0),
+        )
+
+
+def read_shards(index: ShardIndex, rows: np.ndarray) -> list[Pixels]:
+    """Decode tiles of an index, or say of each which one can't be and why."""
+    tiles: list[Pixels] = []
+    descriptors: dict[int, int] = {}
+    try:
+        for row in rows.tolist():
+            file = int(np.searchsorted(index.file_start, row, side="right")) - 1
+            if file not in descriptors:
+                descriptors[file] = os.open(index.path(file), os.O_RDONLY)
+            try:
+                jpeg = read_jpeg(descriptors[file], int(index.offset[row]), int(index.length[row]))
+                tiles.append(simplejpeg.decode_jpeg(jpeg))
+            except (ValueError, Fault) as error:
+                place = f"({int(index.x[row])}, {int(index.y[row])}) in {index.path(file)}"
+                tiles.append(Fault(f"the tile at {place} can't be decoded ({error})"))
+    finally:
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+    return tiles
+
+
+class SlideSource:
+    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` is used for slides that state no resolution."""
+
+    def __init__(self, names: dict[Path, str], settings: TilingSettings, slides_mpp: float | None) -> None:
+        self.settings, self.slides_mpp = settings, slides_mpp
+        self._paths = {name: path for path, name in names.items()}
+        self.slides = sorted(self._paths)
+        self.sizes = [_bytes(self._paths[name]) for name in self.slides]
+
+    def open(self, slide: str) -> SlideTiles:
+        """Find a slide's tissue and its tiles. Raises Fault for a slide that can't be read, or that isn't tiled (see `tile_slide`)."""
+        path = self._paths[slide]
+        with Slide(path) as opened:
+            tiling, _ = tile_slide(opened, slide, self.settings, self.slides_mpp, "")
+        x, y, _ = tiling.tiles(KEPT)
+        grid, places = tiling.grid, np.stack([x, y], axis=1)
+        reader = _Reader(path, grid)
+        return SlideTiles(
+            slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [reader.read(*places[row].tolist()) for row in rows],
+            grid.tile_size, grid.width, grid.height, str(path), reader.close,
+        )  # fmt: skip
+
+
+class _Reader:
+    """One open slide for several threads. After an error openslide refuses everything else on the same handle, so a tile counts as
+    unreadable only when it can't be read through a fresh one, which then takes the old one's place."""
+
+    def __init__(self, path: Path, grid: TileGrid) -> None:
+        self.path, self.grid = path, grid
+        self._slide: Slide | None = None
+        self._lock = Lock()
+
+    def read(self, x: int, y: int) -> Pixels:
+        slide = self._opened(instead_of=None)
+        try:
+            tile = slide.read_tile(self.grid, x, y)
+        except Fault:
+            try:
+                tile = self._opened(instead_of=slide).read_tile(self.grid, x, y)
+            except Fault as fault:
+                self._opened(instead_of=self._slide)
+                return Fault(f"the tile at ({x}, {y}) of {self.path} can't be read ({fault})")
+        return None if is_empty(tile) else tile
+
+    def _opened(self, instead_of: Slide | None) -> Slide:
+        with self._lock:
+            if self._slide is None or self._slide is instead_of:
+                self._slide = Slide(self.path)  # the old handle is closed when the last thread lets go of it
+            return self._slide
+
+    def close(self) -> None:
+        with self._lock:
+            self._slide = None
+
+
+def share(source: TileSource, part: int, parts: int) -> list[str]:
+    """The slides of task ``part`` (from 1) of ``parts``: every slide is one task's, and their sizes add up to about the same.
+
+    The largest slide first goes to whoever has least. A function of the slides and their sizes alone.
+    """
+    loads = [(0, task) for task in range(1, parts + 1)]
+    mine = []
+    for size, slide in sorted(zip(source.sizes, source.slides, strict=True), key=lambda pair: (-pair[0], pair[1])):
+        load, task = heapq.heappop(loads)
+        heapq.heappush(loads, (load + size, task))
+        if task == part:
+            mine.append(slide)
+    return sorted(mine)
+
+
+def stacks(tiles: Sequence[Pixels]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tiles of equal shape stacked: (which of ``tiles`` (k,) int64, uint8 (k, H, W, 3)) for each shape."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, tile in enumerate(tiles):
+        if isinstance(tile, np.ndarray):
+            by_shape.setdefault(tile.shape, []).append(index)
+    return [(np.array(chosen), np.stack([tiles[i] for i in chosen])) for chosen in by_shape.values()]  # type: ignore[misc]
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,168 @@
+"""What ``pretrain embed`` costs beside the bare forward pass, and what a random quarter of a slide costs beside a row-chunked h5.
+
+    make bench-embed
+
+embed_ratio: tiles a second of the whole of `embed_slides` (read, decode, prepare, forward, store) over those of the network alone on a
+batch that is ready in memory, in alternating rounds of one run. The tiles are 256-pixel JPEGs in shards; the network is a ViT-S/16 at
+224 pixels with random weights. It is given for wall time and for the process's CPU time, which other work on the machine disturbs less.
+
+quarter_ratio: reading a random quarter of a slide of 8,089 tiles with 1,536 numbers each, from an h5 with one chunk a row, as TRIDENT's
+files have it, over reading it from the store, both from the page cache and both ending in float32 in memory.
+"""
+
+import io
+import json
+import statistics
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import h5py
+import numpy as np
+import simplejpeg
+import torch
+from torch import Tensor, nn
+
+from data.embedding_sources import ShardSource
+from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.keyed import rng
+from data.shard_index import scan
+from models.initialise import initialise
+from models.vit import VisionTransformer
+from pretrain.embedding import embed_slides
+from pretrain.encoders import Preprocessing, TileEncoder, class_token, freeze
+
+BATCH, TILES, ROUNDS = 16, 64, 5
+ROWS, WIDTH = 8089, 1536
+
+
+def encoder() -> TileEncoder:
+    network = VisionTransformer(
+        image_size=224, patch_size=16, width=384, depth=12, heads=6, feed_forward="mlp", feed_forward_width=1536, registers=0,
+        layer_scale=1.0, drop_path=0.0, position_antialias=True, position_offset=0.0,
+    )  # fmt: skip
+    initialise(network, 0)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    freeze(network, device)
+
+    def no_twin(_: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
+        raise NotImplementedError
+
+    preprocessing = Preprocessing(224, 224, (0.7, 0.5, 0.6), (0.2, 0.2, 0.2))
+    return TileEncoder(
+        class_token(network), network, preprocessing, "ViT-S/16", "random", 384, "random", device, "float32", no_twin
+    )
+
+
+def write_shards(folder: Path) -> None:
+    """Two slides of smooth noise, cut into JPEGs of about the size that tissue has."""
+    folder.mkdir()
+    with tarfile.open(folder / "tiles-000000.tar", "w") as tar:
+        for i in range(TILES):
+            coarse = rng("tile", i).normal(0, 40, (64, 64, 3)).repeat(4, 0).repeat(4, 1)
+            pixels = (coarse + np.array([190, 130, 180])).clip(0, 255).astype(np.uint8)
+            x, y = i % 12 * 256, i // 12 * 256
+            facts = {
+                "slide": f"s{i * 2 // TILES}",
+                "x": x,
+                "y": y,
+                "mpp": 0.5,
+                "tile_size": 256,
+                "tile_size_level0": 256.0,
+            }
+            for suffix, data in (
+                ("jpg", simplejpeg.encode_jpeg(pixels, quality=90)),
+                ("json", json.dumps(facts).encode()),
+            ):
+                member = tarfile.TarInfo(f"{facts['slide']}_{x}_{y}.{suffix}")
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    scan(folder)
+
+
+def spent(work: Callable[[], None]) -> tuple[float, float]:
+    """Wall and CPU seconds."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    work()
+    return time.perf_counter() - wall, time.process_time() - cpu
+
+
+def embed_ratios(folder: Path, threads: int) -> tuple[float, float]:
+    """(by wall time, by CPU time), each the median of the rounds."""
+    write_shards(folder / "shards")
+    source, network = ShardSource(folder / "shards"), encoder()
+    ready = torch.randn(BATCH, 3, 224, 224, device=network.device)
+
+    def bare() -> None:
+        with torch.inference_mode():
+            for _ in range(TILES // BATCH):
+                features = network.network(ready)
+            features.cpu()
+
+    def whole(number: int) -> Callable[[], None]:
+        def work() -> None:
+            with EmbeddingWriter(folder / f"store-{number}", 384, network.name, network.hash) as writer:
+                embed_slides(
+                    network.start, source, source.slides, writer, batch=BATCH, threads=threads, max_bad_fraction=0.0,
+                    pin=network.device.type == "cuda", done=0,
+                )  # fmt: skip
+
+        return work
+
+    spent(bare)
+    rounds = []
+    for number in range(ROUNDS):
+        before, with_all, after = spent(bare), spent(whole(number)), spent(bare)
+        rounds.append([(before[i] + after[i]) / 2 / with_all[i] for i in range(2)])
+        print(
+            f"round {number + 1}: bare {before[0]:.2f} and {after[0]:.2f} s, embed {with_all[0]:.2f} s wall; {rounds[-1][1]:.3f} by CPU time"
+        )
+    wall, cpu = (statistics.median(values) for values in zip(*rounds, strict=True))
+    return wall, cpu
+
+
+def quarter_ratio(folder: Path) -> tuple[float, float]:
+    """(ratio, milliseconds from the store): medians of CPU time, which is all there is to reading from the page cache."""
+    values = rng("values").normal(size=(ROWS, WIDTH)).astype(np.float32)
+    places = np.stack([np.arange(ROWS) % 100, np.arange(ROWS) // 100], axis=1) * 256
+    with EmbeddingWriter(folder / "store", WIDTH, "any", "any") as writer:
+        writer.add("slide", values, places, 256.0, 0.5)
+    with h5py.File(folder / "rows.h5", "w") as file:
+        file.create_dataset("features", data=values, chunks=(1, WIDTH), maxshape=(None, WIDTH))
+    store = EmbeddingStore.open(folder / "store")
+    theirs, ours = [], []
+    for number in range(9):
+        wanted = np.sort(rng("quarter", number).permutation(ROWS)[: ROWS // 4])
+        began = time.thread_time()
+        with h5py.File(folder / "rows.h5") as file:
+            expected = file["features"][wanted]
+        theirs.append(time.thread_time() - began)
+        began = time.thread_time()
+        found = torch.from_numpy(store.read("slide").embeddings[wanted]).float()
+        ours.append(time.thread_time() - began)
+        assert np.array_equal(found.numpy(), expected.astype(np.float16))
+    return statistics.median(theirs) / statistics.median(ours), 1e3 * statistics.median(ours)
+
+
+def main() -> None:
+    threads = int((sys.argv[1:] or ["2"])[0])
+    with tempfile.TemporaryDirectory() as name:
+        quarter, milliseconds = quarter_ratio(Path(name))
+        print(
+            f"a random quarter of {ROWS} tiles: {milliseconds:.2f} ms from the store, {quarter:.0f} times faster than from the h5"
+        )
+        wall, cpu = embed_ratios(Path(name), threads)
+    print(
+        json.dumps(
+            {"embed_ratio": round(wall, 3), "embed_ratio_cpu": round(cpu, 3), "quarter_ratio": round(quarter, 1)}
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+"""Features of TRIDENT, CLAM and STAMP: ours are read as their programs read theirs, and theirs, written by hand, come in whole."""
+
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+import torch
+
+from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings_h5 import EXPORTS, exported
+from data.fault import Fault
+from data.feature_files import import_features, list_features, maker
+from data.keyed import rng
+
+WIDTH, SIDE = 6, 409.6  # 256 px of 0.4 µm on a slide of 0.25 µm: not a whole number of pixels
+
+
+def tiles(n: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    places = rng("places").permutation(100)[:n]
+    corners = np.stack([np.ceil(places % 10 * SIDE), np.ceil(places // 10 * SIDE)], axis=1).astype(np.int64)
+    return rng("values").normal(size=(n, WIDTH)).astype(np.float32), corners
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> EmbeddingStore:
+    with EmbeddingWriter(tmp_path / "store", WIDTH, "vit", "abc") as out:
+        out.add("a", *tiles(), SIDE, 0.4, tile_size=256, slide_width=5000, slide_height=4500)
+    return EmbeddingStore.open(tmp_path / "store")
+
+
+def row_major(values: np.ndarray, coords: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    order = sorted(range(len(coords)), key=lambda i: (coords[i, 1], coords[i, 0]))
+    return values[order], coords[order]
+
+
+@pytest.mark.parametrize("kind", EXPORTS)
+def test_what_is_exported_comes_back_the_same(store: EmbeddingStore, tmp_path: Path, kind: str) -> None:
+    assert not exported(kind, "a", tmp_path / kind)
+    EXPORTS[kind](store, "a", tmp_path / kind)
+    assert exported(kind, "a", tmp_path / kind)
+    (path,) = list_features(tmp_path / kind).values()
+    back, there = import_features(path), store.read("a")
+    assert np.array_equal(back.embeddings, there.embeddings) and np.array_equal(back.coordinates, there.coordinates)
+    assert (back.slide, back.mpp, back.tile_size) == ("a", 0.4, 256)
+    assert back.tile_size_level0 == pytest.approx(SIDE, abs=1e-9) and maker(path) == ("vit", "abc")
+    assert np.array_equal(back.cells, there.cells)
+
+
+def test_the_export_has_tridents_schema(store: EmbeddingStore, tmp_path: Path) -> None:
+    EXPORTS["trident"](store, "a", tmp_path)
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert (file["features"].shape, file["features"].dtype) == ((20, WIDTH), np.float32)
+        assert (file["coords"].shape, file["coords"].dtype) == ((20, 2), np.int64)
+        of = dict(file["coords"].attrs)
+    expected = {
+        "patch_size": 256, "patch_size_level0": 409, "level0_magnification": 40, "target_magnification": 25, "overlap": 0,
+        "name": "a", "savetodir": str(tmp_path), "level0_width": 5000, "level0_height": 4500,
+    }  # fmt: skip
+    assert {key: of[key] for key in expected} == expected
+
+
+def test_the_export_has_clams_two_files(store: EmbeddingStore, tmp_path: Path) -> None:
+    EXPORTS["clam"](store, "a", tmp_path)
+    features = torch.load(tmp_path / "pt_files" / "a.pt", weights_only=True)
+    with h5py.File(tmp_path / "h5_files" / "a.h5") as file:
+        assert np.array_equal(file["features"][:], features.numpy()) and features.dtype == torch.float32
+        assert np.array_equal(file["coords"][:], row_major(*tiles())[1])
+        assert "patch_level" not in file["coords"].attrs  # no whole number of pixels of any level
+
+
+def test_the_export_has_stamps_schema_in_microns(store: EmbeddingStore, tmp_path: Path) -> None:
+    EXPORTS["stamp"](store, "a", tmp_path)
+    values, coords = row_major(*tiles())
+    with h5py.File(tmp_path / "a.h5") as file:
+        assert np.array_equal(file["feats"][:], values.astype(np.float16))
+        np.testing.assert_allclose(file["coords"][:], coords * 0.25, rtol=1e-12)
+        of = dict(file.attrs)
+    assert (of["unit"], of["tile_size_px"], of["extractor"]) == ("um", 256, "vit")
+    assert of["tile_size_um"] == pytest.approx(102.4)
+
+
+def test_tridents_own_file_is_read_with_its_magnification_as_its_scale(tmp_path: Path) -> None:
+    values, coords = tiles()
+    coords = coords // 409 * 409
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file["features"], file["coords"] = values, coords
+        file["coords"].attrs.update(
+            {"patch_size": 256, "patch_size_level0": 409, "level0_magnification": 40, "target_magnification": 25, "overlap": 0, "name": "s",
+             "savetodir": "x", "level0_width": 5000, "level0_height": 4500}
+        )  # fmt: skip
+    found = import_features(tmp_path / "s.h5")
+    expected, places = row_major(values, coords)
+    assert np.array_equal(found.embeddings, expected.astype(np.float16)) and np.array_equal(found.coordinates, places)
+    assert (found.tile_size_level0, found.mpp, found.tile_size, found.slide_width) == (409.0, 0.4, 256, 5000)
+    assert import_features(tmp_path / "s.h5", mpp_level0=0.253).mpp == pytest.approx(
+        0.253 * 409 / 256
+    )  # better than nominal
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        file["coords"].attrs["overlap"] = 64
+    with pytest.raises(Fault, match="overlap"):
+        import_features(tmp_path / "s.h5")
+
+
+@pytest.mark.parametrize("kind", ["h5_files", "pt_files"])
+def test_clams_own_files_are_read_with_its_patches_beside_them(tmp_path: Path, kind: str) -> None:
+    values, coords = tiles()
+    (tmp_path / "features" / kind).mkdir(parents=True)
+    if kind == "h5_files":
+        with h5py.File(tmp_path / "features" / kind / "s.h5", "w") as file:
+            file["features"], file["coords"] = values, coords
+    else:
+        torch.save(torch.from_numpy(values), tmp_path / "features" / kind / "s.pt")
+    (path,) = list_features(tmp_path / "features").values()
+    with pytest.raises(Fault, match="patches"):
+        import_features(path, mpp_level0=0.25)
+    (tmp_path / "patches").mkdir()
+    with h5py.File(tmp_path / "patches" / "s.h5", "w") as file:
+        file["coords"] = coords
+        size = np.array([5000, 4500])
+        file["coords"].attrs.update(
+            {"patch_size": 256, "patch_level": 1, "downsample": np.array([2.0, 2.0]), "downsampled_level_dim": size // 2, "level_dim": size // 2, "name": "s", "save_path": "x"}
+        )  # fmt: skip
+    with pytest.raises(Fault, match="slides="):
+        import_features(path)
+    found = import_features(path, mpp_level0=0.25)
+    expected, places = row_major(values, coords)
+    assert np.array_equal(found.embeddings, expected.astype(np.float16)) and np.array_equal(found.coordinates, places)
+    assert (found.tile_size_level0, found.mpp, found.tile_size) == (512.0, 0.5, 256)
+
+
+def test_stamps_own_file_needs_the_slides_scale_and_keeps_its_cells(tmp_path: Path) -> None:
+    y, x = (a.ravel() for a in np.mgrid[:7, :9])
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file["feats"] = rng("stamp").normal(size=(63, WIDTH)).astype(np.float16)
+        file["coords"] = np.stack([x, y], axis=1) * 256.0
+        file.attrs.update({"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "extractor": "uni"})
+    with pytest.raises(Fault, match="slides_mpp"):
+        import_features(tmp_path / "s.h5")
+    for scale in (0.25, 0.2527, 0.5021):
+        found = import_features(tmp_path / "s.h5", mpp_level0=scale)
+        assert np.array_equal(found.cells, np.stack([x, y], axis=1))
+        assert (found.mpp, found.tile_size) == (256 / 224, 224) and found.tile_size_level0 == 256 / scale
+    assert maker(tmp_path / "s.h5") == ("uni", None)
+
+
+def test_files_that_are_no_features_or_do_not_say_enough_are_faults(tmp_path: Path) -> None:
+    values, coords = tiles()
+    with pytest.raises(Fault, match="holds no features"):
+        list_features(tmp_path)
+    with h5py.File(tmp_path / "clam.h5", "w") as file:
+        file["features"], file["coords"] = values, coords
+    with pytest.raises(Fault, match="size at level 0"):
+        import_features(tmp_path / "clam.h5")
+    assert import_features(tmp_path / "clam.h5", tile_size_level0=512, mpp=0.5).tile_size_level0 == 512
+    with h5py.File(tmp_path / "short.h5", "w") as file:
+        file["features"], file["coords"] = values[:7], coords
+    with pytest.raises(Fault, match="7 features for 20"):
+        import_features(tmp_path / "short.h5", tile_size_level0=512, mpp=0.5)
+    with h5py.File(tmp_path / "other.h5", "w") as file:
+        file["coords"] = coords
+    with pytest.raises(Fault, match="not a feature file"):
+        import_features(tmp_path / "other.h5")
+    (tmp_path / "broken.h5").write_bytes(b"not h5")
+    with pytest.raises(Fault, match=r"broken\.h5"):
+        import_features(tmp_path / "broken.h5")
