@@ -51,6 +51,7 @@ RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae"}
 HALVINGS = 10
 EARLY_TILES = 8000
 CORES = 2
+MARGIN = 0.95  # of the steps that the two short runs promise: a budget is not to be overdrawn
 TILES_PER_SHARD = 400  # more blocks than lanes, so that the stream mixes
 
 
@@ -153,20 +154,21 @@ class Run:
 
 
 def steps_that_fit(objective: str, settings: list[str], seconds: float, shards: Path, scratch: Path) -> int:
-    """How many steps ``seconds`` of processor time buy: by two short runs, one on each core as in earnest."""
-    lengths, used = (30, 90), []
+    """How many steps ``seconds`` of processor time buy: by two short runs, one on each core as in earnest.
+
+    The first run of all is not counted: it compiles what the others find compiled.
+    """
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
-    runs = [
-        Run(objective, seed, scratch / f"{steps}-{seed}", steps, settings) for steps in lengths for seed in range(CORES)
-    ]
-    for pair in (runs[:CORES], runs[CORES:]):
-        for run in pair:
+    used = {}
+    for steps in (8, 30, 90):
+        runs = [Run(objective, seed, scratch / f"{steps}-{seed}", steps, settings) for seed in range(CORES)]
+        for run in runs:
             run.start(shards)
-        used.append(sum(run.wait() for run in pair) / CORES)
+        used[steps] = sum(run.wait() for run in runs) / CORES
     shutil.rmtree(scratch)
-    each = (used[1] - used[0]) / (lengths[1] - lengths[0])
-    return int((seconds - (used[0] - lengths[0] * each)) / each)
+    each = (used[90] - used[30]) / 60
+    return int((seconds - (used[30] - 30 * each)) / each * MARGIN)
 
 
 def train(asked: Asked, shards: Path) -> list[Run]:
