@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,17 @@ CHECKSUMS = (
     "crc32",
     "json_crc32",
 )  # of each tile's JPEG and JSON: in the shards' records only, for 'pretrain shards verify'
+# What reading an npz raises where its bytes were changed: zipfile, json, and numpy's way of reading a header.
+SPOILT = (
+    zipfile.BadZipFile,
+    ValueError,
+    KeyError,
+    EOFError,
+    OSError,
+    SyntaxError,
+    tokenize.TokenError,
+    NotImplementedError,
+)
 RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
@@ -127,7 +139,7 @@ class ShardIndex:
                     name: np.memmap(path, dtype, "r", start, (rows,)) if rows else np.empty(0, dtype)
                     for name, (dtype, start, rows) in places.items()
                 }
-        except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        except SPOILT as error:
             raise Fault(
                 f"{path} is damaged ({error}): delete it and run 'pretrain shards index shards={folder}', which remakes it"
             ) from error
@@ -364,7 +376,7 @@ def _recorded_size(folder: Path, name: str) -> int | None:
     try:
         with np.load(record_path(folder, name)) as record:
             return int(json.loads(str(record["facts"]))["size"])
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, OSError, EOFError):
+    except SPOILT:
         return None
 
 
@@ -411,7 +423,7 @@ def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
         raise Fault(
             f"there is no {url}: make an index of those shards with 'pretrain shards index shards={folder} out=FOLDER', and train on FOLDER"
         ) from error
-    except (zipfile.BadZipFile, ValueError, KeyError, Truncated, OSError) as error:
+    except (*SPOILT, Truncated) as error:
         raise Fault(f"{url} is damaged ({error}): remake it where the shards were made, and upload it again") from error
     columns: dict[str, Any] = {}
     for name, (dtype, start, rows) in places.items():

@@ -20,7 +20,7 @@ import simplejpeg
 
 from data.coordinates_h5 import read_tiling
 from data.fault import Fault
-from data.shard_index import CHECKSUMS, COLUMNS, RUNS, ShardIndex, record_path
+from data.shard_index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex, record_path
 from data.tar_members import DamagedTar, Member, members, padding
 
 JPEGS = ("jpg", "jpeg")
@@ -276,7 +276,7 @@ def _record(folder: Path, name: str, result: Verified) -> tuple[dict[str, Any], 
         return facts, columns
     except FileNotFoundError:
         result.find("", "missing record", f"index/{path.name} is gone: its tiles have no checksums")
-    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, KeyError, EOFError, NotImplementedError) as error:
+    except (*SPOILT, zlib.error) as error:
         result.find(f"index/{path.name}", "damaged record", f"the shard's record can't be read ({error})")
     return None
 

@@ -70,8 +70,6 @@ def read_all(folder: Path) -> tuple[list[int], list[str]] | Fault:
             good.append(number)
         except UnreadableTile as error:
             bad.append(str(error))
-    for descriptor in tiles._open.values():
-        os.close(descriptor)
     return good, bad
 
 

@@ -159,7 +159,7 @@ def test_a_server_that_dies_during_training_stops_it_with_its_url(folder: Path, 
 
 def test_others_remote_shards_take_one_scan_and_an_index_of_ours(folder: Path, tmp_path: Path, server: FlakyServer) -> None:  # fmt: skip
     (folder / "index.npz").unlink()
-    with pytest.raises(Fault, match=rf"there is no {server.url}/shards/index\.npz: make an index .*index={server.url}/shards out="):  # fmt: skip
+    with pytest.raises(Fault, match=rf"there is no {server.url}/shards/index\.npz: make an index .*shards={server.url}/shards out="):  # fmt: skip
         ShardTiles(shards=[f"{server.url}/shards"])
     with pytest.raises(Fault, match="say where the index"):
         scan(f"{server.url}/shards")

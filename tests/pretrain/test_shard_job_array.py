@@ -25,7 +25,7 @@ from tests.pretrain.test_shard_command import DEFAULTS, ROOT, contents, shard, s
 
 
 def index(*folders: Path) -> None:
-    shards_index.run(shards_index.Config([str(folder) for folder in folders]))
+    shards_index.run(shards_index.Config([str(folder) for folder in folders], None))
 
 
 NAMES = "a b c d e f g"
