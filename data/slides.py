@@ -91,8 +91,8 @@ class Slide:
         first_column, first_row = math.floor(left), math.floor(top)
         width = math.ceil(left + side - 1e-6) - first_column
         height = math.ceil(top + side - 1e-6) - first_row
+        region = self._read(grid.level, first_column, first_row, width, height)
         if grid.resampled:
-            region = self._read(grid.level, first_column, first_row, width, height)
             box = (left - first_column, top - first_row, left - first_column + side, top - first_row + side)
             box = (box[0], box[1], min(box[2], width), min(box[3], height))
             region = region.convert("RGB").resize((grid.tile_size, grid.tile_size), Image.Resampling.BICUBIC, box=box)
