@@ -8,6 +8,7 @@ grey, blur, solarise, normalise; stains are shifted before them.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -104,9 +105,7 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
                 jitter(x, weights.index_select(0, there), place, scratch)
             _apply(x, own[:, GREY] > 0, lambda part, _: luma(part, scratch).expand_as(part), own[:, GREY])
             reach = _reach(float(own[:, SIGMA].max()))
-            _apply(
-                x, own[:, SIGMA] > 0, lambda part, sigma, reach=reach: blur(part, sigma, reach, scratch), own[:, SIGMA]
-            )
+            _apply(x, own[:, SIGMA] > 0, partial(blur, reach=reach, scratch=scratch), own[:, SIGMA])
             _apply(x, own[:, SOLARISE] > 0, solarise, own[:, SOLARISE])
             result.index_copy_(0, there, x.mul_(scale).sub_(offset))
     return result
@@ -126,7 +125,8 @@ def jitter(x: Tensor, weights: Tensor, hue_at: int, scratch: Tensor) -> None:
         if place == hue_at:
             hue(x, of_place[:, 0], scratch)
         else:
-            blend(x, *of_place.unbind(1), scratch)
+            factor, grey, mean_grey = of_place.unbind(1)
+            blend(x, factor, grey, mean_grey, scratch)
 
 
 def luma(x: Tensor, scratch: Tensor) -> Tensor:
