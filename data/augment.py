@@ -8,6 +8,7 @@ grey, blur, solarise, normalise; stains are shifted before them.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,9 +26,11 @@ STAIN, STAINS, WIDTH = 12, slice(13, 16), 16
 
 BLUR_TAPS = 9
 NO_JITTER = 4  # place of the hue in an order that isn't followed
+NO_WEIGHT = 1e-7  # of the middle tap's: less than float32 tells apart
 CACHE = (
-    1 << 20
-)  # numbers worked on at once by a CPU: few enough for its cache, and enough that calls cost little beside them
+    1 << 19
+)  # numbers a CPU works on at once: few enough for its cache, and enough that calls cost little beside them
+PLANES = 8  # as large as a padded channel, for what lies between an image before and after
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision has it
 DARKEST = 1e-6  # transmitted light below which nothing is told apart; its logarithm is the unit of stains
 # Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok & Johnston 2001).
@@ -79,7 +82,9 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
     """uint8 ``(N, 3, H, W)`` → float32 of the same shape, augmented and normalised by ``mean`` and ``std`` ``(3,)``.
 
     ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. Images whose
-    hue has the same place in their order go together, on a CPU no more of them at once than suit its cache.
+    hue has the same place in their order go together, on a CPU no more of them at once than suit its cache, and always in the
+    same scratch memory: fresh pages cost a CPU more than the arithmetic on them. They go by their blur, so that what is blurred
+    at once needs about as many taps.
     """
     device, rows = images.device, parameters.numpy()
     result = torch.empty(images.shape, dtype=torch.float32, device=device)
@@ -87,16 +92,20 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
     weights = torch.from_numpy(_weights(rows)).to(device, non_blocking=True)
     hue_at = np.where(rows[:, JITTER] > 0, (rows[:, ORDER] == HUE).argmax(1), NO_JITTER)
     offset, scale = (mean / std).view(1, 3, 1, 1), (1 / std).view(1, 3, 1, 1)
+    size = min(size, len(images))
+    space, scratch = torch.empty((size, *images.shape[1:]), device=device), _scratch(images, size)
     for place in range(5):
         together = np.flatnonzero(hue_at == place)
+        together = together[rows[together, SIGMA].argsort(kind="stable")]
         for numbers in (together[first : first + size] for first in range(0, len(together), size)):
             there, own = torch.from_numpy(numbers).to(device, non_blocking=True), rows[numbers]
-            x = images.index_select(0, there).float().mul_(1 / 255)
+            x = space[: len(numbers)].copy_(images.index_select(0, there)).mul_(1 / 255)
             _apply(x, own[:, STAIN] > 0, shift_stains, own[:, STAINS])
             if place != NO_JITTER:
-                jitter(x, weights.index_select(0, there), place)
-            _apply(x, own[:, GREY] > 0, lambda part, _: luma(part).expand_as(part), own[:, GREY])
-            _apply(x, own[:, SIGMA] > 0, blur, own[:, SIGMA])
+                jitter(x, weights.index_select(0, there), place, scratch)
+            _apply(x, own[:, GREY] > 0, lambda part, _: luma(part, scratch).expand_as(part), own[:, GREY])
+            reach = _reach(float(own[:, SIGMA].max()))
+            _apply(x, own[:, SIGMA] > 0, partial(blur, reach=reach, scratch=scratch), own[:, SIGMA])
             _apply(x, own[:, SOLARISE] > 0, solarise, own[:, SOLARISE])
             result.index_copy_(0, there, x.mul_(scale).sub_(offset))
     return result
@@ -110,32 +119,34 @@ def _weights(rows: np.ndarray) -> np.ndarray:
     return np.stack([factors, rest * (order == SATURATION), rest * (order == CONTRAST)], 2)
 
 
-def jitter(x: Tensor, weights: Tensor, hue_at: int) -> None:
+def jitter(x: Tensor, weights: Tensor, hue_at: int, scratch: Tensor) -> None:
     """The four parts of jitter by ``weights`` ``(N, 4, 3)``, in place, for images that all turn their hue in place ``hue_at``."""
     for place, of_place in enumerate(weights.view(len(x), 4, 3, 1, 1, 1).unbind(1)):
         if place == hue_at:
-            hue(x, of_place[:, 0])
+            hue(x, of_place[:, 0], scratch)
         else:
-            blend(x, *of_place.unbind(1))
+            factor, grey, mean_grey = of_place.unbind(1)
+            blend(x, factor, grey, mean_grey, scratch)
 
 
-def luma(x: Tensor) -> Tensor:
-    """Grey ``(N, 1, H, W)``."""
-    return (x[:, :1] * LUMA[0]).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
+def luma(x: Tensor, scratch: Tensor) -> Tensor:
+    """Grey ``(N, 1, H, W)``, in the scratch memory."""
+    (plane,) = _planes(scratch, x, 1)
+    return torch.mul(x[:, :1], LUMA[0], out=plane).add_(x[:, 1:2], alpha=LUMA[1]).add_(x[:, 2:], alpha=LUMA[2])
 
 
-def blend(x: Tensor, factor: Tensor, grey: Tensor, mean_grey: Tensor) -> Tensor:
+def blend(x: Tensor, factor: Tensor, grey: Tensor, mean_grey: Tensor, scratch: Tensor) -> Tensor:
     """``factor · x + grey · luma(x) + mean_grey · mean(luma(x))``, clipped to (0, 1), in place; weights ``(N, 1, 1, 1)``.
 
     Brightness by f is (f, 0, 0), saturation (f, 1 − f, 0), contrast (f, 0, 1 − f): in one form, images that are at
     different parts of their orders go together.
     """
-    plane = luma(x)
+    plane = luma(x, scratch)
     level = plane.mean((2, 3), keepdim=True) * mean_grey
-    return x.mul_(factor).add_(plane.mul_(grey).add_(level)).clamp_(0, 1)
+    return torch.addcmul(plane.mul_(grey).add_(level), x, factor, out=x).clamp_(0, 1)
 
 
-def hue(x: Tensor, turns: Tensor) -> Tensor:
+def hue(x: Tensor, turns: Tensor, scratch: Tensor | None = None) -> Tensor:
     """Rotate the hue of HSV by ``turns`` ``(N, 1, 1, 1)``, in place: exact, and without a choice for each pixel.
 
     With green and blue sorted, then red and the larger of them, the hue in sixths of a turn is ``|k + (other − smaller) / chroma|``,
@@ -143,18 +154,19 @@ def hue(x: Tensor, turns: Tensor) -> Tensor:
     opposite hue, falling to 0 at a third; the distance of two angles a, b on the circle is ``3 − ||a − b| − 3|``.
     """
     red, green, blue = x.split(1, 1)
-    larger, smaller = torch.maximum(green, blue), torch.minimum(green, blue)
-    value, other = torch.maximum(red, larger), torch.minimum(red, larger)
-    swapped = torch.gt(blue, green, out=torch.empty_like(red))
+    larger, smaller, value, other, swapped, chroma = _planes(_scratch(x) if scratch is None else scratch, x, 6)
+    torch.maximum(green, blue, out=larger)
+    torch.minimum(green, blue, out=smaller)
+    torch.maximum(red, larger, out=value)
+    torch.minimum(red, larger, out=other)
+    torch.gt(blue, green, out=swapped)
     not_red = torch.gt(larger, red, out=larger)
-    lowest = torch.minimum(other, smaller)
-    chroma = value - lowest
-    sixths = other.sub_(smaller).div_(chroma.clamp(min=1e-12))
+    torch.sub(value, torch.minimum(other, smaller, out=chroma), out=chroma)
+    sixths = other.sub_(smaller).div_(torch.clamp(chroma, min=1e-12, out=smaller))
     sixths.add_(not_red, alpha=-2).add_(not_red.mul_(12).sub_(6).mul_(swapped)).abs_()
     opposite = (torch.tensor([-3.0, -1.0, 1.0], device=x.device).view(1, 3, 1, 1) - 6 * turns).remainder(6)
-    near = torch.sub(sixths, opposite, out=x).abs_().sub_(3).abs_()
-    torch.addcmul(value + chroma, near, chroma, value=-1, out=x)
-    return torch.clamp(x, lowest, value, out=x)
+    share = torch.sub(sixths, opposite, out=x).abs_().sub_(3).abs_().sub_(1).clamp_(0, 1)
+    return torch.addcmul(value, share, chroma, value=-1, out=x)
 
 
 def solarise(x: Tensor, _: Tensor) -> Tensor:
@@ -176,32 +188,52 @@ def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
     return (to_light @ stains).exp_().clamp_(0, 1).view(x.shape)
 
 
-def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of nine taps with a sigma (pixels) ``(N, 1, 1, 1)`` per image, reflected at the border.
+def blur(x: Tensor, sigma: Tensor, reach: int = BLUR_TAPS // 2, scratch: Tensor | None = None) -> Tensor:
+    """Gaussian of nine taps with a sigma (pixels) ``(N, 1, 1, 1)`` per image, reflected at the border; only those taps up to
+    ``reach`` from the middle are added up (`_reach`).
 
     Rows, then columns, as sums of shifted images, two taps of one weight at a time. Rows keep their padding, so that a shift
     to the side is one of the flat image: long loops over whole images, which is faster than a convolution with a kernel for each.
     """
-    reach = BLUR_TAPS // 2
-    taps = torch.exp(-0.5 * (torch.arange(reach + 1, device=x.device) / sigma.view(-1, 1)) ** 2)
-    taps = taps / (2 * taps.sum(1, keepdim=True) - 1)  # (N, reach + 1), from the middle outwards
-    padded = F.pad(x, (reach, reach, reach, reach), mode="reflect")
-    taps, width = taps.repeat_interleave(3, 0), padded.shape[3]
-    down = _taps(padded.reshape(len(taps), -1), taps, width)
-    across = _taps(F.pad(down, (0, 2 * reach)), taps, 1)
-    return across.view(len(x), 3, -1, width)[..., : x.shape[3]]
+    taps = torch.exp(-0.5 * (torch.arange(BLUR_TAPS // 2 + 1, device=x.device) / sigma.view(-1, 1)) ** 2)
+    taps = taps / (2 * taps.sum(1, keepdim=True) - 1)  # (N, taps), from the middle outwards
+    padded = F.pad(x, (reach, reach, reach, reach), mode="reflect").contiguous()
+    taps, height, width = taps[:, : reach + 1].repeat_interleave(3, 0), x.shape[2], padded.shape[3]
+    first, other = (_scratch(x) if scratch is None else scratch).chunk(2)
+    # What lies behind the rows' end is added to nothing that is kept.
+    down = first[: len(taps) * (height * width + 2 * reach)].view(len(taps), -1)
+    _taps(padded.view(len(taps), -1), taps, width, down[:, : height * width], other)
+    across = _taps(down, taps, 1, padded.view(len(taps), -1)[:, : height * width], other)
+    return across.view(len(x), 3, height, width)[..., : x.shape[3]]
 
 
-def _taps(rows: Tensor, taps: Tensor, stride: int) -> Tensor:
-    """``Σ taps[:, |k|] · rows[:, i + k · stride]`` for every i where all of them lie inside."""
-    reach = taps.shape[1] - 1
-    length, (middle, *others) = rows.shape[1] - 2 * reach * stride, taps.split(1, 1)
-    found = rows.narrow(1, reach * stride, length) * middle
-    both = torch.empty_like(found)
+def _taps(rows: Tensor, taps: Tensor, stride: int, found: Tensor, scratch: Tensor) -> Tensor:
+    """``Σ taps[:, |k|] · rows[:, i + k · stride]`` for every i where all of them lie inside, in ``found``."""
+    reach, length = taps.shape[1] - 1, found.shape[1]
+    middle, *others = taps.split(1, 1)
+    both = scratch[: found.numel()].view(found.shape)
+    torch.mul(rows.narrow(1, reach * stride, length), middle, out=found)
     for step, weight in enumerate(others, start=1):
         before, after = (rows.narrow(1, (reach + k) * stride, length) for k in (-step, step))
         found.addcmul_(torch.add(before, after, out=both), weight)
     return found
+
+
+def _reach(sigma: float) -> int:
+    """How far from the middle a tap of a blur with ``sigma`` (pixels) weighs anything."""
+    return max(1, min(BLUR_TAPS // 2, int(sigma * math.sqrt(-2 * math.log(NO_WEIGHT)))))
+
+
+def _scratch(images: Tensor, count: int | None = None) -> Tensor:
+    """Memory for what lies between an image before and after, for ``count`` of the images at once: flat float32."""
+    n, _, height, width = images.shape
+    return torch.empty(PLANES * (count or n) * (height + BLUR_TAPS) * (width + BLUR_TAPS), device=images.device)
+
+
+def _planes(scratch: Tensor, x: Tensor, count: int) -> tuple[Tensor, ...]:
+    """``count`` single-channel images ``(N, 1, H, W)`` in the scratch memory."""
+    n, _, height, width = x.shape
+    return scratch[: count * n * height * width].view(count, n, 1, height, width).unbind(0)
 
 
 def _apply(x: Tensor, chosen: np.ndarray, part: Callable[[Tensor, Tensor], Tensor], values: np.ndarray) -> None:

@@ -44,6 +44,11 @@ class CropSizes:
         """``(views,)``: 0 for the first global view, 1 for other globals, 2 for local ones."""
         return np.array([min(view, 1) for view in range(self.global_count)] + [2] * self.local_count)
 
+    def sides(self) -> list[tuple[int, int]]:
+        """Number and side of the crops of each size there is, the global ones first."""
+        both = [(self.global_count, self.global_size), (self.local_count, self.local_size)]
+        return [(count, side) for count, side in both if count]
+
     def views(self) -> list[tuple[int, tuple[float, float]]]:
         """``(side, scale)`` of every view, the global ones first."""
         return [(self.global_size, self.global_scale)] * self.global_count + [

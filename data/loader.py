@@ -21,7 +21,7 @@ from data.augment import Colour, draw
 from data.crops import CropSizes, cut
 from data.fault import Fault
 from data.keyed import rng
-from data.shared_memory import stack
+from data.shared_memory import Slots
 from data.stream import Stream
 from data.tile_source import TileSource, UnreadableTile
 
@@ -50,11 +50,21 @@ class MicroBatch:
     parameters: list[Tensor]  # per crop size float32 (views * tiles, WIDTH): see data.augment
     masks: Tensor  # bool (global views * tiles, rows, columns)
 
+    def __reduce__(self) -> tuple[object, ...]:
+        # As bytes: between processes a tensor travels as a file of shared memory of its own, which costs more than these hold.
+        small = [tensor.numpy() for tensor in (self.numbers, self.masks, *self.parameters)]
+        return _unpickled, (self.first, self.views, small)
+
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory, for copies to the device that don't wait."""
         return MicroBatch(
             self.first, self.numbers, [v.pin_memory() for v in self.views], self.parameters, self.masks.pin_memory()
         )
+
+
+def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> MicroBatch:
+    numbers, patches, *parameters = map(torch.from_numpy, small)
+    return MicroBatch(first, numbers, views, parameters, patches)
 
 
 @dataclass
@@ -112,8 +122,8 @@ class TileBatches(IterableDataset["Batch | Fault"]):
     def _batches(self) -> Iterator[Batch]:
         self.tiles.hold(self.stream.window * len(self.stream.owned(self.rank, self.world_size)))
         expected: deque[np.ndarray] = deque()
-        waiting: deque[tuple[int, list[Future]]] = deque()
-        steps = iter(range(self.start, self.stop))
+        waiting: deque[tuple[int, list[list[Tensor]], list[Future]]] = deque()
+        steps, slots = iter(range(self.start, self.stop)), Slots()
         ahead = iter(range(self.start, self.stop))
         with ThreadPoolExecutor(self.threads) as pool:
             while True:
@@ -121,18 +131,28 @@ class TileBatches(IterableDataset["Batch | Fault"]):
                     expected.append(self.stream.batch(step, self.rank, self.world_size))
                     self.tiles.expect(expected[-1])
                 for step in itertools.islice(steps, STEPS_AHEAD - len(waiting)):
-                    waiting.append((step, self._submit(pool, step, expected.popleft())))
+                    waiting.append((step, *self._submit(pool, step, expected.popleft(), slots)))
                 if not waiting:
                     return
-                step, futures = waiting.popleft()
-                yield self._collect(step, [future.result() for future in futures])
+                step, views, futures = waiting.popleft()
+                yield self._collect(step, views, [future.result() for future in futures])
 
-    def _submit(self, pool: ThreadPoolExecutor, step: int, numbers: np.ndarray) -> list[Future]:
+    def _submit(
+        self, pool: ThreadPoolExecutor, step: int, numbers: np.ndarray, slots: Slots
+    ) -> tuple[list[list[Tensor]], list[Future]]:
+        """The memory of a step's views, by micro-batch and crop size, and what fills it."""
         first = step * self.stream.batch_size + self.rank * self.share
-        return [pool.submit(self._views, number, first + i) for i, number in enumerate(numbers.tolist())]
+        size, sides = self.share // self.accumulate, self.sizes.sides()
+        views = [slots.empty([(count * size, 3, side, side) for count, side in sides]) for _ in range(self.accumulate)]
+        futures = []
+        for i, number in enumerate(numbers.tolist()):
+            own = [view for of_size in views[i // size] for view in of_size[i % size :: size]]
+            futures.append(pool.submit(self._views, number, first + i, own))
+        return views, futures
 
-    def _views(self, number: int, sample: int) -> tuple[int, list[Tensor], np.ndarray, list[str]]:
-        """Views and colour parameters of one tile; ``sample`` is its position in the run, the key of every draw."""
+    def _views(self, number: int, sample: int, views: list[Tensor]) -> tuple[int, np.ndarray, list[str]]:
+        """Cut one tile's views into ``views``; its number and colour parameters. ``sample`` is its position in the run, the key of
+        every draw."""
         bad: list[str] = []
         while True:
             try:
@@ -145,9 +165,11 @@ class TileBatches(IterableDataset["Batch | Fault"]):
                 raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
         generator = rng(self.seed, "colour", sample)
         rows = draw(self.colour, self.sizes.kinds(), generator)
-        return number, cut(tile, self.sizes, self.seed, sample), rows, bad
+        for view, crop in zip(views, cut(tile, self.sizes, self.seed, sample), strict=True):
+            view.copy_(crop)
+        return number, rows, bad
 
-    def _collect(self, step: int, results: list[tuple[int, list[Tensor], np.ndarray, list[str]]]) -> Batch:
+    def _collect(self, step: int, views: list[list[Tensor]], results: list[tuple[int, np.ndarray, list[str]]]) -> Batch:
         size = self.share // self.accumulate
         shares = masks.ratios(
             self.stream.batch_size * self.sizes.global_count,
@@ -158,26 +180,21 @@ class TileBatches(IterableDataset["Batch | Fault"]):
             step,
         ).reshape(self.stream.batch_size, self.sizes.global_count)
         parts = []
-        for begin in range(0, self.share, size):
+        counts = [count for count, _ in self.sizes.sides()]
+        for begin, of_part in zip(range(0, self.share, size), views, strict=True):
             first = self.rank * self.share + begin
             part = results[begin : begin + size]
-            views, parameters = [], []
-            for low, high in ((0, self.sizes.global_count), (self.sizes.global_count, len(part[0][1]))):
-                if high > low:
-                    views.append(stack([cut_[view] for view in range(low, high) for _, cut_, _, _ in part]))
-                    parameters.append(
-                        torch.from_numpy(np.stack([rows[view] for view in range(low, high) for _, _, rows, _ in part]))
-                    )
+            rows = np.stack([of_tile for _, of_tile, _ in part], 1)  # (views, tiles, WIDTH)
             parts.append(
                 MicroBatch(
                     first,
-                    torch.tensor([r[0] for r in part]),
-                    views,
-                    parameters,
+                    torch.tensor([number for number, _, _ in part]),
+                    of_part,
+                    [of_size.flatten(0, 1) for of_size in torch.from_numpy(rows).split(counts)],
                     self._masks(step, first, shares[first : first + size]),
                 )
             )
-        return Batch(step, parts, [message for result in results for message in result[3]])
+        return Batch(step, parts, [message for _, _, bad in results for message in bad])
 
     def _masks(self, step: int, first: int, ratios: np.ndarray) -> Tensor:
         """Masks ``(views * tiles, grid, grid)`` of the global crops with these ``ratios`` ``(tiles, views)``."""

@@ -16,6 +16,7 @@ since other work on the machine only ever adds. Without SHARED the tiles are cut
 """
 
 import io
+import itertools
 import json
 import sys
 import tarfile
@@ -156,15 +157,14 @@ class Timed(IterableDataset[tuple[float, Any]]):
             yield time.process_time(), batch
 
 
-def in_a_loader(batches: Callable[[], Iterator[Any]], count: int) -> tuple[float, list[Any]]:
-    """CPU seconds a tile of worker and main process together, over ``count`` batches after the first; and those batches."""
-    found, kept, began = iter(DataLoader(Timed(batches), batch_size=None, num_workers=1, prefetch_factor=2)), [], 0.0
+def in_a_loader(batches: Callable[[], Iterator[Any]], count: int) -> float:
+    """CPU seconds a tile of worker and main process together, over ``count`` batches after the first, each let go for the next."""
+    found = iter(DataLoader(Timed(batches), batch_size=None, num_workers=1, prefetch_factor=2))
     first, _ = next(found)
     began = time.process_time()
     for _ in range(count):
-        worker, batch = next(found)
-        kept.append(batch)
-    return (worker - first + time.process_time() - began) / (count * BATCH), kept
+        worker, _ = next(found)
+    return (worker - first + time.process_time() - began) / (count * BATCH)
 
 
 def seconds(action: Callable[[], object]) -> float:
@@ -268,11 +268,15 @@ def main() -> None:
         folder, tiles = Path(name), jpegs(shared, slide)
         write_shards(folder, tiles)
         tars = sorted(str(tar) for tar in folder.glob("*.tar"))
+        batches = list(itertools.islice(our_batches(folder), BATCHES))
         for _ in range(ROUNDS):
-            note(usual=in_a_loader(lambda: usual_batches(tars), USUAL_BATCHES)[0])
+            note(usual=in_a_loader(lambda: usual_batches(tars), USUAL_BATCHES))
             for _ in range(2):
-                spent, batches = in_a_loader(lambda: our_batches(folder), BATCHES)
-                note(loader=spent, floor=floor(tiles[: BATCHES * BATCH]), colour=colour(batches))
+                note(
+                    loader=in_a_loader(lambda: our_batches(folder), BATCHES),
+                    floor=floor(tiles[: BATCHES * BATCH]),
+                    colour=colour(batches),
+                )
             note(usual_raw=usual_raw(tars, 1500), raw=raw(folder))
             note(**dict(zip(("online", "bare"), online(slide), strict=True)))
     words = {

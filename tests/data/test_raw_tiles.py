@@ -1,19 +1,15 @@
-"""Bytes of many tiles at once, and batches in shared memory: the same as one at a time and in private memory."""
+"""Bytes of many tiles at once: the same as one at a time."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import simplejpeg
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
 
 from data.fault import Fault
 from data.raw_tiles import RawTiles
 from data.shard_index import ShardIndex
 from data.shard_tiles import ShardTiles
-from data.shared_memory import stack
 from tests.data.tile_folders import write_tiles
 
 
@@ -36,16 +32,3 @@ def test_a_tar_that_ends_too_early_is_said(tmp_path: Path) -> None:
         assert len(raw.read(np.arange(3))) == 3
         with pytest.raises(Fault, match="truncated"):
             raw.read(np.array([3]))
-
-
-class Stacks(IterableDataset[Tensor]):
-    def __iter__(self):  # type: ignore[no-untyped-def]
-        for number in range(3):
-            yield stack([torch.arange(12, dtype=torch.uint8).view(3, 2, 2) + number + each for each in range(5)])
-
-
-def test_batches_stacked_in_a_loader_process_are_shared_and_the_same() -> None:
-    here = list(Stacks())
-    there = list(DataLoader(Stacks(), batch_size=None, num_workers=1))
-    assert all(torch.equal(a, b) for a, b in zip(here, there, strict=True))
-    assert not here[0].is_shared() and there[0].is_shared()
