@@ -48,7 +48,7 @@ bench-shard: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/bench/shard.py $(BENCH_SLIDES)
 
 bench-data: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data.py $(SHARED)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data_path.py $(SHARED)
 
 bench-longnet: setup
 	$(BIN)/python tests/bench/longnet.py

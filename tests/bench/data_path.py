@@ -1,6 +1,6 @@
 """How fast tiles get from shards and slides to the network, beside how it is usually done: CPU time a tile, on one core.
 
-    python tests/bench/data.py [SHARED]      SHARED: a folder with slides/whole/*.svs and tiles/**/*.jpg; about four minutes
+    python tests/bench/data_path.py [SHARED]      SHARED: a folder with slides/whole/*.svs and tiles/**/*.jpg; about four minutes
 
 Both ways make two crops of 224 px and eight of 98 px, with DINOv2's settings, from the same JPEG tiles in the same tars, in a
 DataLoader with one worker. *Usual* is WebDataset, PIL, and torchvision's v2 transforms for each tile. *Ours* is the
