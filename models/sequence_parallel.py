@@ -11,6 +11,7 @@ tokens therefore scale it by one over their number, and sum the gradients of par
 all processes of a run, as sharded training takes it, does both.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
@@ -83,12 +84,12 @@ def gather(x: Tensor, share: Share) -> Tensor:
 
 def to_heads(x: Tensor, share: Share) -> Tensor:
     """(t, n, heads, d), the tokens at hand → (T, n, heads / processes, d), the heads at hand."""
-    return _ToHeads.apply(x, share)
+    return _Exchange.apply(x, share, _tokens_for_heads, _heads_for_tokens)
 
 
 def to_tokens(x: Tensor, share: Share) -> Tensor:
     """(T, n, heads / processes, d), the heads at hand → (t, n, heads, d), the tokens at hand."""
-    return _ToTokens.apply(x, share)
+    return _Exchange.apply(x, share, _heads_for_tokens, _tokens_for_heads)
 
 
 def heads_at_hand(heads: int, group: Group) -> tuple[int, int]:
@@ -105,33 +106,31 @@ def _tokens_for_heads(x: Tensor, share: Share) -> Tensor:
 
 
 def _heads_for_tokens(x: Tensor, share: Share) -> Tensor:
-    processes, (_, n, heads, d) = len(share.sizes), x.shape
-    tokens = share.tokens.stop - share.tokens.start
-    received = x.new_empty(processes * tokens, n, heads, d)
+    return _from_everyone(x, share).permute(1, 2, 0, 3, 4).flatten(2, 3)
+
+
+def _from_everyone(x: Tensor, share: Share) -> Tensor:
+    """(T, …), of all tokens → (processes, t, …): what every process has of the tokens at hand."""
+    processes, tokens = len(share.sizes), share.tokens.stop - share.tokens.start
+    received = x.new_empty(processes * tokens, *x.shape[1:])
     dist.all_to_all_single(received, x.contiguous(), [tokens] * processes, share.sizes, group=share.group)
-    return received.unflatten(0, (processes, tokens)).permute(1, 2, 0, 3, 4).flatten(2, 3)
+    return received.unflatten(0, (processes, tokens))
 
 
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        return _tokens_for_heads(x, share)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _heads_for_tokens(grad, ctx.share), None
+Exchange = Callable[[Tensor, Share], Tensor]
 
 
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
-        ctx.share = share
-        return _heads_for_tokens(x, share)
+class _Exchange(torch.autograd.Function):
+    """One of the two exchanges, ``there``; the other, ``back``, is its adjoint."""
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _tokens_for_heads(grad, ctx.share), None
+    def forward(ctx: Any, x: Tensor, share: Share, there: Exchange, back: Exchange) -> Tensor:
+        ctx.share, ctx.back = share, back
+        return there(x, share)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.back(grad, ctx.share), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -147,8 +146,4 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         """Everyone's gradient of this process's tokens, summed."""
-        share: Share = ctx.share
-        processes, tokens = len(share.sizes), share.tokens.stop - share.tokens.start
-        received = grad.new_empty(processes * tokens, *grad.shape[1:])
-        dist.all_to_all_single(received, grad.contiguous(), [tokens] * processes, share.sizes, group=share.group)
-        return received.unflatten(0, (processes, tokens)).sum(dim=0), None
+        return _from_everyone(grad, ctx.share).sum(dim=0), None

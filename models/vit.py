@@ -35,20 +35,16 @@ class Kept:
     shapes: list[Shape]  # their crops and tokens, per crop size
     scale: Tensor  # (T', 1): samples / kept samples, which leaves the expectation as it was
 
-    def at(self, wanted: Tensor, length: int) -> Tensor:
-        """Where ``rows`` holds rows of ``wanted`` ``(R,)``; the packed sequence has ``length`` rows."""
-        return torch.nonzero(self._places(wanted, length) >= 0).flatten()
+    def among(self, wanted: Tensor, length: int) -> tuple["Kept", Tensor]:
+        """The same samples, but only their ``wanted`` rows ``(R,)``, counted among these; and where in ``rows`` they were.
 
-    def among(self, wanted: Tensor, length: int) -> "Kept":
-        """The same samples, but only their ``wanted`` rows, counted among these."""
-        places = self._places(wanted, length)
-        return Kept(places[places >= 0], self.shapes, self.scale[places >= 0])
-
-    def _places(self, wanted: Tensor, length: int) -> Tensor:
-        """For each of ``rows`` its place in ``wanted``, −1 where it is not there: ``(T',)``."""
+        The packed sequence has ``length`` rows.
+        """
         place = wanted.new_full((length,), -1)
         place[wanted] = torch.arange(len(wanted), device=wanted.device)
-        return place[self.rows]
+        places = place[self.rows]
+        chosen = torch.nonzero(places >= 0).flatten()
+        return Kept(places[chosen], self.shapes, self.scale[chosen]), chosen
 
 
 class MLP(nn.Module):
@@ -109,16 +105,14 @@ class Block(nn.Module):
         ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then. The others are keys and values,
         and nothing more of them is computed.
         """
-        if kept is None and wanted is None:
-            x = x + self.ls1(self.attn(self.norm1(x), shapes))
-            return x + self.ls2(self.mlp(self.norm2(x)))
         if kept is None:
-            x = x[wanted] + self.ls1(self.attn(self.norm1(x), shapes, wanted))
+            x = (x if wanted is None else x[wanted]) + self.ls1(self.attn(self.norm1(x), shapes, wanted))
             return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
         seen, chosen = self.norm1(x[first.rows]), None
         if wanted is not None:
-            first, second, chosen = first.among(wanted, len(x)), second.among(wanted, len(x)), first.at(wanted, len(x))
+            first, chosen = first.among(wanted, len(x))
+            second, _ = second.among(wanted, len(x))
             x = x[wanted]
         part = self.ls1(self.attn(seen, first.shapes, chosen))
         x = x.index_add(0, first.rows, part * first.scale.to(part.dtype))

@@ -21,7 +21,6 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.job_array import merge_parts, parts_in
-from data.remote import is_remote
 from data.shard_folder import FAILED, NO_TISSUE, TILED, alone, load_plan
 from data.shard_index import ShardIndex, merge, scan
 from data.shards import is_published
@@ -43,14 +42,14 @@ def run(config: Config) -> None:
         say(f"{config.shards[0]}: {holdings(scan(config.shards[0], Path(config.out)))}, indexed in {config.out}")
         return
     for name in config.shards:
-        if is_remote(name):
-            scan(name)  # says that it needs out=
         folder = Path(name)
         if parts_in(folder):
             with alone(folder):
                 rows = merge_parts(folder)
             outcomes = Counter(row.outcome for row in rows.values())
-            counted = ", ".join(f"{outcomes[name]} {name}" for name in (TILED, NO_TISSUE, FAILED) if outcomes[name])
+            counted = ", ".join(
+                f"{outcomes[outcome]} {outcome}" for outcome in (TILED, NO_TISSUE, FAILED) if outcomes[outcome]
+            )
             say(f"{counted_as(len(rows), 'slide')}: {counted}")
             for row in [row for row in rows.values() if row.outcome == FAILED][:20]:
                 say(f"  failed: {row.message}")
@@ -66,5 +65,5 @@ def run(config: Config) -> None:
                     f"{len(plan) - len(names)} of {len(plan)} planned shards are missing: 'pretrain shard', run again, makes them"
                 )
         else:
-            scan(folder)
+            scan(name)
         say(f"{folder}: {holdings(ShardIndex.open(folder))}, indexed")

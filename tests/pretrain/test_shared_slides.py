@@ -7,11 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from data.embeddings import EmbeddingWriter
-from data.keyed import rng
+from tests.pretrain.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
@@ -21,14 +19,7 @@ SMALL = ["model.width=32", "model.depth=2", "objective.decoder_width=32", "objec
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five slides of 7 × 6 tiles, 16-wide embeddings that vary smoothly over the slide."""
-    folder = tmp_path_factory.mktemp("embeddings")
-    cells = np.stack(np.meshgrid(np.arange(7), np.arange(6)), axis=-1).reshape(-1, 2)
-    with EmbeddingWriter(folder, 16, "made up", "0" * 16) as writer:
-        for number in range(5):
-            draw = rng(number, "slide")
-            waves = np.sin(cells @ draw.normal(0, 0.7, (2, 16)) + draw.uniform(0, 6, 16))
-            writer.add(f"slide{number}", waves.astype(np.float32), cells * 256, 256.0, 0.5)
-    return folder
+    return write_wavy_slides(tmp_path_factory.mktemp("embeddings"), 5, columns=7, rows=6)
 
 
 def train(run: Path, store: Path, *settings: str) -> tuple[int, str]:

@@ -17,6 +17,7 @@ from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from pretrain.run_folder import flat
 from pretrain.settings import load
+from tests.pretrain.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
@@ -26,15 +27,7 @@ SMALL = ["model.width=32", "model.depth=2", "objective.decoder_width=32", "objec
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Six slides of up to 8 × 6 tiles, 16-wide embeddings that vary smoothly over the slide."""
-    folder = tmp_path_factory.mktemp("embeddings")
-    cells = np.stack(np.meshgrid(np.arange(8), np.arange(6)), axis=-1).reshape(-1, 2)
-    with EmbeddingWriter(folder, 16, "made up", "0" * 16) as writer:
-        for number in range(6):
-            draw = rng(number, "slide")
-            waves = np.sin(cells @ draw.normal(0, 0.7, (2, 16)) + draw.uniform(0, 6, 16))
-            kept = slice(0, 48 - 6 * number)
-            writer.add(f"slide{number}", waves[kept].astype(np.float32), cells[kept] * 256, 256.0, 0.5)
-    return folder
+    return write_wavy_slides(tmp_path_factory.mktemp("embeddings"), 6, columns=8, rows=6, fewer=6)
 
 
 def start(run: Path, store: Path, *settings: str) -> subprocess.Popen[str]:
