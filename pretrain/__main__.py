@@ -6,6 +6,7 @@ be an obscure ImportError somewhere else.
 """
 
 import importlib
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -31,6 +32,8 @@ def main() -> None:
     """Run ``pretrain <command> [key=value …]``."""
     if problem := shadowed():
         sys.exit(f"pretrain: {problem}")
+    # Large tensors on huge pages: a CPU spends a tenth of a training step on the others. torch reads this at its first allocation.
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     importlib.import_module("launch.entry").main(sys.argv[1:])
 
 

@@ -123,7 +123,11 @@ def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """
     sharded = [p.grad for p in parameters if p.grad is not None]
     gradients = [local(gradient) for gradient in sharded]
-    square = torch.stack([g.float().square().sum() for g in gradients]).sum()
+    square = (
+        torch.stack(torch._foreach_norm(gradients, dtype=torch.promote_types(gradients[0].dtype, torch.float32)))
+        .square()
+        .sum()
+    )
     if isinstance(sharded[0], DTensor):  # replicas of a shard hold the same gradient: count it once
         square = total(square, sharded[0].device_mesh.get_group("shard"))
     norm = square.sqrt()

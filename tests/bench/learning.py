@@ -16,6 +16,9 @@ Evaluation, the same for all: the other fifth, which no run has seen, whole imag
 neighbours by cosine, weighted as DINO weights them; class token of the teacher (MAE: of its encoder). *unseen*: one half of these images is the
 bank that classifies the other half and the other way round, over ten stratified halvings; this is what the JSON line holds.
 *all*: the bank is the four fifths. The same network's random weights are evaluated alike, before training.
+
+Speed: tiles for each processor second of a run, everything included; beside it, taken last, those of a trainer written
+without care (``plain_dinov2.py``), which reads and augments nothing: machines differ more than trainers.
 """
 
 import json
@@ -199,6 +202,17 @@ def train(asked: Asked, shards: Path) -> list[Run]:
     return finished
 
 
+def plain_trainer() -> float:
+    """Tiles that a processor second trains in `plain_dinov2`, one process on each core as in earnest: this machine's measure."""
+    command = [sys.executable, str(Path(__file__).with_name("plain_dinov2.py"))]
+    runs = [
+        subprocess.Popen(command, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
+        for _ in range(CORES)
+    ]
+    said = [run.communicate()[0] for run in runs]
+    return float(np.mean([json.loads(lines.splitlines()[-1])["tiles_per_cpu_second"] for lines in said]))
+
+
 class Evaluation:
     """The fixed question that all features are asked."""
 
@@ -264,8 +278,11 @@ def main() -> None:
         print(f"{name:<34}{shown:>9}{result['unseen']:>9.3f}{result['all']:>8.3f}{result['rankme']:>8.1f}")
     for objective, each in speeds.items():
         print(f"{objective}: {np.mean(each):.0f} tiles per processor second, everything included")
+    plain = plain_trainer()
+    print(f"a plain trainer, without reading and augmentation: {plain:.0f}")
     line = {name: round(float(np.mean(values)), 4) for name, values in figures.items()}
     line["tiles_per_cpu_second"] = round(float(np.mean(speeds[asked.objectives[0]])), 1)
+    line["plain_tiles_per_cpu_second"] = round(plain, 1)
     print(json.dumps(line))
 
 
