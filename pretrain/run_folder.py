@@ -115,12 +115,19 @@ def _add_start(run: Path) -> None:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": ["pretrain", *sys.argv[1:]],
             "host": platform.node(),
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "git": _git_revision(),
+            **software(),
         }
     )
     write(path, json.dumps({"starts": starts}, indent=1))
+
+
+def software() -> dict[str, Any]:
+    """What computes: the versions of Python and of the packages that matter, and this checkout's revision."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_revision(),
+    }
 
 
 def _version(package: str) -> str:

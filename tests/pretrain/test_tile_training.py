@@ -19,6 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from launch.entry import main
 from pretrain import checkpoints
@@ -157,9 +158,9 @@ def test_micro_batches_change_nothing_that_belongs_to_the_global_batch(
 
 
 def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> None:
-    """SIGKILL once so many steps are on record."""
+    """SIGKILL once so many steps are on record and a checkpoint is published."""
     deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
+    while checkpoints.newest(run) is None or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -190,19 +191,18 @@ def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_noth
         pass
 
     def die_at(step: int) -> None:
-        import torch.distributed.checkpoint as dcp
+        finish = checkpoints.Writer.finish
 
-        save = dcp.save
-
-        def dying(state: Any, *, checkpoint_id: Path) -> None:
-            save(state, checkpoint_id=checkpoint_id)
-            if checkpoint_id.name.startswith(f"step-{step:08d}"):
+        def dying(self: checkpoints.Writer, *results: Any) -> None:
+            super(checkpoints.Writer, self).finish(*results)
+            if self.final.name == f"step-{step:08d}":
                 raise Kill
+            finish(self, *results)
 
-        monkeypatch.setattr(dcp, "save", dying)
-        with pytest.raises(Kill):
+        monkeypatch.setattr(checkpoints.Writer, "finish", dying)
+        with pytest.raises(CheckpointException):
             main(command(shards, run, *settings))
-        monkeypatch.setattr(dcp, "save", save)
+        monkeypatch.setattr(checkpoints.Writer, "finish", finish)
         assert [path.suffix for path in (run / "checkpoints").glob(f"step-{step:08d}*")] == [".partial"]
 
     die_at(2)
