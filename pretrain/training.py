@@ -109,7 +109,7 @@ class Training(L.LightningModule, ABC):
         return torch.optim.AdamW(groups, lr=0.0, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
 
     def on_fit_start(self) -> None:
-        self.hash = run_folder.open_run(self.run, self.config, self.global_rank == 0)
+        self.hash = run_folder.open_run(self.run, self.config, self.global_rank == 0, self.data_digest())
         self.software = run_folder.software()
         newest = checkpoints.newest(self.run)
         if newest is not None:
@@ -220,10 +220,13 @@ class Training(L.LightningModule, ABC):
 
     def _check_data(self, checkpoint: Path) -> None:
         if checkpoints.read_state(checkpoint)["data"] != self.data_digest():
-            raise Fault(
-                f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or remade; "
-                f"put them back as they were, or give another run=."
-            )
+            now = f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or remade"
+            if not self.config.allow_changes:
+                raise Fault(
+                    f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with these."
+                )
+            if self.global_rank == 0:
+                say(f"{now}; it goes on with these, at its place in their order")
 
     def _step(self, batch: Any) -> tuple[dict[str, float], bool]:
         objective, optim, optimiser = self.objective, self.optim, self._optimiser()

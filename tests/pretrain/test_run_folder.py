@@ -22,6 +22,7 @@ class Inner:
 class Config:
     run: str = "runs/a"
     seed: int = 0
+    allow_changes: bool = False
     optim: Inner = field(default_factory=Inner)
     trainer: dict[str, Any] = field(default_factory=lambda: {"devices": 1})
     data: dict[str, Any] = field(default_factory=lambda: {"threads": 2, "batch_size": 8})
