@@ -61,7 +61,8 @@ def children(process: int) -> list[int]:
 
 
 def is_rank(process: int) -> bool:
-    return b"\0tile\0" in Path(f"/proc/{process}/cmdline").read_bytes()
+    """Whether Lightning started it as a further rank; a loader, which is forked, has not been given a rank."""
+    return b"\0LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes()
 
 
 def alive(group: int) -> list[int]:
@@ -115,7 +116,7 @@ class Run:
 
 @dataclass
 class Job:
-    """A started command, its ranks being the process and its children that run the same command."""
+    """A started command, its ranks being the process and those that Lightning starts from it."""
 
     process: subprocess.Popen[bytes]
     run: Run
