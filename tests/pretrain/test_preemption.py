@@ -89,7 +89,7 @@ def test_a_signal_in_the_last_step_comes_too_late_to_matter(
     assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
 
-def test_a_signal_to_one_of_two_ranks_while_they_start_or_run_ends_both_and_loses_nothing(
+def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_nothing(
     shards: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     run, two = tmp_path / "run", command(shards, tmp_path / "run", *SETTINGS, "trainer.devices=2")
