@@ -116,6 +116,7 @@ class Training(L.LightningModule, ABC):
             self._check_data(newest)
             state = checkpoints.load(newest, self.objective, self._optimiser())
             self.step, self.skipped = state["step"], state["skipped"]
+            self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # which older checkpoints don't say
         self.saver = Saver(self.run, self.hardware.keep_checkpoints, self.hardware.keep_every)
         self.preemption = Preemption()
         self.record = Record(self.run, self.step) if self.global_rank == 0 else None
@@ -185,6 +186,7 @@ class Training(L.LightningModule, ABC):
         state = {
             "samples": self.position(),
             "skipped": self.skipped,
+            "skipped_in_a_row": self.skipped_in_a_row,
             "config": self.hash,
             "data": self.data_digest(),
             "settings": asdict(self.config),
@@ -204,9 +206,10 @@ class Training(L.LightningModule, ABC):
         """Let Lightning end the run after this batch, because a signal asked; every rank is here. What there is to save is saved."""
         self.ended_early = self.trainer.should_stop = True
         if self.global_rank == 0:
+            newest = checkpoints.newest(self.run)
+            saved = f"checkpoint {newest}" if newest else "nothing to save yet"
             say(
-                f"{self.run}: stopped by {asked.name} after step {self.step} of {self.optim.steps}, checkpoint "
-                f"{checkpoints.newest(self.run)}; the same command continues"
+                f"{self.run}: stopped by {asked.name} after step {self.step} of {self.optim.steps}, {saved}; the same command continues"
             )
         self.requeued = self.preemption.requeue(self.global_rank == 0)
 

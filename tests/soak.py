@@ -164,7 +164,7 @@ class Job:
 def kill(run: Run, aimed: bool, draw: random.Random) -> bool:
     """Start ``run`` and kill it after a few steps, ``aimed`` into a save; whether that left a half-written checkpoint."""
     job, folder = run.start(), checkpoints.folder(run.folder)
-    more = saved(run.folder) + draw.randint(1, 5)
+    more = steps(run.folder) + draw.randint(1, 4)
     assert job.until(lambda: steps(run.folder) >= more and saved(run.folder) > 0), "it ended before the kill"
     if aimed:
         job.until(lambda: any(folder.glob("*.partial")))
@@ -226,7 +226,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="soak-") as name:
         folder = Path(name)
         shards = write_tiles(folder / "shards", [40, 37])
-        # Long enough: a kill or a preemption lets through five steps at most, and some that come before it is noticed.
+        # Long enough: a kill or a preemption lets through four steps at most, and some that come before it is noticed.
         alone, pair = given["kills"] // 2, given["kills"] - given["kills"] // 2
         length = 10 + 8 * max(alone, pair, given["preemptions"])
         for processes, kills, preemptions in ((1, alone, 0), (2, pair, given["preemptions"])):

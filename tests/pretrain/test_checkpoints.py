@@ -8,6 +8,7 @@ import pickle
 import resource
 import shutil
 import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -233,6 +234,24 @@ def test_a_folder_without_permission_to_write_is_one_sentence(tmp_path: Path) ->
     assert "Permission denied" in (saver.wait() or "")
     good.parent.chmod(0o700)
     assert checkpoints.load(good, *trained(2))["step"] == 1
+
+
+@pytest.mark.slow
+def test_a_save_beside_training_goes_from_any_number_of_processes_to_any_other(tmp_path: Path) -> None:
+    """1 → 2 → 4 → 1 → 2 × 2 (two replicas) → 2 → 2 × 2 → 1; every number is checked on the way."""
+    root = Path(__file__).resolve().parents[2]
+    for step, (processes, replicas) in enumerate([(1, 1), (2, 1), (4, 1), (1, 1), (4, 2), (2, 1), (4, 2), (1, 1)]):
+        running = [
+            subprocess.Popen(
+                [sys.executable, root / "tests" / "pretrain" / "sharded_saving.py", tmp_path, str(step), str(replicas)],
+                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes), "PYTHONPATH": str(root)},
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            )
+            for rank in range(processes)
+        ]  # fmt: skip
+        ended = [process.communicate(timeout=200)[0] for process in running]
+        assert checkpoints.newest(tmp_path) == checkpoints.folder(tmp_path) / f"step-{step:08d}", "\n".join(ended)
+        assert not any("AssertionError" in output for output in ended), "\n".join(ended)
 
 
 # What is kept ------------------------------------------------------------------------------------------------------
