@@ -11,6 +11,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from pretrain import signals
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -34,6 +36,8 @@ def main() -> None:
         sys.exit(f"pretrain: {problem}")
     # Large tensors on huge pages: a CPU spends a tenth of a training step on the others. torch reads this at its first allocation.
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+    if sys.argv[1:2] in (["tile"], ["slide"]):  # what trains answers a signal; before its imports, which take seconds
+        signals.listen()
     importlib.import_module("launch.entry").main(sys.argv[1:])
 
 
