@@ -72,7 +72,7 @@ def size_of(url: str) -> int:
 
     def attempt(system: Any, path: str) -> int:
         info = _waited_for(system, system._info if isinstance(system, AsyncFileSystem) else system.info, path)
-        if not info.get("size"):
+        if info.get("size") is None:
             raise Fault(f"the server of {url} doesn't say how long the file is, which reading parts of it takes.")
         return int(info["size"])
 
