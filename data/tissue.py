@@ -21,6 +21,7 @@ class TissueRule:
     mpp: float  # microns per pixel of the thumbnail it judges; a very large slide gets a coarser one
     min_tissue: float  # least share of a tile that must be tissue
     rejects_pen: bool
+    level: float | None = None  # in place of mpp: it judges the slide's coarsest level of at most this downsample
 
 
 def otsu(rgb: np.ndarray) -> np.ndarray:
@@ -45,10 +46,11 @@ def gigapath(rgb: np.ndarray) -> np.ndarray:
 
 
 def clam(rgb: np.ndarray) -> np.ndarray:
-    """CLAM's preset (Lu et al. 2021): saturation of 8 and more after a 7 px median, closed with a 4 px square.
+    """CLAM's preset (Lu et al. 2021): saturation above 8 after a 7 px median, closed with a 4 px square, on the level that CLAM takes.
 
     A tile is kept where any of this touches it. CLAM then drops contours smaller than 100 patches of 512 px, which would drop every
-    biopsy, and lays a grid of its own into each contour: neither is done here.
+    biopsy, lays a grid of its own into each contour, and keeps a patch where one of four points around its centre is inside: none
+    of this is done here, as CLAM's own tiles can be had with ``coordinates=``.
     """
     # The median of 49 values is above 8 where most of them are: counting is twenty times faster than sorting.
     above = ndimage.uniform_filter((_hsv(rgb)[..., 1] > 8).astype(np.float32), size=7) > 0.5
@@ -68,7 +70,7 @@ FULL = 0.1
 RULES: dict[str, TissueRule] = {
     "otsu": TissueRule(otsu, mpp=8.0, min_tissue=0.25, rejects_pen=True),
     "gigapath": TissueRule(gigapath, mpp=2.0, min_tissue=0.1, rejects_pen=False),
-    "clam": TissueRule(clam, mpp=FULL, min_tissue=1e-6, rejects_pen=False),
+    "clam": TissueRule(clam, mpp=FULL, min_tissue=1e-6, rejects_pen=False, level=64),
     "hsv": TissueRule(hsv, mpp=FULL, min_tissue=0.6, rejects_pen=False),
 }
 
