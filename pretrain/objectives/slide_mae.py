@@ -34,7 +34,8 @@ class SlideMAE(Objective):
     """The slide stage's objective. Keyword arguments are its settings.
 
     ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output and its attention schedule.
-    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). Raises ValueError for another.
+    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). decoder_start: see `SlideDecoder`. Raises
+    ValueError for others.
     """
 
     def __init__(
@@ -46,6 +47,7 @@ class SlideMAE(Objective):
         decoder_heads: int,
         decoder_feed_forward_width: int,
         weighting: str,
+        decoder_start: str = "token",
     ) -> None:
         super().__init__()
         if weighting not in ("slide", "token"):
@@ -61,6 +63,7 @@ class SlideMAE(Objective):
             feed_forward_width=decoder_feed_forward_width,
             segment_lengths=self.encoder.segment_lengths,
             dilated_ratios=self.encoder.dilated_ratios,
+            start=decoder_start,
             attention=self.encoder.attention,
         )
 

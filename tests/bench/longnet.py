@@ -25,6 +25,9 @@ from collections.abc import Callable
 from pathlib import Path
 from statistics import median
 
+# Before torch loads OpenMP: a thread that waits for another then sleeps. It would spin, and on a busy machine processor
+# seconds would count the waiting: the more calls a way makes, the more of it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
