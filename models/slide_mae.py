@@ -24,7 +24,7 @@ class SlideDecoder(nn.Module):
     """Predicts the embeddings of masked tiles. Raises ValueError when its widths or its schedule don't divide.
 
     ``start``: what a masked tile enters as: "token", one learned vector (MAE), or "nearby", that and the visible tiles near it
-    (see `models.nearby`).
+    (see `models.nearby`). ``initial_residual``: see `LongNet`.
     """
 
     def __init__(
@@ -40,13 +40,14 @@ class SlideDecoder(nn.Module):
         dilated_ratios: list[int],
         start: str = "token",
         attention: str = "sdpa",
+        initial_residual: float = 1.0,
     ) -> None:
         super().__init__()
         if start not in ("token", "nearby"):
             raise ValueError(f"a masked tile starts from 'token' or 'nearby', not {start!r}")
         if width % 4:
             raise ValueError(f"decoder width {width} must be a multiple of 4, for sines and cosines of two coordinates")
-        self.width = width
+        self.width, self.initial_residual = width, initial_residual
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.nearby = Nearby(heads) if start == "nearby" else None
@@ -95,4 +96,4 @@ class SlideDecoder(nn.Module):
         if name == "nearby.log_reach":
             first_reaches(tensor)
         else:
-            fill(name, tensor, generator)
+            fill(name, tensor, generator, self.initial_residual)

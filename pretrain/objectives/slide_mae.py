@@ -33,7 +33,8 @@ DISTANCES = 2**22  # computed at a time
 class SlideMAE(Objective):
     """The slide stage's objective. Keyword arguments are its settings.
 
-    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output and its attention schedule.
+    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its attention schedule and its
+    initial residual.
     weighting: "slide" (each slide counts the same) or "token" (each masked tile does). decoder_start: see `SlideDecoder`. Raises
     ValueError for others.
     """
@@ -65,6 +66,7 @@ class SlideMAE(Objective):
             dilated_ratios=self.encoder.dilated_ratios,
             start=decoder_start,
             attention=self.encoder.attention,
+            initial_residual=self.encoder.initial_residual,
         )
 
     def trained(self) -> dict[str, nn.Module]:
