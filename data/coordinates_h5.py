@@ -23,6 +23,7 @@ import numpy as np
 
 from data.coordinates import TileGrid
 from data.fault import Fault
+from data.remote import RemotePath
 from data.tiling import KEPT, VERDICTS, Tiling
 
 
@@ -96,7 +97,7 @@ def write_tiling(folder: Path, tiling: Tiling) -> None:
     partial.replace(path)
 
 
-def read_tiling(path: Path) -> Tiling:
+def read_tiling(path: Path | RemotePath) -> Tiling:
     """Read back what `write_tiling` wrote. Raises Fault for a file that is missing, damaged or another program's."""
     with _open(path) as file:
         if "verdict" not in file or "share" not in file:
@@ -148,9 +149,9 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
         return SlideCoordinates(slide, coords[:, 0], coords[:, 1], tile_size, side, mpp, width, height)
 
 
-def _open(path: Path) -> h5py.File:
+def _open(path: Path | RemotePath) -> h5py.File:
     try:
-        return h5py.File(path, "r")
+        return h5py.File(path if isinstance(path, Path) else path.open(), "r")
     except FileNotFoundError as error:
         raise Fault(f"there is no file of tile coordinates at {path}") from error
     except OSError as error:

@@ -60,7 +60,7 @@ def cut_tiles(source: Path, tiling: Tiling, first: int, last: int) -> Iterator[C
         for number in order.tolist():
             place = int(x[number]), int(y[number]), float(share[number])
             try:
-                tile = np.asarray(slide.tile_image(grid, place[0], place[1]))
+                tile = slide.tile_pixels(grid, place[0], place[1])
             except Fault as fault:
                 damaged += 1
                 if damaged > most_damaged:
@@ -80,7 +80,5 @@ def cut_tiles(source: Path, tiling: Tiling, first: int, last: int) -> Iterator[C
 
 
 def encode(tile: np.ndarray) -> bytes:
-    """The JPEG of a tile, uint8 (H, W, 3), or (H, W, 4) whose last channel says nothing."""
-    return simplejpeg.encode_jpeg(
-        np.ascontiguousarray(tile), quality=JPEG_QUALITY, colorspace="RGBA" if tile.shape[2] == 4 else "RGB"
-    )
+    """The JPEG of a tile, uint8 RGB (H, W, 3), or (H, W, 4) as `Slide.tile_pixels` gives it."""
+    return simplejpeg.encode_jpeg(tile, quality=JPEG_QUALITY, colorspace="BGRX" if tile.shape[2] == 4 else "RGB")

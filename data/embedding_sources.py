@@ -6,7 +6,6 @@ of ``pretrain shard``. Only JPEG compression is left out where a slide is read d
 """
 
 import heapq
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,9 @@ import simplejpeg
 
 from data.coordinates import TileGrid
 from data.fault import Fault
-from data.shard_index import UNKNOWN, ShardIndex, read_jpeg
+from data.open_tars import OpenTars
+from data.remote import Truncated
+from data.shard_index import UNKNOWN, ShardIndex
 from data.slides import Slide
 from data.tiling import KEPT, TilingSettings, tile_slide
 from data.tissue import is_empty
@@ -62,6 +63,7 @@ class ShardSource:
         self.slides = list(self.index.slides)
         self._numbers = {slide: number for number, slide in enumerate(self.slides)}
         self.sizes: list[int] = self.index.meta["slides"]["tiles"]
+        self._tars = OpenTars()
 
     def open(self, slide: str) -> SlideTiles:
         """Find a slide's tiles. Raises Fault where nobody recorded where they lie on the slide."""
@@ -78,32 +80,22 @@ class ShardSource:
             places,
             float(facts["tile_size_level0"]),
             float(facts["mpp"]) if facts["mpp"] else float("nan"),
-            lambda wanted: read_shards(index, rows[wanted]),
+            lambda wanted: self._read(rows[wanted]),
             tile_size=int(facts["tile_size"] or 0),
             slide_width=int(facts["width"] or 0),
             slide_height=int(facts["height"] or 0),
         )
 
-
-def read_shards(index: ShardIndex, rows: np.ndarray) -> list[Pixels]:
-    """Decode tiles of an index, or say of each which one can't be and why."""
-    tiles: list[Pixels] = []
-    descriptors: dict[int, int] = {}
-    try:
+    def _read(self, rows: np.ndarray) -> list[Pixels]:
+        """Decode tiles of the index, or say of each which one can't be and why."""
+        index, tiles = self.index, list[Pixels]()
         for row in rows.tolist():
-            file = int(np.searchsorted(index.file_start, row, side="right")) - 1
-            if file not in descriptors:
-                descriptors[file] = os.open(index.path(file), os.O_RDONLY)
             try:
-                jpeg = read_jpeg(descriptors[file], int(index.offset[row]), int(index.length[row]))
-                tiles.append(simplejpeg.decode_jpeg(jpeg))
-            except (ValueError, Fault) as error:
-                place = f"({int(index.x[row])}, {int(index.y[row])}) in {index.path(file)}"
+                tiles.append(simplejpeg.decode_jpeg(self._tars.jpeg(index, row)))
+            except (ValueError, Truncated) as error:
+                place = f"({index.x[row]}, {index.y[row]}) in {index.path(index.file_of(row))}"
                 tiles.append(Fault(f"the tile at {place} can't be decoded ({error})"))
-    finally:
-        for descriptor in descriptors.values():
-            os.close(descriptor)
-    return tiles
+        return tiles
 
 
 class SlideSource:

@@ -117,10 +117,19 @@ def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     if not said.get("tile_size"):
         said.pop("tile_size", None)
     if "patch_size_level0" in of:
-        said = {"tile_size_level0": of["patch_size_level0"], "tile_size": of.get("patch_size", 0)} | said
+        said = {
+            "tile_size_level0": _untruncated(of["patch_size_level0"], coords),
+            "tile_size": of.get("patch_size", 0),
+        } | said
     elif "tile_size_level0" not in said:
         said |= _size(path) if "patch_size" in of and "downsample" in of else _patches(path)
     return features.reshape(-1, features.shape[-1]), coords.reshape(-1, 2), said
+
+
+def _untruncated(side: int, coords: np.ndarray) -> int:
+    """TRIDENT steps by a rounded side and writes it truncated: one pixel more, where all corners are multiples of that."""
+    step = int(np.gcd.reduce(coords.astype(np.int64), axis=None)) if coords.size else 0
+    return side + 1 if step % side and step % (side + 1) == 0 else side
 
 
 OURS = (

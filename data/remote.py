@@ -23,7 +23,7 @@ ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
 PATIENCE = 30.0  # seconds without a byte after which a read counts as stalled
 PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # fmt: skip
-HOPELESS = (FileNotFoundError, PermissionError, Fault)
+HOPELESS = (FileNotFoundError, Fault)
 READ_AHEAD = 4 << 20  # bytes, where a file is read from front to back
 FETCHED_AT_ONCE = 8  # blocks, beside those that somebody waits for
 PAGE = 16_384  # rows of a column that are read at once
@@ -72,7 +72,7 @@ def size_of(url: str) -> int:
 
     def attempt(system: Any, path: str) -> int:
         info = _waited_for(system, system._info if isinstance(system, AsyncFileSystem) else system.info, path)
-        if not info.get("size"):
+        if info.get("size") is None:
             raise Fault(f"the server of {url} doesn't say how long the file is, which reading parts of it takes.")
         return int(info["size"])
 
@@ -176,6 +176,8 @@ def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
         try:
             return attempt(system, path)
         except Exception as error:  # every file system of fsspec has errors of its own
+            if isinstance(error, PermissionError):  # as S3 and GCS say it
+                raise Fault(f"{url} is refused ({error}): check the address and who may read it.") from error
             if isinstance(error, HOPELESS) and not isinstance(error, Truncated):
                 raise
             status = getattr(error, "status", None)

@@ -16,6 +16,7 @@ import re
 import tokenize
 import zipfile
 import zlib
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -85,6 +86,22 @@ class ShardIndex:
         """(N,) int32: which slide each tile is from. Made on first use; at a billion tiles use the runs."""
         return np.repeat(self.run_slide, np.diff(self.run_start))
 
+    def file_of(self, row: int) -> int:
+        """The number of the tar that holds a tile."""
+        return bisect_right(self._file_bounds, row) - 1
+
+    def slide_of(self, row: int) -> str:
+        """The slide of a tile."""
+        return self.slides[self.run_slide[bisect_right(self._run_bounds, row) - 1]]
+
+    @cached_property
+    def _file_bounds(self) -> list[int]:
+        return self.file_start.tolist()  # for one row, ten times as quick to search as the array
+
+    @cached_property
+    def _run_bounds(self) -> list[int]:
+        return self.run_start.tolist()
+
     def facts(self, slide: int) -> dict[str, Any]:
         """What is known about slide number ``slide``: a value for each of `FACTS`."""
         return {name: values[slide] for name, values in self.meta["slides"].items()}
@@ -136,7 +153,8 @@ class ShardIndex:
             with path.open("rb") as file:
                 meta, places = _read_npz(file)
                 columns = {
-                    name: np.memmap(path, dtype, "r", start, (rows,)) if rows else np.empty(0, dtype)
+                    # As plain arrays: looking up one row is three times as quick as in a memmap.
+                    name: np.asarray(np.memmap(path, dtype, "r", start, (rows,))) if rows else np.empty(0, dtype)
                     for name, (dtype, start, rows) in places.items()
                 }
         except SPOILT as error:

@@ -4,12 +4,14 @@ Every tar is read once, front to back. Each member's header is held to its check
 was recorded when the shard was written or scanned, each gap to zeros, the members' places to the index; the index to its own
 checksums and to the shards' records. So any change of any byte that a reader could meet is found. What the tars held when they were recorded
 isn't taken on trust either where another program wrote them: there every JPEG is decoded.
+
+The folder may be a URL: then everything is read from there, a few MB at a time. An index may lie in another folder than its tars.
 """
 
 import json
-import os
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -20,7 +22,8 @@ import simplejpeg
 
 from data.coordinates_h5 import read_tiling
 from data.fault import Fault
-from data.shard_index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex, record_path
+from data.remote import RemotePath, Truncated, is_remote, list_names
+from data.shard_index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex
 from data.tar_members import DamagedTar, Member, members, padding
 
 JPEGS = ("jpg", "jpeg")
@@ -55,12 +58,16 @@ class Verified:
             self.unnamed += 1
 
 
-def list_shards(folder: Path) -> list[str]:
-    """The tars in the folder and those that its index, records or plan know of, by file name, sorted. Raises Fault where there is nothing."""
-    if not folder.is_dir():
+Folder = Path | str  # a path, or a URL
+
+
+def list_shards(folder: Folder) -> list[str]:
+    """The tars in the folder and those that its index or records know of, by file name, sorted. Raises Fault where there is nothing."""
+    if isinstance(folder, Path) and not folder.is_dir():
         raise Fault(f"there is no folder {folder}")
-    names = {path.name for path in folder.glob("*.tar")} | {f"{path.stem}.tar" for path in folder.glob("index/*.npz")}
     opened = _index(folder)
+    records = _listed(folder / "index" if isinstance(folder, Path) else f"{folder}/index", ".npz")
+    names = {f"{record.stem}.tar" for record in records} | {tar.name for tar in _listed(_place_of_tars(folder), ".tar")}
     if isinstance(opened, tuple):
         names |= opened[0].keys()
     if not names:
@@ -68,7 +75,7 @@ def list_shards(folder: Path) -> list[str]:
     return sorted(names)
 
 
-def verify_folder(folder: Path) -> Verified:
+def verify_folder(folder: Folder) -> Verified:
     """What belongs to no single shard: ``index.npz`` itself, shards that it lacks, and the slides' h5 files of coordinates."""
     result = Verified("index.npz")
     opened = _index(folder)
@@ -76,7 +83,7 @@ def verify_folder(folder: Path) -> Verified:
         result.findings.append(opened)
         return result
     _, index = opened
-    with zipfile.ZipFile(folder / "index.npz") as archive:
+    with _at(folder, "index.npz").open("rb") as file, zipfile.ZipFile(file) as archive:
         bad = archive.testzip()
     if bad:
         result.find(
@@ -86,9 +93,8 @@ def verify_folder(folder: Path) -> Verified:
         facts = index.facts(number)
         if facts["coordinates"] is None:
             continue
-        path = folder / str(facts["coordinates"])
         try:
-            kept = read_tiling(path).counts()["kept"]
+            kept = read_tiling(_at(folder, str(facts["coordinates"]))).counts()["kept"]
         except Fault as fault:
             result.find(str(facts["coordinates"]), "damaged coordinates", str(fault))
             continue
@@ -100,22 +106,22 @@ def verify_folder(folder: Path) -> Verified:
     return result
 
 
-def verify_shard(folder: Path, name: str) -> Verified:
+def verify_shard(folder: Folder, name: str) -> Verified:
     """Read shard ``name`` (its file name) whole and hold it to the index and to its record."""
     result = Verified(name)
-    path = folder / name
+    path = _at(_place_of_tars(folder), name)
     record = _record(folder, name, result)
     columns, checked = _expected(folder, name, record, result)
     facts = record[0] if record else None
     planned_empty = facts is not None and not sum(facts["counts"])
-    if not path.exists():
+    try:
+        with path.open("rb") as file:
+            result.size = path.stat().st_size
+            _walk(file, result, columns, checked, decode=facts is None or bool(facts.get("scanned")) or not checked)
+    except FileNotFoundError:
         if not planned_empty:
             result.find("", "missing shard", "it is known to the index or has a record, but there is no such file: put it back, or run 'pretrain shard' again")  # fmt: skip
         return result
-    try:
-        with path.open("rb") as file:
-            result.size = os.fstat(file.fileno()).st_size
-            _walk(file, result, columns, checked, decode=facts is None or bool(facts.get("scanned")) or not checked)
     except OSError as error:
         result.find("", "unreadable", f"it can't be read ({error.strerror or error})")
         return result
@@ -232,7 +238,8 @@ def _check_unmet(
     for row in rows:
         offset, length = int(columns["offset"][row]), int(columns["length"][row])
         name = f"tile ({columns['x'][row]}, {columns['y'][row]}) at byte {offset}"
-        data = os.pread(file.fileno(), length, offset)
+        file.seek(offset)
+        data = file.read(length)
         if len(data) < length:
             result.find(name, "lost tile", f"the shard ends {length - len(data)} bytes before its end")
         elif (checked and zlib.crc32(data) != int(columns["crc32"][row])) or _undecodable(data):
@@ -242,7 +249,7 @@ def _check_unmet(
 
 
 def _expected(
-    folder: Path, name: str, record: tuple[dict[str, Any], dict[str, np.ndarray]] | None, result: Verified
+    folder: Folder, name: str, record: tuple[dict[str, Any], dict[str, np.ndarray]] | None, result: Verified
 ) -> tuple[dict[str, np.ndarray] | None, bool]:
     """What the tiles of a shard should be: offset, length, x, y, and the checksums where there are any (then True)."""
     opened = _index(folder)
@@ -263,10 +270,10 @@ def _expected(
     return columns, all(column in columns for column in CHECKSUMS)
 
 
-def _record(folder: Path, name: str, result: Verified) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
-    path = record_path(folder, Path(name).stem)
+def _record(folder: Folder, name: str, result: Verified) -> tuple[dict[str, Any], dict[str, np.ndarray]] | None:
+    path = _at(folder, f"index/{Path(name).stem}.npz")
     try:
-        with np.load(path) as record:
+        with path.open("rb") as file, np.load(file) as record:
             columns = {key: record[key].astype(np.int64) for key in record.files if key != "facts"}
             facts = json.loads(str(record["facts"]))
         if {*COLUMNS} - set(columns) or len({len(column) for column in columns.values()}) != 1:
@@ -276,31 +283,55 @@ def _record(folder: Path, name: str, result: Verified) -> tuple[dict[str, Any], 
         return facts, columns
     except FileNotFoundError:
         result.find("", "missing record", f"index/{path.name} is gone: its tiles have no checksums")
-    except (*SPOILT, zlib.error) as error:
+    except (*SPOILT, Truncated, zlib.error) as error:
         result.find(f"index/{path.name}", "damaged record", f"the shard's record can't be read ({error})")
     return None
 
 
-def _index(folder: Path) -> "tuple[dict[str, int], ShardIndex] | Finding":
+def _index(folder: Folder) -> "tuple[dict[str, int], ShardIndex] | Finding":
     """The folder's index with the numbers of its shards by name, or what is wrong with it. (Shards that are gone don't count here:
     they are found one by one.)"""
-    path = folder / "index.npz"
-    if not path.exists():
+    try:
+        stamp = _at(folder, "index.npz").stat()
+    except FileNotFoundError:
         return Finding(
             "index.npz", "", "missing index", f"there is none: 'pretrain shards index shards={folder}' makes it"
         )
-    stamp = path.stat()
     return _opened(folder, stamp.st_mtime_ns, stamp.st_size)
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: Path, changed: int, size: int) -> "tuple[dict[str, int], ShardIndex] | Finding":
+def _opened(folder: Folder, changed: int, size: int) -> "tuple[dict[str, int], ShardIndex] | Finding":
     try:
         index = ShardIndex.open(folder, complete=False)
         _sound(index)
         return {name: number for number, name in enumerate(index.files)}, index
     except Fault as fault:
         return Finding("index.npz", "", "damaged index", str(fault))
+
+
+def _place_of_tars(folder: Folder) -> Folder:
+    """Where the tars of a folder's index lie: there, or where the index says."""
+    opened = _index(folder)
+    if isinstance(opened, Finding):
+        return folder
+    location = opened[1].location
+    return location if is_remote(location) else Path(location)
+
+
+def _at(folder: Folder, name: str) -> Path | RemotePath:
+    """A file of the folder."""
+    return folder / name if isinstance(folder, Path) else RemotePath(f"{folder.rstrip('/')}/{name}")
+
+
+def _listed(folder: Folder, ending: str) -> Sequence[Path | RemotePath]:
+    """The files of the folder that end so."""
+    if isinstance(folder, Path):
+        return sorted(folder.glob(f"*{ending}"))
+    try:
+        return [_at(folder, name) for name in list_names(folder, ending)]
+    except FileNotFoundError:
+        return []
 
 
 def _sound(index: ShardIndex) -> None:

@@ -110,7 +110,7 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
     counts: list[int] = []
     rejected: list[tuple[str, int, int, int]] = []
     try:
-        with partial.open("wb") as raw:
+        with partial.open("wb", buffering=1 << 20) as raw:
             tar = TarWriter(raw)
             for part in shard.parts:
                 before, rejected_before, start = len(rows), len(rejected), tar.offset

@@ -62,7 +62,7 @@ class SlideTiles(TileSource):
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", int(tile)) from error
         x, y = self.place(tiling, int(cells[cell]), seed, sample)
         try:
-            return np.array(slide.read_tile(tiling.grid, x, y))  # writable, as torch wants it
+            return slide.read_tile(tiling.grid, x, y)
         except Fault as error:
             self._slides.drop(which)  # after an error openslide refuses everything else on the same handle
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error

@@ -101,8 +101,8 @@ def member_header(name: str, size: int) -> bytes:
         return member.tobuf(tarfile.GNU_FORMAT)
     header = bytearray(_PLAIN)
     header[: len(short)] = short
-    header[124:135] = b"%011o" % size
-    header[148:154] = b"%06o" % sum(header)  # counted as if the checksum were spaces, which it still is
+    header[124:135] = digits = b"%011o" % size
+    header[148:154] = b"%06o" % (_PLAIN_SUM + sum(short) + sum(digits))  # counted as if the checksum were spaces
     header[154] = 0
     return bytes(header)
 
@@ -114,6 +114,7 @@ def _plain_header() -> bytes:
 
 
 _PLAIN = _plain_header()
+_PLAIN_SUM = sum(_PLAIN) - sum(_PLAIN[124:135])
 
 
 def _must_be_zero(file: BinaryIO, position: int, length: int) -> None:

@@ -7,6 +7,7 @@ slide to show where its tiles are.
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -92,7 +93,7 @@ def tile_slide(
     """
     grid = plan_grid(slide.dimensions, slide.mpp(fallback_mpp), settings.mpp, settings.tile_size, str(slide.path))
     rule = RULES[settings.tissue]
-    mask_downsample = downsample_for(rule, grid)
+    mask_downsample = downsample_for(rule, grid, slide.downsamples)
     thumbnail_downsample = max(1.0, max(slide.width, slide.height) / THUMBNAIL)
     finest = min(mask_downsample, thumbnail_downsample)
     image = slide.thumbnail(finest)
@@ -125,10 +126,12 @@ def patient_in(path: Path, pattern: str) -> str:
     return match.group(0) if match else ""
 
 
-def downsample_for(rule: TissueRule, grid: TileGrid) -> float:
-    """Level-0 pixels per pixel of the image that ``rule`` judges: its own scale, finer for tiles that would have fewer than 16 of
-    these pixels a side, coarser where the image would have more than 4096."""
+def downsample_for(rule: TissueRule, grid: TileGrid, levels: Sequence[float]) -> float:
+    """Level-0 pixels per pixel of the image that ``rule`` judges, on a slide whose levels have these downsamples: the rule's own scale,
+    finer for tiles that would have fewer than 16 of these pixels a side, or its level; coarser where the image would have more than 4096."""
     own = min(rule.mpp / grid.mpp_level0, grid.tile_size_level0 / 16)
+    if rule.level is not None:
+        own = max(downsample for downsample in levels if downsample <= max(rule.level, levels[0]))
     return max(1.0, own, max(grid.width, grid.height) / LARGEST_MASK)
 
 

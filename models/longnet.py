@@ -40,7 +40,8 @@ class LongNet(nn.Module):
 
     ``drop_path`` is the last layer's rate; it grows linearly from 0 at the first. ``compatible`` asks for the released
     model's attention (attended zero padding, constant branch weights in the backward); `load_released` turns it on.
-    ``attention`` names the kernel, see `models.attention_statistics`.
+    ``attention`` names the kernel, see `models.attention_statistics`. ``initial_residual``: what the last matrix of each residual branch is
+    multiplied by at the start; 1 is the released initialisation, and with 0 every layer begins as the identity.
 
     Raises ValueError when the widths don't divide, when a ratio doesn't divide its segment length, or for a kernel that
     can't run here.
@@ -60,13 +61,14 @@ class LongNet(nn.Module):
         drop_path: float,
         compatible: bool,
         attention: str = "sdpa",
+        initial_residual: float = 1.0,
     ) -> None:
         super().__init__()
         if width % 4:
             raise ValueError(f"width {width} must be a multiple of 4, for sines and cosines of two coordinates")
         self.input_width, self.width = input_width, width
         self.segment_lengths, self.dilated_ratios = list(segment_lengths), list(dilated_ratios)
-        self.attention = attention
+        self.attention, self.initial_residual = attention, initial_residual
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(input_width, width)})
         self.encoder = Layers(
@@ -119,7 +121,7 @@ class LongNet(nn.Module):
         """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
         if name not in self.state_dict():
             raise KeyError(name)
-        fill(name, tensor, generator)
+        fill(name, tensor, generator, self.initial_residual)
 
     def load_released(self, path: Path | str) -> str:
         """Load a released ``slide_encoder.pth`` (``{"model": state dict}``) and turn the compatible attention on.
@@ -378,11 +380,16 @@ def draw(seed: int, site: str) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} {site}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def fill(name: str, tensor: Tensor, generator: torch.Generator) -> None:
-    """The released model's initial values: Xavier-uniform matrices, zero biases, norms at 1, tokens normal with σ = 0.02."""
+def fill(name: str, tensor: Tensor, generator: torch.Generator, initial_residual: float) -> None:
+    """The released model's initial values: Xavier-uniform matrices, zero biases, norms at 1, tokens normal with σ = 0.02.
+
+    The matrices that end a residual branch are multiplied by ``initial_residual``.
+    """
     if name.endswith("_token"):
         tensor.normal_(std=0.02, generator=generator)
     elif tensor.ndim == 2:
         nn.init.xavier_uniform_(tensor, generator=generator)
+        if name.endswith(("self_attn.out_proj.weight", "ffn.fc2.weight")):
+            tensor.mul_(initial_residual)
     else:
         tensor.fill_(1.0 if name.endswith("weight") else 0.0)

@@ -16,11 +16,16 @@ import torch
 from torch import Tensor, nn
 
 from models.longnet import Layers, fill, summarise
+from models.nearby import Nearby, first_reaches
 from models.positions import position_embedding
 
 
 class SlideDecoder(nn.Module):
-    """Predicts the embeddings of masked tiles. Raises ValueError when its widths or its schedule don't divide."""
+    """Predicts the embeddings of masked tiles. Raises ValueError when its widths or its schedule don't divide.
+
+    ``start``: what a masked tile enters as: "token", one learned vector (MAE), or "nearby", that and the visible tiles near it
+    (see `models.nearby`). ``initial_residual``: see `LongNet`.
+    """
 
     def __init__(
         self,
@@ -33,14 +38,19 @@ class SlideDecoder(nn.Module):
         feed_forward_width: int,
         segment_lengths: list[int],
         dilated_ratios: list[int],
+        start: str = "token",
         attention: str = "sdpa",
+        initial_residual: float = 1.0,
     ) -> None:
         super().__init__()
+        if start not in ("token", "nearby"):
+            raise ValueError(f"a masked tile starts from 'token' or 'nearby', not {start!r}")
         if width % 4:
             raise ValueError(f"decoder width {width} must be a multiple of 4, for sines and cosines of two coordinates")
-        self.width = width
+        self.width, self.initial_residual = width, initial_residual
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
+        self.nearby = Nearby(heads) if start == "nearby" else None
         self.decoder = Layers(
             width=width,
             depth=depth,
@@ -67,6 +77,10 @@ class SlideDecoder(nn.Module):
         """
         embedded = self.embed(tiles)
         x = self.mask_token.to(embedded.dtype).expand(len(cells), -1).index_copy(0, visible, embedded)
+        if self.nearby is not None:
+            slides = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            counts = [slides[rows.cpu()].bincount(minlength=len(lengths)).tolist() for rows in (visible, masked)]
+            x = x.index_add(0, masked, self.nearby(embedded, cells[visible], cells[masked], *counts))
         x = x + position_embedding(cells, self.width).to(x.dtype)
         tokens = self.embed(cls)
         slides = zip(tokens.split(1), x.split(list(lengths)), strict=True)
@@ -79,4 +93,7 @@ class SlideDecoder(nn.Module):
         """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
         if name not in self.state_dict():
             raise KeyError(name)
-        fill(name, tensor, generator)
+        if name == "nearby.log_reach":
+            first_reaches(tensor)
+        else:
+            fill(name, tensor, generator, self.initial_residual)

@@ -11,7 +11,8 @@ from PIL import Image
 from data.coordinates_h5 import read_tiling
 from data.fault import Fault
 from data.keyed import rng
-from data.raw_tiles import RawTiles
+from data.open_tars import OpenTars
+from data.remote import Truncated
 from data.shard_index import UNKNOWN, ShardIndex
 from pretrain.picture_page import Page
 from pretrain.pictures import contact_sheet, histogram, mixture, tile_map
@@ -72,18 +73,17 @@ def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], l
     """``count`` tiles (H, W, 3) uint8 at random, and their captions. Raises Fault for a tile that can't be read."""
     rows = np.sort(rng(seed, "inspect", str(index.digest)).permutation(len(index))[:count])
     tiles, captions = [], []
-    with RawTiles(index) as raw:
-        for row, jpeg in zip(rows.tolist(), raw.read(rows), strict=True):
-            try:
-                tiles.append(simplejpeg.decode_jpeg(jpeg))
-            except ValueError as error:
-                path = index.path(int(np.searchsorted(index.file_start, row, side="right")) - 1)
-                raise Fault(
-                    f"{path}: the tile at byte {index.offset[row]} is no readable JPEG ({error}): make this shard again"
-                ) from error
-            slide = index.slides[int(index.run_slide[np.searchsorted(index.run_start, row, side="right") - 1])]
-            place = "place unknown" if index.x[row] == UNKNOWN else f"{index.x[row]}, {index.y[row]}"
-            captions.append(f"{slide}\n{place}")
+    tars = OpenTars()
+    for row in rows.tolist():
+        try:
+            tiles.append(simplejpeg.decode_jpeg(tars.jpeg(index, row)))
+        except (ValueError, Truncated) as error:
+            path = index.path(index.file_of(row))
+            raise Fault(
+                f"{path}: the tile at byte {index.offset[row]} is no readable JPEG ({error}): make this shard again"
+            ) from error
+        place = "place unknown" if index.x[row] == UNKNOWN else f"{index.x[row]}, {index.y[row]}"
+        captions.append(f"{index.slide_of(row)}\n{place}")
     return tiles, captions
 
 

@@ -80,7 +80,7 @@ def slide_page(config: Config, path: Path) -> Page:
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
     with Slide(path) as slide:
         tiling, thumbnail = tile_slide(slide, path.stem, settings, config.slides_mpp, "")
-        downsample = downsample_for(rule, tiling.grid)
+        downsample = downsample_for(rule, tiling.grid, slide.downsamples)
         image = slide.thumbnail(downsample)
         levels = ", ".join(f"{width}×{height}" for width, height in slide.dimensions)
         examples = _examples(slide, tiling, config)

@@ -5,13 +5,14 @@ bytes have changed or that are no JPEG; JSON that is missing, damaged or says an
 doesn't match its shard; coordinates that disagree. Each finding names the shard, the member and what it is.
 
 The findings are listed for a person, and as JSON for a program. The exit code is 0 where nothing is wrong and 1 otherwise.
-Nothing is changed. 'pretrain shard', run again, makes missing and truncated shards of its own anew; delete a
+Nothing is changed, and the shards may lie behind a URL. 'pretrain shard', run again, makes missing and truncated shards of its own anew; delete a
 damaged one first.
 
 Examples:
 
     pretrain shards verify shards=shards
     pretrain shards verify shards="/data/a /data/b" report=findings.json workers=8
+    pretrain shards verify shards=s3://bucket/shards workers=16
 """
 
 import json
@@ -25,7 +26,8 @@ from typing import Any
 
 from data.fault import Fault
 from data.parallel import in_processes
-from data.shard_verify import Finding, Verified, list_shards, verify_folder, verify_shard
+from data.remote import is_remote
+from data.shard_verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
 from pretrain.progress import Progress, say
 
 MOST_SAID = 20  # findings of a folder that are said one by one; the report has them all
@@ -40,7 +42,10 @@ class Config:
 
 def run(config: Config) -> None:
     """Verify every folder, write the report, and raise a Fault where anything was found."""
-    folders = [verify(Path(folder), config.workers or len(os.sched_getaffinity(0))) for folder in config.shards]
+    folders = [
+        verify(folder if is_remote(folder) else Path(folder), config.workers or len(os.sched_getaffinity(0)))
+        for folder in config.shards
+    ]
     found = sum(folder["found"] for folder in folders)
     report = json.dumps({"ok": not found, "found": found, "folders": folders}, indent=1)
     if config.report is None:
@@ -53,7 +58,7 @@ def run(config: Config) -> None:
         raise Fault(f"{found:,} {'thing is' if found == 1 else 'things are'} wrong with the shards in {', '.join(config.shards)}; {named}")  # fmt: skip
 
 
-def verify(folder: Path, workers: int) -> dict[str, Any]:
+def verify(folder: Folder, workers: int) -> dict[str, Any]:
     """The report on one folder: what was there, how many findings of which kind, and each of them."""
     names = list_shards(folder)
     results = [verify_folder(folder)]

@@ -33,8 +33,10 @@ DISTANCES = 2**22  # computed at a time
 class SlideMAE(Objective):
     """The slide stage's objective. Keyword arguments are its settings.
 
-    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output and its attention schedule.
-    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). Raises ValueError for another.
+    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its attention schedule and its
+    initial residual.
+    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). decoder_start: see `SlideDecoder`. Raises
+    ValueError for others.
     """
 
     def __init__(
@@ -46,6 +48,7 @@ class SlideMAE(Objective):
         decoder_heads: int,
         decoder_feed_forward_width: int,
         weighting: str,
+        decoder_start: str = "token",
     ) -> None:
         super().__init__()
         if weighting not in ("slide", "token"):
@@ -61,7 +64,9 @@ class SlideMAE(Objective):
             feed_forward_width=decoder_feed_forward_width,
             segment_lengths=self.encoder.segment_lengths,
             dilated_ratios=self.encoder.dilated_ratios,
+            start=decoder_start,
             attention=self.encoder.attention,
+            initial_residual=self.encoder.initial_residual,
         )
 
     def trained(self) -> dict[str, nn.Module]:

@@ -159,8 +159,8 @@ def r2_results(metrics: Series, r2: float) -> str:
     rise, rank = last(metrics, "shuffled_rise"), last(metrics, "effective_rank")
     if rise is not None:
         signs.append(
-            f"Shuffling the tiles’ coordinates changes the loss by {signed(rise)}: "
-            + ("the encoder uses where tiles lie." if rise > 0 else "the encoder does not use where tiles lie.")
+            f"With the visible tiles’ places shuffled the loss is {100 * abs(rise):.0f} % {'higher' if rise >= 0 else 'lower'}: "
+            + ("the encoder uses where tiles lie." if rise >= 0.01 else "the encoder makes nothing of where tiles lie.")
         )
     if rank is not None:
         signs.append(f"The effective rank (RankMe) of pooled slide embeddings is {rank:.1f}; 1 would be collapse.")
@@ -173,8 +173,8 @@ def r2_verdict(metrics: Series) -> str:
     if r2 is None or neighbours is None:
         return ""
     if r2 > neighbours:
-        return f"It beats the mean of the nearest visible tiles by {r2 - neighbours:.3f}: it has learned more than smoothness."
-    return f"It is {neighbours - r2:.3f} below the mean of the nearest visible tiles: it has not yet learned more than smoothness."
+        return f"It beats the mean of the nearest visible tiles by {r2 - neighbours:.3f}: it has learned more than to average neighbours."
+    return f"It is {neighbours - r2:.3f} below the mean of the nearest visible tiles: it has not yet learned more than that."
 
 
 def probe_section(probe: dict[str, Any]) -> Section:

@@ -12,6 +12,7 @@ files have it, over reading it from the store, both from the page cache and both
 
 import io
 import json
+import os
 import statistics
 import sys
 import tarfile
@@ -20,6 +21,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+# Before torch loads OpenMP: a thread that waits for another then sleeps. It would spin, and on a busy machine the reading
+# threads would wait behind it and processor seconds would count it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import h5py

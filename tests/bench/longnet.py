@@ -4,10 +4,9 @@
     python tests/bench/longnet.py THREADS=4
 
 Attention of the released slide encoder (16 heads of 48, its schedule) in float32, forward and backward, on one slide of
-random numbers; then one whole layer forward. Times are processor seconds of this process, not of the clock, the three
-ways taken in turns and the median of the rounds' ratios; still, other work on the same cores spoils the caches, which is
-said when there is some. Memory is the growth of the resident set's peak in a process of its own (Linux), beyond what the
-inputs take.
+random numbers; then one whole layer forward. Times are processor seconds of this process, not of the clock, the least of
+some rounds in which the ways take turns; still, other work on the same cores spoils the caches, which is said when there
+is some. Memory is the growth of the resident set's peak in a process of its own (Linux), beyond what the inputs take.
 
     time_ratio_16k       forward + backward over the padded formulation's, at 16,384 tokens, same kernel
     memory_ratio_16k     the same for memory: output, gradients and everything in between
@@ -23,8 +22,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from statistics import median
 
+# Before torch loads OpenMP: a thread that waits for another then sleeps. It would spin, and on a busy machine processor
+# seconds would count the waiting: the more calls a way makes, the more of it.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
@@ -39,7 +40,7 @@ from models.sequence_parallel import Share
 HEADS, HEAD_WIDTH, FEED_FORWARD = 16, 48, 3072
 SEGMENTS, RATIOS = (1024, 5792, 32768, 185360, 1048576), (1, 2, 4, 8, 16)
 SHORT, LONG, LONGEST = 16_384, 65_536, 1_000_000
-ROUNDS, LONG_ROUNDS = 3, 1
+ROUNDS = 4
 GIB = 2**30
 
 
@@ -112,21 +113,17 @@ def product_rate() -> float:
     return max(2 * 2048**3 / seconds(lambda: a @ b) for _ in range(10))
 
 
-def measure_times() -> tuple[dict[str, float], float, float]:
-    """Median processor seconds of each way, and the medians of the rounds' ratios to padded and to the kernel."""
-    ways = {name: step(way, SHORT) for name, way in WAYS.items()} | {"kernel": bare_kernel(SHORT)}
-    rounds = [{name: seconds(work) for name, work in ways.items()} for _ in range(ROUNDS + 1)][1:]  # the first warms up
-    medians = {name: median(each[name] for each in rounds) for name in ways}
-    return medians, *(median(each["exact"] / each[other] for each in rounds) for other in ("padded", "kernel"))
+def least(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Processor seconds of each way at their least over the rounds, in which they take turns: other work only ever adds to them."""
+    taken = [{name: seconds(work) for name, work in ways.items()} for _ in range(rounds)]
+    return {name: min(each[name] for each in taken) for name in ways}
 
 
 def measure_growth() -> float:
+    """The long step over the mean of short ones before and after it."""
     short, long = step(exact, SHORT), step(exact, LONG)
-    ratios = []
-    for _ in range(LONG_ROUNDS):
-        before, spent, after = seconds(short), seconds(long), seconds(short)
-        ratios.append(2 * spent / (before + after))
-    return median(ratios)
+    before, spent, after = seconds(short), seconds(long), seconds(short)
+    return 2 * spent / (before + after)
 
 
 def resident(peak: bool) -> int:
@@ -171,12 +168,12 @@ def main() -> None:
         return child(way)
     memory = {name: in_child(name, threads)["bytes"] for name in WAYS}
     print(f"extra memory at {SHORT:,} tokens: " + ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in memory.items()))
-    medians, over_padded, over_kernel = measure_times()
+    spent = least({name: step(way, SHORT) for name, way in WAYS.items()} | {"kernel": bare_kernel(SHORT)}, ROUNDS)
     floor = 3.5 * forward_flops(SHORT) / product_rate()
     print(f"processor seconds forward + backward at {SHORT:,} tokens: ", end="")
-    print(", ".join(f"{name} {value:.2f}" for name, value in medians.items()))
+    print(", ".join(f"{name} {value:.2f}" for name, value in spent.items()))
     print(
-        f"floor, the FLOPs at this machine's rate of large products: {floor:.2f} s; exact is at {medians['exact'] / floor:.2f} × it"
+        f"floor, the FLOPs at this machine's rate of large products: {floor:.2f} s; exact is at {spent['exact'] / floor:.2f} × it"
     )
     growth = measure_growth()
     print(
@@ -189,9 +186,9 @@ def main() -> None:
     if busy > threads / 2:
         print(f"other work kept {busy:.1f} cores busy when this began: these figures are less sharp")
     figures = {
-        "time_ratio_16k": over_padded,
+        "time_ratio_16k": spent["exact"] / spent["padded"],
         "memory_ratio_16k": memory["exact"] / memory["padded"],
-        "over_kernel_16k": over_kernel,
+        "over_kernel_16k": spent["exact"] / spent["kernel"],
         "growth_64k_over_16k": growth,
         "forward_1m_gib": layer["bytes"] / GIB,
     }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from urllib.parse import parse_qs
 
 FAIL, STALL, CUT, SHORT, FORBID = "answer 500", "stall", "close in the middle", "send less, politely", "answer 403"
 
@@ -16,8 +17,8 @@ class FlakyServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, folder: Path) -> None:
-        super().__init__(("127.0.0.1", 0), _Handler)
+    def __init__(self, folder: Path, handler: type["_Handler"]) -> None:
+        super().__init__(("127.0.0.1", 0), handler)
         self.folder = folder
         self.misbehave: deque[str | None] = deque()
         self.always: str | None = None
@@ -89,10 +90,34 @@ class _Handler(BaseHTTPRequestHandler):
         pass
 
 
+class S3Handler(_Handler):
+    """As much of S3's REST API as reading takes: ``/bucket/key`` is a file of the folder, and a bucket can be listed."""
+
+    def _answer(self, body: bool) -> None:
+        self.path, _, query = self.path.partition("?")
+        if "list-type=2" not in query:
+            return super()._answer(body)
+        prefix = parse_qs(query).get("prefix", [""])[0]
+        bucket = self.server.folder / self.path.strip("/")
+        files = sorted(file for file in (bucket / prefix).iterdir()) if (bucket / prefix).is_dir() else []
+        listed = "".join(
+            f"<Contents><Key>{file.relative_to(bucket)}</Key><Size>{file.stat().st_size}</Size></Contents>"
+            if file.is_file()
+            else f"<CommonPrefixes><Prefix>{file.relative_to(bucket)}/</Prefix></CommonPrefixes>"
+            for file in files
+        )
+        page = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{bucket.name}</Name><IsTruncated>false</IsTruncated>{listed}</ListBucketResult>'
+        return self._send(200, page.encode(), {"Content-Type": "application/xml"}, body)
+
+    def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
+        stamps = {"ETag": '"1"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
+        super()._send(status, content, stamps | headers, body)
+
+
 @contextmanager
-def serving(folder: Path) -> Iterator[FlakyServer]:
+def serving(folder: Path, handler: type[_Handler] = _Handler) -> Iterator[FlakyServer]:
     """A server of ``folder`` in a thread, for as long as the context lasts."""
-    server = FlakyServer(folder)
+    server = FlakyServer(folder, handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
     thread.start()
     try:

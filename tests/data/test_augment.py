@@ -1,5 +1,6 @@
 """Colour, blur, solarisation: torchvision's numbers for the same parameters, and the distributions that were asked for."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -99,6 +100,45 @@ def test_each_image_gets_its_own_parameters_in_its_own_order(bytes_: Tensor) -> 
         for which in order.tolist():
             expected = getattr(reference, f"adjust_{NAMES[which]}")(expected, float(factor[which]))
         torch.testing.assert_close(result, expected, atol=5e-5, rtol=0)
+
+
+def in_order(image: Tensor, row: Tensor, order: list[str]) -> Tensor:
+    """One image (3, H, W) uint8 through torchvision's functions for the parameters of a row, in this order."""
+    steps: dict[str, Callable[[Tensor], Tensor]] = {
+        "grey": lambda x: reference.rgb_to_grayscale(x, 3),
+        "blur": lambda x: reference.gaussian_blur(x, [9, 9], [float(row[SIGMA])] * 2),
+        "solarise": lambda x: reference.solarize(x, 128 / 255),
+        "normalise": lambda x: reference.normalize(x, [0.5, 0.4, 0.3], [0.2, 0.3, 0.4]),
+    }
+    drawn = {name: bool(row[column]) for name, column in (("grey", GREY), ("blur", SIGMA), ("solarise", SOLARISE))}
+    x = image / 255
+    for step in order:
+        if step == "jitter" and row[JITTER]:
+            for which in row[ORDER].int().tolist():
+                x = getattr(reference, f"adjust_{NAMES[which]}")(x, float(row[FACTORS][which]))
+        elif drawn.get(step, step == "normalise"):
+            x = steps[step](x)
+    return x
+
+
+def test_a_drawn_batch_is_augmented_in_dinov2s_order_and_in_no_other(bytes_: Tensor) -> None:
+    """jitter (its parts in an order of the image's own), grey, blur, solarise, normalise: as facebookresearch/dinov2's augmentations.py."""
+    colour = Colour(blur_probability=(0.6,) * 3, solarise_probability=(0.6,) * 3, grey_probability=0.5)
+    images = bytes_.repeat(6, 1, 1, 1)
+    table = torch.from_numpy(draw(colour, np.ones(len(images), dtype=int), rng(4)))
+    found = ours.augment(images, table, torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4]))
+    order = ["jitter", "grey", "blur", "solarise", "normalise"]
+
+    def agree(order: list[str]) -> bool:
+        """All but the few pixels at which solarisation's threshold falls within rounding."""
+        expected = torch.stack([in_order(image, row, order) for image, row in zip(images, table, strict=True)])
+        return float(((found - expected).abs().amax(1) > 3e-4).float().mean()) < 1e-3
+
+    assert agree(order)
+    for place in range(4):
+        swapped = [*order[:place], order[place + 1], order[place], *order[place + 2 :]]
+        # What follows blur in linear steps commutes with it: grey before or after is the same picture.
+        assert agree(swapped) == (swapped[1:3] == ["blur", "grey"])
 
 
 def test_without_any_augmentation_only_normalisation_is_left(bytes_: Tensor) -> None:

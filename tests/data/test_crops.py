@@ -1,6 +1,7 @@
 """Crops: torchvision's rule for the box, torchvision's pixels inside it."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -54,20 +55,32 @@ def test_where_no_box_fits_the_largest_central_one_is_taken(
     assert box(height, width, (4.0, 5.0), (3 / 4, 4 / 3), rng(0).random(NUMBERS).tolist()) == expected
 
 
-def test_views_are_torchvisions_antialiased_bicubic_crops_of_the_same_boxes() -> None:
+TURNING = replace(SIZES, vertical_flip=0.5, quarter_turns=0.75)
+CONTEXT = CropSizes(2, 32, (0.9, 1.1), 3, 16, (0.9, 1.1), (0.95, 1.05), "crop", vertical_flip=0.5)  # Virchow2's
+
+
+@pytest.mark.parametrize("sizes", [SIZES, TURNING, CONTEXT], ids=["DINOv2", "turning", "extended context"])
+def test_views_are_torchvisions_antialiased_bicubic_crops_flips_and_turns(sizes: CropSizes) -> None:
     tile = picture(0, 96)
     image = torch.from_numpy(tile).permute(2, 0, 1)
+    turns = set()
     for sample in range(10):
         drawn = rng(5, "crops", sample).random((5, NUMBERS)).tolist()
-        for view, (side, scale), u in zip(cut(tile, SIZES, 5, sample), SIZES.views(), drawn, strict=True):
-            top, left, h, w = box(96, 96, scale, SIZES.aspect, u)
+        for view, (side, scale), u in zip(cut(tile, sizes, 5, sample), sizes.views(), drawn, strict=True):
+            top, left, h, w = box(96, 96, sizes.areas(side, scale, 96, 96), sizes.aspect, u)
             expected = reference.resized_crop(
                 image, top, left, h, w, [side, side], InterpolationMode.BICUBIC, antialias=True
             )
             if u[-3] < 0.5:
                 expected = reference.horizontal_flip(expected)
+            if u[-2] < sizes.vertical_flip:
+                expected = reference.vertical_flip(expected)
+            if u[-1] < sizes.quarter_turns:
+                turns.add(turn := 1 + int(3 * u[-1] / sizes.quarter_turns))
+                expected = reference.rotate(expected, 90 * turn)
             assert view.dtype == torch.uint8 and view.shape == (3, side, side)
             assert (view.int() - expected.int()).abs().max() <= 1
+    assert turns == ({1, 2, 3} if sizes.quarter_turns else set())
 
 
 def test_shrinking_a_fine_pattern_gives_its_mean_not_its_aliases() -> None:

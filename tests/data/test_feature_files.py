@@ -102,6 +102,19 @@ def test_tridents_own_file_is_read_with_its_magnification_as_its_scale(tmp_path:
         import_features(tmp_path / "s.h5")
 
 
+@pytest.mark.parametrize(("step", "side"), [(410, 410), (409, 409), (512, 409)])
+def test_the_side_that_trident_truncated_is_that_of_its_steps(tmp_path: Path, step: int, side: int) -> None:
+    columns = np.array([0, 3, 7, 900])  # so far out a pixel a column makes two cells
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file["features"] = np.ones((4, WIDTH), np.float32)
+        file["coords"] = np.stack([columns * step, np.zeros(4, np.int64)], axis=1)
+        file["coords"].attrs.update({"patch_size": 256, "patch_size_level0": 409, "target_magnification": 25})
+    found = import_features(tmp_path / "s.h5")
+    assert found.tile_size_level0 == side
+    if step == side:
+        assert found.cells[:, 0].tolist() == columns.tolist()
+
+
 @pytest.mark.parametrize("kind", ["h5_files", "pt_files"])
 def test_clams_own_files_are_read_with_its_patches_beside_them(tmp_path: Path, kind: str) -> None:
     values, coords = tiles()

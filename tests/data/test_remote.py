@@ -12,10 +12,11 @@ from data.loader import Batch
 from data.remote import RemoteColumn, RemotePath, Truncated, list_names, read_range, size_of
 from data.shard_index import ShardIndex, scan
 from data.shard_tiles import ShardTiles
+from data.shard_verify import list_shards, verify_folder, verify_shard
 from data.tile_source import UnreadableTile
-from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, serving
+from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, S3Handler, serving
 from tests.data.test_loader import batches, by_tile, same
-from tests.data.tile_folders import write_tiles
+from tests.data.tile_folders import spoil, write_tiles
 
 CONTENT = bytes(range(256)) * 40
 
@@ -177,3 +178,78 @@ def test_shards_that_cannot_be_written_to_have_their_index_elsewhere(folder: Pat
     (folder / "tiles-000001.tar").unlink()
     with pytest.raises(Fault, match=rf"{folder}/tiles-000001\.tar is in the index but not on disk"):
         ShardIndex.open(tmp_path / "mine")
+
+
+def verified(folder: Path | str) -> list[tuple[str, str, str]]:
+    results = [verify_folder(folder), *(verify_shard(folder, name) for name in list_shards(folder))]
+    return sorted((f.shard, f.member, f.kind) for result in results for f in result.findings)
+
+
+def test_remote_shards_are_verified_as_local_ones_are(folder: Path, server: FlakyServer) -> None:
+    url = f"{server.url}/shards"
+    server.misbehave.extend([FAIL, None, CUT])
+    assert verified(folder) == verified(url) == []
+    index = ShardIndex.open(folder)
+    with (folder / "tiles-000001.tar").open("r+b") as tar:
+        tar.seek(int(index.offset[15]) + 400)
+        tar.write(b"flip")
+        tar.truncate(int(index.offset[20]) + 10)
+    (folder / "tiles-000000.tar").unlink()
+    (folder / "index/tiles-000000.npz").unlink()
+    found = verified(url)
+    assert found == verified(folder) and {kind for _, _, kind in found} >= {"changed tile", "truncated", "missing shard", "missing record"}  # fmt: skip
+    (folder / "tiles-000001.tar").write_bytes(b"")
+    assert verified(url) == verified(folder)
+    (folder / "index.npz").unlink()
+    assert verified(url) == verified(folder) and ("index.npz", "", "missing index") in verified(url)
+
+
+def test_shards_whose_index_lies_elsewhere_are_verified_there(
+    folder: Path, tmp_path: Path, server: FlakyServer
+) -> None:
+    for number, place in enumerate((folder, f"{server.url}/shards")):
+        scan(place, tmp_path / f"index{number}")
+        assert verified(tmp_path / f"index{number}") == []
+    spoil(folder, [3])
+    for number in range(2):
+        assert [(shard, kind) for shard, _, kind in verified(tmp_path / f"index{number}")] == [("tiles-000000.tar", "changed tile")]  # fmt: skip
+
+
+# S3 ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
+    """A server that speaks S3, and s3fs's own client pointed at it as a user would: by the environment."""
+    s3fs = pytest.importorskip("s3fs")
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "eu-west-1", "AWS_MAX_ATTEMPTS": "1"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    with serving(tmp_path, S3Handler) as running:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
+        s3fs.S3FileSystem.clear_instance_cache()
+        yield running
+    s3fs.S3FileSystem.clear_instance_cache()
+
+
+def test_shards_on_s3_give_the_batches_of_local_ones_through_failures(folder: Path, s3: FlakyServer) -> None:
+    assert list_names("s3://shards/", ".tar") == ["tiles-000000.tar", "tiles-000001.tar"]
+    assert size_of("s3://shards/index.npz") == (folder / "index.npz").stat().st_size
+    s3.misbehave.extend([FAIL, None, FAIL, None, CUT])
+    for near, far in zip(load(folder), load("s3://shards"), strict=True):
+        assert same(by_tile(near.parts), by_tile(far.parts)) and not far.bad
+    data = [served for served in s3.served if served[0].endswith(".tar")]
+    assert sum(size for _, size in data) < sum(path.stat().st_size for path in folder.glob("*.tar")), (
+        "whole files were read"
+    )
+
+
+def test_what_s3_lacks_or_forbids_is_named_at_once(folder: Path, s3: FlakyServer) -> None:
+    (folder / "tiles-000000.tar").unlink()
+    tiles = ShardTiles(shards=["s3://shards"])
+    with pytest.raises(UnreadableTile, match=r"s3://shards/tiles-000000\.tar"):
+        tiles.read(3)
+    assert tiles.read(12).shape == (48, 48, 3)
+    s3.always = FORBID
+    with pytest.raises(Fault, match=r"s3://shards/index\.npz is refused"):
+        ShardTiles(shards=["s3://shards"])

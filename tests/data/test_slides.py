@@ -64,6 +64,20 @@ def test_a_thumbnail_read_in_strips_is_the_area_average(
     np.testing.assert_allclose(thumbnail[:height, :width], np.asarray(expected), atol=1)
 
 
+def test_what_a_slide_does_not_hold_is_white_and_the_rest_as_openslide_gives_it(
+    tmp_path: Path, noise: np.ndarray
+) -> None:
+    """By Pillow's compositing of what openslide's own `read_region` returns, transparent where there is nothing."""
+    path = write_slide(tmp_path / "a.tiff", noise, mpp=0.25)
+    with Slide(path) as slide, openslide.OpenSlide(path) as plain:
+        for left, top in ((750, 550), (-20, 40), (900, 900)):
+            picture = plain.read_region((left, top), 0, (90, 70))
+            expected = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+            found = slide._read(0, left, top, 90, 70)
+            np.testing.assert_array_equal(found[..., 2::-1], np.asarray(expected)[..., :3])
+            assert (found[..., :3] == 255).all(2).any()
+
+
 def test_resolution_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
     image = stained(300, 300, [])
     with Slide(write_slide(tmp_path / "good.tiff", image, mpp=0.25)) as slide:

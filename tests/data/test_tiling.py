@@ -65,9 +65,9 @@ def test_a_thumbnail_has_at_most_1024_pixels_a_side_and_says_its_scale(tmp_path:
 def test_the_image_that_a_rule_judges_stays_small_and_fine_enough() -> None:
     for rule in RULES.values():
         huge = plan_grid([(400_000, 300_000)], 0.25, 0.5, 256, "huge")
-        assert huge.width / downsample_for(rule, huge) <= 4096.5
+        assert huge.width / downsample_for(rule, huge, [1.0, 4.0, 16.0]) <= 4096.5
         small = plan_grid([(5_000, 4_000)], 0.25, 0.25, 224, "small")
-        assert small.tile_size_level0 / downsample_for(rule, small) >= 16
+        assert small.tile_size_level0 / downsample_for(rule, small, [1.0]) >= 16
 
 
 def test_refusals_name_the_slide_and_the_reason(tmp_path: Path) -> None:

@@ -8,9 +8,10 @@ from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2hsv
 
+from data.coordinates import plan_grid
 from data.keyed import rng
 from data.slides import Slide
-from data.tiling import TilingSettings, tile_slide
+from data.tiling import TilingSettings, downsample_for, tile_slide
 from data.tissue import RULES, _closed, _hsv, is_empty, is_fluorescence, otsu, pen, shares
 from tests.data.synthetic_slides import stained
 
@@ -132,16 +133,15 @@ def test_tiles_kept_on_a_real_slide_are_the_systems_own_counts(shared: Path, rul
     assert tiling.counts()["kept"] == (published or 44)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("rule", "published", "off"), [("gigapath", 170, 0), ("hsv", 152, 4), ("clam", 184, 10)])
-def test_tiles_kept_on_a_frozen_section_are_near_the_systems_own_counts(
-    shared: Path, rule: str, published: int, off: int
-) -> None:
-    """The slide doesn't say its scale: 238 cells means that tiles of 256 pixels at 0.5 µm were cut at about 0.504 µm a pixel."""
+@pytest.mark.parametrize(("rule", "published"), [("gigapath", 170), ("hsv", 152), ("clam", 184)])
+def test_tiles_kept_on_a_frozen_section_are_the_systems_own_counts(shared: Path, rule: str, published: int) -> None:
+    """The slide doesn't say its scale: 238 cells means that tiles of 256 pixels at 0.5 µm were cut at about 0.504 µm a pixel. The counts were
+    made on its second level, as Prov-GigaPath and CLAM judge a slide; the HSV rule, which `RULES` applies to a tile's own pixels as its authors
+    do, keeps two tiles fewer there, of .591 and .596."""
     with Slide(shared / "slides/whole/TCGA-CR-7395-01A-01-TS1.svs") as slide:
-        side, image = 254.0, slide.thumbnail(1.0 if rule != "gigapath" else 2.0)
-        scale = slide.width / image.shape[1]
-        left, top = (np.ceil(np.arange(int(length / side)) * side) / scale for length in (slide.width, slide.height))
-    share = shares(RULES[rule].mask(image), left, top, side / scale)
-    assert share.size == 238
-    assert abs(int((share >= RULES[rule].min_tissue).sum()) - published) <= off
+        side, image = 254.0, slide.thumbnail(2.0)
+        left, top = (np.ceil(np.arange(int(length / side)) * side) / 2 for length in (slide.width, slide.height))
+        grid = plan_grid(slide.dimensions, 0.504, 0.5, 256, "TCGA-CR")
+        assert downsample_for(RULES["clam"], grid, slide.downsamples) == 2.0
+    share = shares(RULES[rule].mask(image), left, top, side / 2)
+    assert share.size == 238 and int((share >= RULES[rule].min_tissue).sum()) == published

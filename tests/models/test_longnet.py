@@ -119,8 +119,9 @@ def test_negative_cells_are_refused():
 
 @pytest.mark.parametrize("compatible", [False, True])
 def test_packed_slides_equal_each_slide_alone_with_dropout_on(compatible):
-    network = small(compatible=compatible)
+    network = small(compatible=compatible).double()
     tokens, cells, lengths = slides([5, 33, 1, 40])
+    tokens = tokens.double()
     seeds = [10, 11, 12, 13]
     packed = network(tokens, cells, lengths, seeds, all_layers=True)
     for i, (part, places) in enumerate(zip(tokens.split(lengths), cells.split(lengths), strict=True)):
@@ -131,7 +132,17 @@ def test_packed_slides_equal_each_slide_alone_with_dropout_on(compatible):
             (packed.pooled_layers[:, i], alone.pooled_layers[:, 0]),
             (packed.tiles.split(lengths)[i], alone.tiles),
         ):
-            torch.testing.assert_close(one, other, atol=1e-5, rtol=0)
+            torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+
+
+def test_an_initial_residual_of_zero_begins_with_layers_that_are_the_identity():
+    batch = slides([30])
+    begun, released = small(initial_residual=0.0), small()
+    states = begun(*batch, all_layers=True).pooled_layers
+    assert torch.equal(states[0], states[-1])
+    assert (released(*batch, all_layers=True).pooled_layers.diff(dim=0).abs().amax(dim=(1, 2)) > 1e-2).all()
+    others = [name for name in begun.state_dict() if not name.endswith(("out_proj.weight", "fc2.weight"))]
+    assert all(torch.equal(begun.state_dict()[name], released.state_dict()[name]) for name in others)
 
 
 def test_dropout_is_drawn_from_the_slides_seeds_and_off_without_them():

@@ -11,15 +11,23 @@ from torch import Tensor
 from models.longnet import LongNet
 
 
-def encoder(meta: dict[str, str], compatible: bool = True) -> LongNet:
+def encoder(meta: dict[str, str], longest: int, compatible: bool = True) -> LongNet:
+    ratios = json.loads(meta["dilated_ratios"])
+    # The released 185,363 is no multiple of its 8, which is refused; nor does it matter to slides that are shorter than both.
+    segments = [
+        w if longest >= w else w - w % r for w, r in zip(json.loads(meta["segment_lengths"]), ratios, strict=True)
+    ]
+    assert all(
+        w == given or longest < w for w, given in zip(segments, json.loads(meta["segment_lengths"]), strict=True)
+    )
     return LongNet(
         input_width=int(meta["in_chans"]),
         width=int(meta["dim"]),
         depth=int(meta["depth"]),
         heads=int(meta["heads"]),
         feed_forward_width=int(meta["ffn"]),
-        segment_lengths=json.loads(meta["segment_lengths"]),
-        dilated_ratios=json.loads(meta["dilated_ratios"]),
+        segment_lengths=segments,
+        dilated_ratios=ratios,
         dropout=0.25,
         drop_path=0.1,
         compatible=compatible,
@@ -33,7 +41,8 @@ def golden(request: pytest.FixtureRequest, goldens: Path) -> tuple[dict[str, str
 
 
 def loaded(meta: dict[str, str], tensors: dict[str, Tensor]) -> LongNet:
-    network = encoder(meta)
+    longest = 1 + max(len(value) for key, value in tensors.items() if key.endswith(".tiles"))
+    network = encoder(meta, longest)
     weights = {key.removeprefix("weights."): value for key, value in tensors.items() if key.startswith("weights.")}
     network.load_state_dict(weights, strict=True)
     return network

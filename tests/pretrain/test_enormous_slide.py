@@ -14,14 +14,14 @@ from tests.pretrain.test_shard_command import DEFAULTS, ROOT
 MEASURED = """
 import json, resource, sys
 from collections import Counter
-import openslide
+from openslide import lowlevel
 from pretrain.commands.shard import Config, run
 reads = Counter()
-read_region = openslide.OpenSlide.read_region
-def counting(self, location, level, size):
-    reads[location, level, size] += 1
-    return read_region(self, location, level, size)
-openslide.OpenSlide.read_region = counting
+read_region = lowlevel._read_region
+def counting(slide, pixels, x, y, level, width, height):
+    reads[(x, y), level, (width, height)] += 1
+    return read_region(slide, pixels, x, y, level, width, height)
+lowlevel._read_region = counting
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 before = peak()
