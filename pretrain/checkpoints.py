@@ -5,6 +5,7 @@
             __0_0.distcp …      each rank's shards of networks and optimiser (torch.distributed.checkpoint)
             .metadata           names, shapes, who holds what
             state.json          step, skipped steps, hash of the configuration, digest of the data
+        best -> step-00000750   the one with the best score, where a run scores itself (pretrain.best)
         step-00001250.partial/  being written; a kill leaves it behind, and the next save sweeps it away
 
 "Resume" means the newest published one. It loads at any number of processes, and one network can be read out of it
@@ -29,6 +30,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from data.fault import Fault
 
 PARTIAL = ".partial"
+BEST = "best"
 
 # One process without a group is the ordinary case for reading an encoder out of a checkpoint.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -45,6 +47,12 @@ def published(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def is_best(checkpoint: Path) -> bool:
+    """Whether ``checkpoints/best`` points at this one."""
+    link = checkpoint.with_name(BEST)
+    return link.is_symlink() and os.readlink(link) == checkpoint.name
+
+
 def newest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     found = published(run)
@@ -54,7 +62,7 @@ def newest(run: Path) -> Path | None:
 def save(
     run: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any], keep: int
 ) -> Path:
-    """Write and publish a checkpoint; every rank calls it. The newest ``keep`` published ones remain (0: all).
+    """Write and publish a checkpoint; every rank calls it. The newest ``keep`` published ones remain (0: all), and the best one.
 
     ``state`` is what else a resumed run needs, plain JSON values. Raises Fault where the disk refuses; the checkpoints
     published before stay whole.
@@ -77,7 +85,8 @@ def save(
                 shutil.rmtree(final)
             partial.rename(final)
             for old in published(run)[:-keep] if keep else []:
-                shutil.rmtree(old)
+                if not is_best(old):
+                    shutil.rmtree(old)
         _barrier()
     except (OSError, CheckpointException) as error:
         # Inside dcp.save, an OSError of any rank becomes a CheckpointException on all of them.

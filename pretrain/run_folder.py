@@ -25,7 +25,9 @@ import yaml
 from data.fault import Fault
 
 # What may differ between two starts of one run: where and how fast it runs and what it says, not what it computes.
-FREE = re.compile(r"trainer\.(?!precision$)|wandb\.|run$|data\.(threads|processes_per_slide)$|model\.attention$")
+FREE = re.compile(
+    r"trainer\.(?!precision$)|wandb\.|watch\.|run$|data\.(threads|processes_per_slide)$|model\.attention$"
+)
 PACKAGES = ("slidewright", "torch", "torchvision", "lightning", "timm", "webdataset", "openslide-python", "numpy")
 
 
