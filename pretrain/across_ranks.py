@@ -23,6 +23,17 @@ def total(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     return x
 
 
+def gathered(x: Tensor) -> Tensor:
+    """``x``, of the same shape on every rank, from all of them in order: ``(ranks, *shape)``. Not differentiable."""
+    x = x.detach().contiguous()
+    parts = [torch.empty_like(x) for _ in range(world_size())]
+    if world_size() == 1:
+        parts[0] = x
+    else:
+        dist.all_gather(parts, x)
+    return torch.stack(parts)
+
+
 def log_total_exp(x: Tensor) -> Tensor:
     """``log Σ_ranks exp(x)`` elementwise, shifted by the largest so that nothing overflows. Not differentiable."""
     if world_size() == 1:

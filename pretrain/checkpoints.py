@@ -5,6 +5,7 @@
             __0_0.distcp …      each rank's shards of networks and optimiser (torch.distributed.checkpoint)
             .metadata           names, shapes, who holds what
             state.json          step, samples taken, skipped steps, settings and their hash, digest of the data, versions
+        best -> step-00000750   the one with the best score, where a run scores itself (pretrain.best)
         step-00001250.partial/  being written, or being removed; a kill leaves it behind, and the next save sweeps it away
 
 "Resume" means the newest published one. It loads at any number of processes, and one network can be read out of it
@@ -33,6 +34,7 @@ from data.fault import Fault
 from pretrain.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
 PARTIAL = ".partial"
+BEST = "best"
 
 # One process without a group is the ordinary case for reading an encoder out of a checkpoint.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -49,6 +51,17 @@ def published(run: Path) -> list[Path]:
     return sorted(found, key=lambda path: path.name)
 
 
+def step_of(checkpoint: Path) -> int:
+    """The steps that a run had taken when it wrote a checkpoint, by the name of its folder."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def is_best(checkpoint: Path) -> bool:
+    """Whether ``checkpoints/best`` points at this one."""
+    link = checkpoint.with_name(BEST)
+    return link.is_symlink() and os.readlink(link) == checkpoint.name
+
+
 def newest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     found = published(run)
@@ -63,7 +76,7 @@ class Writer(dcp.FileSystemWriter):
 
     It sweeps, publishes and removes in what torch runs on the first rank between two exchanges of all of them, so an error
     of any rank is an error on every rank, and an end without error means published. The newest ``keep`` published ones remain
-    (0: all), and those of every ``milestones``-th step.
+    (0: all), those of every ``milestones``-th step, and the best one.
     """
 
     def __init__(self, run: Path, step: int, state: dict[str, Any], keep: int, milestones: int | None = None) -> None:
@@ -92,7 +105,8 @@ class Writer(dcp.FileSystemWriter):
         partial.rename(self.final)
         _flush(self.final.parent)
         for old in published(self.run)[: -self.keep] if self.keep else []:
-            if not self.milestones or _step(old) % self.milestones:
+            milestone = self.milestones and step_of(old) % self.milestones == 0
+            if not (milestone or is_best(old)):
                 _remove(old)
 
 
@@ -133,10 +147,6 @@ def refusal(writer: Writer, error: CheckpointException) -> str:
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.rmtree(writer.path, ignore_errors=True)  # to free its room; what stays, the next save sweeps away
     return f"the checkpoint {writer.final} could not be written ({causes[0]})"
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("step-"))
 
 
 def _remove(checkpoint: Path) -> None:

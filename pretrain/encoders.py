@@ -38,8 +38,8 @@ class Preprocessing:
 
     image_size: int  # pixels a side that the network gets
     resize_to: int  # pixels that the shorter side is scaled to before the central image_size are cut
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    mean: tuple[float, ...]  # of the three channels, as is std
+    std: tuple[float, ...]
     interpolation: str = "bicubic"
 
     def __call__(self, images: Tensor) -> Tensor:

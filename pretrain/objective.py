@@ -40,6 +40,10 @@ class Objective(nn.Module, ABC):
     def loss(self, batch: Any, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of one micro-batch, a scalar whose mean over equal micro-batches and ranks is optimised, and figures to log."""
 
+    def look(self, parts: Sequence[Any], moment: Moment) -> dict[str, float]:
+        """Figures of all ranks' micro-batches that are too costly for every step, asked for now and then, after a step."""
+        return {}
+
     def start(self) -> None:
         """Called once, after the trained networks have their first values (a teacher is copied here)."""
 

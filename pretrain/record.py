@@ -10,6 +10,7 @@ from typing import Any
 
 from data.fault import Fault
 from pretrain import run_folder
+from pretrain.alarms import Alarm
 from pretrain.progress import say
 
 
@@ -30,15 +31,22 @@ class Record:
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures of ``step``."""
+        # JSON knows no NaN: the figures of a skipped step that aren't finite are null.
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._write({"step": step, **finite})
+
+    def _write(self, line: dict[str, Any]) -> None:
         try:
-            # JSON knows no NaN: the figures of a skipped step that aren't finite are null.
-            finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
-            self.file.write(json.dumps({"step": step, **finite}) + "\n")
+            self.file.write(json.dumps(line) + "\n")
             self.file.flush()
         except OSError as error:
             raise Fault(
                 f"{self.file.name} can't be written ({error}); free some room and run the same command again."
             ) from error
+
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Record an alarm that was raised at ``step``."""
+        self._write({"step": step, "alarm": alarm.name, "since": alarm.since, "says": alarm.says})
 
 
 class Wandb:
@@ -72,6 +80,11 @@ class Wandb:
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Mirror the figures of ``step``."""
         self._ask(lambda run: run.log(figures, step=step))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Send an alarm, which W&B mails to those who asked for it."""
+        if self.run:
+            self.run.alert(alarm.name, alarm.says)
 
     def close(self) -> None:
         """Finish the segment."""

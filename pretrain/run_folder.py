@@ -29,7 +29,7 @@ from pretrain.progress import say
 
 # What may differ between two starts of one run: where and how fast it runs and what it says, not what it computes.
 FREE = re.compile(
-    r"trainer\.(?!precision$)|wandb\.|run$|allow_changes$|data\.(threads|processes_per_slide)$|model\.attention$"
+    r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_changes$|data\.(threads|processes_per_slide)$|model\.attention$"
 )
 PACKAGES = ("slidewright", "torch", "torchvision", "lightning", "timm", "webdataset", "openslide-python", "numpy")
 

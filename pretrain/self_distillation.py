@@ -23,6 +23,7 @@ from pretrain.objective import Moment, Objective
 from pretrain.schedules import cosine
 from pretrain.stochastic_depth import plan
 from pretrain.tile_batch import Target, TileBatch
+from pretrain.watching import assignment_figures
 
 
 class Network(nn.Module):
@@ -135,6 +136,21 @@ class SelfDistillation(Objective):
             scores = self.teacher_scores(kind, tokens)
             return lambda: scores
         return torch.no_grad()(lambda: self.teacher_scores(kind, tokens))
+
+    @torch.no_grad()
+    def look(self, parts: Sequence[TileBatch], moment: Moment) -> dict[str, float]:
+        """How the teacher uses its prototypes on these micro-batches, per kind of target; see `assignment_figures`."""
+        temperature = self.teacher_temperature(moment)
+        figures: dict[str, float] = {}
+        tokens = [self.teacher_tokens(part) for part in parts]
+        for kind in tokens[0]:
+            scores = [self._scores(kind, part[kind], hold=len(parts) == 1) for part in tokens]
+            if self.centring == "sinkhorn":
+                centre = sinkhorn_centre(lambda scores=scores: (score() for score in scores), temperature)  # type: ignore[misc]
+            else:
+                centre = getattr(self, f"{kind}_centre")
+            figures |= assignment_figures((centred_softmax(score(), centre, temperature) for score in scores), kind)
+        return figures
 
     def student_tokens(self, batch: TileBatch, moment: Moment, masks: Tensor | None = None) -> list[Tokens]:
         """The student's tokens of all crops in one packed pass, with stochastic depth: class tokens and masked patches.

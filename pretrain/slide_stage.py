@@ -71,6 +71,7 @@ class SlideTraining(Training):
     """The slide stage of a run; see `Training`."""
 
     unit = "slides"
+    score = "r2"
 
     def __init__(self, run: Path, config: Any, make_objective: Any, store: EmbeddingStore) -> None:
         super().__init__(run, config, make_objective, config.data.batch_size)

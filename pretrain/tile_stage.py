@@ -1,7 +1,7 @@
 """Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,14 +17,18 @@ from data.stream import Stream, group_size
 from data.tile_source import TileSource
 from pretrain import init, plugins
 from pretrain.across_ranks import total
-from pretrain.objective import Objective
+from pretrain.encoders import Preprocessing, evaluation_size
+from pretrain.objective import Moment, Objective
+from pretrain.probe_set import ProbeSet
 from pretrain.progress import say
 from pretrain.tile_batch import TileBatch
 from pretrain.training import Training
+from pretrain.watching import Watch, features_of, spread, watched_encoder
 
 NAMED_BAD_TILES = 20  # said one by one; the rest are counted
 JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
 SAMPLE_TILES = 8
+KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
 
 
 @dataclass
@@ -89,6 +93,14 @@ class TileData:
     masks: MaskSettings
 
 
+@dataclass
+class TileWatch(Watch):
+    """The settings under ``watch:`` of the tile stage, explained in ``configs/tile.yaml``."""
+
+    probe: str | None
+    probe_images: int
+
+
 def crop_sizes(crops: Crops) -> CropSizes:
     """The settings of crops as the loader takes them. Raises Fault for an unknown ``relative_to``."""
     if crops.relative_to not in ("tile", "crop"):
@@ -112,6 +124,7 @@ class TileTraining(Training):
     """The tile stage of a run; see `Training`."""
 
     unit = "tiles"
+    score = "probe_knn"
 
     def __init__(self, run: Path, config: Any, make_objective: Any) -> None:
         super().__init__(run, config, make_objective, config.data.batch_size)
@@ -134,11 +147,24 @@ class TileTraining(Training):
             raise Fault(
                 f"a micro-batch has {share} tiles, not a multiple of objective.group_size={group}; change data.batch_size, trainer.accumulate or the processes."
             )
+        watch: TileWatch = config.watch
+        self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
+        if watch.patience and not self.probe:
+            raise Fault(
+                f"watch.patience={watch.patience} waits for a better k-NN accuracy: give labelled tiles, watch.probe=FOLDER of class folders."
+            )
         self.bad = self.seen = 0
         self.sampled = False
 
     def data_digest(self) -> str:
         return self.tiles.digest
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        if self.probe:
+            size = evaluation_size(asdict(self.config))
+            preprocessing = Preprocessing(size, size, tuple(self.data.mean), tuple(self.data.std))
+            self.probe.load(preprocessing, self.global_rank, self.trainer.world_size)
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:
@@ -204,6 +230,19 @@ class TileTraining(Training):
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         contact_sheet(batch, self.data.mean, self.data.std).save(path)
+        for old in sorted(path.parent.glob("step-*.png"))[1:-KEPT_SAMPLES]:
+            old.unlink()
+
+    def look(self, batch: Batch) -> dict[str, float]:
+        parts = [self.prepare(part) for part in batch.parts]
+        if self.global_rank == 0:
+            self.save_samples(parts[0])
+        moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
+        features = features_of(watched_encoder(self.objective), parts)
+        return self.objective.look(parts, moment) | spread(features)
+
+    def evaluate(self) -> dict[str, float]:
+        return self.probe.score(watched_encoder(self.objective), self.device) if self.probe else {}
 
 
 def contact_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:

@@ -9,7 +9,9 @@ functions of it.
 
 import logging
 import math
+import resource
 import signal
+import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
@@ -24,7 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data.fault import Fault
-from pretrain import checkpoints, preemption, run_folder, signals
+from pretrain import alarms, best, checkpoints, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
 from pretrain.objective import Moment, Objective
 from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
@@ -34,6 +36,7 @@ from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
 from pretrain.sharding import ShardedStrategy, materialise, shard
+from pretrain.watching import Watch
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Training(L.LightningModule, ABC):
     """One run of one objective in one folder. A stage says where its batches come from and what to do with one."""
 
     unit = "samples"
+    score = ""  # the figure of `evaluate` by which the best checkpoint is told; higher is better
 
     def __init__(self, run: Path, config: Any, make_objective: Callable[[], Objective], batch_size: int) -> None:
         super().__init__()
@@ -68,6 +72,8 @@ class Training(L.LightningModule, ABC):
         self.ended_early = self.requeued = False
         self.objective: Objective = None  # type: ignore[assignment]  # configure_model builds it, in the run's processes
         self.taken = batch_size  # samples in the present step; a stage whose steps differ says so in before_step
+        self.watch: Watch = config.watch
+        self.facts = alarms.facts(asdict(config))
         self._ended = time.monotonic()
 
     # What a stage adds -----------------------------------------------------------------------------------------
@@ -86,6 +92,10 @@ class Training(L.LightningModule, ABC):
 
     def begin(self, objective: Objective) -> None:
         """Change the trained networks' first values, where a run begins; a resumed run has its own."""
+
+    def look(self, batch: Any) -> dict[str, float]:
+        """Figures that are too costly for every step, of the batch that was just used; every rank calls it."""
+        return {}
 
     def evaluate(self) -> dict[str, float]:
         """Figures of held-out data, asked for at every checkpoint."""
@@ -120,6 +130,10 @@ class Training(L.LightningModule, ABC):
         self.saver = Saver(self.run, self.hardware.keep_checkpoints, self.hardware.keep_every)
         self.preemption = Preemption()
         self.record = Record(self.run, self.step) if self.global_rank == 0 else None
+        records = run_folder.read_metrics(self.run) if self.global_rank == 0 else []
+        self.history = alarms.History(records)
+        self.raised = {record["alarm"] for record in records if "alarm" in record}
+        self.scored = list(best.scores(records, self.score, self.step))
         self.wandb = Wandb(self.run, self.config) if self.global_rank == 0 else None
         self.progress = Progress(self.optim.steps, self.run.name, "steps", self.step) if self.global_rank == 0 else None
 
@@ -142,6 +156,7 @@ class Training(L.LightningModule, ABC):
         figures |= {
             f"{self.unit}_per_second": self.taken / (now - self._ended),
             "data_wait": (began - self._ended) / (now - self._ended),
+            "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
         self._ended = now
         if self.step % self.hardware.log_every == 0 or self.step == self.optim.steps or not took_step:
@@ -149,23 +164,28 @@ class Training(L.LightningModule, ABC):
         if self.progress:
             self.progress.advance(1, f"loss {figures['loss']:.4f}")
 
-    def on_train_batch_end(self, *_: Any) -> None:
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
         asked = self.preemption.asked()
         last = self.step == self.optim.steps
         due = last or any(every and self.step % every == 0 for every in self._save_every())
+        looks = self.watch.every and self.step % self.watch.every == 0
+        if looks:
+            began = time.monotonic()
+            figures = self.look(batch)
+            self._log(figures | {"look_seconds": time.monotonic() - began})
         if due and (figures := self.evaluate()):
             self._log(figures)
-        if last or asked:
-            self._heed(self.saver.wait())
-            self.saver.save(*self._checkpoint())
-        elif due:
-            self._heed(self.saver.begin(*self._checkpoint()))
+            self._judge(figures)
+        if due or asked:
+            self._save(wait=bool(last or asked or self.trainer.should_stop))
         else:
             self._heed(self.saver.outcome())
+        if looks or due:
+            self._raise_alarms()
         if asked and not last:
             self._end_early(asked)
-        if due:
-            self._ended = time.monotonic()  # saving is not waiting for data
+        if looks or due:
+            self._ended = time.monotonic()  # neither is waiting for data
 
     def on_fit_end(self) -> None:
         if self.progress:
@@ -193,6 +213,21 @@ class Training(L.LightningModule, ABC):
             **self.software,
         }
         return self.step, self.objective, self._optimiser(), state
+
+    def _save(self, wait: bool) -> None:
+        """Have a checkpoint of this moment written, beside training or waited for; the best one there is, is marked before it
+        could be swept away."""
+        self._heed(self.saver.wait())
+        self._mark_best()
+        if wait:
+            self.saver.save(*self._checkpoint())
+            self._mark_best()
+        else:
+            self.saver.begin(*self._checkpoint())
+
+    def _mark_best(self) -> None:
+        if self.global_rank == 0:
+            best.mark(self.run, self.scored)
 
     def _heed(self, failure: str | None) -> None:
         """Say and count a save that failed; the run goes on, since the next one may succeed. Every rank sees the same."""
@@ -288,6 +323,28 @@ class Training(L.LightningModule, ABC):
         if self.record and self.wandb:
             self.record.add(self.step, figures)
             self.wandb.add(self.step, figures)
+            self.history.add(self.step, figures)
+
+    def _raise_alarms(self) -> None:
+        """Say and record what the record shows to be wrong, each thing once in the run's life."""
+        if self.record and self.wandb:
+            for alarm in alarms.find(self.history, self.facts):
+                if alarm.name not in self.raised:
+                    self.raised.add(alarm.name)
+                    say(f"{self.run}: ALARM at step {self.step}, {alarm.name}: {alarm.says}")
+                    self.record.alarm(self.step, alarm)
+                    self.wandb.alarm(alarm)
+
+    def _judge(self, figures: dict[str, float]) -> None:
+        """Note a checkpoint's score; decide, on all ranks alike, whether to wait for a better one."""
+        score = figures.get(self.score)
+        if score is not None and math.isfinite(score):
+            self.scored.append((self.step, score))
+        gone = int(total(torch.tensor(best.waited(self.scored) if self.global_rank == 0 else 0, device=self.device)))
+        if self.watch.patience and gone >= self.watch.patience:
+            self.trainer.should_stop = True
+            if self.global_rank == 0:
+                say(why_ended(self.run, self.scored, self.score))
 
 
 def gradients(
@@ -311,6 +368,24 @@ def gradients(
     return means
 
 
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: on its GPU, as torch allocated them, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def why_ended(run: Path, scored: best.Scores, name: str) -> str:
+    """The line with which a run ends early."""
+    step, score = best.best(scored)
+    return (
+        f"{run} ends after step {scored[-1][0]}: {name} has not risen above {score:.4f}, of step {step}, in {best.waited(scored)} checkpoints "
+        f"(watch.patience), and longer training has made published models worse; {checkpoints.folder(run) / checkpoints.BEST} is the best one. "
+        "watch.patience=null goes on."
+    )
+
+
 def fit(training: Training) -> None:
     """Run ``training`` to its last step, resuming from its newest checkpoint; says so where nothing is left to do."""
     newest = checkpoints.newest(training.run)
@@ -319,6 +394,14 @@ def fit(training: Training) -> None:
         training._check_data(newest)
         say(f"{training.run} is done: {training.optim.steps} steps, checkpoint {newest}")
         return
+    if newest is not None and training.watch.patience:
+        until = checkpoints.step_of(newest)
+        scored = best.scores(run_folder.read_metrics(training.run), training.score, until)
+        if best.waited(scored) >= training.watch.patience:
+            run_folder.open_run(training.run, training.config, first_rank=False)
+            training._check_data(newest)
+            say(why_ended(training.run, scored, training.score))
+            return
     hardware = training.hardware
     _quieten_lightning()
     trainer = L.Trainer(

@@ -20,6 +20,7 @@ from pretrain.plugins import Plugin
 from pretrain.record import WandbSettings
 from pretrain.slide_stage import SlideData, SlideTraining
 from pretrain.training import Hardware, fit
+from pretrain.watching import Watch
 
 
 @dataclass
@@ -34,6 +35,7 @@ class Config:
     data: SlideData
     optim: Optim
     trainer: Hardware
+    watch: Watch
     wandb: WandbSettings
 
 

@@ -19,7 +19,7 @@ from pretrain import plugins
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
 from pretrain.record import WandbSettings
-from pretrain.tile_stage import TileData, TileTraining
+from pretrain.tile_stage import TileData, TileTraining, TileWatch
 from pretrain.training import Hardware, fit
 
 
@@ -36,6 +36,7 @@ class Config:
     data: TileData
     optim: Optim
     trainer: Hardware
+    watch: TileWatch
     wandb: WandbSettings
 
 

@@ -24,7 +24,7 @@ from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
 from pretrain.across_ranks import total, world_size
 from pretrain.objective import Moment, Objective
-from pretrain.probing import rankme
+from pretrain.watching import spread
 
 NEIGHBOURS = (1, 4, 8, 16, 32)  # the baseline is the best of these: the bar is as high as neighbours can make it
 DISTANCES = 2**22  # computed at a time
@@ -121,7 +121,7 @@ class SlideMAE(Objective):
         has 0 by definition. ``r2_slide_mean``: of the mean of the slide's visible tiles. ``r2_neighbours``: of the mean of the k nearest
         visible tiles, for the best k of `NEIGHBOURS`; beating it is learning. ``shuffled_rise``: relative rise of the error when the visible
         tiles' places are shuffled within each slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled
-        slide embeddings (at most the number of sequences). ``loss``: mean squared error, unweighted. Raises ValueError without batches.
+        slide embeddings (at most the number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared error, unweighted. Raises ValueError without batches.
         """
         errors: dict[str, float] = defaultdict(float)
         pooled, tiles, width = [], 0, 0
@@ -140,6 +140,7 @@ class SlideMAE(Objective):
         if not tiles:
             raise ValueError("there is nothing to evaluate: no batches")
         energy = errors["mean"] or float("nan")  # embeddings that never vary have nothing to explain
+        found = spread(torch.cat(pooled))
         neighbours = min(error for name, error in errors.items() if name.startswith("neighbours"))
         return {
             "loss": errors["model"] / (tiles * width),
@@ -147,7 +148,9 @@ class SlideMAE(Objective):
             "r2_slide_mean": 1 - errors["slide_mean"] / energy,
             "r2_neighbours": 1 - neighbours / energy,
             "shuffled_rise": errors["shuffled"] / errors["model"] - 1,
-            "effective_rank": rankme(torch.cat(pooled).numpy()),
+            "effective_rank": found["rankme"],
+            "feature_cosine": found["feature_cosine"],
+            "feature_std": found["feature_std"],
         }
 
 

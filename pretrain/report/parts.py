@@ -23,6 +23,7 @@ class Run:
     provenance: dict[str, Any]
     metrics: Series
     samples: list[Path]
+    alarms: list[dict[str, Any]]  # lines of metrics.jsonl: step, alarm, since, says
 
 
 @dataclass(frozen=True)
@@ -85,12 +86,14 @@ def first_folder(*candidates: object) -> Path | None:
 def read_run(folder: Path) -> Run:
     """A run's configuration, provenance, metrics and sample pictures."""
     provenance = folder / "provenance.json"
+    records = read_metrics(folder)
     return Run(
         folder=folder,
         config=read_config(folder),
         provenance=json.loads(provenance.read_text()) if provenance.is_file() else {},
-        metrics=series(read_metrics(folder)),
+        metrics=series(records),
         samples=sorted((folder / "samples").glob("*.png")),
+        alarms=[record for record in records if "alarm" in record],
     )
 
 
@@ -99,7 +102,7 @@ def series(records: list[dict[str, Any]]) -> Series:
     by_name: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.items():
-            if name != "step" and isinstance(value, int | float) and not isinstance(value, bool):
+            if name not in ("step", "since") and isinstance(value, int | float) and not isinstance(value, bool):
                 by_name.setdefault(name, {})[int(record["step"])] = float(value)
     return {
         name: (np.array(sorted(values), dtype=np.int64), np.array([values[step] for step in sorted(values)]))

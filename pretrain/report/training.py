@@ -24,12 +24,25 @@ TILE_COURSE = [
     ("Gradient norm", "", ["grad_norm"]),
     ("Throughput", "tiles/s", ["tiles_per_second"]),
     ("Waiting for data", "share", ["data_wait"]),
+    ("Peak memory", "GiB", ["peak_memory_gib"]),
 ]
+TILE_WATCH = [
+    ("Teacher entropy", "nats", ["teacher_entropy/dino", "teacher_entropy/ibot"]),
+    ("What a target tells of its tile", "nats", ["teacher_information/dino", "teacher_information/ibot"]),
+    ("Prototypes used", "share", ["prototype_use/dino", "prototype_use/ibot"]),
+    ("Prototypes in use (perplexity)", "", ["prototype_perplexity/dino", "prototype_perplexity/ibot"]),
+    ("RankMe", "", ["rankme", "probe_rankme"]),
+    ("Mean cosine of two tiles", "", ["feature_cosine"]),
+    ("Spread of features", "1: over the sphere", ["feature_std"]),
+    ("k-NN accuracy on labelled tiles", "", ["probe_knn"]),
+]
+UNSHOWN = [("", "", ["look_seconds", "probe_knn_se"])]
 SLIDE_COURSE = [
     ("Loss", "", ["loss"]),
     ("Learning rate", "", ["lr"]),
     ("Gradient norm", "", ["grad_norm"]),
     ("Throughput", "slides/s", ["slides_per_second"]),
+    ("Peak memory", "GiB", ["peak_memory_gib"]),
 ]
 BASELINES = {
     "r2_neighbours": ("Mean of the nearest visible tiles", "knows that neighbours look alike"),
@@ -37,7 +50,9 @@ BASELINES = {
     "r2_dataset_mean": ("Mean of the data set", "knows nothing of the slide"),
 }
 SCHEDULED = {"lr", "weight_decay", "momentum", "teacher_temperature"}  # drawn as they are: they don't scatter
-LABELS = {"dino_global": "global", "dino_local": "local", "r2": "slide encoder"}
+LABELS = {
+    "dino_global": "global", "dino_local": "local", "r2": "slide encoder", "rankme": "training tiles", "probe_rankme": "labelled tiles",
+}  # fmt: skip
 
 
 def panels(metrics: Series, wanted: list[tuple[str, str, list[str]]]) -> list[Panel]:
@@ -97,13 +112,20 @@ def tile_section(run: Run) -> Section | None:
     bad = int((~np.isfinite(values)).sum())
     if bad:
         text += f" {bad} logged losses are not finite."
-    body = page.paragraph(text)
+    body = alarms_list(run) + page.paragraph(text)
     body += page.figure(
         curves(panels(run.metrics, TILE_LOSSES), columns=2, height=2.4),
         "Pale: as logged. Strong: a running mean.",
         "Losses over steps.",
     )
-    course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE)
+    if shown := panels(run.metrics, TILE_WATCH):
+        body += page.figure(
+            curves(shown, columns=4, height=1.75),
+            "The teacher's features and targets on the training tiles of a step, and its k-NN accuracy where labelled tiles were given. Collapse shows as "
+            "RankMe near 1, a cosine near 1, or targets that tell nothing.",
+            "Looks at the features.",
+        )
+    course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE, TILE_WATCH, UNSHOWN)
     if shown := panels(run.metrics, course):
         body += page.figure(
             curves(shown, columns=4, height=1.75),
@@ -113,12 +135,20 @@ def tile_section(run: Run) -> Section | None:
     return Section("tile-training", "Training the tile encoder", body)
 
 
+def alarms_list(run: Run) -> str:
+    """What went wrong while the run trained, in its own words; nothing where nothing did."""
+    if not run.alarms:
+        return ""
+    found = [(f"alarm at step {alarm['step']:,}", f"{alarm['alarm']}: {alarm['says']}") for alarm in run.alarms]
+    return page.paragraph("While the run trained, its record raised alarms, each of them once:") + page.facts(found)
+
+
 def slide_section(run: Run) -> Section | None:
     """Loss, R² beside its baselines, and signs of collapse of a slide run."""
     metrics = run.metrics
     if "loss" not in metrics:
         return None
-    body = page.paragraph(
+    body = alarms_list(run) + page.paragraph(
         f"{int(metrics['loss'][0][-1]):,} steps are on record. Most of a slide's tile embeddings are hidden, and the encoder "
         "must tell them from the rest. Explained variance (R²) of the hidden embeddings, on slides or fields held out from "
         "training, is worth something only beside what needs no learning: the strongest baseline simply averages the nearest visible tiles."
@@ -127,7 +157,9 @@ def slide_section(run: Run) -> Section | None:
     if r2 is not None:
         body += r2_results(metrics, r2)
     evaluated = {"r2", *BASELINES, "shuffled_rise", "effective_rank"}
-    course = SLIDE_COURSE + everything_else({k: v for k, v in metrics.items() if k not in evaluated}, SLIDE_COURSE)
+    course = SLIDE_COURSE + everything_else(
+        {k: v for k, v in metrics.items() if k not in evaluated}, SLIDE_COURSE, UNSHOWN
+    )
     body += page.figure(
         curves(panels(metrics, course), columns=4, height=1.75),
         "Pale: as logged. Strong: a running mean.",

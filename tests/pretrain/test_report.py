@@ -166,6 +166,20 @@ def test_the_page_shows_the_numbers_on_record(road):
     assert "24 tiles of 2 slides" in text and "0123abc" in text and "feed_forward_width: 48" in text
 
 
+def test_alarms_and_what_the_looks_saw_are_on_the_page(road):
+    with (road / "tile" / "metrics.jsonl").open("a") as record:
+        for step in (100, 200):
+            record.write(
+                json.dumps({"step": step, "rankme": 9.0, "teacher_entropy/dino": 4.0, "look_seconds": 0.1}) + "\n"
+            )
+        line = {"step": 200, "alarm": "low rank", "since": 150, "says": "few directions <since> step 150."}
+        record.write(json.dumps(line) + "\n")
+    text = written(road)
+    assert "alarm at step 200" in text and "low rank: few directions &lt;since&gt; step 150." in text
+    assert "RankMe" in text and "Teacher entropy" in text and "Look seconds" not in text and "Since" not in text
+    assert "alarm at step" not in written(road, road / "slide")
+
+
 def test_charts_take_their_colours_from_the_page(road):
     text = written(road)
     assert "var(--violet)" in text and not any(placeholder in text for placeholder in figures.VARIABLES)

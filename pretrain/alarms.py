@@ -1,0 +1,281 @@
+"""Collapse and stall in words: what a run's record shows, since which step, and what usually helps.
+
+Every rule is a function of the record alone (`History`) and of a few facts of the configuration (`Facts`), so it can be tried
+on made-up curves, and the same record always raises the same alarms. A rule speaks only of what still holds at the
+end of the record, but for a jump of the loss. Limits are wide on purpose: an alarm that cries early is switched off.
+"""
+
+import math
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.lib.stride_tricks import sliding_window_view
+
+REMEMBERED = 4096  # values of each figure that rules can look back on
+SETTLED = (
+    1000  # steps, or the warm-up where it is shorter: before that, features and prototypes are those of random weights
+)
+LOOKS = 2  # looks in a row that a figure of features must be bad for
+RECENT = 50  # records that make up "now" where a figure is logged at every step
+FLAT = 500  # records over which a class-token loss at log K is no accident
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What rules need to know of a run beside its record."""
+
+    prototypes: Mapping[str, int]  # of each kind of target; the largest entropy is the logarithm of it
+    settled: int  # the step from which features can be judged
+
+
+def facts(config: Mapping[str, Any]) -> Facts:
+    """The facts in a run's resolved configuration."""
+    objective, optim = config.get("objective") or {}, config.get("optim") or {}
+    count = objective.get("prototypes")
+    patches = objective.get("ibot_prototypes") if objective.get("separate_ibot_head") else count
+    counts = {"dino": count, "ibot": patches}
+    return Facts(
+        {kind: count for kind, count in counts.items() if count}, min(SETTLED, int(optim.get("warmup_steps") or 0))
+    )
+
+
+@dataclass(frozen=True)
+class Alarm:
+    """One thing that is wrong: its name, the step since which it shows, and a line for people."""
+
+    name: str
+    since: int
+    says: str
+
+
+class History:
+    """The record as rules see it: of each figure its last values with their steps."""
+
+    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
+        self.values: dict[str, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        for record in records:
+            self.add(int(record["step"]), record)
+
+    def add(self, step: int, figures: Mapping[str, Any]) -> None:
+        """Append the figures of ``step``; what is no finite number is left out."""
+        for name, value in figures.items():
+            if (
+                name != "step"
+                and isinstance(value, int | float)
+                and not isinstance(value, bool)
+                and math.isfinite(value)
+            ):
+                self.values[name].append((step, float(value)))
+
+    def of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
+        """Steps int64 (n,) and values float64 (n,) of a figure; empty where it was never recorded."""
+        found = self.values.get(name, ())
+        return np.array([step for step, _ in found], dtype=np.int64), np.array([value for _, value in found])
+
+
+def find(history: History, known: Facts) -> list[Alarm]:
+    """The alarms that the record raises, in the order of the rules."""
+    return [alarm for rule in RULES if (alarm := rule(history, known)) is not None]
+
+
+def since(steps: np.ndarray, bad: np.ndarray, least: int) -> int | None:
+    """The step at which the last unbroken run of ``bad`` begins, None where it has fewer than ``least`` members."""
+    good = np.flatnonzero(~bad)
+    first = 0 if not len(good) else int(good[-1]) + 1
+    return int(steps[first]) if len(steps) - first >= least else None
+
+
+def settled(history: History, name: str, known: Facts) -> tuple[np.ndarray, np.ndarray]:
+    """A figure from the step on from which features can be judged."""
+    steps, values = history.of(name)
+    return steps[steps >= known.settled], values[steps >= known.settled]
+
+
+# Collapse -----------------------------------------------------------------------------------------------------------
+
+
+def uniform_teacher(history: History, known: Facts) -> Alarm | None:
+    """The teacher's targets are (nearly) uniform over prototypes."""
+    for kind, count in known.prototypes.items():
+        steps, values = settled(history, f"teacher_entropy/{kind}", known)
+        if (begin := since(steps, values > 0.98 * math.log(count), LOOKS)) is not None:
+            return Alarm(
+                "uniform teacher", begin,
+                f"the teacher's {kind} targets say any prototype will do: entropy {values[-1]:.2f} of at most {math.log(count):.2f} nats since step {begin}. "
+                "Usually helps: a lower objective.teacher_temperature or a longer teacher_temperature_warmup, a lower optim.lr, objective.centring=sinkhorn.",
+            )  # fmt: skip
+    return None
+
+
+def certain_teacher(history: History, known: Facts) -> Alarm | None:
+    """The teacher's targets are (nearly) one prototype each."""
+    for kind, count in known.prototypes.items():
+        steps, values = settled(history, f"teacher_entropy/{kind}", known)
+        if (begin := since(steps, values < 0.01 * math.log(count), LOOKS)) is not None:
+            return Alarm(
+                "certain teacher", begin,
+                f"the teacher's {kind} targets are one prototype each, without doubt: entropy {values[-1]:.3f} nats since step {begin}. "
+                "Usually helps: a higher objective.teacher_temperature (0.04 to 0.07), a lower optim.lr.",
+            )  # fmt: skip
+    return None
+
+
+def same_target(history: History, known: Facts) -> Alarm | None:
+    """All tiles get the same target, whatever it is: the sign that all collapses share."""
+    for kind, count in known.prototypes.items():
+        steps, values = settled(history, f"teacher_information/{kind}", known)
+        if (begin := since(steps, values < 0.01 * math.log(count), LOOKS)) is not None:
+            return Alarm(
+                "same target", begin,
+                f"the teacher's {kind} targets are the same for every tile: they tell {values[-1]:.3f} nats about it since step {begin}. The run has collapsed: "
+                "go back to a checkpoint before it. Usually helps: a lower optim.lr, a longer optim.warmup_steps, objective.centring=sinkhorn.",
+            )  # fmt: skip
+    return None
+
+
+def few_prototypes(history: History, known: Facts) -> Alarm | None:
+    """Few of the prototypes that could be used are."""
+    for kind in known.prototypes:
+        steps, values = settled(history, f"prototype_use/{kind}", known)
+        if not len(values):
+            continue
+        limit = max(0.02, 0.2 * values.max())
+        if (begin := since(steps, values < limit, LOOKS)) is not None:
+            return Alarm(
+                "few prototypes", begin,
+                f"few {kind} prototypes are used: {values[-1]:.1%} of those that could be, since step {begin} (most so far: {values.max():.1%}). "
+                "Usually helps: objective.centring=sinkhorn, a higher objective.teacher_temperature, a lower optim.lr.",
+            )  # fmt: skip
+    return None
+
+
+def low_rank(history: History, known: Facts) -> Alarm | None:
+    """Features use a direction or two, or far fewer than they did."""
+    for name, what in (
+        ("rankme", "features of the step's tiles"),
+        ("probe_rankme", "features of the probe's images"),
+        ("effective_rank", "slide embeddings"),
+    ):
+        steps, values = settled(history, name, known)
+        if not len(values):
+            continue
+        limit = max(1.5, values.max() / 3)
+        if (begin := since(steps, values < limit, LOOKS)) is not None:
+            return Alarm(
+                "low rank", begin,
+                f"the {what} use few directions: RankMe {values[-1]:.1f} since step {begin} (highest so far: {values.max():.1f}; 1 is collapse). "
+                "Usually helps: a lower optim.lr, and for tiles a spread regulariser (objective.spread=koleo or kde, never kde_as_published).",
+            )  # fmt: skip
+    return None
+
+
+def parallel_features(history: History, known: Facts) -> Alarm | None:
+    """All features point the same way."""
+    steps, values = settled(history, "feature_cosine", known)
+    if (begin := since(steps, values > 0.98, LOOKS)) is None:
+        return None
+    return Alarm(
+        "parallel features", begin,
+        f"the features of different tiles are nearly one: mean cosine {values[-1]:.4f} since step {begin}. "
+        "Usually helps: a spread regulariser (objective.spread=koleo or kde, never kde_as_published alone), a lower optim.lr.",
+    )  # fmt: skip
+
+
+# Nothing is learned, or the loss runs away ----------------------------------------------------------------------------
+
+
+def flat_loss(history: History, known: Facts) -> Alarm | None:
+    """The class-token loss stays at the logarithm of the number of prototypes: the student's guess is no better than any."""
+    steps, values = history.of("dino_global")
+    more_steps, more = history.of("dino_local")
+    count = known.prototypes.get("dino")
+    if not count or not np.array_equal(steps, more_steps):
+        return None
+    steps, off = steps[steps >= known.settled], np.abs(values + more - math.log(count))[steps >= known.settled]
+    if (begin := since(steps, off < 0.005 * math.log(count), FLAT)) is None:
+        return None
+    return Alarm(
+        "flat loss", begin,
+        f"the class-token loss has stayed at log K = {math.log(count):.2f} since step {begin}: the student learns nothing from the teacher. "
+        "Usually helps: a lower objective.teacher_temperature, a higher optim.lr (or the end of its warm-up), a look at the crops in samples/.",
+    )  # fmt: skip
+
+
+def jump(history: History, known: Facts) -> Alarm | None:
+    """The loss leaves the band that it was in, for some records in a row."""
+    steps, values = history.of("loss")
+    window, lasting = 200, 5
+    if len(values) < window + lasting:
+        return None
+    highest = sliding_window_view(values, window).max(axis=1)[:-lasting]  # [i]: of values[i : i + window]
+    after = sliding_window_view(values, lasting).min(axis=1)[window:]
+    for begin in np.flatnonzero((after > highest) & (steps[: len(after)] >= known.settled)).tolist():
+        end = begin + window
+        before, now = values[begin:end], values[end : end + lasting]
+        low, middle, high = np.quantile(before, [0.05, 0.5, 0.95])
+        if now.min() > middle + 4 * max(high - low, 0.01 * abs(middle)):
+            return Alarm(
+                "jump of the loss", int(steps[end]),
+                f"the loss jumped from {middle:.3f} to {now.min():.3f} or more at step {steps[end]} and stayed there for {lasting} records. If it doesn't come back: "
+                "go back to a checkpoint before it. Usually helps: a lower optim.lr or optim.clip, a longer warm-up.",
+            )  # fmt: skip
+    return None
+
+
+def growing_gradient(history: History, known: Facts) -> Alarm | None:
+    """Gradient norms are several times what they were."""
+    steps, values = settled(history, "grad_norm", known)
+    if len(values) < 4 * RECENT:
+        return None
+    usual, now = float(np.median(values[:-RECENT])), values[-RECENT:]
+    if usual <= 0 or np.median(now) < 5 * usual:
+        return None
+    begin = int(steps[-RECENT:][np.argmax(now > 5 * usual)])
+    return Alarm(
+        "growing gradient", begin,
+        f"the gradient norm is {np.median(now):.3g} since about step {begin}, where {usual:.3g} was usual before. "
+        "Usually helps: a lower optim.lr, a lower optim.clip.",
+    )  # fmt: skip
+
+
+# The machine ---------------------------------------------------------------------------------------------------------
+
+
+def slow(history: History, known: Facts) -> Alarm | None:
+    """Steps take more than twice as long as they did."""
+    for unit in ("tiles", "slides"):
+        steps, values = history.of(f"{unit}_per_second")
+        if len(values) < 4 * RECENT:
+            continue
+        usual, now = float(np.median(values[:-RECENT])), values[-RECENT:]
+        if np.median(now) < 0.5 * usual:
+            begin = int(steps[-RECENT:][np.argmax(now < 0.5 * usual)])
+            return Alarm(
+                "slow", begin,
+                f"{np.median(now):.3g} {unit}/s since about step {begin}, where {usual:.3g} were usual. "
+                "Look at data_wait (the storage) and at what else runs on the machine; a GPU that is hot or shared slows all the others down.",
+            )  # fmt: skip
+    return None
+
+
+def waiting_for_data(history: History, known: Facts) -> Alarm | None:
+    """Steps wait for data more than they compute."""
+    steps, values = history.of("data_wait")
+    now = values[-RECENT:]
+    if len(values) <= RECENT or np.median(now) <= 0.5:
+        return None
+    begin = int(steps[-RECENT:][np.argmax(now > 0.5)])
+    return Alarm(
+        "waiting for data", begin,
+        f"{np.median(now):.0%} of a step goes in waiting for data, since step {begin} or earlier. "
+        "Usually helps: more data.threads or processor cores for each process, faster storage; 'pretrain doctor data.shards=…' measures both.",
+    )  # fmt: skip
+
+
+Rule = Callable[[History, Facts], Alarm | None]
+RULES: tuple[Rule, ...] = (
+    same_target, uniform_teacher, certain_teacher, few_prototypes, low_rank, parallel_features, flat_loss, jump, growing_gradient, slow, waiting_for_data,
+)  # fmt: skip
