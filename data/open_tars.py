@@ -1,9 +1,12 @@
-"""The JPEGs of local shards as they lie in their tars: each tar opened once, a tile one read, held to the header in front of it."""
+"""The JPEGs of local shards as they lie in their tars: each tar opened once, a tile one read, held to its header and its checksum."""
 
 import os
 import threading
+import zlib
 
-from data.shard_index import ShardIndex, read_jpeg
+import numpy as np
+
+from data.shard_index import ShardIndex, read_jpeg, recorded_checksums
 from data.tar_members import BLOCK, is_header_of
 
 MOST_OPEN = 256  # tars of a process
@@ -16,12 +19,19 @@ class OpenTars:
         self._open: dict[tuple[ShardIndex, int], _Tar] = {}
         self._lock = threading.Lock()
 
-    def jpeg(self, index: ShardIndex, row: int) -> memoryview:
+    def jpeg(self, index: ShardIndex, row: int, check: bool = True) -> memoryview:
         """The JPEG of a row of an index. Raises OSError where its tar can't be read, Truncated where that ends before, and ValueError
-        where there is something else (`without_header`)."""
-        tar = self._tar(index, index.file_of(row))
+        where there is something else (`without_header`), or other bytes than were recorded with the shard: of flipped bits four in five
+        leave a JPEG that can be decoded, to another picture."""
+        file = index.file_of(row)
+        tar = self._tar(index, file)
         data = read_jpeg(tar.descriptor, int(index.offset[row]) - BLOCK, int(index.length[row]) + BLOCK)
-        return without_header(data, index, row)
+        jpeg = without_header(data, index, row)
+        if check:
+            recorded = tar.checksums(index, file)
+            if recorded is not None and zlib.crc32(jpeg) != recorded[row - index.file_start[file]]:
+                raise ValueError("its bytes have changed since the shard was recorded")
+        return jpeg
 
     def _tar(self, index: ShardIndex, file: int) -> "_Tar":
         tar = self._open.get((index, file))
@@ -47,6 +57,13 @@ class _Tar:
     def __init__(self, index: ShardIndex, file: int) -> None:
         self.descriptor = -1
         self.descriptor = os.open(index.path(file), os.O_RDONLY)
+        self._checksums: list[np.ndarray | None] = []
+
+    def checksums(self, index: ShardIndex, file: int) -> np.ndarray | None:
+        """See `recorded_checksums`; read when the first tile is."""
+        if not self._checksums:
+            self._checksums.append(recorded_checksums(index, file))
+        return self._checksums[0]
 
     def __del__(self) -> None:
         if self.descriptor >= 0:

@@ -32,7 +32,7 @@ COLUMNS = ("offset", "length", "x", "y")
 CHECKSUMS = (
     "crc32",
     "json_crc32",
-)  # of each tile's JPEG and JSON: in the shards' records only, for 'pretrain shards verify'
+)  # of each tile's JPEG and JSON: in the shards' records, for `recorded_checksums` and verify
 # What reading an npz raises where its bytes were changed: zipfile, json, and numpy's way of reading a header.
 SPOILT = (
     zipfile.BadZipFile,
@@ -261,6 +261,26 @@ def _recorded(folder: Path, records: list[dict[str, Any]], column: str) -> Itera
 def record_path(folder: Path, name: str) -> Path:
     """The record that is written with shard ``name``."""
     return folder / "index" / f"{name}.npz"
+
+
+def recorded_checksums(index: ShardIndex, file: int) -> np.ndarray | None:
+    """CRC-32 of each JPEG of tar number ``file``, uint32, as they were recorded with it; None where nobody did.
+
+    Raises ValueError where the record is damaged or isn't this shard's.
+    """
+    path = record_path(index.folder, index.files[file].removesuffix(".tar"))
+    try:
+        with np.load(path) as record:
+            if CHECKSUMS[0] not in record.files:
+                return None
+            found = record[CHECKSUMS[0]].astype(np.uint32)
+    except FileNotFoundError:
+        return None
+    except (*SPOILT, zlib.error) as error:
+        raise ValueError(f"its record {path} is damaged: {error}") from error
+    if len(found) != index.file_start[file + 1] - index.file_start[file]:
+        raise ValueError(f"its record {path} is of other tiles than the index")
+    return found
 
 
 def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[str, np.ndarray]) -> None:

@@ -45,17 +45,18 @@ class ShardTiles(TileSource):
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
         try:
-            return simplejpeg.decode_jpeg(self.jpeg(number), colorspace="RGB")
+            return simplejpeg.decode_jpeg(self.jpeg(number, check=True), colorspace="RGB")
         except ValueError as error:
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
 
-    def jpeg(self, number: int) -> memoryview:
-        """Tile ``number`` as it lies in its shard. Raises UnreadableTile naming it; see `open_tars.without_header`."""
+    def jpeg(self, number: int, check: bool = False) -> memoryview:
+        """Tile ``number`` as it lies in its shard, held to its header, and with ``check`` to its checksum (on a disk; what comes over
+        a network was checked on its way). Raises UnreadableTile naming it."""
         index, row = self.locate(number)
         try:
             if index.remote:
                 return without_header(self._from_block(number, index, row), index, row)
-            return self._tars.jpeg(index, row)
+            return self._tars.jpeg(index, row, check)
         except (FileNotFoundError, Truncated) as error:
             following = number - row + _next_file(index, row)
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", following) from error

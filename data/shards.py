@@ -3,7 +3,8 @@
 A shard holds whole slides, up to ``tiles_per_shard`` tiles; a slide with more gets shards of its own, evenly filled. So most
 of a patient's data can be withdrawn by deleting a few files. Which tiles go where is decided once, before the first tile
 is read, and kept in ``plan.json``; each shard is then a job of its own, and the same whoever writes it, in
-whatever order, after whatever interruption.
+whatever order, after whatever interruption. A kill costs the shard that each process was at, which is one large slide or half a
+minute of small ones; slides whose tissue was found are not looked at again.
 """
 
 import json

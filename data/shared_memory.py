@@ -14,7 +14,8 @@ HEADER = 64  # bytes before what a slot holds; the first says whether the slot i
 class Slots:
     """A loader process's slots. One is taken until the last tensor made of it is gone in the process that it was handed to.
 
-    Who keeps batches is never overtaken: where every slot is taken there is another.
+    Who keeps batches is never overtaken: where every slot is taken there is another. A batch that nobody receives keeps its slot, but that
+    happens only when the trainer lets go of the loader, whose process and memory end then.
     """
 
     def __init__(self) -> None:

@@ -102,10 +102,11 @@ def histogram(values: np.ndarray, title: str, label: str, bins: int = 40) -> Ima
     axes.hist(values, bins=edges.tolist(), color="#178754", edgecolor="white", linewidth=0.4)
     median = float(np.median(values))
     axes.axvline(median, color="#e67e10", linewidth=1.5, label=f"median {median:.4g}")
-    axes.set(title=title, xlabel=label, ylabel="slides")
+    axes.set(xlabel=label, ylabel="slides")
+    axes.set_title(title, loc="left")
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), borderaxespad=0)  # above: bars may be anywhere
     return _rendered(figure)
 
 

@@ -65,13 +65,14 @@ def load(source: TileSource, name: str, start: int, stop: int, rank: int, world:
     return found  # type: ignore[return-value]
 
 
+@pytest.mark.parametrize("examples", [5, pytest.param(60, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", ORDERS)
 def test_any_interruptions_world_sizes_and_threads_give_the_uninterrupted_batches(
-    name: str, make: Callable[[str], TileSource]
+    name: str, examples: int, make: Callable[[str], TileSource]
 ) -> None:
     whole = cache(lambda: [by_tile(batch.parts) for batch in load(make(name), name, 0, STEPS, 0, 1, 1)])
 
-    @settings(max_examples=5, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
     @given(SEGMENTS)
     def check(segments: list[tuple[int, int, int]]) -> None:
         step = 0

@@ -123,6 +123,7 @@ def test_killed_at_any_time_it_leaves_no_half_shard_and_continues_to_the_same_en
     settings = DEFAULTS | {"slides": [str(source)], "out": str(out)}
     expected = tars(reference)
     seen_partial = False
+    made: dict[Path, int] = {}  # what was whole at a kill, and when it was written
     for shards_first in (0, 1, 2):
         process = subprocess.Popen([sys.executable, "-c", KILLED, repr(settings)], cwd=ROOT, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
@@ -135,6 +136,8 @@ def test_killed_at_any_time_it_leaves_no_half_shard_and_continues_to_the_same_en
         process.send_signal(signal.SIGKILL)
         process.wait()
         seen_partial |= bool(list(out.glob(".tiles*.tar.*")))
+        whole = [*out.glob("*.tar"), *out.glob("coordinates/*.h5"), *out.glob("thumbnails/*.jpg")]
+        made = {path: path.stat().st_mtime_ns for path in whole} | made
         for name, content in tars(out).items():
             assert content == expected[name]
         if out.joinpath("plan.json").exists() and not (out / "index.npz").exists() and list(out.glob("*.tar")):
@@ -144,6 +147,7 @@ def test_killed_at_any_time_it_leaves_no_half_shard_and_continues_to_the_same_en
     shard(slides=source, out=out)
     assert tars(out) == expected
     assert contents(out) == contents(reference)
+    assert len(made) > 6 and made == {path: path.stat().st_mtime_ns for path in made}, "something was done twice"
     assert not list(out.rglob(".tiles*"))
 
 
