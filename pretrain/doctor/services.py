@@ -41,7 +41,9 @@ def slurm(
     try:
         lines = ask(["sinfo", "--noheader", "--format=%P|%a|%l|%D"]).splitlines()
     except (OSError, subprocess.TimeoutExpired) as error:
-        return [failed("slurm", f"sinfo doesn't answer ({error}): is the controller up ('scontrol ping'), and SLURM_CONF the right one?")]  # fmt: skip
+        needed = partition is not None or "SLURM_JOB_ID" in environment
+        why = str(error).splitlines()[0]
+        return [(failed if needed else warned)("slurm", f"sbatch is here and sinfo doesn't answer ({why}): is the controller up ('scontrol ping'), and SLURM_CONF the right one?")]  # fmt: skip
     partitions: dict[str, tuple[str, str, int]] = {}
     for line in lines:
         name, up, longest, size = line.split("|")
