@@ -20,6 +20,7 @@ COMMANDS = {
     "probe": "encoder + labelled tiles → k-NN and linear accuracy beside their baselines",
     "export": "run → a folder that timm or Prov-GigaPath's code loads",
     "report": "run → one HTML page",
+    "doctor": "is this machine, cluster and data ready for a run; what to do where it isn't",
     "recipes": "what can be reproduced, at what cost, and what is unknown about it",
     "demo": "the whole road on a small slide",
 }

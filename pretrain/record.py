@@ -49,6 +49,13 @@ class Record:
         self._write({"step": step, "alarm": alarm.name, "since": alarm.since, "says": alarm.says})
 
 
+def logged_in() -> bool:
+    """Whether W&B has credentials here."""
+    import wandb
+
+    return bool(wandb.login(prompt=False))
+
+
 class Wandb:
     """A mirror of the record in Weights & Biases; the run's id is kept in its folder, so that a resumed run goes on there.
 
@@ -66,7 +73,7 @@ class Wandb:
         import wandb
 
         mode = settings.mode
-        if mode == "online" and not wandb.login(prompt=False):
+        if mode == "online" and not logged_in():
             say("wandb: not logged in ('wandb login'), so this run is written offline; 'wandb sync' uploads it later")
             mode = "offline"
         path = run / "wandb_id.txt"

@@ -25,7 +25,8 @@ def test_every_command_composes_and_only_its_required_keys_are_missing(command: 
     inner = set()
     for prefix, file in composed.files:
         inner |= {prefix + key for key in re.findall(r"^(\w+): +\?\?\?", file.read_text(), flags=re.M)}
-    assert OmegaConf.missing_keys(composed.tree) == required | inner
+    given = set(comments(CONFIGS / f"{command}.yaml"))  # the doctor looks at no tiles where none are named
+    assert OmegaConf.missing_keys(composed.tree) == required | (inner - given)
 
 
 def uses(command: str, group: str) -> bool:

@@ -1,0 +1,103 @@
+"""Is the folder that a run writes to fit? Written, renamed, seen by other processes and nodes, and with room for checkpoints."""
+
+import os
+import secrets
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from pretrain.doctor.finding import Finding, failed, passed, warned
+from pretrain.objective import Objective
+
+SECONDS = 60  # that another node's file may take to appear; caches of network file systems hold names for some seconds
+
+
+def existing(folder: Path) -> Path:
+    """The folder, or the nearest above it that there is."""
+    return next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+
+
+def write_and_rename(folder: Path) -> list[Finding]:
+    """Write a file as checkpoints are written (flush, rename), and read it in another process."""
+    place, name = existing(folder), f".doctor-{os.getpid()}-{secrets.token_hex(4)}"
+    partial, final, content = place / f"{name}.partial", place / name, secrets.token_hex(512)
+    try:
+        with partial.open("w") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, final)
+        reader = [sys.executable, "-c", "import sys; print(open(sys.argv[1]).read())", str(final)]
+        seen = subprocess.run(reader, capture_output=True, text=True).stdout.strip()
+    except OSError as error:
+        return [
+            failed("folder", f"{place} can't be written ({error}): give a run= on a disk that this user may write to")
+        ]
+    finally:
+        for path in (partial, final):
+            path.unlink(missing_ok=True)
+    if seen != content:
+        return [failed("folder", f"what is written to {place} is not what another process reads there: give a run= on another file system")]  # fmt: skip
+    return [passed("folder", f"{place}: written, renamed, and read by another process")]
+
+
+def seen_by_all_nodes(folder: Path, environment: Mapping[str, str], seconds: float = SECONDS) -> list[Finding]:
+    """On every node of a SLURM job at once: do the nodes see each other's files? Nothing on one node."""
+    nodes, own = int(environment.get("SLURM_NNODES", 1)), int(environment.get("SLURM_NODEID", 0))
+    if nodes == 1:
+        return []
+    place = existing(folder)
+    name = f".doctor-{environment['SLURM_JOB_ID']}-{environment.get('SLURM_STEP_ID', 0)}"
+    (place / f"{name}-here-{own}").touch()
+    missing = _wait(place, f"{name}-here", nodes, seconds)
+    (place / f"{name}-seen-{own}").touch()
+    if own == 0:  # which sweeps up, once all have looked
+        _wait(place, f"{name}-seen", nodes, seconds)
+        for path in place.glob(f"{name}-*"):
+            path.unlink(missing_ok=True)
+    if missing:
+        who = ", ".join(map(str, missing))
+        return [failed("folder", f"node {own} doesn't see in {place} what node {who} of the job writes there: give a run= on a file system that all nodes share")]  # fmt: skip
+    return [passed("folder", f"{place} is one folder on all {nodes} nodes")]
+
+
+def _wait(place: Path, name: str, nodes: int, seconds: float) -> list[int]:
+    """The nodes whose file hasn't appeared when the time is over."""
+    end = time.monotonic() + seconds
+    while missing := [node for node in range(nodes) if not (place / f"{name}-{node}").exists()]:
+        if time.monotonic() > end:
+            break
+        time.sleep(0.1)
+        os.scandir(place).close()  # some network file systems look again only then
+    return missing
+
+
+def checkpoint_bytes(objective: Objective) -> int:
+    """Bytes of a checkpoint: every parameter and buffer, and AdamW's two moments of those that are trained."""
+    whole = sum(tensor.numel() * tensor.element_size() for tensor in objective.state_dict().values())
+    trained = [p for network in objective.trained().values() for p in network.parameters() if p.requires_grad]
+    return whole + sum(2 * p.numel() * p.element_size() for p in trained)
+
+
+def room(folder: Path, each: int, kept: int, steps: int, checkpoint_every: int) -> list[Finding]:
+    """Is there room for the checkpoints that a run keeps, the best one, and the one being written?"""
+    place = existing(folder)
+    count = (kept or -(-steps // checkpoint_every)) + 2
+    free, needed = shutil.disk_usage(place).free, each * count
+    what = f"{count} checkpoints of {each / 1e9:,.2f} GB (those kept, the best one, one being written) need {needed / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB free"  # fmt: skip
+    if needed > free:
+        return [
+            failed("disk", f"{what}: free some, give a run= on a larger disk, or set trainer.keep_checkpoints lower")
+        ]
+    return [(warned if needed > free / 2 else passed)("disk", what)]
+
+
+def built(make_objective: object) -> Objective:
+    """The objective without memory for its numbers."""
+    with torch.device("meta"):
+        return make_objective()  # type: ignore[operator, no-any-return]

@@ -1,0 +1,145 @@
+"""Is this machine fit? Versions of packages, accelerators, processes that can talk to each other, slides that open."""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+import numpy as np
+import openslide
+import torch
+
+from data.fault import Fault
+from data.slides import Slide
+from pretrain.doctor.finding import Finding, failed, passed, warned
+
+COMPROMISED = {"lightning": {"2.6.2", "2.6.3"}}  # releases that carried malicious code
+SECONDS = (
+    120  # that processes may take to find each other; starting Python and torch on a busy shared disk is most of it
+)
+VALUES = 2**20
+
+
+def versions(
+    wanted: Sequence[str] | None = None,
+    installed: Callable[[str], str] = version,
+    torchvision: Sequence[str] | None = None,
+) -> list[Finding]:
+    """Every requirement of pyproject.toml against what is installed; torchvision against its own torch; known bad releases."""
+    from packaging.requirements import Requirement
+
+    wrong, seen = [], 0
+    for line in requires("slidewright") or [] if wanted is None else wanted:
+        requirement = Requirement(line)
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        seen += 1
+        try:
+            found = installed(requirement.name)
+        except PackageNotFoundError:
+            wrong.append(failed("versions", f"{requirement.name} is not installed: pip install '{line}'"))
+            continue
+        if found in COMPROMISED.get(requirement.name, ()):
+            wrong.append(failed("versions", f"{requirement.name} {found} was a compromised release: pip install '{line}', and change the secrets that this machine holds"))  # fmt: skip
+        elif not requirement.specifier.contains(found, prereleases=True):
+            wrong.append(failed("versions", f"{requirement.name} is {found}, and {requirement.specifier} is needed: pip install '{line}'"))  # fmt: skip
+    for line in requires("torchvision") or [] if torchvision is None else torchvision:
+        requirement = Requirement(line)
+        if requirement.name == "torch" and not requirement.specifier.contains(installed("torch"), prereleases=True):
+            wrong.append(failed("versions", f"torchvision {installed('torchvision')} was built for torch {requirement.specifier}, and torch is {installed('torch')}: install them together, from one index"))  # fmt: skip
+    return wrong or [passed("versions", f"{seen} packages are as pyproject.toml asks; torch {installed('torch')} and its torchvision match")]  # fmt: skip
+
+
+def on_gpu(accelerator: str) -> bool:
+    """Whether a run with this ``trainer.accelerator`` is on GPUs here."""
+    return accelerator == "gpu" or (accelerator == "auto" and torch.cuda.device_count() > 0)
+
+
+def accelerators(accelerator: str, devices: int, precision: str) -> list[Finding]:
+    """Are there as many GPUs as a run's processes, and can they compute in its precision?"""
+    cores, count = len(os.sched_getaffinity(0)), torch.cuda.device_count()
+    if accelerator == "cpu" or (accelerator == "auto" and not count):
+        hint = (
+            ""
+            if accelerator == "cpu"
+            else "; if there should be GPUs: is the driver loaded (nvidia-smi), and is torch one that was built for CUDA?"
+        )
+        if devices > cores:
+            return [warned("accelerators", f"{devices} processes are to share {cores} cores; set trainer.devices lower, or ask for more cores{hint}")]  # fmt: skip
+        return [(passed if accelerator == "cpu" else warned)("accelerators", f"no GPU is used: {devices} processes on {cores} cores{hint}")]  # fmt: skip
+    if count < devices:
+        return [failed("accelerators", f"{count} GPUs are visible and trainer.devices={devices}: ask for more GPUs, look at CUDA_VISIBLE_DEVICES and nvidia-smi, or set it lower (built for CUDA {torch.version.cuda})")]  # fmt: skip
+    found = []
+    for i in range(devices):
+        about = torch.cuda.get_device_properties(i)
+        free, whole = torch.cuda.mem_get_info(i)
+        if free < 0.9 * whole:
+            found.append(warned("accelerators", f"GPU {i} ({about.name}): {(whole - free) / 2**30:.1f} GiB of {whole / 2**30:.1f} are in use by others: nvidia-smi shows by whom"))  # fmt: skip
+    if precision == "bf16" and torch.cuda.get_device_capability(0) < (8, 0):
+        found.append(warned("accelerators", f"{torch.cuda.get_device_name(0)} has no bf16 units: trainer.precision=float32 is as fast there"))  # fmt: skip
+    return found or [passed("accelerators", f"{devices} of {count} × {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")]  # fmt: skip
+
+
+def all_reduce(processes: int, gpu: bool, seconds: float = SECONDS) -> list[Finding]:
+    """Start so many processes here and let them add up a megabyte-sized tensor: gloo on CPUs, NCCL on GPUs."""
+    backend = "nccl" if gpu else "gloo"
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, "-P", "-m", "pretrain.doctor.reduce_once"]
+        started = [
+            subprocess.Popen(
+                [*command, str(rank), str(processes), backend, f"{folder}/meeting", str(seconds)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+            )
+            for rank in range(processes)
+        ]
+        answers = []
+        for process in started:
+            try:
+                answers.append(process.communicate(timeout=seconds)[0].strip())
+            except subprocess.TimeoutExpired:
+                process.kill()
+                answers.append(f"no answer in {seconds:.0f} s ({' '.join(process.communicate()[1].split())[-200:]})")
+    expected = f"sum {processes * (processes + 1) // 2}"
+    wrong = [f"rank {rank}: {answer or 'it ended with an error'}" for rank, answer in enumerate(answers) if not answer.startswith(expected)]  # fmt: skip
+    if wrong:
+        remedy = "NCCL_DEBUG=INFO shows more; NCCL_SOCKET_IFNAME and NCCL_P2P_DISABLE=1 are what usually helps" if gpu else "GLOO_SOCKET_IFNAME=lo or another interface is what usually helps, and a firewall what hinders"  # fmt: skip
+        return [failed("all-reduce", f"{processes} processes can't add up a tensor with {backend} ({'; '.join(wrong)[:300]}): {remedy}")]  # fmt: skip
+    slowest = max(float(answer.split()[-1]) for answer in answers)
+    return [passed("all-reduce", f"{processes} processes, {backend}: {4 * VALUES / 1e6 / slowest:,.0f} MB/s on this machine")]  # fmt: skip
+
+
+def slides(given: Sequence[Path]) -> list[Finding]:
+    """Does openslide open a slide made here, and those that were given?"""
+    import tifffile
+
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / "made.tiff"
+        pixels = np.full((512, 512, 3), 200, dtype=np.uint8)
+        tifffile.imwrite(made, pixels, tile=(256, 256), photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER")  # fmt: skip
+        for path in (made, *given):
+            finding = _opens(path)
+            if path is not made or finding.status != "ok":
+                found.append(finding)
+    about = (
+        f"openslide {openslide.__library_version__} (openslide-python {openslide.__version__}) reads a slide made here"
+    )
+    return found if any(f.status == "FAIL" for f in found) else [passed("openslide", about), *found]
+
+
+def _opens(path: Path) -> Finding:
+    """Opened, its scale known, and read once at its coarsest."""
+    try:
+        with Slide(path) as slide:
+            mpp = slide.mpp()
+            slide.thumbnail(slide.downsamples[-1])
+            size = f"{slide.width:,} × {slide.height:,} pixels of {mpp:.3g} µm"
+    except Fault as fault:
+        return failed("openslide", str(fault))
+    return passed("openslide", f"{path.name}: {openslide.OpenSlide.detect_format(path)}, {size}")

@@ -1,0 +1,98 @@
+"""Do the tiles fit the run? Blocks against lanes and ranks, tiles against their index, and how fast one process delivers."""
+
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from data.fault import Fault
+from data.loader import Batch, Masking, TileBatches
+from data.stream import Stream, group_size
+from data.tile_source import TileSource, UnreadableTile
+from pretrain import plugins
+from pretrain.doctor.finding import Finding, failed, passed, warned
+from pretrain.tile_stage import ColourSettings, Crops, colour, crop_sizes
+
+SAMPLED = 64  # tiles that are read beside those of the rate
+WARM_UP, MEASURED = 2, 8  # steps' shares of one process
+
+
+def check(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, needed: float | None, seed: int) -> list[Finding]:  # fmt: skip
+    """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get."""
+    try:
+        source, stream = open_stream(data, seed)
+        stream.owned(0, processes)
+        parts = processes * accumulate
+        if data["batch_size"] % parts:
+            raise Fault(f"data.batch_size={data['batch_size']} doesn't split into {processes} processes × trainer.accumulate={accumulate}: change one of them")  # fmt: skip
+        readable(source)
+        blocks = min(len(part.block_sizes) for part in source.parts)
+        rate = tiles_per_second(source, stream, data, processes, accumulate, patch_size, seed)
+    except Fault as fault:
+        return [failed("tiles", str(fault))]
+    found = [passed("tiles", f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes; {SAMPLED} of them read as the index says")]  # fmt: skip
+    if blocks < 2 * data["lanes"]:
+        found = [warned("tiles", f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a multiple of the {processes} processes), or take more shards")]  # fmt: skip
+    return [*found, fast_enough(rate, needed, processes, data["threads"])]
+
+
+def fast_enough(rate: float, needed: float | None, processes: int, threads: int) -> Finding:
+    """The tiles a second that one process delivers, against its share of what the run needs."""
+    measured = (
+        f"one process with data.threads={threads} reads, decodes and cuts {rate:,.0f} tiles/s (measured here, alone)"
+    )
+    if needed is None:
+        return passed("rate", f"{measured}; say tiles_per_second= (what all GPUs are to train) to have it judged")
+    share = needed / processes
+    if rate < share:
+        return failed("rate", f"{measured}, and {share:,.0f} are needed ({needed:,.0f} over {processes} processes): raise data.threads and the cores for each process, or put the shards on faster storage")  # fmt: skip
+    return (passed if rate > 1.5 * share else warned)("rate", f"{measured}, and {share:,.0f} are needed")
+
+
+def open_stream(data: Mapping[str, Any], seed: int) -> tuple[TileSource, Stream]:
+    """The source that ``data`` names and the stream over it. Raises Fault where they don't fit."""
+    shape = {name: data[name] for name in ("batch_size", "lanes", "slides_per_lane")}
+    target = data["_target_"]
+    own = {name: data[name] for name in plugins.settings_of(target, TileSource)}
+    if isinstance(own.get("shards"), str):
+        own["shards"] = [own["shards"]]
+    source = plugins.build({"_target_": target, **own}, group_size(**shape), base=TileSource)
+    return source, Stream(source.parts, **shape, window=data["window"], seed=seed)
+
+
+def readable(source: TileSource) -> None:
+    """Read tiles from one end of the source to the other. Raises Fault for one that isn't what the index says."""
+    for number in np.linspace(0, len(source) - 1, SAMPLED).astype(int).tolist():
+        try:
+            source.read(number)
+        except UnreadableTile as error:
+            raise Fault(f"{error}: 'pretrain shards verify' finds all that are; restore them, or index the shards anew") from error  # fmt: skip
+
+
+def tiles_per_second(
+    source: TileSource,
+    stream: Stream,
+    data: Mapping[str, Any],
+    processes: int,
+    accumulate: int,
+    patch_size: int,
+    seed: int,
+) -> float:
+    """What one process's loader delivers, by the run's own crops and threads."""
+    sizes = crop_sizes(Crops(**data["crops"]))
+    masks = data["masks"]
+    masking = Masking(masks["share"], masks["low"], masks["high"], sizes.global_size // patch_size)
+    batches = TileBatches(
+        source, stream, sizes, colour(ColourSettings(**data["colour"])), masking, seed=seed, start=0, stop=WARM_UP + MEASURED, rank=0,
+        world_size=processes, accumulate=accumulate, threads=data["threads"],
+    )  # fmt: skip
+    count, began = 0, 0.0
+    for step, batch in enumerate(batches):
+        if not isinstance(batch, Batch):
+            raise batch
+        if step >= WARM_UP:
+            count += sum(len(part.numbers) for part in batch.parts)
+        elif step == WARM_UP - 1:
+            began = time.monotonic()
+    return count / (time.monotonic() - began)

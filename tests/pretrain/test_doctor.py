@@ -1,0 +1,310 @@
+"""Every check of the doctor, sound once and made to fail once, with what it says to do."""
+
+import os
+import subprocess
+import threading
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from data.fault import Fault
+from launch.entry import main
+from pretrain import plugins, settings
+from pretrain.doctor import folder, machine, services, tiles
+from pretrain.doctor.finding import Finding
+from pretrain.seen import recipe_settings
+from tests.data.tile_folders import spoil, write_tiles
+from tests.pretrain.test_tile_training import TINY
+
+
+def only(findings: list[Finding]) -> tuple[str, str]:
+    (finding,) = findings
+    return finding.status, finding.says
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiles(tmp_path_factory.mktemp("doctor") / "shards", [30, 30, 30, 30])
+
+
+# Machine -----------------------------------------------------------------------------------------------------------
+
+HERE = {"torch": "2.14.1", "lightning": "2.6.4", "numpy": "2.1"}
+
+
+def installed(name: str) -> str:
+    if name not in HERE:
+        raise PackageNotFoundError(name)
+    return HERE[name]
+
+
+@pytest.mark.parametrize(
+    ("wanted", "torchvision", "status", "words"),
+    [
+        (["torch>=2.14,<2.15"], ["torch==2.14.1"], "ok", "1 packages are as pyproject.toml asks"),
+        (["torch>=2.15"], [], "FAIL", "torch is 2.14.1, and >=2.15 is needed: pip install 'torch>=2.15'"),
+        (["timm>=1"], [], "FAIL", "timm is not installed: pip install 'timm>=1'"),
+        ([], ["torch==2.13.0"], "FAIL", "was built for torch ==2.13.0, and torch is 2.14.1"),
+        (["nothing>=1; extra == 'test'"], [], "ok", "0 packages"),
+    ],
+)
+def test_versions(
+    wanted: list[str], torchvision: list[str], status: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(HERE, "torchvision", "0.29")
+    found = only(machine.versions(wanted, installed, torchvision))
+    assert found[0] == status and words in found[1]
+
+
+@pytest.mark.parametrize("release", ["2.6.2", "2.6.3"])
+def test_a_compromised_lightning_is_named(release: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HERE, "lightning", release)
+    status, says = only(machine.versions(["lightning>=2.6"], installed, []))
+    assert status == "FAIL" and f"lightning {release} was a compromised release" in says
+
+
+def test_this_environment_is_as_pyproject_asks() -> None:
+    assert only(machine.versions())[0] == "ok"
+
+
+def test_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    status, says = only(machine.accelerators("gpu", 8, "bf16"))
+    assert status == "FAIL" and "0 GPUs are visible and trainer.devices=8" in says
+    assert only(machine.accelerators("cpu", 1, "float32"))[0] == "ok"
+    assert only(machine.accelerators("auto", 1, "float32"))[0] == "warn"
+    status, says = only(machine.accelerators("cpu", 1000, "float32"))
+    assert status == "warn" and "1000 processes are to share" in says
+
+
+def test_processes_add_up_and_one_that_is_not_let_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert only(machine.all_reduce(2, gpu=False))[0] == "ok"
+    monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
+    status, says = only(machine.all_reduce(2, gpu=False, seconds=60))
+    assert status == "FAIL" and "2 processes can't add up a tensor with gloo" in says and "GLOO_SOCKET_IFNAME" in says
+
+
+def test_openslide(tmp_path: Path) -> None:
+    assert only(machine.slides([]))[0] == "ok"
+    bad = tmp_path / "bad.svs"
+    bad.write_bytes(b"no slide")
+    status, says = only(machine.slides([bad]))
+    assert status == "FAIL" and "bad.svs cannot be read as a slide" in says and "leave it out" in says
+
+
+# Folder ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_written_and_left_as_it_was(tmp_path: Path) -> None:
+    status, says = only(folder.write_and_rename(tmp_path / "not" / "yet" / "there"))
+    assert status == "ok" and str(tmp_path) in says and list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named() -> None:
+    status, says = only(folder.write_and_rename(Path("/proc/run")))
+    assert status == "FAIL" and "/proc can't be written" in says and "give a run=" in says
+
+
+def test_a_reader_that_sees_something_else_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "old", ""))
+    status, says = only(folder.write_and_rename(tmp_path))
+    assert status == "FAIL" and "is not what another process reads" in says
+
+
+def test_nodes_see_each_other_or_say_whom_they_miss(tmp_path: Path) -> None:
+    assert folder.seen_by_all_nodes(tmp_path, {}) == []
+    found: dict[int, tuple[str, str]] = {}
+
+    def node(number: int) -> None:
+        environment = {"SLURM_NNODES": "2", "SLURM_NODEID": str(number), "SLURM_JOB_ID": "7"}
+        found[number] = only(folder.seen_by_all_nodes(tmp_path, environment, seconds=20))
+
+    both = [threading.Thread(target=node, args=(number,)) for number in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert [found[number][0] for number in range(2)] == ["ok", "ok"] and list(tmp_path.iterdir()) == []
+    alone = {"SLURM_NNODES": "2", "SLURM_NODEID": "0", "SLURM_JOB_ID": "8"}
+    status, says = only(folder.seen_by_all_nodes(tmp_path, alone, seconds=0.2))
+    assert status == "FAIL" and "node 0 doesn't see" in says and "what node 1 of the job writes" in says
+
+
+def test_room_on_the_disk(tmp_path: Path) -> None:
+    assert only(folder.room(tmp_path, 1000, 2, 100, 10))[0] == "ok"
+    status, says = only(folder.room(tmp_path, 10**15, 2, 100, 10))
+    assert status == "FAIL" and "4 checkpoints of 1,000,000.00 GB" in says and "trainer.keep_checkpoints" in says
+    assert "12 checkpoints" in only(folder.room(tmp_path, 1000, 0, 100, 10))[1]  # all are kept
+
+
+def test_the_size_of_a_checkpoint_is_that_of_the_tensors_in_a_real_one(shards: Path, tmp_path: Path) -> None:
+    words = [*TINY, "optim.steps=1"]
+    main(["tile", f"run={tmp_path / 'run'}", f"data.shards={shards}", *words])
+    stored = FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000001").read_metadata().state_dict_metadata
+    tensors = [entry for entry in stored.values() if isinstance(entry, TensorStorageMetadata)]
+    real = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
+    config = settings.load("doctor", words).object()
+    objective = folder.built(lambda: plugins.build(config.objective, lambda: plugins.build(config.model)))
+    assert folder.checkpoint_bytes(objective) == pytest.approx(
+        real, rel=1e-3
+    )  # it also holds a count for each parameter
+
+
+# Tiles -------------------------------------------------------------------------------------------------------------
+
+
+def data(shards: Path, *words: str) -> dict[str, Any]:
+    small = ["data.batch_size=8", "data.lanes=2", "data.threads=1", *words]
+    return settings.load("doctor", [f"data.shards={shards}", *small]).object().data
+
+
+def test_tiles_that_fit_are_read_and_timed(shards: Path) -> None:
+    looked, rate = tiles.check(data(shards), 2, 1, 16, None, 0)
+    assert looked.status == "ok" and "120 tiles in 4 blocks for 2 lanes on 2 processes" in looked.says
+    assert rate.status == "ok" and "say tiles_per_second=" in rate.says
+    assert tiles.check(data(shards), 2, 1, 16, 1e9, 0)[1].status == "FAIL"
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "accumulate", "sentence"),
+    [
+        (["data.lanes=2"], 4, 1, "lanes"),
+        (["data.lanes=8"], 1, 1, "holds 5 tiles, fewer than data.lanes=8"),
+        (["data.batch_size=6"], 2, 2, "data.batch_size=6 doesn't split into 2 processes × trainer.accumulate=2"),
+    ],
+)
+def test_lanes_and_processes_that_do_not_fit(
+    words: list[str], processes: int, accumulate: int, sentence: str, tmp_path: Path
+) -> None:
+    few = write_tiles(tmp_path / "few", [5])
+    status, says = only(tiles.check(data(few, *words), processes, accumulate, 16, None, 0))
+    assert status == "FAIL" and sentence in says
+
+
+def test_few_blocks_a_damaged_tile_and_no_shards(shards: Path, tmp_path: Path) -> None:
+    looked, _ = tiles.check(data(shards, "data.lanes=4"), 1, 1, 16, None, 0)
+    assert looked.status == "warn" and "4 blocks for 4 lanes" in looked.says
+    damaged = write_tiles(tmp_path / "damaged", [40, 40])
+    spoil(damaged, list(range(80)))
+    status, says = only(tiles.check(data(damaged), 1, 1, 16, None, 0))
+    assert status == "FAIL" and "can't be read" in says and "pretrain shards verify" in says
+    status, says = only(tiles.check(data(tmp_path / "nothing"), 1, 1, 16, None, 0))
+    assert status == "FAIL" and "there are no tile shards in" in says
+
+
+def test_the_rate_is_judged_against_a_processs_share() -> None:
+    assert tiles.fast_enough(100, 400, 8, 2).status == "ok"
+    assert tiles.fast_enough(100, 700, 8, 2).status == "warn"
+    slow = tiles.fast_enough(100, 1600, 8, 2)
+    assert slow.status == "FAIL" and "200 are needed (1,600 over 8 processes): raise data.threads" in slow.says
+
+
+# Services ----------------------------------------------------------------------------------------------------------
+
+
+def test_wandb() -> None:
+    assert only(services.wandb("off", lambda: False))[0] == only(services.wandb("offline", lambda: False))[0] == "ok"
+    assert only(services.wandb("online", lambda: True))[0] == "ok"
+    status, says = only(services.wandb("online", lambda: False))
+    assert status == "warn" and "'wandb login'" in says
+    assert only(services.wandb("on", lambda: False))[0] == "FAIL"
+
+
+SINFO = "cpu*|up|1-00:00:00|4\ngpu|down|infinite|2\n"
+
+
+@pytest.mark.parametrize(
+    ("partition", "environment", "nodes", "status", "words"),
+    [
+        (None, {}, 1, "ok", "partitions: cpu (4 nodes, at most 1-00:00:00), gpu"),
+        ("cpu", {}, 4, "ok", "cpu"),
+        ("fast", {}, 1, "FAIL", "there is no partition 'fast'; there are: cpu"),
+        ("gpu", {}, 1, "FAIL", "partition gpu is down"),
+        ("cpu", {}, 9, "FAIL", "has 4 nodes and trainer.nodes=9"),
+        (None, {"SLURM_JOB_ID": "1", "SLURM_JOB_NAME": "bash"}, 1, "warn", "for which Lightning ignores SLURM"),
+        (None, {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8"}, 1, "warn", "--ntasks-per-node, which Lightning needs"),
+        (None, {"SLURM_JOB_ID": "1", "SLURM_NTASKS_PER_NODE": "4", "SLURM_NNODES": "2"}, 1, "warn", "--ntasks-per-node=4 and trainer.devices=8"),
+        (None, {"SLURM_JOB_ID": "1", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NTASKS": "16"}, 1, "ok", "partitions"),
+    ],
+)  # fmt: skip
+def test_slurm(partition: str | None, environment: dict[str, str], nodes: int, status: str, words: str) -> None:
+    found = only(services.slurm(environment, partition, 8, nodes, lambda _: SINFO, lambda _: "sbatch"))
+    assert found[0] == status and words in found[1]
+
+
+def test_a_cluster_that_is_not_there_or_does_not_answer() -> None:
+    def silent(_: list[str]) -> str:
+        raise OSError("Unable to contact slurm controller\nmore")
+
+    assert only(services.slurm({}, None, 1, 1, silent, lambda _: None)) == ("ok", "not on this machine")
+    assert only(services.slurm({}, "gpu", 1, 1, silent, lambda _: None))[0] == "FAIL"
+    status, says = only(services.slurm({}, None, 1, 1, silent, lambda _: "sbatch"))
+    assert status == "warn" and "(Unable to contact slurm controller): is the controller up" in says
+    assert only(services.slurm({}, "gpu", 1, 1, silent, lambda _: "sbatch"))[0] == "FAIL"
+
+
+# The command -------------------------------------------------------------------------------------------------------
+
+
+def test_the_command_says_a_line_a_check_and_ends_with_one_where_something_fails(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services.shutil, "which", lambda _: None)
+    words = [
+        "trainer.accelerator=cpu",
+        f"run={tmp_path / 'run'}",
+        *(word for word in TINY if not word.startswith("trainer")),
+    ]
+    main(["doctor", f"data.shards={shards}", *words])
+    lines = capsys.readouterr().out.splitlines()
+    about = [line.split()[1] for line in lines]
+    assert about == [
+        "versions",
+        "accelerators",
+        "all-reduce",
+        "folder",
+        "openslide",
+        "tiles",
+        "rate",
+        "disk",
+        "wandb",
+        "slurm",
+    ]
+    assert not any(line.startswith("FAIL") for line in lines) and not (tmp_path / "run").exists()
+
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    with pytest.raises(SystemExit) as ended:
+        main(["doctor", f"data.shards={tmp_path / 'none'}", *words])
+    assert ended.value.code == 1
+    said = capsys.readouterr()
+    assert "FAIL  tiles" in said.out and "what says FAIL above" in said.err
+
+
+def test_under_srun_one_process_of_a_node_speaks_with_its_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    monkeypatch.setattr(services.shutil, "which", lambda _: None)
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    for local, lines in (("1", 0), ("0", 7)):
+        monkeypatch.setenv("SLURM_LOCALID", local)
+        main(["doctor", "trainer.accelerator=cpu", f"run={tmp_path}"])
+        said = capsys.readouterr().out.splitlines()
+        assert len(said) == lines and all(line.startswith(f"{os.uname().nodename}: ") for line in said)
+
+
+def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
+    config = settings.load("doctor", ["recipe=midnight", "data.shards=none"]).object()
+    run = recipe_settings("midnight")
+    assert config.model == run.model and config.objective == run.objective and config.optim == run.optim
+    assert config.data["crops"] == vars(run.data.crops) and config.data["batch_size"] == run.data.batch_size
+
+
+def test_an_unknown_setting_is_refused() -> None:
+    with pytest.raises(Fault, match=r"there is no setting 'optim\.lrr'"):
+        settings.load("doctor", ["+optim.lrr=1"])
