@@ -150,20 +150,18 @@ class Training(L.LightningModule, ABC):
             self.progress.advance(1, f"loss {figures['loss']:.4f}")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        asked = self.preemption.asked()
         last = self.step == self.optim.steps
         due = last or any(every and self.step % every == 0 for every in self._save_every())
+        asked = None if last else self.preemption.asked()
+        if asked:  # before anything that takes time: there may be half a minute
+            self._save()
+            self._end_early(asked)
         if due and (figures := self.evaluate()):
             self._log(figures)
-        if last or asked:
-            self._heed(self.saver.wait())
-            self.saver.save(*self._checkpoint())
-        elif due:
-            self._heed(self.saver.begin(*self._checkpoint()))
-        else:
-            self._heed(self.saver.outcome())
-        if asked and not last:
-            self._end_early(asked)
+        if last:
+            self._save()
+        elif not asked:
+            self._heed(self.saver.begin(*self._checkpoint()) if due else self.saver.outcome())
         if due:
             self._ended = time.monotonic()  # saving is not waiting for data
 
@@ -177,6 +175,11 @@ class Training(L.LightningModule, ABC):
         return batch  # a stage moves a micro-batch when its turn comes
 
     # The step --------------------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        """Write a checkpoint of this moment and wait until it is published."""
+        self._heed(self.saver.wait())
+        self.saver.save(*self._checkpoint())
 
     def _save_every(self) -> tuple[int | None, ...]:
         return self.hardware.checkpoint_every, self.hardware.keep_every
