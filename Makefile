@@ -57,7 +57,7 @@ bench-embed: setup
 	$(BIN)/python tests/bench/embed.py
 
 bench-checkpoint: setup
-	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/checkpoint.py $(ARGS)
+	$(BIN)/python tests/bench/checkpoint.py $(ARGS)
 
 # Runs killed 30 times and preempted 20 times at random moments. Fewer: make soak ARGS="kills=4 preemptions=4".
 soak: setup

@@ -69,8 +69,7 @@ def _requeue(job: str) -> bool:
         say(f"SLURM job {job} is {state or f'not known ({shown})'}: not asking for it to be started again")
         return False
     answer = _scontrol("requeue", job)
-    if answer:
-        say(f"SLURM will not start job {job} again: {answer}")
+    say(f"SLURM will not start job {job} again: {answer}" if answer else f"SLURM will start job {job} again")
     return not answer
 
 

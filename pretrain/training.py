@@ -165,10 +165,13 @@ class Training(L.LightningModule, ABC):
             self.progress.advance(1, f"loss {figures['loss']:.4f}")
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
-        asked = self.preemption.asked()
         last = self.step == self.optim.steps
         due = last or any(every and self.step % every == 0 for every in self._save_every())
-        looks = self.watch.every and self.step % self.watch.every == 0
+        looks = bool(self.watch.every) and self.step % self.watch.every == 0
+        asked = None if last else self.preemption.asked()
+        if asked:  # before anything that takes time: there may be half a minute
+            self._save(wait=True)
+            self._end_early(asked)
         if looks:
             began = time.monotonic()
             figures = self.look(batch)
@@ -176,15 +179,12 @@ class Training(L.LightningModule, ABC):
         if due and (figures := self.evaluate()):
             self._log(figures)
             self._judge(figures)
-        if due or asked:
-            self._save(wait=bool(last or asked or self.trainer.should_stop))
-        else:
+        if due and not asked:
+            self._save(wait=last or self.trainer.should_stop)
+        elif not due:
             self._heed(self.saver.outcome())
         if looks or due:
             self._raise_alarms()
-        if asked and not last:
-            self._end_early(asked)
-        if looks or due:
             self._ended = time.monotonic()  # neither is waiting for data
 
     def on_fit_end(self) -> None:

@@ -49,6 +49,15 @@ def saved(run: Path) -> int:
     return checkpoints.read_state(newest)["step"] if newest else 0
 
 
+def half_written(run: Path) -> set[tuple[str, int]]:
+    """Names and times of last change of unpublished checkpoints: what an earlier kill left behind changes no more."""
+    found = set()
+    for path in checkpoints.folder(run).glob("*.partial"):
+        with contextlib.suppress(FileNotFoundError):
+            found.add((path.name, path.stat().st_ctime_ns))
+    return found
+
+
 def catches(process: int, number: int) -> bool:
     """Whether a process has a handler for a signal (Linux)."""
     status = Path(f"/proc/{process}/status").read_text()
@@ -163,16 +172,17 @@ class Job:
 
 def kill(run: Run, aimed: bool, draw: random.Random) -> bool:
     """Start ``run`` and kill it after a few steps, ``aimed`` into a save; whether that left a half-written checkpoint."""
-    job, folder = run.start(), checkpoints.folder(run.folder)
+    stale = half_written(run.folder)
+    job = run.start()
     more = steps(run.folder) + draw.randint(1, 4)
     assert job.until(lambda: steps(run.folder) >= more and saved(run.folder) > 0), "it ended before the kill"
     if aimed:
-        job.until(lambda: any(folder.glob("*.partial")))
+        job.until(lambda: bool(half_written(run.folder) - stale))
     time.sleep(draw.uniform(0, 0.04 if aimed else 0.3))
     target = draw.choice(["all", "one"]) if run.processes > 1 else "all"
     job.send(signal.SIGKILL, target, draw)
     job.wait()
-    half = [path.name for path in folder.glob("*.partial")]
+    half = [name for name, _ in half_written(run.folder) - stale]
     newest = checkpoints.newest(run.folder)
     assert newest is not None
     assert all(tensor.isfinite().all() for tensor in checkpoints.read(newest, "").values())
