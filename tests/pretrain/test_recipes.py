@@ -122,10 +122,10 @@ def test_the_second_stage_starts_from_the_first_ones_encoder(slow_runs: Path) ->
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
     config = load("tile", [f"recipe={name}", "run=r", "data.shards=s", "init=null"]).object()
-    began = time.perf_counter()
+    began = time.process_time()
     with torch.device("meta"):
         objective = plugins.build(config.objective, lambda: plugins.build(config.model))
-    assert time.perf_counter() - began < 1
+    assert time.process_time() - began < 1
     if PUBLISHED[name]:
         published, difference = PUBLISHED[name]
         assert recipes.describe(name).parameters + difference == published
