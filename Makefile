@@ -18,7 +18,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data bench-longnet bench-embed lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data bench-longnet bench-embed bench-checkpoint soak lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -55,6 +55,13 @@ bench-longnet: setup
 
 bench-embed: setup
 	$(BIN)/python tests/bench/embed.py
+
+bench-checkpoint: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/checkpoint.py $(ARGS)
+
+# Runs killed 30 times and preempted 20 times at random moments. Fewer: make soak ARGS="kills=4 preemptions=4".
+soak: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/soak.py $(ARGS)
 
 parity: setup
 	GOLDENS=$(abspath $(GOLDENS)) $(BIN)/python -m pytest tests/parity

@@ -10,6 +10,8 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 
+from pretrain import signals
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -31,6 +33,8 @@ def main() -> None:
     """Run ``pretrain <command> [key=value …]``."""
     if problem := shadowed():
         sys.exit(f"pretrain: {problem}")
+    if sys.argv[1:2] in (["tile"], ["slide"]):  # what trains answers a signal; before its imports, which take seconds
+        signals.listen()
     importlib.import_module("launch.entry").main(sys.argv[1:])
 
 

@@ -4,15 +4,16 @@
         step-00001000/          published: complete, by a rename
             __0_0.distcp …      each rank's shards of networks and optimiser (torch.distributed.checkpoint)
             .metadata           names, shapes, who holds what
-            state.json          step, skipped steps, hash of the configuration, digest of the data
-        step-00001250.partial/  being written; a kill leaves it behind, and the next save sweeps it away
+            state.json          step, samples taken, skipped steps, settings and their hash, digest of the data, versions
+        step-00001250.partial/  being written, or being removed; a kill leaves it behind, and the next save sweeps it away
 
 "Resume" means the newest published one. It loads at any number of processes, and one network can be read out of it
-without building a model or starting a process group.
+without building a model or starting a process group. `pretrain.saving` writes them beside training.
 """
 
 import json
 import os
+import pickle
 import shutil
 import warnings
 from pathlib import Path
@@ -23,10 +24,13 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import SavePlan
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.distributed.checkpoint.storage import WriteResult
 
 from data.fault import Fault
+from pretrain.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
 PARTIAL = ".partial"
 
@@ -51,50 +55,123 @@ def newest(run: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def save(
-    run: Path, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any], keep: int
-) -> Path:
-    """Write and publish a checkpoint; every rank calls it. The newest ``keep`` published ones remain (0: all).
+# Writing -----------------------------------------------------------------------------------------------------------
 
-    ``state`` is what else a resumed run needs, plain JSON values. Raises Fault where the disk refuses; the checkpoints
+
+class Writer(dcp.FileSystemWriter):
+    """Writes one checkpoint into its partial folder; when all ranks have written, the first one publishes it.
+
+    It sweeps, publishes and removes in what torch runs on the first rank between two exchanges of all of them, so an error
+    of any rank is an error on every rank, and an end without error means published. The newest ``keep`` published ones remain
+    (0: all), and those of every ``milestones``-th step.
+    """
+
+    def __init__(self, run: Path, step: int, state: dict[str, Any], keep: int, milestones: int | None = None) -> None:
+        self.run, self.keep, self.milestones = run, keep, milestones
+        self.final = folder(run) / f"step-{step:08d}"
+        self.state = json.dumps({"step": step, **state}, indent=1)
+        super().__init__(self.final.with_name(self.final.name + PARTIAL))
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan  # the folder is the first rank's to make
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        for leftover in folder(self.run).glob(f"*{PARTIAL}"):
+            shutil.rmtree(leftover)
+        Path(self.path).mkdir(parents=True)
+        return super().prepare_global_plan(plans)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        super().finish(metadata, results)
+        partial = Path(self.path)
+        (partial / "state.json").write_text(self.state)
+        for path in (*partial.iterdir(), partial):  # so that the rename publishes what is really there
+            _flush(path)
+        if self.final.exists():
+            _remove(self.final)
+        partial.rename(self.final)
+        _flush(self.final.parent)
+        for old in published(self.run)[: -self.keep] if self.keep else []:
+            if not self.milestones or _step(old) % self.milestones:
+                _remove(old)
+
+
+def contents(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a checkpoint's tensors are taken from: the networks and optimiser themselves, no copies."""
+    networks, optimiser_state = get_state_dict(model, optimiser)
+    return {"model": networks, "optimiser": optimiser_state}
+
+
+def save(
+    run: Path,
+    step: int,
+    model: nn.Module,
+    optimiser: torch.optim.Optimizer,
+    state: dict[str, Any],
+    keep: int,
+    milestones: int | None = None,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write and publish a checkpoint, and wait for it; every rank calls it.
+
+    ``state`` is what else a resumed run needs, plain JSON values; see `Writer` for what is kept. Raises Fault where the disk refuses; the checkpoints
     published before stay whole.
     """
-    final = folder(run) / f"step-{step:08d}"
-    partial = final.with_name(final.name + PARTIAL)
-    first = not dist.is_initialized() or dist.get_rank() == 0
+    writer = Writer(run, step, state, keep, milestones)
     try:
-        if first:
-            for leftover in folder(run).glob(f"*{PARTIAL}"):
-                shutil.rmtree(leftover)
-            partial.mkdir(parents=True)
-        _barrier()
-        networks, optimiser_state = get_state_dict(model, optimiser)
-        dcp.save({"model": networks, "optimiser": optimiser_state}, checkpoint_id=partial)
-        if first:
-            (partial / "state.json").write_text(json.dumps({"step": step, **state}, indent=1))
-            _flush(partial)
-            if final.exists():
-                shutil.rmtree(final)
-            partial.rename(final)
-            for old in published(run)[:-keep] if keep else []:
-                shutil.rmtree(old)
-        _barrier()
-    except (OSError, CheckpointException) as error:
-        # Inside dcp.save, an OSError of any rank becomes a CheckpointException on all of them.
-        causes = [cause for cause, _ in error.failures.values()] if isinstance(error, CheckpointException) else [error]
-        if not all(isinstance(cause, OSError) for cause in causes):
-            raise
-        raise Fault(
-            f"the checkpoint {final} could not be written ({causes[0]}); free some room and run the same command again."
-        ) from error
-    return final
+        dcp.save(contents(model, optimiser), storage_writer=writer, process_group=group)
+    except CheckpointException as error:
+        raise Fault(f"{refusal(writer, error)}; free some room and run the same command again.") from error
+    return writer.final
+
+
+def refusal(writer: Writer, error: CheckpointException) -> str:
+    """What a save said that failed because a rank's disk refused; its partial folder goes. Raises any other ``error``."""
+    causes = [cause for cause, _ in error.failures.values()]
+    if not all(isinstance(cause, OSError) for cause in causes):
+        raise error
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        shutil.rmtree(writer.path, ignore_errors=True)  # to free its room; what stays, the next save sweeps away
+    return f"the checkpoint {writer.final} could not be written ({causes[0]})"
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _remove(checkpoint: Path) -> None:
+    """Delete a published checkpoint, unpublishing it first: a kill on the way leaves none that looks whole."""
+    partial = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
+    checkpoint.rename(partial)
+    shutil.rmtree(partial)
+
+
+def _flush(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
 
 
 def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """Restore networks and optimiser in place, at any number of processes; returns the checkpoint's ``state``."""
-    networks, optimiser_state = get_state_dict(model, optimiser)
-    dcp.load({"model": networks, "optimiser": optimiser_state}, checkpoint_id=checkpoint)
-    set_state_dict(model, optimiser, model_state_dict=networks, optim_state_dict=optimiser_state)
+    """Restore networks and optimiser in place, at any number of processes; returns the checkpoint's ``state``.
+
+    Raises Fault where it doesn't fit the networks.
+    """
+    wanted = contents(model, optimiser)
+    try:
+        dcp.load(wanted, storage_reader=WeightsOnlyReader(checkpoint), planner=WeightsOnlyPlanner())
+    except CheckpointException as error:
+        cause = next(cause for cause, _ in error.failures.values())
+        raise Fault(
+            f"{checkpoint} can't be loaded ({' '.join(str(cause).split())}); is it whole, and are model, objective and optim those that it was saved with?"
+        ) from error
+    set_state_dict(model, optimiser, model_state_dict=wanted["model"], optim_state_dict=wanted["optimiser"])
     return read_state(checkpoint)
 
 
@@ -108,9 +185,10 @@ def read(checkpoint: Path, *prefixes: str) -> dict[str, Tensor]:
 
     Needs neither a model nor a process group. Raises Fault where the checkpoint holds nothing under any of them.
     """
+    reader = WeightsOnlyReader(checkpoint)
     try:
-        metadata = dcp.FileSystemReader(checkpoint).read_metadata()
-    except (OSError, EOFError) as error:
+        metadata = reader.read_metadata()
+    except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise Fault(
             f"{checkpoint} is no checkpoint of ours ({error}); give a run's folder or one of its checkpoints/step-… folders."
         ) from error
@@ -125,20 +203,5 @@ def read(checkpoint: Path, *prefixes: str) -> dict[str, Tensor]:
     }
     if not found:
         raise Fault(f"{checkpoint} holds no {prefix.rstrip('.')}: it comes from another kind of run.")
-    dcp.load(found, checkpoint_id=checkpoint, no_dist=True)
+    dcp.load(found, storage_reader=reader, planner=WeightsOnlyPlanner(), no_dist=True)
     return {name.removeprefix(f"model.{prefix}"): tensor for name, tensor in found.items()}
-
-
-def _barrier() -> None:
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.barrier()
-
-
-def _flush(folder: Path) -> None:
-    """Force a folder's files and names to disk, so that the rename publishes what is really there."""
-    for path in [*folder.iterdir(), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -3,6 +3,7 @@
 import json
 import math
 import secrets
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +50,7 @@ class Wandb:
 
     def __init__(self, run: Path, config: Any) -> None:
         settings: WandbSettings = config.wandb
-        self.run = None
+        self.run: Any = None
         if settings.mode == "off":
             return
         if settings.mode not in ("online", "offline"):
@@ -70,10 +71,18 @@ class Wandb:
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Mirror the figures of ``step``."""
-        if self.run:
-            self.run.log(figures, step=step)
+        self._ask(lambda run: run.log(figures, step=step))
 
     def close(self) -> None:
         """Finish the segment."""
-        if self.run:
-            self.run.finish()
+        self._ask(lambda run: run.finish())
+
+    def _ask(self, act: Callable[[Any], None]) -> None:
+        """A mirror that breaks is no reason to stop: W&B's own process ends by the SIGTERM with which a cluster asks for a checkpoint."""
+        if self.run is None:
+            return
+        try:
+            act(self.run)
+        except OSError as error:
+            self.run = None
+            say(f"wandb: its process is gone ({error}), so what follows is in metrics.jsonl only")

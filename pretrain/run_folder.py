@@ -2,8 +2,9 @@
 
     runs/<name>/  config.yaml  provenance.json  metrics.jsonl  checkpoints/  samples/  report.html
 
-Running the same command on it resumes it. A changed configuration is refused with the difference, because a run that
-silently went on under other settings could never be explained.
+Running the same command on it resumes it. Settings other than those of its newest checkpoint are refused with the
+difference, because a run that silently went on under others could never be explained; ``allow_changes=true`` lets them
+through, and provenance.json keeps what changed.
 """
 
 import hashlib
@@ -23,37 +24,53 @@ from typing import Any
 import yaml
 
 from data.fault import Fault
+from pretrain import checkpoints
+from pretrain.progress import say
 
 # What may differ between two starts of one run: where and how fast it runs and what it says, not what it computes.
-FREE = re.compile(r"trainer\.(?!precision$)|wandb\.|run$|data\.(threads|processes_per_slide)$|model\.attention$")
+FREE = re.compile(
+    r"trainer\.(?!precision$)|wandb\.|run$|allow_changes$|data\.(threads|processes_per_slide)$|model\.attention$"
+)
 PACKAGES = ("slidewright", "torch", "torchvision", "lightning", "timm", "webdataset", "openslide-python", "numpy")
 
 
-def open_run(run: Path, config: Any, first_rank: bool) -> str:
+def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
     """Create or reopen a run's folder for ``config`` (a dataclass); returns the configuration's hash.
 
-    Rank 0 writes ``config.yaml`` and adds a start to ``provenance.json``. Raises Fault where the folder holds a run of
-    another configuration, with what differs.
+    Rank 0 writes ``config.yaml`` and adds a start, on the data of this digest, to ``provenance.json``. Raises Fault where
+    the folder holds a run of another configuration, with what differs, unless ``config.allow_changes``.
     """
     settings = asdict(config)
-    path = run / "config.yaml"
-    if path.exists():
-        before = flat(yaml.safe_load(path.read_text()))
-        now = flat(settings)
-        changed = sorted(
-            key for key in before.keys() | now.keys() if before.get(key) != now.get(key) and not FREE.match(key)
-        )
-        if changed:
-            shown = "; ".join(f"{key}: {before.get(key)} → {now.get(key)}" for key in changed[:8])
+    changes = _changes(run, settings)
+    if changes:
+        listed = [f"{key}: {before} → {now}" for key, (before, now) in changes.items()]
+        shown = "; ".join(listed[:8]) + (" …" if len(listed) > 8 else "")
+        if not config.allow_changes:
             raise Fault(
-                f"{run} holds a run with other settings ({shown}{' …' if len(changed) > 8 else ''}); give another run=, or the same settings."
+                f"{run} holds a run with other settings ({shown}); give another run=, or the same settings, or "
+                f"allow_changes=true to go on under these."
             )
+        if first_rank:
+            say(f"{run} goes on under other settings: {shown}")
     if first_rank:
         for name in ("checkpoints", "samples"):
             (run / name).mkdir(parents=True, exist_ok=True)
-        write(path, yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
-        _add_start(run)
+        write(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+        _add_start(run, data, changes)
     return digest(settings)
+
+
+def _changes(run: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """What differs between the settings of a run's newest checkpoint (or its ``config.yaml``) and ``settings``: before and now."""
+    newest, path = checkpoints.newest(run), run / "config.yaml"
+    last = checkpoints.read_state(newest).get("settings") if newest else None
+    if last is None and path.exists():
+        last = yaml.safe_load(path.read_text())
+    if last is None:
+        return {}
+    before, now = flat(last), flat(settings)
+    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return {key: (before.get(key), now.get(key)) for key in differing if not FREE.match(key)}
 
 
 def digest(settings: dict[str, Any]) -> str:
@@ -107,7 +124,7 @@ def rewind_metrics(run: Path, step: int) -> None:
     write(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _add_start(run: Path) -> None:
+def _add_start(run: Path, data: str, changes: dict[str, tuple[Any, Any]]) -> None:
     path = run / "provenance.json"
     starts = json.loads(path.read_text())["starts"] if path.exists() else []
     starts.append(
@@ -115,12 +132,21 @@ def _add_start(run: Path) -> None:
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
             "command": ["pretrain", *sys.argv[1:]],
             "host": platform.node(),
-            "python": platform.python_version(),
-            "packages": {name: _version(name) for name in PACKAGES},
-            "git": _git_revision(),
+            "data": data,
+            **({"changes": changes} if changes else {}),
+            **software(),
         }
     )
     write(path, json.dumps({"starts": starts}, indent=1))
+
+
+def software() -> dict[str, Any]:
+    """What computes: the versions of Python and of the packages that matter, and this checkout's revision."""
+    return {
+        "python": platform.python_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "git": _git_revision(),
+    }
 
 
 def _version(package: str) -> str:

@@ -89,6 +89,9 @@ class SlideTraining(Training):
     def data_digest(self) -> str:
         return self.store.digest
 
+    def position(self) -> int:
+        return self.sequences.packing.start(self.step)
+
     def configure_model(self) -> None:
         if self.objective is not None:
             return

@@ -9,11 +9,12 @@ functions of it.
 
 import logging
 import math
+import signal
 import time
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,14 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data.fault import Fault
-from pretrain import checkpoints, run_folder
+from pretrain import checkpoints, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
 from pretrain.objective import Moment, Objective
 from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
+from pretrain.preemption import Preemption
 from pretrain.progress import Progress, duration, say
 from pretrain.record import Record, Wandb
+from pretrain.saving import Saver
 from pretrain.schedules import cosine
 from pretrain.sharding import ShardedStrategy, materialise, shard
 
@@ -47,6 +50,7 @@ class Hardware:
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
+    keep_every: int | None
 
 
 class Training(L.LightningModule, ABC):
@@ -60,7 +64,8 @@ class Training(L.LightningModule, ABC):
         self.run, self.config, self.make_objective, self.batch_size = run, config, make_objective, batch_size
         self.optim: Optim = config.optim
         self.hardware: Hardware = config.trainer
-        self.step = self.skipped = self.skipped_in_a_row = 0
+        self.step = self.skipped = self.skipped_in_a_row = self.failed_saves = 0
+        self.ended_early = self.requeued = False
         self.objective: Objective = None  # type: ignore[assignment]  # configure_model builds it, in the run's processes
         self.taken = batch_size  # samples in the present step; a stage whose steps differ says so in before_step
         self._ended = time.monotonic()
@@ -104,19 +109,25 @@ class Training(L.LightningModule, ABC):
         return torch.optim.AdamW(groups, lr=0.0, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
 
     def on_fit_start(self) -> None:
-        hash_ = run_folder.open_run(self.run, self.config, self.global_rank == 0)
+        self.hash = run_folder.open_run(self.run, self.config, self.global_rank == 0, self.data_digest())
+        self.software = run_folder.software()
         newest = checkpoints.newest(self.run)
         if newest is not None:
             self._check_data(newest)
             state = checkpoints.load(newest, self.objective, self._optimiser())
             self.step, self.skipped = state["step"], state["skipped"]
-        self.hash = hash_
+        self.saver = Saver(self.run, self.hardware.keep_checkpoints, self.hardware.keep_every)
+        self.preemption = Preemption()
         self.record = Record(self.run, self.step) if self.global_rank == 0 else None
         self.wandb = Wandb(self.run, self.config) if self.global_rank == 0 else None
         self.progress = Progress(self.optim.steps, self.run.name, "steps", self.step) if self.global_rank == 0 else None
 
     def train_dataloader(self) -> Iterable[Any]:
         return self.batches(self.step, self.optim.steps)
+
+    def on_train_start(self) -> None:
+        if asked := self.preemption.asked():  # a signal while starting: there is nothing new to save
+            self._end_early(asked)
 
     def training_step(self, batch: Any, _: int) -> None:
         if isinstance(batch, Fault):
@@ -138,10 +149,21 @@ class Training(L.LightningModule, ABC):
             self.progress.advance(1, f"loss {figures['loss']:.4f}")
 
     def on_train_batch_end(self, *_: Any) -> None:
-        if self.step % self.hardware.checkpoint_every == 0 or self.step == self.optim.steps:
-            if figures := self.evaluate():
-                self._log(figures)
-            self.save()
+        asked = self.preemption.asked()
+        last = self.step == self.optim.steps
+        due = last or any(every and self.step % every == 0 for every in self._save_every())
+        if due and (figures := self.evaluate()):
+            self._log(figures)
+        if last or asked:
+            self._heed(self.saver.wait())
+            self.saver.save(*self._checkpoint())
+        elif due:
+            self._heed(self.saver.begin(*self._checkpoint()))
+        else:
+            self._heed(self.saver.outcome())
+        if asked and not last:
+            self._end_early(asked)
+        if due:
             self._ended = time.monotonic()  # saving is not waiting for data
 
     def on_fit_end(self) -> None:
@@ -155,10 +177,42 @@ class Training(L.LightningModule, ABC):
 
     # The step --------------------------------------------------------------------------------------------------
 
-    def save(self) -> None:
-        """Publish a checkpoint of this moment."""
-        state = {"skipped": self.skipped, "config": self.hash, "data": self.data_digest()}
-        checkpoints.save(self.run, self.step, self.objective, self._optimiser(), state, self.hardware.keep_checkpoints)
+    def _save_every(self) -> tuple[int | None, ...]:
+        return self.hardware.checkpoint_every, self.hardware.keep_every
+
+    def _checkpoint(self) -> tuple[int, Objective, torch.optim.Optimizer, dict[str, Any]]:
+        """This moment, as a checkpoint takes it."""
+        state = {
+            "samples": self.position(),
+            "skipped": self.skipped,
+            "config": self.hash,
+            "data": self.data_digest(),
+            "settings": asdict(self.config),
+            **self.software,
+        }
+        return self.step, self.objective, self._optimiser(), state
+
+    def _heed(self, failure: str | None) -> None:
+        """Say and count a save that failed; the run goes on, since the next one may succeed. Every rank sees the same."""
+        if failure:
+            self.failed_saves += 1
+            if self.global_rank == 0:
+                say(f"{failure}; training goes on, and saves again after {self.hardware.checkpoint_every} steps")
+            self._log({"failed_saves": self.failed_saves})
+
+    def _end_early(self, asked: signal.Signals) -> None:
+        """Let Lightning end the run after this batch, because a signal asked; every rank is here. What there is to save is saved."""
+        self.ended_early = self.trainer.should_stop = True
+        if self.global_rank == 0:
+            say(
+                f"{self.run}: stopped by {asked.name} after step {self.step} of {self.optim.steps}, checkpoint "
+                f"{checkpoints.newest(self.run)}; the same command continues"
+            )
+        self.requeued = self.preemption.requeue(self.global_rank == 0)
+
+    def position(self) -> int:
+        """Samples of the stream that were taken until now; a function of the step, as everything about the data is."""
+        return self.step * self.batch_size
 
     def data_digest(self) -> str:
         """A hash of the data that the run reads."""
@@ -166,10 +220,13 @@ class Training(L.LightningModule, ABC):
 
     def _check_data(self, checkpoint: Path) -> None:
         if checkpoints.read_state(checkpoint)["data"] != self.data_digest():
-            raise Fault(
-                f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or remade; "
-                f"put them back as they were, or give another run=."
-            )
+            now = f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or remade"
+            if not self.config.allow_changes:
+                raise Fault(
+                    f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with these."
+                )
+            if self.global_rank == 0:
+                say(f"{now}; it goes on with these, at its place in their order")
 
     def _step(self, batch: Any) -> tuple[dict[str, float], bool]:
         objective, optim, optimiser = self.objective, self.optim, self._optimiser()
@@ -276,8 +333,13 @@ def fit(training: Training) -> None:
     )
     if newest is not None and trainer.global_rank == 0:
         say(f"{training.run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
+    # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     began = time.monotonic()
-    trainer.fit(training)
+    with signals.listening():
+        trainer.fit(training)
+        if training.ended_early:
+            preemption.leave(training.requeued, trainer.local_rank)
     if trainer.is_global_zero:
         say(
             f"{training.run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(training.run)}"

@@ -28,6 +28,7 @@ class Config:
 
     run: str
     seed: int
+    allow_changes: bool
     model: Plugin
     objective: Plugin
     data: SlideData

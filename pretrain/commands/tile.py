@@ -29,6 +29,7 @@ class Config:
 
     run: str
     seed: int
+    allow_changes: bool
     init: str | None
     model: Plugin
     objective: Plugin

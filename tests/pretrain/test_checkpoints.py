@@ -1,9 +1,17 @@
 """Checkpoints: whole or not there, the newest published one counts, one network can be read alone."""
 
+import errno
+import io
 import json
+import os
 import pickle
 import resource
+import shutil
+import subprocess
+import threading
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +19,7 @@ from torch import nn
 
 from data.fault import Fault
 from pretrain import checkpoints
+from pretrain.saving import Saver
 
 
 def trained(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -101,16 +110,205 @@ def test_a_network_that_is_not_there_and_a_folder_that_is_no_checkpoint_are_name
         checkpoints.read(tmp_path, "teacher.")
 
 
-def test_the_state_is_plain_json_and_the_tensors_load_as_weights_only(tmp_path: Path) -> None:
+# Beside training ---------------------------------------------------------------------------------------------------
+
+
+def test_a_save_beside_training_holds_the_moment_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted, wanted_optimiser = trained(1)
+    model, optimiser = trained(1)
+    changed, plan = threading.Event(), checkpoints.Writer.prepare_global_plan
+
+    def late(self: checkpoints.Writer, plans: list[Any]) -> list[Any]:
+        assert changed.wait(60)
+        return plan(self, plans)
+
+    monkeypatch.setattr(checkpoints.Writer, "prepare_global_plan", late)
+    saver = Saver(tmp_path, keep=0, milestones=None)
+    for step in (1, 2):  # the second copy is made in the memory of the first
+        assert saver.begin(step, model, optimiser, {}) is None and saver.outcome() is None
+        with torch.no_grad():
+            for tensor in (*model.parameters(), *(state["exp_avg"] for state in optimiser.state.values())):
+                tensor.add_(1.0)
+        optimiser.param_groups[0]["lr"] = 0.5
+        assert checkpoints.newest(tmp_path) is None or step == 2
+        changed.set()
+        assert saver.wait() is None
+        changed.clear()
+    found, found_optimiser = trained(2)
+    checkpoints.load(checkpoints.folder(tmp_path) / "step-00000001", found, found_optimiser)
+    assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+    for one, other in zip(found_optimiser.state.values(), wanted_optimiser.state.values(), strict=True):
+        assert torch.equal(one["exp_avg"], other["exp_avg"])
+    assert found_optimiser.param_groups[0]["lr"] == 0.1
+    checkpoints.load(checkpoints.folder(tmp_path) / "step-00000002", found, found_optimiser)
+    assert all(torch.equal(a, b + 1) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
+    assert found_optimiser.param_groups[0]["lr"] == 0.5
+
+
+def test_at_most_one_save_is_under_way(tmp_path: Path) -> None:
+    saver = Saver(tmp_path, keep=0, milestones=None)
+    for step in (1, 2, 3):
+        saver.begin(step, *trained(step), {})
+        assert len(list(checkpoints.folder(tmp_path).glob("*.partial"))) <= 1
+        assert len(checkpoints.published(tmp_path)) >= step - 1
+    assert saver.wait() is None and len(checkpoints.published(tmp_path)) == 3
+
+
+def test_a_failed_save_is_told_once_leaves_no_half_checkpoint_and_the_next_one_succeeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good, saver = save(tmp_path, 1), Saver(tmp_path, keep=1, milestones=None)
+
+    def full(self: checkpoints.Writer, **_: Any) -> None:
+        assert list(Path(self.path).glob("*.distcp"))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints.Writer, "finish", full)
+        saver.begin(2, *trained(), {})
+        told = saver.wait()
+        assert told and "step-00000002 could not be written" in told and "No space left on device" in told
+        assert saver.outcome() is None and list(checkpoints.folder(tmp_path).iterdir()) == [good]
+        with pytest.raises(Fault, match=r"free some room .* The newest whole one is .*step-00000001"):
+            saver.save(3, *trained(), {})
+    saver.begin(4, *trained(), {})
+    assert saver.wait() is None and [path.name for path in checkpoints.published(tmp_path)] == ["step-00000004"]
+
+
+def test_an_error_that_is_not_the_disks_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any, **__: Any) -> None:
+        raise ValueError("a mistake of ours")
+
+    monkeypatch.setattr(checkpoints.Writer, "finish", broken)
+    saver = Saver(tmp_path, keep=1, milestones=None)
+    saver.begin(2, *trained(), {})
+    with pytest.raises(BaseException, match="a mistake of ours"):
+        saver.wait()
+
+
+@pytest.fixture
+def mount(tmp_path: Path) -> Iterator[Any]:
+    """``mount(folder, *options)``: a file system of its own on a folder, in memory. Only root may."""
+    mounted = []
+
+    def on(folder: Path, *options: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", ",".join(options), "tmpfs", folder], capture_output=True)
+        if done.returncode:
+            pytest.skip(f"a file system can't be mounted here: {done.stderr.decode().strip()}")
+        mounted.append(folder)
+
+    yield on
+    for folder in mounted:
+        subprocess.run(["umount", folder], check=True)
+
+
+def test_a_full_disk_and_one_that_can_not_be_written_leave_the_last_checkpoint_whole(
+    tmp_path: Path, mount: Any
+) -> None:
+    folder = checkpoints.folder(tmp_path)
+    mount(folder, "size=400k")  # room for two checkpoints
+    good, saver = save(tmp_path, 1), Saver(tmp_path, keep=1, milestones=None)
+    (folder / "ballast").write_bytes(bytes(200_000))
+    saver.begin(2, *trained(), {})
+    assert "No space left on device" in (saver.wait() or "")
+    subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
+    saver.begin(3, *trained(), {})
+    assert "Read-only file system" in (saver.wait() or "")
+    assert checkpoints.newest(tmp_path) == good and checkpoints.load(good, *trained(2))["step"] == 1
+    subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
+    (folder / "ballast").unlink()
+    saver.begin(4, *trained(), {})
+    assert saver.wait() is None and [path.name for path in folder.iterdir()] == ["step-00000004"]
+
+
+def test_a_folder_without_permission_to_write_is_one_sentence(tmp_path: Path) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root may write anywhere")
+    good, saver = save(tmp_path, 1), Saver(tmp_path, keep=1, milestones=None)
+    good.parent.chmod(0o500)
+    saver.begin(2, *trained(), {})
+    assert "Permission denied" in (saver.wait() or "")
+    good.parent.chmod(0o700)
+    assert checkpoints.load(good, *trained(2))["step"] == 1
+
+
+# What is kept ------------------------------------------------------------------------------------------------------
+
+
+def test_milestones_stay_beside_the_newest(tmp_path: Path) -> None:
+    for step in range(1, 9):
+        checkpoints.save(tmp_path, step, *trained(), {}, keep=2, milestones=3)
+    assert [int(path.name[-8:]) for path in checkpoints.published(tmp_path)] == [3, 6, 7, 8]
+
+
+def test_a_kill_while_an_old_one_is_removed_leaves_none_that_looks_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Kill(BaseException):
+        pass
+
+    def dying(path: Path, **_: Any) -> None:
+        next(path.glob("*.distcp")).unlink()
+        raise Kill
+
+    save(tmp_path, 1)
+    with monkeypatch.context() as patch, pytest.raises(BaseException, match="Kill"):
+        patch.setattr(shutil, "rmtree", dying)
+        save(tmp_path, 2, keep=1)
+    assert [path.name for path in checkpoints.published(tmp_path)] == ["step-00000002"]
+    save(tmp_path, 3)
+    assert not list(checkpoints.folder(tmp_path).glob("*.partial"))
+
+
+# No code -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_state_is_plain_json(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     assert json.loads((path / "state.json").read_text())["step"] == 1
 
-    class Code:
-        def __reduce__(self) -> tuple:
-            return Path.touch, (tmp_path / "ran",)
 
-    shard = next(path.glob("*.distcp"))
-    shard.write_bytes(pickle.dumps(Code()) * 50)
+class Code:
+    """Touches a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.path,)
+
+
+def test_neither_tensors_nor_metadata_nor_settings_of_an_optimiser_run_code(tmp_path: Path) -> None:
+    path, ran = save(tmp_path, 1), tmp_path / "ran"
+    shard, metadata = next(path.glob("*.distcp")), path / ".metadata"
+    original, described = shard.read_bytes(), metadata.read_bytes()
+    shard.write_bytes(pickle.dumps(Code(ran)) * 50)
     with pytest.raises(BaseException, match=r"(?i)checkpoint|weights|pickle|zip|read|archive"):
         checkpoints.read(path, "teacher.")
-    assert not (tmp_path / "ran").exists()
+    metadata.write_bytes(pickle.dumps(Code(ran)))
+    with pytest.raises(Fault, match=r"is no checkpoint of ours .*touch"):
+        checkpoints.read(path, "teacher.")
+    with pytest.raises(Fault, match=r"can't be loaded .*touch"):
+        checkpoints.load(path, *trained(2))
+    # One of the values that are no tensors is replaced by code that is appended to the file.
+    metadata.write_bytes(described)
+    found = checkpoints.WeightsOnlyReader(path).read_metadata()
+    value = io.BytesIO()
+    torch.save(Code(ran), value)
+    shard.write_bytes(original + value.getvalue())
+    place = next(place for index, place in found.storage_data.items() if index.fqn.endswith("param_groups.0.lr"))
+    place.offset, place.length = len(original), len(value.getvalue())
+    metadata.write_bytes(pickle.dumps(found))
+    with pytest.raises(Fault, match=r"can't be loaded .*[Ww]eights.only"):
+        checkpoints.load(path, *trained(2))
+    assert not ran.exists()
+
+
+def test_networks_of_another_shape_are_refused_in_one_sentence(tmp_path: Path) -> None:
+    path = save(tmp_path, 1)
+    other = nn.ModuleDict({"student": nn.Linear(32, 64), "teacher": nn.Linear(64, 64)})
+    with pytest.raises(Fault, match=r"step-00000001 can't be loaded \(.*student.weight.*\); is it whole"):
+        checkpoints.load(path, other, torch.optim.AdamW(other.parameters()))

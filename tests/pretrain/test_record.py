@@ -89,3 +89,32 @@ def test_online_without_a_login_writes_offline_and_says_so(
     mirror.close()
     assert "not logged in" in capsys.readouterr().err
     assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_a_mirror_that_breaks_is_said_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def log(self, *_: object, **__: object) -> None:
+            raise ConnectionResetError("Connection lost")
+
+    mirror = Wandb(tmp_path, config("off"))
+    mirror.run = Broken()
+    for step in (1, 2):
+        mirror.add(step, {"loss": 1.0})
+    mirror.close()
+    assert capsys.readouterr().err.count("wandb: its process is gone (Connection lost)") == 1
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_leaves_the_run_alive_without_its_mirror(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time; os.environ.pop('WANDB_SERVICE', None); from pathlib import Path; sys.path.insert(0, '.')\n"
+        "from tests.pretrain.test_record import config, Wandb\n"
+        f"w = Wandb(Path({str(tmp_path)!r}), config('offline')); w.add(1, {{'loss': 1.0}})\n"
+        "for child in Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split():\n"
+        "    os.kill(int(child), signal.SIGTERM)\n"
+        "time.sleep(2); w.add(2, {'loss': 1.0}); w.close(); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "alive" in done.stdout and "its process is gone" in done.stderr, done.stderr

@@ -1,7 +1,7 @@
 """A run's folder: reopened by the same settings, closed to others, whole after a kill."""
 
 import json
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ class Inner:
 class Config:
     run: str = "runs/a"
     seed: int = 0
+    allow_changes: bool = False
     optim: Inner = field(default_factory=Inner)
     trainer: dict[str, Any] = field(default_factory=lambda: {"devices": 1})
     data: dict[str, Any] = field(default_factory=lambda: {"threads": 2, "batch_size": 8})
@@ -56,6 +57,25 @@ def test_changed_settings_are_refused_with_the_difference(tmp_path: Path) -> Non
     with pytest.raises(Fault, match=r"optim\.lr: 0\.1 → 0\.2; seed: 0 → 1\); give another run="):
         run_folder.open_run(tmp_path, Config(seed=1, optim=Inner(lr=0.2)), first_rank=True)
     assert yaml.safe_load((tmp_path / "config.yaml").read_text())["seed"] == 0
+
+
+def test_allowed_changes_are_kept_and_are_the_settings_from_then_on(tmp_path: Path) -> None:
+    run_folder.open_run(tmp_path, Config(), first_rank=True, data="a")
+    run_folder.open_run(tmp_path, Config(seed=1, allow_changes=True), first_rank=True, data="b")
+    run_folder.open_run(tmp_path, Config(seed=1), first_rank=True, data="b")
+    starts = json.loads((tmp_path / "provenance.json").read_text())["starts"]
+    assert [start.get("changes") for start in starts] == [None, {"seed": [0, 1]}, None]
+    assert [start["data"] for start in starts] == ["a", "b", "b"]
+
+
+def test_the_newest_checkpoints_settings_count_before_those_of_the_folder(tmp_path: Path) -> None:
+    run_folder.open_run(tmp_path, Config(seed=1), first_rank=True)
+    checkpoint = tmp_path / "checkpoints" / "step-00000001"
+    checkpoint.mkdir()
+    (checkpoint / "state.json").write_text(json.dumps({"settings": asdict(Config(seed=2))}))
+    with pytest.raises(Fault, match=r"seed: 2 → 1\); give another run="):
+        run_folder.open_run(tmp_path, Config(seed=1), first_rank=True)
+    run_folder.open_run(tmp_path, Config(seed=2), first_rank=True)
 
 
 def test_where_and_how_fast_it_runs_may_change_and_leaves_the_hash(tmp_path: Path) -> None:

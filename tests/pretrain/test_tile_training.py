@@ -4,6 +4,7 @@ Most runs are made in this process through `launch.entry.main`, which saves six 
 about processes (several of them, or a killed one) are real commands.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -19,10 +20,13 @@ import pytest
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
+from data.shard_index import ShardIndex
 from launch.entry import main
 from pretrain import checkpoints
 from pretrain.objectives.dinov2 import DINOv2
+from pretrain.run_folder import digest, read_config, read_metrics
 from tests.data.tile_folders import spoil, write_tiles
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -75,6 +79,7 @@ def start(arguments: list[str]) -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
+        start_new_session=True,
     )
 
 
@@ -156,14 +161,22 @@ def test_micro_batches_change_nothing_that_belongs_to_the_global_batch(
 # Stopped at any moment ---------------------------------------------------------------------------------------------
 
 
-def kill_after(process: subprocess.Popen[str], run: Path, steps: int) -> None:
-    """SIGKILL once so many steps are on record."""
-    deadline = time.monotonic() + 120
-    while not (run / "metrics.jsonl").exists() or len((run / "metrics.jsonl").read_text().splitlines()) < steps:
+def kill_after(
+    process: subprocess.Popen[str], run: Path, steps: int, number: int = signal.SIGKILL, of: str = "first"
+) -> None:
+    """Signal the first or second rank or all processes, once so many steps are on record and, for SIGKILL, a checkpoint is published."""
+    deadline = time.monotonic() + 240
+    while (number == signal.SIGKILL and checkpoints.newest(run) is None) or len(read_metrics(run)) < steps:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]
         time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.communicate()
+    if of == "all":
+        os.killpg(process.pid, number)
+    else:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ranks = [child for child in children if b"\0LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()]
+        os.kill(process.pid if of == "first" else int(ranks[0]), number)
+    if number == signal.SIGKILL:
+        process.communicate()
 
 
 def test_a_killed_run_resumes_and_ends_bit_for_bit_as_the_uninterrupted_one(
@@ -181,28 +194,28 @@ def test_a_killed_run_resumes_and_ends_bit_for_bit_as_the_uninterrupted_one(
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+class Kill(BaseException):
+    """Ends a save where it stands."""
+
+
 def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_nothing(
     shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, settings = tmp_path / "run", WAYS["sinkhorn"]
 
-    class Kill(BaseException):
-        pass
-
     def die_at(step: int) -> None:
-        import torch.distributed.checkpoint as dcp
+        finish = checkpoints.Writer.finish
 
-        save = dcp.save
-
-        def dying(state: Any, *, checkpoint_id: Path) -> None:
-            save(state, checkpoint_id=checkpoint_id)
-            if checkpoint_id.name.startswith(f"step-{step:08d}"):
+        def dying(self: checkpoints.Writer, **results: Any) -> None:
+            if self.final.name == f"step-{step:08d}":
+                super(checkpoints.Writer, self).finish(**results)
                 raise Kill
+            finish(self, **results)
 
-        monkeypatch.setattr(dcp, "save", dying)
-        with pytest.raises(Kill):
+        monkeypatch.setattr(checkpoints.Writer, "finish", dying)
+        with pytest.raises(CheckpointException, match="Kill"):
             main(command(shards, run, *settings))
-        monkeypatch.setattr(dcp, "save", save)
+        monkeypatch.setattr(checkpoints.Writer, "finish", finish)
         assert [path.suffix for path in (run / "checkpoints").glob(f"step-{step:08d}*")] == [".partial"]
 
     die_at(2)
@@ -310,9 +323,8 @@ def test_changed_data_is_refused_on_resuming(
     run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-00000006")
     folder = shutil.copytree(shards, tmp_path / "shards")
-    for name in ("config.yaml",):
-        text = (run / name).read_text()
-        (run / name).write_text(text.replace(str(shards), str(folder)))
+    for path in (run / "config.yaml", *run.glob("checkpoints/*/state.json")):
+        path.write_text(path.read_text().replace(str(shards), str(folder)))
     (folder / "index.npz").unlink()
     (folder / "index" / "tiles-000001.npz").unlink()
     (folder / "tiles-000001.tar").unlink()
@@ -321,7 +333,81 @@ def test_changed_data_is_refused_on_resuming(
     from data.shard_index import scan
 
     scan(folder)
-    assert "data" in refused(command(folder, run, *WAYS["sinkhorn"]), capsys)
+    assert "the data is not what" in refused(command(folder, run, *WAYS["sinkhorn"]), capsys)
+    main(command(folder, run, *WAYS["sinkhorn"], "allow_changes=true"))
+    assert "the data is not what" in capsys.readouterr().err and metrics(run)[-1]["step"] == STEPS
+    first, *_, last = json.loads((run / "provenance.json").read_text())["starts"]
+    assert first["data"] != last["data"]
+
+
+def test_allowed_changes_are_said_kept_and_go_on_from_the_checkpoint(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
+    longer = command(shards, run, *WAYS["sinkhorn"], "optim.weight_decay=0.2", f"optim.steps={STEPS + 2}")
+    assert f"optim.steps: {STEPS} → {STEPS + 2}; optim.weight_decay: " in refused(longer, capsys)
+    main([*longer, "allow_changes=true"])
+    assert "goes on under other settings: optim.steps: 6 → 8" in capsys.readouterr().err
+    assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 3))
+    assert metrics(run)[:STEPS] == metrics(uninterrupted["sinkhorn"])
+    assert json.loads((run / "provenance.json").read_text())["starts"][-1]["changes"]["optim.steps"] == [6, 8]
+    main(longer)  # done: the newest checkpoint has these settings
+
+
+def test_a_network_that_a_checkpoint_does_not_fit_is_one_sentence_even_where_changes_are_allowed(
+    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
+    settings = ["model.width=96", f"optim.steps={STEPS + 2}", "allow_changes=true"]
+    assert "can't be loaded" in refused(command(shards, run, *WAYS["sinkhorn"], *settings), capsys)
+
+
+def test_a_checkpoint_says_what_it_is_of(shards: Path, uninterrupted: dict[str, Path]) -> None:
+    run = uninterrupted["sinkhorn"]
+    state = checkpoints.read_state(checkpoints.newest(run))  # type: ignore[arg-type]
+    assert state["step"] == STEPS and state["samples"] == STEPS * 16 and state["skipped"] == 0
+    assert state["settings"] == read_config(run) and state["config"] == digest(state["settings"])
+    assert state["data"] == ShardIndex.open(shards).digest
+    assert state["packages"]["torch"] == torch.__version__.partition("+")[0] and state["python"] and state["git"]
+
+
+def test_a_save_that_fails_is_said_counted_and_tried_again(
+    shards: Path,
+    uninterrupted: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run, finish = tmp_path / "run", checkpoints.Writer.finish
+
+    def full(self: checkpoints.Writer, **results: Any) -> None:
+        if self.final.name == "step-00000002":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        finish(self, **results)
+
+    monkeypatch.setattr(checkpoints.Writer, "finish", full)
+    main(command(shards, run, *WAYS["sinkhorn"]))
+    said = capsys.readouterr().err
+    assert said.count("step-00000002 could not be written ([Errno 28] No space left on device); training goes on") == 1
+    assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
+    assert [line["failed_saves"] for line in metrics(run) if "failed_saves" in line] == [1]
+    assert [line for line in metrics(run) if "loss" in line] == metrics(uninterrupted["sinkhorn"])
+
+
+def test_a_last_save_that_fails_ends_the_run_with_one_sentence(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    finish = checkpoints.Writer.finish
+
+    def full(self: checkpoints.Writer, **results: Any) -> None:
+        if self.final.name == f"step-{STEPS:08d}":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        finish(self, **results)
+
+    monkeypatch.setattr(checkpoints.Writer, "finish", full)
+    line = refused(command(shards, tmp_path / "run", *WAYS["sinkhorn"]), capsys)
+    assert "Read-only file system" in line and "free some room" in line
+    assert checkpoints.newest(tmp_path / "run").name == "step-00000004"  # type: ignore[union-attr]
 
 
 def test_a_bad_tile_is_named_counted_and_replaced(

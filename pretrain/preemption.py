@@ -1,0 +1,83 @@
+"""Ending a run because the machine is wanted back: the ranks agree, save, and have the job start again.
+
+    signal → noted (`pretrain.signals`) → end of the batch: ranks agree → checkpoint, waited for → requeue, or exit code 75
+
+A job of SLURM is requeued by its first rank, and all ranks stay until they are killed: a rank that ended would end the
+job. Where torchrun started the processes, or nobody did, the run ends; the same command continues it.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import torch
+import torch.distributed as dist
+
+from pretrain import signals
+from pretrain.across_ranks import gloo_group, world_size
+from pretrain.progress import say
+
+EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed.
+# A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues it.
+REQUEUED_FROM = ("RUNNING", "TIMEOUT")
+
+
+class Preemption:
+    """The ranks' common answer to the question whether to end. Every rank makes one, and asks it at the same moments."""
+
+    def __init__(self) -> None:
+        # A group of its own: gloo, so that asking doesn't wait for a GPU.
+        self.group = gloo_group()
+
+    def asked(self) -> signal.Signals | None:
+        """The signal that some rank has on note, the same on every rank, or None."""
+        number = self._largest(signals.noted())
+        return signal.Signals(number) if number else None
+
+    def requeue(self, first_rank: bool) -> bool:
+        """Have SLURM start this job again, where one is and will; the same answer on every rank."""
+        if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+            return False
+        signals.forget()  # the next one comes from SLURM, to end what it starts again
+        return bool(self._largest(int(first_rank and _requeue(os.environ["SLURM_JOB_ID"]))))
+
+    def _largest(self, number: int) -> int:
+        if world_size() == 1:
+            return number
+        value = torch.tensor(number, device="cpu")
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
+        return int(value)
+
+
+def leave(requeued: bool, local_rank: int) -> None:
+    """End this process, or wait for SLURM to end it.
+
+    One process a machine tells with its exit code; Lightning's launcher takes any other code than 0 of a process that it
+    started for a crash, and kills the one that started it.
+    """
+    while requeued and not signals.noted():
+        time.sleep(0.5)
+    sys.exit(EXIT_CODE if local_rank == 0 else 0)
+
+
+def _requeue(job: str) -> bool:
+    shown = _scontrol("show", "job", "--oneliner", job)
+    state = next((word.removeprefix("JobState=") for word in shown.split() if word.startswith("JobState=")), "")
+    if state not in REQUEUED_FROM:
+        say(f"SLURM job {job} is {state or f'not known ({shown})'}: not asking for it to be started again")
+        return False
+    answer = _scontrol("requeue", job)
+    if answer:
+        say(f"SLURM will not start job {job} again: {answer}")
+    return not answer
+
+
+def _scontrol(*words: str) -> str:
+    """What ``scontrol`` says, on either stream; nothing where it did as asked."""
+    try:
+        done = subprocess.run(["scontrol", *words], capture_output=True, text=True, timeout=60)
+    except (FileNotFoundError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return (done.stdout + done.stderr).strip() or ("" if done.returncode == 0 else f"exit code {done.returncode}")

@@ -1,0 +1,50 @@
+"""Signals that ask a run to end, noted and nothing more: what to do about one is decided at the end of a batch.
+
+SLURM sends whichever it was told to (USR1, USR2) before a time limit, and TERM when it preempts or cancels; all three
+mean the same here. Work inside a handler deadlocks a sharded run, whose ranks are then at different places. This module
+imports nothing heavy, so that it can listen before PyTorch's import, which takes seconds.
+"""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+
+_noted = 0
+
+
+def listen() -> None:
+    """From now on the signals are noted instead of ending the process. Call it from the main thread."""
+    for number in ASKING:
+        signal.signal(number, _note)
+
+
+@contextmanager
+def listening() -> Iterator[None]:
+    """`listen` for a while; afterwards the signals do what they did before, and none is on note."""
+    before = {number: signal.getsignal(number) for number in ASKING}
+    listen()
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        forget()
+
+
+def noted() -> int:
+    """The number of the last signal that asked, or 0."""
+    return _noted
+
+
+def forget() -> None:
+    """Wait for a new signal."""
+    global _noted
+    _noted = 0
+
+
+def _note(number: int, _: FrameType | None) -> None:
+    global _noted
+    _noted = number

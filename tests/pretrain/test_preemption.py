@@ -1,0 +1,201 @@
+"""Signals that ask a run to end: noted, answered at the end of a batch by all ranks, and nothing is lost."""
+
+import os
+import signal
+import stat
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from launch.entry import main
+from pretrain import checkpoints, preemption, signals
+from pretrain.objectives.dinov2 import DINOv2
+from pretrain.preemption import EXIT_CODE, Preemption
+from tests.data.tile_folders import write_tiles
+from tests.pretrain.test_tile_training import STEPS, assert_close, command, kill_after, metrics, start, weights
+
+SETTINGS = ["objective.centring=centre", "objective.spread=kde", "model.drop_path=0.3", "trainer.accumulate=2"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    run = tmp_path_factory.mktemp("uninterrupted") / "run"
+    main(command(shards, run, *SETTINGS))
+    return run
+
+
+def signal_inside(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step: int) -> None:
+    """Send this process a signal in the first micro-batch of a step, gradients being half summed."""
+    loss = DINOv2.loss
+
+    def interrupted(self: DINOv2, batch: Any, moment: Any) -> Any:
+        if moment.step == step and moment.first == 0:
+            os.kill(os.getpid(), number)
+        return loss(self, batch, moment)
+
+    monkeypatch.setattr(DINOv2, "loss", interrupted)
+
+
+@pytest.mark.parametrize("number", signals.ASKING)
+def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_nothing(
+    number: signal.Signals,
+    shards: Path,
+    uninterrupted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = tmp_path / "run"
+    before = signal.getsignal(number)
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        signal_inside(patch, number, step=2)  # between two checkpoints
+        main(command(shards, run, *SETTINGS))
+    assert ended.value.code == EXIT_CODE == 75
+    assert f"stopped by {number.name} after step 3 of {STEPS}" in (said := capsys.readouterr().err)
+    assert "step-00000003; the same command continues" in said
+    assert checkpoints.read_state(checkpoints.newest(run))["step"] == 3 and not list(run.glob("checkpoints/*.partial"))  # type: ignore[arg-type]
+    assert signal.getsignal(number) is before and not signals.noted()
+    main(command(shards, run, *SETTINGS))
+    assert metrics(run) == metrics(uninterrupted)
+    found, expected = weights(run), weights(uninterrupted)
+    assert all(torch.equal(found[name], expected[name]) for name in found | expected)
+
+
+def test_a_signal_in_the_last_step_comes_too_late_to_matter(
+    shards: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    signal_inside(monkeypatch, signal.SIGTERM, step=STEPS - 1)
+    main(command(shards, tmp_path / "run", *SETTINGS))
+    assert metrics(tmp_path / "run") == metrics(uninterrupted)
+
+
+def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_nothing(
+    shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    run, two = tmp_path / "run", command(shards, tmp_path / "run", *SETTINGS, "trainer.devices=2")
+    process = start(two)
+    kill_after(process, run, 1, signal.SIGUSR1, of="second")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE and "stopped by SIGUSR1 after step" in output, output
+    step = checkpoints.read_state(checkpoints.newest(run))["step"]  # type: ignore[arg-type]
+    assert step == metrics(run)[-1]["step"] < STEPS
+    main(command(shards, run, *SETTINGS))
+    assert_close(run, uninterrupted)
+
+
+@pytest.mark.slow
+def test_a_signal_during_the_imports_is_answered_before_the_first_step(shards: Path, tmp_path: Path) -> None:
+    process = start(command(shards, tmp_path / "run", *SETTINGS))
+    status = Path(f"/proc/{process.pid}/status")
+    while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGUSR2 - 1) & 1:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGUSR2)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE, output
+    assert f"stopped by SIGUSR2 after step 0 of {STEPS}" in output and metrics(tmp_path / "run") == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", signals.ASKING)
+def test_a_job_that_is_signalled_whole_ends_as_if_one_process_had_been(
+    number: signal.Signals, shards: Path, uninterrupted: Path, tmp_path: Path
+) -> None:
+    """As SLURM does it: every rank, and their loaders."""
+    run = tmp_path / "run"
+    process = start(command(shards, run, *SETTINGS, "trainer.devices=2"))
+    kill_after(process, run, 2, number, of="all")
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == EXIT_CODE, output
+    main(command(shards, run, *SETTINGS))
+    assert_close(run, uninterrupted)
+
+
+# SLURM -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A ``scontrol`` that knows job 42, in the state that the file ``state`` says, and notes what it was asked."""
+    folder = tmp_path / "slurm"
+    folder.mkdir()
+    (folder / "state").write_text("RUNNING")
+    program = folder / "scontrol"
+    program.write_text(
+        f'#!/bin/sh\necho "$@" >> {folder}/asked\n'
+        f'if [ "$1" = show ]; then echo "JobId=42 JobName=a JobState=$(cat {folder}/state) Requeue=1"; fi\n'
+        f'if [ "$1" = requeue ] && [ -e {folder}/refuses ]; then echo "requeue is disabled" >&2; exit 1; fi\n'
+    )
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "42")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    return folder
+
+
+def test_a_running_job_is_requeued_by_its_first_rank_only(slurm: Path) -> None:
+    assert not Preemption().requeue(first_rank=False) and not (slurm / "asked").exists()
+    assert Preemption().requeue(first_rank=True)
+    assert (slurm / "asked").read_text().splitlines() == ["show job --oneliner 42", "requeue 42"]
+
+
+@pytest.mark.parametrize("state", ["CANCELLED", "COMPLETING", "PENDING"])
+def test_a_job_that_was_cancelled_or_is_requeued_already_is_left_alone(
+    state: str, slurm: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "state").write_text(state)
+    assert not Preemption().requeue(first_rank=True)
+    assert "requeue" not in (slurm / "asked").read_text() and f"job 42 is {state}" in capsys.readouterr().err
+
+
+def test_torchrun_and_no_slurm_mean_no_requeue(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "a")
+    assert not Preemption().requeue(first_rank=True)
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID")
+    monkeypatch.delenv("SLURM_JOB_ID")
+    assert not Preemption().requeue(first_rank=True) and not (slurm / "asked").exists()
+
+
+def test_a_refused_requeue_and_a_missing_scontrol_are_said(
+    slurm: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (slurm / "refuses").touch()
+    assert not Preemption().requeue(first_rank=True)
+    assert "will not start job 42 again: requeue is disabled" in capsys.readouterr().err
+    monkeypatch.setenv("PATH", str(slurm / "nowhere"))
+    assert not Preemption().requeue(first_rank=True)
+    assert "No such file" in capsys.readouterr().err
+
+
+def test_a_requeued_rank_stays_until_slurm_ends_it_and_others_tell_with_one_exit_code_a_machine() -> None:
+    with signals.listening():
+        script = f"import os, time; time.sleep(1); os.kill({os.getpid()}, {int(signal.SIGTERM)})"
+        began = time.monotonic()
+        ender = subprocess.Popen([sys.executable, "-c", script])
+        with pytest.raises(SystemExit):
+            preemption.leave(requeued=True, local_rank=0)
+        assert time.monotonic() - began >= 1
+        ender.wait()
+    for local_rank, code in ((0, EXIT_CODE), (1, 0)):
+        with pytest.raises(SystemExit) as ended:
+            preemption.leave(requeued=False, local_rank=local_rank)
+        assert ended.value.code == code
