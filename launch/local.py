@@ -1,6 +1,7 @@
 """``launch=local``: here. One process runs in this one; several (``trainer.devices=2``) are started and watched by it.
 
 The watching process holds no part of the run: it passes signals on, ends the others when one fails, and says whose error came first.
+Lightning would start them from the first rank, and kill that without a word when another dies.
 """
 
 import os
@@ -17,6 +18,8 @@ from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
 from launch.processes import trains
+from pretrain import signals
+from pretrain.preemption import EXIT_CODE
 from pretrain.settings import Composed
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -49,57 +52,67 @@ def is_a_rank() -> bool:
 def run_together(composed: Composed, logs: Path) -> None:
     """Run the command as ``trainer.devices`` processes. Where one fails, say the first error and exit with its code."""
     count, node, began = composed.tree.trainer.devices, int(os.environ.get("NODE_RANK", 0)), time.time()
-    ours, theirs = os.pipe()[::-1]  # nothing is written: its end tells the ranks that this process is gone
+    theirs, ours = os.pipe()  # nothing is written: that its end closes tells the ranks that this process is gone
+    cores = len(os.sched_getaffinity(0))
     environment = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(max(1, len(os.sched_getaffinity(0)) // count)),
-        **os.environ,
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(max(1, cores // count)), **os.environ,
         "WORLD_SIZE": str(count * composed.tree.trainer.nodes), "NODE_RANK": str(node), failures.LOGS: str(logs), ranks.PARENT: str(theirs),
     }  # fmt: skip
     command = [sys.executable, *python_arguments(composed, composed.words)]
-    processes = [
-        # Groups of their own, or Ctrl-C would reach them twice: from the terminal and from here.
-        subprocess.Popen(
-            command, env=environment | {"LOCAL_RANK": str(i), "RANK": str(node * count + i)}, pass_fds=(theirs,), process_group=0,
-            stdin=subprocess.DEVNULL,
-        )
-        for i in range(count)
-    ]  # fmt: skip
-    os.close(theirs)
-    told: set[int] = set()
+    processes: list[subprocess.Popen] = []
+    told: list[int] = []
 
     def pass_on(number: int, _: FrameType | None) -> None:
-        told.add(number)
+        told.append(number)
         for process in processes:
-            if process.poll() is None:
+            if process.poll() is None and number != signal.SIGINT:  # which a terminal has sent to all of them
                 process.send_signal(number)
 
+    # A rank that is told before it listens would die of it: it starts deaf, and hears what came once it listens.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
+    for i in range(count):
+        place = {"LOCAL_RANK": str(i), "RANK": str(node * count + i)}
+        processes.append(
+            subprocess.Popen(command, env=environment | place, pass_fds=(theirs,), stdin=subprocess.DEVNULL)
+        )
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
+    if number := signals.noted():  # while this process read the command line
+        pass_on(number, None)
     try:
-        code, culprit = watch(processes)
+        code, culprit = watch(processes, told)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
         os.close(ours)
+        os.close(theirs)
+    if signal.SIGINT in told:
+        raise KeyboardInterrupt
     if code:
-        if not told:
+        if code != EXIT_CODE and not told:
             report(logs, began, culprit + node * count, code)
         sys.exit(code if code > 0 else 128 - code)
 
 
-def watch(processes: list[subprocess.Popen]) -> tuple[int, int]:
-    """Wait for all to end; the code and the place of the first that failed, or zeros. The others are killed if they linger."""
-    failed, deadline = -1, float("inf")
+def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]:
+    """Wait for all to end; the code and the place of the first that failed, or zeros.
+
+    After a failure, or Ctrl-C, those that linger are killed: a process may wait for ever for another that is gone.
+    """
+    failed, deadline = 0, float("inf")
     while any([process.poll() is None for process in processes]):
         time.sleep(0.1)
-        if failed < 0:
-            failed = next((i for i, process in enumerate(processes) if process.poll()), -1)
-            deadline = time.monotonic() + PATIENCE if failed >= 0 else deadline
+        codes = [process.poll() for process in processes]
+        if deadline == float("inf") and (any(codes) or signal.SIGINT in told):
+            failed = next((i for i, code in enumerate(codes) if code), 0)
+            deadline = time.monotonic() + PATIENCE
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
-    if failed < 0:
-        failed = next((i for i, process in enumerate(processes) if process.returncode), 0)
-    return processes[failed].returncode, failed
+    codes = [process.returncode for process in processes]
+    if not codes[failed]:
+        failed = next((i for i, code in enumerate(codes) if code), 0)
+    return codes[failed], failed
 
 
 def report(logs: Path, since: float, culprit: int, code: int) -> None:
