@@ -44,7 +44,7 @@ def test_the_script_of_a_training_job_says_what_was_set_and_nothing_else(
     )
     assert "trainer.devices=8 trainer.accelerator=gpu code=$?" in body
     assert (
-        text.index("export MASTER_ADDR") < text.index("module load cuda") < text.index("srun")
+        text.index("export MASTER_ADDR") < text.index("\nmodule load cuda\n") < text.index("srun")
     )  # so that set-up lines may change it
     assert list(tmp_path.iterdir()) == []
 
