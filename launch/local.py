@@ -109,10 +109,10 @@ def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()
-    codes = [process.returncode for process in processes]
-    if not codes[failed]:
-        failed = next((i for i, code in enumerate(codes) if code), 0)
-    return codes[failed], failed
+    ends = [process.wait() for process in processes]
+    if not ends[failed]:
+        failed = next((i for i, code in enumerate(ends) if code), 0)
+    return ends[failed], failed
 
 
 def report(logs: Path, since: float, culprit: int, code: int) -> None:
