@@ -1,7 +1,7 @@
 """Several processes of this machine: who tells them, who outlives whom, and who starts them again."""
 
+import contextlib
 import os
-import re
 import signal
 import subprocess
 import sys
@@ -53,6 +53,17 @@ def test_a_rank_does_not_outlive_what_started_it(tmp_path: Path) -> None:
     assert rank.wait(30) == -signal.SIGKILL
 
 
+def of_rank(run: Path, rank: int) -> list[int]:
+    """The processes of a rank of a run under torchrun."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):  # which has ended meanwhile
+            environment = (process / "environ").read_bytes().split(b"\0")
+            if {f"PRETRAIN_LOGS={run / 'logs' / 'torchrun'}".encode(), f"RANK={rank}".encode()} <= set(environment):
+                found.append(int(process.name))
+    return found
+
+
 @pytest.mark.slow
 def test_torchrun_starts_all_again_where_one_is_killed(tmp_path: Path) -> None:
     shards = write_tiles(tmp_path / "shards", [40, 37])
@@ -62,14 +73,7 @@ def test_torchrun_starts_all_again_where_one_is_killed(tmp_path: Path) -> None:
     while len(read_metrics(run)) < 3:
         assert process.poll() is None, process.communicate()[0]
         time.sleep(0.02)
-    tree = subprocess.run(["ps", "-eo", "pid,args"], capture_output=True, text=True).stdout
-    pids = [
-        int(line.split()[0])
-        for line in tree.splitlines()
-        if re.search(r"python\S* -u -m pretrain tile run=" + re.escape(str(run)), line)
-    ]
-    second = [pid for pid in pids if b"\0RANK=1\0" in Path(f"/proc/{pid}/environ").read_bytes()]
-    os.kill(second[0], signal.SIGKILL)
+    os.kill(min(of_rank(run, 1)), signal.SIGKILL)  # its loader, which came after it, has the same environment
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "resuming after step" in output or "Signal 9" in output
