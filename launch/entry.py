@@ -1,28 +1,42 @@
 """``pretrain``: read the command line, then run the command where ``launch=`` says."""
 
-import importlib
 import os
 import sys
 
 from data.fault import Fault
-from pretrain import cli
-from pretrain.settings import stem
+from launch import failures, ranks
+from launch.launcher import Launcher, run_here
+from pretrain import cli, plugins
 
 
 def main(arguments: list[str]) -> None:
     """Run one command line; a Fault ends it with one line and exit code 1, Ctrl-C with 130."""
     try:
+        ranks.settle()
         composed = cli.parse(arguments)
         if composed is None:
             sys.stdout.flush()
             return
-        config = composed.object()
-        importlib.import_module(f"pretrain.commands.{stem(composed.command)}").run(config)
+        if composed.launch:
+            plugins.build(composed.launch, base=Launcher).launch(composed)
+        else:
+            run_here(composed)
         sys.stdout.flush()
     except Fault as fault:
+        failures.record(fault)
         cli.fail(fault)
     except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except KeyboardInterrupt:
         print("pretrain: stopped; the same command continues.", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        file = failures.record(error)
+        if file is None or not failures.is_consequence(error):
+            raise
+        # Somebody else's traceback is the one to read; whoever started the ranks shows it.
+        print(
+            f"pretrain: rank {failures.rank()} stopped because another did; what broke here is in {file}",
+            file=sys.stderr,
+        )
+        sys.exit(1)

@@ -89,6 +89,7 @@ usage: pretrain COMMAND [key=value …] [--help] [--cfg job] [--config-dir DIR]
   pretrain tile --help             what a command does, and all its settings
   pretrain tile --cfg job          the whole resolved configuration, and where each value comes from
   pretrain tile recipe=… run=…     values come from configs/, a recipe overrides them, the command line overrides both
+  pretrain tile launch=slurm …     submits the command as a job, whichever it is; launch=torchrun restarts a training run that dies
 
 Every command can be stopped at any moment; the same command continues, or says that it is done.
 Start with 'pretrain demo'."""
@@ -109,6 +110,11 @@ def explain(command: str) -> str:
         if default != "null" and group != "recipe":
             files = [file for _, file in reversed(with_parents(group, default, [CONFIGS]))]
             sections.append(_indent(_indent("\n".join(_without_defaults(file.read_text()) for file in files))))
+    if "launch" not in body:
+        sections.append(
+            f"launch= one of: {', '.join(choices_of('launch', [CONFIGS]))} (default local): where it runs; "
+            f"'pretrain {command} launch=slurm --cfg job' prints the settings of a job, and launch.dry_run=true its script"
+        )
     sections.append(f"'pretrain {command} --cfg job' prints them all resolved, with where each value comes from.")
     return "\n\n".join(sections)
 

@@ -39,10 +39,10 @@ def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
     return {name: hints[name] for name in names}
 
 
-def schema(target: str) -> type:
+def schema(target: str, base: type = nn.Module) -> type:
     """A dataclass of ``_target_`` and the class's keyword-only arguments, all of them required."""
     return dataclasses.make_dataclass(
-        target.rpartition(".")[2] + "Settings", [("_target_", str), *settings_of(target).items()]
+        target.rpartition(".")[2] + "Settings", [("_target_", str), *settings_of(target, base).items()]
     )
 
 

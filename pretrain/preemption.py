@@ -54,8 +54,7 @@ class Preemption:
 def leave(requeued: bool, local_rank: int) -> None:
     """End this process, or wait for SLURM to end it.
 
-    One process a machine tells with its exit code; Lightning's launcher takes any other code than 0 of a process that it
-    started for a crash, and kills the one that started it.
+    One process a machine tells with its exit code; of the others any code but 0 would be taken for a crash.
     """
     while requeued and not signals.noted():
         time.sleep(0.5)

@@ -3,11 +3,14 @@
 ``configs/<command>.yaml`` composes a command's values (Hydra: groups, recipes, overrides); the dataclass ``Config`` in
 ``pretrain/commands/<command>.py`` gives their types. What the schema doesn't know is refused and the nearest name is
 suggested, ``+key=`` included, which Hydra alone would let pass.
+
+The group ``launch`` belongs to every command and to no command's ``Config``: where something is computed doesn't change what.
 """
 
 import dataclasses
 import difflib
 import importlib
+import re
 import shlex
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,8 +36,20 @@ class Composed:
 
     command: str
     tree: DictConfig  # typed and complete
+    launch: plugins.Plugin  # the group launch, typed too: where it runs
     files: list[tuple[str, Path]]  # (prefix of its keys, file), weakest first
-    overridden: set[str]  # keys set on the command line
+    overrides: list[str]  # key=value words of the command line
+    config_dirs: list[Path]  # the user's own folders of YAML
+
+    @property
+    def overridden(self) -> set[str]:
+        """Keys set on the command line."""
+        return {_key(override) for override in self.overrides}
+
+    @property
+    def words(self) -> list[str]:
+        """The command line's words that say what is computed, and not where."""
+        return [word for word in self.overrides if not re.match(r"[+~]*launch[.=]", word)]
 
     def object(self) -> Any:
         """The command's ``Config`` dataclass, nested dataclasses and plain lists and dicts throughout."""
@@ -68,9 +83,10 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
         else []
     )
     values, choices = _compose(command, overrides, search, directories)
+    launch = _typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = _typed(command, values)
     files = _files(command, choices, directories)
-    return Composed(command, tree, files, {_key(override) for override in overrides})
+    return Composed(command, tree, launch, files, overrides, directories[1:])
 
 
 def _compose(
@@ -79,9 +95,9 @@ def _compose(
     GlobalHydra.instance().clear()
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=stem(command)):
-            whole = compose(stem(command), overrides + search, return_hydra_config=True)
+            whole = compose(stem(command), _with_launch(command, overrides) + search, return_hydra_config=True)
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is set to null
-        raise Fault(_explain(command, overrides, directories, error)) from error
+        raise Fault(_explain(command, overrides, search, directories, error)) from error
     choices = {
         group: str(choice) for group, choice in whole.hydra.runtime.choices.items() if not group.startswith("hydra/")
     }
@@ -90,11 +106,35 @@ def _compose(
     return whole, choices
 
 
+def _with_launch(command: str, overrides: list[str]) -> list[str]:
+    """The overrides with the group ``launch`` added to a command's own: ``launch=local`` unless another is chosen.
+
+    A command whose own settings have that name (it computes something about a cluster) runs here.
+    """
+    if "launch" in _hints(command):
+        return overrides
+    chosen = [word for word in overrides if word.startswith("launch=")]
+    # Commas between values are Hydra's sweeps; the numbers of jobs are written like that everywhere else.
+    rest = [re.sub(r"^(launch\.after)=(\d+(?:,\d+)+)$", r"\1=[\2]", word) for word in overrides if word not in chosen]
+    return [f"+{word}" for word in chosen or ["launch=local"]] + rest
+
+
+def _hints(command: str) -> dict[str, Any]:
+    """The names and types of a command's own settings."""
+    return get_type_hints(importlib.import_module(f"pretrain.commands.{stem(command)}").Config)
+
+
+def _typed_launch(command: str, values: DictConfig) -> plugins.Plugin:
+    """Merge the group ``launch`` into the schema of the class that it names."""
+    kind = plugins.schema(values["_target_"], base=object)
+    tree = _merged(command, [("launch", kind)], OmegaConf.create({"launch": values}))
+    return vars(OmegaConf.to_object(tree.launch))
+
+
 def _typed(command: str, values: DictConfig) -> DictConfig:
     """Merge ``values`` into the command's schema, in which each plug-in's node takes the schema of its class."""
     fields = []
-    config = importlib.import_module(f"pretrain.commands.{stem(command)}").Config
-    for name, kind in get_type_hints(config).items():
+    for name, kind in _hints(command).items():
         if kind == plugins.Plugin or plugins.has_plugin_beside(kind):
             node = values.get(name)
             if not isinstance(node, DictConfig) or "_target_" not in node:
@@ -102,7 +142,12 @@ def _typed(command: str, values: DictConfig) -> DictConfig:
             target = node["_target_"]
             kind = plugins.schema(target) if kind == plugins.Plugin else plugins.schema_beside(kind, target)
         fields.append((name, kind))
-    tree = OmegaConf.structured(dataclasses.make_dataclass(config.__name__, fields))
+    return _merged(command, fields, values)
+
+
+def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> DictConfig:
+    """The values, typed by a schema of these fields. Raises Fault for what it doesn't know, and for values of another type."""
+    tree = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
     _spread_lists(dict(fields), values)
     try:
         return OmegaConf.merge(tree, values)  # type: ignore[return-value]
@@ -126,10 +171,13 @@ def _spread_lists(kinds: dict[str, Any], values: DictConfig) -> None:
             _spread_lists(get_type_hints(kind), value)
 
 
-def _explain(command: str, overrides: list[str], directories: list[Path], error: Exception) -> str:
+def _explain(command: str, overrides: list[str], search: list[str], directories: list[Path], error: Exception) -> str:
     """One sentence for Hydra's refusal: the first override whose key or choice is unknown, with the nearest known one."""
+    launch = [
+        word for word in overrides if word in {f"launch={choice}" for choice in choices_of("launch", directories)}
+    ]
     with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=stem(command)):
-        known = _keys(compose(stem(command)))
+        known = _keys(compose(stem(command), _with_launch(command, launch) + search))
     groups = {folder.name for directory in directories for folder in directory.iterdir() if folder.is_dir()}
     for text in overrides:
         try:
@@ -144,9 +192,24 @@ def _explain(command: str, overrides: list[str], directories: list[Path], error:
             options = choices_of(key, directories)
             if value not in options:
                 return f"there is no {key} {value!r}{nearest(value, set(options))} There are: {', '.join(options)}."
+        elif not launch and (others := _launches_with(key, directories)):
+            return (
+                f"{key} is a setting of {' and of '.join(others)}: give that too, as without it the command runs here."
+            )
         elif key not in known and not override.is_add():
             return f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, known)}"
     return " ".join(str(error).split())
+
+
+def _launches_with(key: str, directories: list[Path]) -> list[str]:
+    """The choices of ``launch=`` that have the setting ``key``."""
+    found = []
+    for choice in choices_of("launch", directories):
+        keys = {
+            prefix + name for prefix, file in with_parents("launch", choice, directories) for name in comments(file)
+        }
+        found += [f"launch={choice}"] if key in keys else []
+    return found
 
 
 def _keys(tree: DictConfig, prefix: str = "") -> set[str]:
@@ -221,6 +284,8 @@ def annotated(composed: Composed) -> str:
     for key in composed.overridden & set(origins):
         origins[key] = f"{_meaning(origins[key])}  [command line]".strip()
     lines = _lines(composed.tree, origins, "", 0)
+    if composed.launch.keys() > {"_target_"}:
+        lines += _lines(OmegaConf.create({"launch": composed.launch}), origins, "", 0)
     width = min(56, max((len(line) for line, origin in lines if origin), default=0))
     return "\n".join(f"{line:<{width}}  # {origin}" if origin else line for line, origin in lines)
 

@@ -19,6 +19,7 @@ def listen() -> None:
     """From now on the signals are noted instead of ending the process. Call it from the main thread."""
     for number in ASKING:
         signal.signal(number, _note)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # a process that is started as one of several was deaf until now
 
 
 @contextmanager

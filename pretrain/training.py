@@ -441,5 +441,6 @@ def _quieten_lightning() -> None:
         ".*IterableDataset.*",
         ".*LeafSpec.*",
         ".*returned a view tensor.*",
+        ".*`srun` command is available.*",
     ):
         warnings.filterwarnings("ignore", pattern)

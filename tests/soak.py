@@ -70,7 +70,7 @@ def children(process: int) -> list[int]:
 
 
 def is_rank(process: int) -> bool:
-    """Whether Lightning started it as a further rank; a loader, which is forked, has not been given a rank."""
+    """Whether it was started as one of several ranks; a loader, which is forked, has not been given a rank."""
     return b"\0LOCAL_RANK=" in Path(f"/proc/{process}/environ").read_bytes()
 
 
@@ -125,7 +125,7 @@ class Run:
 
 @dataclass
 class Job:
-    """A started command, its ranks being the process and those that Lightning starts from it."""
+    """A started command, its ranks being the processes that it starts, or itself where it starts none."""
 
     process: subprocess.Popen[bytes]
     run: Run
@@ -160,7 +160,7 @@ class Job:
         self.process.wait()
 
     def ranks(self) -> list[int]:
-        return [self.process.pid, *(child for child in children(self.process.pid) if is_rank(child))]
+        return [child for child in children(self.process.pid) if is_rank(child)] or [self.process.pid]
 
     def send(self, number: int, target: str, draw: random.Random) -> None:
         ranks = self.ranks()

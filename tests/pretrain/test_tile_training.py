@@ -173,8 +173,9 @@ def kill_after(
         os.killpg(process.pid, number)
     else:
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-        ranks = [child for child in children if b"\0LOCAL_RANK=1" in Path(f"/proc/{child}/environ").read_bytes()]
-        os.kill(process.pid if of == "first" else int(ranks[0]), number)
+        wanted = b"\0LOCAL_RANK=" + (b"0" if of == "first" else b"1")
+        ranks = [int(child) for child in children if wanted in Path(f"/proc/{child}/environ").read_bytes()]
+        os.kill(ranks[0] if ranks else process.pid, number)  # one process is its own first rank
     if number == signal.SIGKILL:
         process.communicate()
 

@@ -1,0 +1,21 @@
+"""``launch.array=40``: which commands can be shared by many jobs, and what merges what their parts made."""
+
+from data.fault import Fault
+from pretrain.settings import Composed
+
+
+def merging(composed: Composed) -> list[str] | None:
+    """The words of the command that merges a command's parts, or None where nothing is to be merged.
+
+    Raises Fault for a command that has no parts.
+    """
+    if "part" not in composed.tree:
+        raise Fault(
+            f"launch.array= is for commands that take part=, 'shard' and 'embed', and not for {composed.command!r}."
+        )
+    if composed.tree.part is not None:
+        raise Fault("launch.array= gives every job its part=: leave part= out.")
+    out = next(word for word in composed.words if word.startswith("out="))  # quoted as the user did
+    if composed.command == "shard":
+        return ["shards", "index", f"shards={out.removeprefix('out=')}"]
+    return ["embed", out, "merge=true"] if composed.tree.stage == "tile" else None

@@ -1,0 +1,137 @@
+"""``launch=local``: here. One process runs in this one; several (``trainer.devices=2``) are started and watched by it.
+
+The watching process holds no part of the run: it passes signals on, ends the others when one fails, and says whose error came first.
+Lightning would start them from the first rank, and kill that without a word when another dies.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+from data.fault import Fault
+from launch import failures, ranks
+from launch.launcher import Launcher, folder_of, python_arguments, run_here
+from launch.processes import trains
+from pretrain import signals
+from pretrain.preemption import EXIT_CODE
+from pretrain.settings import Composed
+
+PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+PATIENCE = 5.0  # seconds that the other ranks have to end by themselves after one has failed
+
+
+@dataclass(kw_only=True)
+class Local(Launcher):
+    """This machine."""
+
+    def launch(self, composed: Composed) -> None:
+        if not trains(composed) or is_a_rank() or composed.tree.trainer.devices < 2:
+            run_here(composed)
+            return
+        composed.object()  # what is missing is said once, by this process
+        nodes = composed.tree.trainer.nodes
+        if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+            raise Fault(
+                f"trainer.nodes={nodes} needs somebody who starts it on every node: launch=slurm or launch=torchrun."
+            )
+        run_together(composed, folder_of(composed).resolve() / "logs" / "local")
+
+
+def is_a_rank() -> bool:
+    """Whether something else has started this process as one of several: torchrun, srun, or this module."""
+    by_srun = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    return "LOCAL_RANK" in os.environ or by_srun
+
+
+def run_together(composed: Composed, logs: Path) -> None:
+    """Run the command as ``trainer.devices`` processes. Where one fails, say the first error and exit with its code."""
+    count, node, began = composed.tree.trainer.devices, int(os.environ.get("NODE_RANK", 0)), time.time()
+    theirs, ours = os.pipe()  # nothing is written: that its end closes tells the ranks that this process is gone
+    cores = len(os.sched_getaffinity(0))
+    environment = {
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(max(1, cores // count)), **os.environ,
+        "WORLD_SIZE": str(count * composed.tree.trainer.nodes), "NODE_RANK": str(node), failures.LOGS: str(logs), ranks.PARENT: str(theirs),
+    }  # fmt: skip
+    command = [sys.executable, *python_arguments(composed, composed.words)]
+    processes: list[subprocess.Popen] = []
+    told: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        for process in processes:
+            if process.poll() is None and number != signal.SIGINT:  # which a terminal has sent to all of them
+                process.send_signal(number)
+
+    # A rank that is told before it listens would die of it: it starts deaf, and hears what came once it listens.
+    signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
+    for i in range(count):
+        place = {"LOCAL_RANK": str(i), "RANK": str(node * count + i)}
+        processes.append(
+            subprocess.Popen(command, env=environment | place, pass_fds=(theirs,), stdin=subprocess.DEVNULL)
+        )
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
+    if number := signals.noted():  # while this process read the command line
+        pass_on(number, None)
+    try:
+        code, culprit = watch(processes, told)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(ours)
+        os.close(theirs)
+    if signal.SIGINT in told:
+        raise KeyboardInterrupt
+    if code:
+        if code != EXIT_CODE and not told:
+            report(logs, began, culprit + node * count, code)
+        sys.exit(code if code > 0 else 128 - code)
+
+
+def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]:
+    """Wait for all to end; the code and the place of the first that failed, or zeros.
+
+    After a failure, or Ctrl-C, those that linger are killed: a process may wait for ever for another that is gone.
+    """
+    failed, deadline = 0, float("inf")
+    while any([process.poll() is None for process in processes]):
+        time.sleep(0.1)
+        codes = [process.poll() for process in processes]
+        if deadline == float("inf") and (any(codes) or signal.SIGINT in told):
+            failed = next((i for i, code in enumerate(codes) if code), 0)
+            deadline = time.monotonic() + PATIENCE
+        if time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+    ends = [process.wait() for process in processes]
+    if not ends[failed]:
+        failed = next((i for i, code in enumerate(ends) if code), 0)
+    return ends[failed], failed
+
+
+def report(logs: Path, since: float, culprit: int, code: int) -> None:
+    """Say the first error of any rank, unless rank 0 has said it on this console already."""
+    file = failures.first(logs, since)
+    if file is not None and (file.name.startswith("error") or code > 0):
+        if not failures.said_by_first_rank(file):
+            print(file.read_text(), end="", file=sys.stderr)
+    elif code < 0:
+        print(
+            f"pretrain: rank {culprit} was killed by {signal.Signals(-code).name}"
+            f"{' (by the system, if memory ran out)' if code == -signal.SIGKILL else ''}; the same command continues.",
+            file=sys.stderr,
+        )
+    print(f"pretrain: the logs of all ranks are in {logs}", file=sys.stderr)
+
+
+def free_port() -> int:
+    """A port of this machine that nobody listens on."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]

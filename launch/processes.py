@@ -1,0 +1,61 @@
+"""How many processes a command runs as, where ``launch.*`` and ``trainer.*`` both have a say."""
+
+from dataclasses import dataclass
+
+from data.fault import Fault
+from pretrain.settings import Composed
+
+
+@dataclass(frozen=True)
+class Processes:
+    """``each`` processes on every one of ``nodes``, with ``gpus`` a node: as many as processes, or none."""
+
+    nodes: int
+    each: int
+    gpus: int
+
+
+def trains(composed: Composed) -> bool:
+    """Whether a command runs as several processes that act as one: those with settings ``trainer.*`` do."""
+    return "trainer" in composed.tree
+
+
+def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) -> tuple[Processes, list[str]]:
+    """The processes of a command, and the words of its command line with ``trainer.*`` set to match.
+
+    Raises Fault where the settings contradict each other, or don't say enough.
+    """
+    if not trains(composed):
+        if nodes != 1 or each not in (None, 1):
+            raise Fault(
+                f"'pretrain {composed.command}' is one process: launch.nodes and launch.processes_per_node are for 'tile' and 'slide'"
+                f"{'; more machines take part with launch.array=' if 'part' in composed.tree else ''}."
+            )
+        return Processes(1, 1, gpus or 0), composed.words
+    trainer = composed.tree.trainer
+    asked = {
+        key: trainer[key] for key in ("nodes", "devices", "accelerator") if f"trainer.{key}" in composed.overridden
+    }
+    on_cpu = asked.get("accelerator") == "cpu"
+    if gpus is None:
+        if not on_cpu and each is None and "devices" not in asked:
+            raise Fault(
+                "launch.gpus_per_node must be given: a process trains on each; 0 is for CPUs, with launch.processes_per_node=."
+            )
+        gpus = 0 if on_cpu or each is not None else asked["devices"]
+    if gpus and each not in (None, gpus):
+        raise Fault(
+            f"launch.processes_per_node={each} contradicts launch.gpus_per_node={gpus}: a process trains on each GPU."
+        )
+    each = gpus or each or asked.get("devices", 1)
+    found = Processes(nodes, each, gpus)
+    meant = {"nodes": nodes, "devices": each, "accelerator": "gpu" if gpus else "cpu"}
+    for key, value in asked.items():
+        if value not in (meant[key], "auto"):
+            raise Fault(
+                f"trainer.{key}={value} contradicts launch.*, by which it is {meant[key]}: leave it out, launch sets it."
+            )
+    return found, [
+        *composed.words,
+        *(f"trainer.{key}={value}" for key, value in meant.items() if asked.get(key) != value),
+    ]

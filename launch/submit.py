@@ -1,0 +1,37 @@
+"""Handing a script to sbatch, and saying how to follow the job."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from data.fault import Fault
+from pretrain.progress import say
+from pretrain.run_folder import write
+
+
+def submit(path: Path, text: str, logs: Path) -> str:
+    """Write the script, submit it, and return the job's number. Raises Fault where SLURM isn't here or refuses it."""
+    if shutil.which("sbatch") is None:
+        raise Fault(
+            "sbatch is not here: launch=slurm is for a cluster's login node; launch.dry_run=true prints the script, launch=local runs here."
+        )
+    write(path, text)
+    logs.mkdir(parents=True, exist_ok=True)  # SLURM doesn't, and a job whose log can't be opened ends without a word
+    answer = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
+    if answer.returncode:
+        problem = " ".join(answer.stderr.split()).removeprefix("sbatch: error: ")
+        raise Fault(f"sbatch refused {path}: {problem}")
+    return answer.stdout.strip().partition(";")[0]
+
+
+def announce(number: str, name: str, script: Path, logs: Path, array: int = 0) -> None:
+    """Print the job's number for scripts, and how to follow it for people."""
+    one = f"{number}_0" if array else number
+    said = f"{array} jobs" if array else "job"
+    say(f"submitted {said} {number} ({name})")
+    say(f"  script   {script}")
+    say(f"  queue    squeue --jobs={number}")
+    say(f"  logs     {logs / one}/, and the job's own in {logs / one}.log")
+    say(f"  follow   tail -F {logs / one}.log {logs / one}/rank-00000.log")
+    say(f"  cancel   scancel {number}")
+    print(number, flush=True)

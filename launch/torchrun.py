@@ -1,0 +1,58 @@
+"""``launch=torchrun``: a training command under torchrun, which starts all its processes again where one dies."""
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+
+from data.fault import Fault
+from launch import failures
+from launch.launcher import Launcher, folder_of, python_arguments
+from launch.processes import arrange, trains
+from pretrain.settings import Composed
+
+
+@dataclass(kw_only=True)
+class Torchrun(Launcher):
+    """The settings, explained in ``configs/launch/torchrun.yaml``."""
+
+    nodes: int
+    gpus_per_node: int | None
+    processes_per_node: int | None
+    max_restarts: int
+    endpoint: str | None
+    dry_run: bool
+
+    def launch(self, composed: Composed) -> None:
+        composed.object()
+        command = self.command(composed)
+        if self.dry_run:
+            print(shlex.join(command))
+            return
+        logs, began = folder_of(composed).resolve() / "logs" / "torchrun", time.time()
+        # PYTHONSAFEPATH is what -P is elsewhere: torchrun starts the interpreter itself.
+        ended = subprocess.run(command, env=os.environ | {failures.LOGS: str(logs), "PYTHONSAFEPATH": "1"})
+        if ended.returncode:
+            if (file := failures.first(logs, since=began)) is not None:
+                print(file.read_text(), end="", file=sys.stderr)
+            print(f"pretrain: the logs of all ranks are in {logs}", file=sys.stderr)
+            sys.exit(1)
+
+    def command(self, composed: Composed) -> list[str]:
+        """What is started, the same on every node. Raises Fault where the settings don't fit the command or each other."""
+        if not trains(composed):
+            raise Fault(f"'pretrain {composed.command}' is one process: launch=torchrun is for 'tile' and 'slide'.")
+        if self.nodes > 1 and self.endpoint is None:
+            raise Fault("launch.endpoint must be given: host:port of one of the nodes, where they find each other.")
+        processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
+        meeting = (
+            ["--standalone"]
+            if self.nodes == 1
+            else ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={folder_of(composed).name}"]
+        )
+        return [
+            sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.nodes}", f"--nproc-per-node={processes.each}",
+            f"--max-restarts={self.max_restarts}", *meeting, *python_arguments(composed, words)[1:],
+        ]  # fmt: skip

@@ -1,0 +1,118 @@
+"""Which error is shown when several processes run one command and one of them fails."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.fault import Fault
+from launch import failures
+from tests.data.tile_folders import write_tiles
+from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, metrics
+
+
+def record_as(monkeypatch: pytest.MonkeyPatch, logs: Path, rank: int, error: BaseException, attempt: int = 0) -> None:
+    monkeypatch.setenv(failures.LOGS, str(logs))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(attempt))
+    try:
+        raise error
+    except type(error) as raised:
+        assert failures.record(raised) is not None
+
+
+def test_an_error_comes_before_its_consequences_even_when_they_are_written_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = RuntimeError(
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:547] Connection closed by peer [127.0.0.1]:4711"
+    )
+    record_as(monkeypatch, tmp_path, 0, lost)
+    record_as(monkeypatch, tmp_path, 2, lost)
+    record_as(monkeypatch, tmp_path, 1, ZeroDivisionError("division by zero"))
+    record_as(monkeypatch, tmp_path, 3, ValueError("later"))
+    found = failures.first(tmp_path)
+    assert found is not None
+    lines = found.read_text().splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("pretrain: rank 1 on ")
+    assert lines[-1].endswith("ZeroDivisionError: division by zero")
+    # The script of a job has only a shell: sorted by name it is the first too.
+    assert sorted(path.name for path in tmp_path.iterdir())[0] == found.name
+
+
+def test_consequences_are_shown_where_nobody_left_an_error_and_older_attempts_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_as(monkeypatch, tmp_path, 1, ValueError("of the first attempt"))
+    record_as(monkeypatch, tmp_path, 0, RuntimeError("NCCL error: remote process exited"), attempt=1)
+    found = failures.first(tmp_path)
+    assert found is not None and "remote process exited" in found.read_text()
+    assert failures.first(tmp_path, since=time.time() + 1) is None
+
+
+def test_a_fault_is_one_line_and_is_not_said_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_as(monkeypatch, tmp_path, 1, Fault("the disk is full."))
+    found = failures.first(tmp_path)
+    assert (
+        found is not None and found.read_text().count("\n") == 1 and found.read_text().endswith(": the disk is full.\n")
+    )
+    assert not failures.said_by_first_rank(found)
+    record_as(monkeypatch, tmp_path, 0, Fault("the disk is full."))
+    assert failures.said_by_first_rank(found)
+
+
+def test_a_process_that_is_alone_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(failures.LOGS, raising=False)
+    assert failures.record(ValueError("x")) is None
+
+
+# An objective that fails on one rank in the third step.
+OWN = """
+import os
+
+from pretrain.objectives.mae import MAE
+
+class Failing(MAE):
+    def loss(self, part, moment):
+        if moment.step == 2 and os.environ["FAILING_RANK"] == os.environ.get("RANK", os.environ.get("SLURM_PROCID")):
+            raise ZeroDivisionError("the third step of this rank")
+        return super().loss(part, moment)
+"""
+
+
+def failing_run(tmp_path: Path, shards: Path, rank: int) -> tuple[list[str], dict[str, str]]:
+    """The words and the environment of a small run whose objective fails on one rank in its third step."""
+    (tmp_path / "failing.py").write_text(OWN)
+    kept = {name: value for name, value in os.environ.items() if name not in GROUP}
+    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{tmp_path}", "FAILING_RANK": str(rank)}
+    small = [word for word in TINY if not word.startswith(("objective.", "data.crops.local"))]
+    words = [
+        "tile", f"run={tmp_path / 'run'}", f"data.shards={shards}", "recipe=small_mae", "objective._target_=failing.Failing", *small,
+        "optim.frozen_last_layer_steps=0",
+    ]  # fmt: skip
+    return words, environment
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
+
+
+def test_the_last_lines_name_the_rank_that_failed_and_not_those_that_lost_it(shards: Path, tmp_path: Path) -> None:
+    words, environment = failing_run(tmp_path, shards, rank=1)
+    ended = subprocess.run(
+        [sys.executable, "-m", "pretrain", *words, "trainer.devices=2"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
+    )  # fmt: skip
+    logs = tmp_path / "run" / "logs" / "local"
+    assert ended.returncode == 1, ended.stderr
+    *_, error, where = ended.stderr.splitlines()
+    assert error.startswith("pretrain: rank 1 on ") and error.endswith("ZeroDivisionError: the third step of this rank")
+    assert where == f"pretrain: the logs of all ranks are in {logs}"
+    assert ended.stderr.count("Traceback") == 1 and "gloo" not in ended.stderr
+    assert "ZeroDivisionError" in (logs / "rank-00001.log").read_text()
+    assert (logs / "rank-00000.log").read_text() in ended.stderr  # the console is the first rank's, and a copy is kept
+    assert len(metrics(tmp_path / "run")) == 2

@@ -1,0 +1,187 @@
+"""Jobs on a real SLURM of two nodes: whatever happens to them, their losses are those of a run here."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from data.shard_index import ShardIndex
+from launch.entry import main
+from pretrain.run_folder import read_metrics
+from tests.data.synthetic_slides import stained, write_slide
+from tests.data.tile_folders import write_tiles
+from tests.launch.slurm_cluster import Cluster
+from tests.launch.test_failures import failing_run
+from tests.pretrain import test_slide_training as slide_stage
+from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, assert_close, command
+from tests.pretrain.wavy_slides import write_wavy_slides
+
+# The same steps, whatever the time they take.
+SLOWLY = """
+import os
+import time
+
+from pretrain.objectives.mae import MAE
+
+class Slow(MAE):
+    def after_step(self, moment):
+        time.sleep(float(os.environ.get("SECONDS_A_STEP", "0")))
+        super().after_step(moment)
+"""
+
+
+def environment(own: Path | None = None, **variables: str) -> dict[str, str]:
+    """Ours for a command, with a folder of the user's own modules."""
+    kept = {name: value for name, value in os.environ.items() if name not in GROUP}
+    return kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{own}" if own else str(ROOT)} | variables
+
+
+def submit(cluster: Cluster, *words: str, variables: dict[str, str] | None = None) -> list[str]:
+    """What ``pretrain … launch=slurm`` prints: the numbers of the jobs."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *words, "launch=slurm"], cwd=ROOT, env=(variables or environment()) | cluster.environment,
+        capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "tail -F " in done.stderr and "squeue --jobs=" in done.stderr
+    return done.stdout.split()
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
+
+
+@pytest.fixture(scope="module")
+def here(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the tile stage in one process."""
+    run = tmp_path_factory.mktemp("here") / "run"
+    main(command(shards, run))
+    return run
+
+
+def nodes(nodes: int, each: int) -> list[str]:
+    return [f"launch.nodes={nodes}", f"launch.processes_per_node={each}"]
+
+
+def test_two_nodes_train_to_the_losses_of_one_process_here(
+    cluster: Cluster, shards: Path, here: Path, tmp_path: Path
+) -> None:
+    (job,) = submit(cluster, *command(shards, tmp_path / "run"), *nodes(2, 1), "launch.partition=low")
+    cluster.wait(job, "COMPLETED", seconds=300)
+    assert_close(tmp_path / "run", here)
+    logs = tmp_path / "run" / "logs"
+    assert {path.name for path in (logs / job).iterdir()} == {"rank-00000.log", "rank-00001.log"}
+    assert "6 steps in" in (logs / job / "rank-00000.log").read_text()
+    assert (tmp_path / "run" / "tile.sbatch").read_text().startswith("#!/bin/bash\n# Written by: pretrain tile run=")
+
+
+def test_an_array_of_jobs_cuts_what_one_cuts_and_another_job_merges_it(cluster: Cluster, tmp_path: Path) -> None:
+    (tmp_path / "slides").mkdir()
+    for name in ("a", "b", "c"):
+        write_slide(
+            tmp_path / "slides" / f"{name}.tiff", stained(400, 600, [(200, 200, 150), (450, 200, 100)]), mpp=0.5
+        )
+    words = ["shard", f"slides={tmp_path / 'slides'}", "tile_size=64", "workers=1"]
+    jobs = submit(cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2")
+    main([*words, f"out={tmp_path / 'whole'}"])
+    for job in jobs:
+        cluster.wait(job, "COMPLETED", "PENDING" if job == jobs[0] else "COMPLETED", seconds=240)
+    ours, expected = (ShardIndex.open(tmp_path / name) for name in ("array", "whole"))
+    assert sorted(ours.slides) == sorted(expected.slides) and len(ours.file) == len(expected.file) > 0
+
+
+@pytest.mark.slow
+def test_the_first_error_of_any_rank_is_the_last_thing_in_the_jobs_log(
+    cluster: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    words, variables = failing_run(tmp_path, shards, rank=1)
+    (job,) = submit(cluster, *words, *nodes(2, 1), variables=variables)
+    while cluster.states(job) not in (["FAILED"], ["COMPLETED"]):
+        time.sleep(0.5)
+    *_, error, where = (tmp_path / "run" / "logs" / f"{job}.log").read_text().splitlines()
+    assert error.startswith("pretrain: rank 1 on ") and error.endswith("ZeroDivisionError: the third step of this rank")
+    assert where.startswith("pretrain: exit code 1; the logs of all ranks are in ")
+
+
+@pytest.mark.slow
+def test_two_processes_on_one_node_do_as_well(cluster: Cluster, shards: Path, here: Path, tmp_path: Path) -> None:
+    (job,) = submit(cluster, *command(shards, tmp_path / "run"), *nodes(1, 2))
+    cluster.wait(job, "COMPLETED", seconds=300)
+    assert_close(tmp_path / "run", here)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("machines", "each"), [(2, 1), (1, 2)])
+def test_the_slide_stage_does_too(cluster: Cluster, machines: int, each: int, tmp_path: Path) -> None:
+    store = write_wavy_slides(tmp_path / "embeddings", 6, columns=8, rows=6, fewer=6)
+    settings = [
+        f"data.embeddings={store}",
+        "optim.steps=6",
+        "trainer.checkpoint_every=3",
+        "trainer.accelerator=cpu",
+        *slide_stage.SMALL,
+    ]
+    (job,) = submit(cluster, "slide", f"run={tmp_path / 'run'}", *settings, *nodes(machines, each))
+    main(["slide", f"run={tmp_path / 'here'}", *settings])
+    cluster.wait(job, "COMPLETED", seconds=300)
+    for ours, theirs in zip(slide_stage.metrics(tmp_path / "run"), slide_stage.metrics(tmp_path / "here"), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+# Stopped and put back into the queue ------------------------------------------------------------------------------------
+
+
+def slow_command(shards: Path, folder: Path, run: str) -> list[str]:
+    """A run of twelve steps that take as long as the environment says, and nearly nothing where it says nothing."""
+    (folder / "slow.py").write_text(SLOWLY)
+    others = ("objective.", "data.crops.local", "optim.", "trainer.checkpoint_every")
+    return [
+        "tile", f"run={folder / run}", f"data.shards={shards}", "recipe=small_mae", "objective._target_=slow.Slow",
+        *(word for word in TINY if not word.startswith(others)), "optim.warmup_steps=2", "optim.steps=12", "trainer.checkpoint_every=100",
+    ]  # fmt: skip
+
+
+def until_steps(run: Path, steps: int) -> None:
+    end = time.monotonic() + 240
+    while len(read_metrics(run)) < steps:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("reason", ["a job of higher priority", "scontrol requeue", "the time limit"])
+def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
+    cluster: Cluster, shards: Path, tmp_path: Path, reason: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pretrain", *slow_command(shards, tmp_path, "here")],
+        env=environment(tmp_path), capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    # SLURM looks at time limits twice a minute and tells a job up to a minute early: the steps have to outlast that.
+    limited = reason == "the time limit"
+    limit = ["launch.time=1", "launch.signal_seconds=20"] if limited else []
+    (job,) = submit(
+        cluster, *slow_command(shards, tmp_path, "run"), *nodes(2, 1), "launch.partition=low", *limit,
+        variables=environment(tmp_path, SECONDS_A_STEP="8" if limited else "2"),
+    )  # fmt: skip
+    until_steps(tmp_path / "run", 2)
+    if reason == "a job of higher priority":
+        script = tmp_path / "urgent.sbatch"
+        script.write_text("#!/bin/bash\nsleep 1\n")
+        urgent = cluster.ask(
+            "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", str(script)
+        )
+        cluster.wait(urgent.strip(), "COMPLETED")
+    elif reason == "scontrol requeue":
+        cluster.ask("scontrol", "requeue", job)
+    cluster.wait(job, "COMPLETED", seconds=500)
+    assert cluster.restarts(job) >= 1
+    said = (tmp_path / "run" / "logs" / job / "rank-00000.log").read_text()
+    if limited:
+        assert "stopped by SIGUSR1" in said and "resuming after step" in said
+    assert_close(tmp_path / "run", tmp_path / "here")

@@ -1,0 +1,219 @@
+"""What ``launch=`` makes of its settings, without a cluster: the script's text, torchrun's command, and what is refused."""
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from launch.entry import main
+from launch.processes import Processes, arrange
+from pretrain.settings import annotated, load
+
+TILE = ["tile", "run=runs/first", "data.shards=shards"]
+
+
+def script(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    main([*words, "launch=slurm", "launch.dry_run=true"])
+    return capsys.readouterr().out
+
+
+def options(text: str) -> dict[str, str]:
+    """sbatch's options in a script."""
+    lines = [line.removeprefix("#SBATCH --") for line in text.splitlines() if line.startswith("#SBATCH")]
+    return {name: value for name, _, value in (line.partition("=") for line in lines)}
+
+
+def test_the_script_of_a_training_job_says_what_was_set_and_nothing_else(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    text = script(capsys, *TILE, "launch.nodes=4", "launch.gpus_per_node=8", "launch.partition=gpu", "launch.account=lab", "launch.qos=long",
+                  "launch.time=2-00:00:00", "launch.cpus_per_task=12", "launch.mem=0", "launch.after=12,13", "launch.sbatch=['--constraint=h100']",
+                  "launch.setup=[module load cuda]", "launch.container='apptainer exec --nv it.sif'", "launch.python=python3")  # fmt: skip
+    logs = tmp_path / "runs" / "first" / "logs"
+    assert options(text) == {
+        "job-name": "tile-first", "chdir": str(tmp_path), "output": f"{logs}/%j.log", "open-mode": "append", "partition": "gpu", "account": "lab",
+        "qos": "long", "time": "2-00:00:00", "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "12", "mem": "0",
+        "dependency": "afterok:12:13", "kill-on-invalid-dep": "yes", "signal": "USR1@120", "requeue": "", "constraint": "h100",
+    }  # fmt: skip
+    body = " ".join(text.replace("\\\n", " ").split())
+    assert (
+        "--cpus-per-task=12 apptainer exec --nv it.sif python3 -P -m pretrain tile run=runs/first data.shards=shards trainer.nodes=4 "
+        in body
+    )
+    assert "trainer.devices=8 trainer.accelerator=gpu code=$?" in body
+    assert (
+        text.index("export MASTER_ADDR") < text.index("\nmodule load cuda\n") < text.index("srun")
+    )  # so that set-up lines may change it
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*TILE, "launch.gpus_per_node=2", "launch.doctor=true"],
+        ["shard", "slides='a b.svs c'", "out='my shards'", "launch.array=3"],
+        ["export", "checkpoint=runs/first", "out=encoder"],
+    ],
+)
+def test_every_script_is_a_shell_script(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
+    checked = subprocess.run(["bash", "-n"], input=script(capsys, *words), capture_output=True, text=True)
+    assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_the_words_of_a_command_reach_it_unharmed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The part of the script that runs the command is run, with a python that prints what it is given."""
+    printing = tmp_path / "python"
+    printing.write_text('#!/bin/sh\nfor word in "$@"; do echo "$word"; done\n')
+    printing.chmod(0o755)
+    text = script(
+        capsys,
+        "shard",
+        "slides=['it is $a.svs']",
+        "out='$HOME and more'",
+        "launch.array=40",
+        f"launch.python={printing}",
+    )
+    run = text[text.index("srun") : text.index(" &\nwait")].partition("\\\n")[2]
+    said = subprocess.run(["bash", "-c", run], env={"SLURM_ARRAY_TASK_ID": "2"}, capture_output=True, text=True).stdout
+    assert said.splitlines() == [
+        "-P",
+        "-m",
+        "pretrain",
+        "shard",
+        "slides=['it is $a.svs']",
+        "out='$HOME and more'",
+        "part=3/40",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("words", "merging"),
+    [
+        (["shard", "slides=a", "out=b"], "shards index \\\n    shards=b &"),
+        (
+            ["embed", "slides=a", "out=b", "checkpoint=c", "launch.gpus_per_node=1"],
+            "embed \\\n    out=b \\\n    merge=true &",
+        ),
+    ],
+)
+def test_an_array_is_followed_by_the_job_that_merges_it(
+    capsys: pytest.CaptureFixture[str], words: list[str], merging: str
+) -> None:
+    array, merge = script(capsys, *words, "launch.array=40", "launch.array_at_once=5").split("\n#!/bin/bash\n")
+    assert options(array)["array"] == "0-39%5" and options(merge)["dependency"] == "afterok:ARRAY"
+    assert merging in merge and "part=" not in merge.partition("export")[2] and "gpus-per-node" not in options(merge)
+    assert options(array)["signal"] == "B:USR1@120"
+
+
+def test_where_it_runs_is_no_part_of_what_it_computes() -> None:
+    plain, submitted = load(TILE[0], TILE[1:]), load(TILE[0], [*TILE[1:], "launch=slurm", "launch.nodes=2"])
+    assert plain.tree == submitted.tree and submitted.words == TILE[1:]
+    text = annotated(submitted)
+    assert "launch:" in text and "nodes: 2 " in text and text.count("[command line]") == 3
+    assert "launch" not in annotated(plain)
+
+
+def test_a_clusters_own_values_are_a_file_of_the_users(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "launch" / "ours.yaml").write_text(
+        "defaults:\n  - slurm\n  - _self_\npartition: gpu  # of the hospital\n"
+    )
+    main([*TILE, "--config-dir", str(tmp_path), "launch=ours", "launch.gpus_per_node=1", "launch.dry_run=true"])
+    text = capsys.readouterr().out
+    assert options(text)["partition"] == "gpu" and f"pretrain tile --config-dir {tmp_path} \\\n" in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["launch=slrum"], "there is no launch 'slrum'; did you mean 'slurm'?"),
+        (["launch=slurm", "launch.node=2"], "there is no setting 'launch.node' in 'pretrain tile'; did you mean 'launch.nodes'?"),
+        (["launch=slurm", "+launch.node=2"], "there is no setting 'launch.node' in 'pretrain tile'; did you mean 'launch.nodes'?"),
+        (["launch.partition=gpu"], "launch.partition is a setting of launch=slurm: give that too"),
+        (["launch=slurm", "launch.nodes=two"], "launch.nodes: "),
+        (["launch=slurm"], "launch.gpus_per_node must be given"),
+        (["launch=slurm", "launch.gpus_per_node=4", "trainer.devices=3"], "trainer.devices=3 contradicts launch.*, by which it is 4"),
+        (["launch=slurm", "launch.gpus_per_node=4", "trainer.accelerator=cpu"], "trainer.accelerator=cpu contradicts launch.*, by which it is gpu"),
+        (["launch=slurm", "launch.gpus_per_node=4", "launch.processes_per_node=2"], "a process trains on each GPU"),
+        (["launch=slurm", "launch.gpus_per_node=4", "launch.array=3"], "launch.array= is for commands that take part="),
+        (["launch=torchrun", "launch.nodes=2", "launch.gpus_per_node=1"], "launch.endpoint must be given"),
+        (["trainer.nodes=2", "trainer.devices=2"], "trainer.nodes=2 needs somebody who starts it on every node"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_refused_in_one_line(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*TILE, *words])
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and said.out == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["launch=slurm", "launch.nodes=2"], "'pretrain shard' is one process: launch.nodes"),
+        (["launch=slurm", "launch.array=2", "part=1/2"], "leave part= out"),
+        (["launch=torchrun"], "launch=torchrun is for 'tile' and 'slide'"),
+    ],
+)
+def test_one_process_is_not_spread(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["shard", "slides=a", "out=b", *words])
+    assert sentence in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "nodes", "gpus", "each", "found"),
+    [
+        ([], 4, 8, None, Processes(4, 8, 8)),
+        ([], 2, 0, 3, Processes(2, 3, 0)),
+        ([], 2, None, 3, Processes(2, 3, 0)),
+        ([], 1, 0, None, Processes(1, 1, 0)),
+        (["trainer.devices=2"], 1, None, None, Processes(1, 2, 2)),
+        (["trainer.devices=2", "trainer.accelerator=cpu"], 3, None, None, Processes(3, 2, 0)),
+    ],
+)
+def test_launch_and_trainer_settings_agree(
+    words: list[str], nodes: int, gpus: int | None, each: int | None, found: Processes
+) -> None:
+    processes, words = arrange(load("tile", [*TILE[1:], *words]), nodes, gpus, each)
+    trainer = load("tile", words).tree.trainer
+    assert processes == found
+    assert (trainer.nodes, trainer.devices, trainer.accelerator) == (
+        found.nodes,
+        found.each,
+        "gpu" if found.gpus else "cpu",
+    )
+
+
+def test_torchruns_command_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    main(
+        [
+            *TILE,
+            "launch=torchrun",
+            "launch.nodes=2",
+            "launch.gpus_per_node=8",
+            "launch.endpoint=node1:29400",
+            "launch.dry_run=true",
+        ]
+    )
+    words = capsys.readouterr().out.split()
+    assert words[1:9] == ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", "--rdzv-backend=c10d",
+                          "--rdzv-endpoint=node1:29400", "--rdzv-id=first"]  # fmt: skip
+    assert words[9:12] == ["-m", "pretrain", "tile"] and words[-3:] == [
+        "trainer.nodes=2",
+        "trainer.devices=8",
+        "trainer.accelerator=gpu",
+    ]
+
+
+def test_no_slurm_here_is_said(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    with pytest.raises(SystemExit):
+        main(["export", "checkpoint=a", f"out={tmp_path / 'b'}", "launch=slurm", f"launch.folder={tmp_path / 'there'}"])
+    assert "sbatch is not here" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
