@@ -78,8 +78,8 @@ class SlideDecoder(nn.Module):
         embedded = self.embed(tiles)
         x = self.mask_token.to(embedded.dtype).expand(len(cells), -1).index_copy(0, visible, embedded)
         if self.nearby is not None:
-            slides = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            counts = [slides[rows.cpu()].bincount(minlength=len(lengths)).tolist() for rows in (visible, masked)]
+            of_slide = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
+            counts = [of_slide[rows.cpu()].bincount(minlength=len(lengths)).tolist() for rows in (visible, masked)]
             x = x.index_add(0, masked, self.nearby(embedded, cells[visible], cells[masked], *counts))
         x = x + position_embedding(cells, self.width).to(x.dtype)
         tokens = self.embed(cls)
