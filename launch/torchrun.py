@@ -27,14 +27,13 @@ class Torchrun(Launcher):
 
     def launch(self, composed: Composed) -> None:
         composed.object()
-        command = self.command(composed)
-        if self.dry_run:
-            print(shlex.join(command))
-            return
-        logs, began = folder_of(composed).resolve() / "logs" / "torchrun", time.time()
+        command, logs, began = self.command(composed), folder_of(composed).resolve() / "logs" / "torchrun", time.time()
         # PYTHONSAFEPATH is what -P is elsewhere: torchrun starts the interpreter itself. With the store that torchrun meets in, ranks
         # that are started again would look for those before them, at addresses where nobody is any more.
         surroundings = {failures.LOGS: str(logs), "PYTHONSAFEPATH": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+        if self.dry_run:
+            print(shlex.join(["env", *(f"{name}={value}" for name, value in surroundings.items()), *command]))
+            return
         ended = subprocess.run(command, env=os.environ | surroundings)
         if ended.returncode:
             if (file := failures.first(logs, since=began)) is not None:
