@@ -27,13 +27,14 @@ class Torchrun(Launcher):
 
     def launch(self, composed: Composed) -> None:
         composed.object()
-        command = self.command(composed)
+        command, logs, began = self.command(composed), folder_of(composed).resolve() / "logs" / "torchrun", time.time()
+        # PYTHONSAFEPATH is what -P is elsewhere: torchrun starts the interpreter itself. With the store that torchrun meets in, ranks
+        # that are started again would look for those before them, at addresses where nobody is any more.
+        surroundings = {failures.LOGS: str(logs), "PYTHONSAFEPATH": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if self.dry_run:
-            print(shlex.join(command))
+            print(shlex.join(["env", *(f"{name}={value}" for name, value in surroundings.items()), *command]))
             return
-        logs, began = folder_of(composed).resolve() / "logs" / "torchrun", time.time()
-        # PYTHONSAFEPATH is what -P is elsewhere: torchrun starts the interpreter itself.
-        ended = subprocess.run(command, env=os.environ | {failures.LOGS: str(logs), "PYTHONSAFEPATH": "1"})
+        ended = subprocess.run(command, env=os.environ | surroundings)
         if ended.returncode:
             if (file := failures.first(logs, since=began)) is not None:
                 print(file.read_text(), end="", file=sys.stderr)
