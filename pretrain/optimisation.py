@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from data.fault import Fault
 from pretrain.across_ranks import total
+from pretrain.losses.precision import wide
 from pretrain.teacher import local
 
 
@@ -119,14 +120,16 @@ def set_rates(
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients so that their joint norm is at most ``limit`` (0: only measure); returns the norm before, a scalar.
 
-    The norm is over the shards of all ranks; working on local shards, it costs one small all-reduce.
+    The norm is over the shards of all ranks; working on local shards, it costs one small all-reduce. Parameters without a
+    gradient count as zeros.
     """
-    sharded = [p.grad for p in parameters if p.grad is not None]
-    gradients = [local(gradient) for gradient in sharded]
-    square = torch.stack([g.float().square().sum() for g in gradients]).sum()
-    if isinstance(sharded[0], DTensor):  # replicas of a shard hold the same gradient: count it once
-        square = total(square, sharded[0].device_mesh.get_group("shard"))
+    everything = list(parameters)
+    gradients = [local(p.grad) for p in everything if p.grad is not None]
+    nothing = wide(local(everything[0])).new_zeros(())
+    square = torch.stack([nothing, *(wide(gradient).square().sum() for gradient in gradients)]).sum()
+    if isinstance(everything[0], DTensor):  # replicas of a shard hold the same gradient: count it once
+        square = total(square, everything[0].device_mesh.get_group("shard"))
     norm = square.sqrt()
-    if limit > 0:
+    if limit > 0 and gradients:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm

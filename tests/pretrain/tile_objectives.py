@@ -42,11 +42,15 @@ def filled(objective: Objective, seed: int = 0) -> Objective:
 
 
 def dinov2(centring: str = "sinkhorn", drop_path: float = 0.0, **settings: object) -> DINOv2:
+    return filled(unfilled_dinov2(encoder(drop_path=drop_path), centring=centring, **settings))  # type: ignore[return-value]
+
+
+def unfilled_dinov2(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DINOv2:
     values = {
         **TEACHING, **HEAD, "group_size": 2, "separate_ibot_head": True, "ibot_prototypes": 20, "ibot_bottleneck": 8, "dino_weight": 1.0,
-        "ibot_weight": 1.0, "spread": "koleo", "spread_weight": 0.1, "centring": centring,
+        "ibot_weight": 1.0, "spread": "koleo", "spread_weight": 0.1, "centring": "sinkhorn",
     }  # fmt: skip
-    return filled(DINOv2(encoder(drop_path=drop_path), **(values | settings)))  # type: ignore[arg-type, return-value]
+    return DINOv2(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def dino(centring: str = "centre", drop_path: float = 0.0, **settings: object) -> DINO:
