@@ -112,7 +112,9 @@ def recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., An
 
     Draws come out the same: those of our networks are keyed, and torch's own generator is set back for them.
     """
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, worth_keeping)} if selective else {}
+    contexts: dict[str, Any] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, worth_keeping)} if selective else {}
+    )
 
     def forward_and_again(*args: Any, **kwargs: Any) -> Any:
         return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
