@@ -38,7 +38,7 @@ def initialise(root: nn.Module, seed: int, prefix: str = "") -> None:
         for name, target in network.state_dict(keep_vars=True).items():
             full_name = f"{path}.{name}" if path else name
             generator = torch.Generator().manual_seed(key(seed, f"{prefix}.{full_name}" if prefix else full_name))
-            value = torch.empty(target.shape, dtype=torch.float32)
+            value = torch.full(target.shape, torch.nan)  # so that a value that isn't filled, or only in part, shows
             network.initialise(name, value, generator)
             assign(target, value)
             filled.add(full_name)

@@ -119,18 +119,17 @@ def set_rates(
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     """Scale gradients so that their joint norm is at most ``limit`` (0: only measure); returns the norm before, a scalar.
 
-    The norm is over the shards of all ranks; working on local shards, it costs one small all-reduce.
+    The norm is over the shards of all ranks; working on local shards, it costs one small all-reduce. Parameters without a
+    gradient count as zeros.
     """
-    sharded = [p.grad for p in parameters if p.grad is not None]
-    gradients = [local(gradient) for gradient in sharded]
-    square = (
-        torch.stack(torch._foreach_norm(gradients, dtype=torch.promote_types(gradients[0].dtype, torch.float32)))
-        .square()
-        .sum()
-    )
-    if isinstance(sharded[0], DTensor):  # replicas of a shard hold the same gradient: count it once
-        square = total(square, sharded[0].device_mesh.get_group("shard"))
+    everything = list(parameters)
+    gradients = [local(p.grad) for p in everything if p.grad is not None]
+    some = gradients or [local(everything[0]).new_zeros(1)]
+    wide = torch.promote_types(some[0].dtype, torch.float32)
+    square = torch.stack(torch._foreach_norm(some, dtype=wide)).square().sum()
+    if isinstance(everything[0], DTensor):  # replicas of a shard hold the same gradient: count it once
+        square = total(square, everything[0].device_mesh.get_group("shard"))
     norm = square.sqrt()
-    if limit > 0:
+    if limit > 0 and gradients:
         torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm

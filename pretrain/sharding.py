@@ -1,25 +1,46 @@
 """FSDP2 through Lightning: how networks are wrapped, and the strategy that owns the mesh of processes.
 
-Order, stated once:  build on the meta device → (checkpoint → compile) → shard every block → shard the network → allocate → fill.
+Order, stated once:  build on the meta device → every block: recompute → compile → shard → the network: shard → allocate → fill.
 
 Each network (an encoder, a head) is a root of its own. A teacher is wrapped exactly as its student is, so the moving
-average runs shard by shard. One code path serves one process and many, CPU (gloo) and GPU (NCCL).
+average runs shard by shard; it keeps nothing for a backward, so there is nothing to recompute. One code path serves one
+process and many, CPU (gloo) and GPU (NCCL).
 """
 
+import re
 from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data.fault import Fault
 from models.initialise import initialise
+from pretrain.across_ranks import total
 from pretrain.objective import Objective
+from pretrain.teacher import local
 
-PRECISIONS = {"float32": None, "bf16": torch.bfloat16}
-"""What is computed in; masters and reductions are float32 in both."""
+
+class Precision(NamedTuple):
+    """``masters``: parameters, the optimiser's moments, and gradients from where they are summed. ``compute``: the networks' arithmetic."""
+
+    masters: torch.dtype
+    compute: torch.dtype
+
+
+PRECISIONS = {
+    "float32": Precision(torch.float32, torch.float32),
+    "bf16": Precision(torch.float32, torch.bfloat16),
+    "float64": Precision(torch.float64, torch.float64),
+}
+
+CHECKPOINTING = ("none", "full", "selective")
+"""What a block's backward computes anew: nothing; everything; all but linear maps and attention."""
 
 
 class ShardedStrategy(ModelParallelStrategy):
@@ -36,15 +57,7 @@ class ShardedStrategy(ModelParallelStrategy):
     def setup_environment(self) -> None:
         # The grandparent's setup starts the processes' group; the parent's would lay a mesh of its own over it.
         self._setup_distributed()
-        shard = self.shard_size or self.world_size
-        if self.world_size % shard:
-            raise Fault(f"trainer.shard_size={shard} does not divide the {self.world_size} processes.")
-        shape, names = (
-            ((self.world_size,), ("shard",))
-            if shard == self.world_size
-            else ((self.world_size // shard, shard), ("replicate", "shard"))
-        )
-        self._device_mesh = init_device_mesh(self.root_device.type, shape, mesh_dim_names=names)
+        self._device_mesh = lay_mesh(self.root_device.type, self.world_size, self.shard_size)
         assert self.lightning_module is not None
         self.lightning_module._device_mesh = self._device_mesh
 
@@ -53,23 +66,39 @@ class ShardedStrategy(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
 
-def shard(objective: Objective, mesh: DeviceMesh, precision: str, compiled: bool = False) -> None:
+def lay_mesh(device: str, world_size: int, shard_size: int | None) -> DeviceMesh:
+    """The mesh of a run's processes: one dimension ``shard``, after one ``replicate`` where copies are fewer than processes."""
+    shard = world_size if shard_size is None else shard_size
+    if shard < 1 or world_size % shard:
+        raise Fault(f"trainer.shard_size={shard} does not divide the {world_size} processes.")
+    if shard == world_size:
+        return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
+    return init_device_mesh(device, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(
+    objective: Objective, mesh: DeviceMesh, precision: str, checkpointing: str = "none", compiled: bool = False
+) -> None:
     """Wrap every network of an objective that was built on the meta device: blocks first, then the network.
 
-    ``compiled`` blocks go through torch.compile, each by itself: all blocks of a network share one compilation, and what
-    gathers and frees their parameters stays outside of it.
+    ``checkpointing``: see `CHECKPOINTING`. ``compiled`` blocks go through torch.compile, each by itself: all blocks of a
+    network share one compilation, and what gathers and frees their parameters stays outside of it.
     """
     if precision not in PRECISIONS:
         raise Fault(f"trainer.precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
-    inside = MixedPrecisionPolicy(param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32)
-    outside = MixedPrecisionPolicy(
-        param_dtype=PRECISIONS[precision], reduce_dtype=torch.float32, output_dtype=torch.float32
-    )
-    networks = {**objective.trained(), **objective.frozen()}
-    for network in networks.values():
+    if checkpointing not in CHECKPOINTING:
+        raise Fault(f"trainer.activation_checkpointing is one of {', '.join(CHECKPOINTING)}, not {checkpointing!r}.")
+    masters, compute = PRECISIONS[precision]
+    inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters)
+    outside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters, output_dtype=masters)
+    objective.to(masters)
+    trained = list(objective.trained().values())
+    for network in [*trained, *objective.frozen().values()]:
         for module in network.modules():
             if isinstance(module, nn.ModuleList):
                 for block in module:
+                    if checkpointing != "none" and network in trained:
+                        block.forward = recomputed(block.forward, checkpointing == "selective")
                     if compiled:
                         block.forward = torch.compile(block.forward)
                     fully_shard(block, mesh=mesh, mp_policy=inside)
@@ -78,20 +107,53 @@ def shard(objective: Objective, mesh: DeviceMesh, precision: str, compiled: bool
         fully_shard(network, mesh=mesh, mp_policy=outside, reshard_after_forward=True)
 
 
+def recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
+    """``forward``, whose backward computes its insides anew: all, or all but what is `worth_keeping`.
+
+    Draws come out the same: those of our networks are keyed, and torch's own generator is set back for them.
+    """
+    contexts: dict[str, Any] = (
+        {"context_fn": partial(create_selective_checkpoint_contexts, worth_keeping)} if selective else {}
+    )
+
+    def forward_and_again(*args: Any, **kwargs: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False, **contexts, **kwargs)
+
+    return forward_and_again
+
+
+def worth_keeping(_: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    """Keep the results of linear maps and of attention kernels, which are nearly all of a block's arithmetic.
+
+    Not those of batched products: attention that is written out as products has them, one for each pair of tokens.
+    """
+    costly = re.search(r"^aten::(mm|addmm)$|attention|flash", operator.name())
+    return CheckpointPolicy.MUST_SAVE if costly else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+@torch.no_grad()
 def materialise(
     objective: Objective, device: torch.device, seed: int, begin: Callable[[Objective], None] | None = None
 ) -> None:
-    """Give an objective on the meta device memory and first values. Raises ValueError naming a parameter left without.
+    """Give an objective on the meta device memory and first values. Raises ValueError naming a tensor left without, on all ranks.
 
     ``begin`` may put other values into the trained networks before a teacher is copied from them.
     """
     objective.to_empty(device=device)
+    named = [*objective.named_parameters(), *objective.named_buffers()]
+    tensors = {name: tensor for name, tensor in named if tensor.is_floating_point()}
+    for tensor in tensors.values():
+        local(tensor).fill_(torch.nan)  # fresh memory may hold anything, plausible numbers too
     for name, network in objective.trained().items():
         initialise(network, seed, name)
     if begin is not None:
         begin(objective)
     objective.start()
-    for name, parameter in objective.named_parameters():
-        values = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-        if not torch.isfinite(values).all():
-            raise ValueError(f"{name} has no initial value: its network's initialise() doesn't fill it")
+    # A rank sees its own shards only, which may be empty: all must come to one answer, or those that go on wait forever.
+    unset = torch.stack([(~torch.isfinite(local(tensor))).any() for tensor in tensors.values()])
+    missed = [name for name, times in zip(tensors, total(unset.int()).tolist(), strict=True) if times]
+    if missed:
+        raise ValueError(
+            f"{missed[0]} has no initial value: its network's initialise(), or the objective's start(), doesn't fill it "
+            f"({len(missed)} such tensors)"
+        )

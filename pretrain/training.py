@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.fault import Fault
 from pretrain import alarms, best, checkpoints, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
+from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
 from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
 from pretrain.preemption import Preemption
@@ -48,6 +49,7 @@ class Hardware:
     nodes: int
     shard_size: int | None
     precision: str
+    activation_checkpointing: str
     compile: bool
     accumulate: int
     log_every: int
@@ -109,7 +111,8 @@ class Training(L.LightningModule, ABC):
         with torch.device("meta"):
             objective = self.make_objective()
         assert self.device_mesh is not None
-        shard(objective, self.device_mesh, self.hardware.precision, self.hardware.compile)
+        hardware = self.hardware
+        shard(objective, self.device_mesh, hardware.precision, hardware.activation_checkpointing, hardware.compile)
         begin = self.begin if checkpoints.newest(self.run) is None else None
         materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin)
         self.objective = objective
@@ -353,7 +356,7 @@ def gradients(
     """Forward and backward of a step's micro-batches, each with the number of its first sample in the global batch.
 
     The gradients are those of the mean loss over micro-batches and ranks; they are reduced over ranks once, in the last
-    backward. Returns this rank's mean loss and figures, float scalars.
+    backward. Returns this rank's mean loss and figures, scalars of at least float32.
     """
     means: dict[str, Tensor] = {}
     prepared = objective.prepare([part for part, _ in parts], moment)
@@ -364,7 +367,7 @@ def gradients(
         loss, figures = objective.loss(part, replace(moment, first=first))
         backward(loss / len(parts))
         for name, value in {"loss": loss, **figures}.items():
-            means[name] = means.get(name, 0.0) + value.detach().float().to(loss.device) / len(parts)
+            means[name] = means.get(name, 0.0) + wide(value.detach()).to(loss.device) / len(parts)
     return means
 
 

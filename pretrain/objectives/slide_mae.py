@@ -23,6 +23,7 @@ from models.longnet import LongNet
 from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
 from pretrain.across_ranks import total, world_size
+from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
 from pretrain.watching import spread
 
@@ -89,7 +90,7 @@ class SlideMAE(Objective):
             seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
         seen = self.encoder(batch.embeddings[batch.visible], batch.cells[batch.visible], batch.visible_lengths, seeds)
         prediction = self.decoder(seen.tiles, seen.cls, batch.visible, batch.masked, batch.cells, batch.lengths)
-        error = (prediction.float() - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
+        error = (wide(prediction) - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
         if self.weighting == "slide":
             slides = torch.stack([slide.mean() for slide in error.split(batch.masked_lengths)])
             loss, count = slides.sum(), len(slides)

@@ -429,7 +429,7 @@ def test_a_bad_tile_is_named_counted_and_replaced(
         (["data.crops.local_size=20"], "data.crops.local_size=20 is not a multiple of model.patch_size=8"),
         (["objective.group_size=3"], "not a multiple of objective.group_size=3"),
         (["objective.group_size=1", "data.lanes=4"], "group_size 1 leaves koleo nothing to compare"),
-        (["trainer.precision=fp8"], "trainer.precision is one of float32, bf16, not 'fp8'"),
+        (["trainer.precision=fp8"], "trainer.precision is one of float32, bf16, float64, not 'fp8'"),
         (["data.lanes=5"], "data.batch_size=16 is not a multiple of data.lanes=5"),
         (["objective.spread=hope"], "not 'hope'"),
     ],

@@ -42,21 +42,33 @@ def filled(objective: Objective, seed: int = 0) -> Objective:
 
 
 def dinov2(centring: str = "sinkhorn", drop_path: float = 0.0, **settings: object) -> DINOv2:
+    return filled(unfilled_dinov2(encoder(drop_path=drop_path), centring=centring, **settings))  # type: ignore[return-value]
+
+
+def unfilled_dinov2(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DINOv2:
     values = {
         **TEACHING, **HEAD, "group_size": 2, "separate_ibot_head": True, "ibot_prototypes": 20, "ibot_bottleneck": 8, "dino_weight": 1.0,
-        "ibot_weight": 1.0, "spread": "koleo", "spread_weight": 0.1, "centring": centring,
+        "ibot_weight": 1.0, "spread": "koleo", "spread_weight": 0.1, "centring": "sinkhorn",
     }  # fmt: skip
-    return filled(DINOv2(encoder(drop_path=drop_path), **(values | settings)))  # type: ignore[arg-type, return-value]
+    return DINOv2(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def dino(centring: str = "centre", drop_path: float = 0.0, **settings: object) -> DINO:
-    values = {**TEACHING, **HEAD, "group_size": 2, "frozen_prototype_norms": True, "centring": centring}
-    return filled(DINO(encoder(drop_path=drop_path), **(values | settings)))  # type: ignore[arg-type, return-value]
+    return filled(unfilled_dino(encoder(drop_path=drop_path), centring=centring, **settings))  # type: ignore[return-value]
+
+
+def unfilled_dino(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DINO:
+    values = {**TEACHING, **HEAD, "group_size": 2, "frozen_prototype_norms": True, "centring": "centre"}
+    return DINO(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def mae(**settings: object) -> MAE:
+    return filled(unfilled_mae(encoder(position_embedding="sincos"), **settings))  # type: ignore[return-value]
+
+
+def unfilled_mae(make_encoder: Callable[[], VisionTransformer], **settings: object) -> MAE:
     values = {"mask_ratio": 0.75, "norm_pix": True, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
-    return filled(MAE(encoder(position_embedding="sincos"), **(values | settings)))  # type: ignore[arg-type, return-value]
+    return MAE(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def batch(tiles: int, views: tuple[int, int] = (2, 3), seed: int = 0, dtype: torch.dtype = torch.float32) -> TileBatch:
