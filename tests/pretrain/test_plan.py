@@ -159,6 +159,7 @@ def test_midnight_at_full_size_fits_and_says_so(tmp_path: Path, capsys: pytest.C
     assert found["flops_per_sample"]["encoder blocks, linear maps, forward"] == pytest.approx(2 * tokens * 0.6 * weights, rel=0.05)  # fmt: skip
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_to_change() -> None:
     run, _ = shape_of(*SMALL)
     needed = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=True).peak / 2**30
