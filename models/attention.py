@@ -29,16 +29,17 @@ Kernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 """Attention over sequences of the given lengths, one behind the other: q, k, v ``(1, T, heads, d)`` → ``(1, T, heads, d)``."""
 
 
-def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int) -> Tensor:
+def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int, fused: bool = False) -> Tensor:
     """Softmax attention inside each crop: ``(T, 3 * width)`` → ``(T, width)`` with ``T = Σ crops * tokens``.
 
-    ``softmax(q kᵀ / √d) v`` per head: the one formula, by the kernel that is fast for the device and length.
+    ``softmax(q kᵀ / √d) v`` per head: the one formula, by the kernel that is fast for the device and length, or by the
+    ``fused`` one whatever these are.
     """
     width = qkv.shape[-1] // 3
     outputs = []
     for part, (crops, tokens) in zip(qkv.split([crops * tokens for crops, tokens in shapes]), shapes, strict=True):
         q, k, v = part.view(crops, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
-        few = qkv.device.type == "cpu" and tokens <= FEW_TOKENS
+        few = qkv.device.type == "cpu" and tokens <= FEW_TOKENS and not fused
         out = (
             _products(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
         )  # (crops, heads, tokens, width / heads)

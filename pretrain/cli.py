@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data.fault import Fault
+from pretrain.plan import of_a_run
 from pretrain.settings import CONFIGS, Composed, annotated, choices_of, load, nearest, stem, with_parents
 
 COMMANDS = {
@@ -21,6 +22,7 @@ COMMANDS = {
     "export": "run → a folder that timm or Prov-GigaPath's code loads",
     "report": "run → one HTML page",
     "doctor": "is this machine, cluster and data ready for a run; what to do where it isn't",
+    "plan": "settings of a run + machines → does it fit, how long, at what cost, what must be read",
     "recipes": "what can be reproduced, at what cost, and what is unknown about it",
     "demo": "the whole road on a small slide",
 }
@@ -66,6 +68,8 @@ def parse(arguments: list[str]) -> Composed | None:
     if wants_help:
         print(explain(command))
         return None
+    if command == "plan":  # it takes a run's settings beside its own
+        overrides = of_a_run.set_aside(overrides, config_dirs)
     composed = load(command, overrides, config_dirs)
     if wants_config:
         print(annotated(composed))

@@ -1,0 +1,102 @@
+"""Batches without numbers, of the sizes that a run's settings ask for."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from data.fault import Fault
+from data.slide_sequences import SlideBatch
+from pretrain.plan.rehearsal import Batch
+from pretrain.tile_batch import TileBatch
+
+
+@dataclass
+class Slides:
+    """``slides:`` in ``configs/plan.yaml``: what a plan must suppose of slides, which only their embeddings would tell."""
+
+    width: int
+    tiles: int
+    largest: int
+
+
+def share(batch_size: int, processes: int, accumulate: int, group: int) -> int:
+    """Tiles of a micro-batch. Raises Fault where the batch doesn't divide, with the numbers of processes at which it does."""
+    tiles, rest = divmod(batch_size, processes * accumulate)
+    if rest or tiles % group:
+        most = batch_size // group
+        fitting = [n for n in range(1, most + 1) if most % n == 0 and batch_size % group == 0]
+        raise Fault(
+            f"data.batch_size={batch_size} can't be shared by {processes} processes × trainer.accumulate={accumulate} in multiples of "
+            f"objective.group_size={group}: their product must be one of {', '.join(map(str, fitting))}."
+        )
+    return tiles
+
+
+def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tiles: int, parts: int) -> Batch:
+    """Micro-batches of ``tiles`` tiles for the tile stage; ``data`` as in `TileData`."""
+    crops, patch = data.crops, model["patch_size"]
+    grid = crops.global_size // patch
+    sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
+    sides = [(views, side) for views, side in sides if views]
+    global_crops = crops.global_count * tiles
+
+    def make() -> TileBatch:
+        images = [(torch.empty(views * tiles, 3, side, side), views) for views, side in sides]
+        return TileBatch(images, torch.empty(global_crops, grid, grid, dtype=torch.bool))
+
+    masked = masked_patches(global_crops, grid, data.masks.share, data.masks.low, data.masks.high)
+    true = {global_crops * grid * grid: masked}
+    if model.get("drop_path"):
+        # The last block computes the wanted tokens alone, of the samples that its branches run on.
+        prefix, group, rate = 1 + model["registers"], objective["group_size"], model["drop_path"]
+        kept = wanted = 0.0
+        for which, (views, side) in enumerate(sides):
+            tokens = prefix + (side // patch) ** 2
+            of_each = max(1, int(views * group * (1 - rate))) * (tiles // group)
+            kept += of_each * tokens
+            wanted += (views * tiles + (masked if which == 0 else 0)) * of_each / (views * tiles)
+        true[sum(views * tiles * (prefix + (side // patch) ** 2) for views, side in sides)] = masked
+        true[int(kept)] = round(wanted)
+    return Batch(make, true, tiles, parts)
+
+
+def masked_patches(crops: int, grid: int, share: float, low: float, high: float) -> int:
+    """Masked patches of so many global crops: the mean ratio of the masked ones, on each crop's own whole number of patches."""
+    return round(int(crops * share) * grid * grid * (low + high) / 2)
+
+
+def lane(slides: Slides, most: int, room: int | None, field_cells: int, largest: bool) -> list[int]:
+    """Tiles of the sequences of a lane, before the crop: of mean slides, or with the largest slide among them."""
+    usual = min(slides.tiles, field_cells**2) if field_cells else slides.tiles
+    sizes = [min(slides.largest, field_cells**2) if field_cells else slides.largest] if largest else [usual]
+    while len(sizes) < most and (room is None or sum(sizes) + usual <= room):
+        sizes.append(usual)
+    return sizes
+
+
+def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool) -> Batch:
+    """Micro-batches of ``lanes`` lanes for the slide stage; ``data`` as in `SlideData`. ``largest``: one holds the largest slide."""
+    most = data.batch_size // data.lanes
+    room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
+    sizes = [n for i in range(lanes) for n in lane(slides, most, room, data.field_cells, largest and i == 0)]
+    lengths = [max(2, round(n * data.crop**2)) for n in sizes]  # the crop's sides are shares of the tile grid's
+    hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) for n in lengths]
+    tiles, masked = sum(lengths), sum(hidden)
+
+    def make() -> SlideBatch:
+        return SlideBatch(
+            embeddings=torch.empty(tiles, slides.width),
+            cells=torch.empty(tiles, 2, dtype=torch.int64),
+            lengths=lengths,
+            visible=torch.empty(tiles - masked, dtype=torch.int64),
+            visible_lengths=[n - m for n, m in zip(lengths, hidden, strict=True)],
+            masked=torch.empty(masked, dtype=torch.int64),
+            masked_lengths=hidden,
+            mean=torch.empty(slides.width),
+            std=torch.empty(slides.width),
+            positions=list(range(len(lengths))),
+            slides=[""] * len(lengths),
+        )
+
+    return Batch(make, {}, len(lengths), parts)

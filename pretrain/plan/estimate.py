@@ -1,0 +1,124 @@
+"""From rehearsals to the bill of one process: operations by part, and memory by part at the step's highest moment.
+
+A network of many equal blocks is rehearsed with few: two blocks, and a third, tell about forty. Operations grow by exactly the same
+amount with each further block, memory nearly (where its highest moment lies elsewhere in the shallower network, by some of a
+block's); a test holds both to whole rehearsals.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from math import ceil, prod
+
+import torch
+from torch import nn
+
+from pretrain.plan.rehearsal import BATCH, Rehearsal, rehearse
+from pretrain.plan.run_shape import RunShape
+from pretrain.sharding import PRECISIONS
+
+FEW = 2  # blocks that are rehearsed of more; and then one more
+
+
+@dataclass
+class Settings:
+    """The settings of a run that a plan may propose to change."""
+
+    processes: int
+    shard_size: int
+    precision: str
+    checkpointing: str
+    accumulate: int
+
+
+@dataclass
+class Estimate:
+    """Of one process; computed, not measured."""
+
+    samples: int  # of a step
+    flops: Counter[tuple[str, str]]  # of a step, by (part, forward, backward or again)
+    held: dict[str, int]  # bytes held all the time, by part
+    highest: dict[str, int]  # bytes at the highest moment, by part, those held all the time among them
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the highest moment of a step."""
+        return sum(self.highest.values())
+
+
+def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: bool = True) -> Estimate:
+    """Rehearse a step of ``run`` under these settings. Raises Fault where they don't divide."""
+    batch = run.batch(settings.processes, settings.accumulate, largest)
+
+    def of(depths: dict[tuple[str, str], int]) -> Rehearsal:
+        return rehearse(
+            run.build(depths),
+            batch,
+            processes=settings.processes,
+            shard_size=settings.shard_size,
+            precision=settings.precision,
+            checkpointing=settings.checkpointing,
+            fused_attention=fused_attention,
+        )
+
+    seen = _deepened(run, of)
+    flops = Counter({key: count * settings.accumulate // batch.parts for key, count in seen.flops.items()})
+    waiting = (settings.accumulate - batch.parts) * seen.phases[0].get(BATCH, 0) // batch.parts
+    held = held_all_the_time(run, settings)
+    gradients = held.pop("gradients")
+    # What grows through a step, beside the moment at which it is over and the optimiser has all gradients.
+    moments = [phase | {BATCH: phase.get(BATCH, 0) + waiting} for phase in seen.phases] + [{"gradients": gradients}]
+    highest = max(moments, key=lambda phase: sum(phase.values()))
+    named = {name: size for name, size in (held | highest).items() if size}
+    return Estimate(batch.samples * settings.accumulate, flops, held | {"gradients": gradients}, named)
+
+
+def _deepened(run: RunShape, of: Callable[[dict[tuple[str, str], int]], Rehearsal]) -> Rehearsal:
+    deep = {key: depth for key, depth in run.depths.items() if depth > FEW + 1}
+    few = {key: min(depth, FEW) if key in deep else depth for key, depth in run.depths.items()}
+    first = of(few)
+    flops = Counter(first.flops)
+    phases = [Counter(phase) for phase in first.phases]
+    for key, depth in deep.items():
+        more = of(few | {key: FEW + 1})
+        times = depth - FEW
+        for part in more.flops:
+            flops[part] += times * (more.flops[part] - first.flops[part])
+        for total, before, after in zip(phases, first.phases, more.phases, strict=True):
+            for kind in before.keys() | after.keys():
+                total[kind] += times * (after.get(kind, 0) - before.get(kind, 0))
+    # Where the highest moment lies elsewhere in the shallower of the two, a small part may come out below nothing.
+    return Rehearsal(flops, [{kind: max(0, size) for kind, size in phase.items()} for phase in phases])
+
+
+def held_all_the_time(run: RunShape, settings: Settings) -> dict[str, int]:
+    """Bytes of the first process's shards by part, ``gradients`` (held from backward to step) among them."""
+    with torch.device("meta"):
+        objective = run.build()()
+    masters = PRECISIONS[settings.precision].masters.itemsize
+    trained, frozen = list(objective.trained().items()), list(objective.frozen().values())
+    found: Counter[str] = Counter()
+    for name, network in trained:
+        what = "encoder" if name == "encoder" else "decoder" if name == "decoder" else "heads and prototypes"
+        found[f"parameters, {what}"] += masters * shards(network.parameters(), settings.shard_size)
+        learning = [parameter for parameter in network.parameters() if parameter.requires_grad]
+        found["gradients"] += masters * shards(learning, settings.shard_size)
+        found["optimiser (two moments)"] += 2 * masters * shards(learning, settings.shard_size)
+    found["teacher"] += masters * sum(shards(network.parameters(), settings.shard_size) for network in frozen)
+    found["centres"] += masters * sum(buffer.numel() for buffer in objective.buffers())
+    return dict(found)
+
+
+def shards(parameters: Iterable[nn.Parameter], shard_size: int) -> int:
+    """Numbers that the first of ``shard_size`` processes holds: FSDP cuts a parameter's first dimension."""
+    return sum(ceil(p.shape[0] / shard_size) * prod(p.shape[1:]) if p.ndim else 1 for p in parameters)
+
+
+def counted(run: RunShape) -> dict[str, int]:
+    """Parameters of each trained network, the mask token left out as publishers do."""
+    with torch.device("meta"):
+        objective = run.build()()
+    return {
+        name: sum(parameter.numel() for path, parameter in network.named_parameters() if path != "mask_token")
+        for name, network in objective.trained().items()
+    }

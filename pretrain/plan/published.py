@@ -1,0 +1,48 @@
+"""Published runs against their plans: the share of the peak that their GPU hours imply."""
+
+from dataclasses import dataclass
+
+import yaml
+
+from pretrain.plan.batches import Slides
+from pretrain.plan.estimate import Settings, counted, estimate
+from pretrain.plan.hardware import Machine
+from pretrain.plan.of_a_run import compose
+from pretrain.plan.run_shape import run_shape
+from pretrain.settings import CONFIGS
+
+
+@dataclass
+class PublishedRun:
+    """``runs:`` in ``configs/plan.yaml``."""
+
+    hardware: str
+    gpu_hours: float
+    samples: int
+
+
+@dataclass
+class Implied:
+    """A row of the table."""
+
+    recipe: str
+    parameters: int  # of the encoder
+    gflops: float  # of a sample
+    samples: int
+    machine: str
+    gpu_hours: float
+    utilisation: float
+
+
+def implied(recipe: str, published: PublishedRun, slides: Slides) -> Implied:
+    """Operations of our plan of ``recipe`` over what its GPUs could have done in the hours that were published."""
+    run = run_shape(compose([f"recipe={recipe}", "trainer.precision=bf16"], []), slides)
+    processes = run.data.lanes  # in these recipes, one for each GPU of the published run
+    of_all = Settings(processes, processes, "bf16", "none", 1)
+    found = estimate(run, of_all, fused_attention=True, largest=False)
+    each = sum(found.flops.values()) / found.samples
+    machine = Machine(**yaml.safe_load((CONFIGS / "hardware" / f"{published.hardware}.yaml").read_text()))
+    share = each * published.samples / (published.gpu_hours * 3600 * machine.peak("bf16"))
+    return Implied(
+        recipe, counted(run)["encoder"], each / 1e9, published.samples, published.hardware, published.gpu_hours, share
+    )

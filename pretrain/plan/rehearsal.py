@@ -1,0 +1,356 @@
+"""A step of the real objective, in the real sharding, without numbers: what it computes and what memory it holds when.
+
+Tensors are torch's *fake* ones: they know shape, type and device, and hold nothing, so a step of a ViT-g on 256 processes
+is rehearsed on a laptop. Nothing about a network is written down here; what runs is `pretrain.sharding.shard`,
+`pretrain.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
+elements of a mask are true; that comes with the batch (`Batch.true`).
+"""
+
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import lru_cache, partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
+
+from models import dilated_attention
+from models.attention import Attention, attend
+from pretrain.objective import Moment, Objective
+from pretrain.sharding import lay_mesh, shard
+from pretrain.teacher import local
+from pretrain.training import gradients
+
+aten = torch.ops.aten
+ATTENTION = {"bmm", "baddbmm"}  # products between tokens, beside the fused kernels that have attention in their names
+LAY_OUT = dilated_attention.lay_out.__wrapped__  # without its memory
+BATCH = "the batch"
+LARGEST_CELL = 999  # of a slide's grid; what depends on it is a table of positions
+
+
+@dataclass
+class Batch:
+    """A process's micro-batches without numbers.
+
+    ``make`` builds one; it is called while tensors are fake. ``true``: how many elements of a bool tensor of so many elements are true.
+    """
+
+    make: Callable[[], Any]
+    true: dict[int, int]
+    samples: int  # in each
+    parts: int = 1
+
+
+@dataclass
+class Rehearsal:
+    """What one step of one process does. Bytes are those beyond parameters, buffers, teacher and optimiser."""
+
+    flops: Counter[tuple[str, str]] = field(default_factory=Counter)  # by (part, forward, backward or again)
+    phases: list[dict[str, int]] = field(
+        default_factory=list
+    )  # per phase of the step, the bytes by kind at its highest
+
+
+def rehearse(
+    make_objective: Callable[[], Objective],
+    batch: Batch,
+    *,
+    processes: int,
+    shard_size: int | None = None,
+    precision: str = "float32",
+    checkpointing: str = "none",
+    fused_attention: bool = True,
+) -> Rehearsal:
+    """Rehearse the gradients of a step on the first of ``processes``.
+
+    ``fused_attention``: attention by a kernel that keeps no matrix of pairs, as on a GPU; else as on a CPU. Raises RuntimeError inside
+    a process group, since it makes one of its own.
+    """
+    if dist.is_initialized():
+        raise RuntimeError("a rehearsal makes a process group of its own, and there is one already")
+    with torch.device("meta"):
+        objective = make_objective()
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
+    try:
+        with ExitStack() as stack:
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # FSDP's, about what isn't done here
+            if fused_attention:
+                stack.enter_context(as_on_a_gpu(objective))
+            stack.enter_context(real_plans())
+            shard(objective, lay_mesh("cpu", processes, shard_size), precision, checkpointing)
+            watch = stack.enter_context(Watch(objective, batch.true))
+            objective.to_empty(device="cpu")
+            parts = [(batch.make(), i * batch.samples) for i in range(batch.parts)]
+            watch.begin(parts)
+            gradients(objective, parts, Moment(0, 1, 0), lambda loss: loss.backward())
+            return watch.end()
+    finally:
+        dist.destroy_process_group()
+
+
+@contextmanager
+def as_on_a_gpu(objective: Objective) -> Iterator[None]:
+    """Fused attention at any length, and dilated attention in calls as large as a GPU's."""
+    for module in objective.modules():
+        if isinstance(module, Attention) and module.attend is attend:
+            module.attend = partial(attend, fused=True)
+    sizes = dilated_attention.CALL_ELEMENTS
+    before, sizes["cpu"] = sizes["cpu"], sizes["cuda"]
+    try:
+        yield
+    finally:
+        sizes["cpu"] = before
+
+
+@contextmanager
+def real_plans() -> Iterator[None]:
+    """Index plans of dilated attention are made of real numbers, which decide how many calls there are and of what.
+
+    They are remembered apart from a training's: a GPU's calls are larger than this machine's.
+    """
+    lay_out = dilated_attention.lay_out
+    dilated_attention.lay_out = lambda *arguments: _laid_out(dilated_attention.CALL_ELEMENTS["cpu"], *arguments)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        dilated_attention.lay_out = lay_out
+
+
+@lru_cache(maxsize=64)
+def _laid_out(_: int, *arguments: Any) -> dilated_attention.Branch:
+    with _disable_current_modes():
+        return LAY_OUT(*arguments)
+
+
+class Watch(TorchDispatchMode):
+    """Makes tensors fake, and follows every operation: whose it is, what it computes, which memory it takes and gives back."""
+
+    def __init__(self, objective: Objective, true: dict[int, int]) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+        self.objective, self.true = objective, true
+        self.flops: Counter[tuple[str, str]] = Counter()
+        self.names = dict(named_parts(objective))
+        self.running: list[str] = []  # the modules that are running their forward, innermost last
+        self.made_by: dict[int, str] = {}  # autograd's node → the part whose forward made it
+        self.watching = False
+        self.phase = ""
+        self.events: list[tuple[str, int, int]] = []  # (phase, storage, bytes more or fewer)
+        self.sizes: dict[int, int] = {}  # storage → its bytes
+        self.kinds: dict[int, str] = {}
+        self.alive: dict[int, weakref.ref] = {}
+        self.keys: dict[int, int] = {}  # id of a living storage → its key
+        self.count = 0
+
+    def __enter__(self) -> "Watch":
+        self.stack = ExitStack()
+        self.stack.enter_context(self.fake)
+        entered = register_module_forward_pre_hook(lambda module, _: self.running.append(self.names.get(module, "")))
+        left = register_module_forward_hook(self._left, always_call=True)  # a recomputed forward ends in an exception
+        for handle in (entered, left):
+            self.stack.callback(handle.remove)
+        # FSDP gives parameters memory and takes it back by this one call, which no dispatch sees.
+        resize = torch.UntypedStorage.resize_
+        watch = self
+
+        def resize_(storage: torch.UntypedStorage, size: int) -> Any:
+            result = resize(storage, size)
+            watch.see(storage, "gathered parameters")
+            if key := watch.keys.get(id(storage)):
+                watch.kinds[key] = "gathered parameters"
+            return result
+
+        torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
+        self.stack.callback(setattr, torch.UntypedStorage, "resize_", resize)
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        self.stack.close()
+
+    def _left(self, *_: Any) -> None:
+        self.running.pop()
+
+    def begin(self, parts: Sequence[Any]) -> None:
+        """Count from here; the memory of ``parts`` counts, and nothing else that there is already."""
+        self.watching = True
+        for tensor in (*self.objective.parameters(), *self.objective.buffers()):
+            self.see(local(tensor).untyped_storage(), "parameters")
+        self.events.clear()  # views of these are no new memory, and these are counted elsewhere
+        for tensor in tensors_in(parts):
+            self.see(tensor.untyped_storage(), BATCH)
+
+    def end(self) -> Rehearsal:
+        """What was seen."""
+        self.watching = False
+        for parameter in self.objective.parameters():
+            if parameter.grad is not None:
+                key = self.keys.get(id(local(parameter.grad).untyped_storage()))
+                if key is not None:
+                    self.kinds[key] = "gradients"
+        return Rehearsal(self.flops, list(self._highest()))
+
+    def _highest(self) -> Iterator[dict[str, int]]:
+        now: Counter[str] = Counter()
+        total = most = 0
+        phase, highest = None, dict(now)
+        for at, key, change in self.events:
+            if at != phase:
+                if phase is not None:
+                    yield highest
+                phase, most, highest = at, total, dict(now)
+            now[self.kinds[key]] += change
+            total += change
+            if total > most:
+                most, highest = total, dict(now)
+        yield highest
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = self._known(function, args)
+        if result is NotImplemented:
+            result = function(*args, **kwargs)
+        if self.watching:
+            self._follow(function, args, kwargs, result)
+        return result
+
+    def _known(self, function: Any, args: Any) -> Any:
+        """Results whose shape or value hangs on numbers that aren't there."""
+        if function is aten.nonzero.default:
+            return args[0].new_empty(self._true(args[0]), args[0].ndim, dtype=torch.int64)
+        if function is aten.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
+            mask = args[1][0]
+            return args[0].new_empty(self._true(mask), *args[0].shape[mask.ndim :])
+        if function is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            dtype = args[0].dtype
+            return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else LARGEST_CELL
+        return NotImplemented
+
+    def _true(self, mask: Tensor) -> int:
+        return self.true[mask.numel()]
+
+    def _follow(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
+        backward = torch._C._current_graph_task_id() != -1
+        node = torch._C._current_autograd_node()
+        if backward:
+            self._enter("backward")
+        elif torch.is_grad_enabled():
+            self._enter("forward")
+        elif not self.phase:
+            self._enter("targets")
+        if self.running:
+            part = self.running[-1]
+        elif backward:
+            part = self.made_by.get(node._sequence_nr(), "") if node is not None else ""
+        else:
+            part = ""
+        if torch.is_grad_enabled() and (self.running or not backward):
+            # The newest node; operations that make none come after it and change nothing.
+            self.made_by.setdefault(torch.autograd._get_sequence_nr() - 1, part)  # type: ignore[attr-defined]
+        count = FLOPS.get(function._overloadpacket)
+        if count is not None:
+            direction = "again" if backward and self.running else "backward" if backward else "forward"
+            self.flops[named(part, function), direction] += count(*args, **kwargs, out_val=result)
+        kind = self._kind(function, part, backward, node)
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.see(local(tensor).untyped_storage(), kind)
+
+    def _enter(self, phase: str) -> None:
+        name = self.phase.partition(" ")[0]
+        if name != phase:
+            self.phase = f"{phase} {len(self.events)}"
+
+    def _kind(self, function: Any, part: str, backward: bool, node: Any) -> str:
+        if function.namespace == "fsdp":
+            return "gathered parameters" if not backward else "gradients before they are sharded"
+        if backward and not self.running:
+            return "gradients before they are sharded"
+        if part.startswith("teacher"):
+            return "teacher's pass"
+        return "activations of blocks" if "blocks" in part or "embedding" in part else "heads, logits and losses"
+
+    def see(self, storage: torch.UntypedStorage, kind: str) -> None:
+        """Note that a storage is there, or is another size than before."""
+        if not self.watching:
+            return
+        here = id(storage)
+        key = self.keys.get(here)
+        size = storage.nbytes()
+        if key is None:
+            key = self.count = self.count + 1
+            self.keys[here], self.sizes[key], self.kinds[key] = key, 0, kind
+            self.alive[key] = weakref.ref(storage, lambda _: self._gone(here, key))
+        if change := size - self.sizes[key]:
+            self.sizes[key] = size
+            self.events.append((self.phase or "targets", key, change))
+
+    def _gone(self, here: int, key: int) -> None:
+        del self.keys[here], self.alive[key]
+        if size := self.sizes.pop(key):
+            self.events.append((self.phase, key, -size))
+
+
+def named_parts(objective: Objective) -> Iterator[tuple[nn.Module, str]]:
+    """Every module of an objective's networks, with the part that it belongs to: ``teacher.encoder blocks``, ``decoder``, …"""
+    for name, network in {**objective.trained(), **objective.frozen()}.items():
+        for path, module in network.named_modules():
+            steps = path.split(".")
+            inside = any(step.isdecimal() for step in steps) and steps[0] != "mlp"
+            kind = (
+                "blocks" if inside
+                else "patch embedding" if steps[0] == "patch_embed"
+                else "prototypes" if steps[0] == "last_layer"
+                else ""
+            )  # fmt: skip
+            yield module, f"{name} {kind}".strip()
+
+
+def named(part: str, function: Any) -> str:
+    """A part's name in a table of operations: blocks apart into linear maps and attention."""
+    if not part.endswith("blocks"):
+        return part or "losses"
+    operator = function._overloadpacket.__name__
+    return f"{part}, {'attention' if operator in ATTENTION or 'attention' in operator else 'linear maps'}"
+
+
+def _flash_for_cpu(query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _flash_for_cpu_backward(
+    grad: torch.Size, query: torch.Size, key: torch.Size, value: torch.Size, *_: Any, **__: Any
+) -> int:
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+CPU_ATTENTION = {  # torch counts the other fused kernels, by these formulas, and not the CPU's
+    aten._scaled_dot_product_flash_attention_for_cpu: _flash_for_cpu,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_for_cpu_backward,
+}
+FLOPS = flop_registry | {operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}
+"""Floating-point operations by operator: torch's own formulas."""
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """Every tensor in nested lists, tuples and dataclasses."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, list | tuple):
+        for one in value:
+            yield from tensors_in(one)
+    elif hasattr(value, "__dataclass_fields__"):
+        yield from tensors_in(list(vars(value).values()))

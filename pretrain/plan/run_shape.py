@@ -1,0 +1,68 @@
+"""A run as a plan sees it: how to build its objective at any depth, and its batches for any number of processes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig
+
+from data.fault import Fault
+from pretrain import plugins
+from pretrain.commands.recipes import plain
+from pretrain.objective import Objective
+from pretrain.plan.batches import Slides, share, slide_batch, tile_batch
+from pretrain.plan.rehearsal import Batch
+from pretrain.settings import Composed
+
+DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))
+"""Settings that say how many equal blocks there are."""
+
+
+@dataclass
+class RunShape:
+    """The settings that matter, and what they build. ``depths``: the settings of `DEPTHS` that the run has."""
+
+    stage: str
+    model: dict[str, Any]
+    objective: dict[str, Any]
+    data: DictConfig
+    trainer: DictConfig
+    steps: int
+    slides: Slides
+    depths: dict[tuple[str, str], int] = field(init=False)
+
+    def __post_init__(self) -> None:
+        of = {"model": self.model, "objective": self.objective}
+        self.depths = {(node, name): of[node][name] for node, name in DEPTHS if isinstance(of[node].get(name), int)}
+
+    def build(self, depths: dict[tuple[str, str], int] | None = None) -> Callable[[], Objective]:
+        """What builds the objective, with other depths if given."""
+        model, objective = dict(self.model), dict(self.objective)
+        for (node, name), depth in (depths or {}).items():
+            (model if node == "model" else objective)[name] = depth
+        width = [self.slides.width] if self.stage == "slide" else []
+        return lambda: plugins.build(objective, lambda: plugins.build(model, *width))
+
+    def batch(self, processes: int, accumulate: int, largest: bool = True) -> Batch:
+        """A process's micro-batches, two at most: each further one is like the second. Raises Fault where the settings don't divide.
+
+        ``largest``: for the slide stage, with the largest slide among them, instead of mean slides alone.
+        """
+        parts = min(accumulate, 2)
+        lanes, rest = divmod(self.data.lanes, processes * (accumulate if self.stage == "slide" else 1))
+        if rest or not lanes:
+            raise Fault(
+                f"data.lanes={self.data.lanes} can't be shared evenly by {processes} processes"
+                f"{f' × trainer.accumulate={accumulate}' if self.stage == 'slide' else ''}; make it a multiple."
+            )
+        if self.stage == "slide":
+            return slide_batch(self.data, self.slides, lanes, parts, largest)
+        tiles = share(self.data.batch_size, processes, accumulate, self.objective.get("group_size", 1))
+        return tile_batch(self.model, self.objective, self.data, tiles, parts)
+
+
+def run_shape(composed: Composed, slides: Slides) -> RunShape:
+    """The shape of the run that a configuration describes."""
+    tree = composed.tree
+    model, objective = plain(tree.model), plain(tree.objective)
+    return RunShape(composed.command, model, objective, tree.data, tree.trainer, tree.optim.steps, slides)

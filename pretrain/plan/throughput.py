@@ -1,0 +1,74 @@
+"""How fast, how long, at what price, and what a node must read and decode: from operations, at a stated utilisation."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from pretrain.plan.batches import Slides
+from pretrain.plan.estimate import Estimate
+
+MEASURED_CROPS = 2 * 224**2 + 8 * 98**2  # pixels of the crops that `Input.crops_ms` was measured on
+MEASURED_TILE = 256**2
+MEASURED_SLIDE = 8089 * 1536
+
+
+@dataclass
+class Input:
+    """``input:`` in ``configs/plan.yaml``: what reading costs one core."""
+
+    tile_size: int
+    tile_kb: float
+    decode_ms: float
+    read_ms: float
+    crops_ms: float
+    slide_ms: float
+
+
+@dataclass
+class Pace:
+    """Of the whole run, but for what is of a node."""
+
+    unit: str  # tiles or slides
+    step_seconds: float
+    per_second: float
+    hours: float
+    gpu_hours: float
+    dollars: float
+    megabytes_per_second: float  # that a node reads
+    cores: float  # that a node needs to decode and cut
+
+
+def pace(
+    found: Estimate,
+    *,
+    peak: float,
+    utilisation: float,
+    dollars_per_hour: float,
+    steps: int,
+    nodes: int,
+    processes_per_node: int,
+    sample: tuple[float, float],
+) -> Pace:
+    """``found``: a process's step; ``peak``: its device's operations a second; ``sample``: MB and core-seconds of a tile or slide."""
+    step = sum(found.flops.values()) / (peak * utilisation)
+    processes = nodes * processes_per_node
+    of_node = found.samples * processes_per_node / step
+    hours = steps * step / 3600
+    gpu_hours = hours * processes
+    megabytes, seconds = sample
+    return Pace("", step, found.samples * processes / step, hours, gpu_hours, gpu_hours * dollars_per_hour, of_node * megabytes, of_node * seconds)  # fmt: skip
+
+
+def tile_cost(data: Any, cost: Input) -> tuple[float, float]:
+    """MB and core-seconds of a tile: decoded from a shard, or read from its slide where the source is online."""
+    crops = data.crops
+    pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
+    tile = cost.tile_size**2 / MEASURED_TILE
+    online = str(data["_target_"]).endswith("OnlineSlides")
+    got = cost.read_ms if online else cost.decode_ms
+    return cost.tile_kb * tile / 1000, (got * tile + cost.crops_ms * pixels / MEASURED_CROPS) / 1000
+
+
+def slide_cost(slides: Slides, cost: Input) -> tuple[float, float]:
+    """MB (float16) and core-seconds of a mean slide's embeddings."""
+    numbers = slides.tiles * slides.width
+    return 2 * numbers / 1e6, cost.slide_ms * numbers / MEASURED_SLIDE / 1000

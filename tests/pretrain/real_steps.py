@@ -1,0 +1,121 @@
+"""Steps that are really taken, to hold a plan against: their operations, and the memory that torch's CPU allocator gave out."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain.objective import Moment
+from pretrain.optimisation import Optim, clip, parameter_groups
+from pretrain.plan.batches import Slides
+from pretrain.plan.of_a_run import compose
+from pretrain.plan.rehearsal import CPU_ATTENTION, tensors_in
+from pretrain.plan.run_shape import RunShape, run_shape
+from pretrain.sharding import lay_mesh, materialise, shard
+from pretrain.teacher import local
+from pretrain.training import gradients
+
+SLIDES = Slides(width=48, tiles=60, largest=100)
+MOMENT = Moment(0, 10, 0)
+
+
+def shape_of(*settings: str) -> tuple[RunShape, Any]:
+    """The shape of a run and its ``optim`` settings."""
+    composed = compose(list(settings), [])
+    values = dict(composed.tree.optim) | {"betas": list(composed.tree.optim.betas)}
+    return run_shape(composed, SLIDES), Optim(**values)
+
+
+def filled(batch: Any, true: dict[int, int]) -> Any:
+    """A batch whose tensors are real: noise, ascending places, masks with as many true as planned."""
+    draw = torch.Generator().manual_seed(0)
+    if hasattr(batch, "masks"):
+        flat = torch.zeros(batch.masks.numel(), dtype=torch.bool)
+        flat[torch.randperm(len(flat), generator=draw)[: true.get(len(flat), 0)]] = True
+        batch.masks = flat.view(batch.masks.shape)
+        for images, _ in batch.crops:
+            images.normal_(generator=draw)
+        return batch
+    batch.embeddings.normal_(generator=draw)
+    batch.mean.zero_(), batch.std.fill_(1)
+    batch.cells = torch.stack([torch.arange(len(batch.cells)) % 40, torch.arange(len(batch.cells)) // 40], 1)
+    hidden, start = [], 0
+    for n, m in zip(batch.lengths, batch.masked_lengths, strict=True):
+        hidden.append(start + torch.randperm(n, generator=draw)[:m].sort().values)
+        start += n
+    batch.masked = torch.cat(hidden)
+    seen = torch.ones(len(batch.embeddings), dtype=torch.bool)
+    seen[batch.masked] = False
+    batch.visible = seen.nonzero().flatten()
+    return batch
+
+
+@contextmanager
+def one_process() -> Iterator[None]:
+    """A process group of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+class Step:
+    """A run's objective, its optimiser and a batch; call it to take a step."""
+
+    def __init__(self, run: RunShape, optim: Optim, precision: str, checkpointing: str, accumulate: int = 1) -> None:
+        with torch.device("meta"):
+            self.objective = run.build()()
+        shard(self.objective, lay_mesh("cpu", 1, 1), precision, checkpointing)
+        materialise(self.objective, torch.device("cpu"), 0)
+        self.optimiser = torch.optim.AdamW(parameter_groups(self.objective.trained(), optim), lr=0.0, fused=True)
+        batch = run.batch(1, accumulate)
+        self.parts = [(filled(batch.make(), batch.true), i * batch.samples) for i in range(batch.parts)]
+
+    def gradients(self) -> None:
+        self.optimiser.zero_grad()
+        gradients(self.objective, self.parts, MOMENT, lambda loss: loss.backward())
+
+    def __call__(self) -> None:
+        self.gradients()
+        for network in self.objective.trained().values():
+            clip(network.parameters(), 3.0)
+        self.optimiser.step()
+        self.objective.after_step(MOMENT)
+
+    def held(self) -> int:
+        """Bytes of parameters, buffers, optimiser and batch."""
+        state = [value for values in self.optimiser.state.values() for value in values.values()]
+        tensors: list[Tensor] = [
+            *self.objective.parameters(),
+            *self.objective.buffers(),
+            *state,
+            *tensors_in(self.parts),
+        ]
+        return sum(local(tensor).nbytes for tensor in tensors)
+
+    def peak(self) -> int:
+        """Bytes at the highest moment of the second step: what is held, and what the allocator has given out besides."""
+        self()
+        self.optimiser.zero_grad()
+        held = self.held()
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+            self()
+        # The allocator reports every allocation and release, those inside of kernels too.
+        events = [event for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+        now = most = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            now += event.nbytes()
+            most = max(most, now)
+        return held + most
+
+    def flops(self) -> int:
+        """Operations of a step by torch's own counter, which is told of the CPU's fused attention."""
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            self.gradients()
+        return counter.get_total_flops()

@@ -1,0 +1,202 @@
+"""Plans: operations and memory against steps that are really taken, throughput by hand, and the command."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from data.fault import Fault
+from launch.entry import main
+from pretrain import cli
+from pretrain.commands import recipes
+from pretrain.commands.plan import Config, plan
+from pretrain.plan.batches import Slides, lane, share
+from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
+from pretrain.plan.of_a_run import set_aside
+from pretrain.plan.published import implied
+from pretrain.plan.rehearsal import rehearse
+from pretrain.plan.throughput import pace
+from pretrain.settings import load
+from tests.pretrain.real_steps import Step, one_process, shape_of
+
+SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
+FIXED = ("dinov2_vitg14", "dinov2_vitl16_short", "uni", "openmidnight")
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A training that another test ran in this process leaves its group behind."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    yield
+
+
+def planned(*words: str) -> Config:
+    return load("plan", set_aside(list(words), [])).object()
+
+
+@pytest.mark.parametrize(
+    ("precision", "checkpointing", "accumulate", "settings"),
+    [
+        ("float32", "none", 1, SMALL),
+        ("float32", "full", 1, (*SMALL, "model.depth=4")),
+        pytest.param("float32", "selective", 2, (*SMALL, "data.batch_size=16", "objective.separate_ibot_head=true"), marks=pytest.mark.slow),
+        pytest.param("bf16", "none", 1, ("recipe=small", "model.width=192", "data.batch_size=8", "objective.prototypes=4096"), marks=pytest.mark.slow),
+        ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
+        pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
+        ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),
+    ],
+)  # fmt: skip
+def test_a_plan_has_the_operations_and_the_memory_of_a_real_step(
+    precision: str, checkpointing: str, accumulate: int, settings: tuple[str, ...]
+) -> None:
+    run, optim = shape_of(*settings)
+    found = estimate(run, Settings(1, 1, precision, checkpointing, accumulate), fused_attention=False)
+    with one_process():
+        step = Step(run, optim, precision, checkpointing, accumulate)
+        assert found.peak == pytest.approx(step.peak(), rel=0.05)
+        assert sum(found.flops.values()) == step.flops()
+
+
+def test_the_samples_that_stochastic_depth_keeps_are_planned_as_they_are_drawn() -> None:
+    run, optim = shape_of(*SMALL, "data.batch_size=16", "model.drop_path=0.4", "model.depth=3")
+    found = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False)
+    with one_process():
+        step = Step(run, optim, "float32", "none")
+        assert sum(found.flops.values()) == pytest.approx(
+            step.flops(), rel=0.002
+        )  # which of the wanted tokens, is drawn
+        assert found.peak == pytest.approx(step.peak(), rel=0.05)
+
+
+def test_operations_are_those_of_the_formulas() -> None:
+    width, depth, hidden, tiles = 96, 3, 384, 8
+    run, _ = shape_of("recipe=small_mae", f"model.width={width}", f"model.depth={depth}", f"model.feed_forward_width={hidden}", f"data.batch_size={tiles}")  # fmt: skip
+    flops = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False).flops
+    visible = 1 + int(36 * 0.25)  # of 6 × 6 patches, and the class token
+    linear = 2 * tiles * visible * depth * (4 * width**2 + 2 * width * hidden)
+    products = 4 * tiles * visible**2 * depth * width
+    assert flops["encoder blocks, linear maps", "forward"] == linear
+    assert flops["encoder blocks, linear maps", "backward"] == 2 * linear
+    assert flops["encoder blocks, attention", "forward"] == products
+    assert flops["encoder blocks, attention", "backward"] == 2 * products
+    assert flops["encoder patch embedding", "forward"] == 2 * tiles * 36 * 3 * 16**2 * width
+
+
+@pytest.mark.parametrize("settings", [(*SMALL, "model.depth=7", "model.drop_path=0.2", "objective.group_size=4"), pytest.param(("recipe=small_slide", "data.batch_size=4", "model.depth=5"), marks=pytest.mark.slow)])  # fmt: skip
+def test_few_blocks_tell_about_many(settings: tuple[str, ...]) -> None:
+    run, _ = shape_of(*settings)
+    found = estimate(run, Settings(2, 2, "bf16", "none", 1), fused_attention=True)
+    whole = rehearse(run.build(), run.batch(2, 1), processes=2, precision="bf16")
+    assert found.flops == whole.flops
+    held = sum(size for name, size in found.held.items() if name != "gradients")
+    assert found.peak == pytest.approx(held + max(sum(phase.values()) for phase in whole.phases), rel=0.06)
+
+
+def test_a_kernel_that_keeps_no_pairs_takes_less_memory_and_as_many_operations_forward() -> None:
+    run, _ = shape_of(*SMALL, "model.depth=2", "data.crops.global_size=192")
+    products, fused = (
+        estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=way) for way in (False, True)
+    )
+    key = ("encoder blocks, attention", "forward")
+    assert fused.peak < products.peak and fused.flops[key] == products.flops[key]
+
+
+def test_more_processes_hold_less_of_the_networks() -> None:
+    run, _ = shape_of("recipe=small", "model.depth=2")
+    alone, four = (held_all_the_time(run, Settings(n, n, "float32", "none", 1)) for n in (1, 4))
+    replicated = held_all_the_time(run, Settings(4, 2, "float32", "none", 1))
+    for part in ("parameters, encoder", "optimiser (two moments)", "teacher", "gradients"):
+        assert alone[part] / 4 <= four[part] < alone[part] / 3.9
+        assert alone[part] / 2 <= replicated[part] < alone[part] / 1.9
+
+
+def test_the_first_process_holds_the_larger_part_of_what_does_not_divide() -> None:
+    from torch import empty, nn
+
+    assert shards([nn.Parameter(empty(5, 3)), nn.Parameter(empty(1, 1, 7))], 4) == 2 * 3 + 7
+
+
+def test_pace_is_operations_over_what_is_used_of_the_peak() -> None:
+    found = Estimate(samples=6, flops={("a", "forward"): 3 * 10**12}, held={}, highest={})  # type: ignore[arg-type]
+    speed = pace(found, peak=100e12, utilisation=0.3, dollars_per_hour=2.0, steps=36_000, nodes=2, processes_per_node=4, sample=(0.5, 0.01))  # fmt: skip
+    assert speed.step_seconds == pytest.approx(0.1) and speed.per_second == pytest.approx(480)
+    assert (speed.hours, speed.gpu_hours, speed.dollars) == pytest.approx((1.0, 8.0, 16.0))
+    assert (speed.megabytes_per_second, speed.cores) == pytest.approx((120.0, 2.4))
+
+
+def test_lanes_hold_the_largest_slide_and_then_what_fits() -> None:
+    slides = Slides(width=8, tiles=100, largest=450)
+    assert lane(slides, 4, None, 0, largest=True) == [450, 100, 100, 100]
+    assert lane(slides, 4, 600, 0, largest=True) == [450, 100]
+    assert lane(slides, 4, 400, 0, largest=True) == [450]  # a slide larger than a lane's share goes alone
+    assert lane(slides, 2, 400, 5, largest=False) == [25, 25]
+
+
+def test_a_batch_that_does_not_divide_names_what_does() -> None:
+    assert share(768, 32, 1, 24) == 24
+    with pytest.raises(Fault, match=r"product must be one of 1, 2, 4, 8, 16, 32\."):
+        share(768, 48, 1, 24)
+    with pytest.raises(Fault, match=r"data.lanes=32 can't be shared evenly by 24 processes"):
+        plan(planned("recipe=midnight", "launch.nodes=3"))
+
+
+@pytest.mark.slow
+def test_midnight_at_full_size_fits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    main(["plan", "recipe=midnight", "trainer.precision=bf16", "launch.nodes=4", "launch.gpus_per_node=8", f"out={tmp_path / 'plan.json'}"])  # fmt: skip
+    text = capsys.readouterr().out
+    assert "It fits" in text and "computed and not measured" in text and "20% of the peak" in text
+    found = json.loads((tmp_path / "plan.json").read_text())["computed"]
+    assert found["parameters"]["encoder"] == recipes.describe("midnight").parameters
+    assert found["peak_bytes"] == sum(found["peak_bytes_by_part"].values()) < found["room_bytes"]
+    both = found["peak_bytes_by_activation_checkpointing"]
+    assert both["full"] < both["none"] == found["peak_bytes"]
+    # A forward pass is two operations for each weight and token; a backward twice that, on six tenths of the samples.
+    tokens = 2 * 257 + 8 * 50
+    weights = 40 * (4 * 1536**2 + 3 * 1536 * 4096)
+    assert found["flops_per_sample"]["encoder blocks, linear maps, forward"] == pytest.approx(2 * tokens * 0.6 * weights, rel=0.05)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_is_told_what_to_change() -> None:
+    run, _ = shape_of(*SMALL)
+    needed = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=True).peak / 2**30
+    machine = ("launch.gpus_per_node=1", f"hardware.memory_gib={0.8 * needed}", "reserve=0")
+    found = plan(planned(*SMALL, *machine))
+    assert not found["fits"] and found["remedies"][0]["words"] == "trainer.precision=bf16"
+    *insufficient, last = found["remedies"]
+    assert last["fits"] and not any(remedy["fits"] for remedy in insufficient)
+    again = plan(planned(*SMALL, *machine, *last["words"].split()))
+    assert again["fits"] and again["peak_bytes"] == last["peak"]
+
+
+def test_a_slip_is_answered_with_the_nearest_setting_of_the_plan_or_of_the_run() -> None:
+    with pytest.raises(Fault, match="did you mean 'utilisation'"):
+        cli.parse(["plan", "utilization=0.3"])
+    with pytest.raises(Fault, match=r"did you mean 'trainer.accumulate'"):
+        plan(planned("recipe=midnight", "trainer.acumulate=2"))
+    with pytest.raises(Fault, match=r"fits no stage.*midnight"):
+        plan(planned("recipe=midnigth"))
+    with pytest.raises(Fault, match="can't be planned"):
+        plan(planned("trainer.precision=float64"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", recipes.names())
+def test_every_recipe_can_be_planned_at_full_size(name: str) -> None:
+    lanes = recipes.compose(name).tree.data.lanes
+    nodes, gpus = (lanes // 8, 8) if lanes % 8 == 0 else (1, lanes)
+    found = plan(planned(f"recipe={name}", "trainer.precision=bf16", f"launch.nodes={nodes}", f"launch.gpus_per_node={gpus}"))  # fmt: skip
+    assert found["peak_bytes"] > 0 and found["pace"]["hours"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", FIXED)
+def test_published_hours_imply_a_plausible_share_of_the_peak(name: str) -> None:
+    config = planned()
+    row = implied(name, config.runs[name], config.slides)
+    assert 0.15 < row.utilisation < 0.6
+    if name == "openmidnight":
+        assert row.utilisation == pytest.approx(0.21, abs=0.02)  # what they say themselves
