@@ -68,19 +68,26 @@ class SlideDecoder(nn.Module):
             nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, tiles: Tensor, cls: Tensor, visible: Tensor, masked: Tensor, cells: Tensor, lengths: Sequence[int]
+        self,
+        tiles: Tensor,
+        cls: Tensor,
+        visible: Tensor,
+        masked: Tensor,
+        cells: Tensor,
+        lengths: Sequence[int],
+        visible_lengths: Sequence[int],
     ) -> Tensor:
         """Predictions for the masked tiles, (M, output_width).
 
         tiles: (V, encoder_width) encoded visible tiles. cls: (B, encoder_width). visible: (V,) and masked: (M,) their indices among the T
-        tiles of the packed slides. cells: (T, 2) of all of them. lengths: all tiles per slide.
+        tiles of the packed slides, both ascending. cells: (T, 2) of all of them. lengths: all tiles per slide; visible_lengths: the visible ones.
         """
         embedded = self.embed(tiles)
         x = self.mask_token.to(embedded.dtype).expand(len(cells), -1).index_copy(0, visible, embedded)
         if self.nearby is not None:
-            of_slide = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths))
-            counts = [of_slide[rows.cpu()].bincount(minlength=len(lengths)).tolist() for rows in (visible, masked)]
-            x = x.index_add(0, masked, self.nearby(embedded, cells[visible], cells[masked], *counts))
+            masked_lengths = [of_slide - seen for of_slide, seen in zip(lengths, visible_lengths, strict=True)]
+            near = self.nearby(embedded, cells[visible], cells[masked], visible_lengths, masked_lengths)
+            x = x.index_add(0, masked, near)
         x = x + position_embedding(cells, self.width).to(x.dtype)
         tokens = self.embed(cls)
         slides = zip(tokens.split(1), x.split(list(lengths)), strict=True)

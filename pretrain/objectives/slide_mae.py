@@ -89,7 +89,9 @@ class SlideMAE(Objective):
         if step_seed is not None:
             seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
         seen = self.encoder(batch.embeddings[batch.visible], batch.cells[batch.visible], batch.visible_lengths, seeds)
-        prediction = self.decoder(seen.tiles, seen.cls, batch.visible, batch.masked, batch.cells, batch.lengths)
+        prediction = self.decoder(
+            seen.tiles, seen.cls, batch.visible, batch.masked, batch.cells, batch.lengths, batch.visible_lengths
+        )
         error = (wide(prediction) - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
         if self.weighting == "slide":
             slides = torch.stack([slide.mean() for slide in error.split(batch.masked_lengths)])

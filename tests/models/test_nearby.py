@@ -50,7 +50,7 @@ def test_the_reaches_learn_and_a_decoder_gives_them_their_first_values():
     cells = torch.tensor([[i % 5, i // 5] for i in range(20)])
     visible, masked = torch.arange(0, 20, 3), torch.tensor([i for i in range(20) if i % 3])
     tiles = torch.randn(len(visible), 8, generator=torch.Generator().manual_seed(0))
-    decoder(tiles, torch.zeros(2, 8), visible, masked, cells, [9, 11]).square().sum().backward()
+    decoder(tiles, torch.zeros(2, 8), visible, masked, cells, [9, 11], [3, 4]).square().sum().backward()
     assert decoder.nearby.log_reach.grad.abs().min() > 0
     with pytest.raises(ValueError, match="'token' or 'nearby', not 'far'"):
         SlideDecoder(**settings, start="far")

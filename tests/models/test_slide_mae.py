@@ -35,6 +35,7 @@ def inputs(lengths: list[int]) -> dict:
         "masked": masked,
         "cells": torch.randint(0, 9, (n, 2), generator=generator),
         "lengths": lengths,
+        "visible_lengths": [int((~part).sum()) for part in mask.split(lengths)],
     }
 
 
@@ -54,6 +55,7 @@ def test_packed_slides_equal_each_slide_alone():
         masked=batch["masked"][:first_masked],
         cells=batch["cells"][:20],
         lengths=[20],
+        visible_lengths=[first_visible],
     )
     torch.testing.assert_close(packed[:first_masked], alone, atol=1e-5, rtol=0)
 
