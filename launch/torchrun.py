@@ -2,16 +2,23 @@
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from types import FrameType
 
 from data.fault import Fault
 from launch import failures
 from launch.launcher import Launcher, folder_of, python_arguments
+from launch.local import PASSED_ON
 from launch.processes import arrange, trains
+from pretrain import signals
+from pretrain.preemption import EXIT_CODE
 from pretrain.settings import Composed
+
+PATIENCE = 600  # seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner
 
 
 @dataclass(kw_only=True)
@@ -34,8 +41,12 @@ class Torchrun(Launcher):
         if self.dry_run:
             print(shlex.join(["env", *(f"{name}={value}" for name, value in surroundings.items()), *command]))
             return
-        ended = subprocess.run(command, env=os.environ | surroundings)
-        if ended.returncode:
+        code, told = run_and_tell(command, os.environ | surroundings)
+        if signal.SIGINT in told:
+            raise KeyboardInterrupt
+        if told and code:
+            sys.exit(EXIT_CODE)  # torchrun's own code doesn't say what its ranks ended with
+        if code:
             if (file := failures.first(logs, since=began)) is not None:
                 print(file.read_text(), end="", file=sys.stderr)
             print(f"pretrain: the logs of all ranks are in {logs}", file=sys.stderr)
@@ -55,5 +66,30 @@ class Torchrun(Launcher):
         )
         return [
             sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.nodes}", f"--nproc-per-node={processes.each}",
-            f"--max-restarts={self.max_restarts}", *meeting, *python_arguments(composed, words)[1:],
+            f"--max-restarts={self.max_restarts}", f"--shutdown-timeout={PATIENCE}", *meeting, *python_arguments(composed, words)[1:],
         ]  # fmt: skip
+
+
+def run_and_tell(command: list[str], environment: dict[str, str]) -> tuple[int, list[int]]:
+    """Run torchrun to its end, or to the one that a signal asks for; its exit code, and the signals that came.
+
+    Whatever came, torchrun is told SIGTERM, and tells its ranks: they answer with a checkpoint, also to Ctrl-C, and aren't started again, as
+    they would be if they had been told themselves.
+    """
+    told: list[int] = []
+
+    def pass_on(number: int, _: FrameType | None) -> None:
+        told.append(number)
+        if len(told) == 1:  # a second one would have torchrun leave its ranks behind
+            agent.send_signal(signal.SIGTERM)
+
+    # A group of its own: Ctrl-C in a terminal goes to this process alone, as any other signal does.
+    agent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
+    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
+    if number := signals.noted():  # while this process read the command line
+        pass_on(number, None)
+    try:
+        return agent.wait(), told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,7 +1,7 @@
 """Saving beside training: the state of this moment is copied, training goes on, and a thread writes the copy.
 
-    begin: wait for the one before → copy to the CPU (the stall) │ thread: plan, write, publish → outcome
-                                                                  │ training: next steps
+    wait: for the one before │ begin: copy to the CPU (the stall) │ thread: plan, write, publish → outcome
+                                                                   │ training: next steps
 
 The thread's exchanges with the other ranks go through a process group of their own, so they can't meet training's.
 """
@@ -40,9 +40,9 @@ class Saver:
         )
         self.under_way: tuple[Writer, Future[Any]] | None = None
 
-    def begin(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> str | None:
-        """Have a checkpoint of this moment written while training goes on; returns the outcome of the one before, waited for."""
-        before = self.wait()
+    def begin(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Have a checkpoint of this moment written while training goes on, after `wait`."""
+        assert self.under_way is None
         writer = Writer(self.run, step, state, self.keep, self.milestones)
         future = dcp.async_save(
             checkpoints.contents(model, optimiser),
@@ -52,7 +52,6 @@ class Saver:
         )
         assert isinstance(future, Future)
         self.under_way = writer, future
-        return before
 
     def outcome(self) -> str | None:
         """How the last one ended, told once, and None while it is still under way."""

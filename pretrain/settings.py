@@ -160,15 +160,22 @@ def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> 
         raise Fault(f"{key}: {str(error).splitlines()[0]}") from error
 
 
-def _spread_lists(kinds: dict[str, Any], values: DictConfig) -> None:
-    """Let one value stand for a list of one, and words for a list of words: ``slides="a.svs b.svs"``."""
+def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -> None:
+    """Let one value stand for a list of one, and words for a list of words: ``slides="a.svs b.svs"``. Raises Fault for an open quote."""
     for name, kind in kinds.items():
         value = None if name not in values or OmegaConf.is_missing(values, name) else values[name]
         if list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
             one_path = isinstance(value, str) and Path(value).expanduser().exists()  # which may hold spaces
-            values[name] = shlex.split(value) if isinstance(value, str) and not one_path else [value]
+            try:
+                values[name] = shlex.split(value) if isinstance(value, str) and not one_path else [value]
+            except ValueError as error:
+                key = f"{prefix}{name}"
+                raise Fault(
+                    f"{key}: there is no file {value!r}, and it can't be read as several names ({error}); one name with a quote in it "
+                    f'is given as a list: {key}=["{value}"].'
+                ) from error
         elif dataclasses.is_dataclass(kind) and isinstance(value, DictConfig):
-            _spread_lists(get_type_hints(kind), value)
+            _spread_lists(get_type_hints(kind), value, f"{prefix}{name}.")
 
 
 def _explain(command: str, overrides: list[str], search: list[str], directories: list[Path], error: Exception) -> str:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
@@ -16,8 +17,9 @@ from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
 from models.sequence_parallel import Group
 from pretrain import run_folder
-from pretrain.across_ranks import world_size
+from pretrain.across_ranks import total, world_size
 from pretrain.objectives.slide_mae import SlideMAE
+from pretrain.plan import operations
 from pretrain.progress import say
 from pretrain.slide_encoders import TILE_ENCODER
 from pretrain.training import Training
@@ -128,7 +130,13 @@ class SlideTraining(Training):
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start
         self.taken = start(self.step + 1) - start(self.step)
-        return {"slides": self.taken}
+        mine = torch.tensor(sum(len(part.embeddings) for part in batch), device=self.device)
+        self.tiles_taken = int(total(mine)) // self.config.data.processes_per_slide
+        return {"slides": self.taken, "tiles": self.tiles_taken}
+
+    def count_operations(self, fused_attention: bool) -> float:
+        sizes = self.sequences.packing.sizes.tolist()
+        return operations.of_an_embedding(self.config, self.store.width, sizes, fused_attention)
 
     def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:
         for part in batch:

@@ -19,6 +19,7 @@ from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.encoders import Preprocessing, evaluation_size
 from pretrain.objective import Moment, Objective
+from pretrain.plan import operations
 from pretrain.probe_set import ProbeSet
 from pretrain.progress import say
 from pretrain.tile_batch import TileBatch
@@ -207,6 +208,9 @@ class TileTraining(Training):
                 f"allows; they are named above: restore those shards, or raise the limit."
             )
         return {"bad_tiles": bad}
+
+    def count_operations(self, fused_attention: bool) -> float:
+        return operations.of_a_tile(self.config, fused_attention)
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[TileBatch, int]]:
         for part in batch.parts:

@@ -31,6 +31,7 @@ from pretrain.across_ranks import total, world_size
 from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
 from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
+from pretrain.plan.hardware import peak_of
 from pretrain.preemption import Preemption
 from pretrain.progress import Progress, duration, say
 from pretrain.record import Record, Wandb
@@ -52,6 +53,7 @@ class Hardware:
     activation_checkpointing: str
     compile: bool
     accumulate: int
+    peak_tflops: float | None
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
@@ -73,7 +75,10 @@ class Training(L.LightningModule, ABC):
         self.step = self.skipped = self.skipped_in_a_row = self.failed_saves = 0
         self.ended_early = self.requeued = False
         self.objective: Objective = None  # type: ignore[assignment]  # configure_model builds it, in the run's processes
-        self.taken = batch_size  # samples in the present step; a stage whose steps differ says so in before_step
+        # Samples in the present step, and tiles of all processes; a stage whose steps differ says so in before_step.
+        self.taken = self.tiles_taken = batch_size
+        self.peak: float | None = None  # operations a second that all devices together can do, where known,
+        self.tile_operations = 0.0  # and then those that a tile costs
         self.watch: Watch = config.watch
         self.facts = alarms.facts(asdict(config))
         self._ended = time.monotonic()
@@ -98,6 +103,10 @@ class Training(L.LightningModule, ABC):
     def look(self, batch: Any) -> dict[str, float]:
         """Figures that are too costly for every step, of the batch that was just used; every rank calls it."""
         return {}
+
+    @abstractmethod
+    def count_operations(self, fused_attention: bool) -> float:
+        """Floating-point operations that a tile of a step costs, by plan; called before the processes have joined."""
 
     def evaluate(self) -> dict[str, float]:
         """Figures of held-out data, asked for at every checkpoint."""
@@ -161,6 +170,8 @@ class Training(L.LightningModule, ABC):
             "data_wait": (began - self._ended) / (now - self._ended),
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
+        if self.peak:
+            figures["flop_utilisation"] = self.tile_operations * self.tiles_taken / (now - self._ended) / self.peak
         self._ended = now
         if self.step % self.hardware.log_every == 0 or self.step == self.optim.steps or not took_step:
             self._log(figures)
@@ -379,6 +390,21 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def prepare_utilisation(training: Training, trainer: L.Trainer) -> None:
+    """Find what ``flop_utilisation`` is computed from, where the devices' peak is known, or say why there will be none."""
+    hardware, device = training.hardware, trainer.strategy.root_device
+    peak = hardware.peak_tflops * 1e12 if hardware.peak_tflops else peak_of(device, hardware.precision)
+    if peak is None:
+        return
+    try:
+        training.tile_operations = training.count_operations(fused_attention=device.type == "cuda")
+    except Exception as error:  # a plug-in may do what tensors without numbers can't: no reason not to train
+        if trainer.is_global_zero:
+            say(f"{training.run}: no flop_utilisation, since a step's operations can't be counted ({error!r})")
+        return
+    training.peak = peak * trainer.world_size
+
+
 def why_ended(run: Path, scored: best.Scores, name: str) -> str:
     """The line with which a run ends early."""
     step, score = best.best(scored)
@@ -424,6 +450,7 @@ def fit(training: Training) -> None:
         say(f"{training.run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
     # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    prepare_utilisation(training, trainer)
     began = time.monotonic()
     with signals.listening():
         trainer.fit(training)

@@ -1,8 +1,14 @@
 """What a machine has: memory, arithmetic, price. The descriptions are in ``configs/hardware/``, each number with its source."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+import torch
+import yaml
 
 from data.fault import Fault
+from pretrain.settings import CONFIGS
+
+FOLDER = CONFIGS / "hardware"
 
 
 @dataclass
@@ -16,6 +22,7 @@ class Machine:
     float32_tflops: float
     utilisation: float
     dollars_per_hour: float
+    device_names: list[str] = field(default_factory=list)  # what torch.cuda.get_device_name says of it
 
     def peak(self, precision: str) -> float:
         """Floating-point operations a second at the precision that a run computes in. Raises Fault for another."""
@@ -23,3 +30,17 @@ class Machine:
         if precision not in peaks:
             raise Fault(f"trainer.precision={precision} can't be planned: what {self.name} does of it is not known.")
         return peaks[precision] * 1e12
+
+
+def described(name: str) -> Machine:
+    """The machine of that name in ``configs/hardware/``."""
+    return Machine(**yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+
+
+def peak_of(device: torch.device, precision: str) -> float | None:
+    """Floating-point operations a second that a process's device can do, known by its name; None for one that isn't described."""
+    if device.type != "cuda" or precision not in ("bf16", "float32"):
+        return None
+    name = torch.cuda.get_device_name(device)
+    machines = [described(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
+    return next((machine.peak(precision) for machine in machines if name in machine.device_names), None)

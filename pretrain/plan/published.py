@@ -2,14 +2,11 @@
 
 from dataclasses import dataclass
 
-import yaml
-
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Settings, counted, estimate
-from pretrain.plan.hardware import Machine
+from pretrain.plan.hardware import described
 from pretrain.plan.of_a_run import compose
 from pretrain.plan.run_shape import run_shape
-from pretrain.settings import CONFIGS
 
 
 @dataclass
@@ -41,8 +38,7 @@ def implied(recipe: str, published: PublishedRun, slides: Slides) -> Implied:
     of_all = Settings(processes, processes, "bf16", "none", 1)
     found = estimate(run, of_all, fused_attention=True, largest=False)
     each = sum(found.flops.values()) / found.samples
-    machine = Machine(**yaml.safe_load((CONFIGS / "hardware" / f"{published.hardware}.yaml").read_text()))
-    share = each * published.samples / (published.gpu_hours * 3600 * machine.peak("bf16"))
+    share = each * published.samples / (published.gpu_hours * 3600 * described(published.hardware).peak("bf16"))
     return Implied(
         recipe, counted(run)["encoder"], each / 1e9, published.samples, published.hardware, published.gpu_hours, share
     )

@@ -25,6 +25,7 @@ TILE_COURSE = [
     ("Throughput", "tiles/s", ["tiles_per_second"]),
     ("Waiting for data", "share", ["data_wait"]),
     ("Peak memory", "GiB", ["peak_memory_gib"]),
+    ("FLOP utilisation", "share of the peak", ["flop_utilisation"]),
 ]
 TILE_WATCH = [
     ("Teacher entropy", "nats", ["teacher_entropy/dino", "teacher_entropy/ibot"]),
@@ -42,7 +43,9 @@ SLIDE_COURSE = [
     ("Learning rate", "", ["lr"]),
     ("Gradient norm", "", ["grad_norm"]),
     ("Throughput", "slides/s", ["slides_per_second"]),
+    ("Tiles in a step", "", ["tiles"]),
     ("Peak memory", "GiB", ["peak_memory_gib"]),
+    ("FLOP utilisation", "share of the peak", ["flop_utilisation"]),
 ]
 BASELINES = {
     "r2_neighbours": ("Mean of the nearest visible tiles", "knows that neighbours look alike"),

@@ -77,7 +77,7 @@ def main() -> None:
             waiting.append(time.perf_counter() - began)
             alone += [step(model, optimiser, x) for _ in range(3)]
             began = time.perf_counter()
-            assert saver.begin(2 * number + 1, model, optimiser, {}) is None
+            saver.begin(2 * number + 1, model, optimiser, {})
             beside.append(time.perf_counter() - began)
             during = []
             while saver.under_way and not saver.under_way[1].done():

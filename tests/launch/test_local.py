@@ -13,6 +13,9 @@ import pytest
 from launch import ranks
 from launch.entry import main
 from launch.local import watch
+from launch.torchrun import run_and_tell
+from pretrain import checkpoints
+from pretrain.preemption import EXIT_CODE
 from pretrain.run_folder import read_metrics
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import ROOT, assert_close, command, start
@@ -77,4 +80,50 @@ def test_torchrun_starts_all_again_where_one_is_killed(tmp_path: Path) -> None:
     output, _ = process.communicate(timeout=300)
     assert process.returncode == 0, output
     assert "resuming after step" in output or "Signal 9" in output
+    assert_close(run, tmp_path / "here")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
+def test_torchrun_is_told_once_and_only_what_its_ranks_answer_with_a_checkpoint(
+    number: signal.Signals, tmp_path: Path
+) -> None:
+    # In torchrun's place a process that notes what it is sent and ends on its own time; it signals who started it, twice.
+    program = f"""
+import os, signal, time
+came = []
+for one in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(one, lambda number, _: came.append(signal.Signals(number).name))
+for _ in range(2):
+    os.kill(os.getppid(), {int(number)})
+    time.sleep(0.5)
+open({str(tmp_path / "came")!r}, "w").write(" ".join(came))
+raise SystemExit(1)
+"""
+    before = signal.getsignal(number)
+    code, told = run_and_tell([sys.executable, "-c", program], dict(os.environ))
+    assert (code, told) == (1, [number, number])
+    assert (tmp_path / "came").read_text() == "SIGTERM"
+    assert signal.getsignal(number) is before
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_ends_its_ranks_with_a_checkpoint_and_starts_none_again(tmp_path: Path) -> None:
+    shards = write_tiles(tmp_path / "shards", [40, 37])
+    main(command(shards, tmp_path / "here"))
+    run = tmp_path / "run"
+    words = command(shards, run, "launch=torchrun", "launch.processes_per_node=2", "trainer.checkpoint_every=100")
+    for number, code, steps in ((signal.SIGUSR1, EXIT_CODE, 1), (signal.SIGINT, 130, 3)):
+        process = start(words)
+        while len(read_metrics(run)) < steps:
+            assert process.poll() is None, process.communicate()[0]
+            time.sleep(0.01)
+        process.send_signal(number)
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == code, output
+        assert of_rank(run, 0) == of_rank(run, 1) == []
+        newest = checkpoints.newest(run)
+        assert newest is not None and checkpoints.step_of(newest) == len(read_metrics(run)) < 6
+        assert f"stopped by SIGTERM after step {checkpoints.step_of(newest)}" in output
+    process = start(words)
+    assert process.wait(300) == 0
     assert_close(run, tmp_path / "here")

@@ -203,9 +203,9 @@ def test_torchruns_command_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
     environment, _, command = capsys.readouterr().out.partition(" -m torch.distributed.run ")
     words = ["python", "-m", "torch.distributed.run", *command.split()]
     assert environment.startswith("env PRETRAIN_LOGS=") and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
-    assert words[1:9] == ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", "--rdzv-backend=c10d",
-                          "--rdzv-endpoint=node1:29400", "--rdzv-id=first"]  # fmt: skip
-    assert words[9:12] == ["-m", "pretrain", "tile"] and words[-3:] == [
+    assert words[1:10] == ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", "--shutdown-timeout=600",
+                           "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-id=first"]  # fmt: skip
+    assert words[10:13] == ["-m", "pretrain", "tile"] and words[-3:] == [
         "trainer.nodes=2",
         "trainer.devices=8",
         "trainer.accelerator=gpu",

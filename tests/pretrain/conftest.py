@@ -3,6 +3,7 @@
 import io
 import json
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.shard_index import ShardIndex, scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain import checkpoints
+from tests.data.tile_folders import write_tiles
 
 TILE, COLUMNS, ROWS = 40, 4, 3
 MODEL = {
@@ -36,6 +38,21 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """For runs of tiny networks in this process: more threads make them slower, and sums come out otherwise."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def tile_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards of 40 and 37 tiles, of two slides. Copy them to spoil them."""
+    return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
 
 
 @pytest.fixture

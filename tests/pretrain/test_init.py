@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,8 @@ from pretrain.objectives.dinov2 import DINOv2
 from pretrain.sharding import materialise
 from tests.data.tile_folders import write_tiles
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = {
     "image_size": 32,
@@ -43,14 +44,6 @@ TINY = [
     "data.batch_size=8", "data.lanes=2", "data.threads=1", "data.crops.global_size=32", "data.crops.local_size=16", "data.crops.local_count=2",
     "optim.steps=2", "optim.warmup_steps=1", "optim.frozen_last_layer_steps=0", "trainer.checkpoint_every=1", "trainer.accelerator=cpu",
 ]  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")

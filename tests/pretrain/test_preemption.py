@@ -6,7 +6,6 @@ import stat
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,30 +16,18 @@ from launch.entry import main
 from pretrain import checkpoints, preemption, signals
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.preemption import EXIT_CODE, Preemption
-from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import STEPS, assert_close, command, kill_after, metrics, start, weights
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 SETTINGS = ["objective.centring=centre", "objective.spread=kde", "model.drop_path=0.3", "trainer.accumulate=2"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def uninterrupted(tile_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    main(command(shards, run, *SETTINGS))
+    main(command(tile_shards, run, *SETTINGS))
     return run
 
 
@@ -59,7 +46,7 @@ def signal_inside(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step:
 @pytest.mark.parametrize("number", signals.ASKING)
 def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_nothing(
     number: signal.Signals,
-    shards: Path,
+    tile_shards: Path,
     uninterrupted: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -69,43 +56,43 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_noth
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         signal_inside(patch, number, step=2)  # between two checkpoints
-        main(command(shards, run, *SETTINGS))
+        main(command(tile_shards, run, *SETTINGS))
     assert ended.value.code == EXIT_CODE == 75
     assert f"stopped by {number.name} after step 3 of {STEPS}" in (said := capsys.readouterr().err)
     assert "step-00000003; the same command continues" in said
     assert checkpoints.read_state(checkpoints.newest(run))["step"] == 3 and not list(run.glob("checkpoints/*.partial"))  # type: ignore[arg-type]
     assert signal.getsignal(number) is before and not signals.noted()
-    main(command(shards, run, *SETTINGS))
+    main(command(tile_shards, run, *SETTINGS))
     assert metrics(run) == metrics(uninterrupted)
     found, expected = weights(run), weights(uninterrupted)
     assert all(torch.equal(found[name], expected[name]) for name in found | expected)
 
 
 def test_a_signal_in_the_last_step_comes_too_late_to_matter(
-    shards: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tile_shards: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal_inside(monkeypatch, signal.SIGTERM, step=STEPS - 1)
-    main(command(shards, tmp_path / "run", *SETTINGS))
+    main(command(tile_shards, tmp_path / "run", *SETTINGS))
     assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
 
 def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_nothing(
-    shards: Path, uninterrupted: Path, tmp_path: Path
+    tile_shards: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
-    run, two = tmp_path / "run", command(shards, tmp_path / "run", *SETTINGS, "trainer.devices=2")
+    run, two = tmp_path / "run", command(tile_shards, tmp_path / "run", *SETTINGS, "trainer.devices=2")
     process = start(two)
     kill_after(process, run, 1, signal.SIGUSR1, of="second")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_CODE and "stopped by SIGUSR1 after step" in output, output
     step = checkpoints.read_state(checkpoints.newest(run))["step"]  # type: ignore[arg-type]
     assert step == metrics(run)[-1]["step"] < STEPS
-    main(command(shards, run, *SETTINGS))
+    main(command(tile_shards, run, *SETTINGS))
     assert_close(run, uninterrupted)
 
 
 @pytest.mark.slow
-def test_a_signal_during_the_imports_is_answered_before_the_first_step(shards: Path, tmp_path: Path) -> None:
-    process = start(command(shards, tmp_path / "run", *SETTINGS))
+def test_a_signal_during_the_imports_is_answered_before_the_first_step(tile_shards: Path, tmp_path: Path) -> None:
+    process = start(command(tile_shards, tmp_path / "run", *SETTINGS))
     status = Path(f"/proc/{process.pid}/status")
     while not int(status.read_text().partition("SigCgt:")[2].split()[0], 16) >> (signal.SIGUSR2 - 1) & 1:
         time.sleep(0.002)
@@ -118,15 +105,15 @@ def test_a_signal_during_the_imports_is_answered_before_the_first_step(shards: P
 @pytest.mark.slow
 @pytest.mark.parametrize("number", signals.ASKING)
 def test_a_job_that_is_signalled_whole_ends_as_if_one_process_had_been(
-    number: signal.Signals, shards: Path, uninterrupted: Path, tmp_path: Path
+    number: signal.Signals, tile_shards: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:
     """As SLURM does it: every rank, and their loaders."""
     run = tmp_path / "run"
-    process = start(command(shards, run, *SETTINGS, "trainer.devices=2"))
+    process = start(command(tile_shards, run, *SETTINGS, "trainer.devices=2"))
     kill_after(process, run, 2, number, of="all")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_CODE, output
-    main(command(shards, run, *SETTINGS))
+    main(command(tile_shards, run, *SETTINGS))
     assert_close(run, uninterrupted)
 
 

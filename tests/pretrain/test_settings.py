@@ -122,6 +122,14 @@ def test_one_path_with_spaces_that_exists_stays_one(tmp_path: Path) -> None:
     assert load("tile", ["run=a", f"data.shards='{folder}'"]).object().data.shards == [str(folder)]
 
 
+def test_a_name_with_a_quote_in_it_is_taken_as_a_list_or_refused_in_a_sentence_that_says_so() -> None:
+    with pytest.raises(
+        Fault, match=r"""data\.shards: there is no file "it's here", .*: data\.shards=\["it's here"\]\."""
+    ):
+        load("tile", ["run=a", 'data.shards="it\'s here"'])
+    assert load("tile", ["run=a", 'data.shards=["it\'s here"]']).object().data.shards == ["it's here"]
+
+
 def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_group() -> None:
     recipe = yaml.safe_load((CONFIGS / "recipe" / "small.yaml").read_text())
     group = yaml.safe_load((CONFIGS / "data" / "tiles.yaml").read_text())

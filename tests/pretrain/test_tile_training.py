@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,8 @@ from pretrain import checkpoints
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run_folder import digest, read_config, read_metrics
 from tests.data.tile_folders import spoil, write_tiles
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROOT = Path(__file__).resolve().parents[2]
 STEPS = 6
@@ -52,8 +53,8 @@ GROUP = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD
 CLOCK = ("tiles_per_second", "data_wait", "peak_memory_gib", "look_seconds")
 
 
-def command(shards: Path, run: Path, *settings: str) -> list[str]:
-    return ["tile", f"run={run}", f"data.shards={shards}", *TINY, *settings]
+def command(tile_shards: Path, run: Path, *settings: str) -> list[str]:
+    return ["tile", f"run={run}", f"data.shards={tile_shards}", *TINY, *settings]
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
@@ -89,26 +90,13 @@ def finish(process: subprocess.Popen[str]) -> str:
     return output
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def uninterrupted(tile_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """A run from first to last step in one process, each way. Never written to after this."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("uninterrupted")
     for way, settings in WAYS.items():
-        main(command(shards, folder / way, *settings))
+        main(command(tile_shards, folder / way, *settings))
     return {way: folder / way for way in WAYS}
 
 
@@ -126,23 +114,25 @@ def assert_close(found: Path, expected: Path) -> None:
 
 
 def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     shared = ["trainer.devices=2", "trainer.keep_checkpoints=0"]
-    running = {way: start(command(shards, tmp_path / way, *settings, *shared)) for way, settings in WAYS.items()}
+    running = {way: start(command(tile_shards, tmp_path / way, *settings, *shared)) for way, settings in WAYS.items()}
     for way, process in running.items():
         finish(process)
         assert_close(tmp_path / way, uninterrupted[way])
     for way, settings in WAYS.items():
         for step in (4, 6):
             shutil.rmtree(tmp_path / way / "checkpoints" / f"step-{step:08d}")
-        main(command(shards, tmp_path / way, *settings))
+        main(command(tile_shards, tmp_path / way, *settings))
         assert_close(tmp_path / way, uninterrupted[way])
 
 
 @pytest.mark.slow
-def test_a_bad_tile_on_one_of_two_processes_is_counted_and_too_many_stop_both(shards: Path, tmp_path: Path) -> None:
-    folder = shutil.copytree(shards, tmp_path / "shards")
+def test_a_bad_tile_on_one_of_two_processes_is_counted_and_too_many_stop_both(
+    tile_shards: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tile_shards, tmp_path / "shards")
     spoil(folder, list(range(0, 77, 8)))
     process = start(command(folder, tmp_path / "run", "trainer.devices=2", "data.max_bad_fraction=0.0001"))
     output, _ = process.communicate(timeout=120)
@@ -152,9 +142,9 @@ def test_a_bad_tile_on_one_of_two_processes_is_counted_and_too_many_stop_both(sh
 
 
 def test_micro_batches_change_nothing_that_belongs_to_the_global_batch(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    main(command(shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.accumulate=4"))
+    main(command(tile_shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.accumulate=4"))
     assert_close(tmp_path / "run", uninterrupted["sinkhorn"])
 
 
@@ -181,15 +171,15 @@ def kill_after(
 
 
 def test_a_killed_run_resumes_and_ends_bit_for_bit_as_the_uninterrupted_one(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     run, settings = tmp_path / "run", WAYS["everything"]
-    kill_after(start(command(shards, run, *settings)), run, 3)
+    kill_after(start(command(tile_shards, run, *settings)), run, 3)
     newest = checkpoints.newest(run)
     assert newest is not None and checkpoints.read_state(newest)["step"] < STEPS, (
         "the kill came too late to test anything"
     )
-    main(command(shards, run, *settings))
+    main(command(tile_shards, run, *settings))
     assert metrics(run) == metrics(uninterrupted["everything"])
     found, expected = weights(run), weights(uninterrupted["everything"])
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
@@ -200,7 +190,7 @@ class Kill(BaseException):
 
 
 def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_nothing(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, settings = tmp_path / "run", WAYS["sinkhorn"]
 
@@ -215,14 +205,14 @@ def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_noth
 
         monkeypatch.setattr(checkpoints.Writer, "finish", dying)
         with pytest.raises(CheckpointException, match="Kill"):
-            main(command(shards, run, *settings))
+            main(command(tile_shards, run, *settings))
         monkeypatch.setattr(checkpoints.Writer, "finish", finish)
         assert [path.suffix for path in (run / "checkpoints").glob(f"step-{step:08d}*")] == [".partial"]
 
     die_at(2)
     assert checkpoints.newest(run) is None
     die_at(4)
-    main(command(shards, run, *settings))
+    main(command(tile_shards, run, *settings))
     assert metrics(run) == metrics(uninterrupted["sinkhorn"])
     assert not list((run / "checkpoints").glob("*.partial"))
     assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
@@ -231,26 +221,26 @@ def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_noth
 @pytest.mark.slow
 @pytest.mark.parametrize("delay", [0.0, 0.05, 0.1, 0.2, 0.3, 0.5])
 def test_a_kill_at_any_moment_after_the_first_step_changes_nothing(
-    delay: float, shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    delay: float, tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
     run, settings = tmp_path / "run", WAYS["everything"]
-    process = start(command(shards, run, *settings))
+    process = start(command(tile_shards, run, *settings))
     while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text():
         assert process.poll() is None
         time.sleep(0.005)
     time.sleep(delay)
     process.kill()
     process.communicate()
-    main(command(shards, run, *settings))
+    main(command(tile_shards, run, *settings))
     assert metrics(run) == metrics(uninterrupted["everything"])
 
 
 def test_a_finished_run_says_it_is_done_and_touches_nothing(
-    shards: Path, uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = uninterrupted["sinkhorn"]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    main(command(shards, run, *WAYS["sinkhorn"]))
+    main(command(tile_shards, run, *WAYS["sinkhorn"]))
     assert f"is done: {STEPS} steps" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
@@ -312,20 +302,20 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 
 
 def test_changed_settings_are_refused_with_the_difference(
-    shards: Path, uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = refused(command(shards, uninterrupted["sinkhorn"], *WAYS["sinkhorn"], "optim.lr=0.5"), capsys)
+    line = refused(command(tile_shards, uninterrupted["sinkhorn"], *WAYS["sinkhorn"], "optim.lr=0.5"), capsys)
     assert "optim.lr: 0.001 → 0.5" in line and "give another run=" in line
 
 
 def test_changed_data_is_refused_on_resuming(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
     shutil.rmtree(run / "checkpoints" / "step-00000006")
-    folder = shutil.copytree(shards, tmp_path / "shards")
+    folder = shutil.copytree(tile_shards, tmp_path / "shards")
     for path in (run / "config.yaml", *run.glob("checkpoints/*/state.json")):
-        path.write_text(path.read_text().replace(str(shards), str(folder)))
+        path.write_text(path.read_text().replace(str(tile_shards), str(folder)))
     (folder / "index.npz").unlink()
     (folder / "index" / "tiles-000001.npz").unlink()
     (folder / "tiles-000001.tar").unlink()
@@ -342,10 +332,10 @@ def test_changed_data_is_refused_on_resuming(
 
 
 def test_allowed_changes_are_said_kept_and_go_on_from_the_checkpoint(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
-    longer = command(shards, run, *WAYS["sinkhorn"], "optim.weight_decay=0.2", f"optim.steps={STEPS + 2}")
+    longer = command(tile_shards, run, *WAYS["sinkhorn"], "optim.weight_decay=0.2", f"optim.steps={STEPS + 2}")
     assert f"optim.steps: {STEPS} → {STEPS + 2}; optim.weight_decay: " in refused(longer, capsys)
     main([*longer, "allow_changes=true"])
     assert "goes on under other settings: optim.steps: 6 → 8" in capsys.readouterr().err
@@ -356,24 +346,24 @@ def test_allowed_changes_are_said_kept_and_go_on_from_the_checkpoint(
 
 
 def test_a_network_that_a_checkpoint_does_not_fit_is_one_sentence_even_where_changes_are_allowed(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
     settings = ["model.width=96", f"optim.steps={STEPS + 2}", "allow_changes=true"]
-    assert "can't be loaded" in refused(command(shards, run, *WAYS["sinkhorn"], *settings), capsys)
+    assert "can't be loaded" in refused(command(tile_shards, run, *WAYS["sinkhorn"], *settings), capsys)
 
 
-def test_a_checkpoint_says_what_it_is_of(shards: Path, uninterrupted: dict[str, Path]) -> None:
+def test_a_checkpoint_says_what_it_is_of(tile_shards: Path, uninterrupted: dict[str, Path]) -> None:
     run = uninterrupted["sinkhorn"]
     state = checkpoints.read_state(checkpoints.newest(run))  # type: ignore[arg-type]
     assert state["step"] == STEPS and state["samples"] == STEPS * 16 and state["skipped"] == 0
     assert state["settings"] == read_config(run) and state["config"] == digest(state["settings"])
-    assert state["data"] == ShardIndex.open(shards).digest
+    assert state["data"] == ShardIndex.open(tile_shards).digest
     assert state["packages"]["torch"] == torch.__version__.partition("+")[0] and state["python"] and state["git"]
 
 
 def test_a_save_that_fails_is_said_counted_and_tried_again(
-    shards: Path,
+    tile_shards: Path,
     uninterrupted: dict[str, Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -387,7 +377,7 @@ def test_a_save_that_fails_is_said_counted_and_tried_again(
         finish(self, **results)
 
     monkeypatch.setattr(checkpoints.Writer, "finish", full)
-    main(command(shards, run, *WAYS["sinkhorn"]))
+    main(command(tile_shards, run, *WAYS["sinkhorn"]))
     said = capsys.readouterr().err
     assert said.count("step-00000002 could not be written ([Errno 28] No space left on device); training goes on") == 1
     assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
@@ -396,7 +386,7 @@ def test_a_save_that_fails_is_said_counted_and_tried_again(
 
 
 def test_a_last_save_that_fails_ends_the_run_with_one_sentence(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     finish = checkpoints.Writer.finish
 
@@ -406,15 +396,15 @@ def test_a_last_save_that_fails_ends_the_run_with_one_sentence(
         finish(self, **results)
 
     monkeypatch.setattr(checkpoints.Writer, "finish", full)
-    line = refused(command(shards, tmp_path / "run", *WAYS["sinkhorn"]), capsys)
+    line = refused(command(tile_shards, tmp_path / "run", *WAYS["sinkhorn"]), capsys)
     assert "Read-only file system" in line and "free some room" in line
     assert checkpoints.newest(tmp_path / "run").name == "step-00000004"  # type: ignore[union-attr]
 
 
 def test_a_bad_tile_is_named_counted_and_replaced(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = shutil.copytree(shards, tmp_path / "shards")
+    folder = shutil.copytree(tile_shards, tmp_path / "shards")
     spoil(folder, [3, 50])
     main(command(folder, tmp_path / "run", "data.max_bad_fraction=0.2"))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: tile")]
@@ -435,9 +425,9 @@ def test_a_bad_tile_is_named_counted_and_replaced(
     ],
 )
 def test_settings_that_do_not_fit_together_are_one_line(
-    settings: list[str], sentence: str, shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    settings: list[str], sentence: str, tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert sentence in refused(command(shards, tmp_path / "run", *settings), capsys)
+    assert sentence in refused(command(tile_shards, tmp_path / "run", *settings), capsys)
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
@@ -452,10 +442,10 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int]) -> None:
 
 
 def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, {2, 3})
-    main(command(shards, tmp_path / "run", *WAYS["everything"]))
+    main(command(tile_shards, tmp_path / "run", *WAYS["everything"]))
     said = capsys.readouterr().err
     assert "step 2 skipped: loss" in said and "step 3 skipped" in said
     lines = metrics(tmp_path / "run")
@@ -465,34 +455,34 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(
 
 
 def test_a_skipped_step_leaves_every_weight_and_centre_as_it_was(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, {2, 3})
-    main(command(shards, tmp_path / "run", *WAYS["everything"], "trainer.keep_checkpoints=0"))
+    main(command(tile_shards, tmp_path / "run", *WAYS["everything"], "trainer.keep_checkpoints=0"))
     second, fourth = (checkpoints.read(tmp_path / "run" / "checkpoints" / f"step-0000000{step}", "") for step in (2, 4))
     assert all(torch.equal(second[name], fourth[name]) for name in second)
 
 
 def test_too_many_skipped_steps_stop_the_run(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, {2, 3, 4, 5})
-    line = refused(command(shards, tmp_path / "run", "optim.max_skipped=2"), capsys)
+    line = refused(command(tile_shards, tmp_path / "run", "optim.max_skipped=2"), capsys)
     assert "3 steps in a row" in line and "optim.max_skipped=2" in line
 
 
 def test_wandb_offline_writes_its_folder_and_off_writes_none(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    main(command(shards, tmp_path / "run", "wandb.mode=offline", "optim.steps=2"))
+    main(command(tile_shards, tmp_path / "run", "wandb.mode=offline", "optim.steps=2"))
     assert any((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert not (uninterrupted["sinkhorn"] / "wandb").exists()
 
 
 def test_bf16_trains_near_float32_and_keeps_float32_masters(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    main(command(shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.precision=bf16"))
+    main(command(tile_shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.precision=bf16"))
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
     for one, other in zip(metrics(tmp_path / "run"), metrics(uninterrupted["sinkhorn"]), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05) and one["loss"] != other["loss"]
@@ -500,7 +490,7 @@ def test_bf16_trains_near_float32_and_keeps_float32_masters(
 
 @pytest.mark.slow
 def test_compiled_blocks_change_nothing_but_rounding(
-    shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    finish(start(command(shards, tmp_path / "compiled", *WAYS["everything"], "trainer.compile=true")))
+    finish(start(command(tile_shards, tmp_path / "compiled", *WAYS["everything"], "trainer.compile=true")))
     assert_close(tmp_path / "compiled", uninterrupted["everything"])

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from launch.entry import main
 from pretrain import checkpoints
@@ -16,6 +15,8 @@ from pretrain.run_folder import read_metrics
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import assert_close, command, finish, start
 from tests.pretrain.test_watching import write_classes
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEACHING = [
     "optim.steps=40", "trainer.checkpoint_every=20", "watch.every=10", "optim.warmup_steps=10", "optim.lr=1e-3", "objective.teacher_temperature=0.04",
@@ -30,11 +31,6 @@ COLLAPSE = {
         {"same target", "uniform teacher"},
     ),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
