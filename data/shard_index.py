@@ -50,6 +50,7 @@ RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
          "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
+FARTHEST = 2**31  # level-0 pixels: x and y are int32
 UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 
 
@@ -357,6 +358,8 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
             from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
             slide = str(facts.get("slide", from_key[0]))
             x, y = int(facts.get("x", from_key[1])), int(facts.get("y", from_key[2]))
+            if max(x, y) >= FARTHEST:
+                raise Fault(f"{tar} is damaged ({key} is said to lie at ({x}, {y}), where no slide has pixels): replace it, or move it out of the folder")  # fmt: skip
             if not slides or slides[-1]["slide"] != slide:
                 slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide})
                 counts.append(0)
@@ -428,7 +431,7 @@ def _facts(member: str, content: bytes) -> dict[str, Any]:
     facts = {name: value for name, value in facts.items() if value is not None}
     for name in ("x", "y"):
         value = facts.get(name, 0)
-        if not isinstance(value, int | float | str) or not abs(float(value)) < 2**53 or float(value) % 1:
+        if not isinstance(value, int | float | str) or not abs(float(value)) < FARTHEST or float(value) % 1:
             raise ValueError(f"{member} says {name} = {value!r}, where a whole number of pixels belongs")
         facts |= {name: int(float(value))} if name in facts else {}
     for name in ("mpp", "mpp_level0", "tile_size", "tile_size_level0"):

@@ -27,6 +27,7 @@ from data.shard_index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex
 from data.tar_members import DamagedTar, Member, members, padding
 
 JPEGS = ("jpg", "jpeg")
+GRID = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
 MOST_NAMED = 1000  # findings kept for one shard; the rest are counted
 
 
@@ -94,10 +95,14 @@ def verify_folder(folder: Folder) -> Verified:
         if facts["coordinates"] is None:
             continue
         try:
-            kept = read_tiling(_at(folder, str(facts["coordinates"]))).counts()["kept"]
+            tiling = read_tiling(_at(folder, str(facts["coordinates"])))
         except Fault as fault:
             result.find(str(facts["coordinates"]), "damaged coordinates", str(fault))
             continue
+        kept = tiling.counts()["kept"]
+        for name in GRID:
+            if (said := getattr(tiling.grid, name)) != facts[name]:
+                result.find(str(facts["coordinates"]), "coordinates differ", f"it says {name} = {said}, the index {facts[name]}")  # fmt: skip
         if kept != facts["tiles"]:
             result.find(
                 str(facts["coordinates"]), "coordinates differ",

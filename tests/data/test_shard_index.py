@@ -196,6 +196,12 @@ def test_a_json_that_cannot_be_true_is_refused_by_its_shard(tmp_path: Path, spoi
         scan(tmp_path)
 
 
+def test_a_place_that_the_index_cannot_hold_is_refused_and_not_wrapped(tmp_path: Path) -> None:
+    foreign(tmp_path / "a.tar", [(f"s_{2**31}_0.jpg", b"jpeg")])
+    with pytest.raises(Fault, match="no slide has pixels"):
+        scan(tmp_path)
+
+
 def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:
     foreign(tmp_path / "a.tar", [("s_7_9.jpg", b"jpeg"), ("s_7_9.json", b'{"slide": null, "x": null, "y": 12.0, "mpp": null}')])  # fmt: skip
     index = scan(tmp_path)
