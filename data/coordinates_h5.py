@@ -15,6 +15,8 @@ reading squares of the wrong size. Ours, beside them: ``mpp, mpp_level0, tile_si
 
 import io
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,10 +151,13 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
         return SlideCoordinates(slide, coords[:, 0], coords[:, 1], tile_size, side, mpp, width, height)
 
 
-def _open(path: Path | RemotePath) -> h5py.File:
+@contextmanager
+def _open(path: Path | RemotePath) -> Iterator[h5py.File]:
+    """The open file. What is wrong with it shows when it is opened or only when it is read: a Fault either way."""
     try:
-        return h5py.File(path if isinstance(path, Path) else path.open(), "r")
+        with h5py.File(path if isinstance(path, Path) else path.open(), "r") as file:
+            yield file
     except FileNotFoundError as error:
         raise Fault(f"there is no file of tile coordinates at {path}") from error
-    except OSError as error:
+    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
         raise Fault(f"{path} cannot be read as h5 ({error}): delete it and run again") from error

@@ -78,8 +78,16 @@ def read_entries(folder: Path) -> dict[str, Entry]:
 
 
 def read_index(path: Path) -> list[Entry]:
-    """The rows of one index."""
-    return [Entry(**row) for row in pq.read_table(path).to_pylist()]
+    """The rows of one index. Raises Fault where it is damaged."""
+    try:
+        return [Entry(**row) for row in pq.read_table(path).to_pylist()]
+    except FileNotFoundError:
+        raise
+    except (pa.ArrowInvalid, OSError, TypeError) as error:
+        raise Fault(
+            f"{path} is damaged ({str(error).splitlines()[0]}): the slides that it lists can't be found without it. Put back a copy, or "
+            "embed into a new folder."
+        ) from error
 
 
 def write_index(path: Path, entries: list[Entry], facts: PartFacts | None) -> None:

@@ -92,7 +92,7 @@ class ShardSource:
         for row in rows.tolist():
             try:
                 tiles.append(simplejpeg.decode_jpeg(self._tars.jpeg(index, row)))
-            except (ValueError, Truncated) as error:
+            except (OSError, ValueError, Truncated) as error:
                 place = f"({index.x[row]}, {index.y[row]}) in {index.path(index.file_of(row))}"
                 tiles.append(Fault(f"the tile at {place} can't be decoded ({error})"))
         return tiles

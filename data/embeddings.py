@@ -15,6 +15,7 @@ import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import numpy as np
 
@@ -55,7 +56,8 @@ class EmbeddingWriter:
     def __init__(
         self, folder: Path, width: int, encoder: str, encoder_hash: str, part: int = 0, parts: int = 1
     ) -> None:
-        self.folder, self.width, self.encoder, self.part, self.parts = Path(folder), width, encoder, part, parts
+        self.folder, self.width, self.part, self.parts = Path(folder), width, part, parts
+        self.encoder, self.encoder_hash = encoder, encoder_hash
         self._finished, self._without = False, dict[str, str]()
         self.folder.mkdir(parents=True, exist_ok=True)
         claim(self.folder, {"format": 1, "width": width, "encoder": encoder, "encoder_hash": encoder_hash})
@@ -199,7 +201,7 @@ class EmbeddingStore:
         folder = Path(folder)
         if not (folder / "store.json").is_file():
             raise Fault(f"{folder} holds no slide embeddings (no store.json): make them with `pretrain embed`.")
-        about = json.loads((folder / "store.json").read_text())
+        about = _about(folder / "store.json")
         entries = read_entries(folder)
         return cls(folder, about["width"], about["encoder"], about["encoder_hash"], dict(sorted(entries.items())))
 
@@ -268,12 +270,20 @@ def claim(folder: Path, about: dict[str, object], name: str = "store.json") -> N
             pass
         finally:
             partial.unlink()
-    there = json.loads(path.read_text())
+    there = _about(path)
     if there != about:
         raise Fault(
             f"{folder} holds embeddings of {there['encoder']} ({there['encoder_hash']}, width {there['width']}), not of "
             f"{about['encoder']} ({about['encoder_hash']}, width {about['width']}): choose another folder for these."
         )
+
+
+def _about(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+        return {"encoder": found["encoder"], "encoder_hash": found["encoder_hash"], "width": found["width"]} | found
+    except (ValueError, KeyError, TypeError) as error:
+        raise Fault(f"{path} is damaged, and says which encoder made these embeddings: put back a copy, or embed into a new folder.") from error  # fmt: skip
 
 
 def _cut_torn_line(journal: Path) -> None:

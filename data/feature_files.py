@@ -4,6 +4,8 @@ What a file doesn't say has to be told: CLAM's features don't say how large a ti
 it lies beside), nor does anything of CLAM's say the scale; STAMP counts in µm, and only the slide's own µm per pixel lead back to pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -46,8 +48,8 @@ def width(path: Path) -> int:
         return int(_load(path).shape[-1])
     with _open(path) as file:
         name = "features" if "features" in file else "feats"
-        if name not in file:
-            raise Fault(f"{path} has no data set 'features' or 'feats': {NO_FEATURES}")
+        if not isinstance(file.get(name), h5py.Dataset) or file[name].ndim < 2:
+            raise Fault(f"{path} has no data set 'features' or 'feats' of a row a tile: {NO_FEATURES}")
         return int(file[name].shape[-1])
 
 
@@ -61,10 +63,9 @@ def import_features(
     missing, for overlapping tiles, or when the file is not such a file.
     """
     path = Path(path)
-    if path.suffix == ".pt":
-        features, coords, said = _read_tensor(path)
-    else:
-        features, coords, said = _read_h5(path)
+    features, coords, said = _read_tensor(path) if path.suffix == ".pt" else _read_h5(path)
+    if not np.isfinite(coords).all():
+        raise Fault(f"{path} has coordinates that are not finite.")
     if len(features) != len(coords):
         raise Fault(f"{path} has {len(features)} features for {len(coords)} coordinates.")
     if said.get("overlap"):
@@ -175,8 +176,11 @@ def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
 
 
-def _open(path: Path) -> h5py.File:
+@contextmanager
+def _open(path: Path) -> Iterator[h5py.File]:
+    """The open file. What is wrong with it shows when it is opened or only when it is read: a Fault either way."""
     try:
-        return h5py.File(path, "r")
-    except OSError as error:
+        with h5py.File(path, "r") as file:
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:
         raise Fault(f"{path} can't be read as h5 ({error}).") from error

@@ -176,11 +176,11 @@ def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
         try:
             return attempt(system, path)
         except Exception as error:  # every file system of fsspec has errors of its own
-            if isinstance(error, PermissionError):  # as S3 and GCS say it
+            if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):  # as S3 and as GCS say it
                 raise Fault(f"{url} is refused ({error}): check the address and who may read it.") from error
             if isinstance(error, HOPELESS) and not isinstance(error, Truncated):
                 raise
-            status = getattr(error, "status", None)
+            status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's name for it, and gcsfs's
             if status == 416:
                 raise Truncated(f"{url} ends before the bytes that its index says it has") from error
             if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
@@ -200,8 +200,11 @@ def _file_system(url: str) -> tuple[Any, str]:
     # fsspec keeps one instance a process for the same arguments, and makes a new one after a fork.
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
     if protocol in ("http", "https"):
-        options["client_kwargs"] = {"timeout": aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)}  # fmt: skip
+        options["client_kwargs"] = {"timeout": patience}
+    elif protocol in ("gs", "gcs"):
+        options["requests_timeout"] = patience
     try:
         return fsspec.url_to_fs(url, **options)
     except ImportError as error:

@@ -11,6 +11,7 @@ next to nothing in memory until they are asked for.
 
 import hashlib
 import json
+import math
 import os
 import re
 import tokenize
@@ -43,11 +44,13 @@ SPOILT = (
     SyntaxError,
     tokenize.TokenError,
     NotImplementedError,
+    zlib.error,
 )
 RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
          "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
+FARTHEST = 2**31  # level-0 pixels: x and y are int32
 UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 
 
@@ -270,17 +273,26 @@ def recorded_checksums(index: ShardIndex, file: int) -> np.ndarray | None:
     """
     path = record_path(index.folder, index.files[file].removesuffix(".tar"))
     try:
-        with np.load(path) as record:
-            if CHECKSUMS[0] not in record.files:
+        with zipfile.ZipFile(path) as record:
+            if f"{CHECKSUMS[0]}.npy" not in record.namelist():
                 return None
-            found = record[CHECKSUMS[0]].astype(np.uint32)
+            found = _int64(record.read(f"{CHECKSUMS[0]}.npy")).astype(np.uint32)
     except FileNotFoundError:
         return None
-    except (*SPOILT, zlib.error) as error:
+    except SPOILT as error:
         raise ValueError(f"its record {path} is damaged: {error}") from error
     if len(found) != index.file_start[file + 1] - index.file_start[file]:
         raise ValueError(f"its record {path} is of other tiles than the index")
     return found
+
+
+def _int64(npy: bytes) -> np.ndarray:
+    """The one-dimensional int64 array of a .npy file. numpy's own reader has Python's parser read the header, which threads of
+    Python 3.11 can't do at the same time (SystemError: AST constructor recursion depth mismatch), and tiles are read by threads."""
+    start = 10 + int.from_bytes(npy[8:10], "little")
+    if npy[:8] != b"\x93NUMPY\x01\x00" or b"'descr': '<i8', 'fortran_order': False" not in npy[:start]:
+        raise ValueError("its columns are not int64")
+    return np.frombuffer(npy, "<i8", offset=start)
 
 
 def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
@@ -346,6 +358,8 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
             from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
             slide = str(facts.get("slide", from_key[0]))
             x, y = int(facts.get("x", from_key[1])), int(facts.get("y", from_key[2]))
+            if max(x, y) >= FARTHEST:
+                raise Fault(f"{tar} is damaged ({key} is said to lie at ({x}, {y}), where no slide has pixels): replace it, or move it out of the folder")  # fmt: skip
             if not slides or slides[-1]["slide"] != slide:
                 slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide})
                 counts.append(0)
@@ -400,13 +414,33 @@ def _samples(tar: Path | RemotePath) -> Iterator[tuple[str, int, int, dict[str, 
                 file.seek(member.offset)
                 content = file.read(member.size)
                 if suffix.lower() == "json":
-                    found[key] = json.loads(content), zlib.crc32(content)
+                    found[key] = _facts(member.name, content), zlib.crc32(content)
                 else:
                     waiting = (key, member.offset, member.size, zlib.crc32(content))
         if waiting:
             yield sample(*waiting)
-    except (DamagedTar, OSError, ValueError) as error:
+    except (DamagedTar, OSError, ValueError, RecursionError) as error:
         raise Fault(f"{tar} is damaged ({error}): replace it, or move it out of the folder") from error
+
+
+def _facts(member: str, content: bytes) -> dict[str, Any]:
+    """What a tile's JSON says, without what it leaves open. Raises ValueError where it can't be so."""
+    facts = json.loads(content)
+    if not isinstance(facts, dict):
+        raise ValueError(f"{member} is no JSON object")
+    facts = {name: value for name, value in facts.items() if value is not None}
+    for name in ("x", "y"):
+        value = facts.get(name, 0)
+        if not isinstance(value, int | float | str) or not abs(float(value)) < FARTHEST or float(value) % 1:
+            raise ValueError(f"{member} says {name} = {value!r}, where a whole number of pixels belongs")
+        facts |= {name: int(float(value))} if name in facts else {}
+    for name in ("mpp", "mpp_level0", "tile_size", "tile_size_level0"):
+        value = facts.get(name, 1)
+        if not isinstance(value, int | float) or not 0 < value < math.inf:
+            raise ValueError(f"{member} says {name} = {value!r}, where a positive number belongs")
+    if not isinstance(facts.get("slide", ""), int | str):
+        raise ValueError(f"{member} says slide = {facts['slide']!r}, where a name belongs")
+    return facts
 
 
 def _recorded_size(folder: Path, name: str) -> int | None:
@@ -422,7 +456,13 @@ def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
     """The shards in a folder or behind a URL, sorted by name."""
     if is_remote(folder):
         return [RemotePath(f"{str(folder).rstrip('/')}/{name}") for name in list_names(str(folder), ".tar")]
-    return sorted(Path(folder).glob("*.tar")) if Path(folder).is_dir() else []
+    if not Path(folder).is_dir():
+        return []
+    found = sorted(Path(folder).glob("*.tar"))
+    for path in found:
+        if path.exists() and not path.is_file():  # a pipe would be waited for
+            raise Fault(f"{path} is no file: move it out of the folder")
+    return found
 
 
 def _write_column(

@@ -11,7 +11,6 @@ import json
 import math
 import os
 import tarfile
-import zipfile
 import zlib
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -23,7 +22,7 @@ import numpy as np
 from data.coordinates_h5 import coordinates_path, read_tiling
 from data.cutting import cut_tiles
 from data.fault import Fault
-from data.shard_index import CHECKSUMS, COLUMNS, publish, record_path, write_record
+from data.shard_index import CHECKSUMS, COLUMNS, SPOILT, publish, record_path, write_record
 from data.tar_members import BLOCK, member_header
 from data.tiling import KEPT, Tiling
 
@@ -79,7 +78,7 @@ def is_published(folder: Path, name: str) -> bool:
     """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar in the size that the record says."""
     try:
         facts = read_facts(folder, name)
-    except (FileNotFoundError, zipfile.BadZipFile, ValueError, KeyError, EOFError):
+    except SPOILT:
         return False  # none yet, or one that is damaged: the shard is made again
     if not sum(facts["counts"]):
         return True

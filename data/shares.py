@@ -5,6 +5,7 @@ members: the first takes its share of all draws, the second its share of those l
 arithmetic throughout, so nothing drifts however long a run is.
 """
 
+import math
 from collections.abc import Sequence
 from fractions import Fraction
 from math import lcm
@@ -24,8 +25,8 @@ class Shares:
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
-        exact = [Fraction(str(weight)) for weight in weights]
-        if not exact or min(exact) <= 0:
+        exact = [Fraction(str(weight)) for weight in weights if math.isfinite(weight)]
+        if not exact or len(exact) < len(weights) or min(exact) <= 0:
             raise Fault(
                 f"the weights of a mixture are positive numbers, not {list(weights)}; leave out what isn't wanted."
             )

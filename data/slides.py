@@ -35,7 +35,8 @@ class Slide:
             if cache is not None:
                 self._reader.set_cache(openslide.OpenSlideCache(cache))
         except (openslide.OpenSlideError, OSError) as error:
-            reason = "no such file" if not path.exists() else str(error) or type(error).__name__
+            folder = "it is a folder, name a slide in it" if path.is_dir() else ""
+            reason = "no such file" if not path.exists() else folder or str(error) or type(error).__name__
             raise Fault(f"{path} cannot be read as a slide ({reason}): replace the file, or leave it out") from error
         self.dimensions: list[tuple[int, int]] = list(self._reader.level_dimensions)
         self.width, self.height = self.dimensions[0]

@@ -61,7 +61,11 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
         if block[257:262] != b"ustar" and block[156:157] not in (b"\0", b"0"):
             raise DamagedTar(f"the header at byte {position} is damaged (a member of unknown kind)")
         data = position + BLOCK
-        size = int(extended.get("size", header.size)) if header.type not in (*LONG_NAMES, *PAX) else header.size
+        size = header.size
+        if "size" in extended and header.type not in (*LONG_NAMES, *PAX):
+            size = int(extended["size"]) if extended["size"].isdecimal() else -1
+        if size < 0:
+            raise DamagedTar(f"the header at byte {position} is damaged (its member has no possible size)")
         position = data + -(-size // BLOCK) * BLOCK
         if position > length:
             raise DamagedTar(f"it is truncated: {data + size - length} bytes of the member {header.name} at byte {data} are missing")  # fmt: skip
@@ -135,11 +139,11 @@ def _pax(records: bytes, offset: int) -> dict[str, str]:
         digits, _, rest = records.partition(b" ")
         try:
             count = int(digits)
-            key, equals, value = rest[: count - len(digits) - 1].rstrip(b"\n").partition(b"=")
         except ValueError as error:
             raise DamagedTar(f"the extended header at byte {offset} is damaged") from error
+        key, equals, value = rest[: max(0, count - len(digits) - 1)].rstrip(b"\n").partition(b"=")
         if not equals or count > len(records):
             raise DamagedTar(f"the extended header at byte {offset} is damaged")
-        found[key.decode()] = value.decode("utf-8", "surrogateescape")
+        found[key.decode("utf-8", "surrogateescape")] = value.decode("utf-8", "surrogateescape")
         records = records[count:]
     return found

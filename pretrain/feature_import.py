@@ -10,6 +10,22 @@ from data.slides import Slide
 from pretrain.progress import say, track
 
 
+def made_by(files: dict[str, Path]) -> tuple[tuple[str | None, str | None], int]:
+    """What the first file that can be read says of its encoder (`maker`), and the width of its features. Raises Fault where none can."""
+    faults = []
+    for path in files.values():
+        try:
+            return maker(path), width(path)
+        except Fault as fault:
+            faults.append(fault)
+    raise faults[0]
+
+
+def hash_of(encoder: str, said: str | None) -> str:
+    """An encoder's hash, as a feature file says it; where it doesn't, its name stands for it."""
+    return said or f"imported {encoder}"
+
+
 def take_over(
     files: dict[str, Path],
     pending: Sequence[str],
@@ -28,11 +44,12 @@ def take_over(
     for slide in track(pending, len(pending), "import", "slides"):
         path = files[slide]
         try:
-            (said, _), dimensions = maker(path), width(path)
-            if (said or writer.encoder) != writer.encoder or dimensions != writer.width:
+            (said, hash_), dimensions = maker(path), width(path)
+            own = (said or writer.encoder, hash_of(writer.encoder, hash_), dimensions)
+            if own != (writer.encoder, writer.encoder_hash, writer.width):
                 raise Fault(
-                    f"{path} is of another encoder ({said or 'unnamed'}, {dimensions} wide), not of {writer.encoder} ({writer.width} wide): "
-                    "take it over into another folder."
+                    f"{path} is of another encoder ({said or 'unnamed'}, {own[1]}, {dimensions} wide), not of {writer.encoder} "
+                    f"({writer.encoder_hash}, {writer.width} wide): take it over into another folder."
                 )
             scale = slides_mpp
             if slide in slides:

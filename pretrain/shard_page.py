@@ -19,13 +19,15 @@ from pretrain.pictures import contact_sheet, histogram, mixture, tile_map
 from pretrain.seen import recipe_settings, seen
 
 SEEN = 8  # tiles whose views are shown
+SAID = 10  # unreadable tiles that are named; the rest are counted
 
 
 def shards_page(
     folders: Sequence[Path], weights: Sequence[float] | None, recipe: str | None, tiles: int, maps: int, seed: int
 ) -> Page:
     """Sheets of ``tiles`` tiles, the views that ``recipe`` makes of some (None: none), ``maps`` tile maps, histograms, and the shares of a
-    mixture by ``weights`` (any scale; None: by their tiles). Raises Fault for weights that don't fit the folders."""
+    mixture by ``weights`` (any scale; None: by their tiles). Tiles that can't be read are named. Raises Fault for weights that don't fit the
+    folders, and where not one tile can be read."""
     indices = [ShardIndex.open(folder) for folder in folders]
     counts = np.array([len(index) for index in indices])
     shares = counts / counts.sum() if weights is None else _shares(weights, len(folders))
@@ -33,8 +35,16 @@ def shards_page(
     page.facts = [fact for index in indices for fact in _facts(index)]
     of_each = rng(seed, "mixture").multinomial(tiles, shares)
     drawn = [_draw(index, int(count), seed) for index, count in zip(indices, of_each, strict=True)]
-    pictures = [tile for own, _ in drawn for tile in own]
-    captions = [caption for _, own in drawn for caption in own]
+    pictures = [tile for own, _, _ in drawn for tile in own]
+    captions = [caption for _, own, _ in drawn for caption in own]
+    bad = [sentence for _, _, own in drawn for sentence in own]
+    if bad and not pictures:
+        raise Fault(
+            f"not one of {len(bad)} tiles can be read: {bad[0]}; 'pretrain shards verify' finds all that is wrong"
+        )
+    page.facts += [("unreadable", f"{len(bad)} of the {len(bad) + len(pictures)} tiles drawn")] * bool(bad) + [
+        ("", sentence) for sentence in bad[:SAID]
+    ]
     page.pictures.append(("sheet", f"{len(pictures)} tiles drawn at random", contact_sheet(pictures, captions)))
     if recipe is not None:
         some = [pictures[at] for at in np.linspace(0, len(pictures) - 1, min(SEEN, len(pictures))).astype(int)]
@@ -69,22 +79,20 @@ def _facts(index: ShardIndex) -> list[tuple[str, str]]:
     ]
 
 
-def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], list[str]]:
-    """``count`` tiles (H, W, 3) uint8 at random, and their captions. Raises Fault for a tile that can't be read."""
+def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], list[str], list[str]]:
+    """``count`` tiles (H, W, 3) uint8 at random, their captions, and a sentence about each that can't be read."""
     rows = np.sort(rng(seed, "inspect", str(index.digest)).permutation(len(index))[:count])
-    tiles, captions = [], []
+    tiles, captions, bad = [], [], []
     tars = OpenTars()
     for row in rows.tolist():
         try:
             tiles.append(simplejpeg.decode_jpeg(tars.jpeg(index, row)))
-        except (ValueError, Truncated) as error:
-            path = index.path(index.file_of(row))
-            raise Fault(
-                f"{path}: the tile at byte {index.offset[row]} is no readable JPEG ({error}): make this shard again"
-            ) from error
+        except (OSError, ValueError, Truncated) as error:
+            bad.append(f"{index.path(index.file_of(row))}: the tile at byte {index.offset[row]} is no readable JPEG ({error})")  # fmt: skip
+            continue
         place = "place unknown" if index.x[row] == UNKNOWN else f"{index.x[row]}, {index.y[row]}"
         captions.append(f"{index.slide_of(row)}\n{place}")
-    return tiles, captions
+    return tiles, captions, bad
 
 
 def _maps(indices: Sequence[ShardIndex], most: int) -> list[tuple[str, str, Image.Image]]:

@@ -31,7 +31,7 @@ from data.embedding_sources import ShardSource, SlideSource, TileSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.embeddings_h5 import EXPORTS, exported
 from data.fault import Fault
-from data.feature_files import list_features, maker, width
+from data.feature_files import list_features
 from data.slide_features import slides_in
 from data.slide_names import name_slides
 from data.slides import list_slides
@@ -164,13 +164,14 @@ def take_over(config: Config, part: int, parts: int) -> None:
     assert config.features is not None
     began = time.monotonic()
     files = list_features(Path(config.features))
-    first = next(iter(files.values()))
-    said, hash_ = maker(first)
+    (said, hash_), dimensions = feature_import.made_by(files)
     name = config.encoder or said
     if name is None:
         raise Fault(f"the files in {config.features} don't say which encoder made them: give its name, encoder=….")
     mine = sorted(files)[part - 1 :: parts] if part else sorted(files)
-    with EmbeddingWriter(Path(config.out), width(first), name, hash_ or f"imported {name}", part, parts) as writer:
+    with EmbeddingWriter(
+        Path(config.out), dimensions, name, feature_import.hash_of(name, hash_), part, parts
+    ) as writer:
         pending = [slide for slide in mine if not writer.done(slide)]
         slides = {path.stem: path for path in list_slides(config.slides or [])}
         failed = feature_import.take_over(

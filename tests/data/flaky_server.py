@@ -1,5 +1,6 @@
 """A real HTTP server on loopback that serves a folder with byte ranges, and misbehaves when told to."""
 
+import json
 import re
 import threading
 from collections import deque
@@ -7,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import parse_qs
+from urllib.parse import parse_qs, unquote
 
 FAIL, STALL, CUT, SHORT, FORBID = "answer 500", "stall", "close in the middle", "send less, politely", "answer 403"
 
@@ -112,6 +113,36 @@ class S3Handler(_Handler):
     def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
         stamps = {"ETag": '"1"', "Last-Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
         super()._send(status, content, stamps | headers, body)
+
+
+class GCSHandler(_Handler):
+    """As much of Google Cloud Storage's JSON API as reading takes: a bucket is a folder, an object a file in it."""
+
+    def _answer(self, body: bool) -> None:
+        path, _, query = self.path.partition("?")
+        parts = re.fullmatch(r"/(download/)?storage/v1/b/([^/]+)/o(?:/(.+))?", path)
+        if parts is None:
+            return self._send(404, b"", {}, body)
+        download, bucket, name = parts.groups()
+        folder = self.server.folder / bucket
+        if download:
+            self.path = f"/{bucket}/{unquote(name)}"
+            return super()._answer(body)
+        if self.server.always == FORBID:
+            return self._send(403, b"{}", {}, body)
+        if name is not None:
+            file = folder / unquote(name)
+            found = self._object(folder, file) if file.is_file() else None
+            return self._send(200 if found else 404, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)  # fmt: skip
+        prefix = parse_qs(query).get("prefix", [""])[0]
+        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and str(file.relative_to(folder)).startswith(prefix)]  # fmt: skip
+        near = [file for file in files if "/" not in str(file.relative_to(folder))[len(prefix) :]]
+        folders = {prefix + str(file.relative_to(folder))[len(prefix) :].partition("/")[0] + "/" for file in files if file not in near}  # fmt: skip
+        listed = {"items": [self._object(folder, file) for file in near], "prefixes": sorted(folders)}
+        return self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"}, body)
+
+    def _object(self, folder: Path, file: Path) -> dict[str, str]:
+        return {"bucket": folder.name, "name": str(file.relative_to(folder)), "size": str(file.stat().st_size)}
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import pytest
 import simplejpeg
 
 from data.augment import Colour
-from data.coordinates_h5 import write_tiling
+from data.coordinates_h5 import read_tiling, write_tiling
 from data.crops import CropSizes
 from data.fault import Fault
 from data.keyed import rng
@@ -302,6 +302,24 @@ def test_a_tile_in_the_index_behind_the_damage_is_still_checked_by_itself(
     found = {(f.kind, f.member) for f in verify(folder)}
     kinds = [kind for kind, _ in found]
     assert kinds.count("damaged tar") == 1 and kinds.count("hidden tile") == 6
+
+
+def test_a_damaged_h5_of_coordinates_is_a_finding_or_says_what_it_said(
+    originals: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(originals["ours"], tmp_path / "x")
+    path = tmp_path / "x/coordinates/s1_patches.h5"
+    whole, content = read_tiling(path), path.read_bytes()
+    found = 0
+    for number in range(120):
+        path.write_bytes(content)
+        spoil_the_index(f"coordinates/{path.name}")(tmp_path / "x" / VICTIM, rng(number, "coordinates"))
+        findings = verify_folder(tmp_path / "x").findings
+        assert {finding.member for finding in findings} <= {f"coordinates/{path.name}"}
+        found += bool(findings)
+        if not findings:
+            assert read_tiling(path).grid == whole.grid and read_tiling(path).counts()["kept"] == whole.counts()["kept"]
+    assert found > 30
 
 
 def test_a_shard_beside_the_index_that_it_does_not_know_is_found(originals: dict[str, Path], tmp_path: Path) -> None:

@@ -272,3 +272,15 @@ def test_statistics_of_a_large_store_are_those_of_every_so_many_th_tile_of_each_
     assert statistics.rows == len(values) == 24
     np.testing.assert_allclose(statistics.mean, values.mean(0), rtol=1e-9)
     np.testing.assert_allclose(statistics.std, values.std(0), rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["store.json", "index-0.parquet"])
+def test_a_damaged_store_is_a_fault_that_names_the_file(tmp_path, name):
+    with writer(tmp_path) as out:
+        out.add("a", *tiles("a"), 512.0, 0.5)
+    path = tmp_path / name
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(Fault, match=f"{name} is damaged"):
+        EmbeddingStore.open(tmp_path)
+    with pytest.raises(Fault, match=f"{name} is damaged"):
+        writer(tmp_path)

@@ -177,3 +177,29 @@ def test_files_that_are_no_features_or_do_not_say_enough_are_faults(tmp_path: Pa
     (tmp_path / "broken.h5").write_bytes(b"not h5")
     with pytest.raises(Fault, match=r"broken\.h5"):
         import_features(tmp_path / "broken.h5")
+
+
+def test_a_file_whose_data_are_damaged_is_a_fault_and_no_crash(tmp_path: Path) -> None:
+    values, coords = tiles()
+    path = tmp_path / "a.h5"
+    with h5py.File(path, "w") as file:
+        features = file.create_dataset("features", data=values, fletcher32=True, chunks=values.shape)
+        file.create_dataset("coords", data=coords).attrs.update({"patch_size": 256, "patch_size_level0": 409})
+        at = features.id.get_chunk_info(0).byte_offset
+    content = bytearray(path.read_bytes())
+    content[at + 5] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(Fault, match=r"a\.h5 can't be read"):
+        import_features(path, mpp=0.5)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_coordinates_that_are_not_numbers_are_a_fault(tmp_path: Path, bad: float) -> None:
+    values, coords = tiles()
+    places = coords.astype(float)
+    places[3, 1] = bad
+    with h5py.File(tmp_path / "a.h5", "w") as file:
+        file["feats"], file["coords"] = values, places
+        file.attrs.update({"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224})
+    with pytest.raises(Fault, match="not finite"):
+        import_features(tmp_path / "a.h5", mpp_level0=0.25)

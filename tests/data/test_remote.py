@@ -14,7 +14,7 @@ from data.shard_index import ShardIndex, scan
 from data.shard_tiles import ShardTiles
 from data.shard_verify import list_shards, verify_folder, verify_shard
 from data.tile_source import UnreadableTile
-from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, S3Handler, serving
+from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, GCSHandler, S3Handler, serving
 from tests.data.test_loader import batches, by_tile, same
 from tests.data.tile_folders import spoil, write_tiles
 
@@ -78,8 +78,8 @@ def test_nobody_listens(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_missing_package_is_named() -> None:
-    with pytest.raises(Fault, match="takes the package gcsfs: pip install gcsfs"):
-        read_range("gs://bucket/tiles", 0, 10)
+    with pytest.raises(Fault, match="takes the package adlfs: pip install adlfs"):
+        read_range("az://bucket/tiles", 0, 10)
     with pytest.raises(Fault, match="nosuch"):
         read_range("nosuch://bucket/tiles", 0, 10)
 
@@ -235,6 +235,8 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]
 def test_shards_on_s3_give_the_batches_of_local_ones_through_failures(folder: Path, s3: FlakyServer) -> None:
     assert list_names("s3://shards/", ".tar") == ["tiles-000000.tar", "tiles-000001.tar"]
     assert size_of("s3://shards/index.npz") == (folder / "index.npz").stat().st_size
+    assert verified("s3://shards") == []
+    s3.served.clear()
     s3.misbehave.extend([FAIL, None, FAIL, None, CUT])
     for near, far in zip(load(folder), load("s3://shards"), strict=True):
         assert same(by_tile(near.parts), by_tile(far.parts)) and not far.bad
@@ -253,3 +255,55 @@ def test_what_s3_lacks_or_forbids_is_named_at_once(folder: Path, s3: FlakyServer
     s3.always = FORBID
     with pytest.raises(Fault, match=r"s3://shards/index\.npz is refused"):
         ShardTiles(shards=["s3://shards"])
+
+
+# Google Cloud Storage ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gcs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
+    """A server that speaks the JSON API, and gcsfs's own client pointed at it as a user would: by the environment."""
+    # Otherwise it asks over gRPC what kind of bucket this is, which no server but Google's answers, for a minute.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    gcsfs = pytest.importorskip("gcsfs")
+    monkeypatch.setattr(remote, "PAUSE", 0.01)
+    with serving(tmp_path, GCSHandler) as running:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", running.url)
+        gcsfs.GCSFileSystem.clear_instance_cache()
+        yield running
+    gcsfs.GCSFileSystem.clear_instance_cache()
+
+
+def test_shards_on_google_cloud_give_the_batches_of_local_ones_through_failures(folder: Path, gcs: FlakyServer) -> None:
+    assert list_names("gs://shards/", ".tar") == ["tiles-000000.tar", "tiles-000001.tar"]
+    assert size_of("gs://shards/index.npz") == (folder / "index.npz").stat().st_size
+    gcs.misbehave.extend([SHORT, None, FAIL, None, CUT])
+    for near, far in zip(load(folder), load("gs://shards"), strict=True):
+        assert same(by_tile(near.parts), by_tile(far.parts)) and not far.bad
+    data = [served for served in gcs.served if served[0].endswith(".tar")]
+    assert sum(size for _, size in data) < sum(path.stat().st_size for path in folder.glob("*.tar")), (
+        "whole files were read"
+    )
+    assert verified("gs://shards") == []
+
+
+def test_what_google_cloud_lacks_or_forbids_is_named_at_once(folder: Path, gcs: FlakyServer) -> None:
+    (folder / "tiles-000000.tar").unlink()
+    tiles = ShardTiles(shards=["gs://shards"])
+    with pytest.raises(UnreadableTile, match=r"gs://shards/tiles-000000\.tar"):
+        tiles.read(3)
+    assert tiles.read(12).shape == (48, 48, 3)
+    length = (folder / "tiles-000001.tar").stat().st_size
+    with pytest.raises(Truncated, match=r"gs://shards/tiles-000001\.tar ends"):
+        read_range("gs://shards/tiles-000001.tar", length, length + 10)
+    asked = len(gcs.served)
+    gcs.always = FORBID
+    with pytest.raises(Fault, match=r"gs://shards/index\.npz is refused"):
+        ShardTiles(shards=["gs://shards"])
+    assert len(gcs.served) == asked
+
+
+def test_a_google_cloud_that_stalls_is_asked_again(folder: Path, gcs: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setattr(remote, "PATIENCE", 0.4)
+    gcs.misbehave.append(STALL)
+    assert read_range("gs://shards/index.npz", 0, 100) == (folder / "index.npz").read_bytes()[:100]

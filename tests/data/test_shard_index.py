@@ -1,16 +1,19 @@
 """The index says where tiles are, costs little, and notices when something is missing."""
 
+import ast
 import io
 import json
 import os
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from data.fault import Fault
-from data.shard_index import COLUMNS, UNKNOWN, ShardIndex, merge, read_jpeg, scan, write_record
+from data.shard_index import COLUMNS, UNKNOWN, ShardIndex, merge, read_jpeg, recorded_checksums, scan, write_record
+from data.shard_verify import verify_shard
 
 
 def make(
@@ -181,3 +184,40 @@ def test_a_scan_refuses_damaged_and_empty_shards_by_name(tmp_path: Path) -> None
     (tmp_path / "b.tar").write_bytes(b"x" * 2000)
     with pytest.raises(Fault, match=r"b\.tar is damaged"):
         scan(tmp_path)
+
+
+@pytest.mark.parametrize("spoilt", [
+    '[1, 2]', '{"x": NaN}', '{"x": 1e999}', '{"y": 48.7}', '{"x": "left"}', '{"x": 99999999999999999999}', '{"x": [1]}',
+    '{"mpp": NaN}', '{"mpp": 0}', '{"tile_size_level0": -3}', '{"mpp": "0.5"}', '{"slide": {"a": 1}}', "", "\xff", "[" * 100_000,
+])  # fmt: skip
+def test_a_json_that_cannot_be_true_is_refused_by_its_shard(tmp_path: Path, spoilt: str) -> None:
+    foreign(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", spoilt.encode("latin-1"))])
+    with pytest.raises(Fault, match=r"a\.tar is damaged \("):
+        scan(tmp_path)
+
+
+def test_a_place_that_the_index_cannot_hold_is_refused_and_not_wrapped(tmp_path: Path) -> None:
+    foreign(tmp_path / "a.tar", [(f"s_{2**31}_0.jpg", b"jpeg")])
+    with pytest.raises(Fault, match="no slide has pixels"):
+        scan(tmp_path)
+
+
+def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:
+    foreign(tmp_path / "a.tar", [("s_7_9.jpg", b"jpeg"), ("s_7_9.json", b'{"slide": null, "x": null, "y": 12.0, "mpp": null}')])  # fmt: skip
+    index = scan(tmp_path)
+    assert (index.slides, index.x.tolist(), index.y.tolist(), index.facts(0)["mpp"]) == (["s"], [7], [12], None)
+
+
+def test_what_is_called_a_tar_and_is_no_file_is_refused_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(Fault, match=r"a\.tar is no file"):
+        scan(tmp_path)
+    assert [finding.kind for finding in verify_shard(tmp_path, "a.tar").findings] == ["missing record", "unreadable"]
+
+
+def test_threads_read_checksums_without_pythons_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads of Python 3.11 that parse at the same time end in a SystemError, once in some thousand shards that a run opens."""
+    foreign(tmp_path / "a.tar", [("s_0_0.jpg", b"one"), ("s_1_0.jpg", b"two")])
+    index = scan(tmp_path)
+    monkeypatch.delattr(ast, "parse")
+    assert recorded_checksums(index, 0).tolist() == [zlib.crc32(b"one"), zlib.crc32(b"two")]  # type: ignore[union-attr]

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from data import cutting
 from data.coordinates_h5 import write_tiling
 from data.fault import Fault
+from data.keyed import rng
 from data.shard_index import ShardIndex, merge, read_jpeg
 from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
 from data.slides import Slide
 from data.tiling import READ, Tiling, TilingSettings, tile_slide
 from tests.data.synthetic_slides import stained, write_slide
+from tests.data.tile_folders import write_tiles
 
 SETTINGS = TilingSettings(mpp=0.5, tile_size=64, tissue="otsu", min_tissue=0.25)
 
@@ -110,6 +112,18 @@ def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path: Path, monk
         write_shard(tmp_path, shard, {})
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".*"))
     assert not is_published(tmp_path, shard.name)
+
+
+def test_a_shard_whose_record_is_damaged_in_whatever_way_is_made_again_or_is_what_it_was(tmp_path: Path) -> None:
+    folder = write_tiles(tmp_path / "x", [3])
+    record = folder / "index/tiles-000000.npz"
+    content, facts = record.read_bytes(), read_facts(folder, "tiles-000000")
+    for draw in range(150):
+        spoilt = bytearray(content)
+        spoilt[int(rng(draw, "record").integers(len(content)))] ^= 1 << draw % 8
+        record.write_bytes(spoilt)
+        if is_published(folder, "tiles-000000"):
+            assert read_facts(folder, "tiles-000000") == facts
 
 
 def test_a_slide_that_fails_is_taken_out_and_the_others_stay(tmp_path: Path) -> None:

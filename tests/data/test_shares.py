@@ -50,7 +50,7 @@ def test_by_hand() -> None:
     assert Shares([0.2, 0.2, 0.4, 0.2]).whole == [1, 1, 2, 1]  # decimals are what they say, not their nearest doubles
 
 
-@pytest.mark.parametrize("weights", [[], [1, 0], [1, -1]])
+@pytest.mark.parametrize("weights", [[], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
 def test_weights_that_mean_nothing_are_refused(weights: list[float]) -> None:
     with pytest.raises(Fault, match="positive"):
         Shares(weights)

@@ -2,6 +2,7 @@
 
 import io
 import tarfile
+from contextlib import suppress
 
 import pytest
 
@@ -71,3 +72,24 @@ def test_a_header_is_tarfiles(name: str, size: int) -> None:
     member = tarfile.TarInfo(name)
     member.size = size
     assert member_header(name, size) == member.tobuf(tarfile.GNU_FORMAT)
+
+
+def test_no_flipped_bit_of_an_extended_header_makes_the_walk_endless_or_end_in_anything_but_damage() -> None:
+    content = bytearray(tar(tarfile.PAX_FORMAT, ["k\u00fc_5_7.jpg"]))
+    for bit in range(3 * 512 * 8):  # the extended header, its records, the member's own header
+        content[bit // 8] ^= 1 << bit % 8
+        steps = members(io.BytesIO(content), len(content))
+        with suppress(DamagedTar):
+            assert sum(1 for _, _ in zip(steps, range(10), strict=False)) < 10
+        content[bit // 8] ^= 1 << bit % 8
+
+
+@pytest.mark.parametrize("size", [-1, -1024, -(2**40)])
+def test_a_header_whose_size_is_negative_is_damage(size: int) -> None:
+    """As a field of base 256 may say it, with a checksum that agrees."""
+    header = bytearray(tarfile.TarInfo("a.jpg").tobuf(tarfile.GNU_FORMAT))
+    header[124:136] = (2**96 + size).to_bytes(12, "big")
+    header[148:156] = b" " * 8
+    header[148:156] = b"%06o\0 " % sum(header)
+    with pytest.raises(DamagedTar, match="no possible size"):
+        walk(bytes(header) + bytes(2048))

@@ -118,10 +118,11 @@ def test_negative_cells_are_refused():
 
 
 @pytest.mark.parametrize("compatible", [False, True])
-def test_packed_slides_equal_each_slide_alone_with_dropout_on(compatible):
-    network = small(compatible=compatible).double()
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+def test_packed_slides_equal_each_slide_alone_with_dropout_on(compatible, dtype, tolerance):
+    network = small(compatible=compatible).to(dtype)
     tokens, cells, lengths = slides([5, 33, 1, 40])
-    tokens = tokens.double()
+    tokens = tokens.to(dtype)
     seeds = [10, 11, 12, 13]
     packed = network(tokens, cells, lengths, seeds, all_layers=True)
     for i, (part, places) in enumerate(zip(tokens.split(lengths), cells.split(lengths), strict=True)):
@@ -132,7 +133,8 @@ def test_packed_slides_equal_each_slide_alone_with_dropout_on(compatible):
             (packed.pooled_layers[:, i], alone.pooled_layers[:, 0]),
             (packed.tiles.split(lengths)[i], alone.tiles),
         ):
-            torch.testing.assert_close(one, other, atol=1e-10, rtol=0)
+            # In norm: a single number of float32 may be off by a rounding more, since products of other shapes are summed in another order.
+            assert (one - other).norm() <= tolerance * other.norm()
 
 
 def test_an_initial_residual_of_zero_begins_with_layers_that_are_the_identity():

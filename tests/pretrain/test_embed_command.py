@@ -263,6 +263,23 @@ def test_features_of_another_encoder_or_of_none_known_are_not_mixed_in(tmp_path,
         run(importing("virchow"))
 
 
+def test_features_of_the_same_name_and_another_hash_are_left_out_and_a_damaged_first_file_costs_only_itself(tmp_path):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    (folder / "a.h5").write_bytes(b"no h5")
+    for slide, hash_ in (("b", "one"), ("c", "two"), ("d", "one")):
+        with h5py.File(folder / f"{slide}.h5", "w") as file:
+            file.create_dataset("features", data=np.ones((3, 4), np.float32)).attrs.update(
+                {"encoder": "vit", "encoder_hash": hash_}
+            )
+            coords = file.create_dataset("coords", data=np.arange(3)[:, None] * [[512, 0]])
+            coords.attrs.update({"patch_size": 256, "patch_size_level0": 512, "mpp": 0.5})
+    with pytest.raises(Fault, match="2 "):
+        run(load("embed", [f"features={folder}", f"out={tmp_path / 'out'}"]).object())
+    store = EmbeddingStore.open(tmp_path / "out")
+    assert (store.slides, store.encoder_hash) == (["b", "d"], "one")
+
+
 def test_a_slide_seen_again_under_a_longer_list_keeps_its_id(make_tile_run, slides, tmp_path, capsys):
     folder, _ = make_tile_run()
     run(direct(folder, slides / "one.tiff", tmp_path / "out"))

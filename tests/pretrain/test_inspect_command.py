@@ -13,7 +13,7 @@ from pretrain.commands import shard as shard_command
 from pretrain.pictures import COLOURS, contact_sheet, histogram
 from pretrain.seen import recipe_settings, seen
 from tests.data.synthetic_slides import stained, write_slide
-from tests.data.tile_folders import picture, write_tiles
+from tests.data.tile_folders import picture, spoil, write_tiles
 
 DEFAULTS: dict[str, Any] = {
     "slide": None, "shards": None, "out": None, "mpp": 0.5, "tile_size": 64, "tissue": "otsu", "min_tissue": None, "slides_mpp": None,
@@ -102,7 +102,19 @@ def test_the_views_shown_are_those_of_training_and_follow_the_recipe() -> None:
             assert min(np.abs(view - other).max() for other in (tile, tile[:, ::-1])) <= 1
 
 
-def test_a_tile_that_is_no_jpeg_is_named(slide: Path, tmp_path: Path) -> None:
+def test_tiles_that_are_no_jpeg_are_named_beside_those_that_are(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_tiles(tmp_path / "shards", [6])
+    spoil(folder, [1, 4])
+    look(shards=[folder], out=tmp_path / "look", views=None)
+    said, page = capsys.readouterr().err, (tmp_path / "look/index.html").read_text()
+    for place in (said, page):
+        assert "2 of the 6 tiles drawn" in place and place.count("is no readable JPEG") == 2
+    assert "4 tiles drawn at random" in page
+
+
+def test_shards_without_one_readable_tile_are_a_fault(slide: Path, tmp_path: Path) -> None:
     shard_command.run(
         shard_command.Config(
             [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
@@ -110,7 +122,7 @@ def test_a_tile_that_is_no_jpeg_is_named(slide: Path, tmp_path: Path) -> None:
     )
     tar = tmp_path / "shards/tiles-000000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
-    with pytest.raises(Fault, match=r"tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
+    with pytest.raises(Fault, match=r"can be read: .*tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
         look(shards=[tmp_path / "shards"], out=tmp_path / "look")
 
 
