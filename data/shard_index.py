@@ -460,7 +460,7 @@ def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
         return []
     found = sorted(Path(folder).glob("*.tar"))
     for path in found:
-        if path.exists() and not path.is_file():  # a pipe would be waited for
+        if not path.is_file():  # a pipe would be waited for, a dangling link is not there
             raise Fault(f"{path} is no file: move it out of the folder")
     return found
 

@@ -213,6 +213,10 @@ def test_what_is_called_a_tar_and_is_no_file_is_refused_not_waited_for(tmp_path:
     with pytest.raises(Fault, match=r"a\.tar is no file"):
         scan(tmp_path)
     assert [finding.kind for finding in verify_shard(tmp_path, "a.tar").findings] == ["missing record", "unreadable"]
+    os.remove(tmp_path / "a.tar")
+    (tmp_path / "a.tar").symlink_to("nowhere")
+    with pytest.raises(Fault, match=r"a\.tar is no file"):
+        scan(tmp_path)
 
 
 def test_threads_read_checksums_without_pythons_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
