@@ -73,7 +73,7 @@ def test_an_empty_record_is_silent() -> None:
         ("rankme", 2.0, 1400, "low rank", "RankMe 2.0 since step 1400"),
         ("feature_cosine", 0.999, 1400, "parallel features", "mean cosine 0.9990 since step 1400"),
         ("loss", 30.0, 1500, "jump of the loss", "to 30.000 or more at step 1500"),
-        ("grad_norm", 20.0, 1900, "growing gradient", "the gradient norm is 20"),
+        ("grad_norm", 6.0, 1900, "growing gradient", "the gradient norm is 6 "),
         ("tiles_per_second", 30.0, 1900, "slow", "30 tiles/s since about step"),
         ("data_wait", 0.8, 1900, "waiting for data", "80% of a step goes in waiting for data"),
     ],
