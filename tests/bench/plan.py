@@ -90,7 +90,10 @@ def main() -> None:
     if sys.argv[1:2] == ["measure"]:
         print(json.dumps(measure(Path(sys.argv[2]))))
         return
-    with tempfile.TemporaryDirectory(dir=sys.argv[1] if sys.argv[1:] else None, prefix="plan-") as name:
+    folder = Path(sys.argv[1]) if sys.argv[1:] else None
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix="plan-") as name:
         folder = Path(name)
         print(f"writing an index of {TILES:,} tiles into {folder} …", flush=True)
         generate(folder)
