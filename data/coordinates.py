@@ -85,7 +85,9 @@ def cell_origin(cell: np.ndarray | int, tile_size_level0: float) -> np.ndarray:
     """The smallest integer x with ``cell_of(x) == cell``: ``ceil(cell · tile_size_level0)``, safe against rounding."""
     index = np.asarray(cell, dtype=np.int64)
     x = np.ceil(index * tile_size_level0).astype(np.int64)
-    return x + (cell_of(x, tile_size_level0) < index)
+    x = x + (cell_of(x, tile_size_level0) < index)
+    # The product may be rounded up past a whole number, which then is in the cell: 650 · 1.1 > 715.
+    return x - ((x > 0) & (cell_of(x - 1, tile_size_level0) >= index))
 
 
 def cell_of(x: np.ndarray | int, tile_size_level0: float) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from data.coordinates import cell_of, cell_origin, exact_downsamples, plan_grid, row_major
@@ -18,6 +18,7 @@ def test_a_cells_tile_lies_in_that_cell(side: float, cell: int) -> None:
 
 
 @given(sides, cells)
+@example(1.1, 650)  # 650 · 1.1 is rounded up past 715
 def test_a_tile_starts_at_the_first_pixel_of_its_cell(side: float, cell: int) -> None:
     x = int(cell_origin(cell, side))
     assert abs(x - cell * side) <= 1
