@@ -84,10 +84,9 @@ class TileGrid:
 def cell_origin(cell: np.ndarray | int, tile_size_level0: float) -> np.ndarray:
     """The smallest integer x with ``cell_of(x) == cell``: ``ceil(cell · tile_size_level0)``, safe against rounding."""
     index = np.asarray(cell, dtype=np.int64)
-    x = np.ceil(index * tile_size_level0).astype(np.int64)
-    x = x + (cell_of(x, tile_size_level0) < index)
-    # The product may be rounded up past a whole number, which then is in the cell: 650 · 1.1 > 715.
-    return x - ((x > 0) & (cell_of(x - 1, tile_size_level0) >= index))
+    # From below: a product that is rounded up past a whole number (650 · 1.1 > 715) doesn't leave that number out.
+    x = np.floor(index * tile_size_level0).astype(np.int64)
+    return x + (cell_of(x, tile_size_level0) < index)
 
 
 def cell_of(x: np.ndarray | int, tile_size_level0: float) -> np.ndarray:

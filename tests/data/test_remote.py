@@ -119,10 +119,19 @@ def load(shards: object, **settings: int) -> list[Batch]:
     return found  # type: ignore[return-value]
 
 
+def assert_same_batches(near: Path, far: str) -> None:
+    for own, fetched in zip(load(near), load(far), strict=True):
+        assert same(by_tile(own.parts), by_tile(fetched.parts)) and not fetched.bad
+
+
+def assert_parts_were_read(folder: Path, server: FlakyServer) -> None:
+    read = sum(size for name, size in server.served if name.endswith(".tar"))
+    assert read < sum(path.stat().st_size for path in folder.glob("*.tar")), "whole files were read"
+
+
 def test_remote_shards_give_the_batches_of_local_ones_through_failures(folder: Path, server: FlakyServer) -> None:
     server.misbehave.extend([FAIL, CUT, None, STALL, None, SHORT, None, FAIL, None, CUT])
-    for near, far in zip(load(folder), load(f"{server.url}/shards"), strict=True):
-        assert same(by_tile(near.parts), by_tile(far.parts)) and not far.bad
+    assert_same_batches(folder, f"{server.url}/shards")
     assert ShardTiles(shards=[f"{server.url}/shards"]).digest == ShardTiles(shards=[folder]).digest
 
 
@@ -134,7 +143,7 @@ def test_a_block_is_fetched_in_one_request_and_once(folder: Path, server: FlakyS
         tiles.read(number)
     data = [served for served in server.served if served[0].endswith(".tar")]
     assert [name for name, _ in sorted(data)] == ["tiles-000000.tar", "tiles-000001.tar"]
-    assert sum(size for _, size in data) < sum(path.stat().st_size for path in folder.glob("*.tar"))
+    assert_parts_were_read(folder, server)
 
 
 def test_a_remote_tar_that_goes_is_skipped_and_a_truncated_one_loses_its_end(folder: Path, server: FlakyServer) -> None:
@@ -238,12 +247,8 @@ def test_shards_on_s3_give_the_batches_of_local_ones_through_failures(folder: Pa
     assert verified("s3://shards") == []
     s3.served.clear()
     s3.misbehave.extend([FAIL, None, FAIL, None, CUT])
-    for near, far in zip(load(folder), load("s3://shards"), strict=True):
-        assert same(by_tile(near.parts), by_tile(far.parts)) and not far.bad
-    data = [served for served in s3.served if served[0].endswith(".tar")]
-    assert sum(size for _, size in data) < sum(path.stat().st_size for path in folder.glob("*.tar")), (
-        "whole files were read"
-    )
+    assert_same_batches(folder, "s3://shards")
+    assert_parts_were_read(folder, s3)
 
 
 def test_what_s3_lacks_or_forbids_is_named_at_once(folder: Path, s3: FlakyServer) -> None:
@@ -278,12 +283,8 @@ def test_shards_on_google_cloud_give_the_batches_of_local_ones_through_failures(
     assert list_names("gs://shards/", ".tar") == ["tiles-000000.tar", "tiles-000001.tar"]
     assert size_of("gs://shards/index.npz") == (folder / "index.npz").stat().st_size
     gcs.misbehave.extend([SHORT, None, FAIL, None, CUT])
-    for near, far in zip(load(folder), load("gs://shards"), strict=True):
-        assert same(by_tile(near.parts), by_tile(far.parts)) and not far.bad
-    data = [served for served in gcs.served if served[0].endswith(".tar")]
-    assert sum(size for _, size in data) < sum(path.stat().st_size for path in folder.glob("*.tar")), (
-        "whole files were read"
-    )
+    assert_same_batches(folder, "gs://shards")
+    assert_parts_were_read(folder, gcs)
     assert verified("gs://shards") == []
 
 
