@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from data import masks
-from data.augment import Colour, draw
+from data.augment_parameters import Colour, draw
 from data.crops import CropSizes, cut
 from data.fault import Fault
 from data.keyed import rng

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from data import masks
-from data.augment import augment, draw
+from data.augment import augment
+from data.augment_parameters import draw
 from data.crops import cut
 from data.keyed import rng
 from pretrain import settings

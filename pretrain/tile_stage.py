@@ -9,7 +9,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.augment import Colour, augment
+from data.augment import augment
+from data.augment_parameters import Colour
 from data.crops import CropSizes
 from data.fault import Fault
 from data.loader import Batch, Masking, MicroBatch, TileBatches, load

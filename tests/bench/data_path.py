@@ -38,7 +38,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
-from data.augment import Colour, augment
+from data.augment import augment
+from data.augment_parameters import Colour
 from data.coordinates import plan_grid
 from data.crops import NUMBERS, CropSizes, box
 from data.keyed import rng

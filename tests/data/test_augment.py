@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
 from data import augment as ours
-from data.augment import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
+from data import augment_cpu
+from data.augment_parameters import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
 from data.keyed import rng
 from tests.data.tile_folders import picture
 
@@ -44,6 +45,19 @@ def rows(count: int, **columns: Any) -> Tensor:
     return table
 
 
+@pytest.fixture(params=["each", "together"], autouse=True)
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Everything in this file holds for a CPU's way, image by image, and for a GPU's, all together: here on a CPU."""
+    if request.param == "together":
+
+        def all_together(images: Any, rows: Any, scale: Any, offset: Any, result: Any) -> None:
+            result[:] = ours.augment_together(
+                torch.from_numpy(images), rows, torch.from_numpy(scale), torch.from_numpy(offset)
+            )
+
+        monkeypatch.setattr(augment_cpu, "augment_each", all_together)
+
+
 @pytest.mark.parametrize("factor", [0.0, 0.6, 1.0, 1.4])
 @pytest.mark.parametrize("which", range(3))
 def test_jitter_equals_torchvisions(which: int, factor: float, bytes_: Tensor) -> None:
@@ -56,23 +70,24 @@ def test_jitter_equals_torchvisions(which: int, factor: float, bytes_: Tensor) -
 
 @pytest.mark.parametrize("turns", [-0.5, -0.1, 0.0, 0.05, 0.1, 0.5])
 def test_hue_equals_torchvisions(turns: float, bytes_: Tensor) -> None:
-    x = bytes_ / 255
-    found = ours.hue(x.clone(), values(*[turns] * len(x)))
-    torch.testing.assert_close(found, reference.adjust_hue(x, turns), atol=2e-5, rtol=0)
+    factors = torch.tensor([1.0, 1.0, 1.0, turns])
+    found = ours.augment(bytes_, rows(len(bytes_), jitter=1.0, factors=factors), ZERO, ONE)
+    torch.testing.assert_close(found, reference.adjust_hue(bytes_ / 255, turns), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("sigma", [0.1, 0.7, 2.0])
-def test_blur_equals_torchvisions_nine_taps(sigma: float, bytes_: Tensor) -> None:
-    x = bytes_ / 255
-    found = ours.blur(x, values(*[sigma] * len(x)))
-    torch.testing.assert_close(found, reference.gaussian_blur(x, [9, 9], [sigma, sigma]), atol=2e-6, rtol=0)
+@pytest.mark.parametrize("height", [24, 5])
+def test_blur_equals_torchvisions_nine_taps(sigma: float, height: int, bytes_: Tensor) -> None:
+    images = bytes_[:, :, :height]
+    found = ours.augment(images, rows(len(images), sigma=sigma), ZERO, ONE)
+    expected = reference.gaussian_blur(images / 255, [9, 9], [sigma, sigma])
+    torch.testing.assert_close(found, expected, atol=2e-6, rtol=0)
 
 
-def test_blur_of_an_oblong_image_equals_torchvisions() -> None:
-    x = torch.from_numpy(rng(1).random((2, 3, 12, 20), dtype=np.float32))
-    torch.testing.assert_close(
-        ours.blur(x, values(1.3, 1.3)), reference.gaussian_blur(x, [9, 9], [1.3, 1.3]), atol=2e-6, rtol=0
-    )
+def test_an_image_too_small_to_blur_is_refused_with_the_way_out(bytes_: Tensor) -> None:
+    images = bytes_[:, :, :4]
+    with pytest.raises(ValueError, match=r"24 × 4 px are too small .*colour.blur_probability=\[0,0,0\]"):
+        ours.augment(images, rows(len(images), sigma=1.0), ZERO, ONE)
 
 
 def test_solarise_and_grey_equal_torchvisions_on_bytes(bytes_: Tensor) -> None:
@@ -176,15 +191,24 @@ def test_a_brightness_of_more_than_one_never_makes_a_negative_factor() -> None:
     assert factors.min() >= 0 and factors.max() > 2.3
 
 
-def test_images_are_worked_on_in_any_number_at_once(bytes_: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_does_not_depend_on_those_beside_it(bytes_: Tensor) -> None:
     images = bytes_.repeat(8, 1, 1, 1)
     colour = Colour(
         stain_probability=0.5, stain_shift=0.05, blur_probability=(0.5, 0.5, 0.5), solarise_probability=(0.3, 0.3, 0.3)
     )
     parameters = torch.from_numpy(draw(colour, np.zeros(len(images), dtype=int), rng(3)))
     together = ours.augment(images, parameters, ZERO, ONE)
-    for cache in (1, 3 * bytes_[0].numel()):
-        monkeypatch.setattr(ours, "CACHE", cache)
-        torch.testing.assert_close(ours.augment(images, parameters, ZERO, ONE), together, atol=1e-6, rtol=0)
     for image, row, result in zip(images, parameters, together, strict=True):
         torch.testing.assert_close(ours.augment(image[None], row[None], ZERO, ONE)[0], result, atol=1e-6, rtol=0)
+
+
+def test_an_image_of_many_blocks_has_one_contrast() -> None:
+    """A CPU works on blocks of pixels; the level that contrast moves to is that of the whole image."""
+    image = torch.from_numpy(rng(5).integers(0, 256, (1, 3, 71, 130), dtype=np.uint8))
+    image[:, :, :30] //= 4
+    order, factors = torch.tensor([3.0, 0.0, 1.0, 2.0]), torch.tensor([1.2, 0.5, 1.1, 0.07])
+    found = ours.augment(image, rows(1, jitter=1.0, order=order, factors=factors), ZERO, ONE)
+    expected = image / 255
+    for which in (3, 0, 1, 2):
+        expected = getattr(reference, f"adjust_{NAMES[which]}")(expected, float(factors[which]))
+    torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from data.augment import Colour
+from data.augment_parameters import Colour
 from data.coordinates_h5 import read_tiling, write_tiling
 from data.crops import CropSizes
 from data.fault import Fault

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from data import loader
-from data.augment import Colour
+from data.augment_parameters import Colour
 from data.crops import CropSizes
 from data.fault import Fault
 from data.loader import Batch, Masking, MicroBatch, TileBatches

@@ -15,7 +15,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.augment import Colour
+from data.augment_parameters import Colour
 from data.crops import CropSizes
 from data.loader import Batch, Masking, TileBatches
 from data.mixture import Mixture

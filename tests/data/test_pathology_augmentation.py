@@ -6,7 +6,7 @@ import torch
 from skimage.color import hed2rgb, rgb2hed
 
 from data import augment as ours
-from data.augment import FACTORS, ORDER, STAIN, STAINS, WIDTH, Colour, draw
+from data.augment_parameters import FACTORS, ORDER, STAIN, STAINS, WIDTH, Colour, draw
 from data.crops import CropSizes, cut
 from data.keyed import rng
 
