@@ -34,7 +34,7 @@ from torch.autograd.function import once_differentiable
 
 from models.attention_statistics import SDPA, Kernel, Shape
 
-CALL_ELEMENTS = {"cpu": 2**20, "cuda": 2**25}
+CALL_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 """Elements of q in one attention call, unless one run is more: bounds what a branch holds beside its input and output."""
 
 

@@ -6,8 +6,10 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from data.embeddings import EmbeddingStore
 from data.shard_index import ShardIndex
 from launch.entry import main
 from pretrain.run_folder import read_metrics
@@ -92,6 +94,40 @@ def test_an_array_of_jobs_cuts_what_one_cuts_and_another_job_merges_it(cluster: 
         cluster.wait(job, "COMPLETED", "PENDING" if job == jobs[0] else "COMPLETED", seconds=240)
     ours, expected = (ShardIndex.open(tmp_path / name) for name in ("array", "whole"))
     assert sorted(ours.slides) == sorted(expected.slides) and len(ours.file) == len(expected.file) > 0
+
+
+@pytest.mark.slow
+def test_an_array_embeds_what_one_process_does_after_the_run_whose_encoder_it_takes(
+    cluster: Cluster, shards: Path, tmp_path: Path
+) -> None:
+    """``launch.after=``: submitted with the training job, when there is no encoder yet."""
+    (training,) = submit(cluster, *command(shards, tmp_path / "run"), *nodes(1, 1))
+    words = ["embed", f"checkpoint={tmp_path / 'run'}", f"shards={shards}", "batch=8", "threads=1", "device=cpu"]
+    array, merge = submit(cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2", f"launch.after=[{training}]")
+    assert set(cluster.states(array)) == set(cluster.states(merge)) == {"PENDING"}
+    assert cluster.states(training) != ["COMPLETED"]
+    for job in (training, array, merge):
+        cluster.wait(job, "COMPLETED", seconds=240)
+    main([*words, f"out={tmp_path / 'whole'}"])
+    ours, expected = (EmbeddingStore.open(tmp_path / name) for name in ("array", "whole"))
+    assert sorted(ours.slides) == sorted(expected.slides) and len(ours.slides) > 1
+    for slide in ours.slides:
+        one, other = ours.read(slide), expected.read(slide)
+        np.testing.assert_array_equal(one.coordinates, other.coordinates)
+        np.testing.assert_allclose(np.array(one.embeddings), np.array(other.embeddings), atol=2e-3)
+
+
+@pytest.mark.slow
+def test_a_job_after_one_that_fails_is_not_run(cluster: Cluster, shards: Path, tmp_path: Path) -> None:
+    words, variables = failing_run(tmp_path, shards, rank=0)
+    (failing,) = submit(cluster, *words, *nodes(1, 1), variables=variables)
+    words = ["embed", f"checkpoint={tmp_path / 'run'}", f"shards={shards}", f"out={tmp_path / 'out'}"]
+    (late,) = submit(cluster, *words, f"launch.after=[{failing}]")
+    end = time.monotonic() + 120
+    while cluster.states(late) != ["CANCELLED"]:
+        assert time.monotonic() < end, cluster.states(late)
+        time.sleep(0.5)
+    assert not (tmp_path / "out" / "store.json").exists()
 
 
 @pytest.mark.slow
