@@ -281,9 +281,11 @@ def claim(folder: Path, about: dict[str, object], name: str = "store.json") -> N
 def _about(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text())
-        return {"encoder": found["encoder"], "encoder_hash": found["encoder_hash"], "width": found["width"]} | found
-    except (ValueError, KeyError, TypeError) as error:
-        raise Fault(f"{path} is damaged, and says which encoder made these embeddings: put back a copy, or embed into a new folder.") from error  # fmt: skip
+    except ValueError:
+        found = None
+    if not isinstance(found, dict) or not found.keys() >= {"encoder", "encoder_hash", "width"}:
+        raise Fault(f"{path} is damaged, and says which encoder made these embeddings: put back a copy, or embed into a new folder.")  # fmt: skip
+    return found
 
 
 def _cut_torn_line(journal: Path) -> None:

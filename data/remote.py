@@ -180,7 +180,8 @@ def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
                 raise Fault(f"{url} is refused ({error}): check the address and who may read it.") from error
             if isinstance(error, HOPELESS) and not isinstance(error, Truncated):
                 raise
-            status = getattr(error, "status", getattr(error, "code", None))  # aiohttp's name for it, and gcsfs's
+            name = "status" if hasattr(error, "status") else "code"  # aiohttp's, and gcsfs's
+            status = getattr(error, name, None)
             if status == 416:
                 raise Truncated(f"{url} ends before the bytes that its index says it has") from error
             if status is not None and 400 <= status < 500 and status not in (408, 425, 429):

@@ -36,7 +36,6 @@ from models.attention_statistics import stock, stock_backward
 from models.dilated_attention import Branch, dilated_attention, lay_out
 from models.longnet import Layer
 from models.sequence_parallel import Share
-from pretrain.allocator import keep_freed_memory
 
 HEADS, HEAD_WIDTH, FEED_FORWARD = 16, 48, 3072
 SEGMENTS, RATIOS = (1024, 5792, 32768, 185360, 1048576), (1, 2, 4, 8, 16)
@@ -167,7 +166,6 @@ def main() -> None:
     torch.set_num_threads(threads)
     if way := given.get("CHILD"):
         return child(way)
-    keep_freed_memory()  # as the command does
     memory = {name: in_child(name, threads)["bytes"] for name in WAYS}
     print(f"extra memory at {SHORT:,} tokens: " + ", ".join(f"{k} {v / 2**20:.0f} MiB" for k, v in memory.items()))
     spent = least({name: step(way, SHORT) for name, way in WAYS.items()} | {"kernel": bare_kernel(SHORT)}, ROUNDS)
