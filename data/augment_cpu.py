@@ -5,6 +5,9 @@ written three times (its contrast needs a mean of all of it) and only what its o
 it at the first use, some seconds, and keeps the result beside this file.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 from numba import njit
 
@@ -21,19 +24,28 @@ from data.augment_parameters import (
     SIGMA,
     SOLARISE,
     SOLARISE_FROM,
-)  # fmt: skip
+)
+from data.fault import Fault
 
 BLOCK = 2048  # pixels whose three channels stay in the nearest cache
 REACH = BLUR_TAPS // 2
 FIRST_FACTOR = FACTORS.start
 # Numbers of Python's would make numba compute in double precision.
-ZERO, ONE, TWO, THREE, FOUR, SIX = (np.float32(number) for number in (0, 1, 2, 3, 4, 6))
+ZERO, ONE, TWO, THREE, SIX = (np.float32(number) for number in (0, 1, 2, 3, 6))
 RED, GREEN, BLUE = (np.float32(weight) for weight in LUMA)
 BYTE, BRIGHT, NO_CHROMA = np.float32(1 / 255), np.float32(SOLARISE_FROM), np.float32(1e-12)
 
-compiled = njit(
-    fastmath={"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}, nogil=True, cache=True, error_model="numpy"
-)
+
+def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """numba's loops of a function, kept on disk. Raises Fault where they can't be."""
+    fast = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+    try:
+        return njit(fastmath=fast, nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
+    except RuntimeError as error:
+        raise Fault(
+            f"numba finds no folder to keep what it compiles for colour on a CPU ({error}): "
+            "set NUMBA_CACHE_DIR to one that can be written"
+        ) from error
 
 
 @compiled

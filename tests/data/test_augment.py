@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as reference
 from data import augment as ours
 from data import augment_cpu
 from data.augment_parameters import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
+from data.fault import Fault
 from data.keyed import rng
 from tests.data.tile_folders import picture
 
@@ -212,3 +213,10 @@ def test_an_image_of_many_blocks_has_one_contrast() -> None:
     for which in (3, 0, 1, 2):
         expected = getattr(reference, f"adjust_{NAMES[which]}")(expected, float(factors[which]))
     torch.testing.assert_close(found, expected, atol=5e-5, rtol=0)
+
+
+def test_where_numba_can_keep_nothing_the_error_says_what_to_set() -> None:
+    of_no_file: dict[str, Any] = {}
+    exec("def same(x):\n    return x", of_no_file)
+    with pytest.raises(Fault, match=r"no folder to keep .* set NUMBA_CACHE_DIR"):
+        augment_cpu.compiled(of_no_file["same"])
