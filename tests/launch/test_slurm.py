@@ -221,3 +221,43 @@ def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     if limited:
         assert "stopped by SIGUSR1" in said and "resuming after step" in said
     assert_close(tmp_path / "run", tmp_path / "here")
+
+
+# Cutting takes a second a tile.
+SLOW_TILES = """
+import os
+import time
+
+from data.slides import Slide
+
+if seconds := float(os.environ.get("SECONDS_A_TILE", "0")):
+    at_once = Slide.tile_pixels
+
+    def tile_pixels(slide, *arguments):
+        time.sleep(seconds)
+        return at_once(slide, *arguments)
+
+    Slide.tile_pixels = tile_pixels
+"""
+
+
+@pytest.mark.slow
+def test_a_job_of_an_array_that_runs_out_of_time_goes_on_at_the_slide_where_it_was(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (tmp_path / "slides").mkdir()
+    for number in range(16):
+        write_slide(tmp_path / "slides" / f"{number}.tiff", stained(400, 400, [(200, 200, 180)]), mpp=0.5)
+    (tmp_path / "sitecustomize.py").write_text(SLOW_TILES)
+    words = ["shard", f"slides={tmp_path / 'slides'}", "tile_size=128", "workers=1"]
+    array, merge = submit(
+        cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2", "launch.time=1", "launch.signal_seconds=20",
+        variables=environment(tmp_path, SECONDS_A_TILE="1.5"),
+    )  # fmt: skip
+    main([*words, f"out={tmp_path / 'whole'}"])
+    for job in (array, merge):
+        cluster.wait(job, "COMPLETED", seconds=900)
+    said = "".join(log.read_text() for log in (tmp_path / "array" / "logs").glob("*.log"))
+    assert "pretrain: out of time, requeued" in said
+    ours, expected = (ShardIndex.open(tmp_path / name) for name in ("array", "whole"))
+    assert sorted(ours.slides) == sorted(expected.slides) and len(ours.file) == len(expected.file) > 100
