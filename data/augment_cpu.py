@@ -38,7 +38,9 @@ BYTE, BRIGHT, NO_CHROMA = np.float32(1 / 255), np.float32(SOLARISE_FROM), np.flo
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """numba's loops of a function, kept on disk. Raises Fault where they can't be."""
-    fast = {"nnan", "ninf", "nsz", "arcp", "contract", "reassoc"}
+    # Nothing that lets a sum or a product be rounded otherwise: numba links what it has just compiled differently from what it
+    # finds on disk, and a run that resumes would differ from itself in the last bit.
+    fast = {"nnan", "ninf", "nsz"}
     try:
         return njit(fastmath=fast, nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
     except RuntimeError as error:
