@@ -51,6 +51,16 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @compiled
+def _luma(red, green, blue):  # type: ignore[no-untyped-def]
+    return RED * red + GREEN * green + BLUE * blue
+
+
+@compiled
+def _clip(value):  # type: ignore[no-untyped-def]
+    return min(max(value, ZERO), ONE)
+
+
+@compiled
 def augment_each(images, rows, scale, offset, result):  # type: ignore[no-untyped-def]
     """Images ``(N, 3, H, W)`` in 0..255 by parameters ``(N, WIDTH)`` without the stains, times ``scale`` ``(3,)`` plus ``offset``, into ``result``."""
     height, width = images.shape[2:]
@@ -90,7 +100,7 @@ def _jitter(image, row, x):  # type: ignore[no-untyped-def]
                 _part(red, green, blue, row, place)
             level = ZERO
             for i in range(stop - start):
-                level += RED * red[i] + GREEN * green[i] + BLUE * blue[i]
+                level += _luma(red[i], green[i], blue[i])
             total += level
     if row[JITTER] == 0 and row[GREY] == 0:
         return
@@ -105,7 +115,7 @@ def _jitter(image, row, x):  # type: ignore[no-untyped-def]
                 _part(red, green, blue, row, place)
         if row[GREY] > 0:
             for i in range(stop - start):
-                red[i] = green[i] = blue[i] = RED * red[i] + GREEN * green[i] + BLUE * blue[i]
+                red[i] = green[i] = blue[i] = _luma(red[i], green[i], blue[i])
 
 
 @compiled
@@ -125,10 +135,10 @@ def _part(red, green, blue, row, place):  # type: ignore[no-untyped-def]
 def _blend(red, green, blue, factor, grey, rest):  # type: ignore[no-untyped-def]
     """``factor · x + grey · luma(x) + rest``, clipped to (0, 1)."""
     for i in range(len(red)):
-        plus = grey * (RED * red[i] + GREEN * green[i] + BLUE * blue[i]) + rest
-        red[i] = min(max(factor * red[i] + plus, ZERO), ONE)
-        green[i] = min(max(factor * green[i] + plus, ZERO), ONE)
-        blue[i] = min(max(factor * blue[i] + plus, ZERO), ONE)
+        plus = grey * _luma(red[i], green[i], blue[i]) + rest
+        red[i] = _clip(factor * red[i] + plus)
+        green[i] = _clip(factor * green[i] + plus)
+        blue[i] = _clip(factor * blue[i] + plus)
 
 
 @compiled
@@ -145,9 +155,9 @@ def _hue(red, green, blue, turns):  # type: ignore[no-untyped-def]
         not_red, swapped = (ONE if larger > r else ZERO), (ONE if b > g else ZERO)
         k = -TWO * not_red + SIX * swapped * (TWO * not_red - ONE)
         sixths = abs(k + (other - smaller) / max(chroma, NO_CHROMA))
-        red[i] = value - chroma * min(max(abs(abs(sixths - opposite_red) - THREE) - ONE, ZERO), ONE)
-        green[i] = value - chroma * min(max(abs(abs(sixths - opposite_green) - THREE) - ONE, ZERO), ONE)
-        blue[i] = value - chroma * min(max(abs(abs(sixths - opposite_blue) - THREE) - ONE, ZERO), ONE)
+        red[i] = value - chroma * _clip(abs(abs(sixths - opposite_red) - THREE) - ONE)
+        green[i] = value - chroma * _clip(abs(abs(sixths - opposite_green) - THREE) - ONE)
+        blue[i] = value - chroma * _clip(abs(abs(sixths - opposite_blue) - THREE) - ONE)
 
 
 @compiled

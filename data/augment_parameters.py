@@ -23,7 +23,7 @@ SOLARISE_FROM = 128 / 255
 
 @dataclass(frozen=True)
 class Colour:
-    """Strengths and probabilities. Stains are shifted by up to ``stain_shift`` either way: see `shift_stains`. Blur and solarisation are given per kind of view: first global, other globals, local.
+    """Strengths and probabilities. Stains are shifted by up to ``stain_shift`` either way: see `data.augment.shift_stains`. Blur and solarisation are given per kind of view: first global, other globals, local.
 
     DINOv2's configuration gives blur probabilities of 1, .1 and .5, but its code applies ``1 − p``; these are the
     probabilities with which a view *is* blurred: 0, .9 and .5 trained the released models.
