@@ -1,9 +1,15 @@
-"""A run that resumes finds on disk what another process has compiled."""
+"""What numba compiles is kept on disk, and a run that resumes finds there what another process has compiled."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from data import augment_cpu
+from data.fault import Fault
 
 ROOT = Path(__file__).resolve().parents[2]
 AUGMENT = """
@@ -30,3 +36,10 @@ def test_what_was_just_compiled_and_what_is_found_on_disk_give_the_same_bits(tmp
     ]
     assert list(tmp_path.rglob("*.nbi")) and len(found[0]) > 10_000
     assert found[0] == found[1]
+
+
+def test_where_numba_can_keep_nothing_the_error_says_what_to_set() -> None:
+    of_no_file: dict[str, Any] = {}
+    exec("def same(x):\n    return x", of_no_file)
+    with pytest.raises(Fault, match=r"no folder to keep .* set NUMBA_CACHE_DIR"):
+        augment_cpu.compiled(of_no_file["same"])

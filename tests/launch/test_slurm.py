@@ -123,10 +123,7 @@ def test_a_job_after_one_that_fails_is_not_run(cluster: Cluster, shards: Path, t
     (failing,) = submit(cluster, *words, *nodes(1, 1), variables=variables)
     words = ["embed", f"checkpoint={tmp_path / 'run'}", f"shards={shards}", f"out={tmp_path / 'out'}"]
     (late,) = submit(cluster, *words, f"launch.after=[{failing}]")
-    end = time.monotonic() + 120
-    while cluster.states(late) != ["CANCELLED"]:
-        assert time.monotonic() < end, cluster.states(late)
-        time.sleep(0.5)
+    cluster.wait(late, "CANCELLED", seconds=120)
     assert not (tmp_path / "out" / "store.json").exists()
 
 
