@@ -17,6 +17,7 @@ A `Kernel` is found by name:
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -72,11 +73,21 @@ class Batched:
         function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], shapes: Sequence[Shape]
     ) -> list[Tensor]:
         sizes = [runs * length for runs, length in shapes]
-        results = [
-            [x.transpose(1, 2).flatten(0, 1) for x in function(*(p.unflatten(0, shape).transpose(1, 2) for p in parts))]
-            for shape, *parts in zip(shapes, *(x.split(sizes) for x in tensors), strict=True)
-        ]
-        return results[0] if len(results) == 1 else [torch.cat(parts) for parts in zip(*results, strict=True)]
+        whole: list[Tensor] = []
+        for start, shape, *parts in zip(
+            accumulate(sizes, initial=0), shapes, *(x.split(sizes) for x in tensors), strict=False
+        ):
+            results = [
+                x.transpose(1, 2).flatten(0, 1)
+                for x in function(*(p.unflatten(0, shape).transpose(1, 2) for p in parts))
+            ]
+            if len(shapes) == 1:
+                return results
+            # Filled as results come: joined at the end, all of them would be there twice.
+            whole = whole or [x.new_empty(sum(sizes), *x.shape[1:]) for x in results]
+            for rows, result in zip(whole, results, strict=True):
+                rows[start : start + len(result)] = result
+        return whole
 
 
 class VariableLength:

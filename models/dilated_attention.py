@@ -25,7 +25,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil, gcd
+from math import ceil
 from typing import Any
 
 import torch
@@ -35,14 +35,14 @@ from torch.autograd.function import once_differentiable
 from models.attention_statistics import SDPA, Kernel, Shape
 
 CALL_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
-"""Elements of q in one attention call, unless one run is more: bounds what a branch holds beside its input and output."""
+"""Elements of q in one call of a branch with gaps, unless one run is more: bounds what is copied out at a time."""
 
 
 @dataclass(frozen=True)
 class Call:
     """Runs that go through attention in one call."""
 
-    rows: slice | Tensor  # which rows of the (tokens * units, unit heads, head_width) view, run by run
+    rows: Tensor | None  # which rows of the branch's view, run by run; None for all of them in order
     shapes: tuple[Shape, ...]  # (runs, tokens in each), in the order of the rows
     padding: (
         Tensor | None
@@ -53,9 +53,9 @@ class Call:
 class Branch:
     """One (segment length, ratio) of a schedule, laid out for slides of given lengths."""
 
-    unit: int  # heads that move together; a token's heads are heads / unit such units
+    unit: int  # heads of a row: all for ratio 1, one for others; the view is (tokens * heads / unit, unit, head_width)
     calls: list[Call]
-    complete: bool  # ratio 1: every token and head is in one of its runs, and calls are slices
+    complete: bool  # ratio 1: every token and head is in one of its runs, and all of them are one call
 
 
 def check_schedule(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> None:
@@ -112,7 +112,7 @@ def dilated_attention(
     return _DilatedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), branches, compatible, kernel)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=20)  # a few batches: rows of long ones are tens of megabytes
 def lay_out(
     lengths: tuple[int, ...], w: int, r: int, heads: range, every: int, head_width: int, device: torch.device
 ) -> Branch:
@@ -121,8 +121,6 @@ def lay_out(
     ``heads`` are the ones at hand, of ``every`` head in all. Group g holds heads ``g * ceil(every / r)`` onwards, as in the public
     code; when r does not divide the heads, the last groups are smaller or empty. A slide shorter than w is one segment.
     """
-    group = ceil(every / r)
-    unit = gcd(group, len(heads), heads.start)
     segments = []  # (first token, segments, tokens in each, tokens missing from each)
     for start, n in zip(accumulate(lengths, initial=0), lengths, strict=False):
         segment = min(w, n)
@@ -130,41 +128,42 @@ def lay_out(
         segments.append((start, full, segment, 0))
         if rest:
             segments.append((start + full * segment, 1, rest, segment - rest))
+
+    def padding(zeros: Tensor) -> Tensor | None:
+        return zeros.double().log()[:, None].to(device) if zeros.any() else None
+
     if r == 1:  # every segment is a run, in the order of the tokens
-        rows = None
-        shapes = [(count, length) for _, count, length, _ in segments]
         zeros = torch.cat([torch.full((count * length,), missing) for _, count, length, missing in segments])
-    else:
-        phase = torch.tensor(heads[::unit]) // group  # the offset mod r at which each unit of heads is active
-        rows, shapes, zeros = _permutation(segments, r, phase)
-    # A call's work is shared out by run and head, so each has enough of them for every thread.
-    together = ceil(torch.get_num_threads() / unit) if device.type == "cpu" else 1
-    per_call = CALL_ELEMENTS.get(device.type, CALL_ELEMENTS["cuda"]) // (unit * head_width)
+        shapes = tuple((count, length) for _, count, length, _ in segments)
+        return Branch(len(heads), [Call(None, shapes, padding(zeros))], complete=True)
+    phase = torch.tensor(heads) // ceil(every / r)  # the offset mod r at which each head is active
+    rows, runs, zeros = _permutation(segments, r, phase)
+    # A CPU's kernel shares its work out by run, so a call has enough of them for every thread.
+    together = torch.get_num_threads() if device.type == "cpu" else 1
+    per_call = CALL_ELEMENTS.get(device.type, CALL_ELEMENTS["cuda"]) // head_width
     calls, start = [], 0
-    for some in _cut(shapes, per_call, together):
-        stop = start + sum(runs * length for runs, length in some)
-        missing = zeros[start:stop]
-        padding = missing.double().log()[:, None].to(device) if missing.any() else None
-        where = slice(start, stop) if rows is None else rows[start:stop].to(device)
-        calls.append(Call(where, tuple(some), padding))
+    for some in _cut(runs, per_call, together):
+        stop = start + sum(count * length for count, length in some)
+        calls.append(Call(rows[start:stop].to(device), tuple(some), padding(zeros[start:stop])))
         start = stop
-    return Branch(unit, calls, r == 1)
+    # A row is one head of a token, though a group's heads move together: a kernel likes a head's tokens side by side.
+    return Branch(1, calls, complete=False)
 
 
 def _permutation(
     segments: list[tuple[int, int, int, int]], r: int, phase: Tensor
 ) -> tuple[Tensor, list[Shape], Tensor]:
-    """Ratio r > 1: a run is (segment, unit of heads), its tokens r apart. All rows by run length, shapes, missing tokens of each row."""
+    """Ratio r > 1: a run is (segment, head), its tokens r apart. All rows by run length, shapes, missing tokens of each row."""
     found: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # run length → rows (runs, length), missing
     for first, count, size, missing in segments:
         padded = ceil((size + missing) / r)
         for extra in (1, 0):  # phases below size % r meet one token more than the others
-            unit = (phase < size % r if extra else phase >= size % r).nonzero()[:, 0]
+            head = (phase < size % r if extra else phase >= size % r).nonzero()[:, 0]
             length = size // r + extra
-            if len(unit) == 0 or length == 0:
+            if len(head) == 0 or length == 0:
                 continue
-            token = torch.arange(count)[:, None, None] * size + torch.arange(length) * r + phase[unit][:, None]
-            rows = ((first + token) * len(phase) + unit[:, None]).flatten(0, 1)  # (segments * units, length)
+            token = torch.arange(count)[:, None, None] * size + torch.arange(length) * r + phase[head][:, None]
+            rows = ((first + token) * len(phase) + head[:, None]).flatten(0, 1)  # (segments * heads, length)
             found[length].append((rows, padded - length))
     parts = [(rows, missing) for length in sorted(found) for rows, missing in found[length]]
     if not parts:  # none of these heads is active
@@ -196,21 +195,21 @@ def _cut(shapes: list[Shape], per_call: int, together: int) -> Iterator[list[Sha
         yield call
 
 
-def _take(x: Tensor, rows: slice | Tensor) -> Tensor:
-    return x[rows] if isinstance(rows, slice) else x.index_select(0, rows)
+def _take(x: Tensor, rows: Tensor | None) -> Tensor:
+    return x if rows is None else x.index_select(0, rows)
 
 
-def _add(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
-    """``total[rows] += part``; a call's rows are distinct, so this is a gather, a sum and a copy."""
-    if isinstance(rows, slice):
-        total[rows] += part
+def _add(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
+    """``total[rows] += part``; a call's rows are distinct, so the order of the additions is no one's choice."""
+    if rows is None:
+        total += part
     else:
-        total.index_copy_(0, rows, total.index_select(0, rows).add_(part))
+        total.index_add_(0, rows, part.to(total.dtype))
 
 
-def _put(total: Tensor, rows: slice | Tensor, part: Tensor) -> None:
-    if isinstance(rows, slice):
-        total[rows] = part
+def _put(total: Tensor, rows: Tensor | None, part: Tensor) -> None:
+    if rows is None:
+        total.copy_(part)
     else:
         total.index_copy_(0, rows, part)
 
@@ -224,14 +223,14 @@ class _DilatedAttention(torch.autograd.Function):
     ) -> Tensor:
         tokens, heads, width = q.shape
         precise = torch.promote_types(q.dtype, torch.float32)
-        begun = not branches[0].complete  # a complete branch writes first values; before another, there must be some
-        out = q.new_zeros(q.shape, dtype=precise) if begun else q.new_empty(q.shape, dtype=precise)
-        lse = q.new_full((tokens, heads), -torch.inf, dtype=precise)
+        out: Tensor | None = None  # a complete branch gives first values; others need something to add to
+        lse: Tensor | None = None
+        if not branches[0].complete:
+            out, lse = q.new_zeros(q.shape, dtype=precise), q.new_full((tokens, heads), -torch.inf, dtype=precise)
         keep = compatible and any(ctx.needs_input_grad[:3])
         kept: list[Tensor] = []
         for branch in branches:
             units = (tokens * heads // branch.unit, branch.unit)
-            merged, statistic = out.view(*units, width), lse.view(units)
             for call in branch.calls:
                 qs, ks, vs = (_take(x.view(*units, width), call.rows) for x in (q, k, v))
                 part, part_lse = kernel.forward(qs, ks, vs, call.shapes)
@@ -239,15 +238,16 @@ class _DilatedAttention(torch.autograd.Function):
                     part, part_lse = _as_published(part, part_lse, call.padding)
                 if keep:
                     kept += [part, part_lse]
-                if begun:
-                    before, old = _take(statistic, call.rows), _take(merged, call.rows)
-                    after = torch.logaddexp(before, part_lse)
-                    old = old.mul_((before - after).exp_()[..., None])
-                    part = old.addcmul_(part.to(precise), (part_lse - after).exp_()[..., None])
-                    part_lse = after
-                _put(merged, call.rows, part)
-                _put(statistic, call.rows, part_lse)
-            begun = True
+                if out is None or lse is None:
+                    out, lse = (x.to(precise, copy=keep).contiguous() for x in (part.reshape(q.shape), part_lse))
+                    continue
+                merged, statistic = out.view(*units, width), lse.view(units)
+                before, old = _take(statistic, call.rows), _take(merged, call.rows)
+                after = torch.logaddexp(before, part_lse)
+                old = old.mul_((before - after).exp_()[..., None])
+                _put(merged, call.rows, old.addcmul_(part.to(precise), (part_lse - after).exp_()[..., None]))
+                _put(statistic, call.rows, after)
+        assert out is not None
         out = out.to(q.dtype)
         ctx.branches, ctx.compatible, ctx.kernel = branches, compatible, kernel
         ctx.save_for_backward(q, k, v, lse, *(kept if compatible else [out]))
@@ -259,8 +259,7 @@ class _DilatedAttention(torch.autograd.Function):
         q, k, v, lse, *kept = ctx.saved_tensors
         tokens, heads, width = q.shape
         grad = grad.contiguous()
-        begun = not ctx.branches[0].complete
-        totals = [(torch.zeros_like if begun else torch.empty_like)(x, dtype=lse.dtype) for x in (q, k, v)]
+        totals = [] if ctx.branches[0].complete else [torch.zeros_like(x, dtype=lse.dtype) for x in (q, k, v)]
         results = iter(kept)
         for branch in ctx.branches:
             units = (tokens * heads // branch.unit, branch.unit)
@@ -274,9 +273,11 @@ class _DilatedAttention(torch.autograd.Function):
                 else:
                     part = _take(kept[0].view(*units, width), call.rows)
                     shares = ctx.kernel.backward(gradient, qs, ks, vs, part, statistic, call.shapes)
+                if not totals:
+                    totals = [share.reshape(q.shape).to(lse.dtype).contiguous() for share in shares]
+                    continue
                 for total, share in zip(totals, shares, strict=True):
-                    (_add if begun else _put)(total.view(*units, width), call.rows, share)
-            begun = True
+                    _add(total.view(*units, width), call.rows, share)
         dq, dk, dv = (total.to(q.dtype) for total in totals)
         return dq, dk, dv, None, None, None
 

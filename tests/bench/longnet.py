@@ -1,6 +1,6 @@
 """What dilated attention costs: against the padded formulation, the bare kernel, its own FLOPs, and with a million tokens.
 
-    python tests/bench/longnet.py                  2 threads, eight minutes on two quiet cores, 16 GiB of memory
+    python tests/bench/longnet.py                  2 threads, eight minutes on two quiet cores, 18 GiB of memory
     python tests/bench/longnet.py THREADS=4
 
 Attention of the released slide encoder (16 heads of 48, its schedule) in float32, forward and backward, on one slide of
@@ -40,7 +40,7 @@ from models.sequence_parallel import Share
 HEADS, HEAD_WIDTH, FEED_FORWARD = 16, 48, 3072
 SEGMENTS, RATIOS = (1024, 5792, 32768, 185360, 1048576), (1, 2, 4, 8, 16)
 SHORT, LONG, LONGEST = 16_384, 65_536, 1_000_000
-ROUNDS = 4
+ROUNDS = 6
 GIB = 2**30
 
 
