@@ -30,6 +30,7 @@ from data.augment_parameters import (
     STAIN,
     STAINS,
 )
+from data.fault import Fault
 
 DARKEST = 1e-6  # transmitted light below which nothing is told apart; its logarithm is the unit of stains
 # Absorption of red, green and blue by haematoxylin, eosin and DAB (Ruifrok & Johnston 2001).
@@ -42,12 +43,12 @@ Planes = tuple[Tensor, Tensor, Tensor]
 def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 ``(N, 3, H, W)`` → float32 of the same shape, augmented and normalised by ``mean`` and ``std`` ``(3,)``.
 
-    ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. ValueError for
-    images that are too small to be blurred.
+    ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. Raises Fault
+    for images that are too small to be blurred.
     """
     rows = parameters.numpy()
     if min(images.shape[2:]) <= BLUR_TAPS // 2 and (rows[:, SIGMA] > 0).any():
-        raise ValueError(
+        raise Fault(
             f"images of {images.shape[3]} × {images.shape[2]} px are too small for a blur of {BLUR_TAPS} taps: "
             "make the crops larger or set data.colour.blur_probability=[0,0,0]"
         )

@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as reference
 from data import augment as ours
 from data import augment_cpu
 from data.augment_parameters import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
+from data.fault import Fault
 from data.keyed import rng
 from tests.data.tile_folders import picture
 
@@ -82,7 +83,7 @@ def test_blur_equals_torchvisions_nine_taps(sigma: float, height: int, bytes_: T
 
 def test_an_image_too_small_to_blur_is_refused_with_the_way_out(bytes_: Tensor) -> None:
     images = bytes_[:, :, :4]
-    with pytest.raises(ValueError, match=r"24 × 4 px are too small .*colour.blur_probability=\[0,0,0\]"):
+    with pytest.raises(Fault, match=r"24 × 4 px are too small .*colour.blur_probability=\[0,0,0\]"):
         ours.augment(images, rows(len(images), sigma=1.0), ZERO, ONE)
 
 
