@@ -4,7 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -103,39 +102,39 @@ def test_processes_make_no_difference(done: tuple[Path, Path], tmp_path: Path) -
 ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = """
-import sys, time
+import os, signal, sys
 from data import cutting
 from pretrain.commands.shard import Config, run
-encode = cutting.encode
-def slow(tile):
-    time.sleep(0.01)
+encode, tiles = cutting.encode, 0
+def last(tile):
+    global tiles
+    tiles += 1
+    if tiles == int(sys.argv[2]):
+        os.kill(os.getpid(), signal.SIGKILL)
     return encode(tile)
-cutting.encode = slow
+cutting.encode = last
 run(Config(**eval(sys.argv[1])))
 """
 
 
-def test_killed_at_any_time_it_leaves_no_half_shard_and_continues_to_the_same_end(
+def test_killed_in_the_middle_of_any_shard_it_leaves_no_half_one_and_continues_to_the_same_end(
     done: tuple[Path, Path], tmp_path: Path
 ) -> None:
     source, reference = done
     out = tmp_path / "out"
     settings = DEFAULTS | {"slides": [str(source)], "out": str(out)}
     expected = tars(reference)
-    seen_partial = False
+    rows = ShardIndex.open(reference).file
+    first, second, _ = (int((rows == shard).sum()) for shard in range(3))
     made: dict[Path, int] = {}  # what was whole at a kill, and when it was written
-    for shards_first in (0, 1, 2):
-        process = subprocess.Popen([sys.executable, "-c", KILLED, repr(settings)], cwd=ROOT, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 60
-        while process.poll() is None and time.monotonic() < deadline:
-            if len(list(out.glob("*.tar"))) >= shards_first and any(
-                path.stat().st_size > 0 for path in out.glob(".tiles*.tar.*")
-            ):
-                break
-            time.sleep(0.005)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        seen_partial |= bool(list(out.glob(".tiles*.tar.*")))
+    for shards, tile in enumerate(
+        (10, first + 10, second + 10)
+    ):  # each run begins with the first shard that isn't whole
+        killed = subprocess.run([sys.executable, "-c", KILLED, repr(settings), str(tile)], cwd=ROOT, timeout=120)
+        assert killed.returncode == -signal.SIGKILL
+        assert len(tars(out)) == shards and list(out.glob(".tiles*.tar.*")), (
+            "it was not killed in the middle of a shard"
+        )
         whole = [*out.glob("*.tar"), *out.glob("coordinates/*.h5"), *out.glob("thumbnails/*.jpg")]
         made = {path: path.stat().st_mtime_ns for path in whole} | made
         for name, content in tars(out).items():
@@ -143,7 +142,6 @@ def test_killed_at_any_time_it_leaves_no_half_shard_and_continues_to_the_same_en
         if out.joinpath("plan.json").exists() and not (out / "index.npz").exists() and list(out.glob("*.tar")):
             with pytest.raises(Fault, match="aren't finished"):
                 ShardIndex.open(out)
-    assert seen_partial, "the kills came too late to prove anything"
     shard(slides=source, out=out)
     assert tars(out) == expected
     assert contents(out) == contents(reference)
