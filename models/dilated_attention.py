@@ -37,6 +37,8 @@ from models.attention_statistics import SDPA, Kernel, Shape
 CALL_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 """Elements of q in one call of a branch with gaps, unless one run is more: bounds what is copied out at a time."""
 
+MOST_RUNS = 65_535  # of a call: CUDA kernels take a run as a row of their grid, and it has no more
+
 
 @dataclass(frozen=True)
 class Call:
@@ -174,12 +176,15 @@ def _permutation(
 
 
 def _cut(shapes: list[Shape], per_call: int, together: int) -> Iterator[list[Shape]]:
-    """Runs in order, cut into calls of at most ``per_call`` tokens, or of ``together`` runs where these are more."""
+    """Runs in order, cut into calls of at most ``per_call`` tokens and `MOST_RUNS`, or of ``together`` runs where their tokens are more."""
     call: list[Shape] = []
     room = per_call
     for count, length in shapes:
+        cost = max(
+            length, ceil(per_call / MOST_RUNS)
+        )  # short ones count for more, so that a full call is never too many
         while count:
-            fit = max(0, room // length)
+            fit = max(0, room // cost)
             some = count if count <= fit else fit // together * together
             if not some and call:
                 yield call
@@ -190,7 +195,7 @@ def _cut(shapes: list[Shape], per_call: int, together: int) -> Iterator[list[Sha
                 call[-1] = (call[-1][0] + some, length)
             else:
                 call.append((some, length))
-            count, room = count - some, room - some * length
+            count, room = count - some, room - some * cost
     if call:
         yield call
 

@@ -5,6 +5,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from models import dilated_attention as dilated
 from models.dilated_attention import CALL_ELEMENTS, _cut, check_schedule, dilated_attention, lay_out
 
 CPU = torch.device("cpu")
@@ -183,6 +184,14 @@ def test_a_branch_holds_each_active_token_and_head_once_without_padding(lengths,
         if (t % min(w * r, n)) % r == unit * branch.unit // ceil(heads / r)
     ]
     assert torch.cat([every[:0], *each]).sort().values.tolist() == expected
+
+
+def test_no_call_has_more_runs_than_a_cuda_grid_has_rows(monkeypatch):
+    monkeypatch.setattr(dilated, "MOST_RUNS", 10)
+    branch = lay_out.__wrapped__((3, 4) * 20 + (1000,), 64, 2, range(4), 4, 8, CPU)
+    runs = [sum(count for count, _ in call.shapes) for call in branch.calls]
+    assert sum(runs) == 4 * 40 + 4 * 16 and max(runs) <= 10
+    assert len(torch.cat([call.rows for call in branch.calls]).unique()) == (7 * 20 + 1000) * 4 // 2
 
 
 def test_large_branches_are_cut_into_calls_that_give_the_same(monkeypatch):
