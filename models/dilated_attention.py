@@ -180,9 +180,7 @@ def _cut(shapes: list[Shape], per_call: int, together: int) -> Iterator[list[Sha
     call: list[Shape] = []
     room = per_call
     for count, length in shapes:
-        cost = max(
-            length, ceil(per_call / MOST_RUNS)
-        )  # short ones count for more, so that a full call is never too many
+        cost = max(length, ceil(per_call / MOST_RUNS))  # short runs count for more: a full call never has too many
         while count:
             fit = max(0, room // cost)
             some = count if count <= fit else fit // together * together

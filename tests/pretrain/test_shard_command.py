@@ -127,14 +127,11 @@ def test_killed_in_the_middle_of_any_shard_it_leaves_no_half_one_and_continues_t
     rows = ShardIndex.open(reference).file
     first, second, _ = (int((rows == shard).sum()) for shard in range(3))
     made: dict[Path, int] = {}  # what was whole at a kill, and when it was written
-    for shards, tile in enumerate(
-        (10, first + 10, second + 10)
-    ):  # each run begins with the first shard that isn't whole
+    # Each run begins with the first shard that isn't whole.
+    for shards, tile in enumerate((10, first + 10, second + 10)):
         killed = subprocess.run([sys.executable, "-c", KILLED, repr(settings), str(tile)], cwd=ROOT, timeout=120)
         assert killed.returncode == -signal.SIGKILL
-        assert len(tars(out)) == shards and list(out.glob(".tiles*.tar.*")), (
-            "it was not killed in the middle of a shard"
-        )
+        assert len(tars(out)) == shards and list(out.glob(".tiles*.tar.*")), "not killed in the middle of a shard"
         whole = [*out.glob("*.tar"), *out.glob("coordinates/*.h5"), *out.glob("thumbnails/*.jpg")]
         made = {path: path.stat().st_mtime_ns for path in whole} | made
         for name, content in tars(out).items():
