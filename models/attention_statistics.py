@@ -17,7 +17,6 @@ A `Kernel` is found by name:
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import accumulate
 from typing import Protocol
 
 import torch
@@ -74,9 +73,7 @@ class Batched:
     ) -> list[Tensor]:
         sizes = [runs * length for runs, length in shapes]
         whole: list[Tensor] = []
-        for start, shape, *parts in zip(
-            accumulate(sizes, initial=0), shapes, *(x.split(sizes) for x in tensors), strict=False
-        ):
+        for number, (shape, *parts) in enumerate(zip(shapes, *(x.split(sizes) for x in tensors), strict=True)):
             results = [
                 x.transpose(1, 2).flatten(0, 1)
                 for x in function(*(p.unflatten(0, shape).transpose(1, 2) for p in parts))
@@ -86,7 +83,7 @@ class Batched:
             # Filled as results come: joined at the end, all of them would be there twice.
             whole = whole or [x.new_empty(sum(sizes), *x.shape[1:]) for x in results]
             for rows, result in zip(whole, results, strict=True):
-                rows[start : start + len(result)] = result
+                rows.split(sizes)[number].copy_(result)
         return whole
 
 

@@ -226,10 +226,9 @@ class _DilatedAttention(torch.autograd.Function):
     ) -> Tensor:
         tokens, heads, width = q.shape
         precise = torch.promote_types(q.dtype, torch.float32)
-        out: Tensor | None = None  # a complete branch gives first values; others need something to add to
-        lse: Tensor | None = None
+        sofar: list[Tensor] = []  # output and LSE: a complete branch gives first values, others need some to add to
         if not branches[0].complete:
-            out, lse = q.new_zeros(q.shape, dtype=precise), q.new_full((tokens, heads), -torch.inf, dtype=precise)
+            sofar = [q.new_zeros(q.shape, dtype=precise), q.new_full((tokens, heads), -torch.inf, dtype=precise)]
         keep = compatible and any(ctx.needs_input_grad[:3])
         kept: list[Tensor] = []
         for branch in branches:
@@ -241,17 +240,16 @@ class _DilatedAttention(torch.autograd.Function):
                     part, part_lse = _as_published(part, part_lse, call.padding)
                 if keep:
                     kept += [part, part_lse]
-                if out is None or lse is None:
-                    out, lse = (x.to(precise, copy=keep).contiguous() for x in (part.reshape(q.shape), part_lse))
+                if not sofar:
+                    sofar = [x.to(precise, copy=keep).contiguous() for x in (part.reshape(q.shape), part_lse)]
                     continue
-                merged, statistic = out.view(*units, width), lse.view(units)
+                merged, statistic = sofar[0].view(*units, width), sofar[1].view(units)
                 before, old = _take(statistic, call.rows), _take(merged, call.rows)
                 after = torch.logaddexp(before, part_lse)
                 old = old.mul_((before - after).exp_()[..., None])
                 _put(merged, call.rows, old.addcmul_(part.to(precise), (part_lse - after).exp_()[..., None]))
                 _put(statistic, call.rows, after)
-        assert out is not None
-        out = out.to(q.dtype)
+        out, lse = sofar[0].to(q.dtype), sofar[1]
         ctx.branches, ctx.compatible, ctx.kernel = branches, compatible, kernel
         ctx.save_for_backward(q, k, v, lse, *(kept if compatible else [out]))
         return out
