@@ -38,7 +38,7 @@ def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int, fused: bool = False
     width = qkv.shape[-1] // 3
     outputs = []
     for part, (crops, tokens) in zip(qkv.split([crops * tokens for crops, tokens in shapes]), shapes, strict=True):
-        q, k, v = part.view(crops, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4)
+        q, k, v = part.view(crops, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind()
         few = qkv.device.type == "cpu" and tokens <= FEW_TOKENS and not fused
         out = (
             _products(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)

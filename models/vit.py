@@ -109,14 +109,14 @@ class Block(nn.Module):
             x = (x if wanted is None else x[wanted]) + self.ls1(self.attn(self.norm1(x), shapes, wanted))
             return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
-        seen, chosen = self.norm1(x[first.rows]), None
+        seen, chosen = self.norm1(x.index_select(0, first.rows)), None
         if wanted is not None:
             first, chosen = first.among(wanted, len(x))
             second, _ = second.among(wanted, len(x))
             x = x[wanted]
         part = self.ls1(self.attn(seen, first.shapes, chosen))
         x = x.index_add(0, first.rows, part * first.scale.to(part.dtype))
-        part = self.ls2(self.mlp(self.norm2(x[second.rows])))
+        part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
         return x.index_add(0, second.rows, part * second.scale.to(part.dtype))
 
 
