@@ -15,8 +15,6 @@ reading squares of the wrong size. Ours, beside them: ``mpp, mpp_level0, tile_si
 
 import io
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +23,7 @@ import numpy as np
 
 from data.coordinates import TileGrid
 from data.fault import Fault
+from data.h5_files import opened
 from data.remote import RemotePath
 from data.tiling import KEPT, VERDICTS, Tiling
 
@@ -101,7 +100,7 @@ def write_tiling(folder: Path, tiling: Tiling) -> None:
 
 def read_tiling(path: Path | RemotePath) -> Tiling:
     """Read back what `write_tiling` wrote. Raises Fault for a file that is missing, damaged or another program's."""
-    with _open(path) as file:
+    with opened(path, "delete it and run again") as file:
         if "verdict" not in file or "share" not in file:
             raise Fault(f"{path} holds no tiling of ours (TRIDENT and CLAM files are read with read_coordinates_h5)")
         of = file["coords"].attrs
@@ -127,7 +126,7 @@ def _overlap(tiling: Tiling) -> int:
 
 def read_coordinates_h5(path: Path) -> SlideCoordinates:
     """Tile coordinates from an h5 of ours, TRIDENT's or CLAM's. Raises Fault where the tiles' size can't be known from it."""
-    with _open(path) as file:
+    with opened(path) as file:
         if "coords" not in file:
             raise Fault(f"{path} has no data set called coords: it isn't a file of tile coordinates")
         coords = file["coords"][()].astype(np.int64).reshape(-1, 2)
@@ -149,15 +148,3 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
         width, height = (int(of[key]) if key in of else None for key in ("level0_width", "level0_height"))
         slide = str(of["name"]) if "name" in of else path.stem.removesuffix("_patches")
         return SlideCoordinates(slide, coords[:, 0], coords[:, 1], tile_size, side, mpp, width, height)
-
-
-@contextmanager
-def _open(path: Path | RemotePath) -> Iterator[h5py.File]:
-    """The open file. What is wrong with it shows when it is opened or only when it is read: a Fault either way."""
-    try:
-        with h5py.File(path if isinstance(path, Path) else path.open(), "r") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise Fault(f"there is no file of tile coordinates at {path}") from error
-    except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
-        raise Fault(f"{path} cannot be read as h5 ({error}): delete it and run again") from error

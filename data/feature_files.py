@@ -4,8 +4,6 @@ What a file doesn't say has to be told: CLAM's features don't say how large a ti
 it lies beside), nor does anything of CLAM's say the scale; STAMP counts in µm, and only the slide's own µm per pixel lead back to pixels.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +15,7 @@ from data.coordinates import row_major
 from data.coordinates_h5 import read_coordinates_h5
 from data.embeddings import SlideEmbeddings
 from data.fault import Fault
+from data.h5_files import opened
 
 NO_FEATURES = "it is not a feature file of TRIDENT, CLAM or STAMP."
 
@@ -36,7 +35,7 @@ def maker(path: Path) -> tuple[str | None, str | None]:
     """The name of the encoder that made a file, where it says so (STAMP's and ours do), and the encoder's hash (ours)."""
     if path.suffix != ".h5":
         return None, None
-    with _open(path) as file:
+    with opened(path) as file:
         of = {**file.attrs, **(file["features"].attrs if "features" in file else {})}
     name, hash_ = of.get("extractor", of.get("encoder")), of.get("encoder_hash")
     return None if name is None else str(name), None if hash_ is None else str(hash_)
@@ -46,7 +45,7 @@ def width(path: Path) -> int:
     """How many dimensions the features of a file have. Fault where it is not such a file."""
     if path.suffix != ".h5":
         return int(_load(path).shape[-1])
-    with _open(path) as file:
+    with opened(path) as file:
         name = "features" if "features" in file else "feats"
         if not isinstance(file.get(name), h5py.Dataset) or file[name].ndim < 2:
             raise Fault(f"{path} has no data set 'features' or 'feats' of a row a tile: {NO_FEATURES}")
@@ -103,7 +102,7 @@ def import_features(
 
 def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
     """Features (n, D), coordinates (n, 2) as they are in the file, and what it or the file of patches beside it says."""
-    with _open(path) as file:
+    with opened(path) as file:
         name = "features" if "features" in file else "feats"
         if name not in file or "coords" not in file:
             raise Fault(f"{path} has no data sets 'features' (or 'feats') and 'coords': {NO_FEATURES}")
@@ -174,13 +173,3 @@ def _size(path: Path) -> dict[str, Any]:
 
 def _plain(value: Any) -> Any:
     return value.item() if isinstance(value, np.generic) else value
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[h5py.File]:
-    """The open file. What is wrong with it shows when it is opened or only when it is read: a Fault either way."""
-    try:
-        with h5py.File(path, "r") as file:
-            yield file
-    except (OSError, KeyError, RuntimeError) as error:
-        raise Fault(f"{path} can't be read as h5 ({error}).") from error

@@ -159,7 +159,7 @@ def test_coordinates_of_trident_and_clam_are_read(tmp_path: Path) -> None:
     )
     clam = read_coordinates_h5(tmp_path / "c.h5")
     assert (clam.tile_size, clam.tile_size_level0, clam.width) == (256, 1024.0, None)
-    for name, reason in (("bare", "neither"), ("absent", "no file"), ("junk", "cannot be read")):
+    for name, reason in (("bare", "neither"), ("absent", "no file"), ("junk", "can't be read as h5")):
         if name == "junk":
             (tmp_path / "junk.h5").write_bytes(b"junk")
         with pytest.raises(Fault, match=reason):
