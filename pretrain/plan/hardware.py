@@ -9,6 +9,8 @@ from data.fault import Fault
 from pretrain.settings import CONFIGS
 
 FOLDER = CONFIGS / "hardware"
+PEAKS = {"bf16": "bf16_tflops", "float32": "float32_tflops"}
+"""Per precision of a run, the description's figure of what the machine can do."""
 
 
 @dataclass
@@ -25,11 +27,10 @@ class Machine:
     device_names: list[str] = field(default_factory=list)  # what torch.cuda.get_device_name says of it
 
     def peak(self, precision: str) -> float:
-        """Floating-point operations a second at the precision that a run computes in. Raises Fault for another."""
-        peaks = {"bf16": self.bf16_tflops, "float32": self.float32_tflops}
-        if precision not in peaks:
+        """Floating-point operations a second at the precision that a run computes in. Raises Fault for one it isn't known at."""
+        if precision not in PEAKS:
             raise Fault(f"trainer.precision={precision} can't be planned: what {self.name} does of it is not known.")
-        return peaks[precision] * 1e12
+        return getattr(self, PEAKS[precision]) * 1e12
 
 
 def described(name: str) -> Machine:
@@ -39,7 +40,7 @@ def described(name: str) -> Machine:
 
 def peak_of(device: torch.device, precision: str) -> float | None:
     """Floating-point operations a second that a process's device can do, known by its name; None for one that isn't described."""
-    if device.type != "cuda" or precision not in ("bf16", "float32"):
+    if device.type != "cuda" or precision not in PEAKS:
         return None
     name = torch.cuda.get_device_name(device)
     machines = [described(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
