@@ -1,7 +1,8 @@
 """``launch=slurm``: the script of a job, as a pure function of the settings, and its submission.
 
 A training job is one ``srun`` of a task a GPU, or a process on CPUs. SLURM tells the tasks that the time is nearly over; they save and put the
-job back into the queue. Any other command is one task: there the script is told, and puts the job back; the command goes on where it was.
+job back into the queue. Any other command is one task: there the script is told, and puts the job back; the command goes on where it was,
+if it has finished anything in that time.
 """
 
 import shlex
@@ -196,9 +197,18 @@ def _run(settings: Slurm, job: Job) -> str:
     line = f"{srun} \\\n    {_words(settings, job, job.arguments)}"
     if job.trains or not settings.requeue:
         return f"{line}\ncode=$?"
+    folder = shlex.quote(str(job.logs.parent))
     return f"""\
-# The time is nearly over: back into the queue, where the command goes on.
-again() {{ echo "pretrain: out of time, requeued"; scontrol requeue "$SLURM_JOB_ID"; sleep 600; }}
+# The time is nearly over: back into the queue, where the command goes on. What isn't finished has a name that begins with a dot.
+finished() {{ find {folder} -path {folder}/logs -prune -o -type f ! -name '.*' -printf '%s\\n' | awk '{{ bytes += $1 }} END {{ print bytes + 0 }}'; }}
+before=$(finished)
+again() {{
+    if [ "$(finished)" = "$before" ]; then
+        echo "pretrain: out of time with nothing finished, and so it would be again: give it more, launch.time="
+        kill $!; exit 1
+    fi
+    echo "pretrain: out of time, requeued"; scontrol requeue "$SLURM_JOB_ID"; sleep 600
+}}
 trap again USR1
 {line} &
 wait $!

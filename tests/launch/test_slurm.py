@@ -133,8 +133,7 @@ def test_the_first_error_of_any_rank_is_the_last_thing_in_the_jobs_log(
 ) -> None:
     words, variables = failing_run(tmp_path, shards, rank=1)
     (job,) = submit(cluster, *words, *nodes(2, 1), variables=variables)
-    while cluster.states(job) not in (["FAILED"], ["COMPLETED"]):
-        time.sleep(0.5)
+    cluster.wait(job, "FAILED")
     *_, error, where = (tmp_path / "run" / "logs" / f"{job}.log").read_text().splitlines()
     assert error.startswith("pretrain: rank 1 on ") and error.endswith("ZeroDivisionError: the third step of this rank")
     assert where.startswith("pretrain: exit code 1; the logs of all ranks are in ")
@@ -218,3 +217,63 @@ def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     if limited:
         assert "stopped by SIGUSR1" in said and "resuming after step" in said
     assert_close(tmp_path / "run", tmp_path / "here")
+
+
+# Cutting takes a second a tile.
+SLOW_TILES = """
+import os
+import time
+
+from data.slides import Slide
+
+if seconds := float(os.environ.get("SECONDS_A_TILE", "0")):
+    at_once = Slide.tile_pixels
+
+    def tile_pixels(slide, *arguments):
+        time.sleep(seconds)
+        return at_once(slide, *arguments)
+
+    Slide.tile_pixels = tile_pixels
+"""
+
+
+def slow_slides(folder: Path, slides: int) -> Path:
+    """Slides of nine tiles of 128 pixels, and beside them what makes cutting a tile take SECONDS_A_TILE."""
+    for number in range(slides):
+        path = folder / "slides" / f"{number}.tiff"
+        path.parent.mkdir(exist_ok=True)
+        write_slide(path, stained(400, 400, [(200, 200, 180)]), mpp=0.5)
+    (folder / "sitecustomize.py").write_text(SLOW_TILES)
+    return folder / "slides"
+
+
+@pytest.mark.slow
+def test_a_job_of_an_array_that_runs_out_of_time_goes_on_behind_its_last_shard(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    # SLURM tells a job up to a minute early: of two minutes less than one may be left, which is enough for two slides.
+    words = ["shard", f"slides={slow_slides(tmp_path, 16)}", "tile_size=128", "tiles_per_shard=9", "workers=1"]
+    array, merge = submit(
+        cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2", "launch.time=2", "launch.signal_seconds=20",
+        variables=environment(tmp_path, SECONDS_A_TILE="2"),
+    )  # fmt: skip
+    main([*words, f"out={tmp_path / 'whole'}"])
+    for job in (array, merge):
+        cluster.wait(job, "COMPLETED", seconds=1200)
+    for log in (tmp_path / "array" / "logs").glob(f"{array}_*.log"):
+        assert "pretrain: out of time, requeued" in log.read_text()
+    ours, expected = (ShardIndex.open(tmp_path / name) for name in ("array", "whole"))
+    assert sorted(ours.slides) == sorted(expected.slides) and len(ours.file) == len(expected.file) == 16 * 9
+
+
+@pytest.mark.slow
+def test_a_job_whose_time_is_too_short_for_anything_fails_instead_of_starting_for_ever(
+    cluster: Cluster, tmp_path: Path
+) -> None:
+    (job,) = submit(
+        cluster, "shard", f"slides={slow_slides(tmp_path, 1)}", f"out={tmp_path / 'out'}", "tile_size=128", "workers=1",
+        "launch.time=1", "launch.signal_seconds=20", variables=environment(tmp_path, SECONDS_A_TILE="20"),
+    )  # fmt: skip
+    cluster.wait(job, "FAILED", seconds=500)
+    said = (tmp_path / "out" / "logs" / f"{job}.log").read_text()
+    assert "pretrain: out of time with nothing finished" in said and "launch.time=" in said
