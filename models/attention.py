@@ -108,4 +108,4 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, shapes: Sequence[Shape], rows: Tensor | None = None) -> Tensor:
         """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``; or the result's ``rows`` ``(R,)`` alone."""
         attended = self.attend(self.qkv(x), shapes, self.heads)
-        return self.proj(attended if rows is None else attended[rows])
+        return self.proj(attended if rows is None else attended.index_select(0, rows))

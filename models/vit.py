@@ -33,18 +33,21 @@ class Kept:
 
     rows: Tensor  # (T',) int64: the kept samples' tokens in the packed sequence
     shapes: list[Shape]  # their crops and tokens, per crop size
-    scale: Tensor  # (T', 1): samples / kept samples, which leaves the expectation as it was
+    scale: Tensor  # (S, 1): samples / kept samples, which leaves the expectation as it was
+    results: Tensor  # (S,) int64: the rows that the branch's results are added to
+    chosen: Tensor | None = None  # (S,) int64: which of the T' tokens have results; None: all
 
-    def among(self, wanted: Tensor, length: int) -> tuple["Kept", Tensor]:
-        """The same samples, but only their ``wanted`` rows ``(R,)``, counted among these; and where in ``rows`` they were.
+    def among(self, wanted: Tensor, length: int) -> "Kept":
+        """The same samples, but results for the ``wanted`` rows ``(R,)`` alone, counted among these.
 
-        The packed sequence has ``length`` rows.
+        The packed sequence has ``length`` rows. How many are both kept and wanted depends on the draw: a compiled block can't
+        find out, and is told.
         """
         place = wanted.new_full((length,), -1)
         place[wanted] = torch.arange(len(wanted), device=wanted.device)
         places = place[self.rows]
         chosen = torch.nonzero(places >= 0).flatten()
-        return Kept(places[chosen], self.shapes, self.scale[chosen]), chosen
+        return Kept(self.rows, self.shapes, self.scale[chosen], places[chosen], chosen)
 
 
 class MLP(nn.Module):
@@ -102,22 +105,21 @@ class Block(nn.Module):
     ) -> Tensor:
         """``(T, width)`` → ``(T, width)``; ``kept`` names the samples that see each of the two branches (None: all).
 
-        ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then. The others are keys and values,
-        and nothing more of them is computed.
+        ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then, and ``kept`` is among them
+        (`Kept.among`). The others are keys and values, and nothing more of them is computed.
         """
         if kept is None:
-            x = (x if wanted is None else x[wanted]) + self.ls1(self.attn(self.norm1(x), shapes, wanted))
+            attended = self.attn(self.norm1(x), shapes, wanted)
+            x = (x if wanted is None else x.index_select(0, wanted)) + self.ls1(attended)
             return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
-        seen, chosen = self.norm1(x.index_select(0, first.rows)), None
+        seen = self.norm1(x.index_select(0, first.rows))
         if wanted is not None:
-            first, chosen = first.among(wanted, len(x))
-            second, _ = second.among(wanted, len(x))
-            x = x[wanted]
-        part = self.ls1(self.attn(seen, first.shapes, chosen))
-        x = x.index_add(0, first.rows, part * first.scale.to(part.dtype))
-        part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
-        return x.index_add(0, second.rows, part * second.scale.to(part.dtype))
+            x = x.index_select(0, wanted)
+        part = self.ls1(self.attn(seen, first.shapes, first.chosen))
+        x = x.index_add(0, first.results, part * first.scale.to(part.dtype))
+        part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.results))))
+        return x.index_add(0, second.results, part * second.scale.to(part.dtype))
 
 
 class PatchEmbedding(nn.Module):
@@ -250,8 +252,11 @@ class VisionTransformer(nn.Module):
         x = torch.cat([tokens.flatten(0, 1) for tokens in embedded])
         rows = None if wanted is None else self._wanted_rows(shapes, wanted, x.device)
         for i, block in enumerate(self.blocks):
-            last = i == len(self.blocks) - 1
-            x = block(x, shapes, None if kept is None else kept[i], torch.cat(rows) if rows and last else None)
+            branches, these = None if kept is None else kept[i], None
+            if rows and i == len(self.blocks) - 1:
+                these = torch.cat(rows)
+                branches = branches and (branches[0].among(these, len(x)), branches[1].among(these, len(x)))
+            x = block(x, shapes, branches, these)
         x = self.norm(x)
         if rows is not None:
             groups = iter(x.split([len(part) for part in rows]))

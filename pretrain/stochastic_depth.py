@@ -49,4 +49,7 @@ def plan(
     rows = torch.cat([part[0] for part in parts], dim=2)  # (depth, 2, kept tokens)
     scale = torch.cat([torch.full((part[0].shape[2], 1), part[2], device=device) for part in parts])
     shapes = [part[1] for part in parts]
-    return [(Kept(rows[i, 0], shapes, scale), Kept(rows[i, 1], shapes, scale)) for i in range(depth)]
+    return [
+        (Kept(first, shapes, scale, results=first), Kept(second, shapes, scale, results=second))
+        for first, second in rows
+    ]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from models.initialise import initialise
 from models.vit import Kept, Tokens, VisionTransformer
@@ -29,7 +30,8 @@ def of_one_size(kept: list[tuple[Kept, Kept]], which: int, start: int, length: i
     def part(branch: Kept) -> Kept:
         own = (branch.rows >= start) & (branch.rows < start + length)
         assert own.sum() == branch.shapes[which][0] * branch.shapes[which][1]
-        return Kept(branch.rows[own] - start, [branch.shapes[which]], branch.scale[own])
+        rows = branch.rows[own] - start
+        return Kept(rows, [branch.shapes[which]], branch.scale[own], results=rows)
 
     return [(part(first), part(second)) for first, second in kept]
 
@@ -76,3 +78,19 @@ def test_packed_equals_unpacked_with_stochastic_depth_and_masks(feed_forward: st
                 assert (one - other).abs().max() <= TOLERANCE * other.abs().max()
     for name, parameter in vit.named_parameters():
         assert (packed_gradients[name] - parameter.grad).abs().max() <= TOLERANCE * parameter.grad.abs().max(), name
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4])
+def test_a_block_compiles_to_one_graph_and_the_last_one_to_another(rate: float) -> None:
+    vit = network("mlp", 0)
+    crops, masks = [torch.randn(2 * TILES, 3, 32, 32)], [torch.rand(2 * TILES, 16) < 0.3]
+    kept = plan(
+        [(2, vit.tokens_per_crop(32))], TILES, group=GROUP, rate=rate, depth=DEPTH, seed=0, step=3, first=0, device=torch.device("cpu")
+    )  # fmt: skip
+    (expected,) = vit(crops, masks, kept, wanted=masks)
+    graphs = CompileCounter()
+    for block in vit.blocks:
+        block.forward = torch.compile(block.forward, backend=graphs)
+    (found,) = vit(crops, masks, kept, wanted=masks)
+    torch.testing.assert_close(found, expected)
+    assert graphs.frame_count == 2
