@@ -200,7 +200,7 @@ def _run(settings: Slurm, job: Job) -> str:
     folder = shlex.quote(str(job.logs.parent))
     return f"""\
 # The time is nearly over: back into the queue, where the command goes on. What isn't finished has a name that begins with a dot.
-finished() {{ find {folder} -path {folder}/logs -prune -o -type f ! -name '.*' -printf '%s\\n' | awk '{{ bytes += $1 }} END {{ print bytes + 0 }}'; }}
+finished() {{ (cd {folder} && find . -path ./logs -prune -o -type f ! -name '.*' -printf '%s\\n') | awk '{{ bytes += $1 }} END {{ print bytes + 0 }}'; }}
 before=$(finished)
 again() {{
     if [ "$(finished)" = "$before" ]; then

@@ -9,8 +9,6 @@ from data.fault import Fault
 from pretrain.settings import CONFIGS
 
 FOLDER = CONFIGS / "hardware"
-PEAKS = {"bf16": "bf16_tflops", "float32": "float32_tflops"}
-"""Per precision of a run, the description's figure of what the machine can do."""
 
 
 @dataclass
@@ -26,11 +24,16 @@ class Machine:
     dollars_per_hour: float
     device_names: list[str] = field(default_factory=list)  # what torch.cuda.get_device_name says of it
 
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Floating-point operations a second, per precision of a run that they are known at."""
+        return {"bf16": self.bf16_tflops * 1e12, "float32": self.float32_tflops * 1e12}
+
     def peak(self, precision: str) -> float:
         """Floating-point operations a second at the precision that a run computes in. Raises Fault for one it isn't known at."""
-        if precision not in PEAKS:
+        if precision not in self.peaks:
             raise Fault(f"trainer.precision={precision} can't be planned: what {self.name} does of it is not known.")
-        return getattr(self, PEAKS[precision]) * 1e12
+        return self.peaks[precision]
 
 
 def described(name: str) -> Machine:
@@ -40,8 +43,8 @@ def described(name: str) -> Machine:
 
 def peak_of(device: torch.device, precision: str) -> float | None:
     """Floating-point operations a second that a process's device can do, known by its name; None for one that isn't described."""
-    if device.type != "cuda" or precision not in PEAKS:
+    if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
     machines = [described(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
-    return next((machine.peak(precision) for machine in machines if name in machine.device_names), None)
+    return next((machine.peaks.get(precision) for machine in machines if name in machine.device_names), None)
