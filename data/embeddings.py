@@ -241,7 +241,9 @@ class EmbeddingStore:
         embeddings = (
             data[entry.offset : entry.offset + entry.rows * self.width * 2].view("<f2").reshape(entry.rows, self.width)
         )
-        coordinates = data[middle : middle + entry.rows * 16].view("<i8").reshape(entry.rows, 2).astype(np.int64)
+        coordinates = (
+            data[middle : middle + entry.rows * 16].view("<i8").reshape(entry.rows, 2).astype(np.int64, copy=False)
+        )
         return SlideEmbeddings(slide, embeddings, coordinates, *of)
 
     def _map(self, entry: Entry) -> np.ndarray:
@@ -251,7 +253,8 @@ class EmbeddingStore:
                 raise Fault(
                     f"{path} is missing or shorter than its index says; embed {entry.slide} again into a new folder."
                 )
-            self._maps[entry.file] = np.memmap(path, np.uint8, "r")
+            # As a plain array: rows are looked up faster than in a memmap.
+            self._maps[entry.file] = np.asarray(np.memmap(path, np.uint8, "r"))
         return self._maps[entry.file]
 
 

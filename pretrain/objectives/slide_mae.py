@@ -88,7 +88,8 @@ class SlideMAE(Objective):
         seeds = None
         if step_seed is not None:
             seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
-        seen = self.encoder(batch.embeddings[batch.visible], batch.cells[batch.visible], batch.visible_lengths, seeds)
+        visible = wide(batch.embeddings[batch.visible])
+        seen = self.encoder(visible, batch.cells[batch.visible], batch.visible_lengths, seeds)
         prediction = self.decoder(
             seen.tiles, seen.cls, batch.visible, batch.masked, batch.cells, batch.lengths, batch.visible_lengths
         )

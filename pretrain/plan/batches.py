@@ -86,7 +86,7 @@ def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool
 
     def make() -> SlideBatch:
         return SlideBatch(
-            embeddings=torch.empty(tiles, slides.width),
+            embeddings=torch.empty(tiles, slides.width, dtype=torch.float16),
             cells=torch.empty(tiles, 2, dtype=torch.int64),
             lengths=lengths,
             visible=torch.empty(tiles - masked, dtype=torch.int64),

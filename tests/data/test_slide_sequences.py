@@ -101,7 +101,7 @@ def test_the_same_slide_is_augmented_and_masked_differently_each_time(store):
 def test_a_batch_packs_embeddings_with_their_cells_and_splits_them_into_visible_and_masked(store):
     batch = sequences(store, crop=1.0, shift_grid=0, flip=0.0).batch(0)
     assert sum(batch.lengths) == len(batch.embeddings) == len(batch.cells)
-    assert batch.embeddings.dtype == torch.float32 and batch.cells.dtype == torch.int64
+    assert batch.embeddings.dtype == torch.float16 and batch.cells.dtype == torch.int64
     indices = torch.cat([batch.visible, batch.masked])
     assert indices.sort().values.equal(torch.arange(len(batch.cells)))
     assert batch.visible.diff().gt(0).all() and batch.masked.diff().gt(0).all()
