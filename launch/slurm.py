@@ -31,6 +31,9 @@ class Job:
     name: str
     logs: Path  # its log is <logs>/<job>.log, those of its processes <logs>/<job>/rank-<rank>.log
     directory: Path  # where relative paths begin
+    doctor: list[str] = field(
+        default_factory=list
+    )  # arguments as well: the settings by which 'pretrain doctor' is to judge every node
     array: int = 0  # jobs
     after: list[str] = field(default_factory=list)  # numbers of jobs
 
@@ -79,6 +82,7 @@ class Slurm(Launcher):
             name=self.name or f"{stem(composed.command)}-{folder.name}",
             logs=folder.resolve() / "logs",
             directory=Path.cwd(),
+            doctor=_doctors_arguments(composed, words, folder),
             array=self.array or 0,
             after=self.after,
         )
@@ -182,11 +186,18 @@ def _words(settings: Slurm, job: Job, arguments: list[str]) -> str:
 def _doctor(settings: Slurm, job: Job) -> str:
     if not settings.doctor:
         return ""
-    line = _words(settings, replace(job, array=0), ["-P", "-m", "pretrain", "doctor"])
+    line = _words(settings, replace(job, array=0), job.doctor)
     return f"""
 # Is every node fit for it?
-srun --ntasks-per-node=1 {line} || exit 1
+srun --ntasks={job.processes.nodes} --ntasks-per-node=1 {line} || exit 1
 """
+
+
+def _doctors_arguments(composed: Composed, words: list[str], folder: Path) -> list[str]:
+    """The doctor knows the settings of 'pretrain tile', and of other commands where they work and on how many processes."""
+    if composed.command != "tile":
+        words = [f"run={folder}", *(word for word in words if word.startswith("trainer."))]
+    return python_arguments(replace(composed, command="doctor"), words)
 
 
 def _run(settings: Slurm, job: Job) -> str:

@@ -21,28 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from data.fault import Fault
-from pretrain.optimisation import Optim
-from pretrain.plugins import Plugin
-from pretrain.record import WandbSettings
-from pretrain.training import Hardware
+from pretrain.commands import tile
 
 
 @dataclass
-class Config:
+class Config(tile.Config):
     """Types of the settings; values and explanations are in ``configs/``. ``data`` is that of 'pretrain tile', but may lack shards."""
 
-    run: str
-    seed: int
-    init: str | None
-    model: Plugin
-    objective: Plugin
     data: Any
-    optim: Optim
-    trainer: Hardware
     slides: list[str]
     tiles_per_second: float | None
     partition: str | None
-    wandb: WandbSettings
 
 
 def run(config: Config) -> None:

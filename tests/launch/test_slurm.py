@@ -140,10 +140,23 @@ def test_the_first_error_of_any_rank_is_the_last_thing_in_the_jobs_log(
 
 
 @pytest.mark.slow
-def test_two_processes_on_one_node_do_as_well(cluster: Cluster, shards: Path, here: Path, tmp_path: Path) -> None:
-    (job,) = submit(cluster, *command(shards, tmp_path / "run"), *nodes(1, 2))
+def test_two_processes_on_one_node_do_as_well_after_the_doctor_has_looked_at_it(
+    cluster: Cluster, shards: Path, here: Path, tmp_path: Path
+) -> None:
+    (job,) = submit(cluster, *command(shards, tmp_path / "run"), *nodes(1, 2), "launch.doctor=true")
     cluster.wait(job, "COMPLETED", seconds=300)
     assert_close(tmp_path / "run", here)
+    said = (tmp_path / "run" / "logs" / f"{job}.log").read_text()
+    assert said.count(" tiles ") == said.count(" rate ") == 1 and "warn  slurm" not in said
+
+
+@pytest.mark.slow
+def test_what_the_doctor_fails_on_any_node_keeps_the_job_from_starting(cluster: Cluster, tmp_path: Path) -> None:
+    (job,) = submit(cluster, *command(tmp_path / "none", tmp_path / "run"), *nodes(2, 1), "launch.doctor=true")
+    cluster.wait(job, "FAILED", seconds=300)
+    said = (tmp_path / "run" / "logs" / f"{job}.log").read_text()
+    assert said.count("FAIL  tiles") == 2 and "one folder on all 2 nodes" in said
+    assert not list((tmp_path / "run" / "logs" / job).glob("rank-*"))
 
 
 @pytest.mark.slow

@@ -305,6 +305,13 @@ def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
     assert config.data["crops"] == vars(run.data.crops) and config.data["batch_size"] == run.data.batch_size
 
 
+def test_every_setting_of_a_run_is_taken_and_means_the_same() -> None:
+    ours, runs = (settings.load(command, ["run=any", "data.shards=any"]).object() for command in ("doctor", "tile"))
+    for name, value in vars(runs).items():
+        if name != "data":
+            assert getattr(ours, name) == value
+
+
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(Fault, match=r"there is no setting 'optim\.lrr'"):
         settings.load("doctor", ["+optim.lrr=1"])
