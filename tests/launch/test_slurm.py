@@ -279,13 +279,15 @@ def test_a_job_of_an_array_that_runs_out_of_time_goes_on_behind_its_last_shard(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("what", ["shard", "embed"])
 def test_a_job_whose_time_is_too_short_for_anything_fails_instead_of_starting_for_ever(
-    cluster: Cluster, tmp_path: Path
+    cluster: Cluster, here: Path, tmp_path: Path, what: str
 ) -> None:
+    own = {"shard": ["workers=1"], "embed": [f"checkpoint={here}", "mpp=0.5", "threads=1", "device=cpu"]}
     (job,) = submit(
-        cluster, "shard", f"slides={slow_slides(tmp_path, 1)}", f"out={tmp_path / 'out'}", "tile_size=128", "workers=1",
+        cluster, what, f"slides={slow_slides(tmp_path, 1)}", f"out={tmp_path / 'out'}", "tile_size=128", *own[what],
         "launch.time=1", "launch.signal_seconds=20", variables=environment(tmp_path, SECONDS_A_TILE="20"),
     )  # fmt: skip
-    cluster.wait(job, "FAILED", seconds=500)
+    cluster.wait(job, "FAILED", seconds=900)
     said = (tmp_path / "out" / "logs" / f"{job}.log").read_text()
     assert "pretrain: out of time with nothing finished" in said and "launch.time=" in said
