@@ -27,7 +27,9 @@ from tests.pretrain.sharded_steps import STEPS, Forget, MaskedOnFirst, Outcome, 
 from tests.pretrain.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[2]
-BF16 = 0.02  # of a loss over the steps: other batches per process make other roundings, and these feed back
+BF16 = (
+    0.004  # of a loss over the steps: other batches per process make other roundings, and these feed back (seen: .0008)
+)
 
 # Quick: every number of processes, and every setting at least once, both stages. Settings that could hide each other are apart below.
 QUICK = [
@@ -153,7 +155,7 @@ def test_the_precisions_compute_the_same_to_their_own_digits(objective: str, mat
     exact = matrix[Run(objective)].losses
     assert matrix[Run(objective, precision="float32")].losses == pytest.approx(exact, rel=1e-5)
     rounded = matrix[Run(objective, precision="bf16")].losses
-    assert rounded == pytest.approx(exact, rel=0.05) and rounded != pytest.approx(exact, rel=1e-4)
+    assert rounded == pytest.approx(exact, rel=0.02) and rounded != pytest.approx(exact, rel=1e-4)
 
 
 def test_masked_patches_all_on_one_process_are_a_step_like_any_other(quick: Any) -> None:
