@@ -69,6 +69,7 @@ def nodes(nodes: int, each: int) -> list[str]:
     return [f"launch.nodes={nodes}", f"launch.processes_per_node={each}"]
 
 
+@pytest.mark.slow
 def test_two_nodes_train_to_the_losses_of_one_process_here(
     cluster: Cluster, shards: Path, here: Path, tmp_path: Path
 ) -> None:
@@ -197,8 +198,17 @@ def until_steps(run: Path, steps: int) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("reason", ["a job of higher priority", "scontrol requeue", "the time limit"])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        "a job of higher priority",
+        pytest.param("scontrol requeue", marks=SLOW),
+        pytest.param("the time limit", marks=SLOW),
+    ],
+)
 def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     cluster: Cluster, shards: Path, tmp_path: Path, reason: str
 ) -> None:
