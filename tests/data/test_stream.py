@@ -77,9 +77,9 @@ def test_walking_through_a_lane_in_any_stride_gives_one_sequence() -> None:
 
 def test_a_far_position_is_found_without_walking_there() -> None:
     order = Stream([Part(np.full(1000, 1000))], batch_size=64, lanes=8, window=4, seed=0)
-    began = time.perf_counter()
+    began = time.thread_time()
     far = order.batch(10**9)
-    assert time.perf_counter() - began < 1.0
+    assert time.thread_time() - began < 1.0  # walking takes hours
     assert len(set(far.tolist())) == 64
 
 

@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -120,12 +119,10 @@ def test_the_second_stage_starts_from_the_first_ones_encoder(slow_runs: Path) ->
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
+def test_each_recipe_builds_at_full_size_without_memory_for_it(name: str) -> None:
     config = load("tile", [f"recipe={name}", "run=r", "data.shards=s", "init=null"]).object()
-    began = time.process_time()
     with torch.device("meta"):
         objective = plugins.build(config.objective, lambda: plugins.build(config.model))
-    assert time.process_time() - began < 1
     if PUBLISHED[name]:
         published, difference = PUBLISHED[name]
         assert recipes.describe(name).parameters + difference == published
