@@ -31,9 +31,7 @@ class Job:
     name: str
     logs: Path  # its log is <logs>/<job>.log, those of its processes <logs>/<job>/rank-<rank>.log
     directory: Path  # where relative paths begin
-    doctor: list[str] = field(
-        default_factory=list
-    )  # arguments as well: the settings by which 'pretrain doctor' is to judge every node
+    doctor: list[str] = field(default_factory=list)  # arguments of 'pretrain doctor', if every node is to run it first
     array: int = 0  # jobs
     after: list[str] = field(default_factory=list)  # numbers of jobs
 
@@ -82,7 +80,7 @@ class Slurm(Launcher):
             name=self.name or f"{stem(composed.command)}-{folder.name}",
             logs=folder.resolve() / "logs",
             directory=Path.cwd(),
-            doctor=_doctors_arguments(composed, words, folder),
+            doctor=_doctors_arguments(composed, words, folder) if self.doctor else [],
             array=self.array or 0,
             after=self.after,
         )
@@ -104,7 +102,7 @@ class Slurm(Launcher):
                 directory=job.directory,
                 after=["ARRAY" if self.dry_run else number],
             )
-            text, path = script(replace(self, doctor=False), last), folder / "merge.sbatch"
+            text, path = script(self, last), folder / "merge.sbatch"
             if self.dry_run:
                 print(f"\n{text}", end="")
             else:
@@ -184,7 +182,7 @@ def _words(settings: Slurm, job: Job, arguments: list[str]) -> str:
 
 
 def _doctor(settings: Slurm, job: Job) -> str:
-    if not settings.doctor:
+    if not job.doctor:
         return ""
     line = _words(settings, replace(job, array=0), job.doctor)
     return f"""
@@ -196,7 +194,10 @@ srun --ntasks={job.processes.nodes} --ntasks-per-node=1 {line} || exit 1
 def _doctors_arguments(composed: Composed, words: list[str], folder: Path) -> list[str]:
     """The doctor knows the settings of 'pretrain tile', and of other commands where they work and on how many processes."""
     if composed.command != "tile":
-        words = [f"run={folder}", *(word for word in words if word.startswith("trainer."))]
+        given = [
+            word.partition("=")[2] for word in words if word.startswith(("run=", "out="))
+        ]  # quoted as the user did
+        words = [f"run={given[0] if given else folder}", *(word for word in words if word.startswith("trainer."))]
     return python_arguments(replace(composed, command="doctor"), words)
 
 

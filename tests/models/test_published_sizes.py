@@ -86,8 +86,8 @@ def test_every_size_is_built_on_the_meta_device_in_under_a_second(name: str) -> 
         with torch.device("meta"):
             return VisionTransformer(**values)
 
-    # The best of three, of this thread alone: a busy machine may take any one of them.
-    assert min(timeit.repeat(build, timer=time.thread_time, repeat=3, number=1)) < 1.0
+    # Of this thread alone, and tried three times: a busy machine may take any one of them.
+    assert any(timeit.timeit(build, timer=time.thread_time, number=1) < 1 for _ in range(3))
     assert all(parameter.is_meta for parameter in build().parameters())
 
 

@@ -27,9 +27,7 @@ from tests.pretrain.sharded_steps import STEPS, Forget, MaskedOnFirst, Outcome, 
 from tests.pretrain.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[2]
-BF16 = (
-    0.004  # of a loss over the steps: other batches per process make other roundings, and these feed back (seen: .0008)
-)
+BF16 = 0.004  # of a loss over the steps (seen: .0008): other batches per process make other roundings, which feed back
 
 # Quick: every number of processes, and every setting at least once, both stages. Settings that could hide each other are apart below.
 QUICK = [
