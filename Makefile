@@ -26,12 +26,15 @@ setup: $(VENV)/installed $(SLIDE)
 demo: setup
 	$(BIN)/pretrain demo $(if $(SLIDES),slides='$(SLIDES)') $(ARGS)
 
-# One test process a core, one thread each: more threads than cores make small networks several times slower.
+# One test process a core, one thread each: more threads than cores make small networks several times slower. Each takes whole
+# files, whose fixtures are made once, in the order in which tests/conftest.py puts them.
+SIDE_BY_SIDE := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+
 test: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not slow"
+	$(SIDE_BY_SIDE) -m "not slow"
 
 test-slow: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m slow
+	$(SIDE_BY_SIDE) -m slow
 
 # Needs 20 GB of disk for a minute or two; PLAN=FOLDER says where.
 bench-plan: setup

@@ -15,6 +15,14 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARED = ROOT.parent / "shared"
 
 
+# The files that take minutes start first: the others fill what time is left.
+LONGEST = ("test_slurm.py", "test_readme.py", "test_tile_training.py", "test_slide_training.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 @pytest.fixture(autouse=True)
 def no_address_left_behind() -> Iterator[None]:
     """A run made inside a test's process leaves the address of its group in the environment, and another process would take it."""

@@ -37,7 +37,7 @@ def install() -> None:
 
 
 def settings(folder: Path, ports: list[int]) -> str:
-    """slurm.conf: two nodes of two cores, and two partitions, of which jobs in ``high`` preempt those in ``low``."""
+    """slurm.conf: two nodes of six cores, whatever this machine has, and two partitions, of which jobs in ``high`` preempt those in ``low``."""
     host = socket.gethostname()
     return f"""\
 ClusterName=test
@@ -63,9 +63,10 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 MpiDefault=none
 ReturnToService=2
+MinJobAge=3600
 PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
-NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=2
+NodeName=n[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{ports[1]},{ports[2]}] CPUs=6
 PartitionName=low Nodes=n[1-2] PriorityTier=1 Default=YES
 PartitionName=high Nodes=n[1-2] PriorityTier=10
 """

@@ -1,10 +1,11 @@
 """Jobs on a real SLURM of two nodes: whatever happens to them, their losses are those of a run here."""
 
+import io
 import os
-import subprocess
-import sys
 import time
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -18,21 +19,8 @@ from tests.data.tile_folders import write_tiles
 from tests.launch.slurm_cluster import Cluster
 from tests.launch.test_failures import failing_run
 from tests.pretrain import test_slide_training as slide_stage
-from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, assert_close, command
+from tests.pretrain.test_tile_training import GROUP, ROOT, assert_close, command
 from tests.pretrain.wavy_slides import write_wavy_slides
-
-# The same steps, whatever the time they take.
-SLOWLY = """
-import os
-import time
-
-from pretrain.objectives.mae import MAE
-
-class Slow(MAE):
-    def after_step(self, moment):
-        time.sleep(float(os.environ.get("SECONDS_A_STEP", "0")))
-        super().after_step(moment)
-"""
 
 
 def environment(own: Path | None = None, **variables: str) -> dict[str, str]:
@@ -43,13 +31,12 @@ def environment(own: Path | None = None, **variables: str) -> dict[str, str]:
 
 def submit(cluster: Cluster, *words: str, variables: dict[str, str] | None = None) -> list[str]:
     """What ``pretrain … launch=slurm`` prints: the numbers of the jobs."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *words, "launch=slurm"], cwd=ROOT, env=(variables or environment()) | cluster.environment,
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "tail -F " in done.stderr and "squeue --jobs=" in done.stderr
-    return done.stdout.split()
+    printed, said = io.StringIO(), io.StringIO()
+    theirs = (variables or environment()) | cluster.environment
+    with mock.patch.dict(os.environ, theirs, clear=True), redirect_stdout(printed), redirect_stderr(said):
+        main([*words, "launch=slurm"])
+    assert "tail -F " in said.getvalue() and "squeue --jobs=" in said.getvalue()
+    return printed.getvalue().split()
 
 
 @pytest.fixture(scope="module")
@@ -67,19 +54,6 @@ def here(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def nodes(nodes: int, each: int) -> list[str]:
     return [f"launch.nodes={nodes}", f"launch.processes_per_node={each}"]
-
-
-@pytest.mark.slow
-def test_two_nodes_train_to_the_losses_of_one_process_here(
-    cluster: Cluster, shards: Path, here: Path, tmp_path: Path
-) -> None:
-    (job,) = submit(cluster, *command(shards, tmp_path / "run"), *nodes(2, 1), "launch.partition=low")
-    cluster.wait(job, "COMPLETED", seconds=300)
-    assert_close(tmp_path / "run", here)
-    logs = tmp_path / "run" / "logs"
-    assert {path.name for path in (logs / job).iterdir()} == {"rank-00000.log", "rank-00001.log"}
-    assert "6 steps in" in (logs / job / "rank-00000.log").read_text()
-    assert (tmp_path / "run" / "tile.sbatch").read_text().startswith("#!/bin/bash\n# Written by: pretrain tile run=")
 
 
 def test_an_array_of_jobs_cuts_what_one_cuts_and_another_job_merges_it(cluster: Cluster, tmp_path: Path) -> None:
@@ -160,35 +134,48 @@ def test_what_the_doctor_fails_on_any_node_keeps_the_job_from_starting(cluster: 
     assert not list((tmp_path / "run" / "logs" / job).glob("rank-*"))
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("machines", "each"), [(2, 1), (1, 2)])
-def test_the_slide_stage_does_too(cluster: Cluster, machines: int, each: int, tmp_path: Path) -> None:
-    store = write_wavy_slides(tmp_path / "embeddings", 6, columns=8, rows=6, fewer=6)
-    settings = [
-        f"data.embeddings={store}",
-        "optim.steps=6",
-        "trainer.checkpoint_every=3",
-        "trainer.accelerator=cpu",
+def slide_run(store: Path, run: Path) -> list[str]:
+    return [
+        "slide", f"run={run}", f"data.embeddings={store}", "optim.steps=6", "trainer.checkpoint_every=3", "trainer.accelerator=cpu",
         *slide_stage.SMALL,
-    ]
-    (job,) = submit(cluster, "slide", f"run={tmp_path / 'run'}", *settings, *nodes(machines, each))
-    main(["slide", f"run={tmp_path / 'here'}", *settings])
-    cluster.wait(job, "COMPLETED", seconds=300)
-    for ours, theirs in zip(slide_stage.metrics(tmp_path / "run"), slide_stage.metrics(tmp_path / "here"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wavy_slides(tmp_path_factory.mktemp("slides") / "embeddings", 6, columns=8, rows=6, fewer=6)
+
+
+@pytest.fixture(scope="module")
+def slides_here(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the slide stage in one process."""
+    run = tmp_path_factory.mktemp("slides_here") / "run"
+    main(slide_run(store, run))
+    return run
 
 
 # Stopped and put back into the queue ------------------------------------------------------------------------------------
 
 
-def slow_command(shards: Path, folder: Path, run: str) -> list[str]:
-    """A run of twelve steps that take as long as the environment says, and nearly nothing where it says nothing."""
-    (folder / "slow.py").write_text(SLOWLY)
-    others = ("objective.", "data.crops.local", "optim.", "trainer.checkpoint_every")
-    return [
-        "tile", f"run={folder / run}", f"data.shards={shards}", "recipe=small_mae", "objective._target_=slow.Slow",
-        *(word for word in TINY if not word.startswith(others)), "optim.warmup_steps=2", "optim.steps=12", "trainer.checkpoint_every=100",
-    ]  # fmt: skip
+@pytest.fixture(scope="module")
+def stopped(cluster: Cluster, shards: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Slow jobs side by side on two nodes, and what stops each of them. The folders of their runs, and of two that nothing stops."""
+    folder = tmp_path_factory.mktemp("stopped")
+    runs = {name: folder / name for name in ("limit", "requeue", "priority", "slide on two nodes", "slide on one node")}
+    slowly = "objective._target_=tests.launch.slow_steps.SlowDINOv2"
+    # Of six cores a node these two leave three at most, which is what each of those below needs.
+    # SLURM looks at time limits twice a minute and tells a job up to half a minute early: here, within its second half minute.
+    limit = ["launch.time=2", "launch.signal_seconds=60", "launch.partition=high"]
+    submit(cluster, *command(shards, runs["limit"], slowly), *nodes(2, 1), *limit)
+    (job,) = submit(cluster, *command(shards, runs["requeue"], slowly), *nodes(1, 2), "launch.partition=high")
+    wide = ["launch.cpus_per_task=3", "launch.setup=['export OMP_NUM_THREADS=1']"]
+    submit(cluster, *command(shards, runs["priority"], slowly), *nodes(2, 1), *wide, "launch.partition=low")
+    until_steps(runs["priority"], 2)
+    submit(cluster, *slide_run(store, runs["slide on two nodes"]), *nodes(2, 1), *wide, "launch.partition=high")
+    until_steps(runs["requeue"], 2)
+    cluster.ask("scontrol", "requeue", job)
+    submit(cluster, *slide_run(store, runs["slide on one node"]), *nodes(1, 2))
+    return runs
 
 
 def until_steps(run: Path, steps: int) -> None:
@@ -198,48 +185,33 @@ def until_steps(run: Path, steps: int) -> None:
         time.sleep(0.1)
 
 
-SLOW = pytest.mark.slow
+def job_of(run: Path) -> str:
+    (folder,) = (path for path in (run / "logs").iterdir() if path.is_dir())
+    return folder.name
 
 
-@pytest.mark.parametrize(
-    "reason",
-    [
-        "a job of higher priority",
-        pytest.param("scontrol requeue", marks=SLOW),
-        pytest.param("the time limit", marks=SLOW),
-    ],
-)
+@pytest.mark.parametrize(("way", "number"), [("priority", "SIGTERM"), ("requeue", "SIGTERM"), ("limit", "SIGUSR1")])
 def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
-    cluster: Cluster, shards: Path, tmp_path: Path, reason: str
+    cluster: Cluster, here: Path, stopped: dict[str, Path], way: str, number: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pretrain", *slow_command(shards, tmp_path, "here")],
-        env=environment(tmp_path), capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    # SLURM looks at time limits twice a minute and tells a job up to a minute early: the steps have to outlast that.
-    limited = reason == "the time limit"
-    limit = ["launch.time=1", "launch.signal_seconds=20"] if limited else []
-    (job,) = submit(
-        cluster, *slow_command(shards, tmp_path, "run"), *nodes(2, 1), "launch.partition=low", *limit,
-        variables=environment(tmp_path, SECONDS_A_STEP="8" if limited else "2"),
-    )  # fmt: skip
-    until_steps(tmp_path / "run", 2)
-    if reason == "a job of higher priority":
-        script = tmp_path / "urgent.sbatch"
-        script.write_text("#!/bin/bash\nsleep 1\n")
-        urgent = cluster.ask(
-            "sbatch", "--parsable", "--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", str(script)
-        )
-        cluster.wait(urgent.strip(), "COMPLETED")
-    elif reason == "scontrol requeue":
-        cluster.ask("scontrol", "requeue", job)
+    job = job_of(stopped[way])
     cluster.wait(job, "COMPLETED", seconds=500)
     assert cluster.restarts(job) >= 1
-    said = (tmp_path / "run" / "logs" / job / "rank-00000.log").read_text()
-    if limited:
-        assert "stopped by SIGUSR1" in said and "resuming after step" in said
-    assert_close(tmp_path / "run", tmp_path / "here")
+    logs = stopped[way] / "logs"
+    assert {path.name for path in (logs / job).iterdir()} == {"rank-00000.log", "rank-00001.log"}
+    said = (logs / job / "rank-00000.log").read_text()
+    assert f"stopped by {number}" in said and "resuming after step" in said and "6 steps in" in said
+    assert (stopped[way] / "tile.sbatch").read_text().startswith("#!/bin/bash\n# Written by: pretrain tile run=")
+    assert_close(stopped[way], here)
+
+
+@pytest.mark.parametrize("name", ["slide on two nodes", "slide on one node"])
+def test_the_slide_stage_trains_to_the_losses_of_one_process_here(
+    cluster: Cluster, slides_here: Path, stopped: dict[str, Path], name: str
+) -> None:
+    cluster.wait(job_of(stopped[name]), "COMPLETED", seconds=300)
+    for ours, theirs in zip(slide_stage.metrics(stopped[name]), slide_stage.metrics(slides_here), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
 # The same tiles, whatever the time that cutting one takes.
