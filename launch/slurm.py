@@ -192,13 +192,13 @@ srun --ntasks={job.processes.nodes} --ntasks-per-node=1 {line} || exit 1
 
 
 def _doctors_arguments(composed: Composed, words: list[str], folder: Path) -> list[str]:
-    """The doctor knows the settings of 'pretrain tile', and of other commands where they work and on how many processes."""
-    if composed.command != "tile":
-        given = [
-            word.partition("=")[2] for word in words if word.startswith(("run=", "out="))
-        ]  # quoted as the user did
-        words = [f"run={given[0] if given else folder}", *(word for word in words if word.startswith("trainer."))]
-    return python_arguments(replace(composed, command="doctor"), words)
+    """The doctor knows the settings of what trains; of other commands it is told where they work."""
+    if composed.command == "tile":
+        return python_arguments(replace(composed, command="doctor"), words)
+    if composed.command == "slide":
+        return python_arguments(replace(composed, command="doctor slide"), words)
+    given = [word.partition("=")[2] for word in words if word.startswith(("run=", "out="))]  # quoted as the user did
+    return python_arguments(replace(composed, command="doctor machine"), [f"run={given[0] if given else folder}"])
 
 
 def _run(settings: Slurm, job: Job) -> str:

@@ -22,6 +22,8 @@ COMMANDS = {
     "export": "run → a folder that timm or Prov-GigaPath's code loads",
     "report": "run → one HTML page",
     "doctor": "is this machine, cluster and data ready for a run; what to do where it isn't",
+    "doctor slide": "the same for a run of the slide stage",
+    "doctor machine": "the same for commands that don't train",
     "plan": "settings of a run + machines → does it fit, how long, at what cost, what must be read",
     "recipes": "what can be reproduced, at what cost, and what is unknown about it",
     "demo": "the whole road on a small slide",
@@ -39,7 +41,8 @@ def parse(arguments: list[str]) -> Composed | None:
     if arguments[0] == "--version":
         print(f"slidewright {version('slidewright')}")
         return None
-    length = 2 if any(command.startswith(f"{arguments[0]} ") for command in COMMANDS) else 1
+    more = any(command.startswith(f"{arguments[0]} ") for command in COMMANDS)
+    length = 2 if more and len(arguments) > 1 and "=" not in arguments[1] and not arguments[1].startswith("-") else 1
     command, rest = " ".join(arguments[:length]), arguments[length:]
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
@@ -79,7 +82,7 @@ def parse(arguments: list[str]) -> Composed | None:
 
 def overview() -> str:
     """The text of ``pretrain --help``."""
-    rows = "\n".join(f"  {name:<13} {summary}" for name, summary in COMMANDS.items())
+    rows = "\n".join(f"  {name:<15} {summary}" for name, summary in COMMANDS.items())
     return f"""\
 Slidewright: pretrain pathology foundation models from whole-slide images.
 

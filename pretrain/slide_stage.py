@@ -62,6 +62,13 @@ class SlideBatches(IterableDataset["list[SlideBatch] | Fault"]):
             yield fault
 
 
+def sequences_of(store: EmbeddingStore, statistics: Statistics, data: SlideData, seed: int) -> SlideSequences:
+    """The sequences that a run's settings make of a store. Raises Fault as `SlideSequences` does."""
+    others = ("embeddings", "processes_per_slide")
+    settings = {name: value for name, value in vars(data).items() if name not in others}
+    return SlideSequences(store, statistics, seed=seed, **settings)
+
+
 def process_group(together: int) -> Group:
     """This process's group of ``together`` neighbouring ranks, None for one. Raises ValueError unless they divide the processes."""
     if together < 1 or world_size() % together:
@@ -85,9 +92,7 @@ class SlideTraining(Training):
             about = {"encoder": store.encoder, "encoder_hash": store.encoder_hash, "width": store.width}
             run_folder.write(run / TILE_ENCODER, json.dumps(about))
             Statistics.of(store).save(statistics)
-        own = ("embeddings", "processes_per_slide")
-        settings = {name: value for name, value in vars(config.data).items() if name not in own}
-        self.sequences = SlideSequences(store, Statistics.load(statistics), seed=config.seed, **settings)
+        self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed)
 
     def data_digest(self) -> str:
         return self.store.digest

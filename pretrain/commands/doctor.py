@@ -1,6 +1,7 @@
 """Check a machine, a cluster and the data before a job wastes hours on them. One line each: ok, warn, or FAIL with what to do.
 
-It takes the settings of 'pretrain tile' and looks at what such a run would need here:
+It takes the settings of 'pretrain tile' and looks at what such a run would need here; 'pretrain doctor slide' takes those of
+'pretrain slide', and 'pretrain doctor machine' looks at no run at all:
 
     pretrain doctor
     pretrain doctor recipe=midnight data.shards=shards run=runs/midnight trainer.devices=8 tiles_per_second=600
@@ -12,16 +13,13 @@ one process reads and decodes them, W&B, SLURM, disk room for checkpoints. Exit 
 process of each node speaks, with the node's name. Processes of different nodes are not made to talk to each other.
 """
 
-import os
-import platform
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.fault import Fault
+from pretrain import plugins
 from pretrain.commands import tile
+from pretrain.doctor import machine, report, tiles
 
 
 @dataclass
@@ -36,46 +34,14 @@ class Config(tile.Config):
 
 def run(config: Config) -> None:
     """Check, print, and end with exit code 1 where anything fails."""
-    if os.environ.get("SLURM_LOCALID", "0") != "0":
-        return  # another process of this node speaks
-    host = f"{platform.node()}: " if "SLURM_STEP_ID" in os.environ else ""
-    worst = False
-    for check in checks(config):
-        for finding in check():
-            print(f"{host}{finding.status:<5} {finding.about:<13} {finding.says}", flush=True)
-            worst |= finding.status == "FAIL"
-    if worst:
-        sys.stdout.flush()
-        raise Fault(f"{host}what says FAIL above keeps a job from running well.")
-
-
-def checks(config: Config) -> list[Callable[[], list[Any]]]:
-    """What is looked at, in the order in which it is said."""
-    from pretrain import plugins
-    from pretrain.doctor import folder, machine, services, tiles
-    from pretrain.record import logged_in
-
-    place, trainer = Path(config.run), config.trainer
-    gpu = machine.on_gpu(trainer.accelerator)
-    found = [
-        machine.versions,
-        lambda: machine.accelerators(trainer.accelerator, trainer.devices, trainer.precision),
-        lambda: machine.all_reduce(max(2, trainer.devices) if not gpu else trainer.devices, gpu),
-        lambda: folder.write_and_rename(place),
-        lambda: folder.seen_by_all_nodes(place, os.environ),
-        lambda: machine.slides([Path(slide) for slide in config.slides]),
-    ]
-    if config.data.get("shards") or "shards" not in config.data:
+    place, trainer, data = Path(config.run), config.trainer, config.data
+    checks = report.of_processes(trainer) + report.of_folder(place)
+    checks.append(lambda: machine.slides([Path(slide) for slide in config.slides]))
+    if data.get("shards") or "shards" not in data:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
-        found.append(lambda: tiles.check(config.data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed))  # fmt: skip
-
-    def room() -> list[Any]:
-        objective = folder.built(lambda: plugins.build(config.objective, lambda: plugins.build(config.model)))
-        return folder.room(place, folder.checkpoint_bytes(objective), trainer.keep_checkpoints, config.optim.steps, trainer.checkpoint_every)  # fmt: skip
-
-    found += [
-        room,
-        lambda: services.wandb(config.wandb.mode, logged_in),
-        lambda: services.slurm(os.environ, config.partition, trainer.devices, trainer.nodes),
-    ]
-    return found
+        checks.append(lambda: tiles.check(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed))  # fmt: skip
+    report.say(
+        checks + report.of_a_run(
+            place, lambda: plugins.build(config.objective, lambda: plugins.build(config.model)), config.optim.steps, trainer, config.wandb, config.partition
+        )
+    )  # fmt: skip

@@ -69,28 +69,13 @@ def test_a_process_that_is_alone_leaves_nothing(monkeypatch: pytest.MonkeyPatch)
     assert failures.record(ValueError("x")) is None
 
 
-# An objective that fails on one rank in the third step.
-OWN = """
-import os
-
-from pretrain.objectives.mae import MAE
-
-class Failing(MAE):
-    def loss(self, part, moment):
-        if moment.step == 2 and os.environ["FAILING_RANK"] == os.environ.get("RANK", os.environ.get("SLURM_PROCID")):
-            raise ZeroDivisionError("the third step of this rank")
-        return super().loss(part, moment)
-"""
-
-
 def failing_run(tmp_path: Path, shards: Path, rank: int) -> tuple[list[str], dict[str, str]]:
     """The words and the environment of a small run whose objective fails on one rank in its third step."""
-    (tmp_path / "failing.py").write_text(OWN)
     kept = {name: value for name, value in os.environ.items() if name not in GROUP}
-    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": f"{ROOT}:{tmp_path}", "FAILING_RANK": str(rank)}
+    environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAILING_RANK": str(rank)}
     small = [word for word in TINY if not word.startswith(("objective.", "data.crops.local"))]
     words = [
-        "tile", f"run={tmp_path / 'run'}", f"data.shards={shards}", "recipe=small_mae", "objective._target_=failing.Failing", *small,
+        "tile", f"run={tmp_path / 'run'}", f"data.shards={shards}", "recipe=small_mae", "objective._target_=tests.launch.failing_step.Failing", *small,
         "optim.frozen_last_layer_steps=0",
     ]  # fmt: skip
     return words, environment

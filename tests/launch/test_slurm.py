@@ -52,6 +52,31 @@ def here(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def slide_run(store: Path, run: Path) -> list[str]:
+    return [
+        "slide", f"run={run}", f"data.embeddings={store}", "optim.steps=6", "trainer.checkpoint_every=3", "trainer.accelerator=cpu",
+        *slide_stage.SMALL,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_wavy_slides(tmp_path_factory.mktemp("slides") / "embeddings", 6, columns=8, rows=6, fewer=6)
+
+
+@pytest.fixture(scope="module")
+def slides_here(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of the slide stage in one process."""
+    run = tmp_path_factory.mktemp("slides_here") / "run"
+    main(slide_run(store, run))
+    return run
+
+
+def assert_slides_close(found: Path, expected: Path) -> None:
+    for ours, theirs in zip(slide_stage.metrics(found), slide_stage.metrics(expected), strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
 def nodes(nodes: int, each: int) -> list[str]:
     return [f"launch.nodes={nodes}", f"launch.processes_per_node={each}"]
 
@@ -115,14 +140,18 @@ def test_the_first_error_of_any_rank_is_the_last_thing_in_the_jobs_log(
 
 
 @pytest.mark.slow
-def test_two_processes_on_one_node_do_as_well_after_the_doctor_has_looked_at_it(
-    cluster: Cluster, shards: Path, here: Path, tmp_path: Path
+def test_runs_of_both_stages_do_as_well_after_the_doctor_has_looked_at_their_node(
+    cluster: Cluster, shards: Path, here: Path, store: Path, slides_here: Path, tmp_path: Path
 ) -> None:
-    (job,) = submit(cluster, *command(shards, tmp_path / "run"), *nodes(1, 2), "launch.doctor=true")
-    cluster.wait(job, "COMPLETED", seconds=300)
-    assert_close(tmp_path / "run", here)
-    said = (tmp_path / "run" / "logs" / f"{job}.log").read_text()
-    assert said.count(" tiles ") == said.count(" rate ") == 1 and "warn  slurm" not in said
+    tile, slide = tmp_path / "tile", tmp_path / "slide"
+    (first,) = submit(cluster, *command(shards, tile), *nodes(1, 2), "launch.doctor=true")
+    (second,) = submit(cluster, *slide_run(store, slide), *nodes(1, 2), "launch.doctor=true")
+    for job, run, what in ((first, tile, " tiles "), (second, slide, " embeddings ")):
+        cluster.wait(job, "COMPLETED", seconds=300)
+        said = (run / "logs" / f"{job}.log").read_text()
+        assert said.count(what) == said.count(" rate ") == said.count(" disk ") == 1 and "warn  slurm" not in said
+    assert_close(tile, here)
+    assert_slides_close(slide, slides_here)
 
 
 @pytest.mark.slow
@@ -132,26 +161,6 @@ def test_what_the_doctor_fails_on_any_node_keeps_the_job_from_starting(cluster: 
     said = (tmp_path / "run" / "logs" / f"{job}.log").read_text()
     assert said.count("FAIL  tiles") == 2 and "one folder on all 2 nodes" in said
     assert not list((tmp_path / "run" / "logs" / job).glob("rank-*"))
-
-
-def slide_run(store: Path, run: Path) -> list[str]:
-    return [
-        "slide", f"run={run}", f"data.embeddings={store}", "optim.steps=6", "trainer.checkpoint_every=3", "trainer.accelerator=cpu",
-        *slide_stage.SMALL,
-    ]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_wavy_slides(tmp_path_factory.mktemp("slides") / "embeddings", 6, columns=8, rows=6, fewer=6)
-
-
-@pytest.fixture(scope="module")
-def slides_here(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of the slide stage in one process."""
-    run = tmp_path_factory.mktemp("slides_here") / "run"
-    main(slide_run(store, run))
-    return run
 
 
 # Stopped and put back into the queue ------------------------------------------------------------------------------------
@@ -210,8 +219,7 @@ def test_the_slide_stage_trains_to_the_losses_of_one_process_here(
     cluster: Cluster, slides_here: Path, stopped: dict[str, Path], name: str
 ) -> None:
     cluster.wait(job_of(stopped[name]), "COMPLETED", seconds=300)
-    for ours, theirs in zip(slide_stage.metrics(stopped[name]), slide_stage.metrics(slides_here), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+    assert_slides_close(stopped[name], slides_here)
 
 
 # The same tiles, whatever the time that cutting one takes.

@@ -1,5 +1,6 @@
 """What ``launch=`` makes of its settings, without a cluster: the script's text, torchrun's command, and what is refused."""
 
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -60,6 +61,22 @@ def test_the_script_of_a_training_job_says_what_was_set_and_nothing_else(
 def test_every_script_is_a_shell_script(capsys: pytest.CaptureFixture[str], words: list[str]) -> None:
     checked = subprocess.run(["bash", "-n"], input=script(capsys, *words), capture_output=True, text=True)
     assert (checked.returncode, checked.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    ("words", "doctor"),
+    [
+        ([*TILE, "launch.gpus_per_node=2"], ["doctor", "run=runs/first", "data.shards=shards", "trainer.nodes=1", "trainer.devices=2"]),
+        (["slide", "run=runs/slide", "data.embeddings=it", "launch.processes_per_node=2"], ["doctor", "slide", "run=runs/slide", "data.embeddings=it", "trainer.nodes=1"]),
+        (["embed", "checkpoint=it", "shards=shards", "out='my it'"], ["doctor", "machine", "run='my it'"]),
+    ],
+)  # fmt: skip
+def test_the_doctor_is_asked_about_the_jobs_own_run(
+    capsys: pytest.CaptureFixture[str], words: list[str], doctor: list[str]
+) -> None:
+    text = script(capsys, *words, "launch.doctor=true").partition("# Is every node fit for it?\n")[2]
+    _, _, arguments = text.partition(" || exit 1")[0].replace("\\\n", " ").partition(" -m pretrain ")
+    assert shlex.split(arguments)[: len(doctor)] == doctor
 
 
 def test_the_words_of_a_command_reach_it_unharmed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,11 +15,14 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from data.fault import Fault
 from launch.entry import main
 from pretrain import plugins, settings
-from pretrain.doctor import folder, machine, services, tiles
+from pretrain.doctor import embeddings, folder, machine, services, tiles
 from pretrain.doctor.finding import Finding
 from pretrain.seen import recipe_settings
+from pretrain.slide_stage import SlideData
 from tests.data.tile_folders import spoil, write_tiles
+from tests.pretrain.test_slide_training import SMALL
 from tests.pretrain.test_tile_training import TINY
+from tests.pretrain.wavy_slides import write_wavy_slides
 
 
 def only(findings: list[Finding]) -> tuple[str, str]:
@@ -204,6 +207,62 @@ def test_the_rate_is_judged_against_a_processs_share() -> None:
     assert slow.status == "FAIL" and "200 are needed (1,600 over 8 processes): raise data.threads" in slow.says
 
 
+# Embeddings --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Six slides of up to 8 × 6 tiles."""
+    return write_wavy_slides(tmp_path_factory.mktemp("doctor") / "embeddings", 6, columns=8, rows=6, fewer=6)
+
+
+def slide_data(store: Path, *words: str) -> SlideData:
+    small = ["data.batch_size=4", "data.batch_tokens=null", "data.lanes=2", "data.field_cells=0", *words]
+    return settings.load("doctor slide", [f"data.embeddings={store}", *small]).object().data
+
+
+def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
+    looked, rate = embeddings.check(slide_data(store), 2, 1, None, 0)
+    assert looked.status == "ok" and "6 slides of " in looked.says and "2 lanes on 2 processes" in looked.says
+    assert rate.status == "ok" and "say slides_per_second=" in rate.says
+    assert embeddings.check(slide_data(store), 2, 1, 1e9, 0)[1].status == "FAIL"
+    looked, _ = embeddings.check(slide_data(store, "data.batch_size=8"), 1, 1, None, 0)
+    assert looked.status == "warn" and "a step takes up to 8" in looked.says
+
+
+@pytest.mark.parametrize(
+    ("words", "processes", "accumulate", "sentence"),
+    [
+        ([], 4, 1, "data.lanes=2 can't be shared evenly by 4 processes or micro-batches"),
+        ([], 2, 2, "data.lanes=2 can't be shared evenly by 4 processes or micro-batches"),
+        (["data.processes_per_slide=2"], 3, 1, "data.processes_per_slide=2 doesn't divide the run's 3 processes"),
+        (["data.batch_size=5"], 1, 1, "data.batch_size=5 is not a multiple of data.lanes=2"),
+    ],
+)
+def test_sequences_and_processes_that_do_not_fit(
+    store: Path, words: list[str], processes: int, accumulate: int, sentence: str
+) -> None:
+    status, says = only(embeddings.check(slide_data(store, *words), processes, accumulate, None, 0))
+    assert status == "FAIL" and sentence in says
+
+
+def test_processes_that_share_a_slide_take_what_one_does(store: Path) -> None:
+    looked, rate = embeddings.check(slide_data(store, "data.processes_per_slide=2"), 4, 1, 1e9, 0)
+    assert looked.status == "ok" and "over 2 processes" in rate.says
+
+
+def test_embeddings_that_are_cut_off_or_no_numbers_are_named(tmp_path: Path) -> None:
+    store = write_wavy_slides(tmp_path / "embeddings", 3, columns=8, rows=6, fewer=6)
+    (file,) = store.glob("*.bin")
+    whole = file.read_bytes()
+    file.write_bytes(b"\xff" * 64 + whole[64:])  # float16's NaN
+    status, says = only(embeddings.check(slide_data(store), 1, 1, None, 0))
+    assert status == "FAIL" and "embeddings of " in says and "are not finite" in says
+    file.write_bytes(whole[:-64])
+    status, says = only(embeddings.check(slide_data(store), 1, 1, None, 0))
+    assert status == "FAIL" and "shorter than its index says" in says
+
+
 # Services ----------------------------------------------------------------------------------------------------------
 
 
@@ -298,6 +357,31 @@ def test_under_srun_one_process_of_a_node_speaks_with_its_name(
         assert len(said) == lines and all(line.startswith(f"{os.uname().nodename}: ") for line in said)
 
 
+def test_a_run_of_the_slide_stage_is_looked_at_too_and_one_without_embeddings_fails(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    monkeypatch.setattr(services.shutil, "which", lambda _: None)
+    words = ["doctor", "slide", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu", *SMALL]
+    main([*words, f"data.embeddings={store}"])
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines] == ["versions", "accelerators", "folder", "embeddings", "rate", "disk", "wandb", "slurm"]  # fmt: skip
+    assert not any(line.startswith("FAIL") for line in lines) and not (tmp_path / "run").exists()
+    with pytest.raises(SystemExit):
+        main([*words, f"data.embeddings={tmp_path / 'none'}"])
+    said = capsys.readouterr().out
+    assert "FAIL  embeddings" in said and "FAIL  disk" in said and said.count("no store.json") == 2
+
+
+def test_a_machine_is_looked_at_without_a_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(services.shutil, "which", lambda _: None)
+    main(["doctor", "machine", f"run={tmp_path}"])
+    about = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
+    assert about == ["versions", "accelerators", "folder", "openslide", "slurm"]
+
+
 def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
     config = settings.load("doctor", ["recipe=midnight", "data.shards=none"]).object()
     run = recipe_settings("midnight")
@@ -305,11 +389,14 @@ def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
     assert config.data["crops"] == vars(run.data.crops) and config.data["batch_size"] == run.data.batch_size
 
 
-def test_every_setting_of_a_run_is_taken_and_means_the_same() -> None:
-    ours, runs = (settings.load(command, ["run=any", "data.shards=any"]).object() for command in ("doctor", "tile"))
+@pytest.mark.parametrize(
+    ("command", "doctor", "source"),
+    [("tile", "doctor", "data.shards=any"), ("slide", "doctor slide", "data.embeddings=any")],
+)
+def test_every_setting_of_a_run_is_taken_and_means_the_same(command: str, doctor: str, source: str) -> None:
+    ours, runs = (settings.load(name, ["run=any", source]).object() for name in (doctor, command))
     for name, value in vars(runs).items():
-        if name != "data":
-            assert getattr(ours, name) == value
+        assert getattr(ours, name) == (value if (command, name) != ("tile", "data") else ours.data)
 
 
 def test_an_unknown_setting_is_refused() -> None:

@@ -9,29 +9,29 @@ from omegaconf import OmegaConf
 
 from data.fault import Fault
 from pretrain import cli, settings
-from pretrain.settings import CONFIGS, annotated, choices_of, comments, load
+from pretrain.settings import CONFIGS, annotated, choices_of, comments, load, stem
 
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 
 
 def commands() -> list[str]:
-    return [name for name in cli.COMMANDS if (CONFIGS / f"{name}.yaml").exists()]
+    return [name for name in cli.COMMANDS if (CONFIGS / f"{stem(name)}.yaml").exists()]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_composes_and_only_its_required_keys_are_missing(command: str) -> None:
     composed = load(command, [])
-    required = set(re.findall(r"^(\w+): +\?\?\?", (CONFIGS / f"{command}.yaml").read_text(), flags=re.M))
+    required = set(re.findall(r"^(\w+): +\?\?\?", (CONFIGS / f"{stem(command)}.yaml").read_text(), flags=re.M))
     inner = set()
     for prefix, file in composed.files:
         inner |= {prefix + key for key in re.findall(r"^(\w+): +\?\?\?", file.read_text(), flags=re.M)}
-    given = set(comments(CONFIGS / f"{command}.yaml"))  # the doctor looks at no tiles where none are named
+    given = set(comments(CONFIGS / f"{stem(command)}.yaml"))  # the doctor looks at no tiles where none are named
     assert OmegaConf.missing_keys(composed.tree) == required | (inner - given)
 
 
 def uses(command: str, group: str) -> bool:
     return group == "launch" or bool(
-        re.search(rf"^  - (?:override )?/?{group}: ", (CONFIGS / f"{command}.yaml").read_text(), flags=re.M)
+        re.search(rf"^  - (?:override )?/?{group}: ", (CONFIGS / f"{stem(command)}.yaml").read_text(), flags=re.M)
     )
 
 

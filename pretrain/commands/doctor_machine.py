@@ -1,0 +1,33 @@
+"""As 'pretrain doctor', for no run in particular: is this machine fit for 'pretrain shard', 'pretrain embed' and the others?
+
+    pretrain doctor machine
+    pretrain doctor machine run=embeddings slides="slides/a.svs slides/b.mrxs" partition=gpu
+
+Looked at: versions, accelerators, writing and renaming in a folder, openslide, SLURM.
+"""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pretrain.doctor import machine, report, services
+
+
+@dataclass
+class Config:
+    """Types of the settings; values and explanations are in ``configs/doctor_machine.yaml``."""
+
+    run: str
+    slides: list[str]
+    partition: str | None
+
+
+def run(config: Config) -> None:
+    """Check, print, and end with exit code 1 where anything fails."""
+    report.say([
+        machine.versions,
+        lambda: machine.accelerators("auto", 1, "float32"),
+        *report.of_folder(Path(config.run)),
+        lambda: machine.slides([Path(slide) for slide in config.slides]),
+        lambda: services.slurm(os.environ, config.partition, 1, 1),
+    ])  # fmt: skip

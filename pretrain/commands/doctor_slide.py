@@ -1,0 +1,42 @@
+"""As 'pretrain doctor', for a run of 'pretrain slide', whose settings it takes.
+
+    pretrain doctor slide data.embeddings=embeddings run=runs/slide
+    pretrain doctor slide recipe=gigapath_slide data.embeddings=embeddings run=runs/slide trainer.devices=8 slides_per_second=40
+
+In place of tiles it looks at the embeddings: slides against their index, sequences against lanes and processes, and the rate at
+which one process reads, cuts and masks them.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from data.embeddings import EmbeddingStore
+from pretrain import plugins
+from pretrain.commands import slide
+from pretrain.doctor import embeddings, report
+from pretrain.objective import Objective
+
+
+@dataclass
+class Config(slide.Config):
+    """Types of the settings; values and explanations are in ``configs/``."""
+
+    slides_per_second: float | None
+    partition: str | None
+
+
+def run(config: Config) -> None:
+    """Check, print, and end with exit code 1 where anything fails."""
+    place, trainer = Path(config.run), config.trainer
+    processes = trainer.devices * trainer.nodes
+
+    def objective() -> Objective:
+        width = EmbeddingStore.open(Path(config.data.embeddings)).width
+        return plugins.build(config.objective, lambda: plugins.build(config.model, width))  # type: ignore[no-any-return]
+
+    report.say([
+        *report.of_processes(trainer),
+        *report.of_folder(place),
+        lambda: embeddings.check(config.data, processes, trainer.accumulate, config.slides_per_second, config.seed),
+        *report.of_a_run(place, objective, config.optim.steps, trainer, config.wandb, config.partition),
+    ])  # fmt: skip

@@ -1,0 +1,73 @@
+"""Do the embeddings fit the run? Sequences against lanes and ranks, files against their index, and how fast one process delivers."""
+
+import time
+from pathlib import Path
+
+import numpy as np
+
+from data.embeddings import EmbeddingStore
+from data.fault import Fault
+from data.standardisation import Statistics
+from pretrain.doctor.finding import Finding, failed, passed, warned
+from pretrain.slide_stage import SlideBatches, SlideData, sequences_of
+
+SAMPLED = 64  # slides that are read beside those of the rate
+WARM_UP, MEASURED = 2, 8  # steps' shares of one process
+
+
+def check(data: SlideData, processes: int, accumulate: int, needed: float | None, seed: int) -> list[Finding]:
+    """All checks of a slide run's ``data:``; ``needed`` is the slides a second that all its processes together are to get."""
+    together = data.processes_per_slide
+    try:
+        store = EmbeddingStore.open(Path(data.embeddings))
+        if together < 1 or processes % together:
+            raise Fault(f"data.processes_per_slide={together} doesn't divide the run's {processes} processes: change one of them")  # fmt: skip
+        # The mean and the spread of a published data set take minutes to find, and don't matter here.
+        sequences = sequences_of(store, Statistics(np.zeros(store.width), np.ones(store.width), 1), data, seed)
+        readable(store)
+        rate = slides_per_second(SlideBatches(sequences, 0, WARM_UP + MEASURED, 0, processes // together, accumulate))
+    except Fault as fault:
+        return [failed("embeddings", str(fault))]
+    tiles = [store.rows(slide) for slide in store.slides]
+    what = (
+        f"{len(tiles):,} slides of {sum(tiles):,} tiles × {store.width}, the largest of {max(tiles):,}: {len(sequences.training):,} sequences to train on "
+        f"and {len(sequences.validation):,} held out, {data.lanes} lanes on {processes} processes"
+    )
+    if len(sequences.training) < data.batch_size:
+        found = warned("embeddings", f"{what}; a step takes up to {data.batch_size}, so it sees a sequence more than once: embed more slides, or set data.field_cells, or data.batch_size lower")  # fmt: skip
+    else:
+        found = passed("embeddings", f"{what}; {min(SAMPLED, len(tiles))} slides are there as the index says")
+    return [found, fast_enough(rate, needed, processes // together)]
+
+
+def readable(store: EmbeddingStore) -> None:
+    """Read slides from one end of the store to the other. Raises Fault for one that isn't there, or holds what is no number."""
+    for number in sorted(set(np.linspace(0, len(store.slides) - 1, SAMPLED).astype(int).tolist())):
+        slide = store.slides[number]
+        rows = store.read(slide).embeddings
+        if not np.isfinite(rows[:: max(1, len(rows) // SAMPLED)]).all():
+            raise Fault(f"{store.folder}: embeddings of {slide} are not finite: embed it again into a new folder, with trainer.precision=float32 if its encoder overflows")  # fmt: skip
+
+
+def slides_per_second(batches: SlideBatches) -> float:
+    """What one process's loader delivers, by the run's own crops and masks."""
+    count, began = 0, 0.0
+    for step, batch in enumerate(batches):
+        if isinstance(batch, Fault):
+            raise batch
+        if step >= WARM_UP:
+            count += sum(len(part.slides) for part in batch)
+        elif step == WARM_UP - 1:
+            began = time.monotonic()
+    return count / (time.monotonic() - began)
+
+
+def fast_enough(rate: float, needed: float | None, shares: int) -> Finding:
+    """The slides a second that one process delivers, against its share of what the run needs."""
+    measured = f"one process reads, cuts and masks {rate:,.1f} slides/s (measured here, alone)"
+    if needed is None:
+        return passed("rate", f"{measured}; say slides_per_second= (what all GPUs are to train) to have it judged")
+    share = needed / shares
+    if rate < share:
+        return failed("rate", f"{measured}, and {share:,.1f} are needed ({needed:,.1f} over {shares} processes): put the embeddings on faster storage")  # fmt: skip
+    return (passed if rate > 1.5 * share else warned)("rate", f"{measured}, and {share:,.1f} are needed")

@@ -1,0 +1,68 @@
+"""What the doctor's commands have in common: what is looked at whatever runs, and how findings are said."""
+
+import os
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from data.fault import Fault
+from pretrain.doctor import folder, machine, services
+from pretrain.doctor.finding import Finding, failed
+from pretrain.objective import Objective
+from pretrain.record import WandbSettings, logged_in
+from pretrain.training import Hardware
+
+Check = Callable[[], list[Finding]]
+
+
+def say(checks: list[Check]) -> None:
+    """Print a line for every finding, as it is made. Raises Fault in the end where anything fails.
+
+    Under srun one process of each node speaks, with the node's name.
+    """
+    if os.environ.get("SLURM_LOCALID", "0") != "0":
+        return
+    host = f"{platform.node()}: " if "SLURM_STEP_ID" in os.environ else ""
+    worst = False
+    for check in checks:
+        for finding in check():
+            print(f"{host}{finding.status:<5} {finding.about:<13} {finding.says}", flush=True)
+            worst |= finding.status == "FAIL"
+    if worst:
+        sys.stdout.flush()
+        raise Fault(f"{host}what says FAIL above keeps a job from running well.")
+
+
+def of_processes(trainer: Hardware) -> list[Check]:
+    """Versions, accelerators, and an all-reduce of the processes that a run has on this machine."""
+    gpu = machine.on_gpu(trainer.accelerator)
+    return [
+        machine.versions,
+        lambda: machine.accelerators(trainer.accelerator, trainer.devices, trainer.precision),
+        lambda: machine.all_reduce(max(2, trainer.devices) if not gpu else trainer.devices, gpu),
+    ]
+
+
+def of_folder(place: Path) -> list[Check]:
+    """Writing and renaming there, and whether all nodes of a job see it."""
+    return [lambda: folder.write_and_rename(place), lambda: folder.seen_by_all_nodes(place, os.environ)]
+
+
+def of_a_run(
+    place: Path, make_objective: Callable[[], Objective], steps: int, trainer: Hardware, wandb: WandbSettings, partition: str | None
+) -> list[Check]:  # fmt: skip
+    """Disk room for a run's checkpoints, its record, and SLURM."""
+
+    def room() -> list[Finding]:
+        try:
+            each = folder.checkpoint_bytes(folder.built(make_objective))
+        except Fault as fault:
+            return [failed("disk", f"how large a checkpoint is can't be told: {fault}")]
+        return folder.room(place, each, trainer.keep_checkpoints, steps, trainer.checkpoint_every)
+
+    return [
+        room,
+        lambda: services.wandb(wandb.mode, logged_in),
+        lambda: services.slurm(os.environ, partition, trainer.devices, trainer.nodes),
+    ]
