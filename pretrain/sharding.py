@@ -4,7 +4,7 @@ Order, stated once:  build on the meta device → every block: recompute → com
 
 Each network (an encoder, a head) is a root of its own. A teacher is wrapped exactly as its student is, so the moving
 average runs shard by shard; it keeps nothing for a backward, so there is nothing to recompute. One code path serves one
-process and many, CPU (gloo) and GPU (NCCL).
+process and many, CPU (gloo) and GPU (NCCL); only blocks are not units of their own at one process.
 """
 
 import re
@@ -82,7 +82,8 @@ def shard(
     """Wrap every network of an objective that was built on the meta device: blocks first, then the network.
 
     ``checkpointing``: see `CHECKPOINTING`. ``compiled`` blocks go through torch.compile, each by itself: all blocks of a
-    network share one compilation, and what gathers and frees their parameters stays outside of it.
+    network share one compilation, and what gathers and frees their parameters stays outside of it. One process has nothing to
+    gather, so a network is one unit there: a unit a block would take a small network's step on a CPU 5 % longer.
     """
     if precision not in PRECISIONS:
         raise Fault(f"trainer.precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
@@ -101,7 +102,8 @@ def shard(
                         block.forward = recomputed(block.forward, checkpointing == "selective")
                     if compiled:
                         block.forward = torch.compile(block.forward)
-                    fully_shard(block, mesh=mesh, mp_policy=inside)
+                    if mesh.size() > 1:
+                        fully_shard(block, mesh=mesh, mp_policy=inside)
         # A teacher has no backward, so nothing but this would free its root's gathered parameters; at one process the
         # mistake goes unnoticed.
         fully_shard(network, mesh=mesh, mp_policy=outside, reshard_after_forward=True)

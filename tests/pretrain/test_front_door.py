@@ -1,9 +1,12 @@
 """The command as a user starts it: from anywhere, and not fooled by another package of the same name."""
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 from pretrain import __main__ as front_door
 
@@ -53,3 +56,20 @@ def test_the_command_runs_from_any_folder_and_errors_go_to_standard_error(tmp_pa
         ended.stderr.strip() == "pretrain: there is no setting 'optim.lrr' in 'pretrain tile'; did you mean 'optim.lr'?"
     )
     assert list(tmp_path.iterdir()) == []  # Hydra leaves no outputs/ behind
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library keeps freed memory as it likes")
+def test_memory_that_is_freed_is_not_fetched_from_the_system_again() -> None:
+    told = (
+        "import resource\n"
+        "from pretrain.__main__ import keep_freed_memory\n"
+        "def faults():\n"
+        "    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
+        "    bytes([1]) * size\n"
+        "    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before\n"
+        "size = 2**26  # the product of constants would be computed while compiling\n"
+        "faults(); before = faults(); keep_freed_memory(); faults(); print(before, faults())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 1000 and after < 100
