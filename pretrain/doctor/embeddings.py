@@ -9,6 +9,7 @@ from data.embeddings import EmbeddingStore
 from data.fault import Fault
 from data.standardisation import Statistics
 from pretrain.doctor.finding import Finding, failed, passed, warned
+from pretrain.doctor.rate import fast_enough
 from pretrain.slide_stage import SlideBatches, SlideData, sequences_of
 
 SAMPLED = 64  # slides that are read beside those of the rate
@@ -37,7 +38,8 @@ def check(data: SlideData, processes: int, accumulate: int, needed: float | None
         found = warned("embeddings", f"{what}; a step takes up to {data.batch_size}, so it sees a sequence more than once: embed more slides, or set data.field_cells, or data.batch_size lower")  # fmt: skip
     else:
         found = passed("embeddings", f"{what}; {min(SAMPLED, len(tiles))} slides are there as the index says")
-    return [found, fast_enough(rate, needed, processes // together)]
+    does, remedy = "one process reads, cuts and masks", "put the embeddings on faster storage"
+    return [found, fast_enough(rate, needed, processes // together, "slides", does, remedy)]
 
 
 def readable(store: EmbeddingStore) -> None:
@@ -60,14 +62,3 @@ def slides_per_second(batches: SlideBatches) -> float:
         elif step == WARM_UP - 1:
             began = time.monotonic()
     return count / (time.monotonic() - began)
-
-
-def fast_enough(rate: float, needed: float | None, shares: int) -> Finding:
-    """The slides a second that one process delivers, against its share of what the run needs."""
-    measured = f"one process reads, cuts and masks {rate:,.1f} slides/s (measured here, alone)"
-    if needed is None:
-        return passed("rate", f"{measured}; say slides_per_second= (what all GPUs are to train) to have it judged")
-    share = needed / shares
-    if rate < share:
-        return failed("rate", f"{measured}, and {share:,.1f} are needed ({needed:,.1f} over {shares} processes): put the embeddings on faster storage")  # fmt: skip
-    return (passed if rate > 1.5 * share else warned)("rate", f"{measured}, and {share:,.1f} are needed")

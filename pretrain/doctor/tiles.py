@@ -12,6 +12,7 @@ from data.stream import Stream, group_size
 from data.tile_source import TileSource, UnreadableTile
 from pretrain import plugins
 from pretrain.doctor.finding import Finding, failed, passed, warned
+from pretrain.doctor.rate import fast_enough
 from pretrain.tile_stage import ColourSettings, Crops, colour, crop_sizes
 
 SAMPLED = 64  # tiles that are read beside those of the rate
@@ -34,20 +35,9 @@ def check(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: 
     found = [passed("tiles", f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes; {SAMPLED} of them read as the index says")]  # fmt: skip
     if blocks < 2 * data["lanes"]:
         found = [warned("tiles", f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a multiple of the {processes} processes), or take more shards")]  # fmt: skip
-    return [*found, fast_enough(rate, needed, processes, data["threads"])]
-
-
-def fast_enough(rate: float, needed: float | None, processes: int, threads: int) -> Finding:
-    """The tiles a second that one process delivers, against its share of what the run needs."""
-    measured = (
-        f"one process with data.threads={threads} reads, decodes and cuts {rate:,.0f} tiles/s (measured here, alone)"
-    )
-    if needed is None:
-        return passed("rate", f"{measured}; say tiles_per_second= (what all GPUs are to train) to have it judged")
-    share = needed / processes
-    if rate < share:
-        return failed("rate", f"{measured}, and {share:,.0f} are needed ({needed:,.0f} over {processes} processes): raise data.threads and the cores for each process, or put the shards on faster storage")  # fmt: skip
-    return (passed if rate > 1.5 * share else warned)("rate", f"{measured}, and {share:,.0f} are needed")
+    does = f"one process with data.threads={data['threads']} reads, decodes and cuts"
+    remedy = "raise data.threads and the cores for each process, or put the shards on faster storage"
+    return [*found, fast_enough(rate, needed, processes, "tiles", does, remedy)]
 
 
 def open_stream(data: Mapping[str, Any], seed: int) -> tuple[TileSource, Stream]:

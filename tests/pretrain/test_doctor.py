@@ -17,6 +17,7 @@ from launch.entry import main
 from pretrain import plugins, settings
 from pretrain.doctor import embeddings, folder, machine, services, tiles
 from pretrain.doctor.finding import Finding
+from pretrain.doctor.rate import fast_enough
 from pretrain.seen import recipe_settings
 from pretrain.slide_stage import SlideData
 from tests.data.tile_folders import spoil, write_tiles
@@ -200,11 +201,12 @@ def test_few_blocks_a_damaged_tile_and_no_shards(shards: Path, tmp_path: Path) -
     assert status == "FAIL" and "there are no tile shards in" in says
 
 
-def test_the_rate_is_judged_against_a_processs_share() -> None:
-    assert tiles.fast_enough(100, 400, 8, 2).status == "ok"
-    assert tiles.fast_enough(100, 700, 8, 2).status == "warn"
-    slow = tiles.fast_enough(100, 1600, 8, 2)
-    assert slow.status == "FAIL" and "200 are needed (1,600 over 8 processes): raise data.threads" in slow.says
+@pytest.mark.parametrize(("needed", "status"), [(None, "ok"), (400, "ok"), (700, "warn"), (1600, "FAIL")])
+def test_the_rate_is_judged_against_a_processs_share(needed: float | None, status: str) -> None:
+    found = fast_enough(100, needed, 8, "tiles", "one process reads", "raise data.threads")
+    assert found.status == status and found.says.startswith("one process reads 100.0 tiles/s (measured here, alone)")
+    if status == "FAIL":
+        assert "200.0 are needed (1,600.0 over 8 processes): raise data.threads" in found.says
 
 
 # Embeddings --------------------------------------------------------------------------------------------------------
