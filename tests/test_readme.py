@@ -64,14 +64,14 @@ def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
         "        main(words)\n"
     )
     (workplace / "driver.py").write_text(driver)
-    # Two processes are started by running the whole program again, so those commands go alone.
-    several = [words for words in lines if any(word.startswith("trainer.devices=") for word in words)]
-    planned = [
-        words for words in lines if words[0] == "plan"
-    ]  # it makes a process group, and a training leaves one behind
-    single = [words for words in lines if words not in several + planned]
+    # Two processes are started by running the whole program again, so those commands go alone; and a plan makes a process group,
+    # of which a training in its process would leave one behind.
+    apart = [
+        words for words in lines if words[0] == "plan" or any(word.startswith("trainer.devices=") for word in words)
+    ]
+    single = [words for words in lines if words not in apart]
     environment = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(workplace), "OMP_NUM_THREADS": "1"}
-    for group in (single, several, planned):
+    for group in (single, apart):
         done = subprocess.run(
             [sys.executable, "driver.py", json.dumps(group)],
             cwd=workplace,

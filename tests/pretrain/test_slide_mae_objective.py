@@ -61,6 +61,7 @@ def objective(weighting: str = "slide", dropout: float = 0.0, width: int = 32) -
     return built
 
 
+@pytest.mark.slow  # the small recipe's run in test_slide_training.py learns it too
 def test_it_learns_what_the_nearest_visible_neighbours_cannot_explain(sequences):
     model, steps = objective(), 260
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -113,19 +113,18 @@ def assert_close(found: Path, expected: Path) -> None:
 # Any number of processes -------------------------------------------------------------------------------------------
 
 
+# Sinkhorn's way through two processes is that of the jobs in tests/launch/test_slurm.py too.
+@pytest.mark.parametrize("way", ["everything", pytest.param("sinkhorn", marks=pytest.mark.slow)])
 def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
-    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
+    tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, way: str
 ) -> None:
-    shared = ["trainer.devices=2", "trainer.keep_checkpoints=0"]
-    running = {way: start(command(tile_shards, tmp_path / way, *settings, *shared)) for way, settings in WAYS.items()}
-    for way, process in running.items():
-        finish(process)
-        assert_close(tmp_path / way, uninterrupted[way])
-    for way, settings in WAYS.items():
-        for step in (4, 6):
-            shutil.rmtree(tmp_path / way / "checkpoints" / f"step-{step:08d}")
-        main(command(tile_shards, tmp_path / way, *settings))
-        assert_close(tmp_path / way, uninterrupted[way])
+    run, settings = tmp_path / way, WAYS[way]
+    finish(start(command(tile_shards, run, *settings, "trainer.devices=2", "trainer.keep_checkpoints=0")))
+    assert_close(run, uninterrupted[way])
+    for step in (4, 6):
+        shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
+    main(command(tile_shards, run, *settings))
+    assert_close(run, uninterrupted[way])
 
 
 @pytest.mark.slow
