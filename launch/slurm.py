@@ -193,12 +193,13 @@ srun --ntasks={job.processes.nodes} --ntasks-per-node=1 {line} || exit 1
 
 def _doctors_arguments(composed: Composed, words: list[str], folder: Path) -> list[str]:
     """The doctor knows the settings of what trains; of other commands it is told where they work."""
-    if composed.command == "tile":
-        return python_arguments(replace(composed, command="doctor"), words)
-    if composed.command == "slide":
-        return python_arguments(replace(composed, command="doctor slide"), words)
-    given = [word.partition("=")[2] for word in words if word.startswith(("run=", "out="))]  # quoted as the user did
-    return python_arguments(replace(composed, command="doctor machine"), [f"run={given[0] if given else folder}"])
+    doctor = {"tile": "doctor", "slide": "doctor slide"}.get(composed.command)
+    if doctor is None:
+        given = [
+            word.partition("=")[2] for word in words if word.startswith(("run=", "out="))
+        ]  # quoted as the user did
+        doctor, words = "doctor machine", [f"run={given[0] if given else folder}"]
+    return python_arguments(replace(composed, command=doctor), words)
 
 
 def _run(settings: Slurm, job: Job) -> str:

@@ -41,8 +41,9 @@ def parse(arguments: list[str]) -> Composed | None:
     if arguments[0] == "--version":
         print(f"slidewright {version('slidewright')}")
         return None
-    more = any(command.startswith(f"{arguments[0]} ") for command in COMMANDS)
-    length = 2 if more and len(arguments) > 1 and "=" not in arguments[1] and not arguments[1].startswith("-") else 1
+    # 'doctor slide' is a command, and so is 'doctor', which settings or options may follow.
+    two_words = any(command.startswith(f"{arguments[0]} ") for command in COMMANDS)
+    length = 2 if two_words and not re.match("-|.*=", "".join(arguments[1:2])) else 1
     command, rest = " ".join(arguments[:length]), arguments[length:]
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")

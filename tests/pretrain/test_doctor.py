@@ -398,7 +398,8 @@ def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
 def test_every_setting_of_a_run_is_taken_and_means_the_same(command: str, doctor: str, source: str) -> None:
     ours, runs = (settings.load(name, ["run=any", source]).object() for name in (doctor, command))
     for name, value in vars(runs).items():
-        assert getattr(ours, name) == (value if (command, name) != ("tile", "data") else ours.data)
+        if (command, name) != ("tile", "data"):  # which may lack shards, and has no type for that
+            assert getattr(ours, name) == value
 
 
 def test_an_unknown_setting_is_refused() -> None:
