@@ -103,8 +103,8 @@ def road(config: Config, slides: list[str], out: Path) -> list[Step]:
     ]
     steps = [
         Step("find tissue and cut tiles", "shard", sharding, 4, shards / "index.npz"),
-        Step("train a tile encoder with DINOv2", "tile", [f"run={tile}", f"data.shards={shards}", f"optim.steps={config.tile_steps}", "trainer.checkpoint_every=60", "watch.every=60"],
-             config.tile_steps, tile / "checkpoints" / f"step-{config.tile_steps:08d}"),
+        Step("train a tile encoder with DINOv2", "tile", [f"run={tile}", f"data.shards={shards}", f"optim.steps={config.tile_steps}", "trainer.checkpoint_every=30", "watch.every=30"],
+             2 * config.tile_steps, tile / "checkpoints" / f"step-{config.tile_steps:08d}"),
         Step("freeze it and embed the slide's tiles", "embed", [f"checkpoint={tile}", f"shards={shards}", f"out={embeddings}"], 8, embeddings / "index-0.parquet"),
         Step("train a slide encoder as a masked autoencoder, on fields cut from the slides since they are few", "slide",
              [f"run={slide}", f"data.embeddings={embeddings}", f"optim.steps={config.slide_steps}"], 0.16 * config.slide_steps,

@@ -4,8 +4,8 @@
     python tests/bench/learning.py OBJECTIVES=dinov2 SEEDS=0 MINUTES=3   less of it
     python tests/bench/learning.py dinov2:optim.lr=5e-4             settings of one objective, as 'pretrain tile' takes them
 
-Network: ViT width 192, depth 6, 3 heads, patch 16, linear patch embedding; 2 × 96 + 4 × 48 pixels, batch 32 (``recipe=small``),
-in bfloat16 with compiled blocks.
+Network: ViT width 192, depth 6, 3 heads, patch 16, linear patch embedding; 2 × 96 + 4 × 48 pixels, batches of 64 (``recipe=small``;
+MAE's of 32), in bfloat16 with compiled blocks.
 
 Training: the unlabelled pixels of four fifths of TILES (class folders of images, ``../shared/tiles/crc5``), from random
 weights. A run may use 2 cores × MINUTES of processor time, everything included (start-up, reading, decoding,
@@ -38,6 +38,7 @@ import numpy as np
 
 from data.keyed import rng
 from data.shard_index import scan
+from pretrain import settings as configuration
 from pretrain.encoders import TileEncoder, load_encoder
 from pretrain.probing import (
     LabelledImages,
@@ -135,12 +136,18 @@ class Run:
     def record(self) -> Path:
         return self.folder.with_suffix(".json")
 
+    @property
+    def batch_size(self) -> int:
+        return int(
+            configuration.load("tile", [f"recipe={RECIPES[self.objective]}", *self.settings]).tree.data.batch_size
+        )
+
     def start(self, shards: Path) -> None:
         """Begin, or go on, on one core with one thread."""
         command = [
             sys.executable, "-m", "pretrain", "tile", f"recipe={RECIPES[self.objective]}", f"run={self.folder}", f"data.shards={shards.resolve()}",
             f"seed={self.seed}", f"optim.steps={self.steps}", "data.threads=1", "trainer.accelerator=cpu", "trainer.precision=bf16", "trainer.compile=true",
-            f"trainer.checkpoint_every={EARLY_TILES // 32}", "trainer.keep_checkpoints=0", *self.settings,
+            f"trainer.checkpoint_every={EARLY_TILES // self.batch_size}", "trainer.keep_checkpoints=0", *self.settings,
         ]  # fmt: skip
         log = self.folder.with_suffix(".log").open("a")
         self.process = subprocess.Popen(
@@ -188,7 +195,7 @@ def train(asked: Asked, shards: Path) -> list[Run]:
         for start in range(0, len(waiting), CORES):
             together, began = waiting[start : start + CORES], time.monotonic()
             print(
-                f"{objective}: {steps} steps of 32 tiles, seeds {', '.join(str(run.seed) for run in together)}",
+                f"{objective}: {steps} steps of {runs[0].batch_size} tiles, seeds {', '.join(str(run.seed) for run in together)}",
                 flush=True,
             )
             for run in together:
@@ -258,9 +265,9 @@ def main() -> None:
     for run in runs:
         last = encoder_at(run)
         cost = json.loads(run.record.read_text())
-        tiles = 32 * cost["steps"]
+        tiles = run.batch_size * cost["steps"]
         random = evaluate(last.random_twin(run.seed).embed_each)
-        early = evaluate(encoder_at(run, EARLY_TILES // 32).embed_each) if tiles > EARLY_TILES else None
+        early = evaluate(encoder_at(run, EARLY_TILES // run.batch_size).embed_each) if tiles > EARLY_TILES else None
         end = evaluate(last.embed_each)
         rows.append((f"{run.objective}, seed {run.seed}: random weights", 0, random))
         if early:

@@ -133,17 +133,17 @@ def test_a_name_with_a_quote_in_it_is_taken_as_a_list_or_refused_in_a_sentence_t
 def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_group() -> None:
     recipe = yaml.safe_load((CONFIGS / "recipe" / "small.yaml").read_text())
     group = yaml.safe_load((CONFIGS / "data" / "tiles.yaml").read_text())
-    assert recipe["data"]["batch_size"] != group["batch_size"]
-    assert load("tile", []).tree.data.batch_size == recipe["data"]["batch_size"]
-    assert load("tile", ["data.batch_size=8"]).tree.data.batch_size == 8
-    assert load("tile", ["~recipe"]).tree.data.batch_size == group["batch_size"]
+    assert recipe["data"]["lanes"] != group["lanes"]
+    assert load("tile", []).tree.data.lanes == recipe["data"]["lanes"]
+    assert load("tile", ["data.lanes=2"]).tree.data.lanes == 2
+    assert load("tile", ["~recipe"]).tree.data.lanes == group["lanes"]
 
 
 def test_every_value_is_printed_with_its_meaning_and_where_it_comes_from() -> None:
     overrides = ["optim.clip=1.5", "run=a", "data.shards=b"]
     text = annotated(load("tile", overrides))
     by_key = {line.split(":")[0].strip(): line for line in text.splitlines()}
-    assert re.search(r"batch_size: 32 +# .*\[recipe/small\]$", by_key["batch_size"])
+    assert re.search(r"batch_size: 64 +# .*\[recipe/small\]$", by_key["batch_size"])
     assert re.search(r"clip: 1\.5 +# largest gradient norm.*\[command line\]$", by_key["clip"])
     assert by_key["window"].endswith("[data/tiles]") and by_key["seed"].endswith("[tile]")
     assert yaml.safe_load(text) == OmegaConf.to_container(load("tile", overrides).tree)

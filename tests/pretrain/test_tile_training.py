@@ -304,7 +304,7 @@ def test_changed_settings_are_refused_with_the_difference(
     tile_shards: Path, uninterrupted: dict[str, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     line = refused(command(tile_shards, uninterrupted["sinkhorn"], *WAYS["sinkhorn"], "optim.lr=0.5"), capsys)
-    assert "optim.lr: 0.0005 → 0.5" in line and "give another run=" in line
+    assert "(optim.lr: 0.0007 → 0.5)" in line and "give another run=" in line
 
 
 def test_changed_data_is_refused_on_resuming(
