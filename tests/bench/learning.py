@@ -29,6 +29,7 @@ import sys
 import tarfile
 import time
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import BytesIO
 from pathlib import Path
 
@@ -38,7 +39,6 @@ import numpy as np
 
 from data.keyed import rng
 from data.shard_index import scan
-from pretrain import settings as configuration
 from pretrain.encoders import TileEncoder, load_encoder
 from pretrain.probing import (
     LabelledImages,
@@ -49,6 +49,7 @@ from pretrain.probing import (
     read_class_folders,
     stratified_split,
 )
+from pretrain.settings import load
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae"}
@@ -136,11 +137,9 @@ class Run:
     def record(self) -> Path:
         return self.folder.with_suffix(".json")
 
-    @property
+    @cached_property
     def batch_size(self) -> int:
-        return int(
-            configuration.load("tile", [f"recipe={RECIPES[self.objective]}", *self.settings]).tree.data.batch_size
-        )
+        return int(load("tile", [f"recipe={RECIPES[self.objective]}", *self.settings]).tree.data.batch_size)
 
     def start(self, shards: Path) -> None:
         """Begin, or go on, on one core with one thread."""
