@@ -4,5 +4,10 @@
 class Fault(Exception):
     """Something a person can put right; its message is one sentence that names the thing and the way out.
 
-    The command line prints a Fault as a single line. Every other exception is a defect of ours and keeps its traceback.
+    The command line prints a Fault as a single line, below ``trace``: the traceback of a user's own code, where that failed in another
+    process. Every other exception is a defect of ours and keeps its traceback.
     """
+
+    def __init__(self, message: object = "", trace: str = "") -> None:
+        super().__init__(message)
+        self.trace = trace

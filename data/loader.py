@@ -5,7 +5,6 @@ resampling release the interpreter's lock, so threads are enough, and a slide or
 """
 
 import itertools
-import signal
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +13,14 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import IterableDataset
 
 from data import masks
 from data.augment_parameters import Colour, draw
 from data.crops import CropSizes, cut
 from data.fault import Fault
 from data.keyed import rng
+from data.loader_process import LoaderProcess, shared_memory_room
 from data.shared_memory import Slots
 from data.stream import Stream
 from data.tile_source import TileSource, UnreadableTile
@@ -80,12 +80,11 @@ class Batch:
         return Batch(self.step, [part.pin_memory() for part in self.parts], self.bad)
 
 
-class TileBatches(IterableDataset["Batch | Fault"]):
+class TileBatches(IterableDataset["Batch"]):
     """A rank's share of the global batches ``start … stop − 1``, each cut into ``accumulate`` micro-batches.
 
     A tile that can't be read is replaced by the next one of its source that can, is named once, and is counted: the run goes on
     while the tiles that were bad stay under the trainer's limit, and every rank still takes the same number of tiles.
-    A Fault is handed on as the last item, since raising it here would wrap it in the loader process's traceback.
     """
 
     def __init__(
@@ -107,23 +106,18 @@ class TileBatches(IterableDataset["Batch | Fault"]):
         self.tiles, self.stream, self.sizes, self.colour, self.masking = tiles, stream, sizes, colour, masking
         self.seed, self.start, self.stop = seed, start, stop
         self.rank, self.world_size, self.accumulate, self.threads = rank, world_size, accumulate, threads
+        self.in_slots = True  # of shared memory
         self.share = stream.batch_size // world_size
         if self.share % accumulate:
             raise Fault(
                 f"a rank's {self.share} tiles don't split into trainer.accumulate={accumulate} equal micro-batches."
             )
 
-    def __iter__(self) -> Iterator[Batch | Fault]:
-        try:
-            yield from self._batches()
-        except Fault as fault:
-            yield fault
-
-    def _batches(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[Batch]:
         self.tiles.hold(self.stream.window * len(self.stream.owned(self.rank, self.world_size)))
         expected: deque[np.ndarray] = deque()
         waiting: deque[tuple[int, list[list[Tensor]], list[Future]]] = deque()
-        steps, slots = iter(range(self.start, self.stop)), Slots()
+        steps, slots = iter(range(self.start, self.stop)), Slots(self.in_slots)
         ahead = iter(range(self.start, self.stop))
         with ThreadPoolExecutor(self.threads) as pool:
             while True:
@@ -206,19 +200,15 @@ class TileBatches(IterableDataset["Batch | Fault"]):
         return torch.from_numpy(drawn.reshape(views * tiles, grid, grid))
 
 
-def load(batches: IterableDataset, pin_memory: bool) -> DataLoader:
-    """The loader process around ``batches``; it dies with its parent and leaves signals to it."""
-    return DataLoader(
-        batches,
-        batch_size=None,
-        num_workers=1,
-        prefetch_factor=2,
-        pin_memory=pin_memory,
-        worker_init_fn=_ignore_signals,
-    )
+STEPS_ON_THE_WAY = STEPS_AHEAD + 5  # filled, prefetched, pinned, in use, and one kept for a look
 
 
-def _ignore_signals(_: int) -> None:
-    # SLURM signals every process of a job step; only the trainer may decide what a signal means.
-    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
-        signal.signal(name, signal.SIG_IGN)
+def load(batches: TileBatches, pin_memory: bool, here: int = 1) -> LoaderProcess:
+    """The loader process around ``batches``, ``here`` of which run on this machine.
+
+    Where shared memory has no room for the steps that are on their way, batches go through a pipe; that is slower, and is said.
+    """
+    tile = sum(3 * count * side * side for count, side in batches.sizes.sides())
+    need, room = here * STEPS_ON_THE_WAY * batches.share * tile, shared_memory_room()
+    batches.in_slots = room is None or need <= room
+    return LoaderProcess(batches, pin_memory, through_pipe=not batches.in_slots)

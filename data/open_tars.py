@@ -6,14 +6,16 @@ import zlib
 
 import numpy as np
 
+from data import open_files
 from data.shard_index import ShardIndex, read_jpeg, recorded_checksums
 from data.tar_members import BLOCK, is_header_of
 
-MOST_OPEN = 256  # tars of a process
-
 
 class OpenTars:
-    """Tars that stay open, the `MOST_OPEN` that were opened last; for any number of threads. A copy for another process opens its own."""
+    """Tars that stay open, those that were opened last, as many as `open_files.share` allows; for any number of threads.
+
+    A copy for another process opens its own.
+    """
 
     def __init__(self) -> None:
         self._open: dict[tuple[ShardIndex, int], _Tar] = {}
@@ -36,11 +38,12 @@ class OpenTars:
     def _tar(self, index: ShardIndex, file: int) -> "_Tar":
         tar = self._open.get((index, file))
         if tar is None:
+            most = open_files.share(self)
             with self._lock:
                 tar = self._open.get((index, file))
                 if tar is None:
                     tar = self._open[index, file] = _Tar(index, file)
-                while len(self._open) > MOST_OPEN:
+                while len(self._open) > most:
                     self._open.pop(next(iter(self._open)))  # closed once the last thread is through with it
         return tar
 

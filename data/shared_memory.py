@@ -18,12 +18,13 @@ class Slots:
     happens only when the trainer lets go of the loader, whose process and memory end then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, shared: bool = True) -> None:
+        self._shared = shared
         self._slots: list[Tensor] = []
 
     def empty(self, shapes: list[tuple[int, ...]]) -> list[Tensor]:
-        """Unfilled uint8 tensors of these shapes; in a loader process, all in one slot."""
-        if get_worker_info() is None:
+        """Unfilled uint8 tensors of these shapes; in a loader process that shares memory, all in one slot."""
+        if get_worker_info() is None or not self._shared:
             return [torch.empty(shape, dtype=torch.uint8) for shape in shapes]
         return InSlot(self._take(HEADER + sum(map(math.prod, shapes))), shapes)
 

@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 
 import numpy as np
 
+from data import open_files
 from data.fault import Fault
 from data.keyed import rng
 from data.slide_survey import Surveyed
@@ -23,7 +24,7 @@ from data.tiling import KEPT, PEN, Tiling
 TILES_PER_BLOCK = 100  # a slide is open anyway: shorter blocks mix more slides for the same windows
 TRIES = 10
 SOME_PEN = 0.15  # share of a tile that may lie in cells with pen
-FEWEST_OPEN, MOST_OPEN = 16, 256  # slides of a process
+FEWEST_OPEN = 16  # slides of a process
 
 Kept = TypeVar("Kept")
 
@@ -86,7 +87,7 @@ class SlideTiles(TileSource):
         return int(grid.origin(column)), int(grid.origin(row))
 
     def hold(self, blocks: int) -> None:
-        self._slides.capacity = self._tilings.capacity = min(max(2 * blocks, FEWEST_OPEN), MOST_OPEN)
+        self._slides.capacity = self._tilings.capacity = min(max(2 * blocks, FEWEST_OPEN), open_files.share(self))
 
     def _grid(self, which: int) -> tuple[Tiling, np.ndarray]:
         """A slide's tiling and its kept cells."""

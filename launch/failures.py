@@ -55,7 +55,7 @@ def record(error: BaseException) -> Path | None:
     folder, now, number = Path(os.environ[LOGS]), time.time(), rank() or 0
     kind = "follows" if is_consequence(error) else "error"
     message = str(error) if isinstance(error, Fault) else traceback.format_exception_only(error)[-1].strip()
-    trace = "" if isinstance(error, Fault) else "".join(traceback.format_exception(error))
+    trace = error.trace if isinstance(error, Fault) else "".join(traceback.format_exception(error))
     clock = time.strftime("%H:%M:%S", time.localtime(now))
     path = folder / f"{kind}-{attempt():03d}-{now:.6f}-rank-{number:05d}.txt"
     folder.mkdir(parents=True, exist_ok=True)

@@ -65,7 +65,7 @@ def run_together(composed: Composed, logs: Path) -> None:
     def pass_on(number: int, _: FrameType | None) -> None:
         told.append(number)
         for process in processes:
-            if process.poll() is None and number != signal.SIGINT:  # which a terminal has sent to all of them
+            if process.poll() is None:
                 process.send_signal(number)
 
     # A rank that is told before it listens would die of it: it starts deaf, and hears what came once it listens.
@@ -73,7 +73,10 @@ def run_together(composed: Composed, logs: Path) -> None:
     for i in range(count):
         place = {"LOCAL_RANK": str(i), "RANK": str(node * count + i)}
         processes.append(
-            subprocess.Popen(command, env=environment | place, pass_fds=(theirs,), stdin=subprocess.DEVNULL)
+            # A group of its own: a terminal's Ctrl-C goes to this process alone, and from here once to each rank.
+            subprocess.Popen(
+                command, env=environment | place, pass_fds=(theirs,), stdin=subprocess.DEVNULL, process_group=0
+            )
         )
     before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
     signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
@@ -97,13 +100,13 @@ def run_together(composed: Composed, logs: Path) -> None:
 def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]:
     """Wait for all to end; the code and the place of the first that failed, or zeros.
 
-    After a failure, or Ctrl-C, those that linger are killed: a process may wait for ever for another that is gone.
+    After a failure, or a second Ctrl-C, those that linger are killed: a process may wait for ever for another that is gone.
     """
     failed, deadline = 0, float("inf")
     while any([process.poll() is None for process in processes]):
         time.sleep(0.1)
         codes = [process.poll() for process in processes]
-        if deadline == float("inf") and (any(codes) or signal.SIGINT in told):
+        if deadline == float("inf") and (any(codes) or told.count(signal.SIGINT) > 1):
             failed = next((i for i, code in enumerate(codes) if code), 0)
             deadline = time.monotonic() + PATIENCE
         if time.monotonic() > deadline:

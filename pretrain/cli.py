@@ -137,5 +137,5 @@ def _indent(text: str) -> str:
 
 def fail(fault: Fault) -> None:
     """End the command with its one line on standard error and exit code 1."""
-    print(f"pretrain: {fault}", file=sys.stderr)
+    print(f"{fault.trace}pretrain: {fault}", file=sys.stderr)
     sys.exit(1)

@@ -20,6 +20,7 @@ from pretrain.across_ranks import gloo_group, world_size
 from pretrain.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed.
+INTERRUPTED = 128 + signal.SIGINT
 # A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues it.
 REQUEUED_FROM = ("RUNNING", "TIMEOUT")
 
@@ -51,14 +52,15 @@ class Preemption:
         return int(value)
 
 
-def leave(requeued: bool, local_rank: int) -> None:
-    """End this process, or wait for SLURM to end it.
+def leave(requeued: bool, local_rank: int, asked: int = signal.SIGTERM) -> None:
+    """End this process, or wait for SLURM to end it; after Ctrl-C with the code that a shell expects of it.
 
     One process a machine tells with its exit code; of the others any code but 0 would be taken for a crash.
     """
     while requeued and not signals.noted():
         time.sleep(0.5)
-    sys.exit(EXIT_CODE if local_rank == 0 else 0)
+    code = INTERRUPTED if asked == signal.SIGINT else EXIT_CODE
+    sys.exit(code if local_rank == 0 else 0)
 
 
 def _requeue(job: str) -> bool:

@@ -1,16 +1,18 @@
 """Signals that ask a run to end, noted and nothing more: what to do about one is decided at the end of a batch.
 
 SLURM sends whichever it was told to (USR1, USR2) before a time limit, and TERM when it preempts or cancels; all three
-mean the same here. Work inside a handler deadlocks a sharded run, whose ranks are then at different places. This module
+mean the same here, and so does a person's Ctrl-C; who presses it twice doesn't want to wait. Work inside a handler deadlocks a sharded run, whose ranks are then at different places. This module
 imports nothing heavy, so that it can listen before PyTorch's import, which takes seconds.
 """
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
 ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+SOON = b"\npretrain: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
 _noted = 0
 
@@ -19,13 +21,14 @@ def listen() -> None:
     """From now on the signals are noted instead of ending the process. Call it from the main thread."""
     for number in ASKING:
         signal.signal(number, _note)
+    signal.signal(signal.SIGINT, _note_first)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # a process that is started as one of several was deaf until now
 
 
 @contextmanager
 def listening() -> Iterator[None]:
     """`listen` for a while; afterwards the signals do what they did before, and none is on note."""
-    before = {number: signal.getsignal(number) for number in ASKING}
+    before = {number: signal.getsignal(number) for number in (*ASKING, signal.SIGINT)}
     listen()
     try:
         yield
@@ -49,3 +52,11 @@ def forget() -> None:
 def _note(number: int, _: FrameType | None) -> None:
     global _noted
     _noted = number
+
+
+def _note_first(number: int, frame: FrameType | None) -> None:
+    if _noted == signal.SIGINT:
+        # Not KeyboardInterrupt, which Lightning would answer with an exit code of its own.
+        os._exit(130)
+    _note(number, frame)
+    os.write(2, SOON)

@@ -1,7 +1,7 @@
 """Stage two: slides as sequences of frozen tile embeddings, into the slide encoder's masked autoencoder."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset
 
 from data.embeddings import EmbeddingStore
 from data.fault import Fault
-from data.loader import load
+from data.loader_process import LoaderProcess, shared_memory_room
 from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
 from models.sequence_parallel import Group
@@ -23,6 +23,8 @@ from pretrain.plan import operations
 from pretrain.progress import say
 from pretrain.slide_encoders import TILE_ENCODER
 from pretrain.training import Training
+
+STEPS_ON_THE_WAY = 4
 
 
 @dataclass
@@ -44,7 +46,7 @@ class SlideData:
     processes_per_slide: int
 
 
-class SlideBatches(IterableDataset["list[SlideBatch] | Fault"]):
+class SlideBatches(IterableDataset["list[SlideBatch]"]):
     """A rank's share of global batches ``start … stop − 1``, each a list of micro-batches."""
 
     def __init__(
@@ -53,13 +55,10 @@ class SlideBatches(IterableDataset["list[SlideBatch] | Fault"]):
         self.sequences, self.start, self.stop = sequences, start, stop
         self.rank, self.world_size, self.accumulate = rank, world_size, accumulate
 
-    def __iter__(self) -> Iterator[list[SlideBatch] | Fault]:
+    def __iter__(self) -> Iterator[list[SlideBatch]]:
         parts, first = self.world_size * self.accumulate, self.rank * self.accumulate
-        try:
-            for step in range(self.start, self.stop):
-                yield [self.sequences.batch(step, first + i, parts) for i in range(self.accumulate)]
-        except Fault as fault:
-            yield fault
+        for step in range(self.start, self.stop):
+            yield [self.sequences.batch(step, first + i, parts) for i in range(self.accumulate)]
 
 
 def sequences_of(store: EmbeddingStore, statistics: Statistics, data: SlideData, seed: int) -> SlideSequences:
@@ -124,13 +123,22 @@ class SlideTraining(Training):
             )
             say(f"{len(cells.store.slides)} slides, {what}: {sequences}")
 
-    def batches(self, start: int, stop: int) -> Iterable[list[SlideBatch] | Fault]:
+    def batches(self, start: int, stop: int) -> LoaderProcess:
         # Processes that share slides get the same ones. Each counts their loss once, and so does the sum over all of the
         # numbers that it is divided by; gradients, summed over tokens by sharing and averaged over processes, come out the same.
         together = self.config.data.processes_per_slide
         rank, groups = self.global_rank // together, self.trainer.world_size // together
         batches = SlideBatches(self.sequences, start, stop, rank, groups, self.hardware.accumulate)
-        return load(batches, pin_memory=False)
+        room = shared_memory_room()
+        return LoaderProcess(
+            batches, pin_memory=False, through_pipe=room is not None and self.bytes_on_the_way() > room
+        )
+
+    def bytes_on_the_way(self) -> int:
+        """The most shared memory that this machine's processes need for batches that are filled, prefetched and in use."""
+        sizes, data = self.sequences.packing.sizes, self.config.data
+        tokens = data.batch_tokens or int(sizes.max()) * min(data.batch_size, len(sizes))
+        return STEPS_ON_THE_WAY * self.hardware.devices * tokens * (2 * self.store.width + 32)
 
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start

@@ -1,6 +1,6 @@
 """Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -14,6 +14,7 @@ from data.augment_parameters import Colour
 from data.crops import CropSizes
 from data.fault import Fault
 from data.loader import Batch, Masking, MicroBatch, TileBatches, load
+from data.loader_process import LoaderProcess
 from data.stream import Stream, group_size
 from data.tile_source import TileSource
 from pretrain import init, plugins
@@ -176,7 +177,7 @@ class TileTraining(Training):
                 for sentence in said:
                     say(f"  {sentence}")
 
-    def batches(self, start: int, stop: int) -> Iterable[Batch | Fault]:
+    def batches(self, start: int, stop: int) -> LoaderProcess:
         patch = self.config.model["patch_size"]
         batches = TileBatches(
             self.tiles,
@@ -192,7 +193,7 @@ class TileTraining(Training):
             accumulate=self.hardware.accumulate,
             threads=self.data.threads,
         )
-        return load(batches, pin_memory=self.device.type == "cuda")
+        return load(batches, self.device.type == "cuda", here=self.hardware.devices)
 
     def before_step(self, batch: Batch) -> dict[str, float]:
         for message in batch.bad[: max(0, NAMED_BAD_TILES - self.bad)]:

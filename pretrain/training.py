@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data.fault import Fault
+from data.loader_process import LoaderProcess, ended_by, open_more_files
 from pretrain import alarms, best, checkpoints, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
 from pretrain.losses.precision import wide
@@ -74,6 +75,8 @@ class Training(L.LightningModule, ABC):
         self.hardware: Hardware = config.trainer
         self.step = self.skipped = self.skipped_in_a_row = self.failed_saves = 0
         self.ended_early = self.requeued = False
+        self.asked: int = 0  # the signal that ended it early
+        self.loader: LoaderProcess | None = None
         self.objective: Objective = None  # type: ignore[assignment]  # configure_model builds it, in the run's processes
         # Samples in the present step, and tiles of all processes; a stage whose steps differ says so in before_step.
         self.taken = self.tiles_taken = batch_size
@@ -86,8 +89,8 @@ class Training(L.LightningModule, ABC):
     # What a stage adds -----------------------------------------------------------------------------------------
 
     @abstractmethod
-    def batches(self, start: int, stop: int) -> Iterable[Any]:
-        """This rank's share of the global batches ``start … stop − 1``; an item that is a Fault is raised."""
+    def batches(self, start: int, stop: int) -> LoaderProcess:
+        """A process that makes this rank's share of the global batches ``start … stop − 1``; an item that is a Fault is raised."""
 
     @abstractmethod
     def micro_batches(self, batch: Any) -> Iterable[tuple[Any, int]]:
@@ -149,8 +152,9 @@ class Training(L.LightningModule, ABC):
         self.wandb = Wandb(self.run, self.config) if self.global_rank == 0 else None
         self.progress = Progress(self.optim.steps, self.run.name, "steps", self.step) if self.global_rank == 0 else None
 
-    def train_dataloader(self) -> Iterable[Any]:
-        return self.batches(self.step, self.optim.steps)
+    def train_dataloader(self) -> LoaderProcess:
+        self.loader = self.batches(self.step, self.optim.steps)
+        return self.loader
 
     def on_train_start(self) -> None:
         if asked := self.preemption.asked():  # a signal while starting: there is nothing new to save
@@ -260,7 +264,8 @@ class Training(L.LightningModule, ABC):
             say(
                 f"{self.run}: stopped by {asked.name} after step {self.step} of {self.optim.steps}, {saved}; the same command continues"
             )
-        self.requeued = self.preemption.requeue(self.global_rank == 0)
+        self.asked = asked
+        self.requeued = asked != signal.SIGINT and self.preemption.requeue(self.global_rank == 0)
 
     def position(self) -> int:
         """Samples of the stream that were taken until now; a function of the step, as everything about the data is."""
@@ -452,10 +457,19 @@ def fit(training: Training) -> None:
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     prepare_utilisation(training, trainer)
     began = time.monotonic()
+    open_more_files()
     with signals.listening():
-        trainer.fit(training)
+        try:
+            trainer.fit(training)
+        except RuntimeError as error:
+            if fault := ended_by(error):
+                raise fault from error
+            raise
+        finally:
+            if training.loader is not None:
+                training.loader.end()
         if training.ended_early:
-            preemption.leave(training.requeued, trainer.local_rank)
+            preemption.leave(training.requeued, trainer.local_rank, training.asked)
     if trainer.is_global_zero:
         say(
             f"{training.run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(training.run)}"

@@ -1,0 +1,139 @@
+"""The loader's process: however it ends, the trainer ends with one sentence, and when the trainer ends nothing of it is left.
+
+    loader:  batch, batch, … ──▶ trainer            what goes wrong there travels as the last item, a Fault
+    killed (out of memory, a full /dev/shm) ──▶     torch raises in the trainer: `ended_by`
+    trainer ends, whatever by ──▶ killed            it ignores the signals that ask the trainer to end, and so that of its own exit
+
+A batch travels in shared memory where that has room for what is on its way, else as bytes through a pipe.
+"""
+
+import errno
+import multiprocessing
+import os
+import pickle
+import re
+import resource
+import signal
+import traceback
+from collections.abc import Iterator
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, IterableDataset
+
+from data.fault import Fault
+
+SHARED_MEMORY = Path("/dev/shm")
+FEW_FILES = {errno.EMFILE, errno.ENFILE}
+KILLED = re.compile(
+    r"DataLoader worker \(pid\(?s?\)? (\d+)\) (?:is killed by signal: (\w+(?: \w+)?)|exited unexpectedly)"
+)
+
+
+class LoaderProcess(DataLoader):
+    """``batches``, made in a process of their own; `end` it when nothing more is wanted of it."""
+
+    def __init__(self, batches: IterableDataset, pin_memory: bool, through_pipe: bool = False) -> None:
+        super().__init__(
+            Handed(batches, through_pipe),
+            batch_size=None,
+            num_workers=1,
+            prefetch_factor=2,
+            pin_memory=pin_memory and not through_pipe,
+            worker_init_fn=_settle,
+        )
+        self._through_pipe, self._pinned = through_pipe, pin_memory
+        self._processes: set[BaseProcess] = set()
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        before = set(multiprocessing.active_children())
+        batches = super().__iter__()
+        self._processes = set(multiprocessing.active_children()) - before
+        return map(self._unpacked, batches) if self._through_pipe else batches
+
+    def _unpacked(self, packed: bytes) -> Any:
+        batch = pickle.loads(packed)
+        return batch.pin_memory() if self._pinned and hasattr(batch, "pin_memory") else batch
+
+    def end(self) -> None:
+        """Kill the process: it holds nothing that could be lost."""
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes = set()
+
+
+class Handed(IterableDataset[Any]):
+    """The items of ``batches``, pickled where they go through a pipe, and as the last one a Fault for any error of theirs."""
+
+    def __init__(self, batches: IterableDataset, through_pipe: bool) -> None:
+        self.batches, self.through_pipe = batches, through_pipe
+
+    def __iter__(self) -> Iterator[Any]:
+        for item in self._items():
+            yield pickle.dumps(item, pickle.HIGHEST_PROTOCOL) if self.through_pipe else item
+
+    def _items(self) -> Iterator[Any]:
+        try:
+            yield from self.batches
+        except Exception as error:
+            yield fault_of(error)
+
+
+def fault_of(error: Exception) -> Fault:
+    """What an error in the loader process comes to; the traceback of code that isn't ours to explain goes with it."""
+    if isinstance(error, Fault):
+        return error
+    if isinstance(error, OSError) and error.errno in FEW_FILES:
+        return Fault(
+            f"the loader may open no more files ({error}; the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}); "
+            "raise it, 'ulimit -n 65536', or write fewer, larger shards."
+        )
+    if isinstance(error, MemoryError):
+        return Fault("the loader has no memory left; give the job more, or lower data.batch_size or data.window.")
+    message = traceback.format_exception_only(error)[-1].strip()
+    if isinstance(error, OSError):
+        return Fault(f"the loader can't read on ({message}); mend that, and the same command continues.")
+    return Fault(
+        f"the loader failed with {message}; its traceback is above, and the same command continues once that is mended.",
+        trace="".join(traceback.format_exception(error)),
+    )
+
+
+def ended_by(error: BaseException) -> Fault | None:
+    """The Fault to raise in place of torch's error where that says that a loader process was killed, else None."""
+    found = KILLED.search(str(error)) if isinstance(error, RuntimeError) else None
+    if found is None:
+        return None
+    how = found[2] or "no word"
+    ways_out = {
+        "Killed": "out of memory, most likely: give the job more, or lower data.batch_size or data.window",
+        "Bus error": f"{SHARED_MEMORY} is full: give the container more (docker run --shm-size=8g), or lower data.batch_size",
+    }
+    way_out = ways_out.get(how, "see the system's log for why")
+    return Fault(f"the loader process {found[1]} was ended by {how} ({way_out}); the same command continues.")
+
+
+def shared_memory_room() -> int | None:
+    """Bytes of shared memory that are free on this machine, or None where it has none of Linux's kind."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:
+        return None
+    return found.f_bavail * found.f_frsize
+
+
+def open_more_files() -> None:
+    """Let this process open as many files as it may ask for: the ordinary limit is far below the one that is allowed."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _settle(_: int) -> None:
+    # SLURM signals every process of a job step; only the trainer may decide what a signal means.
+    for name in (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGINT):
+        signal.signal(name, signal.SIG_IGN)
+    open_more_files()
