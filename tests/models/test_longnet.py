@@ -118,7 +118,7 @@ def test_negative_cells_are_refused():
 
 
 @pytest.mark.parametrize("compatible", [False, True])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 3e-6)])
 def test_packed_slides_equal_each_slide_alone_with_dropout_on(compatible, dtype, tolerance):
     network = small(compatible=compatible).to(dtype)
     tokens, cells, lengths = slides([5, 33, 1, 40])
