@@ -31,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.storage import WriteResult
 
 from data.fault import Fault
+from pretrain.teacher import local
 from pretrain.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
 PARTIAL = ".partial"
@@ -108,6 +109,14 @@ class Writer(dcp.FileSystemWriter):
             milestone = self.milestones and step_of(old) % self.milestones == 0
             if not (milestone or is_best(old)):
                 _remove(old)
+
+
+def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
+    """Whether every number that this rank's part of a checkpoint would hold is finite: weights, statistics, moments."""
+    moments = (value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor))
+    parts = [local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers(), *moments)]
+    finite = [part.isfinite().all() for part in parts if part.is_floating_point() and part.numel()]
+    return not finite or bool(torch.stack([flag.cpu() for flag in finite]).all())
 
 
 def contents(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:

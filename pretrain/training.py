@@ -141,7 +141,6 @@ class Training(L.LightningModule, ABC):
             self._check_data(newest)
             state = checkpoints.load(newest, self.objective, self._optimiser())
             self.step, self.skipped = state["step"], state["skipped"]
-            self.skipped_in_a_row = state.get("skipped_in_a_row", 0)  # which older checkpoints don't say
         self.saver = Saver(self.run, self.hardware.keep_checkpoints, self.hardware.keep_every)
         self.preemption = Preemption()
         self.record = Record(self.run, self.step) if self.global_rank == 0 else None
@@ -199,6 +198,11 @@ class Training(L.LightningModule, ABC):
             self._judge(figures)
         if due and not asked:
             self._save(wait=last or self.trainer.should_stop)
+            if last and (why := self._unfit()):
+                raise Fault(
+                    f"{self.run} is not done: of its last step, {self.step}, there is no checkpoint, since {why}; {self._newest_said()}: "
+                    "go on with a lower optim.lr and allow_changes=true, or look at the data."
+                )
         elif not due:
             self._heed(self.saver.outcome())
         if looks or due:
@@ -224,7 +228,6 @@ class Training(L.LightningModule, ABC):
         state = {
             "samples": self.position(),
             "skipped": self.skipped,
-            "skipped_in_a_row": self.skipped_in_a_row,
             "config": self.hash,
             "data": self.data_digest(),
             "settings": asdict(self.config),
@@ -234,14 +237,33 @@ class Training(L.LightningModule, ABC):
 
     def _save(self, wait: bool) -> None:
         """Have a checkpoint of this moment written, beside training or waited for; the best one there is, is marked before it
-        could be swept away."""
+        could be swept away. None is written while steps are skipped, or of numbers that aren't finite: it would push out one that can
+        be gone on from."""
         self._heed(self.saver.wait())
         self._mark_best()
+        if why := self._unfit():
+            if self.global_rank == 0:
+                say(f"{self.run}: no checkpoint of step {self.step}, since {why}; {self._newest_said()}")
+            return
         if wait:
             self.saver.save(*self._checkpoint())
             self._mark_best()
         else:
             self.saver.begin(*self._checkpoint())
+
+    def _unfit(self) -> str | None:
+        """Why this moment must not become a checkpoint, on all ranks alike, or None."""
+        if self.skipped_in_a_row:
+            return "its step was skipped"
+        if int(
+            total(torch.tensor(int(not checkpoints.is_finite(self.objective, self._optimiser())), device=self.device))
+        ):
+            return "its weights or the optimiser's moments are not finite"
+        return None
+
+    def _newest_said(self) -> str:
+        newest = checkpoints.newest(self.run)
+        return f"the newest finite one is {newest}" if newest else "there is none before it"
 
     def _mark_best(self) -> None:
         if self.global_rank == 0:
@@ -332,7 +354,8 @@ class Training(L.LightningModule, ABC):
         if self.skipped_in_a_row > self.optim.max_skipped:
             raise Fault(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more than "
-                f"optim.max_skipped={self.optim.max_skipped}; the last checkpoint is good: lower optim.lr, or look at the data."
+                f"optim.max_skipped={self.optim.max_skipped}; {self._newest_said()}: go on with a lower optim.lr and allow_changes=true, "
+                "or look at the data."
             )
 
     def _optimiser(self) -> torch.optim.Optimizer:

@@ -26,6 +26,7 @@ from launch.entry import main
 from pretrain import checkpoints
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run_folder import digest, read_config, read_metrics
+from pretrain.training import Training
 from tests.data.tile_folders import spoil, write_tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -457,6 +458,7 @@ def test_a_skipped_step_leaves_every_weight_and_centre_as_it_was(
     tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, {2, 3})
+    monkeypatch.setattr(Training, "_unfit", lambda self: None)  # or there were no checkpoint to look at
     main(command(tile_shards, tmp_path / "run", *WAYS["everything"], "trainer.keep_checkpoints=0"))
     second, fourth = (checkpoints.read(tmp_path / "run" / "checkpoints" / f"step-0000000{step}", "") for step in (2, 4))
     assert all(torch.equal(second[name], fourth[name]) for name in second)
@@ -468,6 +470,31 @@ def test_too_many_skipped_steps_stop_the_run(
     poison(monkeypatch, {2, 3, 4, 5})
     line = refused(command(tile_shards, tmp_path / "run", "optim.max_skipped=2"), capsys)
     assert "3 steps in a row" in line and "optim.max_skipped=2" in line
+
+
+def test_a_run_that_diverges_keeps_a_finite_checkpoint_and_goes_on_from_it_with_a_lower_rate(
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    every = ["trainer.checkpoint_every=1", "trainer.keep_checkpoints=1"]
+    with monkeypatch.context() as context:
+        poison(context, set(range(3, STEPS)))
+        line = refused(command(tile_shards, run, *every), capsys)
+    assert "is not done" in line and "step-00000003" in line
+    assert [path.name for path in checkpoints.published(run)] == ["step-00000003"]
+    main(command(tile_shards, run, *every, "optim.lr=1e-5", "allow_changes=true"))
+    assert checkpoints.step_of(checkpoints.published(run)[-1]) == STEPS
+    assert all(tensor.isfinite().all() for tensor in weights(run).values())
+
+
+def test_weights_that_are_not_finite_are_never_published(
+    tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    line = refused(
+        command(tile_shards, run, "trainer.checkpoint_every=1", "optim.lr=1e39", "optim.warmup_steps=0"), capsys
+    )
+    assert "is not done" in line and not checkpoints.published(run)
 
 
 def test_wandb_offline_writes_its_folder_and_off_writes_none(
