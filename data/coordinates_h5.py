@@ -14,7 +14,6 @@ reading squares of the wrong size. Ours, beside them: ``mpp, mpp_level0, tile_si
 """
 
 import io
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import numpy as np
 
 from data.coordinates import TileGrid
 from data.fault import Fault
+from data.files import write_whole
 from data.h5_files import opened
 from data.remote import RemotePath
 from data.tiling import KEPT, VERDICTS, Tiling
@@ -51,7 +51,6 @@ def coordinates_path(folder: Path, slide: str) -> Path:
 def write_tiling(folder: Path, tiling: Tiling) -> None:
     """Write ``<folder>/coordinates/<slide>_patches.h5``; it appears only when it is whole."""
     path = coordinates_path(folder, tiling.slide)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     grid = tiling.grid
     x, y, tissue = tiling.tiles(KEPT)
     attributes: dict[str, object] = {
@@ -94,8 +93,7 @@ def write_tiling(folder: Path, tiling: Tiling) -> None:
         file.create_dataset("share", data=tiling.tissue.astype(np.float16), compression="gzip")
         if tiling.places is not None:
             file.create_dataset("places", data=tiling.places, compression="gzip")
-    partial.write_bytes(whole.getbuffer())
-    partial.replace(path)
+    write_whole(path, whole.getvalue())
 
 
 def read_tiling(path: Path | RemotePath) -> Tiling:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.fault import Fault
+from data.files import appearing
 
 ALIGNMENT = 64
 FACTS = b"slidewright"  # the key of an index's own facts in its schema's metadata
@@ -96,9 +97,8 @@ def write_index(path: Path, entries: list[Entry], facts: PartFacts | None) -> No
     schema = pa.schema([(field.name, kinds[field.type]) for field in fields(Entry)])
     if facts is not None:
         schema = schema.with_metadata({FACTS: json.dumps(asdict(facts)).encode()})
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries], schema=schema), partial)
-    partial.replace(path)
+    with appearing(path) as partial:
+        pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries], schema=schema), partial)
 
 
 def read_facts(folder: Path) -> dict[int, PartFacts]:

@@ -8,7 +8,6 @@ A slide counts as added when its line is in the journal, so a kill leaves every 
 past the last line are cut off when writing goes on. Parts let the tasks of a job array write into one store, each its own.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -22,6 +21,8 @@ import numpy as np
 from data.coordinates import cell_of, row_major
 from data.embedding_index import MERGED, Entry, PartFacts, read_entries, read_index, write_index
 from data.fault import Fault
+from data.files import create_whole, make_folder, refused
+from data.lease import hold
 
 FILE_BYTES = 2**32  # a new data file is begun once one is this large
 
@@ -59,16 +60,11 @@ class EmbeddingWriter:
         self.folder, self.width, self.part, self.parts = Path(folder), width, part, parts
         self.encoder, self.encoder_hash = encoder, encoder_hash
         self._finished, self._without = False, dict[str, str]()
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
         claim(self.folder, {"format": 1, "width": width, "encoder": encoder, "encoder_hash": encoder_hash})
-        self._journal = open(self.folder / f"journal-{part}.jsonl", "ab")  # noqa: SIM115
-        try:
-            fcntl.flock(self._journal, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            self._journal.close()
-            raise Fault(
-                f"{self.folder}: another process is writing part {part} of these embeddings; wait for it, or end it."
-            ) from error
+        self._lease = hold(self.folder, f".lease-{part}", f"another process, of part {part} of these embeddings,")
+        # Unbuffered: a line that the disk refused isn't tried again behind our back.
+        self._journal = open(self.folder / f"journal-{part}.jsonl", "ab", buffering=0)  # noqa: SIM115
         _cut_torn_line(self.folder / f"journal-{part}.jsonl")
         self._entries = read_entries(self.folder)
         self._cut_unfinished()
@@ -99,7 +95,7 @@ class EmbeddingWriter:
         tile_size_level0, tile_size: a tile's side in level-0 and in delivered pixels; mpp: µm per delivered pixel; slide_width,
         slide_height: of level 0, in pixels; source: the slide's file. Those with a default have it where they aren't known.
         On return its bytes and its line are on disk. Raises Fault for values that float16 can't hold (NaN, infinity, beyond
-        65504), ValueError for shapes that don't fit or a slide that is there already.
+        65504), Refused where the disk does, ValueError for shapes that don't fit or a slide that is there already.
         """
         if slide in self._entries:
             raise ValueError(f"{slide} is in {self.folder} already; ask done() first")
@@ -133,17 +129,19 @@ class EmbeddingWriter:
             slide_height,
             source,
         )
-        with open(self._file, "r+b" if self._file.exists() else "w+b") as file:
-            file.seek(entry.offset)
-            file.write(half.tobytes())
-            file.seek(entry.coordinates_offset(self.width))
-            file.write(coordinates[order].astype("<i8").tobytes())
-            file.truncate(entry.end(self.width))
-            file.flush()
-            os.fsync(file.fileno())
-        self._journal.write((json.dumps(asdict(entry)) + "\n").encode())
-        self._journal.flush()
-        os.fsync(self._journal.fileno())
+        try:
+            with open(self._file, "r+b" if self._file.exists() else "w+b") as file:
+                file.seek(entry.offset)
+                file.write(half.tobytes())
+                file.seek(entry.coordinates_offset(self.width))
+                file.write(coordinates[order].astype("<i8").tobytes())
+                file.truncate(entry.end(self.width))
+                file.flush()
+                os.fsync(file.fileno())
+            self._journal.write((json.dumps(asdict(entry)) + "\n").encode())
+            os.fsync(self._journal.fileno())
+        except OSError as error:
+            raise refused(self._file, error) from error
         self._entries[slide] = entry
         self._advance(entry)
 
@@ -155,12 +153,17 @@ class EmbeddingWriter:
         """Write this part's index and drop its journal; harmless when repeated."""
         if self._journal.closed:
             return
-        merged = {entry.slide for entry in read_index(self.folder / MERGED)} if (self.folder / MERGED).exists() else ()
-        own = [entry for entry in self._entries.values() if entry.part == self.part and entry.slide not in merged]
-        facts = PartFacts(self.part, self.parts, self._finished, self._without)
-        write_index(self.folder / f"index-{self.part}.parquet", own, facts)
-        os.ftruncate(self._journal.fileno(), 0)
-        self._journal.close()
+        try:
+            merged = (
+                {entry.slide for entry in read_index(self.folder / MERGED)} if (self.folder / MERGED).exists() else ()
+            )
+            own = [entry for entry in self._entries.values() if entry.part == self.part and entry.slide not in merged]
+            facts = PartFacts(self.part, self.parts, self._finished, self._without)
+            write_index(self.folder / f"index-{self.part}.parquet", own, facts)
+            os.ftruncate(self._journal.fileno(), 0)
+        finally:
+            self._journal.close()
+            self._lease.end()
 
     def __enter__(self) -> "EmbeddingWriter":
         return self
@@ -265,14 +268,7 @@ def claim(folder: Path, about: dict[str, object], name: str = "store.json") -> N
     """
     path = folder / name
     if not path.exists():
-        partial = folder / f".{name}.{os.getpid()}"
-        partial.write_text(json.dumps(about))
-        try:
-            os.link(partial, path)  # fails where another writer was first
-        except FileExistsError:
-            pass
-        finally:
-            partial.unlink()
+        create_whole(path, json.dumps(about))
     there = _about(path)
     if there != about:
         raise Fault(

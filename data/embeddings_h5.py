@@ -18,6 +18,7 @@ import torch
 
 from data.embeddings import EmbeddingStore, SlideEmbeddings
 from data.fault import Fault
+from data.files import appearing
 
 
 def export_trident(store: EmbeddingStore, slide: str, folder: Path) -> None:
@@ -44,10 +45,8 @@ def export_clam(store: EmbeddingStore, slide: str, folder: Path) -> None:
     found = store.read(slide)
     features = found.embeddings.astype(np.float32)
     tensor = folder / "pt_files" / f"{slide}.pt"
-    tensor.parent.mkdir(parents=True, exist_ok=True)
-    partial = tensor.with_name(f".{tensor.name}.partial")
-    torch.save(torch.from_numpy(features), partial)
-    partial.replace(tensor)
+    with appearing(tensor) as partial:
+        torch.save(torch.from_numpy(features), partial)
     with _whole(folder / "h5_files" / f"{slide}.h5") as file:
         file.create_dataset("features", data=features).attrs.update(_encoder(store))
         coords = file.create_dataset("coords", data=found.coordinates)
@@ -109,8 +108,5 @@ def _ours(found: SlideEmbeddings) -> dict[str, object]:
 @contextmanager
 def _whole(path: Path) -> Iterator[h5py.File]:
     """An h5 to fill, which appears under its name only when it is whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    with h5py.File(partial, "w") as file:
+    with appearing(path) as partial, h5py.File(partial, "w") as file:
         yield file
-    partial.replace(path)

@@ -10,6 +10,7 @@ from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
 from data.fault import Fault
+from data.files import Refused
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
@@ -20,7 +21,7 @@ def in_processes(
 ) -> Iterator[tuple[Job, Result | Fault]]:
     """Yield (job, its result or the Fault it raised) as they are done, in no particular order.
 
-    Other exceptions are raised here. A job whose process dies (a crash inside a C library, out of memory) yields a Fault as well: after a
+    Other exceptions, and Refused, are raised here. A job whose process dies (a crash inside a C library, out of memory) yields a Fault as well: after a
     crash the unfinished jobs that were running are repeated one by one, each in its own process, to learn whose fault it was. With one worker or one
     job everything runs in this process. Workers end when this process does, however it ends.
     """
@@ -56,6 +57,8 @@ def in_processes(
 def _attempt(function: Callable[[Job], Result], job: Job) -> Result | Fault:
     try:
         return function(job)
+    except Refused:
+        raise
     except Fault as fault:
         return fault
 

@@ -7,16 +7,16 @@ A part of a job array (`data.job_array`) has its own: ``plan-003-of-040.json``. 
 """
 
 import csv
-import fcntl
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from data import lease
 from data.fault import Fault
+from data.files import appearing, write_whole
+from data.lease import Lease
 from data.shards import Part, Shard
 from data.tiling import Tiling
 
@@ -93,7 +93,7 @@ def load_plan(out: Path, state: str = "") -> tuple[dict[str, Any], list[Shard]]:
 def save_plan(out: Path, settings: dict[str, Any], shards: list[Shard], state: str = "") -> None:
     """Write ``plan.json``, whole or not at all."""
     planned = [{"name": shard.name, "parts": [[p.slide, p.first, p.last] for p in shard.parts]} for shard in shards]
-    _write(out / f"plan{state}.json", json.dumps({"settings": settings, "shards": planned}))
+    write_whole(out / f"plan{state}.json", json.dumps({"settings": settings, "shards": planned}))
 
 
 def load_rows(out: Path, state: str = "") -> dict[str, SlideRow]:
@@ -113,27 +113,12 @@ def load_rows(out: Path, state: str = "") -> dict[str, SlideRow]:
 def save_rows(out: Path, rows: dict[str, SlideRow], state: str = "") -> None:
     """Write ``slides.csv``, whole or not at all, sorted by slide id."""
     path = out / f"slides{state}.csv"
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("w", newline="") as file:
+    with appearing(path) as partial, partial.open("w", newline="") as file:
         table = csv.DictWriter(file, [field.name for field in fields(SlideRow)])
         table.writeheader()
         table.writerows(asdict(rows[slide]) for slide in sorted(rows))
-    partial.replace(path)
 
 
-@contextmanager
-def alone(out: Path, state: str = "") -> Iterator[None]:
+def alone(out: Path, state: str = "") -> AbstractContextManager[Lease]:
     """Hold the folder for this process. Raises Fault where another one is writing to it; ends with the process, however that ends."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / f".lock{state}").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise Fault(f"another 'pretrain shard' is writing to {out}: wait for it, or choose another out=") from error
-        yield
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text)
-    partial.replace(path)
+    return lease.alone(out, f".lease{state}", "another 'pretrain shard'")

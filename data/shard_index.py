@@ -26,6 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.fault import Fault
+from data.files import appearing
 from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names
 from data.tar_members import DamagedTar, members
 
@@ -247,14 +248,12 @@ def write_index(
 ) -> None:
     """Write ``index.npz``: ``columns`` piece by piece, one piece a shard, then ``runs`` and ``meta``; whole or not at all."""
     path = folder / "index.npz"
-    partial = path.with_name(f".index.npz.{os.getpid()}")
-    with zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with appearing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for name in COLUMNS:
             _write_column(archive, name, dtypes[name], int(runs["file_start"][-1]), columns[name])
         for name in RUNS:
             _write_column(archive, name, runs[name].dtype, len(runs[name]), [runs[name]])
         archive.writestr("meta.json", json.dumps(meta))
-    publish(partial, path)
 
 
 def _recorded(folder: Path, records: list[dict[str, Any]], column: str) -> Iterator[np.ndarray]:
@@ -305,22 +304,8 @@ def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[s
     for column in COLUMNS:
         digest.update(columns[column].astype("<i8").tobytes())
     path = record_path(folder, name)
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    with partial.open("wb") as file:
+    with appearing(path) as partial, partial.open("wb") as file:
         np.savez(file, facts=np.array(json.dumps(facts | {"digest": digest.hexdigest()})), **columns)  # type: ignore[arg-type]
-    publish(partial, path)
-
-
-def publish(partial: Path, path: Path) -> None:
-    """Give a finished file its name, so that after a power cut there is the whole file or none."""
-    with partial.open("rb") as file:
-        os.fsync(file.fileno())
-    partial.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:

@@ -9,7 +9,6 @@ minute of small ones; slides whose tissue was found are not looked at again.
 
 import json
 import math
-import os
 import tarfile
 import zlib
 from dataclasses import dataclass, field
@@ -22,7 +21,8 @@ import numpy as np
 from data.coordinates_h5 import coordinates_path, read_tiling
 from data.cutting import cut_tiles
 from data.fault import Fault
-from data.shard_index import CHECKSUMS, COLUMNS, SPOILT, publish, record_path, write_record
+from data.files import appearing
+from data.shard_index import CHECKSUMS, COLUMNS, SPOILT, record_path, write_record
 from data.tar_members import BLOCK, member_header
 from data.tiling import KEPT, Tiling
 
@@ -104,12 +104,11 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
     """
     written = Written(shard.name)
     path = folder / f"{shard.name}.tar"
-    partial = folder / f".{path.name}.{os.getpid()}"
     rows: list[tuple[int, ...]] = []
     slides: list[dict[str, Any]] = []
     counts: list[int] = []
     rejected: list[tuple[str, int, int, int]] = []
-    try:
+    with appearing(path) as partial:
         with partial.open("wb", buffering=1 << 20) as raw:
             tar = TarWriter(raw)
             for part in shard.parts:
@@ -126,23 +125,17 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
                 counts.append(len(rows) - before)
             tar.finish()
         written.tiles, written.size = len(rows), partial.stat().st_size
-        if not slides:
-            return written
-        if rows:
-            publish(partial, path)
-        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
-        columns = {name: table[:, position] for position, name in enumerate((*COLUMNS, *CHECKSUMS))}
-        facts = {
-            "file": path.name, "size": written.size, "longest": int(table[:, 1].max(initial=0)), "slides": slides, "counts": counts,
-            "rejected": rejected, "failed": written.failed,
-        }  # fmt: skip
-        write_record(folder, shard.name, facts, columns)
-    except OSError as error:
-        raise Fault(
-            f"writing {path} failed ({error.strerror or error}): make room or fix the disk, then run the same command again"
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+        if not rows:
+            partial.unlink()
+    if not slides:
+        return written
+    table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+    columns = {name: table[:, position] for position, name in enumerate((*COLUMNS, *CHECKSUMS))}
+    facts = {
+        "file": path.name, "size": written.size, "longest": int(table[:, 1].max(initial=0)), "slides": slides, "counts": counts,
+        "rejected": rejected, "failed": written.failed,
+    }  # fmt: skip
+    write_record(folder, shard.name, facts, columns)
     return written
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.fault import Fault
+from data.files import appearing
 
 ABOUT = "slide_store.json"
 KINDS = ("mean_tiles", "pooled", "cls", "pooled_layers", "cls_layers")
@@ -38,9 +39,8 @@ def add_rows(folder: Path, part: int, rows: list[dict[str, object]]) -> None:
     for kind in KINDS:
         values = np.stack([np.asarray(row[kind], np.float32).ravel() for row in rows])
         columns[kind] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
-    partial = path.with_name(f".{path.name}.partial")
-    pq.write_table(pa.table(columns), partial)
-    partial.replace(path)
+    with appearing(path) as partial:
+        pq.write_table(pa.table(columns), partial)
 
 
 def read_slide_features(folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:

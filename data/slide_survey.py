@@ -20,6 +20,7 @@ from typing import Any
 
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from data.fault import Fault
+from data.files import write_whole
 from data.given_tiles import Left, find_coordinates, given_tiles
 from data.keyed import rng
 from data.parallel import in_processes
@@ -128,6 +129,4 @@ def _write(folder: Path, names: dict[Path, str], found: dict[Path, Tiling | Faul
         digest.update((tiling.verdict == KEPT).tobytes())
     kept: dict[str, Any] = {"settings": asdict(settings), "slides": slides, "files": files, "tiles": tiles,
                             "left_out": left_out, "digest": digest.hexdigest()}  # fmt: skip
-    partial_ = folder / f".survey.json.{os.getpid()}"
-    partial_.write_text(json.dumps(kept, indent=1, ensure_ascii=False))
-    partial_.replace(folder / "survey.json")
+    write_whole(folder / "survey.json", json.dumps(kept, indent=1, ensure_ascii=False))

@@ -1,7 +1,6 @@
 """The mean and standard deviation of each embedding dimension over a store, to which prediction targets are standardised."""
 
 import json
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from data.embeddings import EmbeddingStore
 from data.fault import Fault
+from data.files import write_whole
 
 ROWS = 4096  # read at a time
 MOST = (
@@ -49,9 +49,7 @@ class Statistics:
 
     def save(self, path: Path) -> None:
         """Write them as JSON, exactly."""
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps({"rows": self.rows, "mean": self.mean.tolist(), "std": self.std.tolist()}))
-        partial.replace(path)
+        write_whole(path, json.dumps({"rows": self.rows, "mean": self.mean.tolist(), "std": self.std.tolist()}))
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":

@@ -5,7 +5,6 @@ The result is a `Tiling`: the grid, and for every cell whether its tile is kept,
 slide to show where its tiles are.
 """
 
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,7 @@ from PIL import Image
 
 from data.coordinates import TileGrid, plan_grid
 from data.fault import Fault
+from data.files import write_whole
 from data.slides import Slide
 from data.tissue import RULES, TissueRule, is_fluorescence, pen, shares
 
@@ -137,9 +137,7 @@ def downsample_for(rule: TissueRule, grid: TileGrid, levels: Sequence[float]) ->
 
 def write_thumbnail(path: Path, image: np.ndarray) -> None:
     """Save a thumbnail (H, W, 3) uint8 as JPEG; it appears under its name only when it is whole."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_bytes(simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=85))
-    partial.replace(path)
+    write_whole(path, simplejpeg.encode_jpeg(np.ascontiguousarray(image), quality=85))
 
 
 def _shrunk(image: np.ndarray, factor: float) -> np.ndarray:

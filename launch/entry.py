@@ -7,6 +7,7 @@ from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, run_here
 from pretrain import cli, plugins
+from pretrain.launched import rank
 
 
 def main(arguments: list[str]) -> None:
@@ -36,7 +37,7 @@ def main(arguments: list[str]) -> None:
             raise
         # Somebody else's traceback is the one to read; whoever started the ranks shows it.
         print(
-            f"pretrain: rank {failures.rank()} stopped because another did; what broke here is in {file}",
+            f"pretrain: rank {rank()} stopped because another did; what broke here is in {file}",
             file=sys.stderr,
         )
         sys.exit(1)

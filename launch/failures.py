@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 from data.fault import Fault
+from pretrain.launched import rank
 
 LOGS = "PRETRAIN_LOGS"
 """The variable of the environment that names the folder; unset where one process runs alone on a console."""
@@ -25,14 +26,6 @@ LOGS = "PRETRAIN_LOGS"
 BROKEN = re.compile(
     r"gloo|NCCL|Connection (closed|reset|refused) by peer|Broken pipe|Socket Timeout|TCPStore", re.IGNORECASE
 )
-
-
-def rank() -> int | None:
-    """This process's number among those that run one command together, or None where it is the only one."""
-    for name in ("RANK", "SLURM_PROCID"):
-        if name in os.environ:
-            return int(os.environ[name])
-    return None
 
 
 def attempt() -> int:

@@ -23,6 +23,7 @@ from pretrain.preemption import EXIT_CODE
 from pretrain.settings import Composed
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
+INTERACTIVE = ("bash", "interactive")  # names of jobs that Lightning takes for a person's shell
 PATIENCE = 5.0  # seconds that the other ranks have to end by themselves after one has failed
 
 
@@ -31,6 +32,8 @@ class Local(Launcher):
     """This machine."""
 
     def launch(self, composed: Composed) -> None:
+        if trains(composed):
+            refuse_without_srun()
         if not trains(composed) or is_a_rank() or composed.tree.trainer.devices < 2:
             run_here(composed)
             return
@@ -45,8 +48,29 @@ class Local(Launcher):
 
 def is_a_rank() -> bool:
     """Whether something else has started this process as one of several: torchrun, srun, or this module."""
-    by_srun = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in ("bash", "interactive")
+    by_srun = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
     return "LOCAL_RANK" in os.environ or by_srun
+
+
+def refuse_without_srun() -> None:
+    """Raise Fault in an allocation of several tasks where nobody started them: Lightning would take this process for one of them."""
+    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    if (
+        tasks > 1
+        and not is_step()
+        and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
+        and "LOCAL_RANK" not in os.environ
+    ):
+        raise Fault(
+            f"this is a SLURM allocation of {tasks} tasks, and srun didn't start this process: put srun before the command, "
+            "let launch=slurm write the job, or 'unset SLURM_NTASKS' to train with this one."
+        )
+
+
+def is_step() -> bool:
+    """Whether srun started this process; the steps of a job's own script and of its shells have numbers near 2³²."""
+    step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
+    return step.isdigit() and int(step) < 2**32 - 16
 
 
 def run_together(composed: Composed, logs: Path) -> None:

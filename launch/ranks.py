@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launch import failures
+from pretrain.launched import rank
 
 PARENT = "PRETRAIN_PARENT"
 """The variable of the environment with the number of a pipe whose other end is held by the process that started the ranks."""
@@ -34,7 +35,7 @@ def settle() -> None:
 
     The first rank keeps its console and copies it to its log; the others write to theirs only. Under SLURM srun does that.
     """
-    number = failures.rank()
+    number = rank()
     if number is None or failures.LOGS not in os.environ:
         return
     if PARENT in os.environ:

@@ -5,8 +5,8 @@ import subprocess
 from pathlib import Path
 
 from data.fault import Fault
+from data.files import write_whole
 from pretrain.progress import say
-from pretrain.run_folder import write
 
 
 def submit(path: Path, text: str, logs: Path) -> str:
@@ -15,7 +15,7 @@ def submit(path: Path, text: str, logs: Path) -> str:
         raise Fault(
             "sbatch is not here: launch=slurm is for a cluster's login node; launch.dry_run=true prints the script, launch=local runs here."
         )
-    write(path, text)
+    write_whole(path, text)
     logs.mkdir(parents=True, exist_ok=True)  # SLURM doesn't, and a job whose log can't be opened ends without a word
     answer = subprocess.run(["sbatch", "--parsable", str(path)], capture_output=True, text=True)
     if answer.returncode:

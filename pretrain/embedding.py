@@ -12,6 +12,7 @@ from torch import Tensor
 from data.embedding_sources import Pixels, SlideTiles, TileSource, stacks
 from data.embeddings import EmbeddingWriter
 from data.fault import Fault
+from data.files import Refused
 from pretrain.ahead import map_ahead
 from pretrain.progress import Progress, say
 
@@ -76,6 +77,8 @@ def embed_slides(
                 tiles.slide, half.vectors[half.whole], tiles.coordinates[half.whole], tiles.tile_size_level0, tiles.mpp,
                 tile_size=tiles.tile_size, slide_width=tiles.slide_width, slide_height=tiles.slide_height, source=tiles.source,
             )  # fmt: skip
+        except Refused:
+            raise
         except Fault as fault:
             fail(tiles.slide, fault)
         progress.advance(1, tiles.slide)

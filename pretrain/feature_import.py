@@ -6,6 +6,7 @@ from pathlib import Path
 from data.embeddings import EmbeddingWriter
 from data.fault import Fault
 from data.feature_files import import_features, maker, width
+from data.files import Refused
 from data.slides import Slide
 from pretrain.progress import say, track
 
@@ -60,6 +61,8 @@ def take_over(
                 slide, found.embeddings, found.coordinates, found.tile_size_level0, found.mpp,
                 tile_size=found.tile_size, slide_width=found.slide_width, slide_height=found.slide_height,
             )  # fmt: skip
+        except Refused:
+            raise
         except Fault as fault:
             failed[slide] = str(fault)
             say(f"left out: {fault}")

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from data.fault import Fault
+from data.files import write_whole
 from pretrain import run_folder
 from pretrain.alarms import Alarm
 from pretrain.progress import say
@@ -78,7 +79,7 @@ class Wandb:
             mode = "offline"
         path = run / "wandb_id.txt"
         if not path.exists():
-            run_folder.write(path, secrets.token_hex(4))
+            write_whole(path, secrets.token_hex(4))
         self.run = wandb.init(
             project=settings.project, name=run.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
             mode=mode, dir=str(run), config=asdict(config),  # type: ignore[arg-type]

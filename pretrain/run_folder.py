@@ -9,13 +9,13 @@ through, and provenance.json keeps what changed.
 
 import hashlib
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,7 +24,10 @@ from typing import Any
 import yaml
 
 from data.fault import Fault
+from data.files import make_folder, write_whole
+from data.lease import Lease, alone
 from pretrain import checkpoints
+from pretrain.launched import rank
 from pretrain.progress import say
 
 # What may differ between two starts of one run: where and how fast it runs and what it says, not what it computes.
@@ -32,6 +35,19 @@ FREE = re.compile(
     r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_changes$|data\.(threads|processes_per_slide)$|model\.attention$"
 )
 PACKAGES = ("slidewright", "torch", "torchvision", "lightning", "timm", "webdataset", "openslide-python", "numpy")
+
+
+@contextmanager
+def held(run: Path) -> Iterator[Lease | None]:
+    """Hold a run's folder for the processes of this run while a block runs; the first of them does, and has the lease.
+
+    Raises Fault, which ends the others too, where another job is training there.
+    """
+    if rank():
+        yield None
+        return
+    with alone(run, doing="another job") as lease:
+        yield lease
 
 
 def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
@@ -54,8 +70,8 @@ def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
             say(f"{run} goes on under other settings: {shown}")
     if first_rank:
         for name in ("checkpoints", "samples"):
-            (run / name).mkdir(parents=True, exist_ok=True)
-        write(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
+            make_folder(run / name)
+        write_whole(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         _add_start(run, data, changes)
     return digest(settings)
 
@@ -90,14 +106,6 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a small file in one step: whole or as it was."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)
-
-
 def read_config(run: Path) -> dict[str, Any]:
     """A run's resolved configuration. Raises Fault where ``run`` is no run's folder."""
     path = run / "config.yaml"
@@ -121,7 +129,7 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
 def rewind_metrics(run: Path, step: int) -> None:
     """Drop what was recorded after ``step``: the steps that are about to be taken again."""
     kept: Iterable[dict[str, Any]] = [record for record in read_metrics(run) if record["step"] <= step]
-    write(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+    write_whole(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
 
 
 def _add_start(run: Path, data: str, changes: dict[str, tuple[Any, Any]]) -> None:
@@ -137,7 +145,7 @@ def _add_start(run: Path, data: str, changes: dict[str, tuple[Any, Any]]) -> Non
             **software(),
         }
     )
-    write(path, json.dumps({"starts": starts}, indent=1))
+    write_whole(path, json.dumps({"starts": starts}, indent=1))
 
 
 def software() -> dict[str, Any]:

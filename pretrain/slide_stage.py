@@ -12,11 +12,12 @@ from torch.utils.data import IterableDataset
 
 from data.embeddings import EmbeddingStore
 from data.fault import Fault
+from data.files import write_whole
+from data.lease import once
 from data.loader_process import LoaderProcess, shared_memory_room
 from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
 from models.sequence_parallel import Group
-from pretrain import run_folder
 from pretrain.across_ranks import total, world_size
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan import operations
@@ -85,12 +86,14 @@ class SlideTraining(Training):
         super().__init__(run, config, make_objective, config.data.batch_size)
         self.store = store
         statistics = run / "statistics.json"
-        if not statistics.exists():  # written before Lightning starts further processes, which then read it
-            run.mkdir(parents=True, exist_ok=True)
+
+        def make() -> None:
             say(f"reading {store.folder} once through, for the mean and the spread of its embeddings")
             about = {"encoder": store.encoder, "encoder_hash": store.encoder_hash, "width": store.width}
-            run_folder.write(run / TILE_ENCODER, json.dumps(about))
+            write_whole(run / TILE_ENCODER, json.dumps(about))
             Statistics.of(store).save(statistics)
+
+        once(statistics, make)
         self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed)
 
     def data_digest(self) -> str:

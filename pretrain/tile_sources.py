@@ -2,14 +2,16 @@
 
 import os
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from data.fault import Fault
+from data.lease import once
 from data.mixture import Mixture
-from data.slide_survey import Surveyed, known_survey, survey_slides
+from data.slide_survey import known_survey, survey_slides
 from data.slide_tiles import SlideTiles
 from data.slides import list_slides
 from data.tile_source import TileSource
@@ -56,7 +58,9 @@ class OnlineSlides(Mixture):
         for scale in mpp:
             settings = TilingSettings(scale, tile_size, tissue, least)
             folder = Path(grids) / f"{scale:g}um-{tile_size}px"
-            surveyed = known_survey(folder, paths, settings) or _survey(folder, paths, settings, slides_mpp, workers)
+            once(folder / "survey.json", partial(_survey, folder, paths, settings, slides_mpp, workers))
+            surveyed = known_survey(folder, paths, settings)
+            assert surveyed is not None
             if not surveyed.slides:
                 raise Fault(
                     f"none of the {len(paths)} slides gives a tile at {scale:g} µm/px; {folder}/survey.json says why."
@@ -108,7 +112,7 @@ def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 def _survey(
     folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: float | None, workers: int | None
-) -> Surveyed:
+) -> None:
     looked_at = survey_slides(folder, paths, settings, slides_mpp, workers or len(os.sched_getaffinity(0)))
     left_out = 0
     for _, result in track(looked_at, len(paths), f"finding tissue at {settings.mpp:g} µm/px", "slides"):
@@ -118,6 +122,3 @@ def _survey(
                 say(f"left out: {result}")
     if left_out > NAMED:
         say(f"… and {left_out - NAMED} more slides are left out; {folder}/survey.json names them all")
-    surveyed = known_survey(folder, paths, settings)
-    assert surveyed is not None
-    return surveyed

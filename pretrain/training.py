@@ -26,6 +26,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from data.fault import Fault
+from data.lease import SILENCE, Lease
 from data.loader_process import LoaderProcess, ended_by, open_more_files
 from pretrain import alarms, best, checkpoints, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
@@ -77,6 +78,7 @@ class Training(L.LightningModule, ABC):
         self.ended_early = self.requeued = False
         self.asked: int = 0  # the signal that ended it early
         self.loader: LoaderProcess | None = None
+        self.lease: Lease | None = None
         self.objective: Objective = None  # type: ignore[assignment]  # configure_model builds it, in the run's processes
         # Samples in the present step, and tiles of all processes; a stage whose steps differ says so in before_step.
         self.taken = self.tiles_taken = batch_size
@@ -162,6 +164,11 @@ class Training(L.LightningModule, ABC):
     def training_step(self, batch: Any, _: int) -> None:
         if isinstance(batch, Fault):
             raise batch
+        if self.lease and self.lease.lost:
+            raise Fault(
+                f"{self.run} was taken over by another job, since nothing was heard of this one for {SILENCE:.0f} s (a stopped process, or "
+                f"a disk that didn't answer): this one ends, and has written nothing since."
+            )
         began = time.monotonic()
         seen = self.before_step(batch)
         figures, took_step = self._step(batch)
@@ -443,8 +450,12 @@ def why_ended(run: Path, scored: best.Scores, name: str) -> str:
     )
 
 
-def fit(training: Training) -> None:
-    """Run ``training`` to its last step, resuming from its newest checkpoint; says so where nothing is left to do."""
+def fit(training: Training, lease: Lease | None = None) -> None:
+    """Run ``training`` to its last step, resuming from its newest checkpoint; says so where nothing is left to do.
+
+    ``lease`` is that of the run's folder, in its first process.
+    """
+    training.lease = lease
     newest = checkpoints.newest(training.run)
     if newest is not None and checkpoints.read_state(newest)["step"] >= training.optim.steps:
         run_folder.open_run(training.run, training.config, first_rank=False)

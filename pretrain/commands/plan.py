@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.fault import Fault
-from pretrain import run_folder
+from data.files import write_whole
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
 from pretrain.plan.hardware import Machine
@@ -70,7 +70,7 @@ def run(config: Config) -> None:
         text = table(report)
     print(text)
     if config.out is not None:
-        run_folder.write(Path(config.out), json.dumps({"computed": report}, indent=2))
+        write_whole(Path(config.out), json.dumps({"computed": report}, indent=2))
         print(f"\nwritten to {config.out}")
 
 

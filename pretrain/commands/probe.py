@@ -15,7 +15,6 @@ Examples:
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.fault import Fault
+from data.files import write_whole
 from pretrain.progress import say
 
 if TYPE_CHECKING:
@@ -164,10 +164,7 @@ def read_scores(path: Path) -> dict[str, Any] | None:
 
 def write_scores(path: Path, result: dict[str, Any]) -> None:
     """Write the JSON whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.unfinished")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    os.replace(temporary, path)
+    write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
 def table(result: dict[str, Any]) -> str:

@@ -33,6 +33,7 @@ from typing import Any
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from data.cutting import JPEG_QUALITY
 from data.fault import Fault
+from data.files import refused
 from data.job_array import JobPart, check_division, known_slides
 from data.parallel import in_processes
 from data.shard_folder import (
@@ -87,7 +88,7 @@ def run(config: Config) -> None:
         with alone(out, part.state if part else ""):
             _shard(config, out, settings, paths, part)
     except OSError as error:  # what a slide's file does wrong is a Fault already: this is about writing
-        raise Fault(f"writing to {out} failed ({error.strerror or error}): make room or fix the disk, then run the same command again") from error  # fmt: skip
+        raise refused(out, error) from error
 
 
 def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path], part: JobPart | None) -> None:

@@ -18,6 +18,7 @@ from pretrain import plugins
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
 from pretrain.record import WandbSettings
+from pretrain.run_folder import held
 from pretrain.slide_stage import SlideData, SlideTraining
 from pretrain.training import Hardware, fit
 from pretrain.watching import Watch
@@ -46,4 +47,5 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build(config.model, store.width))
 
-    fit(SlideTraining(Path(config.run), config, objective, store))
+    with held(Path(config.run)) as lease:
+        fit(SlideTraining(Path(config.run), config, objective, store), lease)

@@ -19,6 +19,7 @@ from pretrain import plugins
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
 from pretrain.record import WandbSettings
+from pretrain.run_folder import held
 from pretrain.tile_stage import TileData, TileTraining, TileWatch
 from pretrain.training import Hardware, fit
 
@@ -46,4 +47,5 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build(config.model))
 
-    fit(TileTraining(Path(config.run), config, objective))
+    with held(Path(config.run)) as lease:
+        fit(TileTraining(Path(config.run), config, objective), lease)

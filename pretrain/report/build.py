@@ -1,12 +1,12 @@
 """The page, from a folder: find the parts, write their sections, name what is missing."""
 
-import os
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from data.files import write_whole
 from pretrain import plugins
 from pretrain.report import page
 from pretrain.report.page import Section
@@ -29,10 +29,7 @@ def build(folder: Path, out: Path, shards: Path | None, embeddings: Path | None,
         sections=sections,
         footer=f"Written by <code>pretrain report run={page.escape(folder)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Not a medical device.",
     )
-    out.parent.mkdir(parents=True, exist_ok=True)
-    temporary = out.with_name(f".{out.name}.unfinished")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, out)
+    write_whole(out, text)
 
 
 def found_sections(parts: Parts) -> list[Section | None]:

@@ -108,6 +108,7 @@ def test_half_written_bytes_and_a_torn_journal_line_are_cut_off(tmp_path):
     out.add("a", *tiles("a"), 512.0, 0.5)
     size = (tmp_path / "embeddings-0-000000.bin").stat().st_size
     out._journal.close()  # as a kill leaves it: no index yet
+    out._lease.end()
     with open(tmp_path / "embeddings-0-000000.bin", "ab") as file:
         file.write(b"half a slide")
     with open(tmp_path / "journal-0.jsonl", "a") as file:

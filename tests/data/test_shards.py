@@ -108,7 +108,7 @@ def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path: Path, monk
 
     encode = cutting.encode
     monkeypatch.setattr(cutting, "encode", full)
-    with pytest.raises(Fault, match=r"tiles-000000\.tar failed \(No space left"):
+    with pytest.raises(Fault, match=r"tiles-000000\.tar can't be written \(No space left"):
         write_shard(tmp_path, shard, {})
     assert not list(tmp_path.glob("*.tar")) and not list(tmp_path.glob(".*"))
     assert not is_published(tmp_path, shard.name)

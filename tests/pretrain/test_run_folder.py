@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from data.fault import Fault
+from data.files import write_whole
 from pretrain import run_folder
 
 
@@ -100,8 +101,8 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:
 
 def test_writing_replaces_a_file_in_one_step(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "file.txt"
-    run_folder.write(path, "one")
-    run_folder.write(path, "two")
+    write_whole(path, "one")
+    write_whole(path, "two")
     assert path.read_text() == "two" and list(path.parent.iterdir()) == [path]
 
 

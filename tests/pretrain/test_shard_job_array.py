@@ -254,7 +254,7 @@ def test_files_that_cannot_grow_end_in_one_sentence_and_the_run_goes_on_when_the
     )
     assert ended.returncode == 1 and "Traceback" not in ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
-    assert "File too large" in last and last.endswith("make room or fix the disk, then run the same command again")
+    assert "File too large" in last and last.endswith("make room or fix the disk, then run the same command again.")
     for tar in (tmp_path / "out").glob("*.tar"):
         assert tar.stat().st_size == read_facts(tmp_path / "out", tar.stem)["size"]
     shard(slides=some, out=tmp_path / "out")

@@ -1,0 +1,126 @@
+"""Files that are there whole or not at all, whatever kills their writer and whoever else writes them at the same time.
+
+    .index.npz.4211-node7-1f3a.partial   being written: no two processes of any nodes share such a name
+    index.npz                            flushed to the disk and renamed: this writer's or another's, never a mixture
+
+This is the only place that knows what a file system refuses, and says it in a sentence.
+"""
+
+import errno
+import os
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from data.fault import Fault
+
+PARTIAL = ".partial"
+WAYS_OUT = {
+    errno.ENOSPC: "make room there, then run the same command again",
+    errno.EDQUOT: "your quota there is used up: make room, then run the same command again",
+    errno.EROFS: "that disk is read-only: give a folder on another",
+    errno.EACCES: "give a folder that this user may write to",
+    errno.EPERM: "give a folder that this user may write to",
+    errno.ENOTDIR: "something in that path is a file and not a folder: give another",
+    errno.EISDIR: "that is a folder: give a file's name",
+    errno.ENAMETOOLONG: "that name is longer than the file system takes: give a shorter one",
+}
+
+
+class Refused(Fault):
+    """A file system refused to be written to: the fault of no single slide, so the work ends, and goes on when there is room."""
+
+
+def refused(path: Path | str, error: OSError) -> Refused:
+    """The sentence for what a file system refused."""
+    way_out = WAYS_OUT.get(error.errno or 0, "make room or fix the disk, then run the same command again")
+    return Refused(f"{path} can't be written ({error.strerror or error}): {way_out}.")
+
+
+def make_folder(folder: Path) -> Path:
+    """The folder, made if need be with those above it. Raises Refused where that is."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise refused(folder, error) from error
+    return folder
+
+
+def unfinished(path: Path) -> Path:
+    """A name beside ``path`` for what isn't whole yet, unlike that of any other process on any node."""
+    host = re.sub(r"[^A-Za-z0-9]+", "", platform.node())[:16]
+    ending = f".{os.getpid()}-{host}-{secrets.token_hex(4)}{PARTIAL}"
+    return path.with_name(f".{path.name[: 250 - len(ending)]}{ending}")
+
+
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name to write a file under, which takes the place of ``path`` when the block ends, and is removed where that fails. A block that writes nothing leaves ``path`` as it is.
+
+    Raises Refused where the file system refuses any of it.
+    """
+    path = Path(path)
+    make_folder(path.parent)
+    partial = unfinished(path)
+    try:
+        yield partial
+        if partial.exists():  # or there turned out to be nothing to write
+            flush(partial)
+            partial.replace(path)
+            flush(path.parent)
+    except OSError as error:
+        raise refused(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Replace a file in one step: whole or as it was. Raises Refused where the file system refuses."""
+    with appearing(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def create_whole(path: Path, content: str) -> bool:
+    """Make a small file if there is none: whole, and by one of those who try at once. Whether it was this one."""
+    make_folder(path.parent)
+    partial = unfinished(path)
+    try:
+        partial.write_text(content)
+        flush(partial)
+        try:
+            os.link(partial, path)  # fails where another was first
+        except FileExistsError:
+            return False
+        except OSError:  # no hard links here: another may see it before its content, which is one write
+            try:
+                with path.open("x") as file:
+                    file.write(content)
+            except FileExistsError:
+                return False
+        return True
+    except OSError as error:
+        raise refused(path, error) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Force a file's bytes, or a folder's names, to disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network file systems flush no folders
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def room(folder: Path) -> int:
+    """Bytes that are free where ``folder`` is, or will be."""
+    there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
+    return shutil.disk_usage(there).free
