@@ -140,17 +140,25 @@ class SlideSequences:
 
     def validation_batches(self) -> Iterator[SlideBatch]:
         """The held-out sequences, a lane's share at a time: not augmented, masked the same way every time, the same on every rank."""
-        waiting: list[_Item] = []
+        for batch in self._validation_groups():
+            yield self._pack([self._item(self.validation[k], k, "validation") for k in batch])
+
+    def validation_batch_count(self) -> int:
+        """How many `validation_batches` there are."""
+        return sum(1 for _ in self._validation_groups())
+
+    def _validation_groups(self) -> Iterator[list[int]]:
+        waiting: list[int] = []
         tiles = 0
         for k, sequence in enumerate(self.validation):
             n, room = len(sequence.rows), self.packing.room
             if waiting and (len(waiting) == self.packing.most or (room is not None and tiles + n > room)):
-                yield self._pack(waiting)
+                yield waiting
                 waiting, tiles = [], 0
-            waiting.append(self._item(sequence, k, "validation"))
+            waiting.append(k)
             tiles += n
         if waiting:
-            yield self._pack(waiting)
+            yield waiting
 
     def _item(self, sequence: Sequence, position: int, what: str) -> "_Item":
         slide = self.store.read(sequence.slide)

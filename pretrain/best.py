@@ -1,26 +1,20 @@
 """The best checkpoint of a run by a score of its own, and when waiting for a better one has been long enough.
 
     checkpoints/best -> step-00004000     the best-scored checkpoint that there is; it is never swept away
+                                          (a file with its name where there are no symbolic links)
 
 Published models got worse with longer training, by the tasks they were for; their losses didn't tell.
 """
 
-import math
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
+from data.files import unfinished, write_whole
 from pretrain import checkpoints
 
 Scores = Sequence[tuple[int, float]]
 """(step, score) at each checkpoint, oldest first; higher is better."""
-
-
-def scores(records: Sequence[dict[str, Any]], name: str, until: int) -> Scores:
-    """The scores called ``name`` that a run recorded up to a step; of a step that was recorded twice the later one counts."""
-    found = {int(record["step"]): record[name] for record in records if isinstance(record.get(name), int | float)}
-    return [(step, float(found[step])) for step in sorted(found) if step <= until and math.isfinite(found[step])]
 
 
 def best(scored: Scores) -> tuple[int, float]:
@@ -39,8 +33,15 @@ def mark(run: Path, scored: Scores) -> None:
     candidates = [pair for pair in scored if pair[0] in there]
     if not candidates:
         return
+    name = there[best(candidates)[0]].name
     link = checkpoints.folder(run) / checkpoints.BEST
-    partial = link.with_name(".best")
-    partial.unlink(missing_ok=True)
-    partial.symlink_to(there[best(candidates)[0]].name)
-    os.replace(partial, link)
+    if checkpoints.name_of_best(link) == name:
+        return
+    partial = unfinished(link)
+    try:
+        partial.symlink_to(name)
+        os.replace(partial, link)
+    except OSError:  # a file system without symbolic links: a file with the name in it
+        write_whole(link, name)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -15,6 +15,7 @@ without building a model or starting a process group. `pretrain.saving` writes t
 import json
 import os
 import pickle
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -31,10 +32,12 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.storage import WriteResult
 
 from data.fault import Fault
+from data.files import flush
 from pretrain.teacher import local
 from pretrain.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
 PARTIAL = ".partial"
+TORCHS_DISK = re.compile(r"PytorchStreamWriter|iostream error|unexpected pos|enforce fail at inline_container")
 BEST = "best"
 
 # One process without a group is the ordinary case for reading an encoder out of a checkpoint.
@@ -59,8 +62,72 @@ def step_of(checkpoint: Path) -> int:
 
 def is_best(checkpoint: Path) -> bool:
     """Whether ``checkpoints/best`` points at this one."""
-    link = checkpoint.with_name(BEST)
-    return link.is_symlink() and os.readlink(link) == checkpoint.name
+    return name_of_best(checkpoint.with_name(BEST)) == checkpoint.name
+
+
+def name_of_best(link: Path) -> str | None:
+    """The name that a link, or a file where there are no symbolic links, says; None where there is neither."""
+    if link.is_symlink():
+        return os.readlink(link)
+    return link.read_text().strip() if link.is_file() else None
+
+
+def resolved(checkpoint: Path) -> Path:
+    """The checkpoint itself where ``checkpoint`` is ``best`` as a file."""
+    return checkpoint.with_name(name_of_best(checkpoint) or "") if checkpoint.name == BEST else checkpoint
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a published checkpoint as far as names and sizes tell, in words that name the file; None where it is whole."""
+    state, metadata = checkpoint / "state.json", checkpoint / ".metadata"
+    try:
+        if not isinstance(json.loads(state.read_text()), dict):
+            return f"{state} holds no facts"
+    except (OSError, ValueError) as error:
+        return f"{state} is {_what_ails(state, error)}"
+    try:
+        stored = WeightsOnlyReader(checkpoint).read_metadata().storage_data
+    except Exception as error:  # a pickle that was cut ends in any of them
+        return f"{metadata} is {_what_ails(metadata, error)}"
+    ends: dict[str, int] = {}
+    for place in (stored or {}).values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in ends.items():
+        path = checkpoint / name
+        size = path.stat().st_size if path.exists() else None
+        if size is None or size < end:
+            return f"{path} is {'gone' if size is None else f'cut: {size} of {end} bytes'}"
+    return None
+
+
+def _what_ails(path: Path, error: Exception) -> str:
+    if not path.exists():
+        return "gone"
+    return "empty" if path.stat().st_size == 0 else f"damaged ({error})"
+
+
+def newest_whole(run: Path) -> Path | None:
+    """The newest checkpoint of a run that isn't damaged, or None."""
+    return next((path for path in reversed(published(run)) if damage(path) is None), None)
+
+
+def whole_before(checkpoint: Path) -> str:
+    """Which checkpoint before a damaged one is whole, in words to put behind a sentence."""
+    earlier = [path for path in published(checkpoint.parent.parent) if path.name < checkpoint.name]
+    found = next((path for path in reversed(earlier) if damage(path) is None), None)
+    return f" (step {step_of(found)} is whole)" if found else " (none before it is whole)"
+
+
+def set_aside(run: Path) -> list[Path]:
+    """Take damaged checkpoints, newer than the newest whole one, out of the row: as ``damaged-step-…``. What they are called now."""
+    whole = newest_whole(run)
+    moved = []
+    for path in published(run):
+        if whole is None or path.name > whole.name:
+            aside = path.with_name(f"damaged-{path.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            moved.append(path.rename(aside))
+    return moved
 
 
 def newest(run: Path) -> Path | None:
@@ -100,11 +167,11 @@ class Writer(dcp.FileSystemWriter):
         partial = Path(self.path)
         (partial / "state.json").write_text(self.state)
         for path in (*partial.iterdir(), partial):  # so that the rename publishes what is really there
-            _flush(path)
+            flush(path)
         if self.final.exists():
             _remove(self.final)
         partial.rename(self.final)
-        _flush(self.final.parent)
+        flush(self.final.parent)
         for old in published(self.run)[: -self.keep] if self.keep else []:
             milestone = self.milestones and step_of(old) % self.milestones == 0
             if not (milestone or is_best(old)):
@@ -117,6 +184,12 @@ def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
     parts = [local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers(), *moments)]
     finite = [part.isfinite().all() for part in parts if part.is_floating_point() and part.numel()]
     return not finite or bool(torch.stack([flag.cpu() for flag in finite]).all())
+
+
+def size(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
+    """Bytes of a checkpoint's tensors, over all processes."""
+    moments = (value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor))
+    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers(), *moments))
 
 
 def contents(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -151,11 +224,16 @@ def save(
 def refusal(writer: Writer, error: CheckpointException) -> str:
     """What a save said that failed because a rank's disk refused; its partial folder goes. Raises any other ``error``."""
     causes = [cause for cause, _ in error.failures.values()]
-    if not all(isinstance(cause, OSError) for cause in causes):
+    if not all(_is_the_disks(cause) for cause in causes):
         raise error
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.rmtree(writer.path, ignore_errors=True)  # to free its room; what stays, the next save sweeps away
     return f"the checkpoint {writer.final} could not be written ({causes[0]})"
+
+
+def _is_the_disks(cause: BaseException) -> bool:
+    # torch's writer of tensors says what the disk refused in a RuntimeError of its own.
+    return isinstance(cause, OSError) or (isinstance(cause, RuntimeError) and bool(TORCHS_DISK.search(str(cause))))
 
 
 def _remove(checkpoint: Path) -> None:
@@ -163,15 +241,6 @@ def _remove(checkpoint: Path) -> None:
     partial = checkpoint.with_name(f"{checkpoint.name}.old{PARTIAL}")
     checkpoint.rename(partial)
     shutil.rmtree(partial)
-
-
-def _flush(path: Path) -> None:
-    """Force a file's bytes, or a folder's names, to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # Reading -----------------------------------------------------------------------------------------------------------
@@ -188,7 +257,7 @@ def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -
     except CheckpointException as error:
         cause = next(cause for cause, _ in error.failures.values())
         raise Fault(
-            f"{checkpoint} can't be loaded ({' '.join(str(cause).split())}); is it whole, and are model, objective and optim those that it was saved with?"
+            f"{checkpoint} can't be loaded ({' '.join(str(cause).split()) or type(cause).__name__}); is it whole, and are model, objective and optim those that it was saved with?"
         ) from error
     set_state_dict(model, optimiser, model_state_dict=wanted["model"], optim_state_dict=wanted["optimiser"])
     return read_state(checkpoint)

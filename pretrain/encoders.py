@@ -24,6 +24,7 @@ from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain import checkpoints
 from pretrain.plugins import build
+from pretrain.progress import say
 from pretrain.run_folder import read_config
 from pretrain.weight_files import SUFFIXES, is_transformers, read_transformers
 
@@ -155,7 +156,7 @@ def load_encoder(checkpoint: str, device: str = "", precision: str = "float32") 
     if precision not in PRECISIONS:
         raise Fault(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    folder = Path(checkpoint)
+    folder = checkpoints.resolved(Path(checkpoint))
     if folder.is_file() and folder.suffix in SUFFIXES:
         raise Fault(
             f"{folder} holds weights and doesn't say how images are prepared for them: start a run from it with 'pretrain tile init=', "
@@ -173,15 +174,22 @@ def load_encoder(checkpoint: str, device: str = "", precision: str = "float32") 
 def find_checkpoint(folder: Path) -> RunCheckpoint:
     """The checkpoint that a run's folder (its newest) or a checkpoint folder stands for, with the run's configuration.
 
-    Raises `Fault` where there is none.
+    A run's newest checkpoint that is damaged is passed over, and said. Raises `Fault` where there is none that is whole.
     """
+    folder = checkpoints.resolved(folder)
     if (folder / CONFIG).is_file():
-        newest = checkpoints.newest(folder)
+        newest, whole = checkpoints.newest(folder), checkpoints.newest_whole(folder)
         if newest is None:
             raise Fault(f"{folder} has no checkpoint yet: run the same training command again until it has saved one")
-        return RunCheckpoint(newest, folder, read_config(folder))
+        if whole is None:
+            raise Fault(f"{folder} has no whole checkpoint: {checkpoints.damage(newest)}")
+        if whole != newest:
+            say(f"{checkpoints.damage(newest)}, so the one before it is taken: {whole}")
+        return RunCheckpoint(whole, folder, read_config(folder))
     for run in folder.resolve().parents[:2]:
         if (run / CONFIG).is_file():
+            if wrong := checkpoints.damage(folder):
+                raise Fault(f"{wrong}: give another checkpoint of {run}{checkpoints.whole_before(folder)}.")
             return RunCheckpoint(folder, run, read_config(run))
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = (

@@ -4,6 +4,7 @@ The images are read once, at the start, each by one rank. Every rank then runs i
 same number of passes as all the others, since each pass gathers parameters from all of them.
 """
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from pretrain.probing import (
 from pretrain.watching import class_tokens
 
 BATCH = 64  # images a pass
+Walk = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
 
 
 class ProbeSet:
@@ -63,18 +65,21 @@ class ProbeSet:
         images = [plain(torch.from_numpy(np.array(read_image(self.files[i]))).unsqueeze(0)) for i in own]
         self.images = (torch.cat(images) * 255).round().byte()  # (share, 3, S, S)
 
-    def features(self, encoder: nn.Module, device: torch.device) -> Tensor:
-        """Features ``(images, width)`` of all images, on every rank."""
+    def features(self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches) -> Tensor:
+        """Features ``(images, width)`` of all images, on every rank; ``walk`` hands on the batches, told how many there are."""
         mean, std = (
             torch.tensor(values, device=device).view(3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        own = [class_tokens(encoder, (part.to(device).float() / 255 - mean) / std) for part in self.images.split(BATCH)]
+        parts = self.images.split(BATCH)
+        own = [class_tokens(encoder, (part.to(device).float() / 255 - mean) / std) for part in walk(parts, len(parts))]
         return gathered(torch.cat(own)).transpose(0, 1).flatten(0, 1)[: len(self.files)]
 
-    def score(self, encoder: nn.Module, device: torch.device) -> dict[str, float]:
+    def score(
+        self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches
+    ) -> dict[str, float]:
         """``probe_knn`` with its binomial standard error, and ``probe_rankme``; every rank calls it and gets the same numbers."""
-        features = self.features(encoder, device).cpu().numpy()
+        features = self.features(encoder, device, walk).cpu().numpy()
         cut, labels = self.training, self.labels
         sides = [(slice(0, cut), slice(cut, None))] + ([(slice(cut, None), slice(0, cut))] if self.both_ways else [])
         correct = np.concatenate(

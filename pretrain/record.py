@@ -1,7 +1,9 @@
 """The record of a run: ``metrics.jsonl`` always, Weights & Biases beside it when asked."""
 
+import errno
 import json
 import math
+import os
 import secrets
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -9,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data.fault import Fault
-from data.files import write_whole
-from pretrain import run_folder
+from data.files import refused, write_whole
+from pretrain import metrics_file
 from pretrain.alarms import Alarm
 from pretrain.progress import say
 
@@ -24,11 +26,19 @@ class WandbSettings:
 
 
 class Record:
-    """``metrics.jsonl``: one JSON object a line, flushed line by line; a resumed run first drops the steps it will retake."""
+    """``metrics.jsonl``: one JSON object a line, on disk at once; a resumed run first drops the steps it will retake.
+
+    Lines that the disk refuses are kept, said once, and written before the next one that it takes.
+    """
 
     def __init__(self, run: Path, step: int) -> None:
-        run_folder.rewind_metrics(run, step)
-        self.file = (run / "metrics.jsonl").open("a")
+        self.path = metrics_file.path_of(run)
+        try:
+            metrics_file.rewind(run, step)
+            self.file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise refused(self.path, error) from error
+        self.waiting: list[bytes] = []
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Record the figures of ``step``."""
@@ -36,18 +46,39 @@ class Record:
         finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._write({"step": step, **finite})
 
-    def _write(self, line: dict[str, Any]) -> None:
-        try:
-            self.file.write(json.dumps(line) + "\n")
-            self.file.flush()
-        except OSError as error:
-            raise Fault(
-                f"{self.file.name} can't be written ({error}); free some room and run the same command again."
-            ) from error
-
     def alarm(self, step: int, alarm: Alarm) -> None:
         """Record an alarm that was raised at ``step``."""
         self._write({"step": step, "alarm": alarm.name, "since": alarm.since, "says": alarm.says})
+
+    def close(self) -> None:
+        """Try once more what waits for room, and say what was never written."""
+        if self.waiting and self._written():
+            say(f"{self.path} lacks its last {len(self.waiting)} lines, for which there was no room")
+        self.file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        first = not self.waiting
+        self.waiting.append((json.dumps(line) + "\n").encode())
+        refusal = self._written()
+        if refusal is not None and first:
+            say(
+                f"{self.path} can't be written ({refusal}); training goes on, and what waits is written when there is room"
+            )
+        elif refusal is None and not first:
+            say(f"{self.path} is written again, with all that waited")
+
+    def _written(self) -> OSError | None:
+        """Write what waits; what the disk said where it refused, with nothing half written."""
+        try:
+            end = os.fstat(self.file.fileno()).st_size
+            text = b"".join(self.waiting)
+            if self.file.write(text) != len(text):
+                self.file.truncate(end)
+                return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            return error
+        self.waiting = []
+        return None
 
 
 def logged_in() -> bool:

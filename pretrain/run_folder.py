@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -32,7 +32,7 @@ from pretrain.progress import say
 
 # What may differ between two starts of one run: where and how fast it runs and what it says, not what it computes.
 FREE = re.compile(
-    r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_changes$|data\.(threads|processes_per_slide)$|model\.attention$"
+    r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_changes$|resume$|data\.(threads|processes_per_slide)$|model\.attention$"
 )
 PACKAGES = ("slidewright", "torch", "torchvision", "lightning", "timm", "webdataset", "openslide-python", "numpy")
 
@@ -80,8 +80,8 @@ def _changes(run: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
     """What differs between the settings of a run's newest checkpoint (or its ``config.yaml``) and ``settings``: before and now."""
     newest, path = checkpoints.newest(run), run / "config.yaml"
     last = checkpoints.read_state(newest).get("settings") if newest else None
-    if last is None and path.exists():
-        last = yaml.safe_load(path.read_text())
+    if last is None and path.exists() and path.stat().st_size:
+        last = read_config(run)
     if last is None:
         return {}
     before, now = flat(last), flat(settings)
@@ -111,30 +111,35 @@ def read_config(run: Path) -> dict[str, Any]:
     path = run / "config.yaml"
     if not path.exists():
         raise Fault(f"{run} is not a run's folder: it has no config.yaml.")
-    return yaml.safe_load(path.read_text())
+    try:
+        config = yaml.safe_load(path.read_text())
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        config = f"damaged ({' '.join(str(error).split())})"
+    if isinstance(config, dict):
+        return config
+    whole = checkpoints.newest_whole(run)
+    settings = checkpoints.read_state(whole).get("settings") if whole else None
+    wrong = f"{path} is {config or 'empty'}"
+    if settings is None:
+        raise Fault(f"{wrong}, and no checkpoint there says its settings: put the file back as it was.")
+    say(f"{wrong}; the settings are taken from {whole}")
+    return settings
 
 
-def read_metrics(run: Path) -> list[dict[str, Any]]:
-    """The records of ``metrics.jsonl``, oldest first; a last line that a kill cut short is left out."""
-    path = run / "metrics.jsonl"
-    records = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            records.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return records
-
-
-def rewind_metrics(run: Path, step: int) -> None:
-    """Drop what was recorded after ``step``: the steps that are about to be taken again."""
-    kept: Iterable[dict[str, Any]] = [record for record in read_metrics(run) if record["step"] <= step]
-    write_whole(run / "metrics.jsonl", "".join(json.dumps(record) + "\n" for record in kept))
+def read_starts(path: Path) -> list[dict[str, Any]]:
+    """The starts that ``provenance.json`` lists; what is damaged is said and kept as ``provenance.json.damaged``."""
+    try:
+        return json.loads(path.read_text())["starts"] if path.exists() else []
+    except (ValueError, KeyError, TypeError) as error:
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        say(f"{path} is damaged ({error}): it is kept as {aside}, and begun anew")
+        return []
 
 
 def _add_start(run: Path, data: str, changes: dict[str, tuple[Any, Any]]) -> None:
     path = run / "provenance.json"
-    starts = json.loads(path.read_text())["starts"] if path.exists() else []
+    starts = read_starts(path)
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

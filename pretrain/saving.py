@@ -11,14 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from data.fault import Fault
+from data.files import room
 from pretrain import checkpoints
-from pretrain.across_ranks import gloo_group
+from pretrain.across_ranks import gloo_group, total
 from pretrain.checkpoints import Writer
 
 
@@ -40,9 +42,11 @@ class Saver:
         )
         self.under_way: tuple[Writer, Future[Any]] | None = None
 
-    def begin(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-        """Have a checkpoint of this moment written while training goes on, after `wait`."""
+    def begin(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> str | None:
+        """Have a checkpoint of this moment written while training goes on, after `wait`; or say that there is no room for it."""
         assert self.under_way is None
+        if refusal := self._no_room(step, model, optimiser):
+            return refusal
         writer = Writer(self.run, step, state, self.keep, self.milestones)
         future = dcp.async_save(
             checkpoints.contents(model, optimiser),
@@ -52,6 +56,18 @@ class Saver:
         )
         assert isinstance(future, Future)
         self.under_way = writer, future
+        return None
+
+    def _no_room(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> str | None:
+        """A sentence, the same on every rank, where the disk has less room than a checkpoint of this moment takes."""
+        needed, free = checkpoints.size(model, optimiser), 0
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            free = room(checkpoints.folder(self.run))
+        free = int(total(torch.tensor(free), self.group))
+        if free >= needed:
+            return None
+        final = checkpoints.folder(self.run) / f"step-{step:08d}"
+        return f"the checkpoint {final} could not be written (it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there)"
 
     def outcome(self) -> str | None:
         """How the last one ended, told once, and None while it is still under way."""
@@ -71,8 +87,10 @@ class Saver:
     def save(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
         """Write a checkpoint of this moment and wait for it, after `wait`. Raises Fault where the disk refuses."""
         assert self.under_way is None
+        last = f"The newest whole one is {checkpoints.newest(self.run)}."
+        if refusal := self._no_room(step, model, optimiser):
+            raise Fault(f"{refusal}; free some room and run the same command again. {last}")
         try:
             checkpoints.save(self.run, step, model, optimiser, state, self.keep, self.milestones, self.group)
         except Fault as fault:
-            last = checkpoints.newest(self.run)
-            raise Fault(f"{fault} The newest whole one is {last}.") from fault
+            raise Fault(f"{fault} {last}") from fault

@@ -163,5 +163,6 @@ class SlideTraining(Training):
         assert isinstance(self.objective, SlideMAE)
         if not self.sequences.validation:
             return {}
-        figures = self.objective.evaluate(batch.to(self.device) for batch in self.sequences.validation_batches())
+        batches = self.heeding(self.sequences.validation_batches(), self.sequences.validation_batch_count())
+        figures = self.objective.evaluate(batch.to(self.device) for batch in batches)
         return {f"validation_{name}" if name == "loss" else name: value for name, value in figures.items()}

@@ -248,7 +248,9 @@ class TileTraining(Training):
         return self.objective.look(parts, moment) | spread(features)
 
     def evaluate(self) -> dict[str, float]:
-        return self.probe.score(watched_encoder(self.objective), self.device) if self.probe else {}
+        if not self.probe:
+            return {}
+        return self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
 
 
 def contact_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:

@@ -15,10 +15,10 @@ import sys
 import time
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import lightning as L
 import torch
@@ -28,19 +28,22 @@ from torch.distributed.fsdp import FSDPModule
 from data.fault import Fault
 from data.lease import SILENCE, Lease
 from data.loader_process import LoaderProcess, ended_by, open_more_files
-from pretrain import alarms, best, checkpoints, preemption, run_folder, signals
+from pretrain import alarms, best, checkpoints, metrics_file, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
+from pretrain.launched import rank
 from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
 from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
 from pretrain.plan.hardware import peak_of
 from pretrain.preemption import Preemption
-from pretrain.progress import Progress, duration, say
+from pretrain.progress import SECONDS_BETWEEN_LINES, Progress, duration, say
 from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
 from pretrain.sharding import ShardedStrategy, materialise, shard
 from pretrain.watching import Watch
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -85,6 +88,8 @@ class Training(L.LightningModule, ABC):
         self.peak: float | None = None  # operations a second that all devices together can do, where known,
         self.tile_operations = 0.0  # and then those that a tile costs
         self.watch: Watch = config.watch
+        self.raised: set[str] = set()  # names of alarms: each is said once in the run's life
+        self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
         self.facts = alarms.facts(asdict(config))
         self._ended = time.monotonic()
 
@@ -143,13 +148,11 @@ class Training(L.LightningModule, ABC):
             self._check_data(newest)
             state = checkpoints.load(newest, self.objective, self._optimiser())
             self.step, self.skipped = state["step"], state["skipped"]
+            self.raised, self.scored = set(state["alarms"]), [(step, score) for step, score in state["scores"]]
         self.saver = Saver(self.run, self.hardware.keep_checkpoints, self.hardware.keep_every)
         self.preemption = Preemption()
         self.record = Record(self.run, self.step) if self.global_rank == 0 else None
-        records = run_folder.read_metrics(self.run) if self.global_rank == 0 else []
-        self.history = alarms.History(records)
-        self.raised = {record["alarm"] for record in records if "alarm" in record}
-        self.scored = list(best.scores(records, self.score, self.step))
+        self.history = alarms.History(metrics_file.tail(self.run) if self.global_rank == 0 else [])
         self.wandb = Wandb(self.run, self.config) if self.global_rank == 0 else None
         self.progress = Progress(self.optim.steps, self.run.name, "steps", self.step) if self.global_rank == 0 else None
 
@@ -200,9 +203,19 @@ class Training(L.LightningModule, ABC):
             began = time.monotonic()
             figures = self.look(batch)
             self._log(figures | {"look_seconds": time.monotonic() - began})
-        if due and (figures := self.evaluate()):
-            self._log(figures)
-            self._judge(figures)
+        if due and not asked:
+            try:
+                figures = self.evaluate()
+            except Asked as during:
+                asked = during.signal
+                self._save(wait=True)
+                self._end_early(asked)
+                return
+            if figures:
+                self._log(figures)
+                self._judge(figures)
+        if looks or due:
+            self._raise_alarms()  # before saving: a checkpoint says which were raised
         if due and not asked:
             self._save(wait=last or self.trainer.should_stop)
             if last and (why := self._unfit()):
@@ -213,14 +226,32 @@ class Training(L.LightningModule, ABC):
         elif not due:
             self._heed(self.saver.outcome())
         if looks or due:
-            self._raise_alarms()
             self._ended = time.monotonic()  # neither is waiting for data
 
     def on_fit_end(self) -> None:
         if self.progress:
             self.progress.close()
-        if self.wandb:
+        if self.wandb and self.record:
             self.wandb.close()
+            self.record.close()
+
+    def heeding(self, batches: Iterable[T], total: int) -> Iterator[T]:
+        """``batches`` of an evaluation, as many on every rank, with progress shown; a signal ends it with `Asked`."""
+        progress = (
+            Progress(total, f"{self.run.name}: evaluation at step {self.step}", "batches")
+            if self.global_rank == 0
+            else None
+        )
+        try:
+            for batch in batches:
+                yield batch
+                if progress:
+                    progress.advance()
+                if asked := self.preemption.asked():
+                    raise Asked(asked)
+        finally:
+            if progress and time.monotonic() - progress.started > SECONDS_BETWEEN_LINES:
+                progress.close()
 
     def transfer_batch_to_device(self, batch: Any, *_: Any) -> Any:
         return batch  # a stage moves a micro-batch when its turn comes
@@ -235,6 +266,8 @@ class Training(L.LightningModule, ABC):
         state = {
             "samples": self.position(),
             "skipped": self.skipped,
+            "alarms": sorted(self.raised),
+            "scores": self.scored,
             "config": self.hash,
             "data": self.data_digest(),
             "settings": asdict(self.config),
@@ -256,7 +289,7 @@ class Training(L.LightningModule, ABC):
             self.saver.save(*self._checkpoint())
             self._mark_best()
         else:
-            self.saver.begin(*self._checkpoint())
+            self._heed(self.saver.begin(*self._checkpoint()))
 
     def _unfit(self) -> str | None:
         """Why this moment must not become a checkpoint, on all ranks alike, or None."""
@@ -396,6 +429,14 @@ class Training(L.LightningModule, ABC):
                 say(why_ended(self.run, self.scored, self.score))
 
 
+class Asked(Exception):
+    """An evaluation was left because a signal asks the run to end."""
+
+    def __init__(self, number: signal.Signals) -> None:
+        super().__init__(number.name)
+        self.signal = number
+
+
 def gradients(
     objective: Objective, parts: Sequence[tuple[Any, int]], moment: Moment, backward: Callable[[Tensor], None]
 ) -> dict[str, Tensor]:
@@ -456,6 +497,7 @@ def fit(training: Training, lease: Lease | None = None) -> None:
     ``lease`` is that of the run's folder, in its first process.
     """
     training.lease = lease
+    pass_over_damaged(training.run, training.config.resume, first=lease is not None or not rank())
     newest = checkpoints.newest(training.run)
     if newest is not None and checkpoints.read_state(newest)["step"] >= training.optim.steps:
         run_folder.open_run(training.run, training.config, first_rank=False)
@@ -463,8 +505,7 @@ def fit(training: Training, lease: Lease | None = None) -> None:
         say(f"{training.run} is done: {training.optim.steps} steps, checkpoint {newest}")
         return
     if newest is not None and training.watch.patience:
-        until = checkpoints.step_of(newest)
-        scored = best.scores(run_folder.read_metrics(training.run), training.score, until)
+        scored = [(step, score) for step, score in checkpoints.read_state(newest)["scores"]]
         if best.waited(scored) >= training.watch.patience:
             run_folder.open_run(training.run, training.config, first_rank=False)
             training._check_data(newest)
@@ -508,6 +549,28 @@ def fit(training: Training, lease: Lease | None = None) -> None:
         say(
             f"{training.run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(training.run)}"
         )
+
+
+def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
+    """See that a run's newest checkpoint is whole, by setting damaged ones aside where ``resume`` is previous.
+
+    Raises Fault where it is newest, with what is damaged and which one before it is whole.
+    """
+    if resume not in ("newest", "previous"):
+        raise Fault(f"resume is newest or previous, not {resume!r}.")
+    newest = checkpoints.newest(run)
+    wrong = checkpoints.damage(newest) if newest else None
+    if newest is None or wrong is None:
+        return
+    if resume == "newest":
+        raise Fault(
+            f"{wrong}{checkpoints.whole_before(newest)}: resume=previous sets what is damaged aside and goes on from there; or put the file back."
+        )
+    if first:
+        for aside in checkpoints.set_aside(run):
+            say(f"{run}: {wrong}; it is now {aside}")
+    while (newest := checkpoints.newest(run)) is not None and checkpoints.damage(newest):
+        time.sleep(0.5)  # until the first process has set it aside
 
 
 def _quieten_lightning() -> None:

@@ -28,8 +28,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain import checkpoints
+from pretrain.metrics_file import read_metrics
 from pretrain.preemption import EXIT_CODE
-from pretrain.run_folder import read_metrics
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import CLOCK, TINY
 

@@ -31,6 +31,7 @@ class Config:
     run: str
     seed: int
     allow_changes: bool
+    resume: str
     init: str | None
     model: Plugin
     objective: Plugin

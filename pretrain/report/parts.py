@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 
 from data.fault import Fault
-from pretrain.run_folder import read_config, read_metrics
+from pretrain.metrics_file import thinned
+from pretrain.progress import say
+from pretrain.run_folder import read_config
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """Of each metric its steps int64 (n,) and its values float64 (n,)."""
@@ -86,15 +88,23 @@ def first_folder(*candidates: object) -> Path | None:
 def read_run(folder: Path) -> Run:
     """A run's configuration, provenance, metrics and sample pictures."""
     provenance = folder / "provenance.json"
-    records = read_metrics(folder)
+    records = thinned(folder)
     return Run(
         folder=folder,
         config=read_config(folder),
-        provenance=json.loads(provenance.read_text()) if provenance.is_file() else {},
+        provenance=_read_provenance(provenance),
         metrics=series(records),
         samples=sorted((folder / "samples").glob("*.png")),
         alarms=[record for record in records if "alarm" in record],
     )
+
+
+def _read_provenance(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text()) if path.is_file() else {}
+    except ValueError as error:
+        say(f"{path} is damaged ({error}); the page does without it")
+        return {}
 
 
 def series(records: list[dict[str, Any]]) -> Series:

@@ -15,8 +15,8 @@ from launch.entry import main
 from launch.local import watch
 from launch.torchrun import run_and_tell
 from pretrain import checkpoints
+from pretrain.metrics_file import read_metrics
 from pretrain.preemption import EXIT_CODE
-from pretrain.run_folder import read_metrics
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import ROOT, assert_close, command, start
 

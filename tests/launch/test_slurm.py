@@ -13,7 +13,7 @@ import pytest
 from data.embeddings import EmbeddingStore
 from data.shard_index import ShardIndex
 from launch.entry import main
-from pretrain.run_folder import read_metrics
+from pretrain.metrics_file import read_metrics
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import write_tiles
 from tests.launch.slurm_cluster import Cluster

@@ -207,20 +207,24 @@ def mount(tmp_path: Path) -> Iterator[Any]:
 
 
 def test_a_full_disk_and_one_that_can_not_be_written_leave_the_last_checkpoint_whole(
-    tmp_path: Path, mount: Any
+    tmp_path: Path, mount: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = checkpoints.folder(tmp_path)
     mount(folder, "size=400k")  # room for two checkpoints
     good, saver = save(tmp_path, 1), Saver(tmp_path, keep=1, milestones=None)
     (folder / "ballast").write_bytes(bytes(200_000))
-    saver.begin(2, *trained(), {})
-    assert "No space left on device" in (saver.wait() or "")
+    told = saver.begin(2, *trained(), {})
+    assert told and "step-00000002 could not be written (it takes " in told and saver.wait() is None
+    with monkeypatch.context() as patch:  # and where it fills while it is written
+        patch.setattr("pretrain.saving.room", lambda _: 2**40)
+        assert saver.begin(2, *trained(), {}) is None
+        assert "No space left on device" in (saver.wait() or "")
+    (folder / "ballast").unlink()
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     saver.begin(3, *trained(), {})
     assert "Read-only file system" in (saver.wait() or "")
     assert checkpoints.newest(tmp_path) == good and checkpoints.load(good, *trained(2))["step"] == 1
     subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
-    (folder / "ballast").unlink()
     saver.begin(4, *trained(), {})
     assert saver.wait() is None and [path.name for path in folder.iterdir()] == ["step-00000004"]
 

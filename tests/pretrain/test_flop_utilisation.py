@@ -16,11 +16,11 @@ from data.slide_sequences import SlideSequences
 from data.standardisation import Statistics
 from launch.entry import main
 from pretrain import plugins
+from pretrain.metrics_file import read_metrics
 from pretrain.objective import Moment
 from pretrain.plan.hardware import peak_of
 from pretrain.plan.operations import of_a_tile, of_an_embedding
 from pretrain.plan.rehearsal import CPU_ATTENTION
-from pretrain.run_folder import read_metrics
 from pretrain.settings import load
 from pretrain.sharding import lay_mesh, materialise, shard
 from pretrain.training import gradients

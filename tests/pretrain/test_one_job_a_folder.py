@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from pretrain import checkpoints
-from pretrain.run_folder import read_metrics
+from pretrain.metrics_file import read_metrics
 from tests.pretrain.test_tile_training import STEPS, command, finish, metrics, refused, start
 
 

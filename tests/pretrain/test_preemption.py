@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from launch.entry import main
-from pretrain import checkpoints, preemption, signals
+from pretrain import checkpoints, preemption, probe_set, signals
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.preemption import EXIT_CODE, Preemption
 from tests.pretrain.test_tile_training import STEPS, assert_close, command, kill_after, metrics, start, weights
+from tests.pretrain.test_watching import write_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -66,6 +67,30 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_noth
     assert metrics(run) == metrics(uninterrupted)
     found, expected = weights(run), weights(uninterrupted)
     assert all(torch.equal(found[name], expected[name]) for name in found | expected)
+
+
+def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_them(
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run, judged = tmp_path / "run", []
+    watched = [*SETTINGS, f"watch.probe={write_classes(tmp_path / 'classes', {'a': 40, 'b': 40})}"]
+    features = probe_set.class_tokens
+
+    def interrupted(*arguments: Any) -> Any:
+        judged.append(1)
+        if len(judged) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return features(*arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
+        patch.setattr(probe_set, "class_tokens", interrupted)
+        patch.setattr(probe_set, "BATCH", 8)
+        main(command(tile_shards, run, *watched))
+    assert ended.value.code == EXIT_CODE and len(judged) == 1
+    newest = checkpoints.newest(run)
+    assert newest is not None and "stopped by SIGTERM after step" in capsys.readouterr().err
+    main(command(tile_shards, run, *watched))
+    assert metrics(run)[-1]["step"] == STEPS
 
 
 def test_a_signal_in_the_last_step_comes_too_late_to_matter(

@@ -1,6 +1,7 @@
 """metrics.jsonl always, Weights & Biases when asked."""
 
 import json
+import resource
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from data.fault import Fault
+from pretrain import metrics_file
 from pretrain.record import Record, Wandb, WandbSettings
 
 
@@ -43,12 +45,25 @@ def test_a_resumed_record_drops_the_steps_it_will_retake(tmp_path: Path) -> None
     assert [(record["step"], record["loss"]) for record in found] == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 1.0), (5, 1.0)]
 
 
-def test_a_full_disk_is_one_clear_sentence(tmp_path: Path) -> None:
+def test_what_a_full_disk_refuses_is_said_once_and_written_when_there_is_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     record = Record(tmp_path, 0)
-    record.file.close()
-    record.file = open("/dev/full", "a")  # noqa: SIM115
-    with pytest.raises(Fault, match="can't be written"):
-        record.add(1, {"loss": 0.0})
+    record.add(1, {"loss": 0.0})
+    end = (tmp_path / "metrics.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (end + 7, before[1]))  # room for part of a line
+    try:
+        for step in (2, 3, 4):
+            record.add(step, {"loss": 0.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert said.count("can't be written") == 1 and "training goes on" in said
+    assert (tmp_path / "metrics.jsonl").stat().st_size == end
+    record.add(5, {"loss": 0.0})
+    assert "is written again, with all that waited" in capsys.readouterr().err
+    assert [line["step"] for line in metrics_file.read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_off_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:

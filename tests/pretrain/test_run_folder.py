@@ -10,7 +10,7 @@ import yaml
 
 from data.fault import Fault
 from data.files import write_whole
-from pretrain import run_folder
+from pretrain import metrics_file, run_folder
 
 
 @dataclass
@@ -109,10 +109,10 @@ def test_writing_replaces_a_file_in_one_step(tmp_path: Path) -> None:
 def test_a_line_cut_short_by_a_kill_is_left_out_and_then_rewritten(tmp_path: Path) -> None:
     lines = "".join(json.dumps({"step": step, "loss": 1.0}) + "\n" for step in (1, 2, 3, 4))
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 5, "lo')
-    assert [record["step"] for record in run_folder.read_metrics(tmp_path)] == [1, 2, 3, 4]
-    run_folder.rewind_metrics(tmp_path, 2)
+    assert [record["step"] for record in metrics_file.read_metrics(tmp_path)] == [1, 2, 3, 4]
+    metrics_file.rewind(tmp_path, 2)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
 
 
 def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:
-    assert run_folder.read_metrics(tmp_path) == []
+    assert metrics_file.read_metrics(tmp_path) == []

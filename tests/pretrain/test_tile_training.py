@@ -24,8 +24,9 @@ from torch.distributed.checkpoint.api import CheckpointException
 from data.shard_index import ShardIndex
 from launch.entry import main
 from pretrain import checkpoints
+from pretrain.metrics_file import read_metrics
 from pretrain.objectives.dinov2 import DINOv2
-from pretrain.run_folder import digest, read_config, read_metrics
+from pretrain.run_folder import digest, read_config
 from pretrain.training import Training
 from tests.data.tile_folders import spoil, write_tiles
 

@@ -11,7 +11,7 @@ import pytest
 from launch.entry import main
 from pretrain import checkpoints
 from pretrain.encoders import load_encoder
-from pretrain.run_folder import read_metrics
+from pretrain.metrics_file import read_metrics
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import assert_close, command, finish, start
 from tests.pretrain.test_watching import write_classes

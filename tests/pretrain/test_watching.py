@@ -173,11 +173,6 @@ def test_an_image_that_cannot_be_read_stops_the_run_before_it_starts(tmp_path: P
 # The best checkpoint -----------------------------------------------------------------------------------------------
 
 
-def test_scores_come_from_the_record_up_to_a_step() -> None:
-    records = [{"step": 2, "k": 0.5}, {"step": 2, "loss": 1.0}, {"step": 4, "k": None}, {"step": 6, "k": 0.7}, {"step": 6, "k": 0.6}, {"step": 8, "k": 0.9}]  # fmt: skip
-    assert best.scores(records, "k", 6) == [(2, 0.5), (6, 0.6)]
-
-
 def test_the_best_is_the_first_of_equals_and_waiting_counts_the_checkpoints_after_it() -> None:
     scored = [(2, 0.5), (4, 0.7), (6, 0.7), (8, 0.6)]
     assert best.best(scored) == (4, 0.7)
@@ -200,6 +195,23 @@ def test_the_best_checkpoint_is_kept_pointed_at_and_read_by_its_name(tmp_path: P
     assert checkpoints.read(link, "encoder.")["bias"].tolist() == [4, 4, 4]
     newest = checkpoints.newest(tmp_path)
     assert newest is not None and newest.name == "step-00000008"
+
+
+def test_without_symbolic_links_the_best_one_is_marked_by_a_file_kept_and_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(Path, "symlink_to", refuse)
+    model = nn.Linear(2, 2)
+    for step, score in ((2, 0.9), (4, 0.5), (6, 0.4)):
+        checkpoints.save(tmp_path, step, model, torch.optim.SGD(model.parameters(), lr=0.1), {}, keep=1)
+        best.mark(tmp_path, [(2, 0.9), (step, score)])
+    assert [checkpoints.step_of(path) for path in checkpoints.published(tmp_path)] == [2, 6]
+    link = checkpoints.folder(tmp_path) / "best"
+    assert link.is_file() and checkpoints.resolved(link).name == "step-00000002"
+    assert [path.name for path in tmp_path.rglob("*.partial")] == []
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_pointed_at(tmp_path: Path) -> None:
