@@ -13,7 +13,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from data.fault import Fault
@@ -23,8 +23,8 @@ WAYS_OUT = {
     errno.ENOSPC: "make room there, then run the same command again",
     errno.EDQUOT: "your quota there is used up: make room, then run the same command again",
     errno.EROFS: "that disk is read-only: give a folder on another",
-    errno.EACCES: "give a folder that this user may write to",
-    errno.EPERM: "give a folder that this user may write to",
+    errno.EACCES: "see that this user may, or give another path",
+    errno.EPERM: "see that this user may, or give another path",
     errno.ENOTDIR: "something in that path is a file and not a folder: give another",
     errno.EISDIR: "that is a folder: give a file's name",
     errno.ENAMETOOLONG: "that name is longer than the file system takes: give a shorter one",
@@ -39,6 +39,13 @@ def refused(path: Path | str, error: OSError) -> Refused:
     """The sentence for what a file system refused."""
     way_out = WAYS_OUT.get(error.errno or 0, "make room or fix the disk, then run the same command again")
     return Refused(f"{path} can't be written ({error.strerror or error}): {way_out}.")
+
+
+def denied(error: OSError) -> Fault | None:
+    """The sentence for an error of the file system that nobody nearer to it put in words, where a person can put it right."""
+    if error.errno not in WAYS_OUT or not error.filename:
+        return None
+    return Fault(f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}.")
 
 
 def make_folder(folder: Path) -> Path:
@@ -75,7 +82,7 @@ def appearing(path: Path) -> Iterator[Path]:
     except OSError as error:
         raise refused(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -105,7 +112,20 @@ def create_whole(path: Path, content: str) -> bool:
     except OSError as error:
         raise refused(path, error) from error
     finally:
-        partial.unlink(missing_ok=True)
+        remove(partial)
+
+
+def remove(path: Path) -> None:
+    """Remove a file that is in nobody's way: where that is refused too, what was refused first is what to say."""
+    with suppress(OSError):
+        path.unlink(missing_ok=True)
+
+
+def require_writable(path: Path) -> None:
+    """Raise Refused where a file couldn't be written at ``path``; asked before long work whose result goes there."""
+    with appearing(path) as partial:
+        partial.touch()
+        partial.unlink()
 
 
 def flush(path: Path) -> None:

@@ -203,12 +203,17 @@ class TileBatches(IterableDataset["Batch"]):
 STEPS_ON_THE_WAY = STEPS_AHEAD + 5  # filled, prefetched, pinned, in use, and one kept for a look
 
 
+def shared_memory_needed(batches: TileBatches, here: int = 1) -> int:
+    """Bytes of shared memory that ``here`` processes of a machine need for their batches that are on the way."""
+    tile = sum(3 * count * side * side for count, side in batches.sizes.sides())
+    return here * STEPS_ON_THE_WAY * batches.share * tile
+
+
 def load(batches: TileBatches, pin_memory: bool, here: int = 1) -> LoaderProcess:
     """The loader process around ``batches``, ``here`` of which run on this machine.
 
-    Where shared memory has no room for the steps that are on their way, batches go through a pipe; that is slower, and is said.
+    Where shared memory has no room for the steps that are on their way, batches go through a pipe, which is slower.
     """
-    tile = sum(3 * count * side * side for count, side in batches.sizes.sides())
-    need, room = here * STEPS_ON_THE_WAY * batches.share * tile, shared_memory_room()
-    batches.in_slots = room is None or need <= room
+    room = shared_memory_room()
+    batches.in_slots = room is None or shared_memory_needed(batches, here) <= room
     return LoaderProcess(batches, pin_memory, through_pipe=not batches.in_slots)

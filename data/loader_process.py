@@ -43,14 +43,14 @@ class LoaderProcess(DataLoader):
             pin_memory=pin_memory and not through_pipe,
             worker_init_fn=_settle,
         )
-        self._through_pipe, self._pinned = through_pipe, pin_memory
+        self.through_pipe, self._pinned = through_pipe, pin_memory
         self._processes: set[BaseProcess] = set()
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         before = set(multiprocessing.active_children())
         batches = super().__iter__()
         self._processes = set(multiprocessing.active_children()) - before
-        return map(self._unpacked, batches) if self._through_pipe else batches
+        return map(self._unpacked, batches) if self.through_pipe else batches
 
     def _unpacked(self, packed: bytes) -> Any:
         batch = pickle.loads(packed)

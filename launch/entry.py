@@ -4,6 +4,7 @@ import os
 import sys
 
 from data.fault import Fault
+from data.files import denied
 from launch import failures, ranks
 from launch.launcher import Launcher, run_here
 from pretrain import cli, plugins
@@ -32,6 +33,9 @@ def main(arguments: list[str]) -> None:
         print("pretrain: stopped; the same command continues.", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if isinstance(error, OSError) and (said := denied(error)):
+            failures.record(said)
+            cli.fail(said)
         file = failures.record(error)
         if file is None or not failures.is_consequence(error):
             raise

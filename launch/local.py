@@ -17,13 +17,13 @@ from types import FrameType
 from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
-from launch.processes import trains
 from pretrain import signals
 from pretrain.preemption import EXIT_CODE
 from pretrain.settings import Composed
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERACTIVE = ("bash", "interactive")  # names of jobs that Lightning takes for a person's shell
+TRAINING = ("tile", "slide")  # the doctor and plan take their settings, and are one process
 PATIENCE = 5.0  # seconds that the other ranks have to end by themselves after one has failed
 
 
@@ -32,9 +32,10 @@ class Local(Launcher):
     """This machine."""
 
     def launch(self, composed: Composed) -> None:
-        if trains(composed):
+        training = composed.command in TRAINING
+        if training:
             refuse_without_srun()
-        if not trains(composed) or is_a_rank() or composed.tree.trainer.devices < 2:
+        if not training or is_a_rank() or composed.tree.trainer.devices < 2:
             run_here(composed)
             return
         composed.object()  # what is missing is said once, by this process

@@ -57,23 +57,28 @@ def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
     the folder holds a run of another configuration, with what differs, unless ``config.allow_changes``.
     """
     settings = asdict(config)
-    changes = _changes(run, settings)
-    if changes:
-        listed = [f"{key}: {before} → {now}" for key, (before, now) in changes.items()]
-        shown = "; ".join(listed[:8]) + (" …" if len(listed) > 8 else "")
-        if not config.allow_changes:
-            raise Fault(
-                f"{run} holds a run with other settings ({shown}); give another run=, or the same settings, or "
-                f"allow_changes=true to go on under these."
-            )
-        if first_rank:
-            say(f"{run} goes on under other settings: {shown}")
+    changes, shown = allowed_changes(run, config)
+    if changes and first_rank:
+        say(f"{run} goes on under other settings: {shown}")
     if first_rank:
         for name in ("checkpoints", "samples"):
             make_folder(run / name)
         write_whole(run / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True))
         _add_start(run, data, changes)
     return digest(settings)
+
+
+def allowed_changes(run: Path, config: Any) -> tuple[dict[str, tuple[Any, Any]], str]:
+    """What ``config`` changes of the run in a folder, and the same in words. Raises Fault unless ``config.allow_changes``."""
+    changes = _changes(run, asdict(config))
+    listed = [f"{key}: {before} → {now}" for key, (before, now) in changes.items()]
+    shown = "; ".join(listed[:8]) + (" …" if len(listed) > 8 else "")
+    if changes and not config.allow_changes:
+        raise Fault(
+            f"{run} holds a run with other settings ({shown}); give another run=, or the same settings, or "
+            f"allow_changes=true to go on under these."
+        )
+    return changes, shown
 
 
 def _changes(run: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:

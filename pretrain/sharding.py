@@ -66,11 +66,25 @@ class ShardedStrategy(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
 
-def lay_mesh(device: str, world_size: int, shard_size: int | None) -> DeviceMesh:
-    """The mesh of a run's processes: one dimension ``shard``, after one ``replicate`` where copies are fewer than processes."""
+def require_known(precision: str, checkpointing: str) -> None:
+    """Raise Fault for a precision or a way of recomputing that there isn't."""
+    if precision not in PRECISIONS:
+        raise Fault(f"trainer.precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
+    if checkpointing not in CHECKPOINTING:
+        raise Fault(f"trainer.activation_checkpointing is one of {', '.join(CHECKPOINTING)}, not {checkpointing!r}.")
+
+
+def processes_a_copy(world_size: int, shard_size: int | None) -> int:
+    """How many processes share one copy of the networks. Raises Fault where that doesn't divide them all."""
     shard = world_size if shard_size is None else shard_size
     if shard < 1 or world_size % shard:
         raise Fault(f"trainer.shard_size={shard} does not divide the {world_size} processes.")
+    return shard
+
+
+def lay_mesh(device: str, world_size: int, shard_size: int | None) -> DeviceMesh:
+    """The mesh of a run's processes: one dimension ``shard``, after one ``replicate`` where copies are fewer than processes."""
+    shard = processes_a_copy(world_size, shard_size)
     if shard == world_size:
         return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
     return init_device_mesh(device, (world_size // shard, shard), mesh_dim_names=("replicate", "shard"))
@@ -85,10 +99,7 @@ def shard(
     network share one compilation, and what gathers and frees their parameters stays outside of it. One process has nothing to
     gather, so a network is one unit there: a unit a block would take a small network's step on a CPU 5 % longer.
     """
-    if precision not in PRECISIONS:
-        raise Fault(f"trainer.precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
-    if checkpointing not in CHECKPOINTING:
-        raise Fault(f"trainer.activation_checkpointing is one of {', '.join(CHECKPOINTING)}, not {checkpointing!r}.")
+    require_known(precision, checkpointing)
     masters, compute = PRECISIONS[precision]
     inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters)
     outside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters, output_dtype=masters)

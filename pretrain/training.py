@@ -27,7 +27,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from data.fault import Fault
 from data.lease import SILENCE, Lease
-from data.loader_process import LoaderProcess, ended_by, open_more_files
+from data.loader_process import SHARED_MEMORY, LoaderProcess, ended_by, open_more_files
 from pretrain import alarms, best, checkpoints, metrics_file, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
 from pretrain.launched import rank
@@ -40,7 +40,7 @@ from pretrain.progress import SECONDS_BETWEEN_LINES, Progress, duration, say
 from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
-from pretrain.sharding import ShardedStrategy, materialise, shard
+from pretrain.sharding import ShardedStrategy, materialise, processes_a_copy, require_known, shard
 from pretrain.watching import Watch
 
 T = TypeVar("T")
@@ -74,6 +74,7 @@ class Training(L.LightningModule, ABC):
     def __init__(self, run: Path, config: Any, make_objective: Callable[[], Objective], batch_size: int) -> None:
         super().__init__()
         self.automatic_optimization = False
+        require_possible(config.trainer)
         self.run, self.config, self.make_objective, self.batch_size = run, config, make_objective, batch_size
         self.optim: Optim = config.optim
         self.hardware: Hardware = config.trainer
@@ -158,6 +159,10 @@ class Training(L.LightningModule, ABC):
 
     def train_dataloader(self) -> LoaderProcess:
         self.loader = self.batches(self.step, self.optim.steps)
+        if self.loader.through_pipe and self.global_rank == 0:
+            say(
+                f"{self.run}: {SHARED_MEMORY} has no room for the batches on their way, so they go through a pipe, which is slower"
+            )
         return self.loader
 
     def on_train_start(self) -> None:
@@ -551,13 +556,27 @@ def fit(training: Training, lease: Lease | None = None) -> None:
         )
 
 
+def require_possible(hardware: Hardware) -> None:
+    """Raise Fault for settings under ``trainer:`` that no run can have."""
+    for name in ("devices", "nodes", "accumulate"):
+        if getattr(hardware, name) < 1:
+            raise Fault(f"trainer.{name} is at least 1, not {getattr(hardware, name)}.")
+    require_known(hardware.precision, hardware.activation_checkpointing)
+    processes_a_copy(hardware.devices * hardware.nodes, hardware.shard_size)
+
+
+def require_resume(resume: str) -> None:
+    """Raise Fault for another word than the two."""
+    if resume not in ("newest", "previous"):
+        raise Fault(f"resume is newest or previous, not {resume!r}.")
+
+
 def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
     """See that a run's newest checkpoint is whole, by setting damaged ones aside where ``resume`` is previous.
 
     Raises Fault where it is newest, with what is damaged and which one before it is whole.
     """
-    if resume not in ("newest", "previous"):
-        raise Fault(f"resume is newest or previous, not {resume!r}.")
+    require_resume(resume)
     newest = checkpoints.newest(run)
     wrong = checkpoints.damage(newest) if newest else None
     if newest is None or wrong is None:

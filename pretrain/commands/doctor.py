@@ -10,16 +10,20 @@ It takes the settings of 'pretrain tile' and looks at what such a run would need
 Looked at: versions, accelerators, an all-reduce of this machine's processes, writing and renaming in the run's folder (under
 srun, that all nodes see it), openslide, the tiles against their index, the run's lanes and processes, the rate at which
 one process reads and decodes them, W&B, SLURM, disk room for checkpoints. Exit code 1 where anything fails. Under srun one
-process of each node speaks, with the node's name. Processes of different nodes are not made to talk to each other.
+process of each node speaks, with the node's name. A process of each node adds up a tensor with the others'.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from pretrain import plugins
+from omegaconf import OmegaConf
+
+from pretrain import init, plugins
 from pretrain.commands import tile
-from pretrain.doctor import machine, report, tiles
+from pretrain.doctor import as_a_run, machine, report, tiles
+from pretrain.objective import Objective
+from pretrain.tile_stage import TileData, TileTraining
 
 
 @dataclass
@@ -35,13 +39,35 @@ class Config(tile.Config):
 def run(config: Config) -> None:
     """Check, print, and end with exit code 1 where anything fails."""
     place, trainer, data = Path(config.run), config.trainer, config.data
+    as_tile = {field.name: getattr(config, field.name) for field in fields(tile.Config)}
+    with_data = bool(data.get("shards") or "shards" not in data)
+
+    def objective() -> Objective:
+        return plugins.build(config.objective, lambda: plugins.build(config.model))  # type: ignore[no-any-return]
+
+    def whole() -> tile.Config:
+        return tile.Config(**as_tile | {"data": typed_data(data)})
+
+    def build(run: tile.Config) -> None:
+        TileTraining(place, run, objective)
+        if run.init is not None:
+            init.find(run.init)
+
     checks = report.of_processes(trainer) + report.of_folder(place)
     checks.append(lambda: machine.slides([Path(slide) for slide in config.slides]))
-    if data.get("shards") or "shards" not in data:
+    checks.append(lambda: as_a_run.check(place, config, whole if with_data else None, build))
+    if with_data:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
-        checks.append(lambda: tiles.check(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed))  # fmt: skip
+        checks.append(lambda: tiles.check(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices))  # fmt: skip
     report.say(
         checks + report.of_a_run(
-            place, lambda: plugins.build(config.objective, lambda: plugins.build(config.model)), config.optim.steps, trainer, config.wandb, config.partition
+            place, objective, config.optim.steps, trainer, config.wandb, config.partition
         )
     )  # fmt: skip
+
+
+def typed_data(data: dict[str, Any]) -> TileData:
+    """``data`` as 'pretrain tile' types it."""
+    schema = plugins.schema_beside(TileData, data["_target_"])
+    given = data | ({"shards": [data["shards"]]} if isinstance(data.get("shards"), str) else {})
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))  # type: ignore[return-value]

@@ -7,13 +7,13 @@ In place of tiles it looks at the embeddings: slides against their index, sequen
 which one process reads, cuts and masks them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from data.embeddings import EmbeddingStore
 from pretrain import plugins
 from pretrain.commands import slide
-from pretrain.doctor import embeddings, report
+from pretrain.doctor import as_a_run, embeddings, report
 from pretrain.objective import Objective
 
 
@@ -34,9 +34,11 @@ def run(config: Config) -> None:
         width = EmbeddingStore.open(Path(config.data.embeddings)).width
         return plugins.build(config.objective, lambda: plugins.build(config.model, width))  # type: ignore[no-any-return]
 
+    as_slide = slide.Config(**{field.name: getattr(config, field.name) for field in fields(slide.Config)})
     report.say([
         *report.of_processes(trainer),
         *report.of_folder(place),
+        lambda: as_a_run.check(place, as_slide, lambda: as_slide, None),
         lambda: embeddings.check(config.data, processes, trainer.accumulate, config.slides_per_second, config.seed),
         *report.of_a_run(place, objective, config.optim.steps, trainer, config.wandb, config.partition),
     ])  # fmt: skip

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from data.fault import Fault
+from data.files import require_writable, write_whole
 from data.parallel import in_processes
 from data.remote import is_remote
 from data.shard_verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
@@ -42,6 +43,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Verify every folder, write the report, and raise a Fault where anything was found."""
+    if config.report is not None:
+        require_writable(Path(config.report))
     folders = [
         verify(folder if is_remote(folder) else Path(folder), config.workers or len(os.sched_getaffinity(0)))
         for folder in config.shards
@@ -51,7 +54,7 @@ def run(config: Config) -> None:
     if config.report is None:
         sys.stdout.write(report + "\n")
     else:
-        Path(config.report).write_text(report + "\n")
+        write_whole(Path(config.report), report + "\n")
         say(f"the whole report: {config.report}")
     if found:
         named = f"{config.report} names them" if config.report else "the report names them"

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from data.files import remove
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.objective import Objective
 
@@ -40,7 +41,7 @@ def write_and_rename(folder: Path) -> list[Finding]:
         ]
     finally:
         for path in (partial, final):
-            path.unlink(missing_ok=True)
+            remove(path)
     if seen != content:
         return [failed("folder", f"what is written to {place} is not what another process reads there: give a run= on another file system")]  # fmt: skip
     return [passed("folder", f"{place}: written, renamed, and read by another process")]

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
@@ -21,6 +21,7 @@ SECONDS = (
     120  # that processes may take to find each other; starting Python and torch on a busy shared disk is most of it
 )
 VALUES = 2**20
+DOCTORS_PORT = 43_000  # and the job's number behind it: where processes of a job's nodes meet
 
 
 def versions(
@@ -90,7 +91,7 @@ def all_reduce(processes: int, gpu: bool, seconds: float = SECONDS) -> list[Find
         command = [sys.executable, "-P", "-m", "pretrain.doctor.reduce_once"]
         started = [
             subprocess.Popen(
-                [*command, str(rank), str(processes), backend, f"{folder}/meeting", str(seconds)],
+                [*command, str(rank), str(processes), backend, f"file://{folder}/meeting", str(seconds)],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
@@ -112,6 +113,26 @@ def all_reduce(processes: int, gpu: bool, seconds: float = SECONDS) -> list[Find
         return [failed("all-reduce", f"{processes} processes can't add up a tensor with {backend} ({'; '.join(wrong)[:300]}): {remedy}")]  # fmt: skip
     slowest = max(float(answer.split()[-1]) for answer in answers)
     return [passed("all-reduce", f"{processes} processes, {backend}: {4 * VALUES / 1e6 / slowest:,.0f} MB/s on this machine")]  # fmt: skip
+
+
+def between_nodes(environment: Mapping[str, str], seconds: float = SECONDS) -> list[Finding]:
+    """On every node of a SLURM job at once: can a process of each add up a tensor with those of the others? Nothing on one node."""
+    nodes, own = int(environment.get("SLURM_NNODES", 1)), int(environment.get("SLURM_NODEID", 0))
+    if nodes == 1 or "SLURM_STEP_ID" not in environment:
+        return []
+    where = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", "")
+    if not where:
+        return [warned("network", "which node is the first isn't known here, so the network between nodes wasn't tried: MASTER_ADDR says it, which launch.doctor=true sets")]  # fmt: skip
+    meeting = f"tcp://{where}:{DOCTORS_PORT + int(environment['SLURM_JOB_ID']) % 10_000}"
+    command = [sys.executable, "-P", "-m", "pretrain.doctor.reduce_once", str(own), str(nodes), "gloo", meeting, str(seconds)]  # fmt: skip
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=2 * seconds)
+        answer, error = done.stdout.strip(), " ".join(done.stderr.split())[-200:]
+    except subprocess.TimeoutExpired:
+        answer, error = "", f"no answer in {2 * seconds:.0f} s"
+    if not answer.startswith(f"sum {nodes * (nodes + 1) // 2}"):
+        return [failed("network", f"node {own} can't add up a tensor with the other {nodes - 1} by way of {meeting} ({error}): is a firewall between them? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface to use")]  # fmt: skip
+    return [passed("network", f"{nodes} nodes, one process each, gloo: {4 * VALUES / 1e6 / float(answer.split()[-1]):,.0f} MB/s between them")]  # fmt: skip
 
 
 def slides(given: Sequence[Path]) -> list[Finding]:

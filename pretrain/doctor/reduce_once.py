@@ -1,4 +1,4 @@
-"""One process of `pretrain.doctor.machine.all_reduce`: ``python -m pretrain.doctor.reduce_once RANK WORLD BACKEND FILE SECONDS``."""
+"""One process of `pretrain.doctor.machine.all_reduce`: ``python -m pretrain.doctor.reduce_once RANK WORLD BACKEND MEETING SECONDS``."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ def main() -> None:
     if backend == "nccl":
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=float(seconds))
-    dist.init_process_group(backend, init_method=f"file://{meeting}", rank=int(rank), world_size=int(world), timeout=timeout)  # fmt: skip
+    dist.init_process_group(backend, init_method=meeting, rank=int(rank), world_size=int(world), timeout=timeout)  # fmt: skip
     value = torch.full((VALUES,), float(int(rank) + 1), device=device)
     dist.all_reduce(value)
     total = int(value.mean().item())

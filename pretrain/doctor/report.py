@@ -63,6 +63,7 @@ def of_a_run(
 
     return [
         room,
+        lambda: machine.between_nodes(os.environ),
         lambda: services.wandb(wandb.mode, logged_in),
         lambda: services.slurm(os.environ, partition, trainer.devices, trainer.nodes),
     ]

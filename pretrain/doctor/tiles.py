@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 
 from data.fault import Fault
-from data.loader import Batch, Masking, TileBatches
+from data.loader import Masking, TileBatches, shared_memory_needed
+from data.loader_process import SHARED_MEMORY, shared_memory_room
 from data.stream import Stream, group_size
 from data.tile_source import TileSource, UnreadableTile
 from pretrain import plugins
@@ -19,17 +20,21 @@ SAMPLED = 64  # tiles that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
-def check(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, needed: float | None, seed: int) -> list[Finding]:  # fmt: skip
-    """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get."""
+def check(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, needed: float | None, seed: int, here: int = 1) -> list[Finding]:  # fmt: skip
+    """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get, ``here`` how many run here."""
     try:
         source, stream = open_stream(data, seed)
-        stream.owned(0, processes)
         parts = processes * accumulate
+        if parts < 1:
+            return []  # which is said of the run
+        stream.owned(0, processes)
         if data["batch_size"] % parts:
             raise Fault(f"data.batch_size={data['batch_size']} doesn't split into {processes} processes × trainer.accumulate={accumulate}: change one of them")  # fmt: skip
         readable(source)
         blocks = min(len(part.block_sizes) for part in source.parts)
-        rate = tiles_per_second(source, stream, data, processes, accumulate, patch_size, seed)
+        batches = loading(source, stream, data, processes, accumulate, patch_size, seed)
+        memory = shared_memory(batches, here)
+        rate = tiles_per_second(batches)
     except Fault as fault:
         return [failed("tiles", str(fault))]
     found = [passed("tiles", f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes; {SAMPLED} of them read as the index says")]  # fmt: skip
@@ -37,7 +42,7 @@ def check(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: 
         found = [warned("tiles", f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a multiple of the {processes} processes), or take more shards")]  # fmt: skip
     does = f"one process with data.threads={data['threads']} reads, decodes and cuts"
     remedy = "raise data.threads and the cores for each process, or put the shards on faster storage"
-    return [*found, fast_enough(rate, needed, processes, "tiles", does, remedy)]
+    return [*found, *memory, fast_enough(rate, needed, processes, "tiles", does, remedy)]
 
 
 def open_stream(data: Mapping[str, Any], seed: int) -> tuple[TileSource, Stream]:
@@ -60,27 +65,31 @@ def readable(source: TileSource) -> None:
             raise Fault(f"{error}: 'pretrain shards verify' finds all that are; restore them, or index the shards anew") from error  # fmt: skip
 
 
-def tiles_per_second(
-    source: TileSource,
-    stream: Stream,
-    data: Mapping[str, Any],
-    processes: int,
-    accumulate: int,
-    patch_size: int,
-    seed: int,
-) -> float:
-    """What one process's loader delivers, by the run's own crops and threads."""
+def loading(
+    source: TileSource, stream: Stream, data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, seed: int
+) -> TileBatches:  # fmt: skip
+    """What one process's loader makes, by the run's own crops and threads."""
     sizes = crop_sizes(Crops(**data["crops"]))
     masks = data["masks"]
     masking = Masking(masks["share"], masks["low"], masks["high"], sizes.global_size // patch_size)
-    batches = TileBatches(
+    return TileBatches(
         source, stream, sizes, colour(ColourSettings(**data["colour"])), masking, seed=seed, start=0, stop=WARM_UP + MEASURED, rank=0,
         world_size=processes, accumulate=accumulate, threads=data["threads"],
     )  # fmt: skip
+
+
+def shared_memory(batches: TileBatches, here: int) -> list[Finding]:
+    """Has /dev/shm room for the batches on their way to ``here`` processes? A container's is often small."""
+    needed, room = shared_memory_needed(batches, here), shared_memory_room()
+    if room is None or needed <= room:
+        return []
+    return [warned("shared memory", f"{SHARED_MEMORY} has {room / 1e6:,.0f} MB free, and {here} processes need {needed / 1e6:,.0f} MB for batches on their way: they would go through a pipe, which is slower; give the container more (docker run --shm-size=8g)")]  # fmt: skip
+
+
+def tiles_per_second(batches: TileBatches) -> float:
+    """What one process's loader delivers."""
     count, began = 0, 0.0
     for step, batch in enumerate(batches):
-        if not isinstance(batch, Batch):
-            raise batch
         if step >= WARM_UP:
             count += sum(len(part.numbers) for part in batch.parts)
         elif step == WARM_UP - 1:

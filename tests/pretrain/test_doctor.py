@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.fault import Fault
+from data.lease import alone
 from launch.entry import main
 from pretrain import plugins, settings
 from pretrain.doctor import embeddings, folder, machine, services, tiles
@@ -330,6 +331,7 @@ def test_the_command_says_a_line_a_check_and_ends_with_one_where_something_fails
         "all-reduce",
         "folder",
         "openslide",
+        "run",
         "tiles",
         "rate",
         "disk",
@@ -352,7 +354,7 @@ def test_under_srun_one_process_of_a_node_speaks_with_its_name(
     monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
     monkeypatch.setattr(services.shutil, "which", lambda _: None)
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    for local, lines in (("1", 0), ("0", 7)):
+    for local, lines in (("1", 0), ("0", 8)):
         monkeypatch.setenv("SLURM_LOCALID", local)
         main(["doctor", "trainer.accelerator=cpu", f"run={tmp_path}"])
         said = capsys.readouterr().out.splitlines()
@@ -367,12 +369,85 @@ def test_a_run_of_the_slide_stage_is_looked_at_too_and_one_without_embeddings_fa
     words = ["doctor", "slide", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu", *SMALL]
     main([*words, f"data.embeddings={store}"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["versions", "accelerators", "folder", "embeddings", "rate", "disk", "wandb", "slurm"]  # fmt: skip
+    assert [line.split()[1] for line in lines] == ["versions", "accelerators", "folder", "run", "embeddings", "rate", "disk", "wandb", "slurm"]  # fmt: skip
     assert not any(line.startswith("FAIL") for line in lines) and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
         main([*words, f"data.embeddings={tmp_path / 'none'}"])
     said = capsys.readouterr().out
     assert "FAIL  embeddings" in said and "FAIL  disk" in said and said.count("no store.json") == 2
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (["trainer.shard_size=3"], "trainer.shard_size=3 does not divide the 1 processes"),
+        (["trainer.precision=fp8"], "trainer.precision is one of float32, bf16, float64, not 'fp8'"),
+        (["trainer.activation_checkpointing=banana"], "is one of none, full, selective, not 'banana'"),
+        (["trainer.accumulate=0"], "trainer.accumulate"),
+        (["trainer.devices=-1"], "trainer.devices"),
+        (["watch.probe=/nonexistent"], "/nonexistent"),
+        (["init=/nonexistent"], "/nonexistent"),
+        (["objective.group_size=3"], "not a multiple of objective.group_size=3"),
+        (["data.crops.global_size=33"], "data.crops.global_size=33 is not a multiple of model.patch_size"),
+        (["resume=banana"], "resume is newest or previous, not 'banana'"),
+    ],
+)
+def test_what_the_run_would_refuse_the_doctor_refuses_in_the_same_words(
+    settings: list[str],
+    words: str,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
+    common = [f"data.shards={shards}", f"run={tmp_path / 'run'}", *TINY, *settings]
+    for command in ("doctor", "tile"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, *common])
+        said = capsys.readouterr()
+        assert ended.value.code != 0 and words in said.out + said.err and "Traceback" not in said.err, said
+    assert not list((tmp_path / "run").rglob("step-*"))
+
+
+def test_another_run_s_folder_and_one_that_is_in_use_are_said(
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
+    common = [f"data.shards={shards}", f"run={tmp_path / 'run'}", *TINY]
+    main(["tile", *common, "optim.steps=1"])
+    with alone(tmp_path / "run"), pytest.raises(SystemExit):
+        main(["doctor", *common, "optim.steps=2"])
+    said = capsys.readouterr().out
+    assert "holds a run with other settings (optim.steps: 1 → 2)" in said, said
+    assert f"another job is writing to {tmp_path / 'run'}: process {os.getpid()} on" in said
+
+
+def test_nodes_of_a_job_talk_to_each_other_or_say_that_they_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+    common = {"SLURM_STEP_ID": "0", "SLURM_NNODES": "2", "SLURM_JOB_ID": str(os.getpid()), "MASTER_ADDR": "127.0.0.1"}
+    found: dict[int, Finding] = {}
+
+    def node(number: int, seconds: float) -> None:
+        (found[number],) = machine.between_nodes(common | {"SLURM_NODEID": str(number)}, seconds)
+
+    together = [threading.Thread(target=node, args=(number, 60.0)) for number in range(2)]
+    for thread in together:
+        thread.start()
+    for thread in together:
+        thread.join()
+    assert [found[number].status for number in range(2)] == ["ok", "ok"] and "2 nodes" in found[0].says
+    assert machine.between_nodes({}) == [] and machine.between_nodes({"SLURM_STEP_ID": "0"}) == []
+    lonely = common | {"SLURM_NODEID": "1", "MASTER_ADDR": "no-such-host.invalid"}
+    assert only(machine.between_nodes(lonely, 2.0))[0] == "FAIL"
+
+
+def test_the_doctor_of_many_processes_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(machine, "all_reduce", lambda processes, _: asked.append(processes) or [])
+    main(["doctor", "trainer.devices=8", "trainer.accelerator=cpu", f"run={tmp_path}"])
+    assert asked == [8]
 
 
 def test_a_machine_is_looked_at_without_a_run(
