@@ -59,3 +59,14 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
         *composed.words,
         *(f"trainer.{key}={value}" for key, value in meant.items() if asked.get(key) != value),
     ]
+
+
+def refuse_uneven(composed: Composed, processes: Processes) -> None:
+    """Raise Fault where a run's lanes or batch can't be shared by so many processes: the job would find that out when its turn comes."""
+    if trains(composed):
+        from pretrain.plan.batches import Slides  # with PyTorch, which other commands are started without
+        from pretrain.plan.run_shape import run_shape
+
+        data, trainer = composed.tree.data, composed.tree.trainer
+        together = data.get("processes_per_slide", 1)
+        run_shape(composed, Slides(1, 2, 2)).share(processes.nodes * processes.each, trainer.accumulate, together)

@@ -88,12 +88,14 @@ def test_an_array_of_jobs_cuts_what_one_cuts_and_another_job_merges_it(cluster: 
             tmp_path / "slides" / f"{name}.tiff", stained(400, 600, [(200, 200, 150), (450, 200, 100)]), mpp=0.5
         )
     words = ["shard", f"slides={tmp_path / 'slides'}", "tile_size=64", "workers=1"]
-    jobs = submit(cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2")
+    folder = tmp_path / "100%A"  # in which a job's log must not be looked for under the job's number
+    jobs = submit(cluster, *words, f"out={folder}", "launch.array=2")
     main([*words, f"out={tmp_path / 'whole'}"])
     for job in jobs:
         cluster.wait(job, "COMPLETED", "PENDING" if job == jobs[0] else "COMPLETED", seconds=240)
-    ours, expected = (ShardIndex.open(tmp_path / name) for name in ("array", "whole"))
+    ours, expected = (ShardIndex.open(path) for path in (folder, tmp_path / "whole"))
     assert sorted(ours.slides) == sorted(expected.slides) and len(ours.file) == len(expected.file) > 0
+    assert {f"{jobs[0]}_{task}.log" for task in range(2)} < {path.name for path in (folder / "logs").iterdir()}
 
 
 @pytest.mark.slow
