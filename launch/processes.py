@@ -62,11 +62,14 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
 
 
 def refuse_uneven(composed: Composed, processes: Processes) -> None:
-    """Raise Fault where a run's lanes or batch can't be shared by so many processes: the job would find that out when its turn comes."""
+    """Raise Fault where a run's lanes, batch or networks can't be shared by so many processes: the job would find that out when its turn comes."""
     if trains(composed):
         from pretrain.plan.batches import Slides  # with PyTorch, which other commands are started without
         from pretrain.plan.run_shape import run_shape
 
         data, trainer = composed.tree.data, composed.tree.trainer
         together = data.get("processes_per_slide", 1)
-        run_shape(composed, Slides(1, 2, 2)).share(processes.nodes * processes.each, trainer.accumulate, together)
+        count = processes.nodes * processes.each
+        run_shape(composed, Slides(1, 2, 2)).share(count, trainer.accumulate, together)
+        if trainer.shard_size and count % trainer.shard_size:
+            raise Fault(f"trainer.shard_size={trainer.shard_size} does not divide the {count} processes.")

@@ -163,5 +163,7 @@ class SlideTraining(Training):
         assert isinstance(self.objective, SlideMAE)
         if not self.sequences.validation:
             return {}
-        figures = self.objective.evaluate(batch.to(self.device) for batch in self.sequences.validation_batches())
+        figures = self.objective.evaluate(
+            batch.to(self.device) for batch in self.watchdog.each(self.sequences.validation_batches())
+        )
         return {f"validation_{name}" if name == "loss" else name: value for name, value in figures.items()}

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
@@ -36,10 +36,12 @@ from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_
 from pretrain.plan.hardware import peak_of
 from pretrain.preemption import Preemption
 from pretrain.progress import Progress, duration, say
+from pretrain.ranges import within
 from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
 from pretrain.sharding import ShardedStrategy, materialise, shard
+from pretrain.watchdog import Watchdog
 from pretrain.watching import Watch
 
 
@@ -48,18 +50,19 @@ class Hardware:
     """The settings under ``trainer:``, explained in ``configs/trainer/default.yaml``."""
 
     accelerator: str
-    devices: int
-    nodes: int
-    shard_size: int | None
+    devices: Annotated[int, within(least=1)]
+    nodes: Annotated[int, within(least=1)]
+    shard_size: Annotated[int | None, within(least=1)]
     precision: str
     activation_checkpointing: str
     compile: bool
-    accumulate: int
+    accumulate: Annotated[int, within(least=1)]
     peak_tflops: float | None
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
     keep_every: int | None
+    stalled_minutes: Annotated[float | None, within(above=0)]
 
 
 class Training(L.LightningModule, ABC):
@@ -87,6 +90,7 @@ class Training(L.LightningModule, ABC):
         self.watch: Watch = config.watch
         self.facts = alarms.facts(asdict(config))
         self._ended = time.monotonic()
+        self.watchdog = Watchdog(self.hardware.stalled_minutes)
 
     # What a stage adds -----------------------------------------------------------------------------------------
 
@@ -138,7 +142,7 @@ class Training(L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         self.hash = run_folder.open_run(self.run, self.config, self.global_rank == 0, self.data_digest())
         self.software = run_folder.software()
-        newest = checkpoints.newest(self.run)
+        newest = self.began_from = checkpoints.newest(self.run)
         if newest is not None:
             self._check_data(newest)
             state = checkpoints.load(newest, self.objective, self._optimiser())
@@ -183,6 +187,7 @@ class Training(L.LightningModule, ABC):
         if self.peak:
             figures["flop_utilisation"] = self.tile_operations * self.tiles_taken / (now - self._ended) / self.peak
         self._ended = now
+        self.watchdog.beat()
         if self.step % self.hardware.log_every == 0 or self.step == self.optim.steps or not took_step:
             self._log(figures)
         if self.progress:
@@ -214,6 +219,7 @@ class Training(L.LightningModule, ABC):
             self._heed(self.saver.outcome())
         if looks or due:
             self._raise_alarms()
+            self.watchdog.beat()
             self._ended = time.monotonic()  # neither is waiting for data
 
     def on_fit_end(self) -> None:
@@ -294,7 +300,9 @@ class Training(L.LightningModule, ABC):
                 f"{self.run}: stopped by {asked.name} after step {self.step} of {self.optim.steps}, {saved}; the same command continues"
             )
         self.asked = asked
-        self.requeued = asked != signal.SIGINT and self.preemption.requeue(self.global_rank == 0)
+        self.requeued = asked != signal.SIGINT and self.preemption.requeue(
+            self.global_rank == 0, in_vain=checkpoints.newest(self.run) == self.began_from
+        )
 
     def position(self) -> int:
         """Samples of the stream that were taken until now; a function of the step, as everything about the data is."""
@@ -492,7 +500,7 @@ def fit(training: Training, lease: Lease | None = None) -> None:
     prepare_utilisation(training, trainer)
     began = time.monotonic()
     open_more_files()
-    with signals.listening():
+    with signals.listening(), training.watchdog:
         try:
             trainer.fit(training)
         except RuntimeError as error:

@@ -217,6 +217,7 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(time: str, found: int) -> None:
         (["tile", "run=r", "data.shards=s", "launch.nodes=3", "launch.gpus_per_node=1"], "data.lanes=4 can't be shared evenly by 3 processes"),
         (["tile", "run=r", "data.shards=s", "launch.gpus_per_node=4", "data.batch_size=40"], "data.batch_size=40 can't be shared by 4 processes"),
         (["tile", "run=r", "data.shards=s", "launch.gpus_per_node=2", "data.batch_size=30"], "data.batch_size=30 is not a multiple of data.lanes=4"),
+        (["tile", "run=r", "data.shards=s", "launch.gpus_per_node=4", "trainer.shard_size=3"], "trainer.shard_size=3 does not divide the 4 processes"),
         (["slide", "run=r", "data.embeddings=e", "launch.gpus_per_node=3"], "data.lanes=4 can't be shared evenly by 3 processes × trainer.accumulate=1"),
         (["slide", "run=r", "data.embeddings=e", "launch.gpus_per_node=4", "data.processes_per_slide=3"], "data.processes_per_slide=3 doesn't divide the run's 4 processes"),
     ],
