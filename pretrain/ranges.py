@@ -67,7 +67,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
         for allowed in extras:
             if isinstance(allowed, Allowed):
                 _hold(name, value, allowed)
-    if kind == plugins.Plugin:
+    if kind == plugins.Plugin and "_target_" in value:
         check(value, hints(plugins.locate(value["_target_"], object).__init__), f"{name}.")  # type: ignore[misc]
     elif dataclasses.is_dataclass(kind):
         check(value, hints(kind), f"{name}.")

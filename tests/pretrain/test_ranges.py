@@ -29,10 +29,11 @@ class Outer:
     many: dict[str, Inner]
     model: dict[str, Any]
     free: int
+    settings: dict[str, Any]  # of no plug-in
 
 
 GOOD: dict[str, Any] = {
-    "count": 1, "jobs": ["1", "22"], "inner": {"share": 0.5}, "many": {"a": {"share": 0}}, "free": -1,
+    "count": 1, "jobs": ["1", "22"], "inner": {"share": 0.5}, "many": {"a": {"share": 0}}, "free": -1, "settings": {"a": 0},
     "model": {"_target_": "tests.pretrain.test_ranges.Plugged", "depth": 1, "name": "x"},
 }  # fmt: skip
 
