@@ -1,5 +1,7 @@
 """``launch.array=40``: which commands can be shared by many jobs, and what merges what their parts made."""
 
+import re
+
 from data.fault import Fault
 from pretrain.settings import Composed
 
@@ -15,7 +17,10 @@ def merging(composed: Composed) -> list[str] | None:
         )
     if composed.tree.part is not None:
         raise Fault("launch.array= gives every job its part=: leave part= out.")
-    out = next(word for word in composed.words if word.startswith("out="))  # quoted as the user did
+    given = [match[1] for word in composed.words if (match := re.fullmatch(r"[+]*(out=.*)", word, re.DOTALL))]
+    if not given:
+        raise Fault("launch.array= needs out= on the command line: it is where the job that merges looks.")
+    out = given[-1]  # quoted as the user did
     if composed.command == "shard":
         return ["shards", "index", f"shards={out.removeprefix('out=')}"]
     return ["embed", out, "merge=true"] if composed.tree.stage == "tile" else None

@@ -52,7 +52,8 @@ def record(error: BaseException) -> Path | None:
     clock = time.strftime("%H:%M:%S", time.localtime(now))
     path = folder / f"{kind}-{attempt():03d}-{now:.6f}-rank-{number:05d}.txt"
     folder.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"{trace}pretrain: rank {number} on {platform.node()} failed first, at {clock}: {message}\n")
+    node = os.environ.get("SLURMD_NODENAME", platform.node())  # by the name that launch.exclude= takes
+    path.write_text(f"{trace}pretrain: rank {number} on {node} failed first, at {clock}: {message}\n")
     return path
 
 

@@ -59,3 +59,17 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
         *composed.words,
         *(f"trainer.{key}={value}" for key, value in meant.items() if asked.get(key) != value),
     ]
+
+
+def refuse_uneven(composed: Composed, processes: Processes) -> None:
+    """Raise Fault where a run's lanes, batch or networks can't be shared by so many processes: the job would find that out when its turn comes."""
+    if trains(composed):
+        from pretrain.plan.batches import Slides  # with PyTorch, which other commands are started without
+        from pretrain.plan.run_shape import run_shape
+
+        data, trainer = composed.tree.data, composed.tree.trainer
+        together = data.get("processes_per_slide", 1)
+        count = processes.nodes * processes.each
+        run_shape(composed, Slides(1, 2, 2)).share(count, trainer.accumulate, together)
+        if trainer.shard_size and count % trainer.shard_size:
+            raise Fault(f"trainer.shard_size={trainer.shard_size} does not divide the {count} processes.")

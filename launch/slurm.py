@@ -5,16 +5,22 @@ job back into the queue. Any other command is one task: there the script is told
 if it has finished anything in that time.
 """
 
+import re
 import shlex
 import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Annotated
 
+from data.fault import Fault
 from launch.array import merging
 from launch.failures import LOGS
 from launch.launcher import Launcher, folder_of, python_arguments
-from launch.processes import Processes, arrange, trains
-from launch.submit import announce, submit
+from launch.processes import Processes, arrange, refuse_uneven, trains
+from launch.submit import announce, announce_chain, submit
+from pretrain.preemption import EXIT_CODE
+from pretrain.progress import say
+from pretrain.ranges import matching, within
 from pretrain.settings import Composed, stem
 
 
@@ -34,6 +40,14 @@ class Job:
     doctor: list[str] = field(default_factory=list)  # arguments of 'pretrain doctor', if every node is to run it first
     array: int = 0  # jobs
     after: list[str] = field(default_factory=list)  # numbers of jobs
+    chained: bool = False  # whether it is followed by others that go on with the same
+
+
+TIME = matching(
+    r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE",
+    "minutes, minutes:seconds, hours:minutes:seconds, days-hours, days-hours:minutes or days-hours:minutes:seconds",
+)
+OPTION = matching(r"-\S.*", "an option as it is written in a shell: --constraint=h100")
 
 
 @dataclass(kw_only=True)
@@ -43,31 +57,38 @@ class Slurm(Launcher):
     partition: str | None
     account: str | None
     qos: str | None
-    time: str | None
-    nodes: int
-    gpus_per_node: int | None
-    processes_per_node: int | None
-    cpus_per_task: int | None
-    mem: str | None
-    array: int | None
-    array_at_once: int | None
-    after: list[str]
+    time: Annotated[str | None, TIME]
+    nodes: Annotated[int, within(least=1)]
+    gpus_per_node: Annotated[int | None, within(least=0)]
+    processes_per_node: Annotated[int | None, within(least=1)]
+    cpus_per_task: Annotated[int | None, within(least=1)]
+    mem: Annotated[str | None, matching(r"\d+[KMGTkmgt]?", "a number of megabytes, or one with a unit: 64G")]
+    array: Annotated[int | None, within(least=1)]
+    array_at_once: Annotated[int | None, within(least=1)]
+    after: Annotated[list[str], matching(r"\d+(_\d+)?", "the number of a job: 4711, or 4711_3 of an array")]
+    exclude: Annotated[
+        list[str],
+        matching(r"[\w.-]+(\[[\d,-]+\])?[\w.-]*", "the name of a node, or names as SLURM writes them: n[1-3]"),
+    ]
+    chain: Annotated[int | None, within(least=2)]
     requeue: bool
-    signal_seconds: int
+    signal_seconds: Annotated[int, within(least=1, most=65535)]
     name: str | None
     folder: str | None
     setup: list[str]
     container: str | None
     python: str | None
-    srun: list[str]
-    sbatch: list[str]
+    srun: Annotated[list[str], OPTION]
+    sbatch: Annotated[list[str], OPTION]
     doctor: bool
     dry_run: bool
 
     def launch(self, composed: Composed) -> None:
         composed.object()  # what is missing or mistyped is said now, and not when the job's turn comes
+        self.refuse_contradictions()
         folder = Path(self.folder) if self.folder else folder_of(composed)
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
+        refuse_uneven(composed, processes)
         merge = None
         if self.array:
             merge = merging(composed)
@@ -83,13 +104,30 @@ class Slurm(Launcher):
             doctor=_doctors_arguments(composed, words, folder) if self.doctor else [],
             array=self.array or 0,
             after=self.after,
+            chained=self.chain is not None,
         )
+        if (
+            processes.gpus
+            and not self.cpus_per_task
+            and not any(word.startswith("--cpus-per-gpu") for word in self.sbatch)
+        ):
+            say(
+                "launch.cpus_per_task isn't given: on many clusters a process then has one core to feed its GPU; give it what a node has for each"
+            )
         text, path = script(self, job), folder / f"{stem(composed.command)}.sbatch"
         if self.dry_run:
             print(text, end="")
+            for _ in range(1, self.chain or 1):
+                print(
+                    f"\n# and then: sbatch --dependency={dependency(self.after, 'THE_ONE_BEFORE')} {shlex.quote(str(path))}"
+                )
         else:
             number = submit(path, text, job.logs)
             announce(number, job.name, path, job.logs, array=job.array)
+            numbers = [number]
+            for _ in range(1, self.chain or 1):
+                numbers.append(submit(path, text, job.logs, dependency(self.after, numbers[-1])))
+            announce_chain(numbers)
         if merge:
             # It only reads and writes indexes: one process without a GPU.
             last = Job(
@@ -108,6 +146,35 @@ class Slurm(Launcher):
             else:
                 announce(submit(path, text, last.logs), last.name, path, last.logs)
 
+    def refuse_contradictions(self) -> None:
+        """Raise Fault for settings that are each allowed, and not together."""
+        if self.chain and self.array:
+            raise Fault(
+                "launch.chain= and launch.array= exclude each other: of an array every job goes back into the queue by itself."
+            )
+        limit = seconds(self.time) if self.time else 0
+        if 0 < limit <= self.signal_seconds and (self.requeue or self.chain):
+            raise Fault(
+                f"launch.signal_seconds={self.signal_seconds} is not less than launch.time={self.time}, so a job would be told to stop as "
+                "soon as it starts: give it more time, or launch.signal_seconds= less."
+            )
+
+
+def seconds(time: str) -> int:
+    """A time limit as sbatch reads it; 0 for none."""
+    days, dash, rest = time.rpartition("-")
+    if not re.match(r"\d", rest):
+        return 0
+    parts = [int(part) for part in rest.split(":")]
+    units = (3600, 60, 1) if dash or len(parts) == 3 else (60, 1)
+    return int(days or 0) * 86400 + sum(part * unit for part, unit in zip(parts, units, strict=False))
+
+
+def dependency(after: list[str], before: str | None = None) -> str | None:
+    """What a job waits for: that jobs have ended well, and that the one before it in a chain has ended, however."""
+    kinds = [f"afterok:{':'.join(after)}"] if after else []
+    return ",".join([*kinds, f"afterany:{before}"] if before else kinds) or None
+
 
 def script(settings: Slurm, job: Job) -> str:
     """The text that sbatch is given."""
@@ -116,10 +183,11 @@ def script(settings: Slurm, job: Job) -> str:
     at_once = f"%{settings.array_at_once}" if settings.array_at_once else ""
     # Tasks that train are told themselves; of other commands the script is.
     told = "" if job.trains else "B:"
+    requeue = settings.requeue and not job.chained
     options = {
         "job-name": job.name,
         "chdir": job.directory,
-        "output": job.logs / f"{log}.log",
+        "output": f"{str(job.logs).replace('%', '%%')}/{log}.log",
         "open-mode": "append",
         "partition": settings.partition,
         "account": settings.account,
@@ -131,12 +199,13 @@ def script(settings: Slurm, job: Job) -> str:
         "cpus-per-task": settings.cpus_per_task,
         "mem": settings.mem,
         "array": f"0-{job.array - 1}{at_once}" if job.array else None,
-        "dependency": f"afterok:{':'.join(job.after)}" if job.after else None,
+        "exclude": ",".join(settings.exclude) or None,
+        "dependency": dependency(job.after),
         "kill-on-invalid-dep": "yes" if job.after else None,
-        "signal": f"{told}USR1@{settings.signal_seconds}" if settings.requeue else None,
+        "signal": f"{told}USR1@{settings.signal_seconds}" if requeue or job.chained else None,
     }
     lines = [f"--{name}={shlex.quote(str(value))}" for name, value in options.items() if value is not None]
-    lines += ["--requeue" if settings.requeue else "--no-requeue", *settings.sbatch]
+    lines += ["--requeue" if requeue else "--no-requeue", *settings.sbatch]
     head = "\n".join(f"#SBATCH {line}" for line in lines)
     setup = "".join(f"{line}\n" for line in settings.setup)
     return f"""\
@@ -153,7 +222,8 @@ if [ $code -ne 0 ]; then
     attempt=$(printf %03d "${{SLURM_RESTART_COUNT:-0}}")
     first=$(ls "${LOGS}"/error-$attempt-* "${LOGS}"/follows-$attempt-* 2>/dev/null | head -n 1)
     [ -n "$first" ] && cat "$first"
-    echo "pretrain: exit code $code; the logs of all ranks are in ${LOGS}"
+    node=$(sed -n 's/^pretrain: rank [0-9]* on \\([^ ]*\\) failed first.*/; launch.exclude=\\1 leaves that node out, should it be at fault/p' "$first" 2>/dev/null | tail -n 1)
+    echo "pretrain: exit code $code; the logs of all ranks are in ${LOGS}$node"
 fi
 exit $code
 """
@@ -185,9 +255,10 @@ def _doctor(settings: Slurm, job: Job) -> str:
     if not job.doctor:
         return ""
     line = _words(settings, replace(job, array=0), job.doctor)
+    srun = _srun(settings, f"--ntasks={job.processes.nodes}", "--ntasks-per-node=1")
     return f"""
 # Is every node fit for it?
-srun --ntasks={job.processes.nodes} --ntasks-per-node=1 {line} || exit 1
+{srun} {line} || exit 1
 """
 
 
@@ -196,20 +267,31 @@ def _doctors_arguments(composed: Composed, words: list[str], folder: Path) -> li
     doctor = {"tile": "doctor", "slide": "doctor slide"}.get(composed.command)
     if doctor is None:
         given = [
-            word.partition("=")[2] for word in words if word.startswith(("run=", "out="))
+            word.partition("=")[2] for word in words if word.lstrip("+").startswith(("run=", "out="))
         ]  # quoted as the user did
         doctor, words = "doctor machine", [f"run={given[0] if given else folder}"]
     return python_arguments(replace(composed, command=doctor), words)
 
 
+def _srun(settings: Slurm, *options: str) -> str:
+    """srun with options of its own and those that each step needs: what is in the container, and the cores that it doesn't take over from sbatch."""
+    cores = [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else []
+    return " ".join(["srun", *options, *cores, *settings.srun])
+
+
 def _run(settings: Slurm, job: Job) -> str:
-    options = ["--kill-on-bad-exit=1", f'--output="${LOGS}"/rank-%5t.log', "--open-mode=append"]
-    if settings.cpus_per_task:
-        options.append(f"--cpus-per-task={settings.cpus_per_task}")  # which srun doesn't take over from sbatch
-    srun = " ".join(["srun", *options, *settings.srun])
+    # In srun's file names a percent sign begins a replacement, in the shell's it doesn't.
+    srun = _srun(settings, "--kill-on-bad-exit=1", f'--output="${{{LOGS}//%/%%}}"/rank-%5t.log', "--open-mode=append")
     line = f"{srun} \\\n    {_words(settings, job, job.arguments)}"
-    if job.trains or not settings.requeue:
+    if job.trains or not (settings.requeue or job.chained):
         return f"{line}\ncode=$?"
+    if job.chained:
+        return f"""\
+# The time is nearly over: the next job of the chain goes on.
+trap 'echo "pretrain: out of time, the next job of the chain goes on"; kill $!; exit {EXIT_CODE}' USR1
+{line} &
+wait $!
+code=$?"""
     folder = shlex.quote(str(job.logs.parent))
     return f"""\
 # The time is nearly over: back into the queue, where the command goes on. What isn't finished has a name that begins with a dot.

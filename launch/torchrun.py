@@ -8,14 +8,16 @@ import sys
 import time
 from dataclasses import dataclass
 from types import FrameType
+from typing import Annotated
 
 from data.fault import Fault
 from launch import failures
 from launch.launcher import Launcher, folder_of, python_arguments
 from launch.local import PASSED_ON
-from launch.processes import arrange, trains
+from launch.processes import arrange, refuse_uneven, trains
 from pretrain import signals
 from pretrain.preemption import EXIT_CODE
+from pretrain.ranges import matching, within
 from pretrain.settings import Composed
 
 PATIENCE = 600  # seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner
@@ -25,11 +27,11 @@ PATIENCE = 600  # seconds that ranks which were asked to end have for their batc
 class Torchrun(Launcher):
     """The settings, explained in ``configs/launch/torchrun.yaml``."""
 
-    nodes: int
-    gpus_per_node: int | None
-    processes_per_node: int | None
-    max_restarts: int
-    endpoint: str | None
+    nodes: Annotated[int, within(least=1)]
+    gpus_per_node: Annotated[int | None, within(least=0)]
+    processes_per_node: Annotated[int | None, within(least=1)]
+    max_restarts: Annotated[int, within(least=0)]
+    endpoint: Annotated[str | None, matching(r"\S+:\d+", "host:port")]
     dry_run: bool
 
     def launch(self, composed: Composed) -> None:
@@ -59,6 +61,7 @@ class Torchrun(Launcher):
         if self.nodes > 1 and self.endpoint is None:
             raise Fault("launch.endpoint must be given: host:port of one of the nodes, where they find each other.")
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
+        refuse_uneven(composed, processes)
         meeting = (
             ["--standalone"]
             if self.nodes == 1

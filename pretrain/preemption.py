@@ -15,6 +15,7 @@ import time
 import torch
 import torch.distributed as dist
 
+from data.fault import Fault
 from pretrain import signals
 from pretrain.across_ranks import gloo_group, world_size
 from pretrain.progress import say
@@ -23,6 +24,7 @@ EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal i
 INTERRUPTED = 128 + signal.SIGINT
 # A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues it.
 REQUEUED_FROM = ("RUNNING", "TIMEOUT")
+NOT, REQUEUED, IN_VAIN = range(3)  # whether SLURM starts a job again
 
 
 class Preemption:
@@ -37,12 +39,21 @@ class Preemption:
         number = self._largest(signals.noted())
         return signal.Signals(number) if number else None
 
-    def requeue(self, first_rank: bool) -> bool:
-        """Have SLURM start this job again, where one is and will; the same answer on every rank."""
+    def requeue(self, first_rank: bool, in_vain: bool = False) -> bool:
+        """Have SLURM start this job again, where one is and will; the same answer on every rank.
+
+        ``in_vain``: no checkpoint was made since this start, so the next one would begin at the same place. Raises Fault then, on every
+        rank, unless SLURM has decided by itself: with the same time limit it would be so for ever.
+        """
         if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
             return False
         signals.forget()  # the next one comes from SLURM, to end what it starts again
-        return bool(self._largest(int(first_rank and _requeue(os.environ["SLURM_JOB_ID"]))))
+        answer = self._largest(_requeue(os.environ["SLURM_JOB_ID"], in_vain) if first_rank else NOT)
+        if answer == IN_VAIN:
+            raise Fault(
+                "out of time with no checkpoint made, and so it would be again, so this job isn't put back into the queue: give it more, launch.time=."
+            )
+        return answer == REQUEUED
 
     def _largest(self, number: int) -> int:
         if world_size() == 1:
@@ -63,15 +74,23 @@ def leave(requeued: bool, local_rank: int, asked: int = signal.SIGTERM) -> None:
     sys.exit(code if local_rank == 0 else 0)
 
 
-def _requeue(job: str) -> bool:
+def _requeue(job: str, in_vain: bool) -> int:
     shown = _scontrol("show", "job", "--oneliner", job)
-    state = next((word.removeprefix("JobState=") for word in shown.split() if word.startswith("JobState=")), "")
+    words = shown.split()
+    state = next((word.removeprefix("JobState=") for word in words if word.startswith("JobState=")), "")
     if state not in REQUEUED_FROM:
         say(f"SLURM job {job} is {state or f'not known ({shown})'}: not asking for it to be started again")
-        return False
+        return NOT
+    if "Requeue=0" in words:
+        say(
+            f"SLURM will not start job {job} again, as it was submitted; one that follows it, or the same command, continues"
+        )
+        return NOT
+    if in_vain:
+        return IN_VAIN
     answer = _scontrol("requeue", job)
     say(f"SLURM will not start job {job} again: {answer}" if answer else f"SLURM will start job {job} again")
-    return not answer
+    return NOT if answer else REQUEUED
 
 
 def _scontrol(*words: str) -> str:

@@ -25,7 +25,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.fault import Fault
-from pretrain import plugins
+from pretrain import plugins, ranges
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -85,8 +85,17 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
     values, choices = _compose(command, overrides, search, directories)
     launch = _typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = _typed(command, values)
+    _check_ranges(command, tree, launch)
     files = _files(command, choices, directories)
     return Composed(command, tree, launch, files, overrides, directories[1:])
+
+
+def _check_ranges(command: str, tree: DictConfig, launch: plugins.Plugin) -> None:
+    """Raise Fault for a value that its setting doesn't allow; a value that is still missing isn't one."""
+    config = importlib.import_module(f"pretrain.commands.{stem(command)}").Config
+    ranges.check(OmegaConf.to_container(tree), ranges.hints(config))  # type: ignore[arg-type]
+    if launch:
+        ranges.check({"launch": launch}, {"launch": plugins.Plugin})
 
 
 def _compose(
@@ -109,13 +118,20 @@ def _compose(
 def _with_launch(command: str, overrides: list[str]) -> list[str]:
     """The overrides with the group ``launch`` added to a command's own: ``launch=local`` unless another is chosen.
 
-    A command whose own settings have that name (it computes something about a cluster) runs here.
+    A command whose own settings have that name (it computes something about a cluster) runs here. Raises Fault where it is to run elsewhere.
     """
     if "launch" in _hints(command):
+        for word in overrides:
+            if re.fullmatch(r"[+~]*launch(=.*)?", word):
+                raise Fault(
+                    f"'pretrain {command}' runs here and can't be launched elsewhere, as {word} asks: its launch.nodes= and "
+                    "launch.gpus_per_node= only describe the machines of a run."
+                )
         return overrides
     chosen = [word for word in overrides if word.startswith("launch=")]
-    # Commas between values are Hydra's sweeps; the numbers of jobs are written like that everywhere else.
-    rest = [re.sub(r"^(launch\.after)=(\d+(?:,\d+)+)$", r"\1=[\2]", word) for word in overrides if word not in chosen]
+    # Commas between values are Hydra's sweeps; numbers of jobs and names of nodes are written like that everywhere else.
+    listed = r"^(launch\.(?:after|exclude))=([\w.-]+(?:,[\w.-]+)+)$"
+    rest = [re.sub(listed, r"\1=[\2]", word) for word in overrides if word not in chosen]
     return [f"+{word}" for word in chosen or ["launch=local"]] + rest
 
 
@@ -127,6 +143,8 @@ def _hints(command: str) -> dict[str, Any]:
 def _typed_launch(command: str, values: DictConfig) -> plugins.Plugin:
     """Merge the group ``launch`` into the schema of the class that it names."""
     kind = plugins.schema(values["_target_"], base=object)
+    if isinstance(values.get("setup"), str):  # a shell's line is one, whatever words it is of
+        values["setup"] = [values["setup"]]
     tree = _merged(command, [("launch", kind)], OmegaConf.create({"launch": values}))
     return vars(OmegaConf.to_object(tree.launch))
 

@@ -18,7 +18,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import lightning as L
 import torch
@@ -37,10 +37,12 @@ from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_
 from pretrain.plan.hardware import peak_of
 from pretrain.preemption import Preemption
 from pretrain.progress import SECONDS_BETWEEN_LINES, Progress, duration, say
+from pretrain.ranges import within
 from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
 from pretrain.sharding import ShardedStrategy, materialise, processes_a_copy, require_known, shard
+from pretrain.watchdog import Watchdog
 from pretrain.watching import Watch
 
 T = TypeVar("T")
@@ -51,18 +53,19 @@ class Hardware:
     """The settings under ``trainer:``, explained in ``configs/trainer/default.yaml``."""
 
     accelerator: str
-    devices: int
-    nodes: int
-    shard_size: int | None
+    devices: Annotated[int, within(least=1)]
+    nodes: Annotated[int, within(least=1)]
+    shard_size: Annotated[int | None, within(least=1)]
     precision: str
     activation_checkpointing: str
     compile: bool
-    accumulate: int
+    accumulate: Annotated[int, within(least=1)]
     peak_tflops: float | None
     log_every: int
     checkpoint_every: int
     keep_checkpoints: int
     keep_every: int | None
+    stalled_minutes: Annotated[float | None, within(above=0)]
 
 
 class Training(L.LightningModule, ABC):
@@ -93,6 +96,7 @@ class Training(L.LightningModule, ABC):
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
         self.facts = alarms.facts(asdict(config))
         self._ended = time.monotonic()
+        self.watchdog = Watchdog(self.hardware.stalled_minutes)
 
     # What a stage adds -----------------------------------------------------------------------------------------
 
@@ -144,7 +148,7 @@ class Training(L.LightningModule, ABC):
     def on_fit_start(self) -> None:
         self.hash = run_folder.open_run(self.run, self.config, self.global_rank == 0, self.data_digest())
         self.software = run_folder.software()
-        newest = checkpoints.newest(self.run)
+        newest = self.began_from = checkpoints.newest(self.run)
         if newest is not None:
             self._check_data(newest)
             state = checkpoints.load(newest, self.objective, self._optimiser())
@@ -191,6 +195,7 @@ class Training(L.LightningModule, ABC):
         if self.peak:
             figures["flop_utilisation"] = self.tile_operations * self.tiles_taken / (now - self._ended) / self.peak
         self._ended = now
+        self.watchdog.beat()
         if self.step % self.hardware.log_every == 0 or self.step == self.optim.steps or not took_step:
             self._log(figures)
         if self.progress:
@@ -231,6 +236,7 @@ class Training(L.LightningModule, ABC):
         elif not due:
             self._heed(self.saver.outcome())
         if looks or due:
+            self.watchdog.beat()
             self._ended = time.monotonic()  # neither is waiting for data
 
     def on_fit_end(self) -> None:
@@ -250,6 +256,7 @@ class Training(L.LightningModule, ABC):
         try:
             for batch in batches:
                 yield batch
+                self.watchdog.beat()
                 if progress:
                     progress.advance()
                 if asked := self.preemption.asked():
@@ -332,7 +339,9 @@ class Training(L.LightningModule, ABC):
                 f"{self.run}: stopped by {asked.name} after step {self.step} of {self.optim.steps}, {saved}; the same command continues"
             )
         self.asked = asked
-        self.requeued = asked != signal.SIGINT and self.preemption.requeue(self.global_rank == 0)
+        self.requeued = asked != signal.SIGINT and self.preemption.requeue(
+            self.global_rank == 0, in_vain=checkpoints.newest(self.run) == self.began_from
+        )
 
     def position(self) -> int:
         """Samples of the stream that were taken until now; a function of the step, as everything about the data is."""
@@ -538,7 +547,7 @@ def fit(training: Training, lease: Lease | None = None) -> None:
     prepare_utilisation(training, trainer)
     began = time.monotonic()
     open_more_files()
-    with signals.listening():
+    with signals.listening(), training.watchdog:
         try:
             trainer.fit(training)
         except RuntimeError as error:
@@ -558,9 +567,6 @@ def fit(training: Training, lease: Lease | None = None) -> None:
 
 def require_possible(hardware: Hardware) -> None:
     """Raise Fault for settings under ``trainer:`` that no run can have."""
-    for name in ("devices", "nodes", "accumulate"):
-        if getattr(hardware, name) < 1:
-            raise Fault(f"trainer.{name} is at least 1, not {getattr(hardware, name)}.")
     require_known(hardware.precision, hardware.activation_checkpointing)
     processes_a_copy(hardware.devices * hardware.nodes, hardware.shard_size)
 

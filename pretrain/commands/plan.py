@@ -16,29 +16,32 @@ the peak, which only a run can tell; published runs tell what others got (publis
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data.fault import Fault
 from data.files import write_whole
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
+from pretrain.plan.evaluation import evaluation
 from pretrain.plan.hardware import Machine
 from pretrain.plan.of_a_run import compose
 from pretrain.plan.published import Implied, PublishedRun, implied
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import Input, pace, slide_cost, tile_cost
+from pretrain.ranges import within
 from pretrain.sharding import CHECKPOINTING
 
 GIB = 2**30
+GPUS = 8  # of a node, unless launch.gpus_per_node says so
 
 
 @dataclass
 class Launch:
     """``launch:``, of which a plan needs these two."""
 
-    nodes: int
-    gpus_per_node: int
+    nodes: Annotated[int, within(least=1)]
+    gpus_per_node: Annotated[int | None, within(least=1)]
 
 
 @dataclass
@@ -47,9 +50,9 @@ class Config:
 
     launch: Launch
     hardware: Machine
-    utilisation: float | None
-    dollars_per_hour: float | None
-    reserve: float
+    utilisation: Annotated[float | None, within(above=0, most=1)]
+    dollars_per_hour: Annotated[float | None, within(least=0)]
+    reserve: Annotated[float, within(least=0, below=1)]
     out: str | None
     published: bool
     slides: Slides
@@ -76,17 +79,21 @@ def run(config: Config) -> None:
 
 def plan(config: Config) -> dict[str, Any]:
     """Everything that is known of a run before it starts. Raises Fault where its settings don't divide."""
-    machine, launch = config.hardware, config.launch
+    machine, launch, slides = config.hardware, config.launch, config.slides
+    if slides.largest < slides.tiles:
+        raise Fault(
+            f"slides.largest={slides.largest} is less than slides.tiles={slides.tiles}, those of a mean slide: raise it."
+        )
     gpu = machine.accelerator == "gpu"
     shape = run_shape(compose(config.settings, config.config_dirs), config.slides)
     trainer = shape.trainer
-    processes = launch.nodes * launch.gpus_per_node
-    settings = Settings(processes, trainer.shard_size or processes, trainer.precision, trainer.activation_checkpointing, trainer.accumulate)  # fmt: skip
+    each = launch.gpus_per_node or (GPUS if gpu else 1)
+    processes = launch.nodes * each
+    together = shape.data.processes_per_slide if shape.stage == "slide" else 1
+    settings = Settings(processes, trainer.shard_size or processes, trainer.precision, trainer.activation_checkpointing, trainer.accumulate, together)  # fmt: skip
     peak = machine.peak(settings.precision)
     utilisation = machine.utilisation if config.utilisation is None else config.utilisation
     price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
-    if not 0 < utilisation <= 1:
-        raise Fault(f"utilisation={utilisation} is not a share of the peak; it lies between 0 and 1.")
     room = int(machine.memory_gib * GIB * (1 - config.reserve))
     known: dict[tuple, Estimate] = {}
 
@@ -98,14 +105,19 @@ def plan(config: Config) -> dict[str, Any]:
 
     found = of(settings)
     usual = estimate(shape, settings, gpu, largest=False) if shape.stage == "slide" else found
-    sample = tile_cost(shape.data, config.input) if shape.stage == "tile" else slide_cost(config.slides, config.input)
+    cost = tile_cost(shape.data, config.input) if shape.stage == "tile" else slide_cost(slides, config.input)
+    judged = evaluation(shape, settings, gpu) if shape.stage == "slide" else None
     speed = pace(
         usual, peak=peak, utilisation=utilisation, dollars_per_hour=price, steps=shape.steps, nodes=launch.nodes,
-        processes_per_node=launch.gpus_per_node, sample=sample,
+        processes_per_node=each, sample=(together * cost[0], together * cost[1]), evaluation=judged.flops if judged else 0.0,
     )  # fmt: skip
     other = {kind: of(replace(settings, checkpointing=kind)).peak for kind in CHECKPOINTING if kind != "selective"}
     fits = found.peak <= room
-    tried = [] if fits else list(remedies(settings, launch.nodes, of, lambda one: one.peak <= room, gpu))
+    tried = (
+        []
+        if fits
+        else list(remedies(settings, launch.nodes, of, lambda one: one.peak <= room, gpu, shape.stage == "slide"))
+    )
     return {
         "settings": config.settings,
         "stage": shape.stage,
@@ -126,7 +138,8 @@ def plan(config: Config) -> dict[str, Any]:
         "peak_tflops": peak / 1e12,
         "dollars_per_hour": price,
         "pace": asdict(replace(speed, unit=f"{shape.stage}s")),
-        "slides": asdict(config.slides) if shape.stage == "slide" else None,
+        "slides": asdict(slides) if shape.stage == "slide" else None,
+        "evaluation": asdict(judged) if judged else None,
     }
 
 
@@ -141,8 +154,8 @@ def table(found: dict[str, Any]) -> str:
         f"Plan, computed and not measured: {' '.join(found['settings']) or 'the default recipe'}",
         f"  {found['processes']} × {machine['name']}, trainer.precision={run['precision']}, "
         f"trainer.activation_checkpointing={run['checkpointing']}, trainer.accumulate={run['accumulate']}, "
-        f"sharded over {run['shard_size']}",
-        f"  {run['steps']:,} steps of at most {run['batch']:,} {unit}, {found['samples_per_step_and_process']} on each process",
+        f"sharded over {run['shard_size']}" + (f", {run['together']} processes a slide" if run["together"] > 1 else ""),
+        f"  {run['steps']:,} steps of at most {run['batch']:,} {unit}, {found['samples_per_step_and_process']:g} on each process",
     ]
     if found["slides"]:
         about = found["slides"]
@@ -186,16 +199,30 @@ def table(found: dict[str, Any]) -> str:
         f"Time and money (computed), supposing {found['utilisation']:.0%} of the peak of {found['peak_tflops']:g} TFLOP/s: a choice (utilisation=), not a measurement",
         f"  {speed['per_second']:,.1f} {unit}/s, {speed['per_second'] / found['processes']:,.2f} on each process, {speed['step_seconds']:.3g} s a step",
         f"  {speed['hours']:,.1f} hours, {speed['gpu_hours']:,.0f} GPU-hours, {speed['dollars']:,.0f} dollars at {found['dollars_per_hour']:g} an hour and GPU (dollars_per_hour=)",
-        *(
-            ["  no published slide stage comes near: Prov-GigaPath's hours imply about half a percent (published=true)"]
-            if found["slides"]
-            else []
-        ),
+        *(_of_slides(found) if found["slides"] else []),
         "",
         "Input of each node (computed from costs measured on two shared cores; input= has them)",
         f"  {speed['megabytes_per_second']:,.2f} MB/s to read, {speed['cores']:.2g} cores to {'decode and cut crops' if found['stage'] == 'tile' else 'read embeddings'}",
     ]
     return "\n".join(lines)
+
+
+def _of_slides(found: dict[str, Any]) -> list[str]:
+    """What a plan of the slide stage says besides of time: its evaluation, and why the hours are not to be trusted."""
+    judged, speed = found["evaluation"], found["pace"]
+    share = speed["evaluation_hours"] / speed["hours"]
+    lines = [
+        f"  of these {speed['evaluation_hours']:,.1f} hours ({share:.0%}) are evaluation: {judged['times']:,} checkpoints (trainer.checkpoint_every=), at "
+        f"each two forwards on every process of {judged['slides']:,} slides (data.validation_fraction= of slides.count={found['slides']['count']:,})"
+    ]
+    if not judged["slides"]:
+        lines = ["  no evaluation: data.validation_fraction=0 holds no slides out"]
+    return [
+        *lines,
+        "  Prov-GigaPath published 3,072 A100-hours, which by this count are about half a percent of the peak (published=true): its arithmetic doesn't",
+        "  explain them, and what else took the time is not published; what is planned here is arithmetic alone, so expect more until a run of yours",
+        "  has recorded its flop_utilisation",
+    ]
 
 
 def published_table(rows: list[Implied]) -> str:
@@ -208,4 +235,10 @@ def published_table(rows: list[Implied]) -> str:
         f"{row.recipe:<22}{row.parameters:>15,}{row.gflops:>13,.1f}{row.samples:>16,}{row.gpu_hours:>11,.0f}  {row.machine:<12}{row.utilisation:>14.1%}"
         for row in rows
     ]
-    return "\n".join([*lines, "samples: tiles; slides for the slide stage. Hours and samples: configs/plan.yaml."])
+    return "\n".join(
+        [
+            *lines,
+            "samples: tiles; slides for the slide stage. Hours and samples: configs/plan.yaml. Training alone is counted: what the hours of the lowest",
+            "shares went into besides (reading, evaluation, small or padded kernels, waiting) is not published.",
+        ]
+    )

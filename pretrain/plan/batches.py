@@ -1,13 +1,14 @@
 """Batches without numbers, of the sizes that a run's settings ask for."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 
 from data.fault import Fault
 from data.slide_sequences import SlideBatch
 from pretrain.plan.rehearsal import Batch
+from pretrain.ranges import within
 from pretrain.tile_batch import TileBatch
 
 
@@ -15,9 +16,10 @@ from pretrain.tile_batch import TileBatch
 class Slides:
     """``slides:`` in ``configs/plan.yaml``: what a plan must suppose of slides, which only their embeddings would tell."""
 
-    width: int
-    tiles: int
-    largest: int
+    width: Annotated[int, within(least=1)]
+    tiles: Annotated[int, within(least=1)]
+    largest: Annotated[int, within(least=1)]
+    count: Annotated[int, within(least=1)] = 1
 
 
 def share(batch_size: int, processes: int, accumulate: int, group: int) -> int:

@@ -29,13 +29,14 @@ class Settings:
     precision: str
     checkpointing: str
     accumulate: int
+    together: int = 1  # processes that share each slide
 
 
 @dataclass
 class Estimate:
     """Of one process; computed, not measured."""
 
-    samples: int  # of a step
+    samples: float  # of a step; of those that processes share, each has its part
     flops: Counter[tuple[str, str]]  # of a step, by (part, forward, backward or again)
     held: dict[str, int]  # bytes held all the time, by part
     highest: dict[str, int]  # bytes at the highest moment, by part, those held all the time among them
@@ -48,7 +49,7 @@ class Estimate:
 
 def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: bool = True) -> Estimate:
     """Rehearse a step of ``run`` under these settings. Raises Fault where they don't divide."""
-    batch = run.batch(settings.processes, settings.accumulate, largest)
+    batch = run.batch(settings.processes, settings.accumulate, largest, settings.together)
 
     def of(depths: dict[tuple[str, str], int]) -> Rehearsal:
         return rehearse(
@@ -59,6 +60,7 @@ def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: 
             precision=settings.precision,
             checkpointing=settings.checkpointing,
             fused_attention=fused_attention,
+            together=settings.together,
         )
 
     seen = _deepened(run, of)
@@ -70,7 +72,9 @@ def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: 
     moments = [phase | {BATCH: phase.get(BATCH, 0) + waiting} for phase in seen.phases] + [{"gradients": gradients}]
     highest = max(moments, key=lambda phase: sum(phase.values()))
     named = {name: size for name, size in (held | highest).items() if size}
-    return Estimate(batch.samples * settings.accumulate, flops, held | {"gradients": gradients}, named)
+    return Estimate(
+        batch.samples * settings.accumulate / settings.together, flops, held | {"gradients": gradients}, named
+    )
 
 
 def _deepened(run: RunShape, of: Callable[[dict[tuple[str, str], int]], Rehearsal]) -> Rehearsal:

@@ -1,11 +1,13 @@
 """What a machine has: memory, arithmetic, price. The descriptions are in ``configs/hardware/``, each number with its source."""
 
 from dataclasses import dataclass, field
+from typing import Annotated
 
 import torch
 import yaml
 
 from data.fault import Fault
+from pretrain.ranges import within
 from pretrain.settings import CONFIGS
 
 FOLDER = CONFIGS / "hardware"
@@ -17,11 +19,11 @@ class Machine:
 
     name: str
     accelerator: str  # gpu or cpu
-    memory_gib: float
-    bf16_tflops: float
-    float32_tflops: float
-    utilisation: float
-    dollars_per_hour: float
+    memory_gib: Annotated[float, within(above=0)]
+    bf16_tflops: Annotated[float, within(above=0)]
+    float32_tflops: Annotated[float, within(above=0)]
+    utilisation: Annotated[float, within(above=0, most=1)]
+    dollars_per_hour: Annotated[float, within(least=0)]
     device_names: list[str] = field(default_factory=list)  # what torch.cuda.get_device_name says of it
 
     @property

@@ -1,12 +1,14 @@
 """Published runs against their plans: the share of the peak that their GPU hours imply."""
 
 from dataclasses import dataclass
+from typing import Annotated
 
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Settings, counted, estimate
 from pretrain.plan.hardware import described
 from pretrain.plan.of_a_run import compose
 from pretrain.plan.run_shape import run_shape
+from pretrain.ranges import within
 
 
 @dataclass
@@ -14,8 +16,8 @@ class PublishedRun:
     """``runs:`` in ``configs/plan.yaml``."""
 
     hardware: str
-    gpu_hours: float
-    samples: int
+    gpu_hours: Annotated[float, within(above=0)]
+    samples: Annotated[int, within(least=1)]
 
 
 @dataclass

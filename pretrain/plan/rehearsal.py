@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from models import dilated_attention
 from models.attention import Attention, attend
 from pretrain.objective import Moment, Objective
+from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.sharding import lay_mesh, shard
 from pretrain.teacher import local
 from pretrain.training import gradients
@@ -71,11 +72,12 @@ def rehearse(
     precision: str = "float32",
     checkpointing: str = "none",
     fused_attention: bool = True,
+    together: int = 1,
 ) -> Rehearsal:
     """Rehearse the gradients of a step on the first of ``processes``.
 
-    ``fused_attention``: attention by a kernel that keeps no matrix of pairs, as on a GPU; else as on a CPU. Raises RuntimeError inside
-    a process group, since it makes one of its own.
+    ``fused_attention``: attention by a kernel that keeps no matrix of pairs, as on a GPU; else as on a CPU. ``together``: processes that
+    share each slide of the slide stage. Raises RuntimeError inside a process group, since it makes one of its own.
     """
     if dist.is_initialized():
         raise RuntimeError("a rehearsal makes a process group of its own, and there is one already")
@@ -90,6 +92,9 @@ def rehearse(
                 stack.enter_context(as_on_a_gpu(objective))
             stack.enter_context(real_plans())
             shard(objective, lay_mesh("cpu", processes, shard_size), precision, checkpointing)
+            if together > 1:
+                assert isinstance(objective, SlideMAE)
+                objective.share_slides(dist.new_subgroups(together)[0])
             watch = stack.enter_context(Watch(objective, batch.true))
             objective.to_empty(device="cpu")
             parts = [(batch.make(), i * batch.samples) for i in range(batch.parts)]

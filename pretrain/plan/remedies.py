@@ -17,9 +17,17 @@ class Remedy:
 
 
 def remedies(
-    settings: Settings, nodes: int, of: Callable[[Settings], Estimate], fits: Callable[[Estimate], bool], gpu: bool
+    settings: Settings,
+    nodes: int,
+    of: Callable[[Settings], Estimate],
+    fits: Callable[[Estimate], bool],
+    gpu: bool,
+    slides: bool = False,
 ) -> Iterator[Remedy]:
-    """Changes that keep the step what it is (the global batch stays), the cheapest first; the last one fits, unless none does."""
+    """Changes that keep the step what it is (the global batch stays), the cheapest first; the last one fits, unless none does.
+
+    ``slides``: whether it is a run of the slide stage, whose processes can share a slide.
+    """
     words: list[str] = []
     now = settings
     if gpu and settings.precision == "float32":
@@ -49,6 +57,22 @@ def remedies(
         try:
             remedy = _tried([*words, f"trainer.accumulate={smaller.accumulate}"], smaller, of, fits)
         except Fault:  # the batch has no such parts
+            break
+        yield remedy
+        if remedy.fits:
+            return
+    for times in (2, 4, 8) if slides else ():
+        # With as many micro-batches, each process has its part of one that is as small as before.
+        together = settings.together * times
+        shared = replace(now, together=together, accumulate=settings.accumulate * times)
+        try:
+            remedy = _tried(
+                [*words, f"data.processes_per_slide={together} trainer.accumulate={shared.accumulate}"],
+                shared,
+                of,
+                fits,
+            )
+        except Fault:  # which don't divide the processes or the heads
             break
         yield remedy
         if remedy.fits:

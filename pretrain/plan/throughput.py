@@ -1,10 +1,11 @@
 """How fast, how long, at what price, and what a node must read and decode: from operations, at a stated utilisation."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate
+from pretrain.ranges import within
 
 MEASURED_CROPS = 2 * 224**2 + 8 * 98**2  # pixels of the crops that `Input.crops_ms` was measured on
 MEASURED_TILE = 256**2
@@ -15,12 +16,12 @@ MEASURED_SLIDE = 8089 * 1536
 class Input:
     """``input:`` in ``configs/plan.yaml``: what reading costs one core."""
 
-    tile_size: int
-    tile_kb: float
-    decode_ms: float
-    read_ms: float
-    crops_ms: float
-    slide_ms: float
+    tile_size: Annotated[int, within(least=1)]
+    tile_kb: Annotated[float, within(least=0)]
+    decode_ms: Annotated[float, within(least=0)]
+    read_ms: Annotated[float, within(least=0)]
+    crops_ms: Annotated[float, within(least=0)]
+    slide_ms: Annotated[float, within(least=0)]
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Pace:
     step_seconds: float
     per_second: float
     hours: float
+    evaluation_hours: float  # of these, judging itself
     gpu_hours: float
     dollars: float
     megabytes_per_second: float  # that a node reads
@@ -47,15 +49,18 @@ def pace(
     nodes: int,
     processes_per_node: int,
     sample: tuple[float, float],
+    evaluation: float = 0.0,
 ) -> Pace:
-    """``found``: a process's step; ``peak``: its device's operations a second; ``sample``: MB and core-seconds of a tile or slide."""
+    """``found``: a process's step; ``peak``: its device's operations a second; ``sample``: MB and core-seconds of a tile or slide, of all
+    processes that read it; ``evaluation``: a process's operations of judging, all through the run."""
     step = sum(found.flops.values()) / (peak * utilisation)
     processes = nodes * processes_per_node
     of_node = found.samples * processes_per_node / step
-    hours = steps * step / 3600
+    evaluating = evaluation / (peak * utilisation) / 3600
+    hours = steps * step / 3600 + evaluating
     gpu_hours = hours * processes
     megabytes, seconds = sample
-    return Pace("", step, found.samples * processes / step, hours, gpu_hours, gpu_hours * dollars_per_hour, of_node * megabytes, of_node * seconds)  # fmt: skip
+    return Pace("", step, found.samples * processes / step, hours, evaluating, gpu_hours, gpu_hours * dollars_per_hour, of_node * megabytes, of_node * seconds)  # fmt: skip
 
 
 def tile_cost(data: Any, cost: Input) -> tuple[float, float]:

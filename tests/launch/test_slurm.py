@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -88,12 +89,14 @@ def test_an_array_of_jobs_cuts_what_one_cuts_and_another_job_merges_it(cluster: 
             tmp_path / "slides" / f"{name}.tiff", stained(400, 600, [(200, 200, 150), (450, 200, 100)]), mpp=0.5
         )
     words = ["shard", f"slides={tmp_path / 'slides'}", "tile_size=64", "workers=1"]
-    jobs = submit(cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2")
+    folder = tmp_path / "100%A"  # in which a job's log must not be looked for under the job's number
+    jobs = submit(cluster, *words, f"out={folder}", "launch.array=2")
     main([*words, f"out={tmp_path / 'whole'}"])
     for job in jobs:
         cluster.wait(job, "COMPLETED", "PENDING" if job == jobs[0] else "COMPLETED", seconds=240)
-    ours, expected = (ShardIndex.open(tmp_path / name) for name in ("array", "whole"))
+    ours, expected = (ShardIndex.open(path) for path in (folder, tmp_path / "whole"))
     assert sorted(ours.slides) == sorted(expected.slides) and len(ours.file) == len(expected.file) > 0
+    assert {f"{jobs[0]}_{task}.log" for task in range(2)} < {path.name for path in (folder / "logs").iterdir()}
 
 
 @pytest.mark.slow
@@ -137,6 +140,25 @@ def test_the_first_error_of_any_rank_is_the_last_thing_in_the_jobs_log(
     *_, error, where = (tmp_path / "run" / "logs" / f"{job}.log").read_text().splitlines()
     assert error.startswith("pretrain: rank 1 on ") and error.endswith("ZeroDivisionError: the third step of this rank")
     assert where.startswith("pretrain: exit code 1; the logs of all ranks are in ")
+    # On which of the two nodes the second rank was, is SLURM's choice; its name there is not this machine's.
+    assert re.search(r"; launch\.exclude=n[12] leaves that node out, should it be at fault$", where)
+
+
+@pytest.mark.slow
+def test_a_chain_goes_on_where_its_last_job_was_stopped_and_ends_at_once_where_the_run_is_done(
+    cluster: Cluster, shards: Path, here: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    slowly = "objective._target_=tests.launch.slow_steps.SlowDINOv2"
+    limit = ["launch.time=2", "launch.signal_seconds=60", "launch.chain=3"]
+    jobs = submit(cluster, *command(shards, run, slowly), *nodes(1, 1), *limit)
+    assert len(jobs) == 3
+    cluster.wait(jobs[2], "COMPLETED", seconds=500)
+    assert cluster.states(jobs[0]) == ["FAILED"] and cluster.states(jobs[1]) == ["COMPLETED"]
+    said = [(run / "logs" / job / "rank-00000.log").read_text() for job in jobs]
+    assert "stopped by SIGUSR1" in said[0] and f"will not start job {jobs[0]} again, as it was submitted" in said[0]
+    assert "resuming after step" in said[1] and "6 steps in" in said[1] and " is done: 6 steps" in said[2]
+    assert_close(run, here)
 
 
 @pytest.mark.slow

@@ -1,5 +1,6 @@
 """What ``launch=`` makes of its settings, without a cluster: the script's text, torchrun's command, and what is refused."""
 
+import re
 import shlex
 import shutil
 import subprocess
@@ -7,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from launch import failures
 from launch.entry import main
 from launch.processes import Processes, arrange
-from pretrain.settings import annotated, load
+from launch.slurm import seconds
+from pretrain.settings import CONFIGS, annotated, load
 
 TILE = ["tile", "run=runs/first", "data.shards=shards"]
 
@@ -29,7 +32,7 @@ def test_the_script_of_a_training_job_says_what_was_set_and_nothing_else(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = script(capsys, *TILE, "launch.nodes=4", "launch.gpus_per_node=8", "launch.partition=gpu", "launch.account=lab", "launch.qos=long",
+    text = script(capsys, *TILE, "recipe=midnight", "launch.nodes=4", "launch.gpus_per_node=8", "launch.partition=gpu", "launch.account=lab", "launch.qos=long",
                   "launch.time=2-00:00:00", "launch.cpus_per_task=12", "launch.mem=0", "launch.after=12,13", "launch.sbatch=['--constraint=h100']",
                   "launch.setup=[module load cuda]", "launch.container='apptainer exec --nv it.sif'", "launch.python=python3")  # fmt: skip
     logs = tmp_path / "runs" / "first" / "logs"
@@ -40,7 +43,7 @@ def test_the_script_of_a_training_job_says_what_was_set_and_nothing_else(
     }  # fmt: skip
     body = " ".join(text.replace("\\\n", " ").split())
     assert (
-        "--cpus-per-task=12 apptainer exec --nv it.sif python3 -P -m pretrain tile run=runs/first data.shards=shards trainer.nodes=4 "
+        "--cpus-per-task=12 apptainer exec --nv it.sif python3 -P -m pretrain tile run=runs/first data.shards=shards recipe=midnight trainer.nodes=4 "
         in body
     )
     assert "trainer.devices=8 trainer.accelerator=gpu code=$?" in body
@@ -171,6 +174,204 @@ def test_what_does_not_fit_is_refused_in_one_line(
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
+        (["launch.nodes=0"], "launch.nodes=0 is not allowed: it must be at least 1."),
+        (["launch.gpus_per_node=-2"], "launch.gpus_per_node=-2 is not allowed: it must be at least 0."),
+        (["launch.processes_per_node=0"], "launch.processes_per_node=0 is not allowed: it must be at least 1."),
+        (["launch.cpus_per_task=-2"], "launch.cpus_per_task=-2 is not allowed: it must be at least 1."),
+        (["launch.mem=much"], "launch.mem=much is not allowed: it must be a number of megabytes, or one with a unit: 64G."),
+        (["launch.time=banana"], "launch.time=banana is not allowed: it must be minutes, minutes:seconds, hours:minutes:seconds, "),
+        (["launch.time=2", "launch.signal_seconds=120"], "launch.signal_seconds=120 is not less than launch.time=2, so a job "),
+        (["launch.array=0"], "launch.array=0 is not allowed: it must be at least 1."),
+        (["launch.array=-1"], "launch.array=-1 is not allowed: it must be at least 1."),
+        (["launch.array_at_once=-3"], "launch.array_at_once=-3 is not allowed: it must be at least 1."),
+        (["launch.after=[abc]"], "launch.after holds 'abc', which is not allowed: each must be the number of a job: 4711, or 4711_3 of an array."),
+        (["launch.after=12,abc"], "launch.after holds 'abc'"),
+        (["launch.exclude=['n 1']"], "launch.exclude holds 'n 1', which is not allowed: each must be the name of a node"),
+        (["launch.signal_seconds=-5"], "launch.signal_seconds=-5 is not allowed: it must be at least 1 and at most 65535."),
+        (["launch.srun=[gpu-bind]"], "launch.srun holds 'gpu-bind', which is not allowed: each must be an option"),
+        (["launch.chain=1"], "launch.chain=1 is not allowed: it must be at least 2."),
+        (["launch.chain=2", "launch.array=2"], "launch.chain= and launch.array= exclude each other"),
+    ],
+)  # fmt: skip
+def test_a_value_out_of_range_is_refused_before_anything_is_written(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        main(["shard", "slides=a", "out=b", "launch=slurm", *words])
+    said = capsys.readouterr()
+    assert sentence in said.err and said.err.count("\n") == 1 and said.out == "" and list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("time", "found"),
+    [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("1-1:30", 91800), ("1-00:00:10", 86410), ("0", 0), ("UNLIMITED", 0)],
+)  # fmt: skip
+def test_a_time_limit_is_read_as_sbatch_reads_it(time: str, found: int) -> None:
+    assert seconds(time) == found
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["tile", "run=r", "data.shards=s", "launch.nodes=3", "launch.gpus_per_node=1"], "data.lanes=4 can't be shared evenly by 3 processes"),
+        (["tile", "run=r", "data.shards=s", "launch.gpus_per_node=4", "data.batch_size=40"], "data.batch_size=40 can't be shared by 4 processes"),
+        (["tile", "run=r", "data.shards=s", "launch.gpus_per_node=2", "data.batch_size=30"], "data.batch_size=30 is not a multiple of data.lanes=4"),
+        (["tile", "run=r", "data.shards=s", "launch.gpus_per_node=4", "trainer.shard_size=3"], "trainer.shard_size=3 does not divide the 4 processes"),
+        (["slide", "run=r", "data.embeddings=e", "launch.gpus_per_node=3"], "data.lanes=4 can't be shared evenly by 3 processes × trainer.accumulate=1"),
+        (["slide", "run=r", "data.embeddings=e", "launch.gpus_per_node=4", "data.processes_per_slide=3"], "data.processes_per_slide=3 doesn't divide the run's 4 processes"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("launch", ["slurm", "torchrun"])
+def test_processes_that_do_not_divide_the_batch_are_found_out_before_the_job(
+    words: list[str], sentence: str, launch: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main([*words, f"launch={launch}", "launch.dry_run=true", *(["launch.endpoint=a:1"] if launch == "torchrun" else [])])  # fmt: skip
+    said = capsys.readouterr()
+    assert sentence in said.err and said.out == ""
+
+
+def test_gpus_without_cores_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    for words, warns in ((["launch.gpus_per_node=1"], True), (["launch.gpus_per_node=1", "launch.cpus_per_task=8"], False),
+                         (["launch.processes_per_node=1"], False), (["launch.gpus_per_node=1", "launch.sbatch=['--cpus-per-gpu=8']"], False)):  # fmt: skip
+        main([*TILE, "launch=slurm", "launch.dry_run=true", *words])
+        assert ("launch.cpus_per_task isn't given" in capsys.readouterr().err) == warns
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        (["launch.setup=module load cuda"], ["module load cuda"]),
+        (["launch.exclude=n7,n9"], ["#SBATCH --exclude=n7,n9"]),
+        (["launch.exclude=n7"], ["#SBATCH --exclude=n7"]),
+        (["launch.exclude=['n[1-3]']"], ["#SBATCH --exclude='n[1-3]'"]),
+    ],
+)
+def test_a_list_of_one_is_written_as_on_a_command_line(
+    words: list[str], found: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert set(found) <= set(script(capsys, *TILE, "launch.gpus_per_node=1", *words).splitlines())
+
+
+def test_the_examples_in_the_settings_can_be_typed_as_they_are_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    shown = re.findall(r"'launch\..*?'(?= |$)", (CONFIGS / "launch" / "slurm.yaml").read_text(), re.MULTILINE)
+    assert len(shown) == 4
+    lines = script(
+        capsys, *TILE, "launch.gpus_per_node=1", "launch.doctor=true", *shlex.split(" ".join(shown))
+    ).splitlines()
+    for line in (
+        "module load cuda",
+        "export NCCL_SOCKET_IFNAME=ib0",
+        "#SBATCH --constraint=h100",
+        "#SBATCH --mail-user=me@lab.org",
+        "#SBATCH --mail-type=FAIL",
+    ):
+        assert line in lines
+    steps = [line for line in lines if line.startswith("srun ")]
+    assert len(steps) == 2  # the doctor's, and the run's
+    for step in steps:
+        assert " --container-image=slidewright.sqsh --container-mounts=/data:/data " in step
+
+
+@pytest.mark.parametrize(
+    ("words", "step"),
+    [
+        (["launch.container='apptainer exec --nv --bind /data slidewright.sif'", "launch.python=python3"], "apptainer exec --nv --bind /data slidewright.sif python3 -P -m pretrain"),
+        (["launch.srun=['--container-image=slidewright.sqsh','--container-mounts=/data:/data','--gpu-bind=closest']", "launch.python=python3"],
+         "--container-image=slidewright.sqsh --container-mounts=/data:/data --gpu-bind=closest python3 -P -m pretrain"),
+    ],
+)  # fmt: skip
+def test_the_doctor_is_where_the_run_is_in_its_container_and_with_its_cores(
+    words: list[str], step: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = script(capsys, *TILE, "launch.gpus_per_node=2", "launch.cpus_per_task=12", "launch.doctor=true", *words)
+    doctor, run = (line for line in text.splitlines() if line.startswith("srun "))
+    following = text.splitlines()[text.splitlines().index(run) + 1]
+    assert doctor.startswith(f"srun --ntasks=1 --ntasks-per-node=1 --cpus-per-task=12 {step} doctor ")
+    assert f"{run} {following.strip()}".replace(" \\ ", " ").endswith(f"--cpus-per-task=12 {step} tile \\")
+
+
+def test_a_percent_sign_in_a_folders_name_is_no_replacement_of_slurms(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    text = script(capsys, "tile", f"run={tmp_path}/50%j", "data.shards=s", "launch.gpus_per_node=1")
+    assert options(text)["output"] == f"{tmp_path}/50%%j/logs/%j.log"
+    assert f"export PRETRAIN_LOGS={tmp_path}/50%j/logs/$SLURM_JOB_ID" in text
+    step = next(line for line in text.splitlines() if line.startswith("srun "))
+    said = subprocess.run(
+        ["bash", "-c", step.replace("srun ", "echo ")], env={"PRETRAIN_LOGS": "/50%j/7"}, capture_output=True, text=True
+    )
+    assert "--output=/50%%j/7/rank-%5t.log" in said.stdout
+
+
+@pytest.mark.parametrize("out", ["++out", "out"])
+def test_an_array_finds_its_folder_however_it_was_given(out: str, capsys: pytest.CaptureFixture[str]) -> None:
+    text = script(capsys, "shard", "slides=a", f"{out}=b", "launch.array=4", "launch.doctor=true")
+    assert "shards index \\\n    shards=b &" in text and "doctor machine \\\n    run=b ||" in text
+
+
+def test_a_chain_is_of_jobs_that_start_when_the_one_before_has_ended(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    programs, calls = tmp_path / "bin", tmp_path / "calls"
+    programs.mkdir()
+    (programs / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {calls}\nwc -l < {calls} | tr -d " "\n')
+    (programs / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs), prepend=":")
+    main([*TILE, "launch=slurm", "launch.processes_per_node=1", "launch.chain=3", "launch.after=77"])
+    said = capsys.readouterr()
+    assert said.out.split() == ["1", "2", "3"] and "1 → 2 → 3" in said.err
+    path = "runs/first/tile.sbatch"
+    assert calls.read_text().splitlines() == [
+        f"--parsable {path}",
+        f"--parsable --dependency=afterok:77,afterany:1 {path}",
+        f"--parsable --dependency=afterok:77,afterany:2 {path}",
+    ]
+    found = options(Path(path).read_text())
+    # The time's signal comes, for the checkpoint; what goes on is the next job, not this one once more.
+    assert found["signal"] == "USR1@120" and "no-requeue" in found and found["dependency"] == "afterok:77"
+
+
+def test_a_chained_command_that_does_not_train_ends_when_its_time_is_over(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The part of the script that runs the command is run, with an srun that waits, and told what SLURM would tell it."""
+    text = script(capsys, "shard", "slides=a", "out=b", "launch.chain=2")
+    assert text.rstrip().endswith("# and then: sbatch --dependency=afterany:THE_ONE_BEFORE b/shard.sbatch")
+    body = text[text.index("trap ") : text.index("if [ $code")]
+    waiting = f"srun() {{ exec sleep 60; }}\n(sleep 0.3; kill -USR1 $$) &\n{body}"
+    ended = subprocess.run(["bash", "-c", waiting], capture_output=True, text=True, timeout=30)
+    assert ended.returncode == 75 and "the next job of the chain goes on" in ended.stdout
+
+
+def test_the_node_of_the_rank_that_failed_first_is_named_with_how_to_leave_it_out(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = script(capsys, *TILE, "launch.processes_per_node=2")
+    end = text[text.index("if [ $code") :]
+    monkeypatch.setenv("PRETRAIN_LOGS", str(tmp_path))
+    monkeypatch.setenv("SLURMD_NODENAME", "n7")
+    failures.record(ZeroDivisionError("of a broken GPU"))
+    said = subprocess.run(["bash", "-c", f"code=1\n{end}"], capture_output=True, text=True)
+    assert said.returncode == 1
+    assert said.stdout.splitlines()[-1] == (
+        f"pretrain: exit code 1; the logs of all ranks are in {tmp_path}; launch.exclude=n7 leaves that node out, should it be at fault"
+    )
+
+
+@pytest.mark.parametrize("word", ["launch=slurm", "+launch=slurm", "launch=null"])
+def test_a_plan_is_not_launched_elsewhere(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", word])
+    said = capsys.readouterr()
+    assert said.err.startswith("pretrain: 'pretrain plan' runs here") and said.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
         (["launch=slurm", "launch.nodes=2"], "'pretrain shard' is one process: launch.nodes"),
         (["launch=slurm", "launch.array=2", "part=1/2"], "leave part= out"),
         (["launch=torchrun"], "launch=torchrun is for 'tile' and 'slide'"),
@@ -210,6 +411,7 @@ def test_torchruns_command_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
     main(
         [
             *TILE,
+            "recipe=midnight",
             "launch=torchrun",
             "launch.nodes=2",
             "launch.gpus_per_node=8",

@@ -1,6 +1,7 @@
 """Plans: operations and memory against steps that are really taken, throughput by hand, and the command."""
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -11,12 +12,14 @@ from data.fault import Fault
 from launch.entry import main
 from pretrain import cli
 from pretrain.commands import recipes
-from pretrain.commands.plan import Config, plan
+from pretrain.commands.plan import Config, plan, table
 from pretrain.plan.batches import Slides, lane, share
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
-from pretrain.plan.of_a_run import set_aside
+from pretrain.plan.of_a_run import compose, set_aside
 from pretrain.plan.published import implied
 from pretrain.plan.rehearsal import rehearse
+from pretrain.plan.remedies import remedies
+from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import pace
 from pretrain.settings import load
 from tests.pretrain.real_steps import Step, one_process, shape_of
@@ -141,6 +144,87 @@ def test_a_batch_that_does_not_divide_names_what_does() -> None:
         share(768, 48, 1, 24)
     with pytest.raises(Fault, match=r"data.lanes=32 can't be shared evenly by 24 processes"):
         plan(planned("recipe=midnight", "launch.nodes=3"))
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["launch.nodes=0"], "launch.nodes=0 is not allowed: it must be at least 1."),
+        (["launch.nodes=-2"], "launch.nodes=-2 is not allowed: it must be at least 1."),
+        (["launch.gpus_per_node=-8"], "launch.gpus_per_node=-8 is not allowed: it must be at least 1."),
+        (["reserve=-0.1"], "reserve=-0.1 is not allowed: it must be at least 0 and less than 1."),
+        (["reserve=1"], "reserve=1.0 is not allowed"),
+        (["hardware.memory_gib=-16"], "hardware.memory_gib=-16.0 is not allowed: it must be more than 0."),
+        (["dollars_per_hour=-1"], "dollars_per_hour=-1.0 is not allowed: it must be at least 0."),
+        (["utilisation=1.2"], "utilisation=1.2 is not allowed: it must be more than 0 and at most 1."),
+        (["slides.tiles=0"], "slides.tiles=0 is not allowed: it must be at least 1."),
+        (["recipe=small_slide", "slides.tiles=500", "slides.largest=400"], "slides.largest=400 is less than slides.tiles=500"),
+        (["input.read_ms=-1"], "input.read_ms=-1.0 is not allowed"),
+        (["trainer.accumulate=0"], "trainer.accumulate=0 is not allowed: it must be at least 1."),
+        (["trainer.shard_size=3"], "trainer.shard_size=3 does not divide the 1 processes."),
+    ],
+)  # fmt: skip
+def test_machines_that_cannot_be_are_refused(words: list[str], sentence: str) -> None:
+    with pytest.raises(Fault) as refused:
+        plan(planned(*words, "hardware=cpu"))
+    assert str(refused.value).startswith(sentence)
+
+
+def test_a_machine_of_cores_is_one_process_unless_it_is_told() -> None:
+    assert plan(planned(*SMALL, "hardware=cpu"))["processes"] == 1
+    with pytest.raises(Fault, match="can't be shared by 4 processes"):
+        plan(planned(*SMALL, "hardware=cpu", "launch.gpus_per_node=4"))
+
+
+SLIDE = (
+    "recipe=small_slide",
+    "data.field_cells=0",
+    "data.batch_size=4",
+    "data.lanes=4",
+    "model.depth=2",
+    "objective.decoder_depth=1",
+)
+
+
+def test_evaluation_is_counted_and_said() -> None:
+    words = ("hardware=cpu", "optim.steps=10", "trainer.checkpoint_every=4", "data.validation_fraction=0.25", "slides.width=48", "slides.tiles=60", "slides.largest=60", "slides.count=40")  # fmt: skip
+    found = plan(planned(*SLIDE, *words))
+    assert (found["evaluation"]["times"], found["evaluation"]["slides"]) == (3, 10)  # after steps 4, 8 and the last
+    run = run_shape(compose([*SLIDE, "data.crop=1"], []), Slides(48, 60, 60))
+    four = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False).flops
+    forward = sum(count for (_, way), count in four.items() if way == "forward") / 4
+    assert found["evaluation"]["flops"] == pytest.approx(3 * 10 * 2 * forward, rel=0.01)
+    pace = found["pace"]
+    assert pace["hours"] == pytest.approx(10 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
+    text = table(found)
+    assert "are evaluation: 3 checkpoints" in text and "two forwards on every process of 10 slides" in text
+    assert "3,072 A100-hours" in text and "what is planned here is arithmetic alone" in text
+    found["evaluation"]["slides"] = 0
+    assert "no evaluation: data.validation_fraction=0" in table(found)
+
+
+def test_processes_that_share_a_slide_hold_less_of_the_largest() -> None:
+    slides = Slides(width=48, tiles=60, largest=1500)
+    run = run_shape(compose(list(SLIDE), []), slides)
+    alone, together = (estimate(run, Settings(4, 4, "float32", "none", n, n), fused_attention=True) for n in (1, 4))
+    blocks = "activations of blocks"
+    assert together.highest[blocks] < 0.4 * alone.highest[blocks] and together.peak < 0.6 * alone.peak
+    assert (alone.samples, together.samples) == (1, 1)  # four lanes one after the other, a quarter of each
+    other = run_shape(compose(["recipe=small_slide", "model.heads=3", "model.width=48"], []), slides)
+    with pytest.raises(Fault, match=r"data.processes_per_slide=4 doesn't divide model.heads=3"):
+        other.share(4, 1, 4)
+    with pytest.raises(Fault, match=r"data.processes_per_slide=3 doesn't divide the run's 4 processes"):
+        run.share(4, 1, 3)
+
+
+def test_sharing_slides_is_a_remedy_of_the_slide_stage() -> None:
+    def of(settings: Settings) -> Estimate:
+        return Estimate(1, Counter(), {}, {"": 8 // settings.together})
+
+    settings = Settings(8, 8, "bf16", "full", 1)
+    *_, last = remedies(settings, 1, of, lambda one: one.peak <= 2, gpu=True, slides=True)
+    assert last.words == "data.processes_per_slide=4 trainer.accumulate=4" and last.fits
+    assert not any("per_slide" in one.words for one in remedies(settings, 1, of, lambda one: False, gpu=True))
 
 
 @pytest.mark.slow

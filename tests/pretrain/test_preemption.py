@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 
+from data.fault import Fault
 from launch.entry import main
 from pretrain import checkpoints, preemption, probe_set, signals
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.preemption import EXIT_CODE, Preemption
+from pretrain.training import Training
 from tests.pretrain.test_tile_training import STEPS, assert_close, command, kill_after, metrics, start, weights
 from tests.pretrain.test_watching import write_classes
 
@@ -177,6 +179,38 @@ def test_a_job_that_was_cancelled_or_is_requeued_already_is_left_alone(
     (slurm / "state").write_text(state)
     assert not Preemption().requeue(first_rank=True)
     assert "requeue" not in (slurm / "asked").read_text() and f"job 42 is {state}" in capsys.readouterr().err
+
+
+def test_a_start_that_made_no_checkpoint_is_not_started_again_for_ever(slurm: Path) -> None:
+    with pytest.raises(Fault, match=r"no checkpoint made, and so it would be again.*launch\.time="):
+        Preemption().requeue(first_rank=True, in_vain=True)
+    assert "requeue" not in (slurm / "asked").read_text()
+    (slurm / "state").write_text("PENDING")  # preempted: another job's doing, and SLURM starts it again by itself
+    assert not Preemption().requeue(first_rank=True, in_vain=True)
+
+
+def test_a_job_of_a_chain_leaves_the_rest_to_the_next(slurm: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    program = slurm / "scontrol"
+    program.write_text(program.read_text().replace("Requeue=1", "Requeue=0"))
+    assert not Preemption().requeue(first_rank=True, in_vain=True)
+    assert "requeue 42" not in (slurm / "asked").read_text()
+    assert "will not start job 42 again, as it was submitted" in capsys.readouterr().err
+
+
+def test_a_job_whose_time_is_over_before_its_first_step_ends_with_a_sentence(
+    tile_shards: Path, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    began = Training.on_train_start
+
+    def late(self: Training) -> None:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        began(self)
+
+    monkeypatch.setattr(Training, "on_train_start", late)
+    with pytest.raises(SystemExit) as ended:
+        main(command(tile_shards, tmp_path / "run"))
+    assert ended.value.code == 1 and "requeue 42" not in (slurm / "asked").read_text()
+    assert "pretrain: out of time with no checkpoint made, and so it would be again" in capsys.readouterr().err
 
 
 def test_torchrun_and_no_slurm_mean_no_requeue(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
