@@ -28,6 +28,7 @@ import numpy as np
 from data.fault import Fault
 from data.files import appearing
 from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names
+from data.slide_names import safe_ids
 from data.tar_members import DamagedTar, members
 
 COLUMNS = ("offset", "length", "x", "y")
@@ -58,7 +59,8 @@ UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 class ShardIndex:
     """The tiles of a folder of shards, in the order in which they lie in them.
 
-    ``files`` and ``slides`` are names. Per tile, (N,) each: ``file`` and ``slide`` (indices into those), ``offset`` and
+    ``files`` and ``slides`` are names; slides have ids of ours, fit for files' names, whatever a foreign index calls them
+    (`safe_ids`; the name that they came with is their fact ``slide``). Per tile, (N,) each: ``file`` and ``slide`` (indices into those), ``offset`` and
     ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels). ``file_start`` (files + 1,) int64 are the
     rows at which the tars begin. ``digest`` is a hash of names, places and lengths, the same on every machine.
     ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list for each of `FACTS`.
@@ -74,8 +76,13 @@ class ShardIndex:
         self.file_start, self.run_start, self.run_slide = (columns[name] for name in RUNS)
         self.meta = meta
         self.files: list[str] = meta["files"]
-        self.slides: list[str] = meta["slides"]["slide"]
+        self.slides: list[str] = safe_ids(meta["slides"]["slide"])
         self.digest: str = meta["digest"]
+        for name in (*self.files, *filter(None, meta["slides"]["coordinates"])):
+            if str(name).startswith("/") or ".." in str(name).split("/"):
+                raise Fault(
+                    f"{folder}/index.npz names a file outside of its folder, {name}: it is damaged, or not to be trusted."
+                )
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -299,7 +306,9 @@ def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[s
     ``counts`` (tiles of each). A digest is added. The record appears only when it is whole."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(
-        "\n".join(f"{s['slide']} {count}" for s, count in zip(facts["slides"], facts["counts"], strict=True)).encode()
+        "\n".join(f"{s['slide']} {count}" for s, count in zip(facts["slides"], facts["counts"], strict=True)).encode(
+            errors="surrogatepass"
+        )
     )
     for column in COLUMNS:
         digest.update(columns[column].astype("<i8").tobytes())
@@ -346,7 +355,8 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
             if max(x, y) >= FARTHEST:
                 raise Fault(f"{tar} is damaged ({key} is said to lie at ({x}, {y}), where no slide has pixels): replace it, or move it out of the folder")  # fmt: skip
             if not slides or slides[-1]["slide"] != slide:
-                slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide})
+                # Files beside the tars are ours to name, and not a tile's.
+                slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide, "coordinates": None})
                 counts.append(0)
             counts[-1] += 1
             rows.append((offset, length, x, y, *checksums))

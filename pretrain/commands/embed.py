@@ -172,6 +172,12 @@ def take_over(config: Config, part: int, parts: int) -> None:
     with EmbeddingWriter(
         Path(config.out), dimensions, name, feature_import.hash_of(name, hash_), part, parts
     ) as writer:
+        # A name once given is kept: stores that were made before ids were safe have the files' stems.
+        files |= {path.stem: path for path in files.values() if writer.done(path.stem)}
+        mine = [files[slide].stem if files[slide].stem in files else slide for slide in mine]
+        for slide in mine:
+            if slide != files[slide].stem:
+                say(f"called {slide}: {files[slide]}")
         pending = [slide for slide in mine if not writer.done(slide)]
         slides = {path.stem: path for path in list_slides(config.slides or [])}
         failed = feature_import.take_over(
