@@ -27,7 +27,8 @@ import numpy as np
 
 from data.fault import Fault
 from data.files import appearing
-from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names
+from data.redaction import is_private
+from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names, within
 from data.slide_names import safe_ids
 from data.tar_members import DamagedTar, members
 
@@ -130,7 +131,7 @@ class ShardIndex:
 
     def url(self, file: int) -> str:
         """The URL of tar number ``file`` where the shards are remote."""
-        return f"{str(self.location).rstrip('/')}/{self.files[file]}"
+        return within(str(self.location), self.files[file])
 
     def path(self, file: int) -> Path:
         """The path of tar number ``file``. Raises Fault where it has none, behind a URL."""
@@ -145,7 +146,7 @@ class ShardIndex:
         """The index of a folder of shards, memory-mapped or behind a URL. Raises Fault where there are no shards, no index, or (unless
         ``complete`` is False) a shard is gone (which a remote folder isn't asked)."""
         if is_remote(folder):
-            meta, columns = _read_remote(str(folder).rstrip("/"))
+            meta, columns = _read_remote(str(folder))
             return cls(str(folder), columns, meta)
         folder = Path(folder)
         path = folder / "index.npz"
@@ -334,6 +335,11 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
         raise Fault(
             f"say where the index of {folder} goes: pretrain shards index shards={folder} out=FOLDER, and train on FOLDER"
         )
+    if out is not None and is_private(str(folder)):
+        raise Fault(
+            f"the index of {folder} would have to keep its password or token: give the address without it, and that by fsspec's configuration, "
+            'FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\' or a file in ~/.config/fsspec.'
+        )
     if out is not None:
         made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
     folder = Path(folder) if out is None else Path(out)
@@ -450,7 +456,7 @@ def _recorded_size(folder: Path, name: str) -> int | None:
 def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
     """The shards in a folder or behind a URL, sorted by name."""
     if is_remote(folder):
-        return [RemotePath(f"{str(folder).rstrip('/')}/{name}") for name in list_names(str(folder), ".tar")]
+        return [RemotePath(within(str(folder), name)) for name in list_names(str(folder), ".tar")]
     if not Path(folder).is_dir():
         return []
     found = sorted(Path(folder).glob("*.tar"))
@@ -488,7 +494,7 @@ def _read_npz(raw: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[np.dtype,
 
 def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked for."""
-    url = f"{folder}/index.npz"
+    url = within(folder, "index.npz")
     try:
         with RemotePath(url).open() as raw:
             meta, places = _read_npz(raw)

@@ -10,6 +10,8 @@ import sys
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from data.fault import Fault
+from data.redaction import is_private
 from launch.array import merging
 from launch.failures import LOGS
 from launch.launcher import Launcher, folder_of, python_arguments
@@ -66,6 +68,7 @@ class Slurm(Launcher):
 
     def launch(self, composed: Composed) -> None:
         composed.object()  # what is missing or mistyped is said now, and not when the job's turn comes
+        _refuse_secrets(composed.overrides)
         folder = Path(self.folder) if self.folder else folder_of(composed)
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
         merge = None
@@ -107,6 +110,16 @@ class Slurm(Launcher):
                 print(f"\n{text}", end="")
             else:
                 announce(submit(path, text, last.logs), last.name, path, last.logs)
+
+
+def _refuse_secrets(words: list[str]) -> None:
+    """Raise Fault where the command line has what must not be in a script."""
+    for word in words:
+        if is_private(word):
+            raise Fault(
+                f"launch=slurm writes the command into a script, and {word.partition('=')[0]}= holds a password or a token: put a variable of "
+                "the environment in its place, '${oc.env:NAME}', or leave it to fsspec's configuration (FSSPEC_HTTPS, ~/.config/fsspec)."
+            )
 
 
 def script(settings: Slurm, job: Job) -> str:

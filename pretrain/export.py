@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from data.keyed import rng
+from data.redaction import redacted
 from models.formats import timm as timm_format
 from models.formats import transformers as transformers_format
 from models.vit import VisionTransformer
@@ -291,7 +292,7 @@ Input: {preprocessing}. In numbers: mean {mean}, std {std}.
 Tiles: {config["data"].get("shards", "not recorded")}. The whole configuration:
 
 ```yaml
-{(found.run / CONFIG).read_text().strip()}
+{redacted((found.run / CONFIG).read_text().strip())}
 ```
 {provenance(found.run)}
 ## Limits
@@ -321,7 +322,7 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 ## Training
 
 ```yaml
-{(found.run / CONFIG).read_text().strip()}
+{redacted((found.run / CONFIG).read_text().strip())}
 ```
 {provenance(found.run)}"""
 
@@ -329,4 +330,4 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 def provenance(run: Path) -> str:
     """The run's ``provenance.json`` as a section of the card, empty where the run has none."""
     path = run / "provenance.json"
-    return f"\nProvenance:\n\n```json\n{path.read_text().strip()}\n```\n\n" if path.is_file() else "\n"
+    return f"\nProvenance:\n\n```json\n{redacted(path.read_text().strip())}\n```\n\n" if path.is_file() else "\n"

@@ -3,13 +3,16 @@
 import json
 import math
 import secrets
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.fault import Fault
 from data.files import write_whole
+from data.redaction import redacted_settings
 from pretrain import run_folder
 from pretrain.alarms import Alarm
 from pretrain.progress import say
@@ -50,6 +53,17 @@ class Record:
         self._write({"step": step, "alarm": alarm.name, "since": alarm.since, "says": alarm.says})
 
 
+@contextmanager
+def _redacted_arguments() -> Iterator[None]:
+    """While W&B starts, which keeps the command line too."""
+    before = sys.argv
+    sys.argv = redacted_settings(before)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def logged_in() -> bool:
     """Whether W&B has credentials here."""
     import wandb
@@ -80,10 +94,11 @@ class Wandb:
         path = run / "wandb_id.txt"
         if not path.exists():
             write_whole(path, secrets.token_hex(4))
-        self.run = wandb.init(
-            project=settings.project, name=run.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
-            mode=mode, dir=str(run), config=asdict(config),  # type: ignore[arg-type]
-        )  # fmt: skip
+        with _redacted_arguments():
+            self.run = wandb.init(
+                project=settings.project, name=run.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
+                mode=mode, dir=str(run), config=redacted_settings(asdict(config)),  # type: ignore[arg-type]
+            )  # fmt: skip
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Mirror the figures of ``step``."""

@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.fault import Fault
 from data.lease import SILENCE, Lease
 from data.loader_process import LoaderProcess, ended_by, open_more_files
+from data.redaction import redacted_settings
 from pretrain import alarms, best, checkpoints, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
 from pretrain.losses.precision import wide
@@ -237,7 +238,7 @@ class Training(L.LightningModule, ABC):
             "skipped": self.skipped,
             "config": self.hash,
             "data": self.data_digest(),
-            "settings": asdict(self.config),
+            "settings": redacted_settings(asdict(self.config)),
             **self.software,
         }
         return self.step, self.objective, self._optimiser(), state

@@ -20,6 +20,7 @@ from typing import Any
 
 from data.fault import Fault
 from data.files import write_whole
+from data.redaction import redacted_settings
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
 from pretrain.plan.hardware import Machine
@@ -107,7 +108,7 @@ def plan(config: Config) -> dict[str, Any]:
     fits = found.peak <= room
     tried = [] if fits else list(remedies(settings, launch.nodes, of, lambda one: one.peak <= room, gpu))
     return {
-        "settings": config.settings,
+        "settings": redacted_settings(config.settings),
         "stage": shape.stage,
         "machine": asdict(machine),
         "processes": processes,

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data.fault import Fault
+from data.redaction import redacted_settings
 from pretrain.run_folder import read_config, read_metrics
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
@@ -90,7 +91,7 @@ def read_run(folder: Path) -> Run:
     return Run(
         folder=folder,
         config=read_config(folder),
-        provenance=json.loads(provenance.read_text()) if provenance.is_file() else {},
+        provenance=redacted_settings(json.loads(provenance.read_text())) if provenance.is_file() else {},
         metrics=series(records),
         samples=sorted((folder / "samples").glob("*.png")),
         alarms=[record for record in records if "alarm" in record],
