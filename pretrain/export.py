@@ -20,7 +20,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -144,12 +144,13 @@ def publish(out: Path, fill: Callable[[Path], None]) -> bool:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def export_timm(checkpoint: Path, out: Path, license: str) -> tuple[bool, float]:
+def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> tuple[bool, float]:
     """Write a tile run's teacher as a timm folder, unless it is there already.
 
-    Returns whether it was written now, and the check's `largest_difference`. Raises `Fault` when that is above 1e-5.
+    ``plugins`` are the packages whose classes the run may name beside ours. Returns whether it was written now, and the check's
+    `largest_difference`. Raises `Fault` when that is above 1e-5.
     """
-    found = find_checkpoint(checkpoint)
+    found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     architecture, arguments = timm_format.architecture(found.config["model"], preprocessing.image_size)
     files = {"config.json": timm_config(architecture, arguments, preprocessing, license)}
@@ -163,10 +164,10 @@ features = encoder(images)"""
     return export_tiles(out, found, network, preprocessing, files, weights, card, timm_features)
 
 
-def export_transformers(checkpoint: Path, out: Path, license: str) -> tuple[bool, float]:
+def export_transformers(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> tuple[bool, float]:
     """Write a tile run's teacher as a folder of transformers' Dinov2 models; otherwise as `export_timm`."""
     import_transformers()
-    found = find_checkpoint(checkpoint)
+    found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     try:
         config = transformers_format.config(found.config["model"], preprocessing.image_size)

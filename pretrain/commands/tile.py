@@ -32,6 +32,7 @@ class Config:
     seed: int
     allow_changes: bool
     init: str | None
+    allow_plugins: list[str]
     model: Plugin
     objective: Plugin
     data: TileData
