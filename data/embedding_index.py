@@ -8,6 +8,7 @@ Parts are the tasks of a job array, counted from 1; a store that one process wri
 """
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from data.files import appearing
 ALIGNMENT = 64
 FACTS = b"slidewright"  # the key of an index's own facts in its schema's metadata
 MERGED = "index.parquet"
+DATA_FILE = re.compile(r"embeddings-\d+-\d+\.bin")
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,9 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             found += read_index(path)
         except FileNotFoundError:  # merged meanwhile: its rows are in the index that comes below
             found += read_index(folder / MERGED)
+    for entry in found:
+        if not DATA_FILE.fullmatch(entry.file):  # it is written to when the store is continued
+            raise Fault(f"the index of {folder} says that {entry.slide} lies in {entry.file!r}, which is no file of a store: it is damaged, or not to be trusted.")  # fmt: skip
     return {entry.slide: entry for entry in found}
 
 

@@ -1,13 +1,15 @@
 """The one exception a user is meant to see."""
 
+from data.redaction import redacted
+
 
 class Fault(Exception):
     """Something a person can put right; its message is one sentence that names the thing and the way out.
 
     The command line prints a Fault as a single line, below ``trace``: the traceback of a user's own code, where that failed in another
-    process. Every other exception is a defect of ours and keeps its traceback.
+    process. Every other exception is a defect of ours and keeps its traceback. Neither tells what is private in a URL.
     """
 
     def __init__(self, message: object = "", trace: str = "") -> None:
-        super().__init__(message)
-        self.trace = trace
+        super().__init__(redacted(str(message)))
+        self.trace = redacted(trace)

@@ -16,16 +16,17 @@ from data.coordinates_h5 import read_coordinates_h5
 from data.embeddings import SlideEmbeddings
 from data.fault import Fault
 from data.h5_files import opened
+from data.slide_names import safe_ids
 
 NO_FEATURES = "it is not a feature file of TRIDENT, CLAM or STAMP."
 
 
 def list_features(folder: Path) -> dict[str, Path]:
-    """The feature files of a folder by slide: ``h5_files/*.h5`` or ``pt_files/*.pt`` (CLAM), else ``*.h5``. Fault where there are none."""
+    """The feature files of a folder by their slides' ids: ``h5_files/*.h5`` or ``pt_files/*.pt`` (CLAM), else ``*.h5``. Fault where there are none."""
     folder = Path(folder)
     for pattern in ("h5_files/*.h5", "pt_files/*.pt", "*.h5"):
         if found := sorted(folder.glob(pattern)):
-            return {path.stem: path for path in found}
+            return dict(zip(safe_ids([path.stem for path in found]), found, strict=True))
     raise Fault(
         f"{folder} holds no features: give TRIDENT's or STAMP's folder of .h5 files, or CLAM's with h5_files or pt_files in it."
     )

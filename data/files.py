@@ -85,9 +85,11 @@ def appearing(path: Path) -> Iterator[Path]:
         remove(partial)
 
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file in one step: whole or as it was. Raises Refused where the file system refuses."""
+def write_whole(path: Path, content: str | bytes, private: bool = False) -> None:
+    """Replace a file in one step: whole or as it was, and ``private``: for its owner's eyes. Raises Refused where the file system refuses."""
     with appearing(path) as partial:
+        if private:
+            partial.touch(0o600)
         partial.write_bytes(content.encode() if isinstance(content, str) else content)
 
 

@@ -19,3 +19,9 @@ def rng(*key: int | str) -> np.random.Generator:
     text = "\x1f".join(part + "\x1e" if isinstance(part, str) else str(int(part)) for part in key)
     digest = hashlib.blake2b(text.encode(), digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=np.frombuffer(digest, dtype=np.uint64)))
+
+
+def drawn(population: int, count: int, *key: int | str) -> np.ndarray:
+    """``count`` of the numbers below ``population`` (all where there are fewer), each as likely, ascending int64: drawn with that key, in time and
+    memory of ``count`` and not of ``population``."""
+    return np.sort(rng(*key).choice(population, min(count, population), replace=False, shuffle=False))

@@ -2,6 +2,9 @@
 
 A read that fails, stalls or comes back short is tried again, each time after twice the pause; what stays broken ends in an error
 that names the URL. What can't get better (no such file, no permission, a server without byte ranges) ends at once.
+
+A folder's URL may be signed: the query of ``https://host/shards?token=…`` stays behind the path of each of its files. Passwords and
+headers come from fsspec's own configuration (``FSSPEC_HTTPS='{"client_kwargs": {"headers": {…}}}'``, files in ~/.config/fsspec).
 """
 
 import io
@@ -44,6 +47,12 @@ def is_remote(place: str | Path) -> bool:
     return "://" in str(place)
 
 
+def within(folder: str, name: str) -> str:
+    """The URL of a file of a remote folder; a query stays where it belongs."""
+    path, mark, query = folder.partition("?")
+    return f"{path.rstrip('/')}/{name}{mark}{query}"
+
+
 def read_range(url: str, start: int, stop: int) -> bytes:
     """Bytes ``[start, stop)`` of a file. Raises OSError where there is no such file, Truncated where it is shorter, and Fault where
     it can't be read for good."""
@@ -83,17 +92,24 @@ def list_names(url: str, ending: str) -> list[str]:
     """Names of the files in a folder that end so, sorted. For http(s), those that the folder's page links to."""
 
     def attempt(system: Any, path: str) -> list[str]:
-        found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, f"{path.rstrip('/')}/", detail=False)  # fmt: skip
-        return sorted({name.rstrip("/").rpartition("/")[2] for name in found if name.endswith(ending)})
+        found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, within(path, ""), detail=False)  # fmt: skip
+        # A link that is relative comes behind the whole address of the page, the query included.
+        names = {_last(name.removeprefix(f"{within(path, '').rstrip('/')}/")) for name in found}
+        return sorted(name for name in names if name.endswith(ending))
 
     return _persistent(url, attempt)
+
+
+def _last(url: str) -> str:
+    """The last part of a path, without a query behind it."""
+    return url.partition("?")[0].rstrip("/").rpartition("/")[2]
 
 
 class RemotePath:
     """A file behind a URL, with as much of ``pathlib.Path`` as reading it takes."""
 
     def __init__(self, url: str) -> None:
-        self.url, self.name = url, url.rpartition("/")[2]
+        self.url, self.name = url, _last(url)
         self.stem = self.name.rpartition(".")[0]
 
     def __str__(self) -> str:
@@ -175,7 +191,11 @@ def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
     for number in range(1, ATTEMPTS + 1):
         try:
             return attempt(system, path)
-        except Exception as error:  # every file system of fsspec has errors of its own
+        except Exception as raised:  # every file system of fsspec has errors of its own
+            error, cause = raised, raised.__cause__
+            if isinstance(error, FileNotFoundError) and isinstance(cause, aiohttp.ClientError | TimeoutError):
+                # That is fsspec's word for every file that it learns nothing about, as where it is refused.
+                error = error if getattr(cause, "status", None) in (404, 410) else cause
             if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):  # as S3 and as GCS say it
                 raise Fault(f"{url} is refused ({error}): check the address and who may read it.") from error
             if isinstance(error, HOPELESS) and not isinstance(error, Truncated):
@@ -203,7 +223,8 @@ def _file_system(url: str) -> tuple[Any, str]:
     options: dict[str, Any] = {}
     patience = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
     if protocol in ("http", "https"):
-        options["client_kwargs"] = {"timeout": patience}
+        theirs = [fsspec.config.conf.get(name, {}).get("client_kwargs", {}) for name in ("http", "https")]
+        options["client_kwargs"] = theirs[0] | theirs[1] | {"timeout": patience}
     elif protocol in ("gs", "gcs"):
         options["requests_timeout"] = patience
     try:

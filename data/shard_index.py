@@ -27,7 +27,9 @@ import numpy as np
 
 from data.fault import Fault
 from data.files import appearing
-from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names
+from data.redaction import is_private
+from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names, within
+from data.slide_names import safe_ids
 from data.tar_members import DamagedTar, members
 
 COLUMNS = ("offset", "length", "x", "y")
@@ -58,7 +60,8 @@ UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 class ShardIndex:
     """The tiles of a folder of shards, in the order in which they lie in them.
 
-    ``files`` and ``slides`` are names. Per tile, (N,) each: ``file`` and ``slide`` (indices into those), ``offset`` and
+    ``files`` and ``slides`` are names; slides have ids of ours, fit for files' names, whatever a foreign index calls them
+    (`safe_ids`; the name that they came with is their fact ``slide``). Per tile, (N,) each: ``file`` and ``slide`` (indices into those), ``offset`` and
     ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels). ``file_start`` (files + 1,) int64 are the
     rows at which the tars begin. ``digest`` is a hash of names, places and lengths, the same on every machine.
     ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list for each of `FACTS`.
@@ -74,8 +77,13 @@ class ShardIndex:
         self.file_start, self.run_start, self.run_slide = (columns[name] for name in RUNS)
         self.meta = meta
         self.files: list[str] = meta["files"]
-        self.slides: list[str] = meta["slides"]["slide"]
+        self.slides: list[str] = safe_ids(meta["slides"]["slide"])
         self.digest: str = meta["digest"]
+        for name in (*self.files, *filter(None, meta["slides"]["coordinates"])):
+            if str(name).startswith("/") or ".." in str(name).split("/"):
+                raise Fault(
+                    f"{folder}/index.npz names a file outside of its folder, {name}: it is damaged, or not to be trusted."
+                )
 
     def __len__(self) -> int:
         return len(self.offset)
@@ -123,7 +131,7 @@ class ShardIndex:
 
     def url(self, file: int) -> str:
         """The URL of tar number ``file`` where the shards are remote."""
-        return f"{str(self.location).rstrip('/')}/{self.files[file]}"
+        return within(str(self.location), self.files[file])
 
     def path(self, file: int) -> Path:
         """The path of tar number ``file``. Raises Fault where it has none, behind a URL."""
@@ -138,7 +146,7 @@ class ShardIndex:
         """The index of a folder of shards, memory-mapped or behind a URL. Raises Fault where there are no shards, no index, or (unless
         ``complete`` is False) a shard is gone (which a remote folder isn't asked)."""
         if is_remote(folder):
-            meta, columns = _read_remote(str(folder).rstrip("/"))
+            meta, columns = _read_remote(str(folder))
             return cls(str(folder), columns, meta)
         folder = Path(folder)
         path = folder / "index.npz"
@@ -299,7 +307,9 @@ def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[s
     ``counts`` (tiles of each). A digest is added. The record appears only when it is whole."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(
-        "\n".join(f"{s['slide']} {count}" for s, count in zip(facts["slides"], facts["counts"], strict=True)).encode()
+        "\n".join(f"{s['slide']} {count}" for s, count in zip(facts["slides"], facts["counts"], strict=True)).encode(
+            errors="surrogatepass"
+        )
     )
     for column in COLUMNS:
         digest.update(columns[column].astype("<i8").tobytes())
@@ -325,6 +335,11 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
         raise Fault(
             f"say where the index of {folder} goes: pretrain shards index shards={folder} out=FOLDER, and train on FOLDER"
         )
+    if out is not None and is_private(str(folder)):
+        raise Fault(
+            f"the index of {folder} would have to keep its password or token: give the address without it, and that by fsspec's configuration, "
+            'FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\' or a file in ~/.config/fsspec.'
+        )
     if out is not None:
         made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
     folder = Path(folder) if out is None else Path(out)
@@ -346,7 +361,8 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
             if max(x, y) >= FARTHEST:
                 raise Fault(f"{tar} is damaged ({key} is said to lie at ({x}, {y}), where no slide has pixels): replace it, or move it out of the folder")  # fmt: skip
             if not slides or slides[-1]["slide"] != slide:
-                slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide})
+                # Files beside the tars are ours to name, and not a tile's.
+                slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide, "coordinates": None})
                 counts.append(0)
             counts[-1] += 1
             rows.append((offset, length, x, y, *checksums))
@@ -440,7 +456,7 @@ def _recorded_size(folder: Path, name: str) -> int | None:
 def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
     """The shards in a folder or behind a URL, sorted by name."""
     if is_remote(folder):
-        return [RemotePath(f"{str(folder).rstrip('/')}/{name}") for name in list_names(str(folder), ".tar")]
+        return [RemotePath(within(str(folder), name)) for name in list_names(str(folder), ".tar")]
     if not Path(folder).is_dir():
         return []
     found = sorted(Path(folder).glob("*.tar"))
@@ -478,7 +494,7 @@ def _read_npz(raw: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[np.dtype,
 
 def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked for."""
-    url = f"{folder}/index.npz"
+    url = within(folder, "index.npz")
     try:
         with RemotePath(url).open() as raw:
             meta, places = _read_npz(raw)

@@ -22,7 +22,7 @@ import simplejpeg
 
 from data.coordinates_h5 import read_tiling
 from data.fault import Fault
-from data.remote import RemotePath, Truncated, is_remote, list_names
+from data.remote import RemotePath, Truncated, is_remote, list_names, within
 from data.shard_index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex
 from data.tar_members import DamagedTar, Member, members, padding
 
@@ -67,7 +67,7 @@ def list_shards(folder: Folder) -> list[str]:
     if isinstance(folder, Path) and not folder.is_dir():
         raise Fault(f"there is no folder {folder}")
     opened = _index(folder)
-    records = _listed(folder / "index" if isinstance(folder, Path) else f"{folder}/index", ".npz")
+    records = _listed(folder / "index" if isinstance(folder, Path) else within(folder, "index"), ".npz")
     names = {f"{record.stem}.tar" for record in records} | {tar.name for tar in _listed(_place_of_tars(folder), ".tar")}
     if isinstance(opened, tuple):
         names |= opened[0].keys()
@@ -329,7 +329,7 @@ def _place_of_tars(folder: Folder) -> Folder:
 
 def _at(folder: Folder, name: str) -> Path | RemotePath:
     """A file of the folder."""
-    return folder / name if isinstance(folder, Path) else RemotePath(f"{folder.rstrip('/')}/{name}")
+    return folder / name if isinstance(folder, Path) else RemotePath(within(folder, name))
 
 
 def _listed(folder: Folder, ending: str) -> Sequence[Path | RemotePath]:

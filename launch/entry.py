@@ -2,13 +2,21 @@
 
 import os
 import sys
+import traceback
+from types import TracebackType
 
 from data.fault import Fault
 from data.files import denied
+from data.redaction import redacted
 from launch import failures, ranks
 from launch.launcher import Launcher, run_here
 from pretrain import cli, plugins
 from pretrain.launched import rank
+
+
+def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """The traceback of a defect of ours, as Python prints it, without what is private in a URL; for ``sys.excepthook``."""
+    print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 
 def main(arguments: list[str]) -> None:

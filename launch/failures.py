@@ -17,6 +17,7 @@ import traceback
 from pathlib import Path
 
 from data.fault import Fault
+from data.redaction import redacted
 from pretrain.launched import rank
 
 LOGS = "PRETRAIN_LOGS"
@@ -47,8 +48,8 @@ def record(error: BaseException) -> Path | None:
         return None
     folder, now, number = Path(os.environ[LOGS]), time.time(), rank() or 0
     kind = "follows" if is_consequence(error) else "error"
-    message = str(error) if isinstance(error, Fault) else traceback.format_exception_only(error)[-1].strip()
-    trace = error.trace if isinstance(error, Fault) else "".join(traceback.format_exception(error))
+    message = str(error) if isinstance(error, Fault) else redacted(traceback.format_exception_only(error)[-1].strip())
+    trace = error.trace if isinstance(error, Fault) else redacted("".join(traceback.format_exception(error)))
     clock = time.strftime("%H:%M:%S", time.localtime(now))
     path = folder / f"{kind}-{attempt():03d}-{now:.6f}-rank-{number:05d}.txt"
     folder.mkdir(parents=True, exist_ok=True)

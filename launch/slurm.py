@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data.fault import Fault
+from data.redaction import is_private
 from launch.array import merging
 from launch.failures import LOGS
 from launch.launcher import Launcher, folder_of, python_arguments
@@ -86,6 +87,7 @@ class Slurm(Launcher):
     def launch(self, composed: Composed) -> None:
         composed.object()  # what is missing or mistyped is said now, and not when the job's turn comes
         self.refuse_contradictions()
+        _refuse_secrets(composed.overrides)
         folder = Path(self.folder) if self.folder else folder_of(composed)
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
         refuse_uneven(composed, processes)
@@ -174,6 +176,16 @@ def dependency(after: list[str], before: str | None = None) -> str | None:
     """What a job waits for: that jobs have ended well, and that the one before it in a chain has ended, however."""
     kinds = [f"afterok:{':'.join(after)}"] if after else []
     return ",".join([*kinds, f"afterany:{before}"] if before else kinds) or None
+
+
+def _refuse_secrets(words: list[str]) -> None:
+    """Raise Fault where the command line has what must not be in a script."""
+    for word in words:
+        if is_private(word):
+            raise Fault(
+                f"launch=slurm writes the command into a script, and {word.partition('=')[0]}= holds a password or a token: put a variable of "
+                "the environment in its place, '${oc.env:NAME}', or leave it to fsspec's configuration (FSSPEC_HTTPS, ~/.config/fsspec)."
+            )
 
 
 def script(settings: Slurm, job: Job) -> str:

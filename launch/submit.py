@@ -15,7 +15,7 @@ def submit(path: Path, text: str, logs: Path, dependency: str | None = None) -> 
         raise Fault(
             "sbatch is not here: launch=slurm is for a cluster's login node; launch.dry_run=true prints the script, launch=local runs here."
         )
-    write_whole(path, text)
+    write_whole(path, text, private=True)  # set-up lines may say what is nobody else's business
     logs.mkdir(parents=True, exist_ok=True)  # SLURM doesn't, and a job whose log can't be opened ends without a word
     waiting = [f"--dependency={dependency}"] if dependency else []
     answer = subprocess.run(["sbatch", "--parsable", *waiting, str(path)], capture_output=True, text=True)

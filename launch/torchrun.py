@@ -11,6 +11,7 @@ from types import FrameType
 from typing import Annotated
 
 from data.fault import Fault
+from data.redaction import redacted
 from launch import failures
 from launch.launcher import Launcher, folder_of, python_arguments
 from launch.local import PASSED_ON
@@ -41,7 +42,7 @@ class Torchrun(Launcher):
         # that are started again would look for those before them, at addresses where nobody is any more.
         surroundings = {failures.LOGS: str(logs), "PYTHONSAFEPATH": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if self.dry_run:
-            print(shlex.join(["env", *(f"{name}={value}" for name, value in surroundings.items()), *command]))
+            print(redacted(shlex.join(["env", *(f"{name}={value}" for name, value in surroundings.items()), *command])))
             return
         code, told = run_and_tell(command, os.environ | surroundings)
         if signal.SIGINT in told:

@@ -53,7 +53,9 @@ def main() -> None:
         # this at its first allocation.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         keep_freed_memory()
-    importlib.import_module("launch.entry").main(sys.argv[1:])
+    entry = importlib.import_module("launch.entry")
+    sys.excepthook = entry.say_defect
+    entry.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from data.fault import Fault
+from data.redaction import redacted
 from pretrain.plan import of_a_run
 from pretrain.settings import CONFIGS, Composed, annotated, choices_of, load, nearest, stem, with_parents
 
@@ -76,7 +77,7 @@ def parse(arguments: list[str]) -> Composed | None:
         overrides = of_a_run.set_aside(overrides, config_dirs)
     composed = load(command, overrides, config_dirs)
     if wants_config:
-        print(annotated(composed))
+        print(redacted(annotated(composed)))
         return None
     return composed
 

@@ -7,7 +7,7 @@ ones. Random weights are a separate, explicit question (`TileEncoder.random_twin
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -143,14 +143,18 @@ class RunCheckpoint:
     folder: Path
     run: Path
     config: dict[str, Any]
+    plugins: Collection[str]  # whose classes it may name beside ours
 
 
-def load_encoder(checkpoint: str, device: str = "", precision: str = "float32") -> TileEncoder:
+def load_encoder(
+    checkpoint: str, device: str = "", precision: str = "float32", plugins: Collection[str] = ()
+) -> TileEncoder:
     """The encoder that ``checkpoint`` names: frozen, in evaluation mode, on ``device`` (a GPU where there is one).
 
     ``checkpoint`` is a tile run's folder (the newest checkpoint's teacher), one of its checkpoint folders, a folder that
     ``pretrain export`` wrote (format timm or transformers), a folder of a transformers Dinov2 model, or the name of a
-    model that timm has pretrained weights for (``hf-hub:…`` included). ``precision`` is ``float32`` or ``bfloat16`` (autocast). Raises `Fault` when it names nothing, or the
+    model that timm has pretrained weights for (``hf-hub:…`` included). ``precision`` is ``float32`` or ``bfloat16`` (autocast); ``plugins`` are the packages
+    whose classes a run may name beside ours. Raises `Fault` when it names nothing, or the
     weights can't be had.
     """
     if precision not in PRECISIONS:
@@ -167,12 +171,13 @@ def load_encoder(checkpoint: str, device: str = "", precision: str = "float32") 
             return transformers_encoder(folder, place, precision)
         if (folder / "config.json").is_file():
             return timm_encoder(f"local-dir:{folder}", place, precision)
-        return run_encoder(find_checkpoint(folder), place, precision)
+        return run_encoder(find_checkpoint(folder, plugins), place, precision)
     return timm_encoder(checkpoint, place, precision)
 
 
-def find_checkpoint(folder: Path) -> RunCheckpoint:
-    """The checkpoint that a run's folder (its newest) or a checkpoint folder stands for, with the run's configuration.
+def find_checkpoint(folder: Path, plugins: Collection[str] = ()) -> RunCheckpoint:
+    """The checkpoint that a run's folder (its newest) or a checkpoint folder stands for, with the run's configuration, which may
+    name classes of ours and of ``plugins``.
 
     A run's newest checkpoint that is damaged is passed over, and said. Raises `Fault` where there is none that is whole.
     """
@@ -185,12 +190,12 @@ def find_checkpoint(folder: Path) -> RunCheckpoint:
             raise Fault(f"{folder} has no whole checkpoint: {checkpoints.damage(newest)}")
         if whole != newest:
             say(f"{checkpoints.damage(newest)}, so the one before it is taken: {whole}")
-        return RunCheckpoint(whole, folder, read_config(folder))
+        return RunCheckpoint(whole, folder, read_config(folder), plugins)
     for run in folder.resolve().parents[:2]:
         if (run / CONFIG).is_file():
             if wrong := checkpoints.damage(folder):
                 raise Fault(f"{wrong}: give another checkpoint of {run}{checkpoints.whole_before(folder)}.")
-            return RunCheckpoint(folder, run, read_config(run))
+            return RunCheckpoint(folder, run, read_config(run), plugins)
     inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
     hint = (
         f": did you mean {folder / inside[0]}?"
@@ -209,7 +214,8 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
         )
     weights = checkpoints.read(found.folder, TEACHER, STUDENT)
     # Whatever kernel it was trained with: any machine can run this one, and a single crop size needs no other.
-    network = build(settings | {"attention": "sdpa"} if "attention" in settings else settings)
+    anywhere = settings | {"attention": "sdpa"} if "attention" in settings else settings
+    network = build(anywhere, allowed=found.plugins)
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -223,7 +229,7 @@ def run_encoder(found: RunCheckpoint, device: torch.device, precision: str) -> T
     network, preprocessing = teacher(found)
 
     def random(seed: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        twin = build(found.config["model"])
+        twin = build(found.config["model"], allowed=found.plugins)
         initialise(twin, seed, "encoder")
         return twin, class_token(twin)
 

@@ -20,7 +20,7 @@ import filecmp
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from data.keyed import rng
+from data.redaction import redacted
 from models.formats import timm as timm_format
 from models.formats import transformers as transformers_format
 from models.vit import VisionTransformer
@@ -143,12 +144,13 @@ def publish(out: Path, fill: Callable[[Path], None]) -> bool:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def export_timm(checkpoint: Path, out: Path, license: str) -> tuple[bool, float]:
+def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> tuple[bool, float]:
     """Write a tile run's teacher as a timm folder, unless it is there already.
 
-    Returns whether it was written now, and the check's `largest_difference`. Raises `Fault` when that is above 1e-5.
+    ``plugins`` are the packages whose classes the run may name beside ours. Returns whether it was written now, and the check's
+    `largest_difference`. Raises `Fault` when that is above 1e-5.
     """
-    found = find_checkpoint(checkpoint)
+    found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     architecture, arguments = timm_format.architecture(found.config["model"], preprocessing.image_size)
     files = {"config.json": timm_config(architecture, arguments, preprocessing, license)}
@@ -162,10 +164,10 @@ features = encoder(images)"""
     return export_tiles(out, found, network, preprocessing, files, weights, card, timm_features)
 
 
-def export_transformers(checkpoint: Path, out: Path, license: str) -> tuple[bool, float]:
+def export_transformers(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> tuple[bool, float]:
     """Write a tile run's teacher as a folder of transformers' Dinov2 models; otherwise as `export_timm`."""
     import_transformers()
-    found = find_checkpoint(checkpoint)
+    found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     try:
         config = transformers_format.config(found.config["model"], preprocessing.image_size)
@@ -291,7 +293,7 @@ Input: {preprocessing}. In numbers: mean {mean}, std {std}.
 Tiles: {config["data"].get("shards", "not recorded")}. The whole configuration:
 
 ```yaml
-{(found.run / CONFIG).read_text().strip()}
+{redacted((found.run / CONFIG).read_text().strip())}
 ```
 {provenance(found.run)}
 ## Limits
@@ -321,7 +323,7 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 ## Training
 
 ```yaml
-{(found.run / CONFIG).read_text().strip()}
+{redacted((found.run / CONFIG).read_text().strip())}
 ```
 {provenance(found.run)}"""
 
@@ -329,4 +331,4 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 def provenance(run: Path) -> str:
     """The run's ``provenance.json`` as a section of the card, empty where the run has none."""
     path = run / "provenance.json"
-    return f"\nProvenance:\n\n```json\n{path.read_text().strip()}\n```\n\n" if path.is_file() else "\n"
+    return f"\nProvenance:\n\n```json\n{redacted(path.read_text().strip())}\n```\n\n" if path.is_file() else "\n"

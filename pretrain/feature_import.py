@@ -38,7 +38,7 @@ def take_over(
 ) -> dict[str, str]:
     """Add the slides ``pending`` from their feature ``files``; those that can't be are named and returned, each with the reason.
 
-    slides: the slides' own files, as far as they are at hand, for their µm per pixel; slides_mpp: that of all others;
+    slides: the slides' own files by their stems, as far as they are at hand, for their µm per pixel; slides_mpp: that of all others;
     tile_size_level0: of files that don't say it.
     """
     failed: dict[str, str] = {}
@@ -53,8 +53,8 @@ def take_over(
                     f"({writer.encoder_hash}, {writer.width} wide): take it over into another folder."
                 )
             scale = slides_mpp
-            if slide in slides:
-                with Slide(slides[slide]) as opened:
+            if path.stem in slides:
+                with Slide(slides[path.stem]) as opened:
                     scale = opened.mpp(slides_mpp)
             found = import_features(path, tile_size_level0, mpp_level0=scale)
             writer.add(

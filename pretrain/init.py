@@ -5,6 +5,7 @@ The student's encoder takes the weights before the teacher is copied from it; he
 is accounted for: missing or unexpected ones are an error that names them.
 """
 
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -19,11 +20,11 @@ from pretrain.objective import Objective
 from pretrain.weight_files import CONFIG, is_transformers, read_file, read_transformers
 
 
-def find(source: str) -> Published:
+def find(source: str, plugins: Collection[str] = ()) -> Published:
     """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain export`` or
     transformers wrote, a weight file with DINOv2's or timm's names, or a model that timm has weights for.
 
-    Raises `Fault` where it names nothing or holds no vision transformer.
+    ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` where it names nothing or holds no vision transformer.
     """
     path = Path(source)
     if path.is_file():
@@ -37,7 +38,7 @@ def find(source: str) -> Published:
         return read_transformers(path)
     if (path / CONFIG).is_file():
         return from_timm(f"local-dir:{path}", source)
-    network, _ = teacher(find_checkpoint(path))
+    network, _ = teacher(find_checkpoint(path, plugins))
     if not isinstance(network, VisionTransformer):
         raise Fault(f"init={source} holds a {type(network).__name__}, not a models.vit.VisionTransformer")
     weights = dict(network.state_dict())
@@ -64,7 +65,7 @@ def from_timm(name: str, source: str) -> Published:
 
 
 @torch.no_grad()
-def start_from(source: str, objective: Objective) -> list[str]:
+def start_from(source: str, objective: Objective, plugins: Collection[str] = ()) -> list[str]:
     """Put the weights that ``source`` names into the objective's encoder, whole or sharded; every rank calls it.
 
     Returns sentences about what wasn't taken as it stands. Raises `Fault` where the weights don't fit, naming them.
@@ -76,7 +77,7 @@ def start_from(source: str, objective: Objective) -> list[str]:
         )
     (encoder,) = encoders
     try:
-        weights, said = find(source).fit(encoder)
+        weights, said = find(source, plugins).fit(encoder)
     except ValueError as error:
         raise Fault(
             f"init={source} doesn't fit the model ({error}): the settings under model: must be those it was made with"

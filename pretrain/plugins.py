@@ -2,12 +2,19 @@
 
 A new model, objective or source is one new file with such a class and one YAML file that names it; nothing else is edited. The
 schema that Hydra's values are checked against is read off the constructor.
+
+What a person writes on the command line or in a file of theirs may name any class. What is read from a run's folder may be anybody's: it names
+classes of this project, or of packages that the command allows by name (``allow_plugins=[package]``).
 """
 
 import dataclasses
 import importlib
 import inspect
-from collections.abc import Mapping
+import os
+import sys
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, get_type_hints
 
 from torch import nn
@@ -18,17 +25,44 @@ Plugin = dict[str, Any]
 """The type of a configuration node that holds a plug-in: ``_target_`` and the settings of that class."""
 
 
-def locate(target: str, base: type = nn.Module) -> type:
-    """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``."""
+OURS = ("data", "models", "pretrain", "launch")
+
+
+def locate(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
+    """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``.
+
+    Where the path is from a run's folder, ``allowed`` are the packages and modules that may be imported beside ours; None: it is the user's own.
+    Those are not looked for in the current folder, unless PYTHONPATH names it.
+    """
+    if allowed is not None and not any(target.startswith(f"{package}.") for package in (*OURS, *allowed)):
+        package = target.partition(".")[0]
+        raise Fault(
+            f"_target_: {target} was read from a run's folder, and is no class of this project: allow_plugins=[{package}] lets the code of {package} be "
+            "run, if you trust it."
+        )
     module, _, name = target.rpartition(".")
     try:
-        found = getattr(importlib.import_module(module), name)
+        with nullcontext() if allowed is None else _without_current_folder():
+            found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise Fault(f"_target_: {target} can't be imported ({error}); give the dotted path of a class.") from error
     if not (inspect.isclass(found) and issubclass(found, base)):
         wanted = "torch nn.Module class, so it can't be a model or an objective" if base is nn.Module else base.__name__
         raise Fault(f"_target_: {target} is not a {wanted}.")
     return found
+
+
+@contextmanager
+def _without_current_folder() -> Iterator[None]:
+    """While the folder that somebody happens to be in is no place to import from: an empty entry of PYTHONPATH, or ``python -m``, makes it one."""
+    here, before = Path.cwd(), list(sys.path)
+    named = {Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
+    if here not in (named | {Path(__file__).resolve().parent.parent}):
+        sys.path[:] = [entry for entry in before if entry and Path(entry).resolve() != here]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
 
 
 def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
@@ -56,12 +90,14 @@ def schema_beside(common: type, target: str) -> type:
     return dataclasses.make_dataclass(common.__name__, list(settings_of(target, common.base).items()), bases=(common,))  # type: ignore[attr-defined]
 
 
-def build(settings: Mapping[str, Any], *arguments: Any, base: type = nn.Module) -> Any:
-    """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings.
+def build(
+    settings: Mapping[str, Any], *arguments: Any, base: type = nn.Module, allowed: Collection[str] | None = None
+) -> Any:
+    """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings; see `locate`.
 
     A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it.
     """
-    target = locate(settings["_target_"], base)
+    target = locate(settings["_target_"], base, allowed)
     try:
         return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
     except ValueError as error:

@@ -7,14 +7,16 @@ from typing import TypeVar
 
 from tqdm import tqdm
 
+from data.redaction import redacted
+
 T = TypeVar("T")
 
 SECONDS_BETWEEN_LINES = 10.0
 
 
 def say(line: str) -> None:
-    """Print one line to the person watching, without tearing a progress bar."""
-    tqdm.write(line, file=sys.stderr)
+    """Print one line to the person watching, without tearing a progress bar, and without what is private in a URL."""
+    tqdm.write(redacted(line), file=sys.stderr)
     sys.stderr.flush()
 
 
@@ -35,18 +37,20 @@ class Progress:
     """
 
     def __init__(self, total: int, label: str, unit: str, done: int = 0) -> None:
-        self.total, self.label, self.unit = total, label, unit
+        self.total, self.label, self.unit = total, redacted(label), unit
         self.first = self.done = done
         self.note = ""
         self.started = self.spoke = time.monotonic()
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
-            self.bar = tqdm(total=total, initial=done, desc=label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr)
+            self.bar = tqdm(
+                total=total, initial=done, desc=self.label, unit=f" {unit}", dynamic_ncols=True, file=sys.stderr
+            )
 
     def advance(self, units: int = 1, note: str = "") -> None:
         """Record that ``units`` more are done; ``note`` (a loss, a slide's name) is shown beside the count."""
         self.done += units
-        self.note = note or self.note
+        self.note = redacted(note) or self.note
         if self.bar is not None:
             self.bar.set_postfix_str(self.note, refresh=False)
             self.bar.update(units)

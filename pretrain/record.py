@@ -5,13 +5,16 @@ import json
 import math
 import os
 import secrets
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from data.fault import Fault
 from data.files import refused, write_whole
+from data.redaction import redacted_settings
 from pretrain import metrics_file
 from pretrain.alarms import Alarm
 from pretrain.progress import say
@@ -81,6 +84,17 @@ class Record:
         return None
 
 
+@contextmanager
+def _redacted_arguments() -> Iterator[None]:
+    """While W&B starts, which keeps the command line too."""
+    before = sys.argv
+    sys.argv = redacted_settings(before)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
 def logged_in() -> bool:
     """Whether W&B has credentials here."""
     import wandb
@@ -111,10 +125,11 @@ class Wandb:
         path = run / "wandb_id.txt"
         if not path.exists():
             write_whole(path, secrets.token_hex(4))
-        self.run = wandb.init(
-            project=settings.project, name=run.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
-            mode=mode, dir=str(run), config=asdict(config),  # type: ignore[arg-type]
-        )  # fmt: skip
+        with _redacted_arguments():
+            self.run = wandb.init(
+                project=settings.project, name=run.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
+                mode=mode, dir=str(run), config=redacted_settings(asdict(config)),  # type: ignore[arg-type]
+            )  # fmt: skip
 
     def add(self, step: int, figures: dict[str, float]) -> None:
         """Mirror the figures of ``step``."""

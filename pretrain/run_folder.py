@@ -4,7 +4,9 @@
 
 Running the same command on it resumes it. Settings other than those of its newest checkpoint are refused with the
 difference, because a run that silently went on under others could never be explained; ``allow_changes=true`` lets them
-through, and provenance.json keeps what changed.
+through, and provenance.json keeps what changed. The folders of the data may be others, if its digest says that it is the same.
+
+What is private in a URL is written nowhere (`data.redaction`), and compared without it: a new token is not a change.
 """
 
 import hashlib
@@ -26,14 +28,17 @@ import yaml
 from data.fault import Fault
 from data.files import make_folder, write_whole
 from data.lease import Lease, alone
+from data.redaction import redacted_settings
 from pretrain import checkpoints
 from pretrain.launched import rank
 from pretrain.progress import say
 
 # What may differ between two starts of one run: where and how fast it runs and what it says, not what it computes.
 FREE = re.compile(
-    r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_changes$|resume$|data\.(threads|processes_per_slide)$|model\.attention$"
+    r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_(changes|plugins)$|resume$|data\.(threads|processes_per_slide)$|model\.attention$"
 )
+# Where the data lies. What it is, its digest says.
+PLACES = re.compile(r"data\.(members\.[^.]+\.)?(shards|slides|grids|embeddings)$")
 PACKAGES = ("slidewright", "torch", "torchvision", "lightning", "timm", "webdataset", "openslide-python", "numpy")
 
 
@@ -56,8 +61,8 @@ def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
     Rank 0 writes ``config.yaml`` and adds a start, on the data of this digest, to ``provenance.json``. Raises Fault where
     the folder holds a run of another configuration, with what differs, unless ``config.allow_changes``.
     """
-    settings = asdict(config)
-    changes, shown = allowed_changes(run, config)
+    settings = redacted_settings(asdict(config))
+    changes, shown = allowed_changes(run, config, data)
     if changes and first_rank:
         say(f"{run} goes on under other settings: {shown}")
     if first_rank:
@@ -68,9 +73,12 @@ def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
     return digest(settings)
 
 
-def allowed_changes(run: Path, config: Any) -> tuple[dict[str, tuple[Any, Any]], str]:
-    """What ``config`` changes of the run in a folder, and the same in words. Raises Fault unless ``config.allow_changes``."""
-    changes = _changes(run, asdict(config))
+def allowed_changes(run: Path, config: Any, data: str | None) -> tuple[dict[str, tuple[Any, Any]], str]:
+    """What ``config`` changes of the run in a folder, and the same in words. Raises Fault unless ``config.allow_changes``.
+
+    ``data``: the digest of its data; None where nobody read it, and then its place isn't judged.
+    """
+    changes = _changes(run, redacted_settings(asdict(config)), data)
     listed = [f"{key}: {before} → {now}" for key, (before, now) in changes.items()]
     shown = "; ".join(listed[:8]) + (" …" if len(listed) > 8 else "")
     if changes and not config.allow_changes:
@@ -81,22 +89,31 @@ def allowed_changes(run: Path, config: Any) -> tuple[dict[str, tuple[Any, Any]],
     return changes, shown
 
 
-def _changes(run: Path, settings: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """What differs between the settings of a run's newest checkpoint (or its ``config.yaml``) and ``settings``: before and now."""
+def _changes(run: Path, settings: dict[str, Any], data: str | None) -> dict[str, tuple[Any, Any]]:
+    """What differs between the settings of a run's newest checkpoint (or its ``config.yaml``) and ``settings``: before and now.
+
+    Where the data lies is no difference, if that was of the digest ``data`` too.
+    """
     newest, path = checkpoints.newest(run), run / "config.yaml"
-    last = checkpoints.read_state(newest).get("settings") if newest else None
+    state = checkpoints.read_state(newest) if newest else {}
+    last, data_before = state.get("settings"), state.get("data")
     if last is None and path.exists() and path.stat().st_size:
         last = read_config(run)
     if last is None:
         return {}
-    before, now = flat(last), flat(settings)
+    if data_before is None and (starts := read_starts(run)):
+        data_before = starts[-1].get("data")
+    same_data = data is None or (data != "" and data_before == data)
+    before, now = flat(redacted_settings(last)), flat(settings)
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return {key: (before.get(key), now.get(key)) for key in differing if not FREE.match(key)}
+    free = [key for key in differing if FREE.match(key) or (same_data and PLACES.match(key))]
+    return {key: (before.get(key), now.get(key)) for key in differing if key not in free}
 
 
 def digest(settings: dict[str, Any]) -> str:
-    """A hash of everything in a configuration that changes what a run computes."""
-    bound = {key: value for key, value in sorted(flat(settings).items()) if not FREE.match(key)}
+    """A hash of everything in a configuration that changes what a run computes, but for its data, which has a digest of its own."""
+    kept = {key: value for key, value in flat(settings).items() if not FREE.match(key) and not PLACES.match(key)}
+    bound = dict(sorted(kept.items()))
     return hashlib.blake2b(json.dumps(bound).encode(), digest_size=12).hexdigest()
 
 
@@ -112,7 +129,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """A run's resolved configuration. Raises Fault where ``run`` is no run's folder."""
+    """A run's resolved configuration. Raises Fault where ``run`` is no run's folder. It may be anybody's: see `plugins.locate`."""
     path = run / "config.yaml"
     if not path.exists():
         raise Fault(f"{run} is not a run's folder: it has no config.yaml.")
@@ -121,34 +138,36 @@ def read_config(run: Path) -> dict[str, Any]:
     except (OSError, ValueError, yaml.YAMLError) as error:
         config = f"damaged ({' '.join(str(error).split())})"
     if isinstance(config, dict):
-        return config
+        return redacted_settings(config)
     whole = checkpoints.newest_whole(run)
     settings = checkpoints.read_state(whole).get("settings") if whole else None
     wrong = f"{path} is {config or 'empty'}"
     if settings is None:
         raise Fault(f"{wrong}, and no checkpoint there says its settings: put the file back as it was.")
     say(f"{wrong}; the settings are taken from {whole}")
-    return settings
+    return redacted_settings(settings)
 
 
-def read_starts(path: Path) -> list[dict[str, Any]]:
-    """The starts that ``provenance.json`` lists; what is damaged is said and kept as ``provenance.json.damaged``."""
+def read_starts(run: Path) -> list[dict[str, Any]]:
+    """The starts that ``provenance.json`` lists, oldest first; none where there is no such file, or a damaged one."""
+    path = run / "provenance.json"
     try:
-        return json.loads(path.read_text())["starts"] if path.exists() else []
-    except (ValueError, KeyError, TypeError) as error:
-        aside = path.with_name(f"{path.name}.damaged")
-        path.replace(aside)
-        say(f"{path} is damaged ({error}): it is kept as {aside}, and begun anew")
+        return redacted_settings(json.loads(path.read_text())["starts"]) if path.exists() else []
+    except (ValueError, KeyError, TypeError):
         return []
 
 
 def _add_start(run: Path, data: str, changes: dict[str, tuple[Any, Any]]) -> None:
     path = run / "provenance.json"
-    starts = read_starts(path)
+    starts = read_starts(run)
+    if not starts and path.exists():
+        aside = path.with_name(f"{path.name}.damaged")
+        path.replace(aside)
+        say(f"{path} is damaged: it is kept as {aside}, and begun anew")
     starts.append(
         {
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "command": ["pretrain", *sys.argv[1:]],
+            "command": redacted_settings(["pretrain", *sys.argv[1:]]),
             "host": platform.node(),
             "data": data,
             **({"changes": changes} if changes else {}),

@@ -10,7 +10,7 @@ from PIL import Image
 
 from data.coordinates_h5 import read_tiling
 from data.fault import Fault
-from data.keyed import rng
+from data.keyed import drawn, rng
 from data.open_tars import OpenTars
 from data.remote import Truncated
 from data.shard_index import UNKNOWN, ShardIndex
@@ -20,6 +20,7 @@ from pretrain.seen import recipe_settings, seen
 
 SEEN = 8  # tiles whose views are shown
 SAID = 10  # unreadable tiles that are named; the rest are counted
+MEASURED = 100_000  # tiles whose lengths make the mean; of a larger index so many are drawn
 
 
 def shards_page(
@@ -72,19 +73,23 @@ def _facts(index: ShardIndex) -> list[tuple[str, str]]:
     return [
         ("shards", str(index.folder)),
         ("tar files", f"{len(index.files):,} ({sum(index.meta['sizes']) / 1e6:,.1f} MB)"),
-        ("tiles", f"{len(index):,} of {index.length.mean() / 1000:.1f} kB"),
+        ("tiles", f"{len(index):,} of {_mean_length(index) / 1000:.1f} kB"),
         ("slides", f"{len(index.slides):,}"),
         ("patients", f"{len({patient for patient in facts['patient'] if patient}):,} known"),
         ("digest", index.digest),
     ]
 
 
+def _mean_length(index: ShardIndex) -> float:
+    """Bytes of a JPEG, as `MEASURED` of them say: a billion are not looked through for a figure of two digits."""
+    return float(index.length[drawn(len(index), MEASURED, "mean length")].mean())
+
+
 def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], list[str], list[str]]:
     """``count`` tiles (H, W, 3) uint8 at random, their captions, and a sentence about each that can't be read."""
-    rows = np.sort(rng(seed, "inspect", str(index.digest)).permutation(len(index))[:count])
     tiles, captions, bad = [], [], []
     tars = OpenTars()
-    for row in rows.tolist():
+    for row in drawn(len(index), count, seed, "inspect", index.digest).tolist():
         try:
             tiles.append(simplejpeg.decode_jpeg(tars.jpeg(index, row)))
         except (OSError, ValueError, Truncated) as error:

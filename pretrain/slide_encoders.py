@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +34,9 @@ class SlideEncoder:
     device: torch.device
 
 
-def load_slide_encoder(checkpoint: str, device: str = "") -> SlideEncoder:
-    """The slide encoder that ``checkpoint`` names, on ``device`` (a GPU where there is one). Raises Fault where there is none."""
+def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[str] = ()) -> SlideEncoder:
+    """The slide encoder that ``checkpoint`` names, on ``device`` (a GPU where there is one); ``plugins`` are the packages whose classes a run
+    may name beside ours. Raises Fault where there is none."""
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     path = Path(checkpoint)
     if (path / "slide_encoder.pth").is_file():
@@ -45,12 +47,12 @@ def load_slide_encoder(checkpoint: str, device: str = "") -> SlideEncoder:
         raise Fault(
             f"there is no slide encoder at {path}: give a slide run, one of its checkpoints, or a slide_encoder.pth."
         )
-    found = find_checkpoint(path)
+    found = find_checkpoint(path, plugins)
     settings, data = found.config.get("model") or {}, found.config.get("data") or {}
     weights = checkpoints.read(found.folder, "encoder.")
     if "patch_embed.proj.weight" not in weights or "embeddings" not in data:
         raise Fault(f"{found.run} is not a slide run: give a run of 'pretrain slide'.")
-    network = build(settings, weights["patch_embed.proj.weight"].shape[1])
+    network = build(settings, weights["patch_embed.proj.weight"].shape[1], allowed=found.plugins)
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:

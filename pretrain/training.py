@@ -28,6 +28,7 @@ from torch.distributed.fsdp import FSDPModule
 from data.fault import Fault
 from data.lease import SILENCE, Lease
 from data.loader_process import SHARED_MEMORY, LoaderProcess, ended_by, open_more_files
+from data.redaction import redacted_settings
 from pretrain import alarms, best, checkpoints, metrics_file, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
 from pretrain.launched import rank
@@ -282,7 +283,7 @@ class Training(L.LightningModule, ABC):
             "scores": self.scored,
             "config": self.hash,
             "data": self.data_digest(),
-            "settings": asdict(self.config),
+            "settings": redacted_settings(asdict(self.config)),
             **self.software,
         }
         return self.step, self.objective, self._optimiser(), state
@@ -514,14 +515,14 @@ def fit(training: Training, lease: Lease | None = None) -> None:
     pass_over_damaged(training.run, training.config.resume, first=lease is not None or not rank())
     newest = checkpoints.newest(training.run)
     if newest is not None and checkpoints.read_state(newest)["step"] >= training.optim.steps:
-        run_folder.open_run(training.run, training.config, first_rank=False)
+        run_folder.open_run(training.run, training.config, first_rank=False, data=training.data_digest())
         training._check_data(newest)
         say(f"{training.run} is done: {training.optim.steps} steps, checkpoint {newest}")
         return
     if newest is not None and training.watch.patience:
         scored = [(step, score) for step, score in checkpoints.read_state(newest)["scores"]]
         if best.waited(scored) >= training.watch.patience:
-            run_folder.open_run(training.run, training.config, first_rank=False)
+            run_folder.open_run(training.run, training.config, first_rank=False, data=training.data_digest())
             training._check_data(newest)
             say(why_ended(training.run, scored, training.score))
             return

@@ -67,6 +67,7 @@ class Config:
     slides_mpp: float | None
     encoder: str | None
     features_tile: float | None
+    allow_plugins: list[str]
 
 
 def run(config: Config) -> None:
@@ -132,7 +133,7 @@ def embed(config: Config, part: int, parts: int) -> None:
     assert config.checkpoint is not None
     began = time.monotonic()
     shards = ShardSource(Path(config.shards)) if config.shards else None
-    encoder = load_encoder(config.checkpoint, config.device or "", config.precision)
+    encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     with EmbeddingWriter(Path(config.out), encoder.width, encoder.name, encoder.hash, part, parts) as writer:
         source: TileSource = shards or slide_source(config, writer)
         mine = share(source, part, parts) if part else source.slides
@@ -172,6 +173,12 @@ def take_over(config: Config, part: int, parts: int) -> None:
     with EmbeddingWriter(
         Path(config.out), dimensions, name, feature_import.hash_of(name, hash_), part, parts
     ) as writer:
+        # A name once given is kept: stores that were made before ids were safe have the files' stems.
+        files |= {path.stem: path for path in files.values() if writer.done(path.stem)}
+        mine = [files[slide].stem if files[slide].stem in files else slide for slide in mine]
+        for slide in mine:
+            if slide != files[slide].stem:
+                say(f"called {slide}: {files[slide]}")
         pending = [slide for slide in mine if not writer.done(slide)]
         slides = {path.stem: path for path in list_slides(config.slides or [])}
         failed = feature_import.take_over(
@@ -190,7 +197,7 @@ def embed_slides_whole(config: Config, part: int, parts: int) -> None:
 
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()
-    encoder = load_slide_encoder(config.checkpoint, config.device or "")
+    encoder = load_slide_encoder(config.checkpoint, config.device or "", config.allow_plugins)
     for sentence in encoder.said:
         say(f"{encoder.name}: {sentence}")
     store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)

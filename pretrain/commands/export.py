@@ -32,6 +32,7 @@ class Config:
     out: str
     format: str
     license: str
+    allow_plugins: list[str]
 
 
 def run(config: Config) -> None:
@@ -42,11 +43,11 @@ def run(config: Config) -> None:
     if not checkpoint.is_dir():
         raise Fault(f"there is no folder {checkpoint}: give a run's folder or one of its checkpoint folders")
     if config.format == "timm":
-        new, difference = export_timm(checkpoint, out, config.license)
+        new, difference = export_timm(checkpoint, out, config.license, config.allow_plugins)
         said = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
         use = f'timm.create_model("local-dir:{out}", pretrained=True)'
     elif config.format == "transformers":
-        new, difference = export_transformers(checkpoint, out, config.license)
+        new, difference = export_transformers(checkpoint, out, config.license, config.allow_plugins)
         said = f"{out}: loads whole in transformers, features within {difference:.1g} of the teacher's"
         use = f'transformers.AutoModel.from_pretrained("{out}")'
     elif config.format == "gigapath":

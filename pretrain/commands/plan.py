@@ -20,6 +20,7 @@ from typing import Annotated, Any
 
 from data.fault import Fault
 from data.files import write_whole
+from data.redaction import redacted_settings
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
 from pretrain.plan.evaluation import evaluation
@@ -119,7 +120,7 @@ def plan(config: Config) -> dict[str, Any]:
         else list(remedies(settings, launch.nodes, of, lambda one: one.peak <= room, gpu, shape.stage == "slide"))
     )
     return {
-        "settings": config.settings,
+        "settings": redacted_settings(config.settings),
         "stage": shape.stage,
         "machine": asdict(machine),
         "processes": processes,

@@ -41,6 +41,7 @@ class Config:
     threads: int
     device: str | None
     precision: str
+    allow_plugins: list[str]
 
 
 def run(config: Config) -> None:
@@ -58,7 +59,7 @@ def run(config: Config) -> None:
         test = probing.read_class_folders(Path(config.test))
         probing.require_same_classes(train, test)
         split = "train and test given"
-    encoder = load_encoder(config.checkpoint, config.device or "", config.precision)
+    encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     question = fingerprint([encoder.hash, str(config.seed)], train, test)
     out = Path(config.out) if config.out else None
     if out is not None and (earlier := read_scores(out)) is not None and earlier.get("question") == question:

@@ -24,6 +24,7 @@ class Config:
     shards: str | None
     embeddings: str | None
     probe: str | None
+    allow_plugins: list[str]
 
 
 def run(config: Config) -> None:
@@ -36,7 +37,7 @@ def run(config: Config) -> None:
     shards, embeddings, probe = (
         Path(given) if given else None for given in (config.shards, config.embeddings, config.probe)
     )
-    build(folder, out, shards=shards, embeddings=embeddings, probe=probe)
+    build(folder, out, shards=shards, embeddings=embeddings, probe=probe, plugins=config.allow_plugins)
     say(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if (road := picture(folder)) is not None:
         road.save(out.with_name("road.png"))

@@ -27,6 +27,7 @@ from typing import Any
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.parallel import in_processes
+from data.redaction import redacted_settings
 from data.remote import is_remote
 from data.shard_verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
 from pretrain.progress import Progress, say
@@ -50,7 +51,7 @@ def run(config: Config) -> None:
         for folder in config.shards
     ]
     found = sum(folder["found"] for folder in folders)
-    report = json.dumps({"ok": not found, "found": found, "folders": folders}, indent=1)
+    report = json.dumps(redacted_settings({"ok": not found, "found": found, "folders": folders}), indent=1)
     if config.report is None:
         sys.stdout.write(report + "\n")
     else:

@@ -33,6 +33,7 @@ class Config:
     allow_changes: bool
     resume: str
     init: str | None
+    allow_plugins: list[str]
     model: Plugin
     objective: Plugin
     data: TileData

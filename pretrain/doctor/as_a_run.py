@@ -21,7 +21,7 @@ def check(
     findings = [
         _refusal(lambda: require_possible(config.trainer)),
         _refusal(lambda: require_resume(config.resume)),
-        _refusal(lambda: run_folder.allowed_changes(run, whole())) if whole else None,
+        _refusal(lambda: run_folder.allowed_changes(run, whole(), data=None)) if whole else None,
         _refusal(lambda: build(whole())) if whole and build else None,
     ]
     found = [finding for finding in findings if finding]

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from data.fault import Fault
+from data.redaction import redacted
 from pretrain.doctor import folder, machine, services
 from pretrain.doctor.finding import Finding, failed
 from pretrain.objective import Objective
@@ -27,7 +28,7 @@ def say(checks: list[Check]) -> None:
     worst = False
     for check in checks:
         for finding in check():
-            print(f"{host}{finding.status:<5} {finding.about:<13} {finding.says}", flush=True)
+            print(redacted(f"{host}{finding.status:<5} {finding.about:<13} {finding.says}"), flush=True)
             worst |= finding.status == "FAIL"
     if worst:
         sys.stdout.flush()

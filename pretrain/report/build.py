@@ -1,5 +1,6 @@
 """The page, from a folder: find the parts, write their sections, name what is missing."""
 
+from collections.abc import Collection
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,15 @@ from pretrain.report.sections import embeddings_section, how_section, samples_se
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
 
 
-def build(folder: Path, out: Path, shards: Path | None, embeddings: Path | None, probe: Path | None) -> None:
-    """Write the page about ``folder`` to ``out``, whole or not at all. Raises `Fault` when there is nothing to report."""
+def build(
+    folder: Path,
+    out: Path,
+    shards: Path | None,
+    embeddings: Path | None,
+    probe: Path | None,
+    plugins: Collection[str] = (),
+) -> None:
+    """Write the page about ``folder`` to ``out``, whole or not at all; ``plugins`` are the packages whose classes its runs may name. Raises `Fault` when there is nothing to report."""
     parts = find(folder, shards, embeddings, probe)
     sections = [section for section in found_sections(parts) if section is not None]
     if wants := wanted(parts):
@@ -24,7 +32,7 @@ def build(folder: Path, out: Path, shards: Path | None, embeddings: Path | None,
     text = page.document(
         title=title(parts),
         kicker="Slidewright report",
-        lead=lead(parts),
+        lead=lead(parts, plugins),
         opening=page.facts(glance(parts)),
         sections=sections,
         footer=f"Written by <code>pretrain report run={page.escape(folder)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Not a medical device.",
@@ -55,24 +63,24 @@ def title(parts: Parts) -> str:
     return f"{name}: a slide encoder" if parts.slide else name
 
 
-def lead(parts: Parts) -> str:
+def lead(parts: Parts, allowed: Collection[str]) -> str:
     """One or two sentences on what was trained."""
     sentences = []
     if parts.tile:
         sentences.append(
-            f"A tile encoder, {describe(parts.tile.config.get('model'))}, learned from tiles without labels."
+            f"A tile encoder, {describe(parts.tile.config.get('model'), allowed)}, learned from tiles without labels."
         )
     if parts.slide:
         sentences.append("A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones.")
     return " ".join(sentences) or "Tiles and embeddings; no training run is here yet."
 
 
-def describe(model: Any) -> str:
+def describe(model: Any, allowed: Collection[str]) -> str:
     """A network's architecture in a phrase, its parameters counted without making them."""
     if not isinstance(model, dict) or "_target_" not in model:
         return "its architecture in the configuration below"
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in plugins.build(model).parameters())
+        parameters = sum(p.numel() for p in plugins.build(model, allowed=allowed).parameters())
     size = f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
     kind = model["_target_"].rpartition(".")[2]
     words = {"VisionTransformer": "a vision transformer"}.get(kind, kind)

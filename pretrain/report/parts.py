@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from data.fault import Fault
+from data.redaction import redacted_settings
 from pretrain.metrics_file import thinned
 from pretrain.progress import say
 from pretrain.run_folder import read_config
@@ -101,7 +102,7 @@ def read_run(folder: Path) -> Run:
 
 def _read_provenance(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text()) if path.is_file() else {}
+        return redacted_settings(json.loads(path.read_text())) if path.is_file() else {}
     except ValueError as error:
         say(f"{path} is damaged ({error}); the page does without it")
         return {}

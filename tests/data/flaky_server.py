@@ -24,6 +24,7 @@ class FlakyServer(ThreadingHTTPServer):
         self.misbehave: deque[str | None] = deque()
         self.always: str | None = None
         self.ranges = True
+        self.key: str | None = None  # the query, or the header Authorization, without which everything is refused
         self.served: list[tuple[str, int]] = []  # file and bytes of every sound answer
         self.released = threading.Event()
 
@@ -43,7 +44,10 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer(body=True)
 
     def _answer(self, body: bool) -> None:
-        path = self.server.folder / self.path.lstrip("/")
+        place, _, query = self.path.partition("?")
+        if self.server.key is not None and self.server.key not in (unquote(query), self.headers.get("Authorization")):
+            return self._send(403, b"", {}, body)
+        path = self.server.folder / place.lstrip("/")
         if path.is_dir():
             page = "".join(f'<a href="{child.name}">{child.name}</a>\n' for child in sorted(path.iterdir())).encode()
             return self._send(200, page, {"Content-Type": "text/html"}, body)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from data import embeddings as module
-from data.embedding_index import merge
+from data.embedding_index import merge, read_index, write_index
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
@@ -286,3 +287,22 @@ def test_a_damaged_store_is_a_fault_that_names_the_file(tmp_path, name):
         EmbeddingStore.open(tmp_path)
     with pytest.raises(Fault, match=f"{name} is damaged"):
         writer(tmp_path)
+
+
+@pytest.mark.parametrize("where", ["journal", "index"])
+def test_a_store_that_points_out_of_its_folder_is_not_continued(tmp_path, where):
+    """Going on cuts off what a killed writer left at the end of the last file: of whichever the index names."""
+    folder, outside = tmp_path / "store", tmp_path / "precious.bin"
+    outside.write_bytes(bytes(10_000))
+    with writer(folder) as out:
+        out.add("a", *tiles("a"), 512.0, 0.5)
+    (entry,) = read_index(folder / "index-0.parquet")
+    foreign = dataclasses.replace(entry, file="embeddings-0-000000.bin/../../precious.bin")
+    if where == "index":
+        write_index(folder / "index-0.parquet", [foreign], None)
+    else:
+        (folder / "journal-0.jsonl").write_text(json.dumps(dataclasses.asdict(foreign)) + "\n")
+        (folder / "index-0.parquet").unlink()
+    with pytest.raises(Fault, match="is no file of a store: it is damaged, or not to be trusted"):
+        writer(folder)
+    assert outside.stat().st_size == 10_000

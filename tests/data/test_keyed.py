@@ -2,12 +2,13 @@
 
 import subprocess
 import sys
+import tracemalloc
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data.keyed import rng
+from data.keyed import drawn, rng
 
 PART = st.one_of(
     st.integers(-(2**40), 2**40), st.text(st.characters(codec="ascii", categories=["L", "N", "P", "Zs"]), max_size=8)
@@ -54,3 +55,23 @@ def test_numbers_of_neighbouring_keys_are_uncorrelated() -> None:
     draws = np.stack([rng(0, "crops", sample).random(2000) for sample in range(8)])
     between = np.corrcoef(draws)[~np.eye(8, dtype=bool)]
     assert np.abs(between).max() < 5 / np.sqrt(2000)
+
+
+def test_a_few_of_a_billion_are_drawn_in_memory_of_a_few() -> None:
+    tracemalloc.start()
+    few = drawn(10**9, 64, 0, "tiles")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(np.unique(few)) == 64 and (np.diff(few) > 0).all() and few[0] >= 0 and few[-1] < 10**9 and peak < 2**20
+    assert np.array_equal(few, drawn(10**9, 64, 0, "tiles")) and not np.array_equal(few, drawn(10**9, 64, 1, "tiles"))
+
+
+@given(st.integers(0, 60), st.integers(0, 80))
+def test_what_is_drawn_is_distinct_and_all_where_there_is_no_more(population: int, count: int) -> None:
+    found = drawn(population, count, "some").tolist()
+    assert len(set(found)) == len(found) == min(population, count) and set(found) <= set(range(population))
+
+
+def test_each_is_as_likely_to_be_drawn() -> None:
+    counts = np.bincount(np.concatenate([drawn(20, 5, seed, "even") for seed in range(4000)]), minlength=20)
+    assert abs(counts - 1000).max() < 5 * 1000**0.5

@@ -1,14 +1,19 @@
 """Files behind a URL: the same bytes as from a disk, through failures, and a clear end where there is no hope."""
 
+import base64
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
+import fsspec
 import numpy as np
 import pytest
+from fsspec.config import set_conf_env
 
 from data import remote
 from data.fault import Fault
 from data.loader import Batch
+from data.redaction import redacted
 from data.remote import RemoteColumn, RemotePath, Truncated, list_names, read_range, size_of
 from data.shard_index import ShardIndex, scan
 from data.shard_tiles import ShardTiles
@@ -222,6 +227,51 @@ def test_shards_whose_index_lies_elsewhere_are_verified_there(
     spoil(folder, [3])
     for number in range(2):
         assert [(shard, kind) for shard, _, kind in verified(tmp_path / f"index{number}")] == [("tiles-000000.tar", "changed tile")]  # fmt: skip
+
+
+@pytest.mark.parametrize("token", ["abcdef", "a/b+c=="])
+def test_a_signed_folder_is_read_and_its_token_is_never_said(folder: Path, tmp_path: Path, server: FlakyServer, token: str) -> None:  # fmt: skip
+    signed, server.key = f"{server.url}/shards?token={quote(token)}", f"token={token}"
+    assert_same_batches(folder, signed)
+    assert ShardIndex.open(signed).url(0) == f"{server.url}/shards/tiles-000000.tar?token={quote(token)}"
+    assert list_names(signed, ".tar") == ["tiles-000000.tar", "tiles-000001.tar"] and verified(signed) == []
+    with pytest.raises(Fault, match=r"/shards\?token=\*\*\* would have to keep its password or token: .*FSSPEC_HTTPS"):
+        scan(signed, tmp_path / "mine")
+    said = []
+    (folder / "tiles-000000.tar").unlink()
+    with pytest.raises(UnreadableTile) as gone:
+        ShardTiles(shards=[signed]).read(3)
+    said.append(redacted(str(gone.value)))
+    for mood in (FAIL, CUT, FORBID):
+        server.always = mood
+        with pytest.raises(Fault) as refused:
+            ShardTiles(shards=[signed])
+        said.append(str(refused.value))
+    server.always, server.key = None, "another"
+    with pytest.raises(Fault, match=r"index\.npz\?token=\*\*\* is refused \(HTTP 403") as refused:
+        ShardTiles(shards=[signed])
+    assert not [line for line in (*said, str(refused.value)) if token in line or quote(token) in line]
+
+
+def test_a_password_in_the_address_is_used_and_never_said(folder: Path, server: FlakyServer) -> None:
+    server.key = "Basic " + base64.b64encode(b"me:secret").decode()
+    url = server.url.replace("://", "://me:secret@") + "/shards"
+    assert_same_batches(folder, url)
+    server.always = FORBID
+    with pytest.raises(Fault, match="is refused") as refused:
+        ShardTiles(shards=[url])
+    assert "secret" not in str(refused.value)
+
+
+def test_secrets_come_from_fsspecs_own_configuration(folder: Path, tmp_path: Path, server: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    server.key = "Bearer abcdef"
+    with pytest.raises(Fault, match="403"):
+        ShardTiles(shards=[f"{server.url}/shards"])
+    configured: dict[str, dict[str, object]] = {}
+    set_conf_env(configured, {"FSSPEC_HTTP": '{"client_kwargs": {"headers": {"Authorization": "Bearer abcdef"}}}'})
+    monkeypatch.setitem(fsspec.config.conf, "http", configured["http"])
+    assert_same_batches(folder, f"{server.url}/shards")
+    assert len(scan(f"{server.url}/shards", tmp_path / "mine")) == 24
 
 
 # S3 ----------------------------------------------------------------------------------------------------------------

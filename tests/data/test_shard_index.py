@@ -4,6 +4,7 @@ import ast
 import io
 import json
 import os
+import re
 import tarfile
 import zlib
 from pathlib import Path
@@ -163,7 +164,7 @@ def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
     foreign(tmp_path / "two.tar", [("d/slide_1_256_512.jpg", b"third!"), ("nothing.jpg", b"4th")])
     index = scan(tmp_path)
     assert len(index) == 4
-    assert [index.slides[slide] for slide in index.slide] == ["s", "s", "d/slide_1", "two"]
+    assert [index.slides[slide] for slide in index.slide] == ["s", "s", "d-slide_1", "two"]
     assert index.x.tolist() == [7, 7, 256, UNKNOWN] and index.y.tolist() == [9, 9, 512, UNKNOWN]
     assert index.facts(0)["mpp"] == 0.25 and index.facts(1)["mpp"] is None
     contents = []
@@ -173,6 +174,32 @@ def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
         os.close(descriptor)
     assert contents == [b"first", b"second", b"third!", b"4th"]
     assert ShardIndex.open(tmp_path).digest == index.digest
+
+
+def test_what_others_call_a_slide_is_made_safe_and_kept_as_a_fact(tmp_path: Path) -> None:
+    names = ["../../x", "/etc/x", "a/b", "a b", "a-b", "Zürich", "\ud800", "", "x" * 300]
+    samples = [(f"{n}.{kind}", data) for n, name in enumerate(names)
+               for kind, data in (("jpg", b"jpeg"), ("json", json.dumps({"slide": name, "x": n, "y": 0}).encode()))]  # fmt: skip
+    foreign(tmp_path / "a.tar", [*samples, ("../up/key_5_6.jpg", b"jpeg")])
+    index = scan(tmp_path)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,240}", slide) for slide in index.slides)
+    assert len(set(index.slides)) == len(names) + 1 and index.slides[4] == "a-b" and index.slides[-1] == "---up-key"
+    assert [index.facts(number)["slide"] for number in range(len(names))] == names
+    assert ShardIndex.open(tmp_path).slides == index.slides
+
+
+@pytest.mark.parametrize("key", ["files", "coordinates"])
+def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path, key: str) -> None:
+    make(tmp_path, LAYOUT)
+    merge(tmp_path, names(4), {})
+    index = ShardIndex.open(tmp_path)
+    named = index.meta[key] if key == "files" else index.meta["slides"][key]
+    for outside in ("../x", "/x", "a/../../x"):
+        named[0] = outside
+        with pytest.raises(
+            Fault, match=r"names a file outside of its folder, .*x: it is damaged, or not to be trusted"
+        ):
+            ShardIndex(tmp_path, vars(index), index.meta)
 
 
 def test_a_scan_refuses_damaged_and_empty_shards_by_name(tmp_path: Path) -> None:

@@ -1,16 +1,19 @@
 """Opening, questioning and reading slides; which files are slides, and what they are called."""
 
+import re
 from pathlib import Path
 
 import numpy as np
 import openslide
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 
 from data.coordinates import plan_grid
 from data.fault import Fault
 from data.keyed import rng
-from data.slide_names import name_slides
+from data.slide_names import name_slides, safe_ids
 from data.slides import Slide, list_slides
 from tests.data.synthetic_slides import stained, write_slide
 
@@ -150,3 +153,24 @@ def test_real_slides_give_openslides_own_pixels(shared: Path) -> None:
         grid = plan_grid(slide.dimensions, slide.mpp(), 0.5, 256, "CMU")
         expected = np.asarray(plain.read_region((512, 1024), 0, (256, 256)).convert("RGB"))
         np.testing.assert_array_equal(slide.read_tile(grid, 512, 1024), expected)
+
+
+@given(
+    st.lists(
+        st.one_of(st.text(max_size=6), st.text("ab/. -_é", max_size=4), st.from_regex("[a-b_-]{1,3}", fullmatch=True))
+    )
+)
+def test_ids_of_foreign_names_are_safe_distinct_and_lasting(names: list[str]) -> None:
+    ids = safe_ids(names)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,240}", one) for one in ids)
+    assert len(set(ids)) == len(set(names)) == len(set(zip(names, ids, strict=True)))
+    assert safe_ids(ids) == ids
+    for name, one in zip(names, ids, strict=True):
+        if re.fullmatch("[A-Za-z0-9_-]+", name):
+            assert one == name
+
+
+def test_who_imitates_a_hashed_id_is_still_told_apart() -> None:
+    (hashed,) = safe_ids(["Zürich"])
+    assert len(set(safe_ids(["Zürich", hashed]))) == 2 and safe_ids(["Zürich", hashed])[1] == hashed
+    assert hashed.startswith("Z-rich-") and safe_ids(["TCGA-05.F6E9"]) == ["TCGA-05-F6E9"]

@@ -1,5 +1,6 @@
 """What ``launch=`` makes of its settings, without a cluster: the script's text, torchrun's command, and what is refused."""
 
+import os
 import re
 import shlex
 import shutil
@@ -12,6 +13,7 @@ from launch import failures
 from launch.entry import main
 from launch.processes import Processes, arrange
 from launch.slurm import seconds
+from launch.submit import submit
 from pretrain.settings import CONFIGS, annotated, load
 
 TILE = ["tile", "run=runs/first", "data.shards=shards"]
@@ -125,6 +127,52 @@ def test_an_array_is_followed_by_the_job_that_merges_it(
     assert options(array)["array"] == "0-39%5" and options(merge)["dependency"] == "afterok:ARRAY"
     assert merging in merge and "part=" not in merge.partition("export")[2] and "gpus-per-node" not in options(merge)
     assert options(array)["signal"] == "B:USR1@120"
+
+
+@pytest.mark.parametrize("url", ["https://me:hunter2@host/s", "https://host/s?token=hunter2", "s3://k:hunter2@b/s"])
+def test_a_secret_in_the_command_is_refused_and_not_put_into_a_script(
+    url: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for dry in ("true", "false"):
+        with pytest.raises(SystemExit):
+            main(
+                [
+                    "tile",
+                    "run=r",
+                    f"data.shards='{url}'",
+                    "launch=slurm",
+                    "launch.gpus_per_node=1",
+                    f"launch.dry_run={dry}",
+                ]
+            )
+        said = capsys.readouterr()
+        assert (
+            "data.shards= holds a password or a token: put a variable of the environment in its place, '${oc.env:NAME}'"
+            in said.err
+        )
+        assert said.err.count("\n") == 1 and "hunter2" not in said.err + said.out and not list(tmp_path.iterdir())
+
+
+def test_a_variable_in_place_of_a_secret_is_read_where_the_job_runs(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TOKEN", "hunter2")
+    word = "data.shards='https://host/s?token=${oc.env:TOKEN}'"
+    text = script(capsys, "tile", "run=r", word, "launch.gpus_per_node=1")
+    assert shlex.quote(word) in text and "hunter2" not in text
+    assert load("tile", ["run=r", word]).object().data.shards == ["https://host/s?token=hunter2"]
+    main(["tile", "run=r", word, "--cfg", "job"])
+    assert "https://host/s?token=***" in (shown := capsys.readouterr().out) and "hunter2" not in shown
+
+
+def test_a_submitted_script_is_its_owners_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "sbatch").write_text("#!/bin/sh\necho 7\n")
+    (tmp_path / "sbatch").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    (tmp_path / "a.sbatch").write_text("before")
+    assert submit(tmp_path / "a.sbatch", "text", tmp_path / "logs") == "7"
+    assert (tmp_path / "a.sbatch").stat().st_mode & 0o777 == 0o600 and (tmp_path / "a.sbatch").read_text() == "text"
 
 
 def test_where_it_runs_is_no_part_of_what_it_computes() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import h5py
@@ -13,13 +14,14 @@ from data.embedding_sources import ShardSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
-from data.shard_index import ShardIndex, read_jpeg
+from data.shard_index import ShardIndex, read_jpeg, scan
 from pretrain import embedding
 from pretrain.commands import shard
 from pretrain.commands.embed import Config, run
 from pretrain.encoders import load_encoder
 from pretrain.settings import load
 from tests.data.synthetic_slides import stained, write_slide
+from tests.pretrain.conftest import add, tile_pixels
 
 
 def settings(checkpoint, shards, out, *overrides: str) -> Config:
@@ -278,6 +280,46 @@ def test_features_of_the_same_name_and_another_hash_are_left_out_and_a_damaged_f
         run(load("embed", [f"features={folder}", f"out={tmp_path / 'out'}"]).object())
     store = EmbeddingStore.open(tmp_path / "out")
     assert (store.slides, store.encoder_hash) == (["b", "d"], "one")
+
+
+def test_no_name_of_a_foreign_slide_makes_anything_be_written_out_of_the_folder(make_tile_run, tmp_path):
+    """Each of three slides is called by a way out, in its JSON or in its tiles' key."""
+    run_folder, _ = make_tile_run()
+    shards, out, jpeg = (
+        tmp_path / "in" / "shards",
+        tmp_path / "in" / "out",
+        simplejpeg.encode_jpeg(tile_pixels(0, 0, 0)),
+    )
+    shards.mkdir(parents=True)
+    facts = {"x": 0, "y": 0, "mpp": 0.5, "tile_size": 40, "tile_size_level0": 40.0}
+    with tarfile.open(shards / "a.tar", "w") as tar:
+        for number, name in enumerate(("../../../up", f"{tmp_path}/absolute")):
+            add(tar, f"{number}.jpg", jpeg)
+            add(tar, f"{number}.json", json.dumps(facts | {"slide": name}).encode())
+        add(tar, "../../../key_0_0.jpg", jpeg)
+        add(tar, "../../../key_0_0.json", json.dumps(facts).encode())
+    scan(shards)
+    before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)}
+    run(settings(run_folder, shards, out, "export=[trident,clam,stamp]"))
+    assert {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)} == before
+    assert {len(list((out / kind).rglob("*.h5"))) for kind in ("trident", "clam", "stamp")} == {3}
+
+
+def test_features_are_called_by_safe_ids_and_those_taken_over_before_keep_theirs(tmp_path, capsys):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name in ("TCGA-05.F6E9", "old.one"):
+        with h5py.File(folder / f"{name}.h5", "w") as file:
+            file["feats"], file["coords"] = np.ones((3, 8), np.float16), np.arange(6.0).reshape(3, 2) * 256
+            file.attrs.update(
+                {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224, "extractor": "uni", "mpp_level0": 0.5}
+            )
+    with EmbeddingWriter(tmp_path / "out", 8, "uni", "imported uni") as writer:
+        writer.add("old.one", np.ones((3, 8), np.float16), np.arange(6).reshape(3, 2) * 512, 512.0, 0.5)
+    run(load("embed", [f"features={folder}", f"out={tmp_path / 'out'}", "export=trident"]).object())
+    assert EmbeddingStore.open(tmp_path / "out").slides == ["TCGA-05-F6E9", "old.one"]
+    assert f"called TCGA-05-F6E9: {folder}/TCGA-05.F6E9.h5" in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "out" / "trident").iterdir()} == {"TCGA-05-F6E9.h5", "old.one.h5"}
 
 
 def test_a_slide_seen_again_under_a_longer_list_keeps_its_id(make_tile_run, slides, tmp_path, capsys):

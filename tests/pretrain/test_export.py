@@ -61,7 +61,7 @@ def test_transformers_loads_the_folder_whole_and_gives_the_teachers_features(mak
         "transformers", reason="transformers isn't installed: pip install 'slidewright[test]'"
     )
     folder, teacher = make_tile_run(**model)
-    run(Config(str(folder), str(tmp_path / "encoder"), "transformers", "mit"))
+    run(Config(str(folder), str(tmp_path / "encoder"), "transformers", "mit", []))
     loaded = transformers.AutoModel.from_pretrained(tmp_path / "encoder").eval()
     assert type(loaded).__name__ == ("Dinov2WithRegistersModel" if model.get("registers") else "Dinov2Model")
     images = torch.from_numpy(rng(1, "check").normal(size=(2, 3, 32, 32))).float()
@@ -173,7 +173,7 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
     encoder = LongNet(**settings)
     initialise(encoder, 0)
     write_slide_run(tmp_path / "slide", encoder)
-    run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "gigapath", "mit"))
+    run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "gigapath", "mit", []))
     released = torch.load(tmp_path / "out" / "slide_encoder.pth", weights_only=True)
     assert list(released) == ["model"]
     assert {"cls_token", "patch_embed.proj.weight", "encoder.layers.0.self_attn.q_proj.weight", "norm.weight"} <= set(
@@ -188,10 +188,10 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
 def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_run, tmp_path):
     folder, _ = make_tile_run()
     with pytest.raises(Fault, match="another kind of run"):
-        run(Config(str(folder), str(tmp_path / "out"), "gigapath", "mit"))
+        run(Config(str(folder), str(tmp_path / "out"), "gigapath", "mit", []))
     write_slide_run(tmp_path / "slide", nn.Linear(2, 2))
     with pytest.raises(Fault, match="not a tile run"):
-        run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "timm", "mit"))
+        run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "timm", "mit", []))
     with pytest.raises(Fault, match="format is timm, transformers or gigapath"):
-        run(Config(str(folder), str(tmp_path / "out"), "onnx", "mit"))
+        run(Config(str(folder), str(tmp_path / "out"), "onnx", "mit", []))
     assert not (tmp_path / "out").exists()

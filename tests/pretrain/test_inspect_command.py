@@ -1,5 +1,7 @@
 """`pretrain inspect` shows what is there."""
 
+import time
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +10,12 @@ import pytest
 from PIL import Image
 
 from data.fault import Fault
+from data.shard_index import COLUMNS, ShardIndex
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
 from pretrain.pictures import COLOURS, contact_sheet, histogram
 from pretrain.seen import recipe_settings, seen
+from pretrain.shard_page import _draw, _facts
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import picture, spoil, write_tiles
 
@@ -148,3 +152,19 @@ def test_a_sheet_shows_every_tile_in_its_place() -> None:
 
 def test_a_histogram_of_equal_values_is_drawn() -> None:
     assert histogram(np.full(5, 0.25), "title", "µm").size == histogram(np.arange(9.0), "title", "µm").size
+
+
+def test_a_billion_tiles_are_looked_at_in_memory_of_a_few(tmp_path: Path) -> None:
+    """Columns of a billion rows that are all the same bytes: whoever goes through them makes something of that length."""
+    index = ShardIndex.open(write_tiles(tmp_path / "shards", [3], side=32))
+    (tmp_path / "shards/index/tiles-000000.npz").unlink()  # the checksums of three tiles
+    columns = {name: np.broadcast_to(np.asarray(getattr(index, name))[1], 10**9) for name in COLUMNS}
+    runs = {"file_start": np.array([0, 10**9]), "run_start": np.array([0, 10**9]), "run_slide": np.zeros(1, np.int32)}
+    huge = ShardIndex(index.folder, columns | runs, index.meta)
+    tracemalloc.start()
+    began = time.monotonic()
+    facts, drawn = dict(_facts(huge)), _draw(huge, 9, 0)
+    took, peak = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 * 2**20 and took < 3 and [len(part) for part in drawn] == [9, 9, 0]
+    assert facts["tiles"] == f"1,000,000,000 of {int(index.length[1]) / 1000:.1f} kB"

@@ -12,7 +12,7 @@ from pretrain.commands.probe import Config, run
 
 
 def settings(checkpoint, train, **changes) -> Config:
-    config = Config(str(checkpoint), str(train), None, None, 0.25, 0, 8, 2, "cpu", "float32")
+    config = Config(str(checkpoint), str(train), None, None, 0.25, 0, 8, 2, "cpu", "float32", [])
     return dataclasses.replace(config, **changes)
 
 

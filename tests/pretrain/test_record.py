@@ -20,6 +20,12 @@ class Config:
     seed: int = 0
 
 
+@dataclass
+class WithUrl:
+    wandb: WandbSettings
+    url: str
+
+
 def config(mode: str) -> Config:
     return Config(WandbSettings(mode, "slidewright"))
 
@@ -133,3 +139,13 @@ def test_a_signal_to_every_process_leaves_the_run_alive_without_its_mirror(tmp_p
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "alive" in done.stdout and "its process is gone" in done.stderr, done.stderr
+
+
+def test_weights_and_biases_gets_no_secret_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "https://me:hunter2@host/shards?token=hunter2"
+    monkeypatch.setattr(sys, "argv", ["pretrain", f"data.shards={secret}"])
+    mirror = Wandb(tmp_path, WithUrl(WandbSettings("offline", "slidewright"), secret))
+    assert mirror.run is not None and mirror.run.config["url"] == "https://***@host/shards?token=***"
+    mirror.close()
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"host/shards" in kept and b"hunter2" not in kept and sys.argv[1].endswith("hunter2")

@@ -74,7 +74,7 @@ def road(tmp_path, shards, make_tile_run, class_folders) -> Path:
     embed.run(load("embed", words).object())
     probe.run(
         probe.Config(
-            str(folder), str(class_folders), None, str(tmp_path / "probe.json"), 0.25, 0, 8, 1, "cpu", "float32"
+            str(folder), str(class_folders), None, str(tmp_path / "probe.json"), 0.25, 0, 8, 1, "cpu", "float32", []
         )
     )
     slide = tmp_path / "slide"
@@ -133,7 +133,7 @@ class Reader(HTMLParser):
 
 def written(road: Path, folder: Path | None = None, **given: str) -> str:
     out = road / "page.html"
-    run(dataclasses.replace(Config(str(folder or road), str(out), None, None, None), **given))
+    run(dataclasses.replace(Config(str(folder or road), str(out), None, None, None, []), **given))
     return out.read_text()
 
 

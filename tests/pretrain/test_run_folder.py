@@ -1,6 +1,7 @@
 """A run's folder: reopened by the same settings, closed to others, whole after a kill."""
 
 import json
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,63 @@ def test_a_setting_that_came_or_went_is_a_difference(tmp_path: Path) -> None:
         run_folder.open_run(
             tmp_path, replace(Config(), data={"threads": 2, "batch_size": 8, "window": 4}), first_rank=True
         )
+
+
+SECRET = "https://me:hunter2@host/shards?token=hunter2&sig=hunter2"
+
+
+def test_no_secret_of_a_url_is_in_a_runs_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain", "tile", f"data.shards=[{SECRET}]"])
+    run_folder.open_run(tmp_path, Config(data={"shards": [SECRET]}), first_rank=True, data="a")
+    changed = Config(data={"shards": [SECRET.replace("host", "other")]}, allow_changes=True)
+    run_folder.open_run(tmp_path, changed, first_rank=True, data="b")
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(files) == 2 and not [path for path in files if "hunter2" in path.read_text()]
+    assert run_folder.read_config(tmp_path)["data"]["shards"] == ["https://***@other/shards?token=***&sig=***"]
+
+
+def test_a_new_token_is_no_changed_setting_and_another_host_is(tmp_path: Path) -> None:
+    def opened(url: str) -> str:
+        return run_folder.open_run(tmp_path, Config(data={"shards": [url], "window": 4}), first_rank=True)
+
+    assert opened(SECRET) == opened(SECRET.replace("hunter2", "hunter3"))
+    with pytest.raises(Fault, match=r"data\.shards: .*host/shards\?token=\*\*\*.* → .*other/") as refused:
+        opened(SECRET.replace("host", "other"))
+    assert "hunter" not in str(refused.value)
+
+
+def test_secrets_that_an_older_run_wrote_are_not_passed_on(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(asdict(Config(data={"shards": [SECRET]}))))
+    (tmp_path / "provenance.json").write_text(json.dumps({"starts": [{"command": [SECRET], "data": "a"}]}))
+    run_folder.open_run(tmp_path, Config(data={"shards": [SECRET]}), first_rank=True, data="a")
+    assert "hunter2" not in (tmp_path / "config.yaml").read_text() + (tmp_path / "provenance.json").read_text()
+
+
+@pytest.mark.parametrize(
+    ("before", "now"),
+    [
+        ({"shards": ["a"]}, {"shards": ["b"]}),
+        ({"embeddings": "a"}, {"embeddings": "b"}),
+        ({"slides": ["a"], "grids": "g"}, {"slides": ["b"], "grids": "h"}),
+        ({"members": {"x": {"shards": ["a"]}}}, {"members": {"x": {"shards": ["b"]}}}),
+    ],
+)
+@pytest.mark.parametrize("saved", [False, True])
+def test_data_that_was_moved_is_the_same_if_its_digest_is(
+    tmp_path: Path, before: dict[str, Any], now: dict[str, Any], saved: bool
+) -> None:
+    hash_before = run_folder.open_run(tmp_path, Config(data=before), first_rank=True, data="digest")
+    if saved:
+        state = {"settings": asdict(Config(data=before)), "data": "digest"}
+        (tmp_path / "checkpoints" / "step-00000001").mkdir()
+        (tmp_path / "checkpoints" / "step-00000001" / "state.json").write_text(json.dumps(state))
+    for digest in ("another", ""):
+        with pytest.raises(Fault, match=r"data\."):
+            run_folder.open_run(tmp_path, Config(data=now), first_rank=True, data=digest)
+    assert run_folder.open_run(tmp_path, Config(data=now), first_rank=True, data="digest") == hash_before
+    assert run_folder.read_config(tmp_path)["data"] == now
+    with pytest.raises(Fault, match=r"seed: 0 → 1"):
+        run_folder.open_run(tmp_path, Config(data=now, seed=1), first_rank=True, data="digest")
 
 
 def test_a_folder_that_is_no_run_is_named(tmp_path: Path) -> None:

@@ -39,7 +39,9 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in metrics(run)]
 
 
-def test_slides_online_train_and_resume_and_their_tissue_is_looked_for_once(folder: Path, tmp_path: Path) -> None:
+def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tissue_is_looked_for_once(
+    folder: Path, tmp_path: Path
+) -> None:
     words = ["tile", *TINY, "data=online", f"data.slides={folder / 'slides'}", f"data.grids={tmp_path / 'grids'}", "data.mpp=[0.5,1.0]", "data.tile_size=32", "data.workers=1"]  # fmt: skip
     main([*words, f"run={tmp_path / 'whole'}"])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")}
@@ -50,6 +52,17 @@ def test_slides_online_train_and_resume_and_their_tissue_is_looked_for_once(fold
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")} == made
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
+    shutil.copytree(folder / "slides", tmp_path / "moved")
+    main(
+        [
+            *words,
+            f"data.slides={tmp_path / 'moved'}",
+            f"data.grids={tmp_path / 'moved_grids'}",
+            f"run={tmp_path / 'again'}",
+        ]
+    )
+    assert all(torch.equal(one[name], value) for name, value in weights(tmp_path / "again").items())
 
 
 def test_a_mixture_of_shards_slides_and_a_server_trains_in_its_shares(folder: Path, tmp_path: Path) -> None:

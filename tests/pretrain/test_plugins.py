@@ -1,0 +1,99 @@
+"""Whose code is run: anybody's that the user names, and of what a run's folder names, this project's and what the user allows."""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from data.fault import Fault
+from models.vit import VisionTransformer
+from pretrain import init, plugins
+from pretrain.commands import embed, export, probe, report
+from pretrain.settings import load
+
+MODULE = "from pathlib import Path\nfrom models.vit import VisionTransformer\nPath({mark!r}).touch()\nclass Theirs(VisionTransformer):\n    pass\n"
+
+
+@pytest.fixture
+def theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A file that appears where a module ``theirs`` is imported; the module lies in a folder of its own."""
+    (tmp_path / "code").mkdir()
+    (tmp_path / "code" / "theirs.py").write_text(MODULE.format(mark=str(tmp_path / "imported")))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    yield tmp_path / "imported"
+    sys.modules.pop("theirs", None)
+
+
+@pytest.fixture
+def foreign_run(make_tile_run: Callable[[], tuple[Path, Any]]) -> Path:
+    """A tile run whose config.yaml names the class ``theirs.Theirs``."""
+    run, _ = make_tile_run()
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["_target_"] = "theirs.Theirs"
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    return run
+
+
+def commands(run: Path, shards: Path, classes: Path, out: Path) -> dict[str, Callable[[str], Any]]:
+    """The commands that read a run's folder, each to be called with a further word."""
+
+    def command(module: Any, name: str, *words: str) -> Callable[[str], Any]:
+        return lambda word: module.run(load(name, [*words, word]).object())
+
+    return {
+        "embed": command(
+            embed, "embed", f"checkpoint={run}", f"shards={shards}", f"out={out}/embeddings", "device=cpu"
+        ),
+        "export": command(export, "export", f"checkpoint={run}", f"out={out}/encoder"),
+        "probe": command(probe, "probe", f"checkpoint={run}", f"train={classes}", "device=cpu"),
+        "report": command(report, "report", f"run={run}", f"out={out}/report.html"),
+        "init": lambda word: init.find(str(run), load("tile", ["run=a", "data.shards=b", word]).object().allow_plugins),
+    }
+
+
+@pytest.mark.parametrize("name", ["embed", "export", "probe", "report", "init"])
+def test_a_runs_folder_names_no_code_but_ours_and_what_is_allowed_by_name(
+    name: str,
+    foreign_run: Path,
+    theirs: Path,
+    shards: Path,
+    class_folders: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    command = commands(foreign_run, shards, class_folders, tmp_path / "out")[name]
+    for word in ("allow_plugins=[]", "allow_plugins=[the]", "allow_plugins=[theirs.Theirs]"):
+        with pytest.raises(Fault, match=r"theirs\.Theirs was read from a run's folder, .*allow_plugins=\[theirs\]"):
+            command(word)
+        assert not theirs.exists() and "theirs" not in sys.modules
+    command("allow_plugins=[theirs]")
+    assert theirs.exists()
+
+
+def test_what_is_allowed_is_not_taken_from_the_current_folder_by_accident(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path / "code")
+    for entry in ("", str(tmp_path / "code")):  # 'python -m', and PYTHONPATH=:
+        monkeypatch.setattr(sys, "path", [entry, *sys.path])
+        with pytest.raises(Fault, match="can't be imported"):
+            plugins.locate("theirs.Theirs", allowed=["theirs"])
+        assert not theirs.exists() and sys.path[0] == entry
+    monkeypatch.setenv("PYTHONPATH", os.pathsep + str(tmp_path / "code"))
+    assert issubclass(plugins.locate("theirs.Theirs", allowed=["theirs"]), VisionTransformer) and theirs.exists()
+
+
+def test_ours_is_the_whole_name_of_a_package() -> None:
+    assert plugins.locate("models.vit.VisionTransformer", allowed=()) is VisionTransformer
+    for target in ("models_of_mine.A", "os.path.A", "A", "", ".models.A"):
+        with pytest.raises(Fault, match="read from a run's folder"):
+            plugins.locate(target, allowed=())
+
+
+def test_a_run_of_the_users_own_names_any_class(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(tmp_path / "code")
+    tile = load("tile", ["run=a", "data.shards=b", "model._target_=theirs.Theirs"]).object()
+    assert type(plugins.build(tile.model)).__name__ == "Theirs" and theirs.exists()
