@@ -1,7 +1,8 @@
 """The loader's process: however it ends, the trainer ends with one sentence, and when the trainer ends nothing of it is left.
 
     loader:  batch, batch, … ──▶ trainer            what goes wrong there travels as the last item, a Fault
-    killed (out of memory, a full /dev/shm) ──▶     torch raises in the trainer: `ended_by`
+    killed (out of memory, a full /dev/shm) ──▶     torch raises in the trainer, wherever that is: `ended_by`; or the
+                                                    next batch can't be had, since what it lies in is asked of its maker
     trainer ends, whatever by ──▶ killed            it ignores the signals that ask the trainer to end, and so that of its own exit
 
 A batch travels in shared memory where that has room for what is on its way, else as bytes through a pipe.
@@ -50,11 +51,30 @@ class LoaderProcess(DataLoader):
         before = set(multiprocessing.active_children())
         batches = super().__iter__()
         self._processes = set(multiprocessing.active_children()) - before
-        return map(self._unpacked, batches) if self.through_pipe else batches
+        return self._received(batches)
+
+    def _received(self, batches: Iterator[Any]) -> Iterator[Any]:
+        while True:
+            try:
+                batch = next(batches)
+            except StopIteration:
+                return
+            except (OSError, EOFError, RuntimeError) as error:
+                raise self._ending() or error from error
+            yield self._unpacked(batch) if self.through_pipe else batch
 
     def _unpacked(self, packed: bytes) -> Any:
         batch = pickle.loads(packed)
         return batch.pin_memory() if self._pinned and hasattr(batch, "pin_memory") else batch
+
+    def _ending(self) -> Fault | None:
+        """Why the process is no more, where something killed it."""
+        for process in self._processes:
+            process.join(timeout=1)  # the connection breaks a moment before
+            if process.exitcode:
+                how = signal.strsignal(-process.exitcode) if process.exitcode < 0 else f"exit code {process.exitcode}"
+                return _killed(process.pid, how)
+        return None
 
     def end(self) -> None:
         """Kill the process: it holds nothing that could be lost."""
@@ -104,15 +124,18 @@ def fault_of(error: Exception) -> Fault:
 def ended_by(error: BaseException) -> Fault | None:
     """The Fault to raise in place of torch's error where that says that a loader process was killed, else None."""
     found = KILLED.search(str(error)) if isinstance(error, RuntimeError) else None
-    if found is None:
-        return None
-    how = found[2] or "no word"
+    return _killed(found[1], found[2]) if found else None
+
+
+def _killed(process: object, how: str | None) -> Fault:
     ways_out = {
         "Killed": "out of memory, most likely: give the job more, or lower data.batch_size or data.window",
         "Bus error": f"{SHARED_MEMORY} is full: give the container more (docker run --shm-size=8g), or lower data.batch_size",
     }
-    way_out = ways_out.get(how, "see the system's log for why")
-    return Fault(f"the loader process {found[1]} was ended by {how} ({way_out}); the same command continues.")
+    way_out = ways_out.get(how or "", "see the system's log for why")
+    return Fault(
+        f"the loader process {process} was ended by {how or 'no word'} ({way_out}); the same command continues."
+    )
 
 
 def shared_memory_room() -> int | None:

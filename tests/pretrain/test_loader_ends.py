@@ -79,3 +79,17 @@ def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(processes: int, tile
     assert "stopping after this step" in output and "the same command continues" in output
     newest = checkpoints.newest(run)
     assert newest is not None and checkpoints.step_of(newest) == metrics(run)[-1]["step"]
+
+
+def test_a_batch_that_waits_when_its_maker_is_killed_is_the_killed_process_s_fault(tmp_path: Path) -> None:
+    through = load(batches(write_tiles(tmp_path / "shards", [11, 13])), pin_memory=False)
+    waiting = iter(through)
+    next(waiting)
+    (process,) = through._processes
+    time.sleep(1)  # the next batches are made, and lie in files that only their maker can hand over
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    with pytest.raises((Fault, RuntimeError)) as raised:
+        list(waiting)
+    fault = raised.value if isinstance(raised.value, Fault) else loader_process.ended_by(raised.value)
+    assert fault is not None and f"the loader process {process.pid} was ended by Killed (out of memory" in str(fault)
