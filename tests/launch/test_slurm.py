@@ -145,6 +145,19 @@ def test_the_first_error_of_any_rank_is_the_last_thing_in_the_jobs_log(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("failure", ["KeyError", "SIGKILL"])
+def test_a_loader_that_fails_or_is_killed_on_one_node_ends_the_job(
+    cluster: Cluster, shards: Path, tmp_path: Path, failure: str
+) -> None:
+    source = "data._target_=tests.pretrain.failing_sources.FailingTiles"
+    words = command(shards, tmp_path / "run", source, "optim.steps=400")
+    (job,) = submit(cluster, *words, *nodes(2, 1), variables=environment(PRETRAIN_TEST_FAILURE=failure))
+    cluster.wait(job, "FAILED", seconds=120)
+    *_, error, _ = (tmp_path / "run" / "logs" / f"{job}.log").read_text().splitlines()
+    assert error.startswith("pretrain: rank ") and ("KeyError: 'stain'" in error or "ended by Killed" in error), error
+
+
+@pytest.mark.slow
 def test_a_chain_goes_on_where_its_last_job_was_stopped_and_ends_at_once_where_the_run_is_done(
     cluster: Cluster, shards: Path, here: Path, tmp_path: Path
 ) -> None:
