@@ -124,10 +124,15 @@ def remove(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise Refused where a file couldn't be written at ``path``; asked before long work whose result goes there."""
-    with appearing(path) as partial:
+    """Raise Refused where a file couldn't be written at ``path``; asked before long work whose result goes there. Makes nothing."""
+    there = next(folder for folder in path.absolute().parents if folder.exists())
+    partial = unfinished(there / path.name)
+    try:
         partial.touch()
-        partial.unlink()
+    except OSError as error:
+        raise refused(path, error) from error
+    finally:
+        remove(partial)
 
 
 def flush(path: Path) -> None:

@@ -26,7 +26,7 @@ from typing import IO, Any
 import numpy as np
 
 from data.fault import Fault
-from data.files import appearing
+from data.files import Refused, appearing, make_folder, require_writable
 from data.redaction import is_private
 from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names, within
 from data.slide_names import safe_ids
@@ -343,8 +343,14 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
     if out is not None:
         made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
     folder = Path(folder) if out is None else Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "index").mkdir(exist_ok=True)
+    try:
+        require_writable(make_folder(folder / "index") / "record")
+    except Refused as refusal:
+        if out is not None:
+            raise
+        raise Fault(
+            f"{refusal} Or keep the index in a folder of yours: pretrain shards index shards={shards} out=FOLDER, and train on FOLDER."
+        ) from refusal
     names = []
     for tar in tars:
         names.append(tar.stem)

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.fault import Fault
+from data.files import require_writable
 from pretrain.progress import say
 
 
@@ -42,6 +43,7 @@ def run(config: Config) -> None:
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if not checkpoint.is_dir():
         raise Fault(f"there is no folder {checkpoint}: give a run's folder or one of its checkpoint folders")
+    require_writable(out / "config.json")
     if config.format == "timm":
         new, difference = export_timm(checkpoint, out, config.license, config.allow_plugins)
         said = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"

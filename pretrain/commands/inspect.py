@@ -25,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from data.fault import Fault
+from data.files import require_writable
 from data.keyed import rng
 from data.slides import Slide
 from data.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
@@ -56,6 +57,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the pictures and the page, and say where they are."""
+    out = Path(config.out)
+    require_writable(out / "index.html")
     if config.slide is not None and not config.shards:
         page = slide_page(config, Path(config.slide))
     elif config.shards and config.slide is None:
@@ -64,7 +67,6 @@ def run(config: Config) -> None:
         )  # fmt: skip
     else:
         raise Fault("say what to look at: pretrain inspect slide=FILE, or pretrain inspect shards=FOLDER")
-    out = Path(config.out)
     write_page(out, page)
     for name, value in page.facts:
         say(f"{name:<22}{value}")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from data.fault import Fault
-from data.files import write_whole
+from data.files import require_writable, write_whole
 from data.redaction import redacted_settings
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
@@ -65,6 +65,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Print the plan, and write it where ``out`` says."""
+    if config.out is not None:
+        require_writable(Path(config.out))
     if config.published:
         rows = [implied(name, run, config.slides) for name, run in config.runs.items()]
         report: Any = [asdict(row) for row in rows]

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from data.fault import Fault
-from data.files import write_whole
+from data.files import require_writable, write_whole
 from pretrain.progress import say
 
 if TYPE_CHECKING:
@@ -51,6 +51,9 @@ def run(config: Config) -> None:
 
     if not 0 < config.test_fraction < 1:
         raise Fault(f"test_fraction is a share between 0 and 1, not {config.test_fraction}")
+    out = Path(config.out) if config.out else None
+    if out is not None:
+        require_writable(out)
     train = probing.read_class_folders(Path(config.train))
     if config.test is None:
         train, test = probing.stratified_split(train, config.test_fraction, config.seed)
@@ -61,7 +64,6 @@ def run(config: Config) -> None:
         split = "train and test given"
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     question = fingerprint([encoder.hash, str(config.seed)], train, test)
-    out = Path(config.out) if config.out else None
     if out is not None and (earlier := read_scores(out)) is not None and earlier.get("question") == question:
         say(f"{out} holds these scores already, nothing to do")
         print(table(earlier))

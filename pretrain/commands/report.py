@@ -14,6 +14,7 @@ Examples:
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.files import require_writable
 from pretrain.progress import say
 
 
@@ -34,6 +35,7 @@ def run(config: Config) -> None:
 
     folder = Path(config.run)
     out = Path(config.out) if config.out else folder / "report.html"
+    require_writable(out)
     shards, embeddings, probe = (
         Path(given) if given else None for given in (config.shards, config.embeddings, config.probe)
     )
