@@ -19,14 +19,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.fault import Fault
+from data.git_lfs import refuse_pointer
 from data.keyed import rng
+from models.formats.published import require_finite
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain import checkpoints
 from pretrain.plugins import build
 from pretrain.progress import say
 from pretrain.run_folder import read_config
-from pretrain.weight_files import SUFFIXES, is_transformers, read_transformers
+from pretrain.weight_files import SUFFIXES, is_transformers, read_json, read_transformers
 
 TEACHER, STUDENT = "teacher.encoder.", "encoder."  # MAE's runs have one network and no teacher
 CONFIG = "config.yaml"
@@ -155,8 +157,17 @@ def load_encoder(
     ``pretrain export`` wrote (format timm or transformers), a folder of a transformers Dinov2 model, or the name of a
     model that timm has pretrained weights for (``hf-hub:…`` included). ``precision`` is ``float32`` or ``bfloat16`` (autocast); ``plugins`` are the packages
     whose classes a run may name beside ours. Raises `Fault` when it names nothing, or the
-    weights can't be had.
+    weights can't be had, or aren't finite.
     """
+    encoder = _load(checkpoint, device, precision, plugins)
+    try:
+        require_finite(encoder.module.state_dict())
+    except ValueError as error:
+        raise Fault(f"{checkpoint} is not usable: {error}") from error
+    return encoder
+
+
+def _load(checkpoint: str, device: str, precision: str, plugins: Collection[str]) -> TileEncoder:
     if precision not in PRECISIONS:
         raise Fault(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
     place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -293,6 +304,10 @@ def timm_module(name: str) -> nn.Module:
     import timm
 
     local = name.startswith("local-dir:")
+    if local:
+        for path in sorted(Path(name.removeprefix("local-dir:")).iterdir()):
+            if path.suffix in SUFFIXES:
+                refuse_pointer(path)
     base = name.partition(".")[0]
     if not local and not name.startswith("hf-hub:"):
         if "/" in name or name.startswith("."):
@@ -359,11 +374,11 @@ def transformers_preprocessing(folder: Path) -> Preprocessing:
         raise Fault(
             f"{folder} has no {path.name}, so nothing says how images are prepared for it: copy that file from where the model is from"
         )
-    config = json.loads(path.read_text())
+    config = read_json(path)
     resize, crop = config.get("size"), config.get("crop_size")
     resize = resize.get("shortest_edge") if isinstance(resize, dict) else resize
     crop = crop.get("height") if isinstance(crop, dict) else crop
-    interpolation = {2: "bilinear", 3: "bicubic"}.get(config.get("resample"))
+    interpolation = {2: "bilinear", 3: "bicubic"}.get(config.get("resample", 0))
     if not (
         config.get("do_resize")
         and config.get("do_center_crop")

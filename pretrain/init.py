@@ -12,7 +12,7 @@ import torch
 
 from data.fault import Fault
 from models.formats import checkpoint_file, timm
-from models.formats.published import Published
+from models.formats.published import Published, require_finite
 from models.initialise import assign
 from models.vit import VisionTransformer
 from pretrain.encoders import find_checkpoint, teacher, timm_module
@@ -76,8 +76,13 @@ def start_from(source: str, objective: Objective, plugins: Collection[str] = ())
             f"init={source} needs an objective with one vision transformer to train, and this one has {len(encoders)}"
         )
     (encoder,) = encoders
+    published = find(source, plugins)
     try:
-        weights, said = find(source, plugins).fit(encoder)
+        require_finite(published.weights)
+    except ValueError as error:
+        raise Fault(f"init={source} is not usable: {error}") from error
+    try:
+        weights, said = published.fit(encoder)
     except ValueError as error:
         raise Fault(
             f"init={source} doesn't fit the model ({error}): the settings under model: must be those it was made with"

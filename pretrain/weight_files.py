@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.fault import Fault
+from data.git_lfs import refuse_pointer
 from models.formats import transformers
 from models.formats.published import Published
 
@@ -24,13 +25,16 @@ SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 def read_file(path: Path) -> dict[str, Any]:
     """What a weight file holds, on the CPU. Raises Fault where it can't be read, or would have to run code."""
+    refuse_pointer(path)
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its options beside the weights
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped(path))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        cause = str(error).strip().splitlines()[0]
+        cause = (str(error).strip() or "it is empty" * (not path.stat().st_size) or type(error).__name__).splitlines()[
+            0
+        ]
         raise Fault(
             f"{path} can't be read as weights ({cause}): download it again, or save its state dict alone as safetensors"
         ) from error
@@ -47,26 +51,49 @@ def zipped(path: Path) -> bool:
 
 def read_transformers(folder: Path) -> Published:
     """The encoder in a folder that transformers' ``save_pretrained`` wrote, in one file or several."""
-    config = json.loads((folder / CONFIG).read_text())
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    else:
-        names = [name for name in ("model.safetensors", "pytorch_model.bin") if (folder / name).is_file()][:1]
-    if not names:
-        raise Fault(f"{folder} has a {CONFIG} but no model.safetensors or pytorch_model.bin: download its weights too")
+    config = read_json(folder / CONFIG)
     weights: dict[str, Tensor] = {}
-    for name in names:
-        weights |= read_file(folder / name)
+    for path in _weight_files(folder):
+        weights |= read_file(path)
     try:
         return transformers.read(weights, config)
     except ValueError as error:
         raise Fault(f"{folder}: {error}") from error
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    for name in ("model.safetensors", "pytorch_model.bin"):
+        if (folder / name).is_file():
+            return [folder / name]
+        index = folder / f"{name}.index.json"
+        if index.is_file():
+            parts = read_json(index).get("weight_map")
+            if not isinstance(parts, dict) or not parts:
+                raise Fault(f"{index} has no weight_map: download it again")
+            paths = [folder / part for part in sorted(set(parts.values()))]
+            if lacking := [path.name for path in paths if not path.is_file()]:
+                raise Fault(
+                    f"{folder} lacks {', '.join(lacking)}, which {index.name} names: download its weights whole"
+                )
+            return paths
+    raise Fault(f"{folder} has a {CONFIG} but no model.safetensors or pytorch_model.bin: download its weights too")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of settings beside weights holds. Raises Fault where that is nothing of the kind."""
+    refuse_pointer(path)
+    try:
+        held = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise Fault(f"{path} can't be read as JSON ({error}): download it again") from error
+    if not isinstance(held, dict):
+        raise Fault(f"{path} holds a {type(held).__name__}, not settings by name: download it again")
+    return held
+
+
 def is_transformers(folder: Path) -> bool:
     """Whether a folder's ``config.json`` is transformers' (it names a model type) and not timm's (an architecture)."""
     if not (folder / CONFIG).is_file():
         return False
-    config = json.loads((folder / CONFIG).read_text())
+    config = read_json(folder / CONFIG)
     return "model_type" in config and "architecture" not in config

@@ -1,50 +1,122 @@
-"""A checkpoint file of unknown origin: find the encoder inside, and tell by its names whose they are."""
+"""A checkpoint file of unknown origin: find the encoder inside, wherever it is, and tell by its names whose they are.
+
+{"model": {"_orig_mod.teacher.backbone.blocks.0.…": …, "_orig_mod.teacher.dino_head.…": …}, "iteration": 3}
+   │                 │
+   └─ dictionaries are gone through; names of wrappers are dropped wherever they stand
+                     └─ what stands before cls_token is where an encoder is; of several, the teacher's
+"""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
 from models.formats import dinov2, timm
-from models.formats.published import Published, Weights
+from models.formats.published import Published, Weights, listed
 
-CONTAINERS = ("teacher", "model", "state_dict")  # as training code nests state dicts
-BACKBONES = ("teacher.backbone.", "module.backbone.", "backbone.", "module.")
+WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
+CLASS_TOKEN = "cls_token"
+TRANSFORMERS = "embeddings."
+AVERAGED = re.compile(r"(?:^|[._])(?:teacher|ema|momentum|target)(?:[._]|$)")
+TRAINED = re.compile(r"(?:^|[._])(?:student|online)(?:[._]|$)")
+# What is known by its names, and isn't read: a pattern that one of them matches, and whose they are.
+OTHERS = (
+    (r"(^|\.)(class_embedding|embeddings\.class_embedding)$", "CLIP's vision transformer"),
+    (r"(^|\.)vision_model\.embeddings\.patch_embedding\.", "SigLIP's vision transformer"),
+    (r"relative_position_bias_table$", "a Swin transformer"),
+    (r"(^|\.)stages\.\d+\.blocks\.\d+\.(conv_dw|gamma)", "a ConvNeXt"),
+    (r"(^|\.)layer4\.\d+\.conv1\.weight$", "a ResNet"),
+)
+
+
+@dataclass(frozen=True)
+class Found:
+    """An encoder in a checkpoint: where it is, and its weights by the names that follow."""
+
+    place: str  # "model.teacher.backbone."; "" where the checkpoint is the encoder
+    weights: Weights
 
 
 def read(checkpoint: Mapping[str, Any]) -> Published:
     """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint.
 
-    Raises ValueError where it holds none.
+    Raises ValueError where it holds none, several that nothing tells apart, or one of a format that isn't read.
     """
-    weights, left_out = backbone(checkpoint)
-    if any(name.endswith("embeddings.cls_token") for name in weights):
+    found, left_out = backbone(checkpoint)
+    weights = found.weights
+    if f"{TRANSFORMERS}{CLASS_TOKEN}" in weights:
         raise ValueError("it has transformers' names, which mean little without config.json: give its folder")
+    if "pos_embed" not in weights and any(re.search(r"rope|storage_tokens", name) for name in weights):
+        raise ValueError("these are DINOv3's weights: its rotary positions are not those of this network")
     theirs = "register_tokens" in weights or ("mask_token" in weights and "reg_token" not in weights)
     theirs = theirs or any(re.match(r"blocks\.\d+\.(\d+\.|mlp\.w12\.)", name) for name in weights)
     published = dinov2.read(weights) if theirs else timm.read(weights)
     published.left_out += left_out
+    published.place = found.place.rstrip(".")
     return published
 
 
-def backbone(checkpoint: Mapping[str, Any]) -> tuple[Weights, list[str]]:
-    """The encoder's weights in a checkpoint, and the names of the parts that are something else.
+def backbone(checkpoint: Mapping[str, Any]) -> tuple[Found, list[str]]:
+    """The encoder in a checkpoint, and the names of the parts that are something else.
 
     DINOv2's training writes ``{"teacher": {"backbone.…", "dino_head.…"}}`` or ``teacher.backbone.…``; of student and
-    teacher the teacher is taken: it is what DINOv2 releases.
+    teacher the teacher is taken: it is what DINOv2 releases. Raises ValueError where there is none, or which is left open.
     """
-    left_out: list[str] = []
-    for key in CONTAINERS:
-        inner = checkpoint.get(key)
-        if isinstance(inner, Mapping):
-            left_out += sorted(other for other in checkpoint if other != key)
-            checkpoint = inner
-    weights = {name: tensor for name, tensor in checkpoint.items() if isinstance(tensor, Tensor)}
-    left_out += sorted(checkpoint.keys() - weights.keys())
-    for prefix in BACKBONES:
-        if any(name.startswith(prefix) for name in weights):
-            others = {".".join(name.split(".")[: prefix.count(".")]) for name in weights if not name.startswith(prefix)}
-            chosen = {name.removeprefix(prefix): t for name, t in weights.items() if name.startswith(prefix)}
-            return chosen, left_out + sorted(others)
-    return weights, left_out
+    parts = list(_parts(checkpoint))
+    every = [found for place, weights in parts for found in _encoders(place, weights)]
+    if not every:
+        raise ValueError(_what_it_is([name for _, weights in parts for name in weights]))
+    best = max(_preference(found) for found in every)
+    chosen = [found for found in every if _preference(found) == best]
+    if len(chosen) > 1:
+        places = listed(found.place.rstrip(".") or "the file itself" for found in chosen)
+        raise ValueError(f"it holds {len(chosen)} encoders ({places}): save the one that is meant alone")
+    (found,) = chosen
+    depth = max(found.place.count("."), 1)
+    inside = {f"{found.place}{name}" for name in found.weights}
+    names = {f"{place}{name}" for place, weights in parts for name in weights} - inside
+    others = {".".join(name.split(".")[:depth]) for name in names}
+    said = sorted(key for key, value in checkpoint.items() if not isinstance(value, Tensor | Mapping))
+    return found, said + sorted(others)
+
+
+def _parts(checkpoint: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Weights]]:
+    """Every dictionary that holds tensors, without the names of wrappers, and where it is."""
+    weights: Weights = {}
+    for name, value in checkpoint.items():
+        plain = WRAPPERS.sub(r"\1", f"{name}.")[:-1]
+        if isinstance(value, Tensor):
+            if plain in weights:
+                raise ValueError(f"{name} is there twice, with and without the name of a wrapper")
+            weights[plain] = value
+        elif isinstance(value, Mapping):
+            yield from _parts(value, f"{place}{plain}." if plain else place)
+    if weights:
+        yield place, weights
+
+
+def _encoders(place: str, weights: Weights) -> Iterator[Found]:
+    for name in weights:
+        if name == CLASS_TOKEN or name.endswith(f".{CLASS_TOKEN}"):
+            prefix = name.removesuffix(CLASS_TOKEN)
+            if prefix.endswith(TRANSFORMERS):
+                prefix = prefix.removesuffix(TRANSFORMERS)
+            inside = {other.removeprefix(prefix): t for other, t in weights.items() if other.startswith(prefix)}
+            yield Found(f"{place}{prefix}", inside)
+
+
+def _preference(found: Found) -> int:
+    return 2 if AVERAGED.search(found.place) else 0 if TRAINED.search(found.place) else 1
+
+
+def _what_it_is(names: list[str]) -> str:
+    for pattern, what in OTHERS:
+        if any(re.search(pattern, name) for name in names):
+            return f"these are weights of {what}, which isn't read: it takes vision transformers of DINOv2's kind"
+    return (
+        f"no vision transformer is in it: none of its {len(names)} tensors is a {CLASS_TOKEN}, the first are {listed(names, 3)}"
+        if names
+        else "it holds no tensors"
+    )

@@ -1,7 +1,7 @@
 """A published encoder: its weights under our names, and how it may be put into a network of ours."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,7 @@ class Published:
     position_antialias: bool  # how the source resamples positions to another crop size
     position_offset: float
     left_out: list[str] = field(default_factory=list)  # parts of the source that are no encoder, such as heads
+    place: str = ""  # where in the source it was found
 
     def __post_init__(self) -> None:
         """Raises ValueError where the positions, the class token's aside, are no square grid."""
@@ -68,6 +69,8 @@ class Published:
         if self.heads is not None and self.heads != network.heads:
             raise ValueError(f"it has {self.heads} heads and the model {network.heads}: set model.heads={self.heads}")
         weights, said = dict(self.weights), []
+        if self.place:
+            said.append(f"the encoder is the part {self.place} of it")
         if self.heads is None:
             said.append(f"how many heads it has isn't written there: taken to be the model's {network.heads}")
         if "mask_token" not in weights:
@@ -105,6 +108,12 @@ class Published:
         if complaints:
             raise ValueError("; ".join(complaints))
         return weights, said
+
+
+def require_finite(weights: Mapping[str, Tensor]) -> None:
+    """Raise ValueError naming the tensors that hold NaN or infinity."""
+    if wrong := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{listed(wrong)} {'holds' if len(wrong) == 1 else 'hold'} values that aren't finite")
 
 
 def regridded(pos_embed: Tensor, grid: int, antialias: bool, offset: float) -> Tensor:

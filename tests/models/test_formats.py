@@ -1,6 +1,7 @@
 """Encoders cross over to timm, DINOv2 and transformers and back with every feature as it was."""
 
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from models.formats import checkpoint_file, dinov2
 from models.formats import timm as timm_format
 from models.formats import transformers as transformers_format
-from models.formats.published import Published
+from models.formats.published import Published, Weights, require_finite
 from models.initialise import initialise
 from models.vit import VisionTransformer
 
@@ -141,7 +142,7 @@ def test_a_dinov2_checkpoint_has_the_references_features_at_both_crop_sizes(gold
         "iteration": 7,
     }
     published = checkpoint_file.read(checkpoint)
-    assert published.format == "DINOv2" and {"dino_head", "iteration"} <= set(published.left_out)
+    assert published.format == "DINOv2" and {"teacher.dino_head", "iteration"} <= set(published.left_out)
     published.heads = int(meta["heads"])
     _, *antialias, _, offset = meta[
         "pos_embed_interpolation"
@@ -204,7 +205,79 @@ def test_the_teacher_is_taken_and_what_else_a_checkpoint_holds_is_named() -> Non
     checkpoint["model"]["teacher.dino_head.last_layer.weight_v"] = torch.zeros(3)
     published = checkpoint_file.read(checkpoint | {"iteration": 3})
     assert torch.equal(published.weights["cls_token"], good["cls_token"])
-    assert published.left_out == ["iteration", "student.backbone", "teacher.dino_head"]
+    assert published.left_out == ["iteration", "model.student.backbone", "model.teacher.dino_head"]
+    assert published.place == "model.teacher.backbone"
+
+
+NESTED = [
+    ("_orig_mod.{}", ""),
+    ("module._orig_mod.{}", ""),
+    ("model.{}", "model"),
+    ("encoder.{}", "encoder"),
+    ("student.{}", "student"),
+    ("model.module.encoder._orig_mod.{}", "model.encoder"),
+    ("_orig_mod.teacher._fsdp_wrapped_module.backbone.{}", "teacher.backbone"),
+    ("visual.trunk.{}", "visual.trunk"),
+]
+
+
+@pytest.mark.parametrize(("pattern", "place"), NESTED)
+@pytest.mark.parametrize("container", ["", "state_dict", "model_ema"])
+@pytest.mark.parametrize("convert", [dinov2.write, lambda net: timm_format.write(net, SIZE)], ids=["dinov2", "timm"])
+def test_an_encoder_is_found_by_its_keys_wherever_it_is_nested(
+    pattern: str, place: str, container: str, convert: Callable[[VisionTransformer], Weights]
+) -> None:
+    ours = network("mlp", 4)
+    held: dict = {pattern.format(name): tensor for name, tensor in convert(ours).items()}
+    if container:
+        held = {container: held, "epoch": 3, "optimizer": {"state": {0: {"exp_avg": torch.zeros(2)}}}}
+    published = checkpoint_file.read(held)
+    bare = checkpoint_file.read(convert(ours))
+    assert published.weights.keys() == bare.weights.keys()
+    assert all(torch.equal(published.weights[name], tensor) for name, tensor in bare.weights.items())
+    assert published.place == ".".join(part for part in (container, place) if part)
+    assert (
+        published.left_out == (["epoch", "optimizer.state.0" if place else "optimizer"] if container else [])
+        or container
+    )
+
+
+def test_names_of_wrappers_inside_of_an_encoder_are_dropped() -> None:
+    weights = {re.sub(r"^(blocks\.\d+)\.", r"\1._orig_mod.", name): t for name, t in dinov2.write(network()).items()}
+    assert any("_orig_mod" in name for name in weights)
+    assert checkpoint_file.read(weights).weights.keys() == dinov2.write(network()).keys()
+
+
+def test_of_two_encoders_that_nothing_tells_apart_none_is_taken() -> None:
+    weights = dinov2.write(network())
+    with pytest.raises(ValueError, match=r"2 encoders \(first, second\): save the one that is meant alone"):
+        checkpoint_file.read({"first": weights, "second": weights})
+    student = {"student.backbone": weights, "other": {name: tensor + 1 for name, tensor in weights.items()}}
+    assert checkpoint_file.read(student).place == "other"
+
+
+@pytest.mark.parametrize(
+    ("names", "what"),
+    [
+        (("cls_token", "storage_tokens", "rope_embed.periods", "mask_token"), "these are DINOv3's weights"),
+        (("visual.class_embedding", "visual.conv1.weight"), "weights of CLIP's vision transformer"),
+        (("vision_model.embeddings.patch_embedding.weight",), "weights of SigLIP's"),
+        (("layers.0.blocks.0.attn.relative_position_bias_table",), "weights of a Swin"),
+        (("layer4.0.conv1.weight", "conv1.weight"), "weights of a ResNet"),
+        (("gain", "offset"), "none of its 2 tensors is a cls_token, the first are gain, offset"),
+        ((), "it holds no tensors"),
+    ],
+)
+def test_what_is_known_and_not_read_is_named(names: tuple[str, ...], what: str) -> None:
+    with pytest.raises(ValueError, match=what):
+        checkpoint_file.read({"model": dict.fromkeys(names, torch.zeros(1)), "epoch": 1})
+
+
+def test_a_tensor_that_is_not_finite_is_named() -> None:
+    weights = dinov2.write(network())
+    weights["blocks.1.norm1.bias"][0] = float("nan")
+    with pytest.raises(ValueError, match=r"^blocks\.1\.norm1\.bias holds values that aren't finite$"):
+        require_finite(checkpoint_file.read(weights).weights)
 
 
 def test_a_518_pixel_grid_is_resampled_to_the_networks_as_its_release_resamples_it() -> None:

@@ -11,7 +11,7 @@ import pytest
 import timm
 import torch
 import yaml
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.fault import Fault
@@ -203,6 +203,14 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
         begun(tmp_path / "whole.safetensors", registers=4)
 
 
+def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
+    weights = dinov2.write(source())
+    weights["blocks.1.norm2.bias"][3] = float("nan")
+    save_file(weights, tmp_path / "nan.safetensors")
+    with pytest.raises(Fault, match=r"not usable: blocks\.1\.norm2\.bias holds values that aren't finite$"):
+        begun(tmp_path / "nan.safetensors")
+
+
 def test_another_number_of_heads_is_refused_although_every_shape_fits(make_tile_run) -> None:
     with pytest.raises(Fault, match=r"it has 2 heads and the model 3: set model\.heads=2"):
         begun(make_tile_run()[0], heads=3)
@@ -212,7 +220,9 @@ def test_another_number_of_heads_is_refused_although_every_shape_fits(make_tile_
     ("content", "sentence"),
     [
         (b"not weights", "can't be read as weights"),
-        ({"epoch": 3}, "missing: cls_token, pos_embed"),
+        (b"", "can't be read as weights \\(it is empty\\)"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer.*git lfs pull"),
+        ({"epoch": 3}, "it holds no tensors"),
         ([1, 2], "holds a list, not a state dict"),
     ],
 )
@@ -246,6 +256,48 @@ def test_a_bare_file_cannot_be_a_frozen_encoder_because_it_says_nothing_about_im
     save_file(dinov2.write(source()), tmp_path / "dinov2.safetensors")
     with pytest.raises(Fault, match="how images are prepared"):
         load_encoder(str(tmp_path / "dinov2.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["timm", "transformers"])
+def test_a_pointer_in_an_exported_folder_is_named(make_tile_run, tmp_path: Path, name: str, kind: str) -> None:
+    if kind == "transformers":
+        pytest.importorskip("transformers")
+    main(["export", f"checkpoint={make_tile_run()[0]}", f"out={tmp_path / 'out'}", f"format={kind}"])
+    (tmp_path / "out" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
+    for read in (init.find, load_encoder):
+        with pytest.raises(Fault, match=f"{name} is a Git LFS pointer"):
+            read(str(tmp_path / "out"))
+
+
+def test_transformers_weights_in_several_bin_files_are_read_and_one_that_lacks_is_named(
+    make_tile_run, tmp_path: Path
+) -> None:
+    pytest.importorskip("transformers")
+    out = tmp_path / "out"
+    main(["export", f"checkpoint={make_tile_run()[0]}", f"out={out}", "format=transformers"])
+    whole = init.find(str(out)).weights
+    held = sorted(load_file(out / "model.safetensors").items())
+    places = {}
+    for part, items in enumerate((held[::2], held[1::2])):
+        torch.save(dict(items), out / f"pytorch_model-{part}.bin")
+        places |= {name: f"pytorch_model-{part}.bin" for name, _ in items}
+    (out / "model.safetensors").unlink()
+    (out / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    found = init.find(str(out)).weights
+    assert found.keys() == whole.keys() and all(torch.equal(found[name], tensor) for name, tensor in whole.items())
+    (out / "pytorch_model-1.bin").unlink()
+    with pytest.raises(Fault, match=r"lacks pytorch_model-1\.bin, which pytorch_model\.bin\.index\.json names"):
+        init.find(str(out))
+
+
+def test_a_frozen_encoder_with_weights_that_are_not_finite_is_refused(make_tile_run, tmp_path: Path) -> None:
+    main(["export", f"checkpoint={make_tile_run()[0]}", f"out={tmp_path / 'out'}"])
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    weights["norm.weight"][3] = float("inf")
+    save_file(weights, tmp_path / "out" / "model.safetensors")
+    with pytest.raises(Fault, match=r"norm\.weight holds values that aren't finite"):
+        load_encoder(str(tmp_path / "out"))
 
 
 # In a run ----------------------------------------------------------------------------------------------------------
