@@ -3,10 +3,13 @@
 import ast
 import re
 import subprocess
+import sys
 import tomllib
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from setuptools import find_packages
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -18,6 +21,7 @@ FORBIDDEN = {
     "pretrain": {"launch"},
     "launch": set(),
 }
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 SOURCES = [file for package in PACKAGES for file in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -50,9 +54,26 @@ def test_imports_point_one_way(package: str) -> None:
 
 
 def test_every_package_is_installed() -> None:
-    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]["find"]["include"]
+    patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     there = {str(file.parent.relative_to(ROOT)).replace("/", ".") for file in SOURCES}
     assert there == set(find_packages(str(ROOT), include=patterns))  # which also asks each of them for an __init__.py
+
+
+# Needed without being imported: timm imports torchvision, openslide-python loads openslide-bin's library, fsspec loads the two for URLs,
+# and shards are in webdataset's format, which tests hold to the package itself.
+NOT_IMPORTED = {"torchvision", "openslide-bin", "webdataset", "s3fs", "gcsfs"}
+OPTIONAL = {"flash_attn"}  # a kernel that is taken where somebody has it
+
+
+def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:
+    extras = PROJECT["project"]["optional-dependencies"]
+    lines = [*PROJECT["project"]["dependencies"], *(line for name in extras if name != "test" for line in extras[name])]
+    declared = {Requirement(line).name.lower() for line in lines}
+    names = {name for file in SOURCES for name in imported(file.read_text())} - set(PACKAGES) - OPTIONAL
+    names -= set(sys.stdlib_module_names)
+    distributions = packages_distributions()
+    used = {distributions.get(name, [name])[0].lower() for name in names}
+    assert used | NOT_IMPORTED == declared
 
 
 def kept() -> list[Path]:
