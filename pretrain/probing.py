@@ -100,6 +100,33 @@ def stratified_split(images: LabelledImages, test_fraction: float, seed: int) ->
     return images.subset(np.sort(train)), images.subset(np.sort(test))
 
 
+def grouped_split(
+    images: LabelledImages, groups: np.ndarray, test_fraction: float, seed: int
+) -> tuple[np.ndarray, np.ndarray] | None:
+    """Positions of train and test images, no group on both sides, drawn from (seed) and nothing else.
+
+    Of 50 draws of whole groups the one in which the share of every class is nearest to ``test_fraction``. None where no draw
+    leaves every class on both sides.
+    """
+    classes = len(images.classes)
+    table = np.zeros((groups.max() + 1, classes), dtype=np.int64)  # images of each group and class
+    np.add.at(table, (groups, images.labels), 1)
+    whole = table.sum(0)
+    best, nearest = None, math.inf
+    for attempt in range(50):
+        order = rng(seed, "grouped split", attempt).permutation(len(table))
+        taken = table[order].cumsum(0)
+        count = 1 + int(np.abs(taken.sum(1) - test_fraction * whole.sum()).argmin())
+        in_test = taken[count - 1]
+        distance = np.abs(in_test / np.maximum(whole, 1) - test_fraction).sum()
+        if (in_test > 0).all() and (in_test < whole).all() and distance < nearest:
+            best, nearest = order[:count], distance
+    if best is None:
+        return None
+    test = np.isin(groups, best)
+    return np.flatnonzero(~test), np.flatnonzero(test)
+
+
 def read_image(path: Path) -> np.ndarray:
     """An image file as uint8 (height, width, 3).
 
@@ -112,6 +139,14 @@ def read_image(path: Path) -> np.ndarray:
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise Fault(f"{path} can't be read as an image ({error})") from error
+
+
+def image_or_fault(path: Path) -> np.ndarray | Fault:
+    """As `read_image`, with the Fault in place of an image that can't be had."""
+    try:
+        return read_image(path)
+    except Fault as fault:
+        return fault
 
 
 @dataclass(frozen=True)
@@ -132,12 +167,6 @@ def extract(
     leaves a class without images.
     """
 
-    def read(path: Path) -> np.ndarray | Fault:
-        try:
-            return read_image(path)
-        except Fault as fault:
-            return fault
-
     parts: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
     labels: list[int] = []
     unreadable: list[str] = []
@@ -149,7 +178,7 @@ def extract(
                 parts[name].append(np.asarray(extractor(pending), dtype=np.float32))
             pending.clear()
 
-    results = map_ahead(read, images.files, threads, ahead=2 * batch)
+    results = map_ahead(image_or_fault, images.files, threads, ahead=2 * batch)
     for image, klass in zip(track(results, len(images.files), label, "images"), images.labels, strict=True):
         if isinstance(image, Fault):
             unreadable.append(str(image))

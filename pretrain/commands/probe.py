@@ -1,6 +1,8 @@
 """Score a tile encoder on labelled images: nearest neighbours, a linear classifier, and the rank of its features.
 
-The images lie in class folders, DIR/<class>/*.jpg. Three kinds of features answer the same question: the encoder's, a
+The images lie in class folders, DIR/<class>/*.jpg. Without test=, some of train are held out, and tiles of one slide or patient stay on one
+side: as a table says (groups=slides.csv with the columns file and slide, or patient), or the names (TCGA's, <slide>_<x>_<y>, a folder for each
+slide), or else their likeness in glass, stains and texture. Three kinds of features answer the same question: the encoder's, a
 96-bin colour histogram's, and those of the encoder's own architecture with random weights. What counts is the gain over
 the last two: on many tile sets colour alone goes far.
 
@@ -10,7 +12,7 @@ Examples:
 
     pretrain probe checkpoint=runs/tile train=crc/train test=crc/test out=runs/tile/probe.json
     pretrain probe checkpoint=encoder train=crc out=probe.json
-    pretrain probe checkpoint=vit_small_patch14_dinov2 train=crc
+    pretrain probe checkpoint=vit_small_patch14_dinov2 train=crc groups=slides.csv
 """
 
 import hashlib
@@ -23,10 +25,15 @@ import numpy as np
 
 from data.fault import Fault
 from data.files import require_writable, write_whole
+from data.keyed import rng
 from pretrain.progress import say
 
 if TYPE_CHECKING:
     from pretrain.probing import Extracted, LabelledImages, Score
+
+
+SAME_SLIDES, LIKELY, OTHER_SLIDES = "same slides", "likely other slides", "other slides"
+"""What a split of the images' own is: tiles of one slide may be on both sides, hardly, or can't."""
 
 
 @dataclass
@@ -35,6 +42,7 @@ class Config:
     train: str
     test: str | None
     out: str | None
+    groups: str | None
     test_fraction: float
     seed: int
     batch: int
@@ -56,8 +64,7 @@ def run(config: Config) -> None:
         require_writable(out)
     train = probing.read_class_folders(Path(config.train))
     if config.test is None:
-        train, test = probing.stratified_split(train, config.test_fraction, config.seed)
-        split = f"own split: {config.test_fraction:g} of every class held out, seed {config.seed}"
+        train, test, split = own_split(train, config)
     else:
         test = probing.read_class_folders(Path(config.test))
         probing.require_same_classes(train, test)
@@ -76,6 +83,7 @@ def run(config: Config) -> None:
     }
     fitted = probing.extract(train, extractors, config.batch, config.threads, "train")
     tested = probing.extract(test, extractors, config.batch, config.threads, "test")
+    within = None if config.test is not None else histogram_within(train, fitted, tested, config)
     scores = {
         name: probing.score(
             fitted.features[name], fitted.labels, tested.features[name], tested.labels, len(train.classes)
@@ -96,6 +104,7 @@ def run(config: Config) -> None:
         "test": describe(test, tested),
         "classes": train.classes,
         "split": split,
+        **({"histogram_same_slides": within} if within is not None else {}),
         "chance": float(np.bincount(tested.labels).max() / len(tested.labels)),
         "method": {
             "knn": f"{min(probing.NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine / {probing.TEMPERATURE})",
@@ -124,6 +133,40 @@ def run(config: Config) -> None:
     print(table(result))
     if out is not None:
         say(f"written to {out}")
+
+
+def own_split(images: "LabelledImages", config: Config) -> "tuple[LabelledImages, LabelledImages, str]":
+    """Train and test images of one folder, tiles of one patient or slide kept together where that can be, and how in words."""
+    from pretrain import probing
+    from pretrain.ahead import map_ahead
+    from pretrain.slide_groups import groups_of
+
+    pixels = map_ahead(probing.image_or_fault, images.files, config.threads, ahead=2 * config.batch)
+    groups = groups_of(images.files, images.folder, Path(config.groups) if config.groups else None, pixels)
+    found = probing.grouped_split(images, groups.of, config.test_fraction, config.seed)
+    if found is None:
+        train, test = probing.stratified_split(images, config.test_fraction, config.seed)
+        said = f"{SAME_SLIDES}: {config.test_fraction:g} of every class held out, seed {config.seed}; by {groups.how} no class is on both sides"
+        return train, test, said
+    train, test = (images.subset(part) for part in found)
+    kind = OTHER_SLIDES if groups.known else LIKELY
+    return (
+        train,
+        test,
+        f"{kind}: {len(test.files) / len(images.files):.2g} held out by {groups.how}, seed {config.seed}",
+    )
+
+
+def histogram_within(train: "LabelledImages", fitted: "Extracted", tested: "Extracted", config: Config) -> float:
+    """k-NN accuracy of the colour histogram where tiles of one slide are on both sides, on as many test images."""
+    from pretrain import probing
+
+    features = np.concatenate([part.features["colour histogram"] for part in (fitted, tested)])
+    labels = np.concatenate([fitted.labels, tested.labels])
+    order = rng(config.seed, "same slides").permutation(len(labels))
+    asked, bank = order[: len(tested.labels)], order[len(tested.labels) :]
+    predicted = probing.knn_predict(features[bank], labels[bank], features[asked], len(train.classes))
+    return float((predicted == labels[asked]).mean())
 
 
 def gains(ours: "Score", baseline: "Score") -> dict[str, dict[str, float]]:
@@ -194,9 +237,21 @@ def table(result: dict[str, Any]) -> str:
         )
     lines += ["", f"k-NN: {result['method']['knn']}", f"linear: {result['method']['linear']}"]
     lines.append(f"±: one standard error ({result['method']['standard_error']})")
-    if result["split"].startswith("own split"):
+    if result["split"].startswith(SAME_SLIDES):
         lines.append(
-            "own split: tiles of one patient may be on both sides, which flatters every row; give test= to rule it out"
+            "same slides: tiles of one patient may be on both sides, which flatters every row; give test=, or groups= with their slides"
+        )
+    if result["split"].startswith(LIKELY):
+        lines.append("likely other slides: a guess; give test=, or groups= with their slides, to be sure")
+    within, across = result.get("histogram_same_slides"), result["scores"]["colour histogram"]
+    if (
+        within is not None
+        and not result["split"].startswith(SAME_SLIDES)
+        and within - across["knn"] > max(0.1, 3 * across["knn_se"])
+    ):
+        lines.append(
+            f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others {across['knn']:.3f}: a random split of "
+            "these images measures how well slides are recognised"
         )
     if not all(got["linear_converged"] for got in result["scores"].values()):
         lines.append("*: the linear fit stopped at 1000 iterations before it converged")

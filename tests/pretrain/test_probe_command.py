@@ -12,7 +12,7 @@ from pretrain.commands.probe import Config, run
 
 
 def settings(checkpoint, train, **changes) -> Config:
-    config = Config(str(checkpoint), str(train), None, None, 0.25, 0, 8, 2, "cpu", "float32", [])
+    config = Config(str(checkpoint), str(train), None, None, None, 0.25, 0, 8, 2, "cpu", "float32", [])
     return dataclasses.replace(config, **changes)
 
 
@@ -29,7 +29,7 @@ def test_scores_and_baselines_are_printed_and_written(make_tile_run, class_folde
     gain = result["gains"]["colour histogram"]["knn"]["gain"]
     assert gain == pytest.approx(result["scores"]["encoder"]["knn"] - result["scores"]["colour histogram"]["knn"])
     printed = capsys.readouterr().out
-    assert "colour histogram" in printed and "own split" in printed and "shorter side to 32 px" in printed
+    assert "colour histogram" in printed and "likely other slides" in printed and "shorter side to 32 px" in printed
 
 
 def test_train_and_test_can_be_given_and_an_exported_folder_scores_like_its_run(make_tile_run, class_folders, tmp_path):
