@@ -35,6 +35,10 @@ class Mixture(TileSource):
         member, own = self.locate(number)
         return self.sources[member].name(own)
 
+    def slide(self, number: int) -> str | None:
+        member, own = self.locate(number)
+        return self.sources[member].slide(own)
+
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         member, own = self.locate(number)
         try:

@@ -42,6 +42,10 @@ class ShardTiles(TileSource):
         tar = index.url(file) if index.remote else index.path(file)
         return f"tile {index.slide_of(row)} ({index.x[row]}, {index.y[row]}) in {tar}"
 
+    def slide(self, number: int) -> str:
+        index, row = self.locate(number)
+        return f"{index.folder}/{index.slide_of(row)}"
+
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
         try:

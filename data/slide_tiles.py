@@ -47,6 +47,9 @@ class SlideTiles(TileSource):
         slide, cell = self.locate(number)
         return f"tile {cell} of {self.surveyed.files[slide]}"
 
+    def slide(self, number: int) -> str:
+        return str(self.surveyed.files[self.locate(number)[0]])
+
     def locate(self, number: int) -> tuple[int, int]:
         """The slide that tile ``number`` is of, and which of its kept cells it is."""
         slide = int(np.searchsorted(self.starts, number, side="right")) - 1

@@ -38,6 +38,10 @@ class TileSource(ABC):
     def name(self, number: int) -> str:
         """A tile's name for messages: its file and place."""
 
+    def slide(self, number: int) -> str | None:
+        """The slide that a tile is of, None where the source doesn't know. Neighbouring numbers are best of one slide."""
+        return None
+
     @abstractmethod
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``, from any thread. Raises UnreadableTile.

@@ -185,6 +185,27 @@ def parallel_features(history: History, known: Facts) -> Alarm | None:
     )  # fmt: skip
 
 
+def slides_recognised(history: History, known: Facts) -> Alarm | None:
+    """Features tell slides better and better while they tell tissue worse."""
+    steps, tissue = settled(history, "probe_knn", known)
+    looks, slides = settled(history, "slide_knn", known)
+    errors = dict(zip(*(part.tolist() for part in history.of("probe_knn_se")), strict=True))
+    if len(tissue) < 3 or not len(slides):
+        return None
+    best = int(np.argmax(tissue))
+    before = slides[looks <= steps[best]]
+    then = float(before[-1]) if len(before) else float(slides[0])
+    fallen = tissue[best] - tissue > np.array([max(0.02, errors.get(step, 0.0)) for step in steps.tolist()])
+    begin = since(steps, fallen & (np.arange(len(steps)) > best), LOOKS)
+    if begin is None or slides[-1] < then + 0.05:
+        return None
+    return Alarm(
+        "slides recognised", begin,
+        f"features recognise slides rather than tissue: labelled tiles of other slides are told by k-NN with {tissue[-1]:.3f} since step {begin}, {tissue[best]:.3f} at step {steps[best]}, "
+        f"while the slide of a tile is told with {slides[-1]:.3f}, {then:.3f} then. Usually helps: stronger data.colour (DINOv2's jitter, data.colour.stain_probability), more slides.",
+    )  # fmt: skip
+
+
 # Nothing is learned, or the loss runs away ----------------------------------------------------------------------------
 
 
@@ -278,5 +299,5 @@ def waiting_for_data(history: History, known: Facts) -> Alarm | None:
 
 Rule = Callable[[History, Facts], Alarm | None]
 RULES: tuple[Rule, ...] = (
-    same_target, uniform_teacher, certain_teacher, few_prototypes, low_rank, parallel_features, flat_loss, jump, growing_gradient, slow, waiting_for_data,
+    same_target, uniform_teacher, certain_teacher, few_prototypes, low_rank, parallel_features, slides_recognised, flat_loss, jump, growing_gradient, slow, waiting_for_data,
 )  # fmt: skip

@@ -1,21 +1,22 @@
 """k-NN accuracy of the encoder in training on a small labelled set: one number, at every checkpoint, by all ranks together.
 
-The images are read once, at the start, each by one rank. Every rank then runs its share through the sharded encoder, in the
-same number of passes as all the others, since each pass gathers parameters from all of them.
+Where the set is split here, tiles of one slide stay on one side (`pretrain.slide_groups`), and the accuracy with tiles of the same slides on
+both sides is recorded beside it: a run that learns to recognise slides gains in that one alone.
 """
 
-from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from data.keyed import rng
 from pretrain.across_ranks import gathered
 from pretrain.encoders import Preprocessing
+from pretrain.fixed_images import FixedImages, Walk, agreed
 from pretrain.probing import (
     LabelledImages,
+    grouped_split,
     knn_predict,
     rankme,
     read_class_folders,
@@ -24,10 +25,10 @@ from pretrain.probing import (
     standard_error,
     stratified_split,
 )
-from pretrain.watching import class_tokens
+from pretrain.slide_groups import TRAITS, by_name, by_traits, traits_of
 
-BATCH = 64  # images a pass
-Walk = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
+Side = tuple[np.ndarray, np.ndarray]
+"""Positions of the images of the bank, and of those that are asked."""
 
 
 class ProbeSet:
@@ -38,64 +39,84 @@ class ProbeSet:
     """
 
     def __init__(self, folder: Path, most: int) -> None:
+        self.given: Side | None = None
         if (folder / "train").is_dir() and (folder / "test").is_dir():
             train, test = (read_class_folders(folder / part) for part in ("train", "test"))
             require_same_classes(train, test)
             share = most / (len(train.files) + len(test.files))
             train, test = (fewer(part, max(1, round(share * len(part.files)))) for part in (train, test))
-            self.both_ways = False
+            files, labels = [*train.files, *test.files], np.concatenate([train.labels, test.labels])
+            self.set = LabelledImages(folder, train.classes, files, labels)
+            self.given = np.arange(len(train.files)), np.arange(len(train.files), len(files))
         else:
-            train, test = stratified_split(fewer(read_class_folders(folder), most), 0.5, seed=0)
-            self.both_ways = True
-        self.classes, self.training = len(train.classes), len(train.files)
-        self.files, self.labels = [*train.files, *test.files], np.concatenate([train.labels, test.labels])
+            self.set = fewer(read_class_folders(folder), most)
+            stratified_split(self.set, 0.5, seed=0)  # which no class of a single image allows
 
-    def load(self, preprocessing: Preprocessing, rank: int, world_size: int) -> None:
-        """Read this rank's share of the images, scaled to what the network gets. Raises Fault for an image that can't be read."""
-        self.preprocessing, self.share = preprocessing, -(-len(self.files) // world_size)
-        # The last images are read by several ranks where they don't divide: equal shares are equal numbers of passes.
-        own = [min(i * world_size + rank, len(self.files) - 1) for i in range(self.share)]
-        plain = Preprocessing(
-            preprocessing.image_size,
-            preprocessing.resize_to,
-            (0.0, 0.0, 0.0),
-            (1.0, 1.0, 1.0),
-            preprocessing.interpolation,
-        )
-        images = [plain(torch.from_numpy(np.array(read_image(self.files[i]))).unsqueeze(0)) for i in own]
-        self.images = (torch.cat(images) * 255).round().byte()  # (share, 3, S, S)
+    def load(self, preprocessing: Preprocessing, rank: int, world_size: int, device: torch.device) -> str:
+        """Read this rank's share of the images, and split them; returns in words how. Raises Fault for an image that can't be read."""
+        files, named = self.set.files, by_name(self.set.files, self.set.folder)
+        looks_alike = self.given is None and named is None
+        traits: list[np.ndarray] = []
 
-    def features(self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches) -> Tensor:
-        """Features ``(images, width)`` of all images, on every rank; ``walk`` hands on the batches, told how many there are."""
-        mean, std = (
-            torch.tensor(values, device=device).view(3, 1, 1)
-            for values in (self.preprocessing.mean, self.preprocessing.std)
-        )
-        parts = self.images.split(BATCH)
-        own = [class_tokens(encoder, (part.to(device).float() / 255 - mean) / std) for part in walk(parts, len(parts))]
-        return gathered(torch.cat(own)).transpose(0, 1).flatten(0, 1)[: len(self.files)]
+        def read(which: int) -> np.ndarray:
+            pixels = read_image(files[which])
+            traits.append(traits_of(pixels) if looks_alike else np.zeros(TRAITS))
+            return pixels
+
+        self.images = FixedImages(len(files), read, preprocessing, rank, world_size)
+        self.within: Side | None = None
+        if self.given is not None:
+            self.across = [self.given]
+            return "train and test given"
+        groups = named or by_traits(self.images.of_all(torch.from_numpy(np.stack(traits)).to(device)).cpu().numpy())
+        of = gathered(torch.from_numpy(groups.of).to(device))[0].cpu().numpy()  # as the first rank has it
+        mixed = halves(self.set)
+        found = grouped_split(self.set, of, 0.5, seed=0)
+        if found is None:
+            self.across = both_ways(mixed)
+            return f"same slides on both sides: by {groups.how} no class can be"
+        self.across, self.within = both_ways(found), mixed
+        return f"split by {groups.how}"
 
     def score(
         self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches
     ) -> dict[str, float]:
-        """``probe_knn`` with its binomial standard error, and ``probe_rankme``; every rank calls it and gets the same numbers."""
-        features = self.features(encoder, device, walk).cpu().numpy()
-        cut, labels = self.training, self.labels
-        sides = [(slice(0, cut), slice(cut, None))] + ([(slice(cut, None), slice(0, cut))] if self.both_ways else [])
-        correct = np.concatenate(
-            [
-                knn_predict(features[bank], labels[bank], features[asked], self.classes) == labels[asked]
-                for bank, asked in sides
-            ]
-        )
+        """``probe_knn`` with its binomial standard error, ``probe_knn_same_slides`` where it is another, and ``probe_rankme``; every rank
+        calls it and gets the same numbers."""
+        features = self.images.features(encoder, device, walk).cpu().numpy()
+        correct = self._correct(features, self.across)
         figures = {
             "probe_knn": float(correct.mean()),
             "probe_knn_se": standard_error(correct),
             "probe_rankme": rankme(features),
         }
-        # Ranks of different processors may round differently, and a run must not end on one of them alone.
-        first = gathered(torch.tensor(list(figures.values()), dtype=torch.float64, device=device))[0]
-        return dict(zip(figures, first.tolist(), strict=True))
+        if self.within is not None:
+            figures["probe_knn_same_slides"] = float(self._correct(features, both_ways(self.within)).mean())
+        return agreed(figures, device)
+
+    def _correct(self, features: np.ndarray, sides: list[Side]) -> np.ndarray:
+        labels, classes = self.set.labels, len(self.set.classes)
+        return np.concatenate(
+            [
+                knn_predict(features[bank], labels[bank], features[asked], classes) == labels[asked]
+                for bank, asked in sides
+            ]
+        )
+
+
+def both_ways(side: Side) -> list[Side]:
+    """Each of two halves asked with the other as the bank."""
+    return [side, side[::-1]]
+
+
+def halves(images: LabelledImages) -> Side:
+    """Positions of two halves with the same share of every class, drawn without a look at slides."""
+    first, second = [], []
+    for label, name in enumerate(images.classes):
+        members = rng(0, "halves", name).permutation(np.flatnonzero(images.labels == label))
+        first.append(members[: len(members) // 2])
+        second.append(members[len(members) // 2 :])
+    return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
 
 
 def fewer(images: LabelledImages, most: int) -> LabelledImages:

@@ -94,14 +94,15 @@ def by_name(files: list[Path], folder: Path) -> Groups | None:
 
 def by_likeness(images: Iterable[np.ndarray | Fault], count: int) -> Groups:
     """By what a slide lends to its tiles: k-means over n images' `traits`, one group for each 48 images and at least ten."""
+    looked_at = track(images, count, "looking for slides", "images")
+    return by_traits(np.stack([np.zeros(TRAITS) if isinstance(one, Fault) else traits_of(one) for one in looked_at]))
+
+
+def by_traits(traits: np.ndarray) -> Groups:
+    """As `by_likeness`, of n images' traits, float64 (n, 13)."""
     from sklearn.cluster import KMeans
 
-    traits = np.stack(
-        [
-            np.zeros(TRAITS) if isinstance(image, Fault) or min(image.shape[:2]) < 3 else traits_of(image)
-            for image in track(images, count, "looking for slides", "images")
-        ]
-    )
+    count = len(traits)
     traits = (traits - traits.mean(0)) / np.maximum(traits.std(0), 1e-6)
     groups = min(max(FEWEST_GROUPS, count // TILES_PER_GROUP), max(1, len(np.unique(traits, axis=0)) // 2))
     of = KMeans(groups, n_init=4, random_state=0).fit_predict(traits)
@@ -111,7 +112,9 @@ def by_likeness(images: Iterable[np.ndarray | Fault], count: int) -> Groups:
 
 
 def traits_of(image: np.ndarray) -> np.ndarray:
-    """What a slide lends to a tile, whatever it shows: uint8 (height, width, 3) → float64 (13,)."""
+    """What a slide lends to a tile, whatever it shows: uint8 (height, width, 3) → float64 (13,); zeros for less than 3 pixels a side."""
+    if min(image.shape[:2]) < 3:
+        return np.zeros(TRAITS)
     pixels = image.astype(np.float64)
     flat = pixels.reshape(-1, 3)
     grey = pixels.mean(2)

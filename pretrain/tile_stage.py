@@ -24,6 +24,7 @@ from pretrain.objective import Moment, Objective
 from pretrain.plan import operations
 from pretrain.probe_set import ProbeSet
 from pretrain.progress import say
+from pretrain.slide_sample import SlideSample
 from pretrain.tile_batch import TileBatch
 from pretrain.training import Training
 from pretrain.watching import Watch, features_of, spread, watched_encoder
@@ -156,6 +157,7 @@ class TileTraining(Training):
             raise Fault(
                 f"watch.patience={watch.patience} waits for a better k-NN accuracy: give labelled tiles, watch.probe=FOLDER of class folders."
             )
+        self.slides = SlideSample(self.tiles, config.seed) if watch.every else None
         self.bad = self.seen = 0
         self.sampled = False
 
@@ -164,10 +166,14 @@ class TileTraining(Training):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        size = evaluation_size(asdict(self.config))
+        preprocessing = Preprocessing(size, size, tuple(self.data.mean), tuple(self.data.std))
         if self.probe:
-            size = evaluation_size(asdict(self.config))
-            preprocessing = Preprocessing(size, size, tuple(self.data.mean), tuple(self.data.std))
-            self.probe.load(preprocessing, self.global_rank, self.trainer.world_size)
+            how = self.probe.load(preprocessing, self.global_rank, self.trainer.world_size, self.device)
+            if self.global_rank == 0:
+                say(f"{self.run}: watch.probe, {how}")
+        if self.slides and self.slides.chosen:
+            self.slides.load(preprocessing, self.global_rank, self.trainer.world_size)
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:
@@ -244,8 +250,11 @@ class TileTraining(Training):
         if self.global_rank == 0:
             self.save_samples(parts[0])
         moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
-        features = features_of(watched_encoder(self.objective), parts)
-        return self.objective.look(parts, moment) | spread(features)
+        encoder = watched_encoder(self.objective)
+        figures = self.objective.look(parts, moment) | spread(features_of(encoder, parts))
+        if self.slides and self.slides.chosen:
+            figures |= self.slides.score(encoder, self.device)
+        return figures
 
     def evaluate(self) -> dict[str, float]:
         if not self.probe:

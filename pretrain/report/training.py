@@ -35,7 +35,8 @@ TILE_WATCH = [
     ("RankMe", "", ["rankme", "probe_rankme"]),
     ("Mean cosine of two tiles", "", ["feature_cosine"]),
     ("Spread of features", "1: over the sphere", ["feature_std"]),
-    ("k-NN accuracy on labelled tiles", "", ["probe_knn"]),
+    ("k-NN accuracy on labelled tiles", "", ["probe_knn", "probe_knn_same_slides"]),
+    ("Slide of a tile recognised by k-NN", "", ["slide_knn", "slide_chance"]),
 ]
 UNSHOWN = [("", "", ["look_seconds", "probe_knn_se"])]
 SLIDE_COURSE = [
@@ -54,7 +55,7 @@ BASELINES = {
 }
 SCHEDULED = {"lr", "weight_decay", "momentum", "teacher_temperature"}  # drawn as they are: they don't scatter
 LABELS = {
-    "dino_global": "global", "dino_local": "local", "r2": "slide encoder", "rankme": "training tiles", "probe_rankme": "labelled tiles",
+    "dino_global": "global", "dino_local": "local", "r2": "slide encoder", "rankme": "training tiles", "probe_rankme": "labelled tiles", "probe_knn": "other slides", "probe_knn_same_slides": "same slides", "slide_knn": "features", "slide_chance": "a guess",
 }  # fmt: skip
 
 

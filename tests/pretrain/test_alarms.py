@@ -149,3 +149,21 @@ def test_the_facts_of_a_configuration() -> None:
         {"dino": 64, "ibot": 32}, 1000
     )
     assert alarms.facts({"objective": {"mask_ratio": 0.75}}) == Facts({}, 0)
+
+
+def recognising(tissue: list[float], slides: list[float]) -> list[str]:
+    """The alarms of a run that was probed and looked at every 200 steps."""
+    steps = np.arange(200, 200 * len(tissue) + 1, 200)
+    probed = {
+        "probe_knn": (steps, np.array(tissue)),
+        "probe_knn_se": (steps, np.full(len(steps), 0.02)),
+        "slide_knn": (steps, np.array(slides)),
+    }
+    return [alarm.name for alarm in found(healthy() | probed)]
+
+
+def test_slides_told_better_while_tissue_is_told_worse_is_said_and_neither_alone_is() -> None:
+    rising, falling, level = [0.3, 0.35, 0.5, 0.6, 0.7], [0.5, 0.55, 0.5, 0.47, 0.45], [0.5, 0.55, 0.56, 0.57, 0.57]
+    assert recognising(falling, rising) == ["slides recognised"]
+    assert recognising(level, rising) == [] == recognising(falling, [0.4] * 5)
+    assert recognising(falling[:3], rising[:3]) == []  # once may be chance

@@ -74,7 +74,18 @@ def road(tmp_path, shards, make_tile_run, class_folders) -> Path:
     embed.run(load("embed", words).object())
     probe.run(
         probe.Config(
-            str(folder), str(class_folders), None, str(tmp_path / "probe.json"), 0.25, 0, 8, 1, "cpu", "float32", []
+            str(folder),
+            str(class_folders),
+            None,
+            str(tmp_path / "probe.json"),
+            None,
+            0.25,
+            0,
+            8,
+            1,
+            "cpu",
+            "float32",
+            [],
         )
     )
     slide = tmp_path / "slide"

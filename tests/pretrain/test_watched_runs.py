@@ -48,6 +48,7 @@ def test_a_healthy_run_raises_no_alarm_and_shows_crops_at_every_look(shards: Pat
     looks = [line for line in read_metrics(tmp_path / "run") if "rankme" in line]
     assert [line["step"] for line in looks] == [10, 20, 30, 40]
     assert {"teacher_entropy/dino", "prototype_use/ibot", "feature_cosine", "feature_std"} <= looks[0].keys()
+    assert all(0 <= line["slide_knn"] <= 1 and line["slide_chance"] == 0.5 for line in looks)
     assert all(line["peak_memory_gib"] > 0.05 for line in read_metrics(tmp_path / "run") if "loss" in line)
     pictures = sorted(path.name for path in (tmp_path / "run" / "samples").glob("*.png"))
     assert pictures == [f"step-000000{step:02d}.png" for step in (0, 10, 20, 30, 40)]

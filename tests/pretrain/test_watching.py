@@ -15,9 +15,10 @@ from data.keyed import rng
 from models.initialise import initialise
 from pretrain import best, checkpoints
 from pretrain.encoders import Preprocessing
+from pretrain.fixed_images import FixedImages
 from pretrain.objective import Moment
 from pretrain.probe_set import ProbeSet
-from pretrain.probing import knn_predict, rankme
+from pretrain.probing import knn_predict, rankme, read_image
 from pretrain.watching import assignment_figures, features_of, spread, watched_encoder
 from tests.pretrain.tile_objectives import batch, dino, dinov2, encoder, mae, part
 
@@ -119,7 +120,7 @@ class Colour(nn.Module):
 
 def probe(folder: Path, most: int = 1000) -> ProbeSet:
     found = ProbeSet(folder, most)
-    found.load(PREPROCESSING, 0, 1)
+    found.load(PREPROCESSING, 0, 1, torch.device("cpu"))
     return found
 
 
@@ -137,28 +138,27 @@ def test_the_score_is_that_of_pretrain_probes_neighbours_on_the_same_images(tmp_
     network = encoder()()
     initialise(network, 0)
     found = images.score(network, torch.device("cpu"))
-    features = images.features(network, torch.device("cpu")).detach().numpy()
+    features = images.images.features(network, torch.device("cpu")).detach().numpy()
     labels = np.array([0] * 12 + [1] * 9)
-    assert len(features) == 42 and not images.both_ways
+    assert len(features) == 42 and images.within is None
     assert found["probe_knn"] == np.mean(knn_predict(features[:21], labels, features[21:], 2) == labels)
     assert found["probe_rankme"] == pytest.approx(rankme(features))
 
 
 def test_as_many_images_are_used_as_asked_for_and_every_class_keeps_its_share(tmp_path: Path) -> None:
     images = ProbeSet(write_classes(tmp_path / "classes", {"a": 40, "b": 20, "c": 2}), 30)
-    assert [int((images.labels == label).sum()) for label in range(3)] == [19, 10, 2]
+    assert [int((images.set.labels == label).sum()) for label in range(3)] == [19, 10, 2]
     again = ProbeSet(tmp_path / "classes", 30)
-    assert images.files == again.files
+    assert images.set.files == again.set.files
 
 
 def test_the_shares_of_any_number_of_ranks_are_all_images_and_equally_long(tmp_path: Path) -> None:
     images = ProbeSet(write_classes(tmp_path / "classes", {"a": 7, "b": 6}), 1000)
-    images.load(PREPROCESSING, 0, 1)
-    whole = images.images
+    images.load(PREPROCESSING, 0, 1, torch.device("cpu"))
+    whole = images.images.images
     shares = []
     for rank in range(4):
-        images.load(PREPROCESSING, rank, 4)
-        shares.append(images.images)
+        shares.append(FixedImages(13, lambda i: read_image(images.set.files[i]), PREPROCESSING, rank, 4).images)
     assert [len(share) for share in shares] == [4] * 4
     assert torch.equal(torch.stack(shares, 1).flatten(0, 1)[:13], whole)
 
