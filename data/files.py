@@ -26,6 +26,7 @@ WAYS_OUT = {
     errno.EACCES: "see that this user may, or give another path",
     errno.EPERM: "see that this user may, or give another path",
     errno.ENOTDIR: "something in that path is a file and not a folder: give another",
+    errno.EEXIST: "a file of that name is in the way: give another folder",
     errno.EISDIR: "that is a folder: give a file's name",
     errno.ENAMETOOLONG: "that name is longer than the file system takes: give a shorter one",
 }

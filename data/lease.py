@@ -58,7 +58,8 @@ def _me() -> Holder:
 
 
 def _attempt() -> int:
-    return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    count = os.environ.get("SLURM_RESTART_COUNT", "")
+    return int(count) if count.isdigit() else 0
 
 
 def _began(process: int) -> str:
@@ -115,11 +116,21 @@ def take(path: Path, enough: Callable[[], bool] = lambda: False) -> Lease | Hold
     None where ``enough`` says meanwhile that it is needed no more. Raises Fault where the file system refuses.
     """
     me = _me()
-    first, last_beat, unread = time.monotonic(), None, 0
+    first, last_beat, unread, refusals = time.monotonic(), None, 0, 0
     while not enough():
         if create_whole(path, json.dumps(asdict(me))):
             return Lease(path, me)
-        holder, beat = read(path), _last_beat(path)
+        try:
+            holder, beat = read(path), _last_beat(path)
+        except OSError as error:
+            refusals += 1  # a network file system may refuse once
+            if refusals > 20:
+                raise Fault(
+                    f"{path}, which says who writes to {path.parent}, can't be read ({error.strerror}): give another folder, or have that file removed "
+                    "by whom it belongs to, if nobody writes there."
+                ) from error
+            time.sleep(0.05)
+            continue
         if beat is None:
             continue  # it was given up between two looks
         if holder is None and unread < 20:
@@ -141,10 +152,11 @@ def take(path: Path, enough: Callable[[], bool] = lambda: False) -> Lease | Hold
 
 
 def _last_beat(path: Path) -> float | None:
+    """When a lease was last touched, None where there is none. Raises OSError where that can't be told."""
     try:
         with path.open() as file:  # opening asks a network file system for what is true now
             return os.fstat(file.fileno()).st_mtime
-    except OSError:
+    except FileNotFoundError:
         return None
 
 
@@ -167,20 +179,26 @@ def _take_over(path: Path, holder: Holder | None, me: Holder) -> bool:
         mark.unlink(missing_ok=True)
 
 
-def hold(folder: Path, name: str = ".lease", doing: str = "another run") -> Lease:
-    """Hold a folder until `Lease.end`. Raises Fault where ``doing`` is somebody else's there, with who it is."""
+def hold(
+    folder: Path, name: str = ".lease", doing: str = "another run", asked: Callable[[], object] = lambda: False
+) -> Lease:
+    """Hold a folder until `Lease.end`. Raises Fault where ``doing`` is somebody else's there, with who it is, and where it isn't known yet
+    and this process is ``asked`` to end."""
     make_folder(folder)
-    lease = take(folder / name)
+    lease = take(folder / name, enough=lambda: bool(asked()))
     if isinstance(lease, Holder):
         raise Fault(f"{doing} is writing to {folder}: {lease}; wait for it or end it, or give another folder.")
-    assert lease is not None
+    if lease is None:
+        raise Fault(f"told to stop before it was known whether somebody writes to {folder}; nothing was begun.")
     return lease
 
 
 @contextmanager
-def alone(folder: Path, name: str = ".lease", doing: str = "another run") -> Iterator[Lease]:
+def alone(
+    folder: Path, name: str = ".lease", doing: str = "another run", asked: Callable[[], object] = lambda: False
+) -> Iterator[Lease]:
     """`hold` a folder while a block runs."""
-    lease = hold(folder, name, doing)
+    lease = hold(folder, name, doing, asked)
     try:
         yield lease
     finally:

@@ -1,7 +1,7 @@
 """What is private in a URL, taken out of everything that is written or said.
 
     https://user:password@host/shards      → https://***@host/shards
-    https://host/shards?token=abc&sig=def  → https://host/shards?token=***&sig=***
+    https://host/shards?token=abc&sig=def  → https://host/shards?token=***&sig=***       what stands behind a # likewise
 
 Of a query every value goes, since nobody knows which of them signs it. What names a variable (``?token=${oc.env:TOKEN}``) tells nothing
 and stays. Settings are compared as they are written, so a new token is not a changed setting.
@@ -13,9 +13,11 @@ from typing import TypeVar
 HIDDEN = "***"
 # A path made of a URL has one slash where this had two. A comma ends one where another follows, as in lists.
 URL = re.compile(
-    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/+)(?P<rest>(?:(?!,[A-Za-z][A-Za-z0-9+.-]*:/)(?:\$\{[^}]*\}|[^\s'\"<>`]))+)"
+    r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]*:/+)(?P<rest>(?:[^\s@/?#\"<>`,]*:(?!\d+/)[^\s@\"<>`,]*@)?"
+    r"(?:(?!,[A-Za-z][A-Za-z0-9+.-]*:/)(?:\$\{[^}]*\}|[^\s'\"<>`]))*)"
 )
-USER = re.compile(r"^[^/?#]*@")
+# A password may hold what should have been escaped; a number behind a colon is a port.
+USER = re.compile(r"^(?:[^/?#]*|[^/?#@]*:(?!\d+/)[^@]*)@")
 VARIABLES = re.compile(r"(?:\$\{[^}]*\}|[:&=@])*")
 
 Settings = TypeVar("Settings")
@@ -43,11 +45,15 @@ def is_private(text: str) -> bool:
 
 
 def _redacted_url(match: re.Match[str]) -> str:
-    place, mark, query = match["rest"].partition("?")
-    user = USER.match(place)
+    rest = match["rest"]
+    user = USER.match(rest)
+    behind = user.end() if user else 0
+    place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest[behind:], flags=re.DOTALL).groups()  # type: ignore[union-attr]
     # In other schemes than http a name before @ is no secret: the container of abfs://container@account.
-    if user and (":" in user[0] or match["scheme"].startswith("http")) and not VARIABLES.fullmatch(user[0]):
-        place = f"{HIDDEN}@{place[user.end() :]}"
+    if user and (":" in user[0] or match["scheme"].lower().startswith("http")) and not VARIABLES.fullmatch(user[0]):
+        place = f"{HIDDEN}@{place}"
+    else:
+        place = f"{rest[:behind]}{place}"
     # What closes a sentence, a bracket or a list behind the URL is no part of it.
     query, end = re.fullmatch(r"(.*?)([)\]},.:;]*)", query, flags=re.DOTALL).groups()  # type: ignore[union-attr]
     if "${" in query and end.startswith("}"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.redaction import redacted
-from pretrain.launched import rank
+from pretrain.launched import counted, rank
 
 LOGS = "PRETRAIN_LOGS"
 """The variable of the environment that names the folder; unset where one process runs alone on a console."""
@@ -31,7 +31,7 @@ BROKEN = re.compile(
 
 def attempt() -> int:
     """How often the same launch was started again before: by torchrun after a failure, by SLURM from its queue."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", os.environ.get("SLURM_RESTART_COUNT", "0")))
+    return counted("TORCHELASTIC_RESTART_COUNT", counted("SLURM_RESTART_COUNT", 0))
 
 
 def is_consequence(error: BaseException) -> bool:
@@ -52,9 +52,12 @@ def record(error: BaseException) -> Path | None:
     trace = error.trace if isinstance(error, Fault) else redacted("".join(traceback.format_exception(error)))
     clock = time.strftime("%H:%M:%S", time.localtime(now))
     path = folder / f"{kind}-{attempt():03d}-{now:.6f}-rank-{number:05d}.txt"
-    folder.mkdir(parents=True, exist_ok=True)
     node = os.environ.get("SLURMD_NODENAME", platform.node())  # by the name that launch.exclude= takes
-    path.write_text(f"{trace}pretrain: rank {number} on {node} failed first, at {clock}: {message}\n")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"{trace}pretrain: rank {number} on {node} failed first, at {clock}: {message}\n")
+    except OSError:  # a full disk, say: the error is still to be said on this process's own stream
+        return None
     return path
 
 
@@ -63,7 +66,7 @@ def first(folder: Path, since: float = 0.0) -> Path | None:
     found = []
     for path in folder.glob("*-rank-*.txt"):
         kind, number, seconds = path.name.split("-")[:3]
-        if float(seconds) >= since:
+        if float(seconds) >= since and path.stat().st_size:
             found.append((-int(number), kind, float(seconds), path))
     return min(found)[-1] if found else None
 

@@ -18,6 +18,7 @@ from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
 from pretrain import signals
+from pretrain.launched import counted
 from pretrain.preemption import EXIT_CODE
 from pretrain.settings import Composed
 
@@ -49,13 +50,13 @@ class Local(Launcher):
 
 def is_a_rank() -> bool:
     """Whether something else has started this process as one of several: torchrun, srun, or this module."""
-    by_srun = "SLURM_NTASKS" in os.environ and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
+    by_srun = bool(os.environ.get("SLURM_NTASKS")) and os.environ.get("SLURM_JOB_NAME") not in INTERACTIVE
     return "LOCAL_RANK" in os.environ or by_srun
 
 
 def refuse_without_srun() -> None:
     """Raise Fault in an allocation of several tasks where nobody started them: Lightning would take this process for one of them."""
-    tasks = int(os.environ.get("SLURM_NTASKS", "1"))
+    tasks = counted("SLURM_NTASKS", 1)
     if (
         tasks > 1
         and not is_step()
@@ -76,7 +77,7 @@ def is_step() -> bool:
 
 def run_together(composed: Composed, logs: Path) -> None:
     """Run the command as ``trainer.devices`` processes. Where one fails, say the first error and exit with its code."""
-    count, node, began = composed.tree.trainer.devices, int(os.environ.get("NODE_RANK", 0)), time.time()
+    count, node, began = composed.tree.trainer.devices, counted("NODE_RANK", 0), time.time()
     theirs, ours = os.pipe()  # nothing is written: that its end closes tells the ranks that this process is gone
     cores = len(os.sched_getaffinity(0))
     environment = {

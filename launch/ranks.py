@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import threading
+from contextlib import suppress
 from pathlib import Path
 from typing import TextIO
 
@@ -22,8 +23,9 @@ class Copied:
 
     def write(self, text: str) -> int:
         if "\r" not in text:
-            self.file.write(text)
-            self.file.flush()
+            with suppress(OSError):
+                self.file.write(text)
+                self.file.flush()
         return self.stream.write(text)
 
     def __getattr__(self, name: str) -> object:

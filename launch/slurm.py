@@ -149,7 +149,10 @@ class Slurm(Launcher):
                 announce(submit(path, text, last.logs), last.name, path, last.logs)
 
     def refuse_contradictions(self) -> None:
-        """Raise Fault for settings that are each allowed, and not together."""
+        """Raise Fault for settings that are each allowed, and not together, and for what would end a line of the script's head."""
+        for name, value in vars(self).items():
+            if name != "setup" and re.search(r"[\n\r]", " ".join(value) if isinstance(value, list) else str(value)):
+                raise Fault(f"launch.{name} holds a line break, which would end a line of the script: leave it out.")
         if self.chain and self.array:
             raise Fault(
                 "launch.chain= and launch.array= exclude each other: of an array every job goes back into the queue by itself."
@@ -176,6 +179,10 @@ def dependency(after: list[str], before: str | None = None) -> str | None:
     """What a job waits for: that jobs have ended well, and that the one before it in a chain has ended, however."""
     kinds = [f"afterok:{':'.join(after)}"] if after else []
     return ",".join([*kinds, f"afterany:{before}"] if before else kinds) or None
+
+
+def _one_line(text: str) -> str:
+    return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
 def _refuse_secrets(words: list[str]) -> None:
@@ -222,7 +229,7 @@ def script(settings: Slurm, job: Job) -> str:
     setup = "".join(f"{line}\n" for line in settings.setup)
     return f"""\
 #!/bin/bash
-# Written by: {job.origin}
+# Written by: {_one_line(job.origin)}
 {head}
 
 export {LOGS}={shlex.quote(str(job.logs))}/{number}

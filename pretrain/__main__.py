@@ -13,6 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain import signals
+from pretrain.console import Unfailing
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -46,6 +47,7 @@ def main() -> None:
     """Run ``pretrain <command> [key=value …]``."""
     if problem := shadowed():
         sys.exit(f"pretrain: {problem}")
+    sys.stderr = Unfailing(sys.stderr)  # type: ignore[assignment]
     if sys.argv[1:2] in (["tile"], ["slide"]):  # what trains answers a signal; before its imports, which take seconds
         signals.listen()
     if sys.argv[1:2] == ["tile"]:

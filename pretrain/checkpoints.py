@@ -37,6 +37,7 @@ from pretrain.teacher import local
 from pretrain.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
 PARTIAL = ".partial"
+NAME = re.compile(r"step-\d+")
 TORCHS_DISK = re.compile(r"PytorchStreamWriter|iostream error|unexpected pos|enforce fail at inline_container")
 BEST = "best"
 
@@ -50,8 +51,10 @@ def folder(run: Path) -> Path:
 
 
 def published(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path for path in folder(run).glob("step-*") if path.suffix != PARTIAL and (path / "state.json").exists()]
+    """The complete checkpoints of a run, oldest first. What people call otherwise is theirs: a copy, ``step-00000004.bak``."""
+    found = [
+        path for path in folder(run).glob("step-*") if NAME.fullmatch(path.name) and (path / "state.json").exists()
+    ]
     return sorted(found, key=lambda path: path.name)
 
 

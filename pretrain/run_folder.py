@@ -29,7 +29,7 @@ from data.fault import Fault
 from data.files import make_folder, write_whole
 from data.lease import Lease, alone
 from data.redaction import redacted_settings
-from pretrain import checkpoints
+from pretrain import checkpoints, signals
 from pretrain.launched import rank
 from pretrain.progress import say
 
@@ -51,7 +51,7 @@ def held(run: Path) -> Iterator[Lease | None]:
     if rank():
         yield None
         return
-    with alone(run, doing="another job") as lease:
+    with alone(run, doing="another job", asked=signals.noted) as lease:
         yield lease
 
 

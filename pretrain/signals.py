@@ -1,7 +1,8 @@
 """Signals that ask a run to end, noted and nothing more: what to do about one is decided at the end of a batch.
 
 SLURM sends whichever it was told to (USR1, USR2) before a time limit, and TERM when it preempts or cancels; all three
-mean the same here, and so does a person's Ctrl-C; who presses it twice doesn't want to wait. Work inside a handler deadlocks a sharded run, whose ranks are then at different places. This module
+mean the same here, and so do a person's Ctrl-C and a terminal that is closed (HUP); who presses it twice doesn't want to wait.
+Work inside a handler deadlocks a sharded run, whose ranks are then at different places. This module
 imports nothing heavy, so that it can listen before PyTorch's import, which takes seconds.
 """
 
@@ -11,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM)
+ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
 SOON = b"\npretrain: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
 
 _noted = 0
@@ -20,7 +21,8 @@ _noted = 0
 def listen() -> None:
     """From now on the signals are noted instead of ending the process. Call it from the main thread."""
     for number in ASKING:
-        signal.signal(number, _note)
+        if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
+            signal.signal(number, _note)
     signal.signal(signal.SIGINT, _note_first)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # a process that is started as one of several was deaf until now
 

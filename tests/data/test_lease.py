@@ -159,3 +159,26 @@ def test_without_hard_links_it_is_the_same(tmp_path: Path, monkeypatch: pytest.M
     with alone(tmp_path), pytest.raises(Fault, match="is writing to"), alone(tmp_path):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["folder", "forbidden"])
+def test_a_lease_that_cannot_be_read_is_a_sentence(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / ".lease"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.write_text("{}")
+
+        def denied(path: Path) -> None:
+            raise PermissionError(13, "Permission denied", str(path))
+
+        monkeypatch.setattr(lease, "_last_beat", denied)
+    with pytest.raises(Fault, match=r"\.lease, which says who writes to .*, can't be read"):
+        lease.hold(tmp_path)
+
+
+def test_who_is_asked_to_end_does_not_wait_for_a_silent_holder(tmp_path: Path) -> None:
+    elsewhere = {**asdict(lease._me()), "host": "elsewhere", "machine": "another"}
+    (tmp_path / ".lease").write_text(json.dumps(elsewhere))
+    with pytest.raises(Fault, match="told to stop before it was known whether somebody writes to"):
+        lease.hold(tmp_path, asked=lambda: 15)

@@ -27,6 +27,10 @@ WORD = st.from_regex(r"[A-Za-z0-9%+/_.~-]{0,6}[A-Za-z0-9]{6}", fullmatch=True)
             "https://h/a?token=*** is refused (https://h/a?token=***).",
         ),
         ("data.shards=[https://h/a?t=x,s3://k:s@b/c?t=y]", "data.shards=[https://h/a?t=***,s3://***@b/c?t=***]"),
+        ("https://bob:s3cr'et@h.invalid/shards", "https://***@h.invalid/shards"),
+        ("https://bob:a/b@h/x", "https://***@h/x"),
+        ("HTTP://u@h/x", "HTTP://***@h/x"),
+        ("https://h/x#access_token=abc", "https://h/x#access_token=***"),
         ("{'url': 'https://h/a?t=x', 'n': 1}", "{'url': 'https://h/a?t=***', 'n': 1}"),
     ],
 )

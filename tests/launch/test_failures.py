@@ -10,6 +10,7 @@ import pytest
 
 from data.fault import Fault
 from launch import failures
+from pretrain.launched import rank
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, metrics
 
@@ -101,3 +102,23 @@ def test_the_last_lines_name_the_rank_that_failed_and_not_those_that_lost_it(sha
     assert "ZeroDivisionError" in (logs / "rank-00001.log").read_text()
     assert (logs / "rank-00000.log").read_text() in ended.stderr  # the console is the first rank's, and a copy is kept
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_an_error_that_found_no_room_is_passed_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    record_as(monkeypatch, tmp_path, 1, ValueError("it had room"))
+    (tmp_path / "error-000-0.000001-rank-00000.txt").touch()  # a full disk makes names and no content
+    found = failures.first(tmp_path)
+    assert found is not None and "it had room" in found.read_text()
+    monkeypatch.setattr(Path, "write_text", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    assert failures.record(ValueError("x")) is None
+
+
+@pytest.mark.parametrize("value", ["", "2(x2)"])
+def test_a_variable_that_is_no_number_is_unset_or_a_sentence(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_PROCID", value)
+    monkeypatch.delenv("RANK", raising=False)
+    if value:
+        with pytest.raises(Fault, match=r"SLURM_PROCID='2\(x2\)' in the environment is no number"):
+            rank()
+    else:
+        assert rank() is None

@@ -486,3 +486,15 @@ def test_no_slurm_here_is_said(
     with pytest.raises(SystemExit):
         main(["export", "checkpoint=a", f"out={tmp_path / 'b'}", "launch=slurm", f"launch.folder={tmp_path / 'there'}"])
     assert "sbatch is not here" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
+
+
+def test_line_breaks_stay_in_their_comment_and_are_refused_where_they_would_end_an_option(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*TILE, "launch=slurm", "launch.gpus_per_node=4", "launch.dry_run=true"]
+    main([*words, 'launch.setup=["export A=1\nexport B=2"]'])
+    lines = capsys.readouterr().out.splitlines()
+    assert "export A=1\\nexport B=2" in lines[1] and lines[2].startswith("#SBATCH") and "export B=2" in lines
+    with pytest.raises(SystemExit):
+        main([*words, "launch.partition='a\nrm x'"])
+    assert "launch.partition holds a line break" in capsys.readouterr().err

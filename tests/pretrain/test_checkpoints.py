@@ -335,3 +335,10 @@ def test_networks_of_another_shape_are_refused_in_one_sentence(tmp_path: Path) -
     other = nn.ModuleDict({"student": nn.Linear(32, 64), "teacher": nn.Linear(64, 64)})
     with pytest.raises(Fault, match=r"step-00000001 can't be loaded \(.*student.weight.*\); is it whole"):
         checkpoints.load(path, other, torch.optim.AdamW(other.parameters()))
+
+
+def test_a_persons_copy_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
+    for name in ("step-00000002", "step-00000004.bak", "step-00000006-good", "step-00000004"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+        (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
+    assert [path.name for path in checkpoints.published(tmp_path)] == ["step-00000002", "step-00000004"]

@@ -14,7 +14,7 @@ import torch
 
 from data.fault import Fault
 from launch.entry import main
-from pretrain import checkpoints, preemption, probe_set, signals
+from pretrain import checkpoints, fixed_images, preemption, signals
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.preemption import EXIT_CODE, Preemption
 from pretrain.training import Training
@@ -76,7 +76,7 @@ def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_t
 ) -> None:
     run, judged = tmp_path / "run", []
     watched = [*SETTINGS, f"watch.probe={write_classes(tmp_path / 'classes', {'a': 40, 'b': 40})}"]
-    features = probe_set.class_tokens
+    features = fixed_images.class_tokens
 
     def interrupted(*arguments: Any) -> Any:
         judged.append(1)
@@ -85,8 +85,8 @@ def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_t
         return features(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
-        patch.setattr(probe_set, "class_tokens", interrupted)
-        patch.setattr(probe_set, "BATCH", 8)
+        patch.setattr(fixed_images, "class_tokens", interrupted)
+        patch.setattr(fixed_images, "BATCH", 8)
         main(command(tile_shards, run, *watched))
     assert ended.value.code == EXIT_CODE and len(judged) == 1
     newest = checkpoints.newest(run)
