@@ -6,6 +6,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
+PEERS := .venv-peers
 SLIDE := $(VENV)/share/slidewright/CMU-1-Small-Region.svs
 # Your own slides: make demo SLIDES="a.svs b.tiff", and further settings of 'pretrain demo': ARGS="slides_mpp=0.25"
 SLIDES ?=
@@ -18,7 +19,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-learning bench-shard bench-plan bench-data bench-longnet bench-embed bench-checkpoint soak lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-embed bench-checkpoint soak lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -43,9 +44,18 @@ bench-plan: setup
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py
 
-# What 12 minutes on two cores teach: about 75 minutes. Your own tiles: make bench-learning ARGS="TILES=folder".
+# What a small network learns, judged on other slides: an hour and a half. Your own tiles: make bench-learning ARGS="TILES=folder OTHER=folder".
 bench-learning: setup
 	$(BIN)/python tests/bench/learning.py $(ARGS)
+
+# LightlyTrain, in an environment of its own, beside ours.
+bench-peers: setup $(PEERS)/installed
+	$(BIN)/python tests/bench/peers.py $(ARGS)
+
+$(PEERS)/installed:
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python -m pip install --quiet --disable-pip-version-check lightly-train==0.18.0
+	@touch $@
 
 bench-shard: setup
 	OMP_NUM_THREADS=1 PYTHONPATH=. $(BIN)/python tests/bench/shard.py $(BENCH_SLIDES)

@@ -137,8 +137,7 @@ class Wandb:
 
     def alarm(self, alarm: Alarm) -> None:
         """Send an alarm, which W&B mails to those who asked for it."""
-        if self.run:
-            self.run.alert(alarm.name, alarm.says)
+        self._ask(lambda run: run.alert(alarm.name, alarm.says))
 
     def close(self) -> None:
         """Finish the segment."""
@@ -150,6 +149,6 @@ class Wandb:
             return
         try:
             act(self.run)
-        except OSError as error:
+        except Exception as error:  # its process is gone, its disk full, its server at odds with it
             self.run = None
-            say(f"wandb: its process is gone ({error}), so what follows is in metrics.jsonl only")
+            say(f"wandb: {type(error).__name__}: {error}; what follows is in metrics.jsonl only")

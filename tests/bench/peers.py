@@ -1,0 +1,111 @@
+"""Our small DINOv2 beside LightlyTrain's: the same network, crops, batch, precision and heads, on one core, in turns.
+
+    make bench-peers                            three turns of 20 and 80 steps each, then 64,000 tiles each (about 40 minutes)
+    make bench-peers ARGS="SEEN=16000 TURNS=1"  less of it
+
+Speed: tiles for each processor second, workers included, of 80 less 20 steps: what starts a run isn't counted. Both in bfloat16, ours with
+compiled blocks (LightlyTrain doesn't compile this method). Learned: 20 nearest neighbours on tiles of other slides, as in
+`learning.py`, at equal tiles; each beside its own random weights.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import numpy as np
+
+from pretrain.probing import LabelledImages, knn_predict
+from pretrain.settings import load
+from tests.bench.learning import Asked, Judge, Run, images, write_shards
+
+ROOT = Path(__file__).resolve().parents[2]
+PEERS = ROOT / ".venv-peers" / "bin" / "python"
+SHORT, LONG = 20, 80  # steps
+
+
+def ours(asked: Asked, folder: str, steps: int, settings: list[str]) -> Run:
+    """A run of ours to its end, on the first core."""
+    run = Run("dinov2", 0, asked.out / folder, steps * 64, settings)
+    run.start(asked.out / "shards")
+    return run
+
+
+def theirs(asked: Asked, folder: str, steps: int, judge: list[str]) -> float:
+    """A run of LightlyTrain's to its end: processor seconds."""
+    config = load("tile", ["recipe=small", "run=none", "data.shards=none"]).tree
+    words = {
+        "tiles": str(asked.tiles), "out": str((asked.out / folder).resolve()), "steps": steps, "seed": 0, "judge": judge, "batch": config.data.batch_size,
+        "size": config.data.crops.global_size, "patch": config.model.patch_size, "width": config.model.width, "depth": config.model.depth,
+        "heads": config.model.heads, "prototypes": config.objective.prototypes, "hidden": config.objective.hidden,
+        "bottleneck": config.objective.bottleneck, "locals": config.data.crops.local_count, "local_size": config.data.crops.local_size,
+        "warmup": 20, "frozen": config.optim.frozen_last_layer_steps, "temperature_warmup": config.objective.teacher_temperature_warmup,
+    }  # fmt: skip
+    log = (asked.out / f"{folder}.log").open("w")
+    done = subprocess.run(
+        [PEERS, str(Path(__file__).with_name("lightly_peer.py")), json.dumps(words)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=log, text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"LightlyTrain failed: see {log.name}")
+    return float(json.loads(done.stdout.splitlines()[-1])["cpu_seconds"])
+
+
+def main() -> None:
+    words, turns = [], 3
+    for word in sys.argv[1:]:
+        turns = int(word.removeprefix("TURNS=")) if word.startswith("TURNS=") else turns
+        words += [] if word.startswith("TURNS=") else [word]
+    asked = Asked.parse(words)
+    asked.out = asked.out.with_name("bench-peers")
+    asked.seen = min(asked.seen, 64_000)
+    asked.out.mkdir(parents=True, exist_ok=True)
+    if not PEERS.exists():
+        raise SystemExit("LightlyTrain is not here: make bench-peers installs it into .venv-peers")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    tiles, other, what = images(asked)
+    write_shards(tiles, asked.out / "shards")
+    settings = asked.settings["dinov2"]
+    speeds: dict[str, list[float]] = {"ours": [], "lightly": []}
+    ours(asked, "warm", 8, settings).wait()  # compiles what the others find compiled
+    for turn in range(turns):
+        seconds: dict[str, list[float]] = {"ours": [], "lightly": []}
+        for steps in (SHORT, LONG):
+            seconds["ours"].append(ours(asked, f"speed-{turn}-{steps}", steps, settings).wait())
+            seconds["lightly"].append(theirs(asked, f"lightly-{turn}-{steps}", steps, []))
+        for name, (short, long) in seconds.items():
+            speeds[name].append((LONG - SHORT) * 64 / (long - short))
+        print(f"turn {turn + 1}: ours {speeds['ours'][-1]:.1f}, LightlyTrain {speeds['lightly'][-1]:.1f} tiles a processor second", flush=True)  # fmt: skip
+    ratio = median(a / b for a, b in zip(speeds["ours"], speeds["lightly"], strict=True))
+    run, judge = ours(asked, "learned", asked.seen // 64, settings), Judge(tiles, other)
+    run.wait()
+    encoder = run.encoder(asked.seen // 64 * 64)
+    figures = {"ours": judge(encoder.embed_each)[0].knn, "ours_random": judge(encoder.random_twin(0).embed_each)[0].knn}
+    folders = [str(one.folder.resolve()) for one in (tiles, other)]
+    theirs(asked, "lightly", asked.seen // 64, folders)
+    for name, key in (("lightly", "trained"), ("lightly_random", "random")):
+        bank, asking = (np.load(asked.out / f"lightly-{key}-{Path(folder).name}.npy") for folder in folders)
+        figures[name] = float(
+            (knn_predict(bank, by_class(tiles), asking, len(tiles.classes)) == by_class(other)).mean()
+        )
+    print(f"\nk-NN on {what}, after {asked.seen:,} tiles; standard error about {(0.25 / len(other.files)) ** 0.5:.3f}")
+    for name, value in figures.items():
+        print(f"{name:<16}{value:.3f}")
+    line = {name: round(value, 4) for name, value in figures.items()} | {
+        "speed_ratio": round(ratio, 3),
+        **{f"{name}_tiles_per_cpu_second": round(median(values), 1) for name, values in speeds.items()},
+    }
+    print(json.dumps(line))
+
+
+def by_class(images: LabelledImages) -> np.ndarray:
+    """Labels in the order in which the peer embeds: by class, then by name."""
+    return np.array([label for label, _ in sorted(zip(images.labels.tolist(), images.files, strict=True))])
+
+
+if __name__ == "__main__":
+    main()
