@@ -14,7 +14,8 @@ from data.embedding_sources import ShardSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
-from data.shard_index import ShardIndex, read_jpeg, scan
+from data.shard_index import ShardIndex, read_jpeg
+from data.shard_scan import scan
 from pretrain import embedding
 from pretrain.commands import shard
 from pretrain.commands.embed import Config, run
