@@ -20,6 +20,7 @@ from data.fault import Fault
 from data.open_tars import OpenTars
 from data.remote import Truncated
 from data.shard_index import UNKNOWN, ShardIndex
+from data.shared_slide import SharedSlide
 from data.slides import Slide
 from data.tiling import KEPT, TilingSettings, tile_slide
 from data.tissue import is_empty
@@ -122,31 +123,21 @@ class SlideSource:
 
 
 class _Reader:
-    """One open slide for several threads. After an error openslide refuses everything else on the same handle, so a tile counts as
-    unreadable only when it can't be read through a fresh one, which then takes the old one's place."""
+    """The tiles of one slide by place, for several threads; the slide is opened when the first is read."""
 
     def __init__(self, path: Path, grid: TileGrid) -> None:
         self.path, self.grid = path, grid
-        self._slide: Slide | None = None
+        self._slide: SharedSlide | None = None
         self._lock = Lock()
 
     def read(self, x: int, y: int) -> Pixels:
-        slide = self._opened(instead_of=None)
+        with self._lock:
+            slide = self._slide = self._slide or SharedSlide(self.path)
         try:
             tile = slide.read_tile(self.grid, x, y)
-        except Fault:
-            try:
-                tile = self._opened(instead_of=slide).read_tile(self.grid, x, y)
-            except Fault as fault:
-                self._opened(instead_of=self._slide)
-                return Fault(f"the tile at ({x}, {y}) of {self.path} can't be read ({fault})")
+        except Fault as fault:
+            return Fault(f"the tile at ({x}, {y}) of {self.path} can't be read ({fault})")
         return None if is_empty(tile) else tile
-
-    def _opened(self, instead_of: Slide | None) -> Slide:
-        with self._lock:
-            if self._slide is None or self._slide is instead_of:
-                self._slide = Slide(self.path)  # the old handle is closed when the last thread lets go of it
-            return self._slide
 
     def close(self) -> None:
         with self._lock:
