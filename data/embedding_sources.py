@@ -21,6 +21,7 @@ from data.open_tars import OpenTars
 from data.remote import Truncated
 from data.shard_index import UNKNOWN, ShardIndex
 from data.shared_slide import SharedSlide
+from data.slide_mpp import SlidesMpp
 from data.slides import Slide
 from data.tiling import KEPT, TilingSettings, tile_slide
 from data.tissue import is_empty
@@ -43,6 +44,7 @@ class SlideTiles:
     slide_height: int = 0
     source: str = ""
     close: Callable[[], None] = field(default=lambda: None)
+    overruled: str = ""  # what the slide says of its resolution, where the user knows better
 
 
 class TileSource(Protocol):
@@ -100,9 +102,9 @@ class ShardSource:
 
 
 class SlideSource:
-    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` is used for slides that state no resolution."""
+    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` overrules the resolution that slides state."""
 
-    def __init__(self, names: dict[Path, str], settings: TilingSettings, slides_mpp: float | None) -> None:
+    def __init__(self, names: dict[Path, str], settings: TilingSettings, slides_mpp: SlidesMpp) -> None:
         self.settings, self.slides_mpp = settings, slides_mpp
         self._paths = {name: path for path, name in names.items()}
         self.slides = sorted(self._paths)
@@ -112,13 +114,15 @@ class SlideSource:
         """Find a slide's tissue and its tiles. Raises Fault for a slide that can't be read, or that isn't tiled (see `tile_slide`)."""
         path = self._paths[slide]
         with Slide(path) as opened:
-            tiling, _ = tile_slide(opened, slide, self.settings, self.slides_mpp, "")
+            mpp = self.slides_mpp.of(path)
+            overruled = opened.overruled(mpp)
+            tiling, _ = tile_slide(opened, slide, self.settings, mpp, "")
         x, y, _ = tiling.tiles(KEPT)
         grid, places = tiling.grid, np.stack([x, y], axis=1)
         reader = _Reader(path, grid)
         return SlideTiles(
             slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [reader.read(*places[row].tolist()) for row in rows],
-            grid.tile_size, grid.width, grid.height, str(path), reader.close,
+            grid.tile_size, grid.width, grid.height, str(path), reader.close, overruled,
         )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from data.embeddings import EmbeddingWriter
 from data.fault import Fault
 from data.feature_files import import_features, maker, width
 from data.files import Refused
+from data.slide_mpp import SlidesMpp
 from data.slides import Slide
 from pretrain.progress import say, track
 
@@ -33,12 +34,12 @@ def take_over(
     writer: EmbeddingWriter,
     *,
     slides: dict[str, Path],
-    slides_mpp: float | None,
+    slides_mpp: SlidesMpp,
     tile_size_level0: float | None,
 ) -> dict[str, str]:
     """Add the slides ``pending`` from their feature ``files``; those that can't be are named and returned, each with the reason.
 
-    slides: the slides' own files by their stems, as far as they are at hand, for their µm per pixel; slides_mpp: that of all others;
+    slides: the slides' own files by their stems, as far as they are at hand, for their µm per pixel; slides_mpp: what overrules these, and tells of the others;
     tile_size_level0: of files that don't say it.
     """
     failed: dict[str, str] = {}
@@ -52,10 +53,13 @@ def take_over(
                     f"{path} is of another encoder ({said or 'unnamed'}, {own[1]}, {dimensions} wide), not of {writer.encoder} "
                     f"({writer.encoder_hash}, {writer.width} wide): take it over into another folder."
                 )
-            scale = slides_mpp
-            if path.stem in slides:
-                with Slide(slides[path.stem]) as opened:
-                    scale = opened.mpp(slides_mpp)
+            own_slide = slides.get(path.stem)
+            scale = slides_mpp.of(own_slide or path)
+            if own_slide is not None:
+                with Slide(own_slide) as opened:
+                    if overruled := opened.overruled(scale):
+                        say(overruled)
+                    scale = opened.mpp(scale)
             found = import_features(path, tile_size_level0, mpp_level0=scale)
             writer.add(
                 slide, found.embeddings, found.coordinates, found.tile_size_level0, found.mpp,

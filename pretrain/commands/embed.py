@@ -33,8 +33,9 @@ from data.embeddings_h5 import EXPORTS, exported
 from data.fault import Fault
 from data.feature_files import list_features
 from data.slide_features import slides_in
+from data.slide_lists import list_slides
+from data.slide_mpp import SlidesMpp
 from data.slide_names import name_slides
-from data.slides import list_slides
 from data.tiling import TilingSettings
 from data.tissue import RULES
 from pretrain.progress import say, track
@@ -64,7 +65,7 @@ class Config:
     tile_size: int
     tissue: str
     min_tissue: float | None
-    slides_mpp: float | None
+    slides_mpp: str | None
     encoder: str | None
     features_tile: float | None
     allow_plugins: list[str]
@@ -182,7 +183,12 @@ def take_over(config: Config, part: int, parts: int) -> None:
         pending = [slide for slide in mine if not writer.done(slide)]
         slides = {path.stem: path for path in list_slides(config.slides or [])}
         failed = feature_import.take_over(
-            files, pending, writer, slides=slides, slides_mpp=config.slides_mpp, tile_size_level0=config.features_tile
+            files,
+            pending,
+            writer,
+            slides=slides,
+            slides_mpp=SlidesMpp.parse(config.slides_mpp),
+            tile_size_level0=config.features_tile,
         )
         writer.finish(failed)
     store = EmbeddingStore.open(Path(config.out))
@@ -215,11 +221,14 @@ def slide_source(config: Config, writer: EmbeddingWriter) -> SlideSource:
     """The slides that ``slides=`` names; those embedded before keep their ids."""
     min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
-    names = name_slides(list_slides(config.slides or []), writer.sources())
+    paths, slides_mpp = list_slides(config.slides or []), SlidesMpp.parse(config.slides_mpp)
+    if some := slides_mpp.tells_of(paths):
+        say(some)
+    names = name_slides(paths, writer.sources())
     for path, slide in names.items():
         if slide != path.stem:
             say(f"called {slide}: {path}")
-    return SlideSource(names, settings, config.slides_mpp)
+    return SlideSource(names, settings, slides_mpp)
 
 
 def write_exports(config: Config, store: EmbeddingStore, slides: list[str]) -> None:

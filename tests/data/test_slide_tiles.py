@@ -14,9 +14,11 @@ from data.crops import CropSizes
 from data.fault import Fault
 from data.loader import Masking, TileBatches
 from data.shared_slide import SharedSlide
-from data.slide_survey import Surveyed, known_survey, survey_slides
+from data.slide_lists import list_slides
+from data.slide_mpp import SlidesMpp
+from data.slide_survey import Look, Surveyed, known_survey, survey_slides
 from data.slide_tiles import SlideTiles, _beneath
-from data.slides import Slide, list_slides
+from data.slides import Slide
 from data.stream import Stream
 from data.tile_source import UnreadableTile
 from data.tiling import KEPT, PEN, TilingSettings
@@ -35,10 +37,10 @@ def write_slides(folder: Path) -> Path:
 
 def look(slides: Path, grids: Path, settings: TilingSettings = SETTINGS) -> Surveyed:
     paths = list_slides([str(slides)])
-    surveyed = known_survey(grids, paths, settings)
+    surveyed = known_survey(grids, paths, settings, SlidesMpp())
     if surveyed is None:
-        list(survey_slides(grids, paths, settings, None, 1))
-        surveyed = known_survey(grids, paths, settings)
+        list(survey_slides(grids, paths, settings, SlidesMpp(), 1))
+        surveyed = known_survey(grids, paths, settings, SlidesMpp())
     assert surveyed is not None
     return surveyed
 
@@ -159,12 +161,24 @@ def test_a_survey_is_made_once_and_bound_to_its_slides_and_settings(tmp_path: Pa
         look(slides, tmp_path / "grids")
 
 
+def test_a_survey_is_bound_to_what_the_user_says_of_resolution(slides: Path, tmp_path: Path) -> None:
+    paths, said = list_slides([str(slides)]), SlidesMpp.parse(0.25)
+    looks = [look for _, look in survey_slides(tmp_path, paths, replace(SETTINGS, mpp=0.25), said, 1)]
+    assert all(
+        isinstance(look, Look) and "says 0.5 µm per pixel, and slides_mpp=0.25 overrules" in look.overruled
+        for look in looks
+    )
+    assert known_survey(tmp_path, paths, replace(SETTINGS, mpp=0.25), said) is not None
+    with pytest.raises(Fault, match=r"survey of another kind \(slides_mpp 0\.25 then, null now\)"):
+        known_survey(tmp_path, paths, replace(SETTINGS, mpp=0.25), SlidesMpp())
+
+
 def test_an_interrupted_survey_goes_on_and_ends_as_the_others(slides: Path, surveyed: Surveyed, tmp_path: Path) -> None:
     paths = list_slides([str(slides)])
-    begun = survey_slides(tmp_path, paths, SETTINGS, None, 1)
+    begun = survey_slides(tmp_path, paths, SETTINGS, SlidesMpp(), 1)
     first, _ = next(begun)
     begun.close()
-    assert known_survey(tmp_path, paths, SETTINGS) is None
+    assert known_survey(tmp_path, paths, SETTINGS, SlidesMpp()) is None
     kept = tmp_path / "coordinates" / f"{first.stem}_patches.h5"
     before = kept.stat().st_mtime_ns
     assert look(slides, tmp_path).digest == surveyed.digest and kept.stat().st_mtime_ns == before
