@@ -7,7 +7,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from data.fault import Fault
+from data.fault import Fault, Notice
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
 TABLES = {".csv", ".tsv"}
@@ -104,7 +104,7 @@ def _slides_in(folder: Path) -> list[Path]:
     seen: set[str] = set()
 
     def unreadable(error: OSError) -> None:
-        warnings.warn(f"left out: the folder {error.filename} can't be listed ({error.strerror})", stacklevel=2)
+        warnings.warn(f"left out: the folder {error.filename} can't be listed ({error.strerror})", Notice, stacklevel=2)
 
     for inside, folders, files in os.walk(folder, followlinks=True, onerror=unreadable):
         seen.add(os.path.realpath(inside))
@@ -138,6 +138,7 @@ def _each_once(paths: Iterable[Path]) -> list[Path]:
     if double:
         warnings.warn(
             f"{len(double)} of the slides' names lead to a file that has another, which is read once (as {double[0][0]}, which is {double[0][1]})",
+            Notice,
             stacklevel=3,
         )
     return sorted(files.values())

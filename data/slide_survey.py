@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
-from data.fault import Fault
+from data.fault import Fault, Notice
 from data.files import write_whole
 from data.given_tiles import Left, find_coordinates, given_tiles
 from data.keyed import rng
@@ -74,7 +74,7 @@ def survey(
             if tiling.source == str(path) and mpp in (None, tiling.grid.mpp_level0):
                 return Look(tiling, left, "")
         except Fault as fault:
-            warnings.warn(f"made again: {fault}", stacklevel=2)
+            warnings.warn(f"made again: {fault}", Notice, stacklevel=2)
     with Slide(path) as slide:
         overruled = slide.overruled(mpp)
         if coordinates is None:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.fault import Fault
+from data.fault import Fault, Notice
 from launch import failures
+from launch.entry import show_warning
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, metrics
 
@@ -101,3 +102,10 @@ def test_the_last_lines_name_the_rank_that_failed_and_not_those_that_lost_it(sha
     assert "ZeroDivisionError" in (logs / "rank-00001.log").read_text()
     assert (logs / "rank-00000.log").read_text() in ended.stderr  # the console is the first rank's, and a copy is kept
     assert len(metrics(tmp_path / "run")) == 2
+
+
+def test_a_notice_is_a_line_and_anothers_warning_what_python_makes_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    show_warning(Notice("2 names lead to one file"), Notice, "file.py", 7)
+    assert capsys.readouterr().err == "2 names lead to one file\n"
+    show_warning(UserWarning("old"), UserWarning, "file.py", 7, line="")
+    assert "file.py:7: UserWarning: old" in capsys.readouterr().err
