@@ -123,12 +123,17 @@ def _overlap(tiling: Tiling) -> int:
 
 
 def read_coordinates_h5(path: Path) -> SlideCoordinates:
-    """Tile coordinates from an h5 of ours, TRIDENT's or CLAM's. Raises Fault where the tiles' size can't be known from it."""
+    """Tile coordinates from an h5 of ours, TRIDENT's, AtlasPatch's or CLAM's. Raises Fault where the tiles' size can't be known from it."""
     with opened(path) as file:
         if "coords" not in file:
             raise Fault(f"{path} has no data set called coords: it isn't a file of tile coordinates")
-        coords = file["coords"][()].astype(np.int64).reshape(-1, 2)
-        of = file["coords"].attrs
+        coords = file["coords"][()].astype(np.int64)
+        if coords.size and (
+            coords.ndim != 2 or coords.shape[1] not in (2, 5)
+        ):  # AtlasPatch's have width, height and level too
+            raise Fault(f"{path} has coordinates of shape {coords.shape}, not x and y of each tile")
+        coords = coords[:, :2] if coords.size else coords.reshape(-1, 2)
+        of = {**file.attrs, **file["coords"].attrs}
         if "patch_size" not in of:
             raise Fault(f"{path} does not say how large its tiles are (no attribute patch_size)")
         tile_size = int(of["patch_size"])

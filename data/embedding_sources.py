@@ -20,6 +20,8 @@ from data.fault import Fault
 from data.open_tars import OpenTars
 from data.remote import Truncated
 from data.shard_index import UNKNOWN, ShardIndex
+from data.shared_slide import SharedSlide
+from data.slide_mpp import SlidesMpp
 from data.slides import Slide
 from data.tiling import KEPT, TilingSettings, tile_slide
 from data.tissue import is_empty
@@ -42,6 +44,7 @@ class SlideTiles:
     slide_height: int = 0
     source: str = ""
     close: Callable[[], None] = field(default=lambda: None)
+    overruled: str = ""  # what the slide says of its resolution, where the user knows better
 
 
 class TileSource(Protocol):
@@ -99,9 +102,9 @@ class ShardSource:
 
 
 class SlideSource:
-    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` is used for slides that state no resolution."""
+    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` overrules the resolution that slides state."""
 
-    def __init__(self, names: dict[Path, str], settings: TilingSettings, slides_mpp: float | None) -> None:
+    def __init__(self, names: dict[Path, str], settings: TilingSettings, slides_mpp: SlidesMpp) -> None:
         self.settings, self.slides_mpp = settings, slides_mpp
         self._paths = {name: path for path, name in names.items()}
         self.slides = sorted(self._paths)
@@ -111,42 +114,34 @@ class SlideSource:
         """Find a slide's tissue and its tiles. Raises Fault for a slide that can't be read, or that isn't tiled (see `tile_slide`)."""
         path = self._paths[slide]
         with Slide(path) as opened:
-            tiling, _ = tile_slide(opened, slide, self.settings, self.slides_mpp, "")
+            mpp = self.slides_mpp.of(path)
+            overruled = opened.overruled(mpp)
+            tiling, _ = tile_slide(opened, slide, self.settings, mpp, "")
         x, y, _ = tiling.tiles(KEPT)
         grid, places = tiling.grid, np.stack([x, y], axis=1)
         reader = _Reader(path, grid)
         return SlideTiles(
             slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [reader.read(*places[row].tolist()) for row in rows],
-            grid.tile_size, grid.width, grid.height, str(path), reader.close,
+            grid.tile_size, grid.width, grid.height, str(path), reader.close, overruled,
         )  # fmt: skip
 
 
 class _Reader:
-    """One open slide for several threads. After an error openslide refuses everything else on the same handle, so a tile counts as
-    unreadable only when it can't be read through a fresh one, which then takes the old one's place."""
+    """The tiles of one slide by place, for several threads; the slide is opened when the first is read."""
 
     def __init__(self, path: Path, grid: TileGrid) -> None:
         self.path, self.grid = path, grid
-        self._slide: Slide | None = None
+        self._slide: SharedSlide | None = None
         self._lock = Lock()
 
     def read(self, x: int, y: int) -> Pixels:
-        slide = self._opened(instead_of=None)
+        with self._lock:
+            slide = self._slide = self._slide or SharedSlide(self.path)
         try:
             tile = slide.read_tile(self.grid, x, y)
-        except Fault:
-            try:
-                tile = self._opened(instead_of=slide).read_tile(self.grid, x, y)
-            except Fault as fault:
-                self._opened(instead_of=self._slide)
-                return Fault(f"the tile at ({x}, {y}) of {self.path} can't be read ({fault})")
+        except Fault as fault:
+            return Fault(f"the tile at ({x}, {y}) of {self.path} can't be read ({fault})")
         return None if is_empty(tile) else tile
-
-    def _opened(self, instead_of: Slide | None) -> Slide:
-        with self._lock:
-            if self._slide is None or self._slide is instead_of:
-                self._slide = Slide(self.path)  # the old handle is closed when the last thread lets go of it
-            return self._slide
 
     def close(self) -> None:
         with self._lock:

@@ -13,3 +13,7 @@ class Fault(Exception):
     def __init__(self, message: object = "", trace: str = "") -> None:
         super().__init__(redacted(str(message)))
         self.trace = redacted(trace)
+
+
+class Notice(UserWarning):
+    """Something a person should know and that stops nothing, from where there is nobody to say it to; the command line prints it as a line."""

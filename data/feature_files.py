@@ -1,130 +1,230 @@
-"""Tile features that TRIDENT, CLAM or STAMP made, read as slide embeddings; the formats are described in `data.embeddings_h5`.
+"""Tile features that other programs made, read as slide embeddings: what their files say and what must be told.
 
 What a file doesn't say has to be told: CLAM's features don't say how large a tile is (its ``patches/<slide>.h5`` does, and is used where
 it lies beside), nor does anything of CLAM's say the scale; STAMP counts in µm, and only the slide's own µm per pixel lead back to pixels.
+slide2vec keeps coordinates in a folder of their own. The formats are read in `data.feature_arrays`; ours are described in `data.embeddings_h5`.
 """
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import h5py
 import numpy as np
-import torch
 
 from data.coordinates import row_major
 from data.coordinates_h5 import read_coordinates_h5
 from data.embeddings import SlideEmbeddings
 from data.fault import Fault
-from data.h5_files import opened
+from data.feature_arrays import Raw, read_arrays, width_and_encoder
 from data.slide_names import safe_ids
 
-NO_FEATURES = "it is not a feature file of TRIDENT, CLAM or STAMP."
+UNITS = ("level0", "cells", "um")
+SAID_AS = {
+    "um": "um", "µm": "um", "μm": "um", "micron": "um", "microns": "um", "micrometer": "um", "level0": "level0", "px": "level0", "pixel": "level0",
+    "pixels": "level0", "cell": "cells", "cells": "cells", "grid": "cells", "tile": "cells", "tiles": "cells",
+}  # fmt: skip
+# Of a file's features, in this order: where they lie and what they are.
+PATTERNS = ("h5_files/*.h5", "pt_files/*.pt", "tile_embeddings/*.npz", "tile_embeddings/*.pt", "*.h5", "*.hdf5", "*.npz", "*.pt", "*.pth", "*.npy", "features/*.pt",
+            "patches/*.h5")  # fmt: skip
+TOO_NEAR = 0.55  # of a tile's side: tiles of a grid are not that near, but those of coordinates in µm or cells
+
+
+@dataclass(frozen=True)
+class Imported:
+    """A slide's embeddings, and how many rows of its file were left out of them: not finite in float16, or at a place that had a row already."""
+
+    slide: SlideEmbeddings
+    not_finite: int = 0
+    double: int = 0
 
 
 def list_features(folder: Path) -> dict[str, Path]:
-    """The feature files of a folder by their slides' ids: ``h5_files/*.h5`` or ``pt_files/*.pt`` (CLAM), else ``*.h5``. Fault where there are none."""
+    """The feature files of a folder by their slides' ids: those of the first of `PATTERNS` that there are. Fault where there are none."""
     folder = Path(folder)
-    for pattern in ("h5_files/*.h5", "pt_files/*.pt", "*.h5"):
-        if found := sorted(folder.glob(pattern)):
+    for pattern in PATTERNS:
+        if found := [path for path in sorted(folder.glob(pattern)) if not path.name.startswith(".") and path.is_file()]:
             return dict(zip(safe_ids([path.stem for path in found]), found, strict=True))
     raise Fault(
-        f"{folder} holds no features: give TRIDENT's or STAMP's folder of .h5 files, or CLAM's with h5_files or pt_files in it."
+        f"{folder} holds no features: give a folder of TRIDENT's, AtlasPatch's or STAMP's .h5 files, of .pt or .npz files, or CLAM's with h5_files or pt_files in it."
     )
 
 
-def maker(path: Path) -> tuple[str | None, str | None]:
-    """The name of the encoder that made a file, where it says so (STAMP's and ours do), and the encoder's hash (ours)."""
-    if path.suffix != ".h5":
-        return None, None
-    with opened(path) as file:
-        of = {**file.attrs, **(file["features"].attrs if "features" in file else {})}
-    name, hash_ = of.get("extractor", of.get("encoder")), of.get("encoder_hash")
-    return None if name is None else str(name), None if hash_ is None else str(hash_)
+def maker(path: Path, encoder: str | None = None) -> tuple[str | None, str | None]:
+    """The name of the encoder that made a file, where it says so (STAMP's, AtlasPatch's and ours do), and the encoder's hash (ours)."""
+    _, kept_under, of = width_and_encoder(path, encoder)
+    name, hash_ = of.get("extractor", of.get("encoder", kept_under)), of.get("encoder_hash")
+    return None if name is None else _text(name), None if hash_ is None else _text(hash_)
 
 
-def width(path: Path) -> int:
-    """How many dimensions the features of a file have. Fault where it is not such a file."""
-    if path.suffix != ".h5":
-        return int(_load(path).shape[-1])
-    with opened(path) as file:
-        name = "features" if "features" in file else "feats"
-        if not isinstance(file.get(name), h5py.Dataset) or file[name].ndim < 2:
-            raise Fault(f"{path} has no data set 'features' or 'feats' of a row a tile: {NO_FEATURES}")
-        return int(file[name].shape[-1])
+def width(path: Path, encoder: str | None = None) -> int:
+    """How many dimensions the features of a file have; 0 of a slide without tiles that doesn't say. Fault where it is not such a file."""
+    return width_and_encoder(path, encoder)[0]
 
 
 def import_features(
-    path: Path, tile_size_level0: float | None = None, mpp: float | None = None, mpp_level0: float | None = None
-) -> SlideEmbeddings:
+    path: Path,
+    tile_size_level0: float | None = None,
+    mpp: float | None = None,
+    mpp_level0: float | None = None,
+    *,
+    unit: str | None = None,
+    encoder: str | None = None,
+) -> Imported:
     """One slide from a feature file, put in row-major order; the slide's id is the file's stem.
 
-    tile_size_level0: a tile's side in level-0 pixels; mpp: µm per delivered pixel; mpp_level0: µm per level-0 pixel. What the file says
-    comes before them. Where nobody says ``mpp``, TRIDENT's nominal 10 / magnification is taken. Raises Fault for what is still
-    missing, for overlapping tiles, or when the file is not such a file.
+    tile_size_level0: a tile's side in level-0 pixels; mpp: µm per delivered pixel; mpp_level0: µm per level-0 pixel; unit: of `UNITS`, what coordinates
+    count. What the file says comes before them. Where nobody says ``mpp``, TRIDENT's nominal 10 / magnification is taken. encoder: whose features, of
+    several. Raises Fault for what is still missing, for overlapping tiles, or when the file is not such a file.
     """
     path = Path(path)
-    features, coords, said = _read_tensor(path) if path.suffix == ".pt" else _read_h5(path)
+    raw = read_arrays(path, encoder)
+    coords, said = _told(path, raw)
+    features = raw.features
     if not np.isfinite(coords).all():
         raise Fault(f"{path} has coordinates that are not finite.")
     if len(features) != len(coords):
         raise Fault(f"{path} has {len(features)} features for {len(coords)} coordinates.")
     if said.get("overlap"):
         raise Fault(f"the tiles of {path} overlap, and a slide's sequence is of a grid: make them without overlap.")
-    if said.get("unit") == "um":
+    unit = said.get("unit", unit)
+    if unit is None and raw.kind == "feats":
+        raise Fault(
+            f"{path} has feats, as STAMP's files, and does not say what its coordinates count: give features_unit=level0, cells or um."
+        )
+    side = said.get("tile_size_level0", tile_size_level0)
+    scale, pixels = said.get("mpp"), int(said.get("tile_size", said.get("tile_size_px", 0)))
+    microns = said.get("tile_size_um")
+    if unit == "um" or microns is not None:
         mpp_level0 = said.get("mpp_level0", mpp_level0)
         if mpp_level0 is None:
             raise Fault(
                 f"{path} counts in µm, and nothing says how many µm a level-0 pixel of the slide has: give slides=, which do, or slides_mpp=."
             )
-        said.setdefault("tile_size_level0", said["tile_size_um"] / mpp_level0)
-        said.setdefault("mpp", said["tile_size_um"] / said["tile_size_px"])
-        said["tile_size"] = said["tile_size_px"]
-        coords = np.ceil(coords / mpp_level0 - 1e-6)  # a corner is rounded up, so that it stays in its cell
-    side = said.get("tile_size_level0", tile_size_level0)
+        if side is None and microns is not None:
+            side = microns / mpp_level0
+        if scale is None and microns is not None and pixels:
+            scale = microns / pixels
     if side is None:
         raise Fault(
             f"{path} does not say its tiles' size at level 0: put CLAM's folder 'patches' beside it, or give features_tile=."
         )
-    pixels = int(said.get("tile_size", 0))
-    scale = said.get("mpp", mpp)
+    scale = mpp if scale is None else scale
     if scale is None and mpp_level0 is not None and pixels:
         scale = mpp_level0 * side / pixels
     if scale is None and "target_magnification" in said:
         scale = 10 / said["target_magnification"]
     if scale is None:
         raise Fault(f"{path} does not say its tiles' µm per pixel: give slides=, which do, or slides_mpp=.")
+    if unit == "um":
+        assert mpp_level0 is not None
+        coords = np.ceil(coords / mpp_level0 - 1e-6)  # a corner is rounded up, so that it stays in its cell
+    elif unit == "cells":
+        coords = np.ceil(coords * side - 1e-6)
+    elif unit is None and (step := _step(coords)) is not None and step < TOO_NEAR * side:
+        raise Fault(
+            f"{path} has tiles of {side:g} level-0 pixels that are {step:g} apart, so they overlap, or its coordinates count something else, which it does "
+            "not say: give features_unit=level0, cells or um."
+        )
     coords = coords.astype(np.int64)
+    with np.errstate(over="ignore"):
+        half = features.astype(np.float16)
+    finite = np.isfinite(half).all(axis=1) if half.size else np.ones(len(half), bool)
+    _, first = np.unique(coords, axis=0, return_index=True) if len(coords) else (None, np.zeros(0, np.int64))
+    kept = np.zeros(len(coords), bool)
+    kept[first] = True
+    double = int((~kept).sum())
+    half, coords = half[kept & finite], coords[kept & finite]
     order = row_major(coords[:, 0], coords[:, 1])
     size = (int(said.get("level0_width", 0)), int(said.get("level0_height", 0)))
-    with np.errstate(over="ignore"):  # whoever stores it refuses infinities
-        half = features[order].astype(np.float16)
-    return SlideEmbeddings(path.stem, half, coords[order], float(side), float(scale), pixels, *size)
+    found = SlideEmbeddings(path.stem, half[order], coords[order], float(side), float(scale), pixels, *size)
+    return Imported(found, int((kept & ~finite).sum()), double)
 
 
-def _read_h5(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """Features (n, D), coordinates (n, 2) as they are in the file, and what it or the file of patches beside it says."""
-    with opened(path) as file:
-        name = "features" if "features" in file else "feats"
-        if name not in file or "coords" not in file:
-            raise Fault(f"{path} has no data sets 'features' (or 'feats') and 'coords': {NO_FEATURES}")
-        features, coords = file[name][()], file["coords"][()]
-        of = {key: _plain(value) for holder in (file, file["coords"]) for key, value in holder.attrs.items()}
-    said = {key: of[key] for key in OURS if key in of}
-    if name == "feats":
-        unit = of.get("unit")
-        if unit != "um" or not {"tile_size_um", "tile_size_px"} <= of.keys():
-            raise Fault(f"{path} has feats, but not STAMP's attributes unit='um', tile_size_um and tile_size_px.")
-        return features, coords.reshape(-1, 2), said | {"unit": unit}
-    if not said.get("tile_size"):
-        said.pop("tile_size", None)
-    if "patch_size_level0" in of:
-        said = {
-            "tile_size_level0": _untruncated(of["patch_size_level0"], coords),
-            "tile_size": of.get("patch_size", 0),
-        } | said
-    elif "tile_size_level0" not in said:
-        said |= _size(path) if "patch_size" in of and "downsample" in of else _patches(path)
-    return features.reshape(-1, features.shape[-1]), coords.reshape(-1, 2), said
+NUMBERS = (
+    "tile_size_level0", "tile_size", "mpp", "mpp_level0", "tile_size_um", "tile_size_px", "overlap", "target_magnification", "level0_width", "level0_height",
+    "patch_size_level0", "patch_size", "downsample",
+)  # fmt: skip
+
+
+def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
+    """Coordinates (n, 2) as they are counted, and what the file, or one beside it, says."""
+    said: dict[str, Any] = {
+        name: number for name in NUMBERS if (number := _number(path, name, raw.attributes.get(name))) is not None
+    }
+    if (unit := raw.attributes.get("unit", raw.attributes.get("coords_unit"))) is not None:
+        if _text(unit).lower() not in SAID_AS:
+            raise Fault(
+                f"{path} counts its coordinates in {_text(unit)!r}, which is none of {', '.join(UNITS)}: give it with another unit."
+            )
+        said["unit"] = SAID_AS[_text(unit).lower()]
+    coords, patches = raw.coords, _patches_path(path)
+    if coords is None and (beside := _beside(path)) is not None:
+        coords, more = _slide2vec(beside)
+        said = more | said
+    if (
+        coords is None and patches is not None
+    ):  # CLAM's features without coordinates: these are the patches' own, in the same order
+        places = read_coordinates_h5(patches)
+        coords = np.stack([places.x, places.y], axis=1)
+    if coords is None:
+        raise Fault(
+            f"{path} has no coordinates: put CLAM's folders 'patches' or 'h5_files', or slide2vec's 'coordinates', beside it."
+        )
+    if "tile_size_level0" in said:
+        said.setdefault("unit", "level0")  # it is of ours, or slide2vec's
+    else:
+        if "patch_size_level0" in said:
+            said["tile_size_level0"] = _untruncated(int(said["patch_size_level0"]), coords)
+            said.setdefault("tile_size", said.get("patch_size", 0))
+            said.setdefault("unit", "level0")
+        elif (
+            raw.kind == "features"
+            and (source := path if {"patch_size", "downsample"} <= said.keys() and path.suffix == ".h5" else patches)
+            is not None
+        ):
+            places = read_coordinates_h5(source)
+            said |= {"tile_size_level0": places.tile_size_level0, "tile_size": places.tile_size}
+            said.setdefault("unit", "level0")
+    return coords, said
+
+
+def _number(path: Path, name: str, value: Any) -> float | None:
+    """An attribute as a number: ``20``, ``[20]``, ``b"20x"``. None where it says nothing: 0, not a number, empty. Raises Fault where it can't be one."""
+    if value is None:
+        return None
+    values = np.atleast_1d(np.asarray(value)).ravel()
+    if len({str(item) for item in values}) > 1:
+        raise Fault(f"{path} says {name} = {values.tolist()}, where one number belongs.")
+    if not len(values):
+        return None
+    text = _text(values[0]).strip()
+    match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?|nan|inf)\s*(?:x|×|px|um|µm)?", text, re.IGNORECASE)
+    try:
+        number = float(match[1]) if match else float(text or "nan")
+    except ValueError as error:
+        raise Fault(f"{path} says {name} = {text!r}, where a number belongs.") from error
+    if number < 0:
+        raise Fault(f"{path} says {name} = {text}, which can't be.")
+    return number if 0 < number < float("inf") else None
+
+
+def _text(value: Any) -> str:
+    value = np.atleast_1d(np.asarray(value)).ravel()[:1].tolist()
+    return (
+        value[0].decode(errors="replace") if value and isinstance(value[0], bytes) else str(value[0]) if value else ""
+    )
+
+
+def _step(coords: np.ndarray) -> float | None:
+    """The commonest distance of neighbours in a row, or in a column where no row has two."""
+    for along, across in ((0, 1), (1, 0)):
+        places = coords[np.lexsort((coords[:, along], coords[:, across]))]
+        steps = np.diff(places[:, along])[np.diff(places[:, across]) == 0]
+        if (steps := steps[steps > 0]).size:
+            values, counts = np.unique(steps, return_counts=True)
+            return float(values[counts.argmax()])
+    return None
 
 
 def _untruncated(side: int, coords: np.ndarray) -> int:
@@ -133,44 +233,34 @@ def _untruncated(side: int, coords: np.ndarray) -> int:
     return side + 1 if step % side and step % (side + 1) == 0 else side
 
 
-OURS = (
-    "tile_size_level0", "tile_size", "mpp", "mpp_level0", "tile_size_um", "tile_size_px", "overlap", "target_magnification",
-    "level0_width", "level0_height",
-)  # fmt: skip
+def _beside(path: Path) -> Path | None:
+    """slide2vec's coordinates of the same slide, in a folder beside the features' folder."""
+    names = (f"{path.stem}.npy", f"{path.stem}.npz", f"{path.stem}.coordinates.npz", f"{path.stem}.tiles.npz")
+    places = [path.parent.parent / inside / name for inside in ("coordinates", "tiles") for name in names]
+    return next((place for place in places if place.is_file()), None)
 
 
-def _read_tensor(path: Path) -> tuple[np.ndarray, np.ndarray, dict[str, Any]]:
-    """CLAM's features without coordinates: these are the patches' own, in the same order."""
-    features = _load(path)
-    patches = _patches_path(path)
-    if patches is None:
-        raise Fault(f"{path} has no coordinates: put CLAM's folders 'patches' or 'h5_files' beside it.")
-    places = read_coordinates_h5(patches)
-    return features.float().numpy(), np.stack([places.x, places.y], axis=1), _patches(path)
-
-
-def _load(path: Path) -> torch.Tensor:
+def _slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # pickle, zip and torch each have their own
-        raise Fault(f"{path} can't be read as a tensor ({str(error).splitlines()[0]}).") from error
+        loaded = np.load(path, allow_pickle=False)
+        names = loaded.files if path.suffix == ".npz" else loaded.dtype.names or ()
+        columns = {name: np.atleast_1d(loaded[name]) for name in names}
+    except (OSError, ValueError, EOFError) as error:
+        raise Fault(f"{path} can't be read as slide2vec's coordinates ({error})") from error
+    if not {"x", "y"} <= columns.keys():
+        raise Fault(f"{path} has no x and y, as slide2vec's coordinates have")
+    side = _number(path, "tile_size_lv0", columns.get("tile_size_lv0"))
+    spacing = next(
+        (columns[name] for name in ("target_spacing", "requested_spacing_um", "target_spacing_um") if name in columns),
+        None,
+    )
+    said = {"tile_size_level0": side, "mpp": _number(path, "target_spacing", spacing), "unit": "level0"}
+    return np.stack([columns["x"], columns["y"]], axis=1), {
+        name: value for name, value in said.items() if value is not None
+    }
 
 
 def _patches_path(path: Path) -> Path | None:
     """CLAM's patches of the same slide, in a folder beside the features' folder or its parent."""
     beside = [folder / "patches" / f"{path.stem}.h5" for folder in (path.parent, *path.parent.parents[:2])]
     return next((file for file in beside if file.is_file()), None)
-
-
-def _patches(path: Path) -> dict[str, Any]:
-    found = _patches_path(path)
-    return _size(found) if found is not None else {}
-
-
-def _size(path: Path) -> dict[str, Any]:
-    places = read_coordinates_h5(path)
-    return {"tile_size_level0": places.tile_size_level0, "tile_size": places.tile_size}
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, np.generic) else value

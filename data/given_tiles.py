@@ -39,7 +39,7 @@ def find_coordinates(folder: Path, slide: Path, name: str) -> Path:
 
 
 def given_tiles(
-    slide: Slide, name: str, file: Path, settings: TilingSettings, fallback_mpp: float | None, patient_pattern: str
+    slide: Slide, name: str, file: Path, settings: TilingSettings, slides_mpp: float | None, patient_pattern: str
 ) -> tuple[Tiling, np.ndarray, Left]:
     """The tiling that ``file`` asks for on an open slide, the slide's thumbnail (see `tile_slide`), and what was left out.
 
@@ -49,7 +49,7 @@ def given_tiles(
     given = read_coordinates_h5(file)
     if (given.width, given.height) not in ((None, None), (slide.width, slide.height)):
         raise Fault(f"{file} is about a slide of {given.width}×{given.height} pixels, and {slide.path} has {slide.width}×{slide.height}: give the right folder")  # fmt: skip
-    mpp_level0 = slide.mpp(fallback_mpp)
+    mpp_level0 = slide.mpp(slides_mpp)
     mpp = mpp_level0 * given.tile_size_level0 / given.tile_size
     if given.tile_size != settings.tile_size or abs(mpp / settings.mpp - 1) > SAME_MAGNIFICATION:
         raise Fault(f"{file} asks for tiles of {given.tile_size} pixels at {mpp:.3g} µm per pixel: say tile_size={given.tile_size} mpp={mpp:.2g}")  # fmt: skip

@@ -11,14 +11,12 @@ next to nothing in memory until they are asked for.
 
 import hashlib
 import json
-import math
 import os
-import re
 import tokenize
 import zipfile
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import IO, Any
@@ -26,11 +24,9 @@ from typing import IO, Any
 import numpy as np
 
 from data.fault import Fault
-from data.files import Refused, appearing, make_folder, require_writable
-from data.redaction import is_private
-from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, list_names, within
+from data.files import appearing
+from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, within
 from data.slide_names import safe_ids
-from data.tar_members import DamagedTar, members
 
 COLUMNS = ("offset", "length", "x", "y")
 CHECKSUMS = (
@@ -316,160 +312,6 @@ def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[s
     path = record_path(folder, name)
     with appearing(path) as partial, partial.open("wb") as file:
         np.savez(file, facts=np.array(json.dumps(facts | {"digest": digest.hexdigest()})), **columns)  # type: ignore[arg-type]
-
-
-def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
-    """Index shards that another program wrote, in one pass over the tars, and keep the index beside them, or in ``out``.
-
-    A sample is a ``.jpg`` or ``.jpeg`` member and, if present, a ``.json`` with the same key. ``slide, x, y, mpp, tile_size,
-    tile_size_level0, patient`` are taken from the JSON; failing that, slide and place from a key ``<slide>_<x>_<y>``; failing
-    that, the tar counts as one slide and x and y are -1. Raises Fault for a damaged tar, and where there is no JPEG.
-
-    The folder may be a URL, whose index then goes to ``out``: its tars are read once from front to back, a few MB at a time.
-    """
-    made: dict[str, Any] = {"made_by": "another program, indexed by a scan"}
-    shards, tars = folder, list_tars(folder)
-    if not tars:
-        raise Fault(f"there are no .tar shards in {folder}")
-    if out is None and is_remote(folder):
-        raise Fault(
-            f"say where the index of {folder} goes: pretrain shards index shards={folder} out=FOLDER, and train on FOLDER"
-        )
-    if out is not None and is_private(str(folder)):
-        raise Fault(
-            f"the index of {folder} would have to keep its password or token: give the address without it, and that by fsspec's configuration, "
-            'FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\' or a file in ~/.config/fsspec.'
-        )
-    if out is not None:
-        made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
-    folder = Path(folder) if out is None else Path(out)
-    try:
-        require_writable(make_folder(folder / "index") / "record")
-    except Refused as refusal:
-        if out is not None:
-            raise
-        raise Fault(
-            f"{refusal} Or keep the index in a folder of yours: pretrain shards index shards={shards} out=FOLDER, and train on FOLDER."
-        ) from refusal
-    names = []
-    for tar in tars:
-        names.append(tar.stem)
-        if _recorded_size(folder, tar.stem) == tar.stat().st_size:
-            continue
-        rows: list[tuple[int, ...]] = []
-        slides: list[dict[str, Any]] = []
-        counts: list[int] = []
-        for key, offset, length, facts, checksums in _samples(tar):
-            place = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
-            from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
-            slide = str(facts.get("slide", from_key[0]))
-            x, y = int(facts.get("x", from_key[1])), int(facts.get("y", from_key[2]))
-            if max(x, y) >= FARTHEST:
-                raise Fault(f"{tar} is damaged ({key} is said to lie at ({x}, {y}), where no slide has pixels): replace it, or move it out of the folder")  # fmt: skip
-            if not slides or slides[-1]["slide"] != slide:
-                # Files beside the tars are ours to name, and not a tile's.
-                slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide, "coordinates": None})
-                counts.append(0)
-            counts[-1] += 1
-            rows.append((offset, length, x, y, *checksums))
-        table = np.array(rows, dtype=np.int64).reshape(-1, 6)
-        columns = {name: table[:, position] for position, name in enumerate((*COLUMNS, *CHECKSUMS))}
-        longest = int(table[:, 1].max(initial=0))
-        write_record(
-            folder,
-            tar.stem,
-            {
-                "file": tar.name,
-                "size": tar.stat().st_size,
-                "longest": longest,
-                "slides": slides,
-                "counts": counts,
-                "scanned": True,
-            },
-            columns,
-        )
-    merge(folder, names, made)
-    index = ShardIndex.open(folder)
-    if not len(index):
-        raise Fault(f"the shards in {shards} hold no .jpg samples, the only kind that is read")
-    return index
-
-
-def _samples(tar: Path | RemotePath) -> Iterator[tuple[str, int, int, dict[str, Any], tuple[int, int]]]:
-    """(key, offset, length, JSON, CRC-32 of JPEG and of JSON or 0) of each JPEG of a tar; a JSON may lie before or after its
-    JPEG, next to it."""
-    waiting: tuple[str, int, int, int] | None = None
-    found: dict[str, tuple[dict[str, Any], int]] = {}
-
-    def sample(
-        key: str, offset: int, length: int, checksum: int
-    ) -> tuple[str, int, int, dict[str, Any], tuple[int, int]]:
-        facts, of_json = found.get(key, ({}, 0))
-        return key, offset, length, facts, (checksum, of_json)
-
-    try:
-        with tar.open("rb") as file:
-            for member in members(file, tar.stat().st_size):
-                folder, _, base = member.name.rpartition("/")
-                stem, _, suffix = base.partition(".")
-                key = f"{folder}/{stem}" if folder else stem
-                if waiting and waiting[0] != key:
-                    yield sample(*waiting)
-                    waiting, found = None, {}
-                if suffix.lower() not in ("jpg", "jpeg", "json") or not member.is_file:
-                    continue
-                file.seek(member.offset)
-                content = file.read(member.size)
-                if suffix.lower() == "json":
-                    found[key] = _facts(member.name, content), zlib.crc32(content)
-                else:
-                    waiting = (key, member.offset, member.size, zlib.crc32(content))
-        if waiting:
-            yield sample(*waiting)
-    except (DamagedTar, OSError, ValueError, RecursionError) as error:
-        raise Fault(f"{tar} is damaged ({error}): replace it, or move it out of the folder") from error
-
-
-def _facts(member: str, content: bytes) -> dict[str, Any]:
-    """What a tile's JSON says, without what it leaves open. Raises ValueError where it can't be so."""
-    facts = json.loads(content)
-    if not isinstance(facts, dict):
-        raise ValueError(f"{member} is no JSON object")
-    facts = {name: value for name, value in facts.items() if value is not None}
-    for name in ("x", "y"):
-        value = facts.get(name, 0)
-        if not isinstance(value, int | float | str) or not abs(float(value)) < FARTHEST or float(value) % 1:
-            raise ValueError(f"{member} says {name} = {value!r}, where a whole number of pixels belongs")
-        facts |= {name: int(float(value))} if name in facts else {}
-    for name in ("mpp", "mpp_level0", "tile_size", "tile_size_level0"):
-        value = facts.get(name, 1)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{member} says {name} = {value!r}, where a positive number belongs")
-    if not isinstance(facts.get("slide", ""), int | str):
-        raise ValueError(f"{member} says slide = {facts['slide']!r}, where a name belongs")
-    return facts
-
-
-def _recorded_size(folder: Path, name: str) -> int | None:
-    """The size of the tar that a shard's record describes; None where there is no readable record."""
-    try:
-        with np.load(record_path(folder, name)) as record:
-            return int(json.loads(str(record["facts"]))["size"])
-    except SPOILT:
-        return None
-
-
-def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
-    """The shards in a folder or behind a URL, sorted by name."""
-    if is_remote(folder):
-        return [RemotePath(within(str(folder), name)) for name in list_names(str(folder), ".tar")]
-    if not Path(folder).is_dir():
-        return []
-    found = sorted(Path(folder).glob("*.tar"))
-    for path in found:
-        if not path.is_file():  # a pipe would be waited for, a dangling link is not there
-            raise Fault(f"{path} is no file: move it out of the folder")
-    return found
 
 
 def _write_column(

@@ -25,8 +25,8 @@ from data.fault import Fault
 from data.remote import RemotePath, Truncated, is_remote, list_names, within
 from data.shard_index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex
 from data.tar_members import DamagedTar, Member, members, padding
+from data.tile_members import is_json, is_tile, json_of_each, split
 
-JPEGS = ("jpg", "jpeg")
 GRID = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
 MOST_NAMED = 1000  # findings kept for one shard; the rest are counted
 
@@ -144,17 +144,9 @@ def _walk(
 ) -> None:  # fmt: skip
     """One pass over the tar: every member, every gap, then the tiles that the pass did not meet."""
     rows = {} if columns is None else {int(offset): row for row, offset in enumerate(columns["offset"])}
-    met: set[int] = set()
     seen: set[str] = set()
-    sample, row = "", None  # key of the JPEG that was met last, and its row in the index
-    open_json = False  # whether that JPEG still waits for its JSON
-    jsons = columns is not None and checked and bool((columns["json_crc32"] != 0).any())
-    early: dict[str, bytes] = {}  # JSON that came before its JPEG
-
-    def missing_json() -> None:
-        if open_json and row is not None and columns is not None and jsons and columns["json_crc32"][row]:
-            result.find(f"{sample}.json", "missing JSON", "the tile's facts are gone")
-
+    tiles: list[tuple[str, int | None]] = []  # key, and row in the index
+    jsons: dict[str, list[tuple[str, int, dict[str, Any] | None]]] = {}  # name, CRC-32, what it says or None
     try:
         for member in members(file, result.size):
             if not member.is_file:
@@ -168,32 +160,22 @@ def _walk(
                     member.name, "double member", "the shard holds two members of this name: webdataset refuses it"
                 )
             seen.add(member.name)
-            key, _, suffix = _split(member.name)
-            if suffix in JPEGS:
-                missing_json()
+            key = split(member.name)[0]
+            if is_tile(member):
                 result.tiles += 1
-                sample, row = key, rows.get(member.offset)
-                open_json = True
-                if row is not None:
-                    met.add(row)
+                tiles.append((key, row := rows.get(member.offset)))
                 _check_jpeg(result, member, data, columns, row, checked, decode)
-                if key in early:
-                    open_json = False
-                    _check_json(result, key, early.pop(key), columns, row, jsons)
-            elif suffix == "json":
-                if key == sample and open_json:
-                    open_json = False
-                    _check_json(result, key, data, columns, row, jsons)
-                else:
-                    early = {key: data}
-        missing_json()
+            elif is_json(member):
+                jsons.setdefault(key, []).append((member.name, zlib.crc32(data), _object(data)))
     except DamagedTar as damage:
         kind = "truncated" if "truncated" in str(damage) else "damaged tar"
-        result.find("", kind, f"{damage}; {len(rows) - len(met):,} of its {len(rows):,} tiles lie behind that" if columns is not None else str(damage))  # fmt: skip
+        behind = len(rows) - sum(row is not None for _, row in tiles)
+        result.find("", kind, f"{damage}; {behind:,} of its {len(rows):,} tiles lie behind that" if columns is not None else str(damage))  # fmt: skip
+    _check_jsons(result, tiles, jsons, columns, checked)
     if not result.tiles:
         result.find("", "empty shard", "there is no tile in it")
     if columns is not None:
-        _check_unmet(file, result, columns, sorted(set(rows.values()) - met), checked)
+        _check_unmet(file, result, columns, sorted(set(rows.values()) - {row for _, row in tiles}), checked)
 
 
 def _check_jpeg(
@@ -222,21 +204,41 @@ def _check_jpeg(
         result.find(member.name, "undecodable tile", how)
 
 
-def _check_json(
-    result: Verified, key: str, data: bytes, columns: dict[str, np.ndarray] | None, row: int | None, checked: bool
+def _check_jsons(
+    result: Verified, tiles: list[tuple[str, int | None]], jsons: dict[str, list[tuple[str, int, dict[str, Any] | None]]],
+    columns: dict[str, np.ndarray] | None, checked: bool,
 ) -> None:  # fmt: skip
+    """Each JSON that is one, and that of each tile as it was recorded."""
+    for name, _, facts in (told for several in jsons.values() for told in several):
+        if facts is None:
+            result.find(name, "damaged JSON", "it is not a JSON object")
+    if columns is None:
+        return
+    of_tiles = json_of_each([key for key, _ in tiles], jsons)
+    recorded = columns["json_crc32"] if checked else np.zeros(len(columns["offset"]), dtype=np.int64)
+    for (key, row), told in zip(tiles, of_tiles, strict=True):
+        if row is None:
+            continue
+        if told is None:
+            if recorded[row]:
+                result.find(f"{key}.json", "missing JSON", "the tile's facts are gone")
+            continue
+        name, checksum, facts = told
+        if facts is None:
+            continue
+        if checked and checksum != recorded[row]:
+            result.find(name, "changed JSON", "its bytes have changed")
+        elif any(axis in facts and facts[axis] != int(columns[axis][row]) for axis in ("x", "y")):
+            result.find(name, "index mismatch", f"it says ({facts.get('x')}, {facts.get('y')}), the index ({columns['x'][row]}, {columns['y'][row]})")  # fmt: skip
+
+
+def _object(data: bytes) -> dict[str, Any] | None:
+    """What a JSON says; None where it is no JSON object."""
     try:
         facts = json.loads(data)
-        fine = isinstance(facts, dict)
     except (ValueError, RecursionError):
-        fine = False
-    if not fine:
-        result.find(f"{key}.json", "damaged JSON", "it is not a JSON object")
-    elif columns is not None and row is not None:
-        if checked and zlib.crc32(data) != int(columns["json_crc32"][row]):
-            result.find(f"{key}.json", "changed JSON", "its bytes have changed")
-        elif any(axis in facts and facts[axis] != int(columns[axis][row]) for axis in ("x", "y")):
-            result.find(f"{key}.json", "index mismatch", f"it says ({facts.get('x')}, {facts.get('y')}), the index ({columns['x'][row]}, {columns['y'][row]})")  # fmt: skip
+        return None
+    return {axis: facts[axis] for axis in ("x", "y") if axis in facts} if isinstance(facts, dict) else None
 
 
 def _check_unmet(
@@ -357,15 +359,8 @@ def _sound(index: ShardIndex) -> None:
         raise Fault(f"{index.folder / 'index.npz'} is damaged (its columns don't belong together): delete it and run 'pretrain shards index shards={index.folder}'")  # fmt: skip
 
 
-def _split(name: str) -> tuple[str, str, str]:
-    """``folder/a_0_0.jpg`` → ``folder/a_0_0``, ``.``, ``jpg``: WebDataset's key ends at the first dot of the last part."""
-    folder, slash, base = name.rpartition("/")
-    stem, dot, suffix = base.partition(".")
-    return f"{folder}{slash}{stem}", dot, suffix.lower()
-
-
 def _place(name: str) -> tuple[int, int] | None:
-    parts = _split(name)[0].rsplit("_", 2)
+    parts = split(name)[0].rsplit("_", 2)
     return (int(parts[1]), int(parts[2])) if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else None
 
 

@@ -1,20 +1,20 @@
 """A short, safe, unique and lasting name for every slide: of its file, or in place of the one that another program gave it.
 
 A slide's id is its file's stem with everything but letters, digits, ``-`` and ``_`` turned into ``-`` (a dot would end the key of
-a WebDataset sample). Where two files share one, the folder's name is put in front, and its parent's, until they
-differ. A name once given is kept: the ids of an earlier run are passed in as ``known``.
+a WebDataset sample). Where files of several folders share one, the folder's name is put in front, and its parent's, until they
+differ. A short hash of the file's name is appended where files of one folder share one (``S1.2`` beside ``S1-2``, ``a.tif`` beside ``a.tiff``), and
+where letters were lost. A name once given is kept: the ids of an earlier run are passed in as ``known``.
 
 An id becomes part of files' names, so what a foreign index, tar or file calls a slide (``../../x``, ``/etc/x``, ``a b``) goes through
 the same rule, in `safe_ids`, before anything else sees it.
 """
 
 import hashlib
+import os
 import re
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-
-from data.fault import Fault
 
 UNSAFE = re.compile(r"[^A-Za-z0-9_-]")
 LONGEST = 240  # bytes of an id: a file's name has 255, endings included
@@ -23,32 +23,44 @@ LONGEST = 240  # bytes of an id: a file's name has 255, endings included
 def name_slides(paths: list[Path], known: dict[Path, str]) -> dict[Path, str]:
     """Ids for ``paths``, each unique among them and different from the ids in ``known`` of other files.
 
-    ``known`` maps the files of an earlier run to their ids. A known file that has moved (gone from where it was, and the
-    same name now found elsewhere) keeps its id. Raises Fault where two paths cannot be told apart.
+    ``known`` maps the files of an earlier run to their ids. A known file keeps its id under another name for it (through a link), and where it
+    has moved (gone from where it was, and the same name now found elsewhere).
     """
     names = {path: known[path] for path in paths if path in known}
-    taken = {name for path, name in known.items() if path in names or path.exists()}
+    if known and len(names) < len(paths):
+        files = {os.path.realpath(path): name for path, name in known.items()}
+        names |= {
+            path: files[file] for path in paths if path not in names and (file := os.path.realpath(path)) in files
+        }
+    taken = {*names.values(), *(name for path, name in known.items() if path.exists())}
     waiting = [path for path in paths if path not in names]
     depth = 1
     while waiting:
         alike: dict[str, list[Path]] = defaultdict(list)
         for path in waiting:
-            alike[_safe(path, depth)].append(path)
+            alike[_id(_words(path, depth))].append(path)
         for name, group in alike.items():
-            if len(group) == 1 and name not in taken:
-                names[group[0]] = name
+            if len({path.parent for path in group}) > 1:
+                continue  # their folders' names tell them apart
+            own = [path for path in group if _words(path, depth) == name] if len(group) > 1 else group
+            if len(own) == 1 and name not in taken:
+                names[own[0]] = name
                 taken.add(name)
-        still = [path for path in waiting if path not in names]
-        if still and depth > max(len(path.parts) for path in still):
-            raise Fault(f"{still[0]} and another slide get the same name, {_safe(still[0], depth)}: rename one of them")
-        waiting, depth = still, depth + 1
+            for path in group if len(group) > 1 else ():
+                if path not in names:
+                    names[path] = _hashed(path.name, name, taken)
+                    taken.add(names[path])
+        if depth > max(len(path.parts) for path in waiting):
+            for path in waiting:
+                names.setdefault(path, _hashed(str(path), _id(_words(path, 1)), {*taken, *names.values()}))
+        waiting, depth = [path for path in waiting if path not in names], depth + 1
     return names
 
 
-def _safe(path: Path, depth: int) -> str:
+def _words(path: Path, depth: int) -> str:
     """The last ``depth`` parts of the path, the suffix left out, as one word."""
     parts = [part for part in path.with_suffix("").parts if part != path.anchor]
-    return UNSAFE.sub("-", "-".join(parts[-depth:]))
+    return "-".join(parts[-depth:])
 
 
 def safe_ids(names: Sequence[str]) -> list[str]:
@@ -69,6 +81,12 @@ def safe_ids(names: Sequence[str]) -> list[str]:
     return [ids[name] for name in names]
 
 
+def _id(name: str) -> str:
+    """The id of a name that nobody else's is like."""
+    plain = UNSAFE.sub("-", name)
+    return name if _is_id(name) else plain if not _loses_letters(name, plain) else _hashed(name, plain, set())
+
+
 def _is_id(name: str) -> bool:
     return 0 < len(name) <= LONGEST and not UNSAFE.search(name)
 
@@ -82,6 +100,7 @@ def _loses_letters(name: str, plain: str) -> bool:
 def _hashed(name: str, plain: str, taken: set[str]) -> str:
     """``plain`` with as many hexadecimal digits of the name's hash as it takes to be like none of ``taken``; eight, but for who tries."""
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=32).hexdigest()
+    plain = plain if re.search("[A-Za-z0-9]", plain) else "slide"
     digits = 8
     while f"{plain[: LONGEST - 1 - digits]}-{digest[:digits]}" in taken:
         digits += 8

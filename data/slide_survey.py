@@ -19,14 +19,24 @@ from pathlib import Path
 from typing import Any
 
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
-from data.fault import Fault
+from data.fault import Fault, Notice
 from data.files import write_whole
 from data.given_tiles import Left, find_coordinates, given_tiles
 from data.keyed import rng
 from data.parallel import in_processes
+from data.slide_mpp import SlidesMpp
 from data.slide_names import name_slides
 from data.slides import Slide
 from data.tiling import KEPT, Tiling, TilingSettings, tile_slide, write_thumbnail
+
+
+@dataclass(frozen=True)
+class Look:
+    """What came of looking at one slide: its tiling, what of the tiles given for it was left out, and which of its statements the user overruled."""
+
+    tiling: Tiling
+    left: Left
+    overruled: str
 
 
 @dataclass(frozen=True)
@@ -50,33 +60,34 @@ def survey(
     job: tuple[Path, str],
     out: Path,
     settings: TilingSettings,
-    slides_mpp: float | None,
+    slides_mpp: SlidesMpp,
     patient_pattern: str = "",
     coordinates: Path | None = None,
-) -> tuple[Tiling, Left]:
+) -> Look:
     """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and thumbnail; or read
-    what an earlier run wrote. Returns the tiling, and what of the given tiles was left out."""
+    what an earlier run wrote, where that counts as many µm per pixel as the user says now."""
     path, name = job
-    written, left = coordinates_path(out, name), Left(0, 0)
+    written, left, mpp = coordinates_path(out, name), Left(0, 0), slides_mpp.of(path)
     if written.exists():
         try:
             tiling = read_tiling(written)
-            if tiling.source == str(path):
-                return tiling, left
+            if tiling.source == str(path) and mpp in (None, tiling.grid.mpp_level0):
+                return Look(tiling, left, "")
         except Fault as fault:
-            warnings.warn(f"made again: {fault}", stacklevel=2)
+            warnings.warn(f"made again: {fault}", Notice, stacklevel=2)
     with Slide(path) as slide:
+        overruled = slide.overruled(mpp)
         if coordinates is None:
-            tiling, thumbnail = tile_slide(slide, name, settings, slides_mpp, patient_pattern)
+            tiling, thumbnail = tile_slide(slide, name, settings, mpp, patient_pattern)
         else:
             file = find_coordinates(coordinates, path, name)
-            tiling, thumbnail, left = given_tiles(slide, name, file, settings, slides_mpp, patient_pattern)
+            tiling, thumbnail, left = given_tiles(slide, name, file, settings, mpp, patient_pattern)
     write_thumbnail(out / "thumbnails" / f"{name}.jpg", thumbnail)
     write_tiling(out, tiling)
-    return tiling, left
+    return Look(tiling, left, overruled)
 
 
-def known_survey(folder: Path, paths: list[Path], settings: TilingSettings) -> Surveyed | None:
+def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp) -> Surveyed | None:
     """The survey in a folder, or None where there is none yet. Raises Fault where it is one of other slides or settings."""
     try:
         kept = json.loads((folder / "survey.json").read_text())
@@ -85,7 +96,11 @@ def known_survey(folder: Path, paths: list[Path], settings: TilingSettings) -> S
     except ValueError as error:
         raise Fault(f"{folder}/survey.json is damaged ({error}): delete it, it is made anew") from error
     changed = [f"{key} {kept['settings'].get(key)} then, {value} now" for key, value in asdict(settings).items() if kept["settings"].get(key) != value]  # fmt: skip
-    if sorted(map(str, paths)) != sorted([*kept["files"], *kept["left_out"]]):
+    then = kept["settings"].get("slides_mpp", slides_mpp.said)
+    if then != slides_mpp.said:
+        changed.append(f"slides_mpp {then or 'null'} then, {slides_mpp.said or 'null'} now")
+    files = [*kept["files"], *kept["left_out"]]
+    if sorted(map(str, paths)) != sorted(files) and {*map(os.path.realpath, paths)} != {*map(os.path.realpath, files)}:
         changed.append("other slides")
     if changed:
         raise Fault(f"{folder} holds a survey of another kind ({'; '.join(changed)}): choose another folder for the grids, or delete it")  # fmt: skip
@@ -93,8 +108,8 @@ def known_survey(folder: Path, paths: list[Path], settings: TilingSettings) -> S
 
 
 def survey_slides(
-    folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: float | None, workers: int
-) -> Iterator[tuple[Path, Tiling | Fault]]:
+    folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp, workers: int
+) -> Iterator[tuple[Path, Look | Fault]]:
     """Look at every slide, yielding each as it is done; afterwards ``survey.json`` is there."""
     for inside in ("coordinates", "thumbnails"):
         (folder / inside).mkdir(parents=True, exist_ok=True)
@@ -104,12 +119,18 @@ def survey_slides(
     found: dict[Path, Tiling | Fault] = {}
     look = partial(survey, out=folder, settings=settings, slides_mpp=slides_mpp)
     for (path, _), result in in_processes(look, jobs, workers):
-        found[path] = result if isinstance(result, Fault) else result[0]
-        yield path, found[path]
-    _write(folder, names, found, settings)
+        found[path] = result if isinstance(result, Fault) else result.tiling
+        yield path, result
+    _write(folder, names, found, settings, slides_mpp)
 
 
-def _write(folder: Path, names: dict[Path, str], found: dict[Path, Tiling | Fault], settings: TilingSettings) -> None:
+def _write(
+    folder: Path,
+    names: dict[Path, str],
+    found: dict[Path, Tiling | Fault],
+    settings: TilingSettings,
+    slides_mpp: SlidesMpp,
+) -> None:
     slides: list[str] = []
     files: list[str] = []
     tiles: list[int] = []
@@ -127,6 +148,6 @@ def _write(folder: Path, names: dict[Path, str], found: dict[Path, Tiling | Faul
         # The slide and where its tiles are, not where its file lies: the same on every machine.
         digest.update(f"{slide} {tiling.grid.tile_size_level0} {tiling.verdict.shape}".encode())
         digest.update((tiling.verdict == KEPT).tobytes())
-    kept: dict[str, Any] = {"settings": asdict(settings), "slides": slides, "files": files, "tiles": tiles,
+    kept: dict[str, Any] = {"settings": asdict(settings) | {"slides_mpp": slides_mpp.said}, "slides": slides, "files": files, "tiles": tiles,
                             "left_out": left_out, "digest": digest.hexdigest()}  # fmt: skip
     write_whole(folder / "survey.json", json.dumps(kept, indent=1, ensure_ascii=False))

@@ -15,8 +15,8 @@ import numpy as np
 from data import open_files
 from data.fault import Fault
 from data.keyed import rng
+from data.shared_slide import SharedSlide
 from data.slide_survey import Surveyed
-from data.slides import Slide
 from data.stream import Part
 from data.tile_source import TileSource, UnreadableTile, cut_blocks
 from data.tiling import KEPT, PEN, Tiling
@@ -68,7 +68,7 @@ class SlideTiles(TileSource):
         try:
             return slide.read_tile(tiling.grid, x, y)
         except Fault as error:
-            self._slides.drop(which)  # after an error openslide refuses everything else on the same handle
+            self._slides.drop(which)  # it may be gone altogether: then opening it for the next tile says so
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
 
     def place(self, tiling: Tiling, cell: int, seed: int, sample: int) -> tuple[int, int]:
@@ -99,7 +99,7 @@ class SlideTiles(TileSource):
 
     def _make_caches(self) -> None:
         self._tilings: _Latest[tuple[Tiling, np.ndarray]] = _Latest(self._grid)
-        self._slides: _Latest[Slide] = _Latest(lambda which: Slide(Path(self.surveyed.files[which])))
+        self._slides: _Latest[SharedSlide] = _Latest(lambda which: SharedSlide(Path(self.surveyed.files[which])))
 
     def __getstate__(self) -> dict[str, object]:
         return {name: value for name, value in self.__dict__.items() if name not in ("_tilings", "_slides")}

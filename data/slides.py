@@ -15,10 +15,12 @@ from PIL import Image
 
 from data.coordinates import TileGrid, exact_downsamples
 from data.fault import Fault
+from data.slide_mpp import COARSEST, FINEST
 
-SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
 LARGEST_READ = 2048  # pixels a side read at once for a thumbnail: 16 MB as RGBA
 ISOTROPIC = 0.01
+MPP_TIMES_POWER = 10.0  # 40× is about 0.25 µm, whoever made the scanner
+FAR = 2.5  # some 20× scanners have pixels of 0.22 µm, a factor of 2.3; centimetres taken for inches are one of 2.54
 
 
 class Slide:
@@ -31,7 +33,7 @@ class Slide:
     def __init__(self, path: Path, cache: int | None = None) -> None:
         self.path = path
         try:
-            self._reader = openslide.OpenSlide(path)
+            self._reader = _opened(path)
             if cache is not None:
                 self._reader.set_cache(openslide.OpenSlideCache(cache))
         except (openslide.OpenSlideError, OSError) as error:
@@ -52,29 +54,46 @@ class Slide:
     def close(self) -> None:
         self._reader.close()
 
-    def mpp(self, fallback: float | None = None) -> float:
-        """Microns per level-0 pixel, as the file states it, or ``fallback`` where it states none.
+    def mpp(self, overrule: float | None = None) -> float:
+        """Microns per level-0 pixel: ``overrule`` where the user says so, or else what the file states.
 
-        Raises Fault where there is neither, and where x and y differ by more than 1 %.
+        Raises Fault where there is neither; where x and y differ by more than 1 %; and where no scanner could have made what is stated: finer than
+        0.05, coarser than 10, or far from what the objective's power goes with (10 µm over the power).
         """
-        stated = [
-            _positive(self._reader.properties.get(name))
-            for name in (openslide.PROPERTY_NAME_MPP_X, openslide.PROPERTY_NAME_MPP_Y)
-        ]
-        across, down = stated
+        if overrule is not None:
+            return overrule
+        ways_out = "give slides_mpp=0.25 (or whatever its scanner used), or leave this slide out"
+        across, down = self._stated_mpp()
         if across is None or down is None:
-            if fallback is None:
-                raise Fault(
-                    f"{self.path} does not say how many microns a pixel is wide: "
-                    "give slides_mpp=0.25 (or whatever its scanner used), or leave this slide out"
-                )
-            return fallback
+            raise Fault(f"{self.path} does not say how many microns a pixel is wide: {ways_out}")
         if abs(across / down - 1) > ISOTROPIC:
             raise Fault(
                 f"{self.path} has pixels of {across:.4g} × {down:.4g} µm, and pixels that are not square are not tiled: "
-                "resave it with square pixels, or leave this slide out"
+                "resave it with square pixels, give slides_mpp= if that is wrong, or leave this slide out"
             )
-        return math.sqrt(across * down)
+        mpp = math.sqrt(across * down)
+        if not FINEST <= mpp <= COARSEST:
+            raise Fault(f"{self.path} says that a pixel is {mpp:.4g} µm wide, which no slide's is: {ways_out}")
+        power = _positive(self._reader.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
+        if power is not None and not 1 / FAR < mpp * power / MPP_TIMES_POWER < FAR:
+            raise Fault(
+                f"{self.path} says that a pixel is {mpp:.4g} µm wide and that its objective is {power:g}×, which goes with about "
+                f"{MPP_TIMES_POWER / power:.2g} µm: {ways_out}"
+            )
+        return mpp
+
+    def overruled(self, mpp: float | None) -> str:
+        """A sentence where the user's ``mpp`` counts instead of another that the file states, or nothing."""
+        across, _ = self._stated_mpp()
+        if mpp is None or across is None or abs(across / mpp - 1) <= ISOTROPIC:
+            return ""
+        return f"{self.path} says {across:.4g} µm per pixel, and slides_mpp={mpp:g} overrules that"
+
+    def _stated_mpp(self) -> tuple[float | None, float | None]:
+        properties = self._reader.properties
+        return _positive(properties.get(openslide.PROPERTY_NAME_MPP_X)), _positive(
+            properties.get(openslide.PROPERTY_NAME_MPP_Y)
+        )
 
     def read_tile(self, grid: TileGrid, x: int, y: int) -> np.ndarray:
         """The tile whose corner is at level-0 ``(x, y)``, uint8 (tile_size, tile_size, 3).
@@ -149,57 +168,20 @@ class Slide:
         return found
 
 
+def _opened(path: Path) -> openslide.OpenSlide:
+    """The slide at a path, or at what a link there leads to: the files that belong to it lie beside the one or the other."""
+    try:
+        return openslide.OpenSlide(path)
+    except openslide.OpenSlideError:
+        if not path.is_symlink() or not path.exists():
+            raise
+        return openslide.OpenSlide(path.resolve())
+
+
 def _picture(pixels: np.ndarray) -> Image.Image:
     """What `Slide._read` gives as an RGB picture."""
     height, width, _ = pixels.shape
     return Image.frombytes("RGB", (width, height), pixels.data, "raw", "BGRX")
-
-
-def list_slides(named: list[str]) -> list[Path]:
-    """Slide files, sorted and without repeats, from paths, folders (searched through), globs, and ``.txt`` lists of these.
-
-    In a folder, files with an ending that openslide knows are slides, and the ``.dcm`` files of one folder are one slide.
-    Raises Fault for a name that leads to nothing.
-    """
-    found: set[Path] = set()
-    for name in named:
-        path = Path(name).expanduser()
-        if path.suffix == ".txt":
-            if not path.is_file():
-                raise Fault(f"there is no list of slides at {path}")
-            lines = [line.strip() for line in path.read_text().splitlines()]
-            found.update(list_slides([line for line in lines if line and not line.startswith("#")]))
-        elif path.is_dir():
-            inside = _slides_in(path)
-            if not inside:
-                endings = " ".join(sorted(SUFFIXES))
-                raise Fault(f"the folder {path} holds no slide (files ending in {endings})")
-            found.update(inside)
-        elif path.is_file():
-            found.add(path.resolve())
-        else:
-            matches = [
-                match for match in Path(path.anchor or ".").glob(str(path.relative_to(path.anchor))) if match.is_file()
-            ]
-            if not matches:
-                raise Fault(f"there is no slide at {path}")
-            found.update(match.resolve() for match in matches)
-    return sorted(found)
-
-
-def _slides_in(folder: Path) -> list[Path]:
-    slides: list[Path] = []
-    dicom_folders: set[Path] = set()
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if hidden or path.suffix.lower() not in SUFFIXES or not path.is_file():
-            continue
-        if path.suffix.lower() == ".dcm":
-            if path.parent in dicom_folders:
-                continue
-            dicom_folders.add(path.parent)
-        slides.append(path.resolve())
-    return slides
 
 
 def _positive(text: str | None) -> float | None:

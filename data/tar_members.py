@@ -26,12 +26,13 @@ class DamagedTar(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """One member: ``size`` bytes of data at ``offset``; ``is_file`` is False for folders and links."""
+    """One member: ``size`` bytes of data at ``offset``; ``is_file`` is False for folders and links and what else a tar may hold."""
 
     name: str
     offset: int
     size: int
     is_file: bool
+    is_folder: bool = False
 
 
 def members(file: BinaryIO, length: int) -> Iterator[Member]:
@@ -75,7 +76,7 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
         elif header.type in PAX:
             extended |= _pax(file.read(size), data) if header.type != tarfile.XGLTYPE else {}
         else:
-            yield Member(extended.get("path", header.name), data, size, header.isreg())
+            yield Member(extended.get("path", header.name), data, size, header.isreg(), header.isdir())
             extended = {}
     if extended:
         raise DamagedTar("it is truncated: it ends after an extended header, before the member that this is for")

@@ -82,16 +82,16 @@ class Tiling:
 
 
 def tile_slide(
-    slide: Slide, name: str, settings: TilingSettings, fallback_mpp: float | None, patient_pattern: str
+    slide: Slide, name: str, settings: TilingSettings, mpp: float | None, patient_pattern: str
 ) -> tuple[Tiling, np.ndarray]:
     """Find the tissue of an open slide and judge every cell of its grid.
 
-    Returns the tiling and the slide's thumbnail, uint8 (H, W, 3) with a longest side of at most 1024. ``fallback_mpp`` is used where the
-    slide states no resolution; the first match of the regular expression ``patient_pattern`` in the file's name is the patient.
+    Returns the tiling and the slide's thumbnail, uint8 (H, W, 3) with a longest side of at most 1024. ``mpp``, of its level 0, overrules what the
+    slide says; the first match of the regular expression ``patient_pattern`` in the file's name is the patient.
 
-    Raises Fault for a slide without mpp, coarser than asked, fluorescent, or smaller than one tile.
+    Raises Fault for a slide without a plausible mpp, coarser than asked, fluorescent, or smaller than one tile.
     """
-    grid = plan_grid(slide.dimensions, slide.mpp(fallback_mpp), settings.mpp, settings.tile_size, str(slide.path))
+    grid = plan_grid(slide.dimensions, slide.mpp(mpp), settings.mpp, settings.tile_size, str(slide.path))
     rule = RULES[settings.tissue]
     mask_downsample = downsample_for(rule, grid, slide.downsamples)
     thumbnail_downsample = max(1.0, max(slide.width, slide.height) / THUMBNAIL)

@@ -3,9 +3,11 @@
 import os
 import sys
 import traceback
+import warnings
 from types import TracebackType
+from typing import TextIO
 
-from data.fault import Fault
+from data.fault import Fault, Notice
 from data.files import denied
 from data.redaction import redacted
 from launch import failures, ranks
@@ -17,6 +19,23 @@ from pretrain.launched import rank
 def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """The traceback of a defect of ours, as Python prints it, without what is private in a URL; for ``sys.excepthook``."""
     print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
+
+
+def show_warning(
+    message: Warning | str,
+    kind: type[Warning],
+    file: str,
+    number: int,
+    stream: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """A notice is a line; another program's warning is what Python makes of it. For ``warnings.showwarning``."""
+    text = (
+        str(message)
+        if issubclass(kind, Notice)
+        else warnings.formatwarning(message, kind, file, number, line).rstrip("\n")
+    )
+    print(redacted(text), file=stream or sys.stderr)
 
 
 def main(arguments: list[str]) -> None:

@@ -9,6 +9,7 @@ import ctypes
 import importlib
 import os
 import sys
+import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -57,6 +58,7 @@ def main() -> None:
         keep_freed_memory()
     entry = importlib.import_module("launch.entry")
     sys.excepthook = entry.say_defect
+    warnings.showwarning = entry.show_warning
     entry.main(sys.argv[1:])
 
 

@@ -93,6 +93,8 @@ def embed_slides(
                 fail(slide, tiles)
                 progress.advance(1, slide)
                 continue
+            if tiles.overruled:
+                say(tiles.overruled)
             n = len(tiles.coordinates)
             half = Half(tiles, np.zeros((n, writer.width), np.float16), np.zeros(n, bool))
             if n:

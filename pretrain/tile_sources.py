@@ -11,9 +11,10 @@ import yaml
 from data.fault import Fault
 from data.lease import once
 from data.mixture import Mixture
+from data.slide_lists import list_slides
+from data.slide_mpp import SlidesMpp
 from data.slide_survey import known_survey, survey_slides
 from data.slide_tiles import SlideTiles
-from data.slides import list_slides
 from data.tile_source import TileSource
 from data.tiling import TilingSettings
 from data.tissue import RULES
@@ -45,21 +46,22 @@ class OnlineSlides(Mixture):
         tile_size: int,
         tissue: str,
         min_tissue: float | None,
-        slides_mpp: float | None,
+        slides_mpp: str | None,
         workers: int | None,
     ) -> None:
         if tissue not in RULES:
             raise Fault(
                 f"there is no tissue rule {tissue!r}{nearest(tissue, set(RULES))} There are: {', '.join(RULES)}."
             )
-        paths = list_slides(slides)
+        paths, said_mpp = list_slides(slides), SlidesMpp.parse(slides_mpp)
+        said_mpp.tells_of(paths)
         least = RULES[tissue].min_tissue if min_tissue is None else min_tissue
         members: dict[str, tuple[TileSource, float]] = {}
         for scale in mpp:
             settings = TilingSettings(scale, tile_size, tissue, least)
             folder = Path(grids) / f"{scale:g}um-{tile_size}px"
-            once(folder / "survey.json", partial(_survey, folder, paths, settings, slides_mpp, workers))
-            surveyed = known_survey(folder, paths, settings)
+            once(folder / "survey.json", partial(_survey, folder, paths, settings, said_mpp, workers))
+            surveyed = known_survey(folder, paths, settings, said_mpp)
             assert surveyed is not None
             if not surveyed.slides:
                 raise Fault(
@@ -111,14 +113,20 @@ def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _survey(
-    folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: float | None, workers: int | None
+    folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp, workers: int | None
 ) -> None:
     looked_at = survey_slides(folder, paths, settings, slides_mpp, workers or len(os.sched_getaffinity(0)))
-    left_out = 0
+    left_out = overruled = 0
     for _, result in track(looked_at, len(paths), f"finding tissue at {settings.mpp:g} µm/px", "slides"):
         if isinstance(result, Fault):
             left_out += 1
             if left_out <= NAMED:
                 say(f"left out: {result}")
+        elif result.overruled:
+            overruled += 1
+            if overruled <= NAMED:
+                say(result.overruled)
     if left_out > NAMED:
         say(f"… and {left_out - NAMED} more slides are left out; {folder}/survey.json names them all")
+    if overruled > NAMED:
+        say(f"… and what {overruled - NAMED} more slides say is overruled")

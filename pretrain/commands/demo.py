@@ -34,7 +34,7 @@ class Config:
     out: str | None
     mpp: float
     tile_size: int
-    slides_mpp: float | None
+    slides_mpp: str | None
     tile_steps: int
     slide_steps: int
     labelled: str | None

@@ -31,10 +31,11 @@ from data.embedding_sources import ShardSource, SlideSource, TileSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.embeddings_h5 import EXPORTS, exported
 from data.fault import Fault
-from data.feature_files import list_features
+from data.feature_files import UNITS, list_features
 from data.slide_features import slides_in
+from data.slide_lists import list_slides
+from data.slide_mpp import SlidesMpp
 from data.slide_names import name_slides
-from data.slides import list_slides
 from data.tiling import TilingSettings
 from data.tissue import RULES
 from pretrain.progress import say, track
@@ -64,9 +65,10 @@ class Config:
     tile_size: int
     tissue: str
     min_tissue: float | None
-    slides_mpp: float | None
+    slides_mpp: str | None
     encoder: str | None
     features_tile: float | None
+    features_unit: str | None
     allow_plugins: list[str]
 
 
@@ -123,6 +125,8 @@ def check(config: Config) -> None:
         raise Fault("say by what to embed: checkpoint=… is a tile run, an exported folder or the name of a timm model.")
     if config.tissue not in RULES:
         raise Fault(f"there is no tissue rule {config.tissue!r}; there are: {', '.join(RULES)}.")
+    if config.features_unit not in (None, *UNITS):
+        raise Fault(f"features_unit={config.features_unit} is not known; there are: {', '.join(UNITS)}.")
 
 
 def embed(config: Config, part: int, parts: int) -> None:
@@ -165,7 +169,7 @@ def take_over(config: Config, part: int, parts: int) -> None:
     assert config.features is not None
     began = time.monotonic()
     files = list_features(Path(config.features))
-    (said, hash_), dimensions = feature_import.made_by(files)
+    (said, hash_), dimensions = feature_import.made_by(files, config.encoder)
     name = config.encoder or said
     if name is None:
         raise Fault(f"the files in {config.features} don't say which encoder made them: give its name, encoder=….")
@@ -181,13 +185,14 @@ def take_over(config: Config, part: int, parts: int) -> None:
                 say(f"called {slide}: {files[slide]}")
         pending = [slide for slide in mine if not writer.done(slide)]
         slides = {path.stem: path for path in list_slides(config.slides or [])}
-        failed = feature_import.take_over(
-            files, pending, writer, slides=slides, slides_mpp=config.slides_mpp, tile_size_level0=config.features_tile
-        )
+        results, failed = feature_import.take_over(
+            files, pending, writer, slides=slides, slides_mpp=SlidesMpp.parse(config.slides_mpp), tile_size_level0=config.features_tile,
+            unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
+        )  # fmt: skip
         writer.finish(failed)
     store = EmbeddingStore.open(Path(config.out))
     write_exports(config, store, [slide for slide in mine if slide not in failed])
-    report(config, store, failed, len(pending) - len(failed), began)
+    report(config, store, failed, len(pending) - len(failed), began, results)
 
 
 def embed_slides_whole(config: Config, part: int, parts: int) -> None:
@@ -215,11 +220,14 @@ def slide_source(config: Config, writer: EmbeddingWriter) -> SlideSource:
     """The slides that ``slides=`` names; those embedded before keep their ids."""
     min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
-    names = name_slides(list_slides(config.slides or []), writer.sources())
+    paths, slides_mpp = list_slides(config.slides or []), SlidesMpp.parse(config.slides_mpp)
+    if some := slides_mpp.tells_of(paths):
+        say(some)
+    names = name_slides(paths, writer.sources())
     for path, slide in names.items():
         if slide != path.stem:
             say(f"called {slide}: {path}")
-    return SlideSource(names, settings, config.slides_mpp)
+    return SlideSource(names, settings, slides_mpp)
 
 
 def write_exports(config: Config, store: EmbeddingStore, slides: list[str]) -> None:
@@ -231,7 +239,14 @@ def write_exports(config: Config, store: EmbeddingStore, slides: list[str]) -> N
             EXPORTS[kind](store, slide, folder)
 
 
-def report(config: Config, store: EmbeddingStore, failed: dict[str, str], new: int, began: float) -> None:
+def report(
+    config: Config,
+    store: EmbeddingStore,
+    failed: dict[str, str],
+    new: int,
+    began: float,
+    results: dict[str, str] | None = None,
+) -> None:
     """Say what is there, print it as JSON, and raise Fault where a slide was left out."""
     tiles, seconds = sum(store.rows(slide) for slide in store.slides), time.monotonic() - began
     empty = sum(not store.rows(slide) for slide in store.slides)
@@ -242,6 +257,8 @@ def report(config: Config, store: EmbeddingStore, failed: dict[str, str], new: i
         "out": config.out, "slides": len(store.slides), "tiles": tiles, "width": store.width, "encoder": store.encoder,
         "encoder_hash": store.encoder_hash, "new_slides": new, "failed": failed, "seconds": round(seconds, 1),
     }  # fmt: skip
+    if results is not None:
+        facts["results"] = results
     print(json.dumps(facts), flush=True)
     left_out(failed)
 

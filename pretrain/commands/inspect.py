@@ -27,6 +27,7 @@ from PIL import Image
 from data.fault import Fault
 from data.files import require_writable
 from data.keyed import rng
+from data.slide_mpp import SlidesMpp
 from data.slides import Slide
 from data.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
 from data.tissue import RULES, is_empty, pen
@@ -47,7 +48,7 @@ class Config:
     tile_size: int
     tissue: str
     min_tissue: float | None
-    slides_mpp: float | None
+    slides_mpp: str | None
     tiles: int
     maps: int
     views: str | None
@@ -80,8 +81,11 @@ def slide_page(config: Config, path: Path) -> Page:
     rule = RULES[config.tissue]
     min_tissue = rule.min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
+    mpp = SlidesMpp.parse(config.slides_mpp).of(path)
     with Slide(path) as slide:
-        tiling, thumbnail = tile_slide(slide, path.stem, settings, config.slides_mpp, "")
+        if overruled := slide.overruled(mpp):
+            say(overruled)
+        tiling, thumbnail = tile_slide(slide, path.stem, settings, mpp, "")
         downsample = downsample_for(rule, tiling.grid, slide.downsamples)
         image = slide.thumbnail(downsample)
         levels = ", ".join(f"{width}×{height}" for width, height in slide.dimensions)

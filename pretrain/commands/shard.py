@@ -8,13 +8,15 @@ Finds the tissue of every slide, cuts it into tiles at the asked microns per pix
     <out>/thumbnails/*.jpg       a small picture of each slide
     <out>/slides.csv             what came of each slide, and why one failed
 
-Any format that openslide reads. A slide that fails is named and counted, and the others go on; run the same command
+Any format that openslide reads. A slide whose own statement of its µm per pixel can't be right is refused; slides_mpp=, one value or a
+table with the columns slide and mpp, overrules what slides say. A slide that fails is named and counted, and the others go on; run the same command
 again to continue after an interruption, to retry what failed, or to add slides.
 
 Examples:
 
     pretrain shard slides=/slides out=shards
     pretrain shard slides="a.svs b.tiff" out=shards mpp=1.0 slides_mpp=0.25
+    pretrain shard slides=slides.csv out=shards slides_mpp=slides.csv
     pretrain shard slides='/archive/**/*.ndpi' out=shards tissue=gigapath workers=8
     pretrain shard slides=/slides out=shards coordinates=trident/20x_256px_0px_overlap
     pretrain shard slides=/slides out=shards part=3/40
@@ -50,12 +52,16 @@ from data.shard_folder import (
 )
 from data.shard_index import ShardIndex, merge
 from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.slide_lists import list_slides
+from data.slide_mpp import SlidesMpp
 from data.slide_names import name_slides
 from data.slide_survey import survey
-from data.slides import list_slides
 from data.tiling import TilingSettings
 from data.tissue import RULES
 from pretrain.progress import Progress, say, track
+
+MOST_SAID = 10  # slides of a kind that are said one by one
+SAME_MPP = 1e-4  # but for rounding
 
 
 @dataclass
@@ -66,7 +72,7 @@ class Config:
     tile_size: int
     tissue: str
     min_tissue: float | None
-    slides_mpp: float | None
+    slides_mpp: str | None
     patient_pattern: str
     tiles_per_shard: int
     name: str
@@ -82,16 +88,20 @@ def run(config: Config) -> None:
     out = Path(config.out)
     min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
-    paths = list_slides(config.slides)
+    paths, slides_mpp = list_slides(config.slides), SlidesMpp.parse(config.slides_mpp)
+    if some := slides_mpp.tells_of(paths):
+        say(some)
     part = None if config.part is None else JobPart.parse(config.part)
     try:
         with alone(out, part.state if part else ""):
-            _shard(config, out, settings, paths, part)
+            _shard(config, out, settings, paths, part, slides_mpp)
     except OSError as error:  # what a slide's file does wrong is a Fault already: this is about writing
         raise refused(out, error) from error
 
 
-def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path], part: JobPart | None) -> None:
+def _shard(
+    config: Config, out: Path, settings: TilingSettings, paths: list[Path], part: JobPart | None, slides_mpp: SlidesMpp
+) -> None:
     state = part.state if part else ""
     workers = config.workers or len(os.sched_getaffinity(0))
     made = asdict(settings) | {"jpeg_quality": JPEG_QUALITY}
@@ -105,6 +115,7 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
         names = {path: slide for path, slide in names.items() if part.owns(slide)}
         say(f"{part}: {counted_as(len(names), 'slide')} of {len(paths):,}")
     _report_renamed(names)
+    _hold_to_mpp(out, plan, rows, names, slides_mpp)
     for path, slide in names.items():
         rows.setdefault(slide, SlideRow(slide, str(path))).path = str(path)
     save_rows(out, rows, state)
@@ -123,8 +134,9 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
     undecided = [
         (path, slide) for path, slide in names.items() if slide not in planned and rows[slide].outcome != NO_TISSUE
     ]
+    overruled = 0
     look = partial(
-        survey, out=out, settings=settings, slides_mpp=config.slides_mpp, patient_pattern=config.patient_pattern,
+        survey, out=out, settings=settings, slides_mpp=slides_mpp, patient_pattern=config.patient_pattern,
         coordinates=None if config.coordinates is None else Path(config.coordinates),
     )  # fmt: skip
     new: dict[str, int] = {}
@@ -135,7 +147,11 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
             row.outcome, row.message = FAILED, str(result)
             say(f"skipped: {result}")
             continue
-        tiling, left = result
+        tiling, left = result.tiling, result.left
+        if result.overruled:
+            overruled += 1
+            if overruled <= MOST_SAID:
+                say(result.overruled)
         if left.outside or left.double:
             say(
                 f"{row.path}: left out {left.outside:,} given tiles that hang over its edge, and {left.double:,} that were given twice"
@@ -147,6 +163,8 @@ def _shard(config: Config, out: Path, settings: TilingSettings, paths: list[Path
             new[slide] = candidates
         else:
             say(f"no tissue found on {row.path}")
+    if overruled > MOST_SAID:
+        say(f"… and what {overruled - MOST_SAID} more slides say is overruled")
 
     # 2. Decide which tiles go into which shard, once, and write it down before the first is cut.
     parts = _failed_parts(out, plan, asked) + [Part(slide, 0, new[slide]) for slide in sorted(new)]
@@ -222,6 +240,25 @@ def _record_rejected(out: Path, shards: list[Shard], rows: dict[str, SlideRow]) 
             write_tiling(out, tiling)
         if slide in rows:
             rows[slide].describe(tiling)
+
+
+def _hold_to_mpp(
+    out: Path, plan: list[Shard], rows: dict[str, SlideRow], names: dict[Path, str], slides_mpp: SlidesMpp
+) -> None:
+    """Where an earlier run took a slide for one of other µm per pixel than the user says now: look at it again if it gave no tile; raises Fault if it is cut."""
+    planned = {part.slide for shard in plan for part in shard.parts}
+    for path, slide in names.items():
+        looked_at = slide in planned or (slide in rows and rows[slide].outcome == NO_TISSUE)
+        if (mpp := slides_mpp.of(path)) is None or not looked_at:
+            continue
+        then = read_tiling(coordinates_path(out, slide)).grid.mpp_level0
+        if abs(then / mpp - 1) <= SAME_MPP:
+            continue
+        if slide in planned:
+            raise Fault(
+                f"{path} was cut as one of {then:.4g} µm per pixel, and slides_mpp= says {mpp:g} now: choose another out="
+            )
+        rows[slide].outcome = PENDING
 
 
 def _report_renamed(names: dict[Path, str]) -> None:

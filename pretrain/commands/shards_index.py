@@ -1,8 +1,9 @@
 """Make the index of a folder of tile shards.
 
 Of shards that a job array cut ('pretrain shard part=3/40'): one index and one slides.csv over all parts, once every part is done.
-Of shards that another program wrote: one pass over the tars, WebDataset samples with a .jpg and perhaps a .json that says
-slide, x, y, mpp, tile_size, tile_size_level0 and patient; checksums are taken on the way. Of shards that 'pretrain shard' wrote in one
+Of shards that another program wrote: one pass over the tars, WebDataset samples with a .jpg or .jpeg and perhaps a .json that says
+slide, x, y, mpp, tile_size, tile_size_level0 and patient; checksums are taken on the way. What can't be read is counted, named
+with the reason, and left out: members of other kinds, tars that are damaged or empty, files that are no .tar. Of shards that 'pretrain shard' wrote in one
 piece: the index again, should it be lost or damaged.
 
 Shards that you can't write to, or that lie behind a URL, get their index in a folder of yours with out=; train on that folder.
@@ -22,10 +23,14 @@ from pathlib import Path
 from data.fault import Fault
 from data.job_array import merge_parts, parts_in
 from data.shard_folder import FAILED, NO_TISSUE, TILED, alone, load_plan
-from data.shard_index import ShardIndex, merge, scan
+from data.shard_index import ShardIndex, merge, record_path
+from data.shard_scan import left_out, scan
 from data.shards import is_published
+from data.tile_members import LeftOut
 from pretrain.commands.shard import counted_as, holdings
 from pretrain.progress import say
+
+MOST_SAID = 20  # kinds of what was left out
 
 
 @dataclass
@@ -39,7 +44,8 @@ def run(config: Config) -> None:
     if config.out is not None:
         if len(config.shards) != 1:
             raise Fault(f"out={config.out} keeps the index of one folder, and shards= names {len(config.shards)}: run the command once for each")  # fmt: skip
-        say(f"{config.shards[0]}: {holdings(scan(config.shards[0], Path(config.out)))}, indexed in {config.out}")
+        index = scan(config.shards[0], Path(config.out))
+        say(f"{config.shards[0]}: {holdings(index)}, indexed in {config.out}{_said_left_out(index)}")
         return
     for name in config.shards:
         folder = Path(name)
@@ -66,4 +72,23 @@ def run(config: Config) -> None:
                 )
         else:
             scan(name)
-        say(f"{folder}: {holdings(ShardIndex.open(folder))}, indexed")
+        index = ShardIndex.open(folder)
+        say(f"{folder}: {holdings(index)}, indexed{_said_left_out(index)}")
+
+
+def _said_left_out(index: ShardIndex) -> str:
+    """Say what isn't in the index, kind by kind; the end of the last line, which counts it."""
+    members, files = left_out(index)
+    if "made_by" not in index.meta:
+        files = [LeftOut("", "'pretrain shard' has no record of it: move shards of others into a folder of their own", 1, tar.name)
+                 for tar in sorted(index.folder.glob("*.tar")) if not record_path(index.folder, tar.stem).exists()]  # fmt: skip
+    for kind in [*members, *files][:MOST_SAID]:
+        say(f"left out: {kind}")
+    if (kinds := len(members) + len(files)) > MOST_SAID:
+        say(f"… and {kinds - MOST_SAID} more; {index.folder}/index.npz has them all, in its meta.json")
+    counted = [
+        counted_as(sum(kind.count for kind in kinds), noun)
+        for kinds, noun in ((members, "member"), (files, "file"))
+        if kinds
+    ]
+    return f"; left out: {' and '.join(counted)}, as said above" if counted else ""

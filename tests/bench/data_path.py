@@ -44,7 +44,7 @@ from data.coordinates import plan_grid
 from data.crops import NUMBERS, CropSizes, box
 from data.keyed import rng
 from data.loader import Batch, Masking, TileBatches
-from data.shard_index import scan
+from data.shard_scan import scan
 from data.shard_tiles import ShardTiles
 from data.slides import Slide
 from data.stream import Stream

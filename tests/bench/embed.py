@@ -36,7 +36,7 @@ from torch import Tensor, nn
 from data.embedding_sources import ShardSource
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
-from data.shard_index import scan
+from data.shard_scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.embedding import embed_slides

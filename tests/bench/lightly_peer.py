@@ -47,7 +47,7 @@ def main(asked: dict) -> None:
         transform_args={
             "image_size": [asked["size"]] * 2, "local_view": {"num_views": asked["locals"], "view_size": [asked["local_size"]] * 2},
         },
-        trainer_args={"max_steps": steps}, loggers={"tensorboard": None, "jsonl": None},
+        trainer_args={"max_steps": steps},
     )  # fmt: skip
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(one.ru_utime + one.ru_stime for one in used)

@@ -336,7 +336,7 @@ def test_jpegs_that_were_bad_when_they_were_indexed_are_found_by_decoding(tmp_pa
     rewrite(folder / "tiles-000000.tar", lambda number, name, data: (name, data[:60] if number == 2 else data))
     for path in (folder / "index.npz", folder / "index/tiles-000000.npz"):
         path.unlink()
-    from data.shard_index import scan
+    from data.shard_scan import scan
 
     scan(folder)
     (finding,) = verify(folder)

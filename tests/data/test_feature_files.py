@@ -40,7 +40,7 @@ def test_what_is_exported_comes_back_the_same(store: EmbeddingStore, tmp_path: P
     EXPORTS[kind](store, "a", tmp_path / kind)
     assert exported(kind, "a", tmp_path / kind)
     (path,) = list_features(tmp_path / kind).values()
-    back, there = import_features(path), store.read("a")
+    back, there = import_features(path).slide, store.read("a")
     assert np.array_equal(back.embeddings, there.embeddings) and np.array_equal(back.coordinates, there.coordinates)
     assert (back.slide, back.mpp, back.tile_size) == ("a", 0.4, 256)
     assert back.tile_size_level0 == pytest.approx(SIDE, abs=1e-9) and maker(path) == ("vit", "abc")
@@ -89,11 +89,11 @@ def test_tridents_own_file_is_read_with_its_magnification_as_its_scale(tmp_path:
             {"patch_size": 256, "patch_size_level0": 409, "level0_magnification": 40, "target_magnification": 25, "overlap": 0, "name": "s",
              "savetodir": "x", "level0_width": 5000, "level0_height": 4500}
         )  # fmt: skip
-    found = import_features(tmp_path / "s.h5")
+    found = import_features(tmp_path / "s.h5").slide
     expected, places = row_major(values, coords)
     assert np.array_equal(found.embeddings, expected.astype(np.float16)) and np.array_equal(found.coordinates, places)
     assert (found.tile_size_level0, found.mpp, found.tile_size, found.slide_width) == (409.0, 0.4, 256, 5000)
-    assert import_features(tmp_path / "s.h5", mpp_level0=0.253).mpp == pytest.approx(
+    assert import_features(tmp_path / "s.h5", mpp_level0=0.253).slide.mpp == pytest.approx(
         0.253 * 409 / 256
     )  # better than nominal
     with h5py.File(tmp_path / "s.h5", "a") as file:
@@ -109,7 +109,7 @@ def test_the_side_that_trident_truncated_is_that_of_its_steps(tmp_path: Path, st
         file["features"] = np.ones((4, WIDTH), np.float32)
         file["coords"] = np.stack([columns * step, np.zeros(4, np.int64)], axis=1)
         file["coords"].attrs.update({"patch_size": 256, "patch_size_level0": 409, "target_magnification": 25})
-    found = import_features(tmp_path / "s.h5")
+    found = import_features(tmp_path / "s.h5").slide
     assert found.tile_size_level0 == side
     if step == side:
         assert found.cells[:, 0].tolist() == columns.tolist()
@@ -136,7 +136,7 @@ def test_clams_own_files_are_read_with_its_patches_beside_them(tmp_path: Path, k
         )  # fmt: skip
     with pytest.raises(Fault, match="slides="):
         import_features(path)
-    found = import_features(path, mpp_level0=0.25)
+    found = import_features(path, mpp_level0=0.25).slide
     expected, places = row_major(values, coords)
     assert np.array_equal(found.embeddings, expected.astype(np.float16)) and np.array_equal(found.coordinates, places)
     assert (found.tile_size_level0, found.mpp, found.tile_size) == (512.0, 0.5, 256)
@@ -151,7 +151,7 @@ def test_stamps_own_file_needs_the_slides_scale_and_keeps_its_cells(tmp_path: Pa
     with pytest.raises(Fault, match="slides_mpp"):
         import_features(tmp_path / "s.h5")
     for scale in (0.25, 0.2527, 0.5021):
-        found = import_features(tmp_path / "s.h5", mpp_level0=scale)
+        found = import_features(tmp_path / "s.h5", mpp_level0=scale).slide
         assert np.array_equal(found.cells, np.stack([x, y], axis=1))
         assert (found.mpp, found.tile_size) == (256 / 224, 224) and found.tile_size_level0 == 256 / scale
     assert maker(tmp_path / "s.h5") == ("uni", None)
@@ -165,7 +165,7 @@ def test_files_that_are_no_features_or_do_not_say_enough_are_faults(tmp_path: Pa
         file["features"], file["coords"] = values, coords
     with pytest.raises(Fault, match="size at level 0"):
         import_features(tmp_path / "clam.h5")
-    assert import_features(tmp_path / "clam.h5", tile_size_level0=512, mpp=0.5).tile_size_level0 == 512
+    assert import_features(tmp_path / "clam.h5", tile_size_level0=512, mpp=0.5).slide.tile_size_level0 == 512
     with h5py.File(tmp_path / "short.h5", "w") as file:
         file["features"], file["coords"] = values[:7], coords
     with pytest.raises(Fault, match="7 features for 20"):
@@ -203,3 +203,142 @@ def test_coordinates_that_are_not_numbers_are_a_fault(tmp_path: Path, bad: float
         file.attrs.update({"unit": "um", "tile_size_um": 256.0, "tile_size_px": 224})
     with pytest.raises(Fault, match="not finite"):
         import_features(tmp_path / "a.h5", mpp_level0=0.25)
+
+
+TRIDENTS = {"patch_size": 256, "patch_size_level0": 512, "target_magnification": 20}
+
+
+def write_h5(path: Path, datasets: dict[str, np.ndarray], attributes: dict[str, object], on: str = "coords") -> Path:
+    with h5py.File(path, "w") as file:
+        for name, values in datasets.items():
+            file[name] = values
+        (file if on == "/" else file[on]).attrs.update(attributes)
+    return path
+
+
+def grid(n: int = 20) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in row-major order, and the cells that they are of."""
+    return tiles(n)[0], np.stack([np.arange(n) % 5, np.arange(n) // 5], axis=1)
+
+
+def test_every_shape_of_a_features_file_gives_the_same_slide(tmp_path: Path) -> None:
+    """Of the same twenty tiles, as programs of this field write them."""
+    values, cells = grid()
+    places = cells * 512
+    tensor, corners = torch.from_numpy(values), torch.from_numpy(places)
+    write = {
+        "trident.h5": lambda path: write_h5(path, {"features": values, "coords": places}, TRIDENTS),
+        "batched.h5": lambda path: write_h5(path, {"features": values[None], "coords": places[None]}, TRIDENTS),
+        "words.h5": lambda path: write_h5(path, {"features": values, "coords": places.astype(float)}, {"patch_size": "256", "patch_size_level0": [512], "target_magnification": "20x"}),
+        "atlas.h5": lambda path: write_h5(path, {"features/uni": values, "coords": np.concatenate([places, np.full((20, 3), 9)], axis=1).astype(np.int32)}, TRIDENTS, on="/"),
+        "cells.h5": lambda path: write_h5(path, {"features": values, "coords": cells}, {"unit": "cells", "tile_size_level0": 512, "mpp": 0.5}),
+        "stamp.h5": lambda path: write_h5(path, {"feats": values, "coords": cells * 256.0}, {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 512}, on="/"),
+        "dict.pt": lambda path: torch.save({"features": tensor, "coords": corners, "patch_size_level0": 512, "target_magnification": 20}, path),
+        "pair.pt": lambda path: torch.save([tensor, corners], path),
+        "a.npz": lambda path: np.savez(path, features=values, coords=places, patch_size_level0=512, mpp=0.5),
+    }  # fmt: skip
+    for name, program in write.items():
+        program(tmp_path / name)
+        imported = import_features(tmp_path / name, 512 if name == "pair.pt" else None, 0.5 if name == "pair.pt" else None, mpp_level0=0.5 if name == "stamp.h5" else None)  # fmt: skip
+        found = imported.slide
+        assert np.array_equal(found.embeddings, values.astype(np.float16)), name
+        assert np.array_equal(found.coordinates, places) and (found.tile_size_level0, found.mpp) == (512, 0.5), name
+        assert imported.not_finite == imported.double == 0
+    assert maker(tmp_path / "atlas.h5") == ("uni", None)
+
+
+@pytest.mark.parametrize("kind", ["pt", "npz"])
+def test_slide2vecs_features_are_read_with_its_coordinates_beside_them(tmp_path: Path, kind: str) -> None:
+    values, cells = grid()
+    (tmp_path / "tile_embeddings").mkdir()
+    (tmp_path / "coordinates").mkdir()
+    columns = np.zeros(20, [("x", int), ("y", int), ("tile_size_lv0", int), ("target_spacing", float)])
+    columns["x"], columns["y"], columns["tile_size_lv0"], columns["target_spacing"] = *(cells * 512).T, 512, 0.5
+    if kind == "pt":
+        torch.save(list(torch.from_numpy(values)), tmp_path / "tile_embeddings/s.pt")
+        np.save(tmp_path / "coordinates/s.npy", columns)
+    else:
+        np.savez(tmp_path / "tile_embeddings/s.npz", features=values, tile_index=np.arange(20))
+        np.savez(
+            tmp_path / "coordinates/s.coordinates.npz", **{name: columns[name] for name in columns.dtype.names or ()}
+        )
+    (path,) = list_features(tmp_path).values()
+    found = import_features(path).slide
+    assert np.array_equal(found.embeddings, values.astype(np.float16)) and np.array_equal(found.cells, cells)
+    assert (found.tile_size_level0, found.mpp) == (512, 0.5)
+
+
+def test_of_several_encoders_features_those_that_are_asked_for_are_read(tmp_path: Path) -> None:
+    values, cells = grid()
+    path = write_h5(tmp_path / "s.h5", {"features/uni": values, "features/big": 2 * values, "coords": cells * 512}, TRIDENTS, on="/")  # fmt: skip
+    with pytest.raises(Fault, match=r"several encoders \(big, uni\): say which, encoder="):
+        import_features(path)
+    assert np.array_equal(import_features(path, encoder="big").slide.embeddings, (2 * values).astype(np.float16))
+
+
+def test_rows_that_cannot_be_kept_are_counted_and_cost_no_other(tmp_path: Path) -> None:
+    values, cells = grid()
+    values[3, 1], values[7, 0] = np.nan, 1e6
+    cells[9] = cells[8]
+    imported = import_features(write_h5(tmp_path / "s.h5", {"features": values, "coords": cells * 512}, TRIDENTS))
+    assert (imported.not_finite, imported.double) == (2, 1)
+    kept = np.delete(np.arange(20), [3, 7, 9])
+    assert np.array_equal(imported.slide.embeddings, values[kept].astype(np.float16))
+    assert np.array_equal(imported.slide.cells, cells[kept])
+
+
+@pytest.mark.parametrize("shape", [(0,), (0, 6), (1, 0, 6)])
+def test_a_slide_without_tiles_is_one_without_tiles(tmp_path: Path, shape: tuple[int, ...]) -> None:
+    path = write_h5(
+        tmp_path / "s.h5",
+        {"features": np.zeros(shape), "coords": np.zeros((0, 2) if len(shape) == 3 else shape[:1])},
+        TRIDENTS,
+    )
+    assert len(import_features(path).slide.coordinates) == 0
+
+
+def test_coordinates_whose_unit_nobody_says_are_asked_for_and_never_guessed(tmp_path: Path) -> None:
+    values, cells = grid()
+    for name, scale in (("cells", 1.0), ("um", 128.0)):
+        path = write_h5(tmp_path / f"{name}.h5", {"features": values, "coords": cells * scale}, {})
+        with pytest.raises(
+            Fault, match=r"512 level-0 pixels that are .* apart.*give features_unit=level0, cells or um"
+        ):
+            import_features(path, 512, 0.5, 0.25)
+        assert np.array_equal(import_features(path, 512, 0.5, 0.25, unit=name).slide.cells, cells)
+    path = write_h5(tmp_path / "feats.h5", {"feats": values, "coords": cells * 256.0}, {"tile_size_um": 256.0})
+    with pytest.raises(Fault, match="does not say what its coordinates count: give features_unit="):
+        import_features(path, mpp_level0=0.25)
+    path = write_h5(tmp_path / "odd.h5", {"features": values, "coords": cells}, {"unit": "furlong"})
+    with pytest.raises(Fault, match="counts its coordinates in 'furlong'"):
+        import_features(path, 512, 0.5)
+
+
+@pytest.mark.parametrize(("said", "sentence"), [
+    ({"target_magnification": "much"}, r"says target_magnification = 'much', where a number belongs"), ({"target_magnification": [10, 20]}, r"\[10, 20\], where one number belongs"),
+    ({"target_magnification": 0}, "does not say its tiles' µm per pixel"), ({"target_magnification": -20}, "which can't be"),
+])  # fmt: skip
+def test_attributes_that_say_nothing_of_use_are_a_sentence(
+    tmp_path: Path, said: dict[str, object], sentence: str
+) -> None:
+    values, cells = grid()
+    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": cells * 512}, {"patch_size": 256, "patch_size_level0": 512, **said})  # fmt: skip
+    with pytest.raises(Fault, match=sentence):
+        import_features(path)
+
+
+def test_a_file_that_claims_more_than_it_can_hold_is_a_sentence_and_no_lack_of_memory(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file.create_dataset("features", (50_000_000, 1536), np.float32, chunks=(1024, 1536))
+        file.create_dataset("coords", (50_000_000, 2), np.int64, chunks=(1024, 2))
+    torch.save({"features": torch.zeros(1, 1).expand(50_000_000, 1536)}, tmp_path / "s.pt")
+    for name in ("s.h5", "s.pt"):
+        with pytest.raises(Fault, match=r"says that \w+ is 50,000,000 × [\d,]+, and has .* bytes"):
+            import_features(tmp_path / name, 512, 0.5)
+
+
+@pytest.mark.parametrize("content", [{"weights": torch.ones(3)}, {"features": [1, 2]}, [], [torch.ones(2), torch.ones(3)], 7, torch.ones(2, 3, 4)])  # fmt: skip
+def test_a_tensor_file_of_another_kind_is_a_sentence(tmp_path: Path, content: object) -> None:
+    torch.save(content, tmp_path / "s.pt")
+    with pytest.raises(Fault, match=r"s\.pt h"):
+        import_features(tmp_path / "s.pt", 512, 0.5)

@@ -15,7 +15,8 @@ from data.fault import Fault
 from data.loader import Batch
 from data.redaction import redacted
 from data.remote import RemoteColumn, RemotePath, Truncated, list_names, read_range, size_of
-from data.shard_index import ShardIndex, scan
+from data.shard_index import ShardIndex
+from data.shard_scan import scan
 from data.shard_tiles import ShardTiles
 from data.shard_verify import list_shards, verify_folder, verify_shard
 from data.tile_source import UnreadableTile

@@ -1,11 +1,7 @@
 """The index says where tiles are, costs little, and notices when something is missing."""
 
 import ast
-import io
-import json
 import os
-import re
-import tarfile
 import zlib
 from pathlib import Path
 
@@ -13,8 +9,9 @@ import numpy as np
 import pytest
 
 from data.fault import Fault
-from data.shard_index import COLUMNS, UNKNOWN, ShardIndex, merge, read_jpeg, recorded_checksums, scan, write_record
-from data.shard_verify import verify_shard
+from data.shard_index import COLUMNS, ShardIndex, merge, read_jpeg, recorded_checksums, write_record
+from data.shard_scan import scan
+from tests.data.foreign_tars import write_tar
 
 
 def make(
@@ -147,47 +144,6 @@ def test_a_short_read_says_that_the_shard_is_truncated(tmp_path: Path) -> None:
     os.close(descriptor)
 
 
-def foreign(path: Path, members: list[tuple[str, bytes]]) -> None:
-    with tarfile.open(path, "w") as tar:
-        for name, data in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            tar.addfile(info, io.BytesIO(data))
-
-
-def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
-    facts = json.dumps({"slide": "s", "x": 7, "y": 9, "mpp": 0.25}).encode()
-    foreign(
-        tmp_path / "one.tar",
-        [("k1.jpg", b"first"), ("k1.json", facts), ("k2.json", facts), ("k2.jpeg", b"second"), ("k3.png", b"no")],
-    )
-    foreign(tmp_path / "two.tar", [("d/slide_1_256_512.jpg", b"third!"), ("nothing.jpg", b"4th")])
-    index = scan(tmp_path)
-    assert len(index) == 4
-    assert [index.slides[slide] for slide in index.slide] == ["s", "s", "d-slide_1", "two"]
-    assert index.x.tolist() == [7, 7, 256, UNKNOWN] and index.y.tolist() == [9, 9, 512, UNKNOWN]
-    assert index.facts(0)["mpp"] == 0.25 and index.facts(1)["mpp"] is None
-    contents = []
-    for row in range(4):
-        descriptor = os.open(index.path(int(index.file[row])), os.O_RDONLY)
-        contents.append(read_jpeg(descriptor, int(index.offset[row]), int(index.length[row])))
-        os.close(descriptor)
-    assert contents == [b"first", b"second", b"third!", b"4th"]
-    assert ShardIndex.open(tmp_path).digest == index.digest
-
-
-def test_what_others_call_a_slide_is_made_safe_and_kept_as_a_fact(tmp_path: Path) -> None:
-    names = ["../../x", "/etc/x", "a/b", "a b", "a-b", "Zürich", "\ud800", "", "x" * 300]
-    samples = [(f"{n}.{kind}", data) for n, name in enumerate(names)
-               for kind, data in (("jpg", b"jpeg"), ("json", json.dumps({"slide": name, "x": n, "y": 0}).encode()))]  # fmt: skip
-    foreign(tmp_path / "a.tar", [*samples, ("../up/key_5_6.jpg", b"jpeg")])
-    index = scan(tmp_path)
-    assert all(re.fullmatch("[A-Za-z0-9_-]{1,240}", slide) for slide in index.slides)
-    assert len(set(index.slides)) == len(names) + 1 and index.slides[4] == "a-b" and index.slides[-1] == "---up-key"
-    assert [index.facts(number)["slide"] for number in range(len(names))] == names
-    assert ShardIndex.open(tmp_path).slides == index.slides
-
-
 @pytest.mark.parametrize("key", ["files", "coordinates"])
 def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path, key: str) -> None:
     make(tmp_path, LAYOUT)
@@ -202,53 +158,9 @@ def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path, key: 
             ShardIndex(tmp_path, vars(index), index.meta)
 
 
-def test_a_scan_refuses_damaged_and_empty_shards_by_name(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=r"no \.tar shards"):
-        scan(tmp_path)
-    foreign(tmp_path / "a.tar", [("k.txt", b"text")])
-    with pytest.raises(Fault, match=r"no \.jpg samples"):
-        scan(tmp_path)
-    (tmp_path / "b.tar").write_bytes(b"x" * 2000)
-    with pytest.raises(Fault, match=r"b\.tar is damaged"):
-        scan(tmp_path)
-
-
-@pytest.mark.parametrize("spoilt", [
-    '[1, 2]', '{"x": NaN}', '{"x": 1e999}', '{"y": 48.7}', '{"x": "left"}', '{"x": 99999999999999999999}', '{"x": [1]}',
-    '{"mpp": NaN}', '{"mpp": 0}', '{"tile_size_level0": -3}', '{"mpp": "0.5"}', '{"slide": {"a": 1}}', "", "\xff", "[" * 100_000,
-])  # fmt: skip
-def test_a_json_that_cannot_be_true_is_refused_by_its_shard(tmp_path: Path, spoilt: str) -> None:
-    foreign(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", spoilt.encode("latin-1"))])
-    with pytest.raises(Fault, match=r"a\.tar is damaged \("):
-        scan(tmp_path)
-
-
-def test_a_place_that_the_index_cannot_hold_is_refused_and_not_wrapped(tmp_path: Path) -> None:
-    foreign(tmp_path / "a.tar", [(f"s_{2**31}_0.jpg", b"jpeg")])
-    with pytest.raises(Fault, match="no slide has pixels"):
-        scan(tmp_path)
-
-
-def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:
-    foreign(tmp_path / "a.tar", [("s_7_9.jpg", b"jpeg"), ("s_7_9.json", b'{"slide": null, "x": null, "y": 12.0, "mpp": null}')])  # fmt: skip
-    index = scan(tmp_path)
-    assert (index.slides, index.x.tolist(), index.y.tolist(), index.facts(0)["mpp"]) == (["s"], [7], [12], None)
-
-
-def test_what_is_called_a_tar_and_is_no_file_is_refused_not_waited_for(tmp_path: Path) -> None:
-    os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(Fault, match=r"a\.tar is no file"):
-        scan(tmp_path)
-    assert [finding.kind for finding in verify_shard(tmp_path, "a.tar").findings] == ["missing record", "unreadable"]
-    os.remove(tmp_path / "a.tar")
-    (tmp_path / "a.tar").symlink_to("nowhere")
-    with pytest.raises(Fault, match=r"a\.tar is no file"):
-        scan(tmp_path)
-
-
 def test_threads_read_checksums_without_pythons_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Threads of Python 3.11 that parse at the same time end in a SystemError, once in some thousand shards that a run opens."""
-    foreign(tmp_path / "a.tar", [("s_0_0.jpg", b"one"), ("s_1_0.jpg", b"two")])
+    write_tar(tmp_path / "a.tar", [("s_0_0.jpg", b"one"), ("s_1_0.jpg", b"two")])
     index = scan(tmp_path)
     monkeypatch.delattr(ast, "parse")
     assert recorded_checksums(index, 0).tolist() == [zlib.crc32(b"one"), zlib.crc32(b"two")]  # type: ignore[union-attr]

@@ -6,11 +6,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tifffile
 
+from data.augment_parameters import Colour
+from data.coordinates import TileGrid
+from data.crops import CropSizes
 from data.fault import Fault
-from data.slide_survey import Surveyed, known_survey, survey_slides
+from data.loader import Masking, TileBatches
+from data.shared_slide import SharedSlide
+from data.slide_lists import list_slides
+from data.slide_mpp import SlidesMpp
+from data.slide_survey import Look, Surveyed, known_survey, survey_slides
 from data.slide_tiles import SlideTiles, _beneath
-from data.slides import list_slides
+from data.slides import Slide
+from data.stream import Stream
 from data.tile_source import UnreadableTile
 from data.tiling import KEPT, PEN, TilingSettings
 from tests.data.synthetic_slides import stained, write_slide
@@ -28,10 +37,10 @@ def write_slides(folder: Path) -> Path:
 
 def look(slides: Path, grids: Path, settings: TilingSettings = SETTINGS) -> Surveyed:
     paths = list_slides([str(slides)])
-    surveyed = known_survey(grids, paths, settings)
+    surveyed = known_survey(grids, paths, settings, SlidesMpp())
     if surveyed is None:
-        list(survey_slides(grids, paths, settings, None, 1))
-        surveyed = known_survey(grids, paths, settings)
+        list(survey_slides(grids, paths, settings, SlidesMpp(), 1))
+        surveyed = known_survey(grids, paths, settings, SlidesMpp())
     assert surveyed is not None
     return surveyed
 
@@ -152,13 +161,71 @@ def test_a_survey_is_made_once_and_bound_to_its_slides_and_settings(tmp_path: Pa
         look(slides, tmp_path / "grids")
 
 
+def test_a_survey_is_bound_to_what_the_user_says_of_resolution(slides: Path, tmp_path: Path) -> None:
+    paths, said = list_slides([str(slides)]), SlidesMpp.parse(0.25)
+    looks = [look for _, look in survey_slides(tmp_path, paths, replace(SETTINGS, mpp=0.25), said, 1)]
+    assert all(
+        isinstance(look, Look) and "says 0.5 µm per pixel, and slides_mpp=0.25 overrules" in look.overruled
+        for look in looks
+    )
+    assert known_survey(tmp_path, paths, replace(SETTINGS, mpp=0.25), said) is not None
+    with pytest.raises(Fault, match=r"survey of another kind \(slides_mpp 0\.25 then, null now\)"):
+        known_survey(tmp_path, paths, replace(SETTINGS, mpp=0.25), SlidesMpp())
+
+
 def test_an_interrupted_survey_goes_on_and_ends_as_the_others(slides: Path, surveyed: Surveyed, tmp_path: Path) -> None:
     paths = list_slides([str(slides)])
-    begun = survey_slides(tmp_path, paths, SETTINGS, None, 1)
+    begun = survey_slides(tmp_path, paths, SETTINGS, SlidesMpp(), 1)
     first, _ = next(begun)
     begun.close()
-    assert known_survey(tmp_path, paths, SETTINGS) is None
+    assert known_survey(tmp_path, paths, SETTINGS, SlidesMpp()) is None
     kept = tmp_path / "coordinates" / f"{first.stem}_patches.h5"
     before = kept.stat().st_mtime_ns
     assert look(slides, tmp_path).digest == surveyed.digest and kept.stat().st_mtime_ns == before
     assert json.loads((tmp_path / "survey.json").read_text())["tiles"] == surveyed.tiles
+
+
+def test_a_damaged_tile_costs_itself_and_nothing_else_however_many_threads_read(tmp_path: Path) -> None:
+    slides = write_slides(tmp_path / "slides")
+    surveyed = look(slides, tmp_path / "grids")
+    with tifffile.TiffFile(slides / "slide0.tiff") as tiff:
+        page = tiff.pages[0]
+        middle = 2 * 5 + 2  # 128-pixel squares of which there are 5 in a row: that at (256, 256)
+        offset, count = page.dataoffsets[middle], page.databytecounts[middle]  # type: ignore[union-attr]
+    with (slides / "slide0.tiff").open("r+b") as file:
+        file.seek(offset)
+        file.write(b"\xff" * count)
+
+    def read(threads: int) -> tuple[list[list[int]], list[list[str]]]:
+        tiles = SlideTiles(surveyed)
+        stream = Stream(tiles.parts, batch_size=16, lanes=1, window=2, seed=0)
+        batches = TileBatches(
+            tiles, stream, CropSizes(1, 24, (0.32, 1.0), 0, 16, (0.05, 0.32)), Colour(), Masking(0.5, 0.1, 0.5, 8),
+            seed=0, start=0, stop=12, rank=0, world_size=1, accumulate=1, threads=threads,
+        )  # fmt: skip
+        found = list(batches)
+        return [batch.parts[0].numbers.tolist() for batch in found], [batch.bad for batch in found]
+
+    alone = read(1)
+    assert 0 < sum(map(len, alone[1])) < 12 * 16
+    for _ in range(5):
+        assert read(8) == alone
+
+
+def test_a_good_tile_is_read_while_another_thread_spoils_the_handle(
+    surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What openslide does after an error, without its timing: every handle that is shared refuses, be it ever so new."""
+    shared = SharedSlide(Path(surveyed.files[0]))
+    grid = surveyed.tiling(0).grid
+    right = shared.read_tile(grid, 256, 256)
+    real = Slide.read_tile
+
+    def refuse(slide: Slide, grid: TileGrid, x: int, y: int) -> np.ndarray:
+        if slide is shared._slide:
+            raise Fault("the error of another tile")
+        return real(slide, grid, x, y)
+
+    monkeypatch.setattr(Slide, "read_tile", refuse)
+    for _ in range(3):
+        assert np.array_equal(shared.read_tile(grid, 256, 256), right)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import openslide
@@ -11,10 +12,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.coordinates import plan_grid
-from data.fault import Fault
+from data.fault import Fault, Notice
 from data.keyed import rng
+from data.slide_lists import list_slides
+from data.slide_mpp import SlidesMpp
 from data.slide_names import name_slides, safe_ids
-from data.slides import Slide, list_slides
+from data.slides import Slide
 from tests.data.synthetic_slides import stained, write_slide
 
 
@@ -85,11 +88,12 @@ def test_resolution_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
     image = stained(300, 300, [])
     with Slide(write_slide(tmp_path / "good.tiff", image, mpp=0.25)) as slide:
         assert slide.mpp() == pytest.approx(0.25)
-        assert slide.mpp(fallback=0.5) == pytest.approx(0.25)
+        assert slide.mpp(0.5) == 0.5 and slide.overruled(0.25) == slide.overruled(None) == ""
+        assert slide.overruled(0.5).endswith("good.tiff says 0.25 µm per pixel, and slides_mpp=0.5 overrules that")
     with Slide(write_slide(tmp_path / "mute.tiff", image, mpp=None)) as slide:
         with pytest.raises(Fault, match=r"mute\.tiff .*slides_mpp=0\.25.*leave this slide out"):
             slide.mpp()
-        assert slide.mpp(fallback=0.5) == 0.5
+        assert slide.mpp(0.5) == 0.5 and slide.overruled(0.5) == ""
     with (
         Slide(write_slide(tmp_path / "skew.tiff", image, mpp=0.25, mpp_y=0.26)) as slide,
         pytest.raises(Fault, match="not square"),
@@ -97,6 +101,60 @@ def test_resolution_is_read_and_its_faults_are_named(tmp_path: Path) -> None:
         slide.mpp()
     with Slide(write_slide(tmp_path / "near.tiff", image, mpp=0.25, mpp_y=0.251)) as slide:
         assert slide.mpp() == pytest.approx(0.2505, abs=1e-5)
+
+
+@pytest.mark.parametrize("stated", [352.78, 1000.0, 0.025])  # 72 dots an inch, vips's default, a misplaced point
+def test_a_resolution_that_no_scanner_has_is_refused_with_the_ways_out(tmp_path: Path, stated: float) -> None:
+    with Slide(write_slide(tmp_path / "a.tiff", stained(300, 300, []), mpp=stated)) as slide:
+        with pytest.raises(
+            Fault, match=r"a\.tiff says that a pixel is .* µm wide, which no slide's is: give slides_mpp=0\.25"
+        ):
+            slide.mpp()
+        assert slide.mpp(0.25) == 0.25
+
+
+@pytest.mark.parametrize(("mpp", "power", "fine"), [
+    ("0.25", "40", True), ("0.23", "20", True), ("0.5", "40", True), ("0.635", "40", False), ("0.0984", "40", False), ("2.5", "40", False),
+])  # fmt: skip
+def test_a_resolution_far_from_what_the_objective_gives_is_refused(
+    tmp_path: Path, mpp: str, power: str, fine: bool
+) -> None:
+    with Slide(write_slide(tmp_path / "a.tiff", stained(300, 300, []), mpp=0.25)) as slide:
+        properties = {"openslide.mpp-x": mpp, "openslide.mpp-y": mpp, "openslide.objective-power": power}
+        slide._reader = SimpleNamespace(properties=properties, close=lambda: None)  # type: ignore[assignment]
+        if fine:
+            assert slide.mpp() == pytest.approx(float(mpp))
+        else:
+            with pytest.raises(Fault, match=r"its objective is 40×, which goes with about 0\.25 µm: give slides_mpp="):
+                slide.mpp()
+
+
+def test_what_the_user_says_of_resolution_is_one_value_or_a_table_by_slide(tmp_path: Path) -> None:
+    assert SlidesMpp.parse(None).of(tmp_path / "a.svs") is None
+    assert SlidesMpp.parse("0.5").of(tmp_path / "a.svs") == SlidesMpp.parse(0.5).of(tmp_path / "b.svs") == 0.5
+    table = tmp_path / "mpp.csv"
+    table.write_text(f"\ufeffslide;MPP\na.svs;0.25\nb;0.5\n{tmp_path}/x/c.svs;0.3\n{tmp_path}/y/c.svs;0.4\nd;\n")
+    said = SlidesMpp.parse(str(table))
+    named = ("z/a.svs", "b.tiff", "x/c.svs", "y/c.svs", "d.svs")
+    assert [said.of(tmp_path / name) for name in named] == [0.25, 0.5, 0.3, 0.4, None]
+    with pytest.raises(Fault, match="several µm per pixel"):
+        said.of(tmp_path / "z/c.svs")
+    assert (
+        said.tells_of([tmp_path / "a.svs", tmp_path / "d.svs"])
+        == f"{table} tells of 1 of 2 slides; the rest is taken as it says itself"
+    )
+    with pytest.raises(Fault, match="tells of none of the slides"):
+        said.tells_of([tmp_path / "d.svs"])
+    for wrong, sentence in (("much", "neither a number"), ("0", "0.05 to 10"), ("nan", "0.05 to 10"), ("400", "0.05 to 10"), ("none.csv", "no such table")):  # fmt: skip
+        with pytest.raises(Fault, match=sentence):
+            SlidesMpp.parse(wrong)
+    for content, sentence in (
+        ("a,b\n1,2\n", "needs a column called slide"),
+        ("slide,mpp\na,wide\n", "'wide' of a, where a number"),
+    ):
+        table.write_text(content)
+        with pytest.raises(Fault, match=sentence):
+            SlidesMpp.parse(str(table))
 
 
 def test_a_file_that_is_no_slide_is_named(tmp_path: Path) -> None:
@@ -139,6 +197,74 @@ def test_slide_names_are_safe_unique_and_lasting(tmp_path: Path) -> None:
     first = name_slides([paths[0]], {})
     assert first == {paths[0]: "s-1"}
     assert name_slides(paths, first) == {paths[0]: "s-1", paths[1]: "y-s-1", paths[2]: "other"}
+
+
+def test_lists_and_tables_are_read_whatever_wrote_them(tmp_path: Path) -> None:
+    for name in ("a b.svs", "sub/ü.tiff"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    wanted = [tmp_path / "a b.svs", tmp_path / "sub/ü.tiff"]
+    plain = "# mine\na b.svs\nsub/ü.tiff\n"
+    table = "case;slide_path;mpp\n1;a b.svs;0.5\n2;sub/ü.tiff;\n"
+    for name, content in {
+        "plain.txt": plain.encode(), "bom.txt": plain.encode("utf-8-sig"), "wide.txt": plain.encode("utf-16"), "dos.txt": plain.replace("\n", "\r\n").encode(),
+        "t.csv": table.encode(), "bom.csv": table.encode("utf-8-sig"), "t.tsv": table.replace(";", "\t").encode("utf-16"),
+        "own.csv": "n,where\n1,a b.svs\n2,sub/ü.tiff\n".encode(), "bare.csv": "1,a b.svs\n2,sub/ü.tiff\n".encode(),
+    }.items():  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        assert list_slides([str(tmp_path / name)]) == wanted, name
+    for name, content, sentence in (
+        ("latin.txt", plain.encode("latin-1"), r"latin\.txt is no UTF-8 text \(byte 19\): save it as UTF-8"), ("no.csv", b"x,y\n1,2\n", r"no\.csv has no column of slides' files \(it has x, y\)"),
+        ("gone.csv", b"path\nnone.svs\n", r"there is no slide at none\.svs, which .*gone\.csv names"), ("e.csv", b"", r"the table .*e\.csv is empty"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Fault, match=sentence):
+            list_slides([str(tmp_path / name)])
+
+
+def test_links_are_followed_under_their_own_names(tmp_path: Path) -> None:
+    hub, far = tmp_path / "hub", tmp_path / "far"
+    (hub / "blobs").mkdir(parents=True)
+    far.mkdir()
+    write_slide(far / "x.tiff", stained(300, 300, []), 0.5)
+    (hub / "blobs/0a1b2c").write_bytes((far / "x.tiff").read_bytes())
+    (hub / "TCGA-AA-1234.svs").symlink_to("blobs/0a1b2c")
+    (hub / "case").symlink_to(far)
+    (far / "circle").symlink_to(hub)
+    (hub / "gone.svs").symlink_to("nowhere")
+    assert list_slides([str(hub)]) == [hub / "TCGA-AA-1234.svs", hub / "case/x.tiff", hub / "gone.svs"]
+    with pytest.warns(Notice, match="is read once"):  # the circle
+        assert list_slides([str(hub / "**/*.tiff")]) == [hub / "case/x.tiff"]
+    with Slide(hub / "TCGA-AA-1234.svs") as slide:
+        assert slide.width == 300
+    with pytest.warns(
+        UserWarning,
+        match=r"1 of the slides' names lead to a file that has another.*case/x\.tiff, which is .*far/x\.tiff",
+    ):
+        assert list_slides([str(hub / "case/x.tiff"), str(far / "x.tiff")]) == [far / "x.tiff"]
+
+
+def test_ids_of_files_are_safe_and_distinct_whatever_the_files_are_called(tmp_path: Path) -> None:
+    files = ["张三.svs", "李四.svs", "S12.3456.svs", "S12-3456.svs", "S12 3456.svs", "case1.tif", "case1.tiff", f"{'x' * 245}.svs",
+             "a b/k.svs", "a-b/k.svs", "Zürich/k.svs", "王/k.svs", "Zürich.svs"]  # fmt: skip
+    paths = [tmp_path / name for name in files]
+    names = name_slides(paths, {})
+    assert list(map(names.get, paths)) == list(map(name_slides(paths[::-1], {}).get, paths))
+    assert len(set(names.values())) == len(files) and all(
+        re.fullmatch("[A-Za-z0-9_-]{1,240}", one) for one in names.values()
+    )
+    assert names[paths[3]] == "S12-3456" and re.fullmatch("S12-3456-[0-9a-f]{8}", names[paths[2]])
+    assert re.fullmatch("slide-[0-9a-f]{8}", names[paths[0]]) and re.fullmatch("case1-[0-9a-f]{8}", names[paths[5]])
+    moved = {tmp_path / "elsewhere" / path.relative_to(tmp_path): path for path in paths[:8]}
+    there = name_slides(list(moved), {})
+    assert all(there[new] == names[old] for new, old in moved.items()), "an id is of the name, not of where it lies"
+
+
+def test_a_slide_named_through_a_link_keeps_the_id_that_its_file_has(tmp_path: Path) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far/s.svs").touch()
+    (tmp_path / "near").symlink_to("far")
+    assert name_slides([tmp_path / "near/s.svs"], {tmp_path / "far/s.svs": "s"}) == {tmp_path / "near/s.svs": "s"}
 
 
 def test_a_slide_that_moved_keeps_its_name(tmp_path: Path) -> None:

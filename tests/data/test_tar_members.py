@@ -34,7 +34,7 @@ def test_members_are_those_that_tarfile_finds(format: int) -> None:
     names = [name for name in NAMES if format != tarfile.USTAR_FORMAT or len(name) < 100]
     content = tar(format, names)
     with tarfile.open(fileobj=io.BytesIO(content)) as archive:
-        expected = [Member(m.name, m.offset_data, m.size, m.isreg()) for m in archive]
+        expected = [Member(m.name, m.offset_data, m.size, m.isreg(), m.isdir()) for m in archive]
     assert walk(content) == expected
     assert [padding(member) for member in expected[:2]] == [0, 324]
 

@@ -164,3 +164,16 @@ def test_coordinates_of_trident_and_clam_are_read(tmp_path: Path) -> None:
             (tmp_path / "junk.h5").write_bytes(b"junk")
         with pytest.raises(Fault, match=reason):
             read_coordinates_h5(tmp_path / f"{name}.h5")
+
+
+def test_atlaspatchs_coordinates_of_five_columns_are_x_and_y_and_other_shapes_are_refused(tmp_path: Path) -> None:
+    with h5py.File(tmp_path / "s.h5", "w") as file:
+        file["coords"] = np.array([[0, 0, 512, 512, 0], [512, 0, 512, 512, 0]], np.int32)
+        file.attrs.update({"patch_size": 256, "patch_size_level0": 512})
+    found = read_coordinates_h5(tmp_path / "s.h5")
+    assert (found.x.tolist(), found.y.tolist(), found.tile_size_level0) == ([0, 512], [0, 0], 512)
+    with h5py.File(tmp_path / "s.h5", "a") as file:
+        del file["coords"]
+        file["coords"] = np.zeros((2, 4))
+    with pytest.raises(Fault, match="not x and y of each tile"):
+        read_coordinates_h5(tmp_path / "s.h5")

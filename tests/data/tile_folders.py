@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 
 from data.keyed import rng
-from data.shard_index import scan
+from data.shard_scan import scan
 
 SIDE = 48
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data.fault import Fault
+from data.fault import Fault, Notice
 from launch import failures
+from launch.entry import show_warning
 from pretrain.launched import rank
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, metrics
@@ -122,3 +123,10 @@ def test_a_variable_that_is_no_number_is_unset_or_a_sentence(value: str, monkeyp
             rank()
     else:
         assert rank() is None
+
+
+def test_a_notice_is_a_line_and_anothers_warning_what_python_makes_of_it(capsys: pytest.CaptureFixture[str]) -> None:
+    show_warning(Notice("2 names lead to one file"), Notice, "file.py", 7)
+    assert capsys.readouterr().err == "2 names lead to one file\n"
+    show_warning(UserWarning("old"), UserWarning, "file.py", 7, line="")
+    assert "file.py:7: UserWarning: old" in capsys.readouterr().err

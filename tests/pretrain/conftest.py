@@ -15,7 +15,8 @@ from PIL import Image
 from torch import nn
 
 from data.keyed import rng
-from data.shard_index import ShardIndex, scan
+from data.shard_index import ShardIndex
+from data.shard_scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain import checkpoints

@@ -14,7 +14,8 @@ from data.embedding_sources import ShardSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
-from data.shard_index import ShardIndex, read_jpeg, scan
+from data.shard_index import ShardIndex, read_jpeg
+from data.shard_scan import scan
 from pretrain import embedding
 from pretrain.commands import shard
 from pretrain.commands.embed import Config, run
@@ -280,6 +281,34 @@ def test_features_of_the_same_name_and_another_hash_are_left_out_and_a_damaged_f
         run(load("embed", [f"features={folder}", f"out={tmp_path / 'out'}"]).object())
     store = EmbeddingStore.open(tmp_path / "out")
     assert (store.slides, store.encoder_hash) == (["b", "d"], "one")
+
+
+def test_bad_feature_files_and_rows_cost_nothing_else_and_every_slides_result_is_in_the_summary(tmp_path, capsys):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    places = np.arange(20)[:, None] * [[512, 0]]
+    for slide in ("fine", "one", "many", "empty", "zero", "words"):
+        values = np.ones((20, 4), np.float32)
+        values[: {"one": 1, "many": 3}.get(slide, 0)] = np.nan
+        with h5py.File(folder / f"{slide}.h5", "w") as file:
+            file["features"] = values if slide != "empty" else np.zeros(0)
+            file["coords"] = places if slide != "empty" else np.zeros(0)
+            said = {
+                "patch_size": 256,
+                "patch_size_level0": 512,
+                "target_magnification": {"zero": 0, "words": "fast"}.get(slide, "20x"),
+            }
+            file["coords"].attrs.update(said)
+    words = [f"features={folder}", f"out={tmp_path / 'out'}", "encoder=vit"]
+    with pytest.raises(Fault, match="3 slides were left out"):
+        run(load("embed", words).object())
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert said["results"].keys() == {"fine", "one", "empty"} and said["failed"].keys() == {"many", "zero", "words"}
+    assert said["results"]["fine"] == "20 tiles" and said["results"]["empty"] == "0 tiles"
+    assert said["results"]["one"].startswith("19 tiles; left out: 1 rows that aren't finite")
+    assert "max_bad_fraction=0.15" in said["failed"]["many"]
+    store = EmbeddingStore.open(tmp_path / "out")
+    assert {slide: store.rows(slide) for slide in store.slides} == {"fine": 20, "one": 19, "empty": 0}
 
 
 def test_no_name_of_a_foreign_slide_makes_anything_be_written_out_of_the_folder(make_tile_run, tmp_path):

@@ -260,3 +260,40 @@ def test_real_slides_good_and_bad(shared: Path, tmp_path: Path, capsys: pytest.C
     err = capsys.readouterr().err
     assert "5 slides: 1 tiled, 4 failed" in err
     assert len(ShardIndex.open(tmp_path / "out")) == 44
+
+
+def test_a_wrong_resolution_is_refused_until_it_is_overruled_which_is_said(
+    tmp_path: Path, done: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cut as what it isn't, the same picture gives other tiles, in silence."""
+    source = tmp_path / "slides"
+    for number, (name, mpp) in enumerate((("a", 352.78), ("b", 0.025), ("c", 0.5))):
+        write_slide(source / f"{name}.tiff", stained(420, 500, [(250, 200, 150 + 10 * number)], seed=number), mpp)
+    (source / "mpp.csv").write_text("slide,mpp\na.tiff,0.5\nb,0.5\n")
+    out = tmp_path / "out"
+    shard(slides=source, out=out)
+    err = capsys.readouterr().err
+    assert "3 slides: 1 tiled, 2 failed" in err and "a.tiff says that a pixel is 352.8 µm wide" in err
+    shard(slides=source, out=out, slides_mpp=source / "mpp.csv")
+    err = capsys.readouterr().err
+    assert (
+        "a.tiff says 352.8 µm per pixel, and slides_mpp=0.5 overrules that" in err and "tells of 2 of 3 slides" in err
+    )
+    assert contents(out) == contents(done[1])
+    shard(slides=source, out=out, slides_mpp=0.5)
+    assert "nothing left to do" in capsys.readouterr().err
+    with pytest.raises(
+        Fault, match=r"was cut as one of 0\.5 µm per pixel, and slides_mpp= says 0\.25 now: choose another out="
+    ):
+        shard(slides=source, out=out, slides_mpp=0.25)
+
+
+def test_slides_of_any_names_are_cut_side_by_side_and_keep_their_names(tmp_path: Path) -> None:
+    files = ["张三.tiff", "李四.tiff", "S12.3456.tiff", "S12-3456.tiff", "case1.tif", "case1.tiff", f"{'x' * 245}.tiff"]
+    for number, name in enumerate(files):
+        write_slide(tmp_path / "slides" / name, stained(200, 200, [(100, 100, 80)], number), 0.5)
+    (tmp_path / "list.txt").write_text("slides", encoding="utf-8-sig")
+    shard(slides=tmp_path / "list.txt", out=tmp_path / "out")
+    index = ShardIndex.open(tmp_path / "out")
+    assert sorted(Path(index.facts(number)["source"]).name for number in range(len(index.slides))) == sorted(files)
+    assert all((tmp_path / "out" / str(index.facts(number)["coordinates"])).exists() for number in range(len(files)))

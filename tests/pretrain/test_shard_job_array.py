@@ -108,10 +108,13 @@ def test_an_index_that_is_lost_is_made_again_and_others_shards_get_theirs(
     theirs = write_tiles(tmp_path / "theirs", [3, 4])
     (theirs / "index.npz").unlink()
     shutil.rmtree(theirs / "index")
+    (tmp_path / "ours/stray.tar").touch()
     main(["shards", "index", f"shards={tmp_path / 'ours'} {theirs}"])
     assert ShardIndex.open(tmp_path / "ours").digest == ShardIndex.open(whole[1]).digest
     assert len(ShardIndex.open(theirs)) == 7
-    assert "7 tiles of 2 slides in 2 shards, indexed" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "7 tiles of 2 slides in 2 shards, indexed" in said
+    assert "left out: stray.tar: 'pretrain shard' has no record of it" in said and "left out: 1 file, as said" in said
 
 
 def test_verify_ends_with_exit_code_1_one_sentence_and_a_report(

@@ -1,0 +1,154 @@
+"""Shards of others: everything in the folder is read, or named and counted with a reason."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from data.fault import Fault
+from data.shard_index import UNKNOWN, ShardIndex, read_jpeg
+from data.shard_scan import left_out, scan
+from data.shard_verify import verify_shard
+from launch.entry import main
+from tests.data.foreign_tars import write_tar
+
+
+def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
+    facts = json.dumps({"slide": "s", "x": 7, "y": 9, "mpp": 0.25}).encode()
+    write_tar(
+        tmp_path / "one.tar",
+        [("k1.jpg", b"first"), ("k1.json", facts), ("k2.json", facts), ("k2.jpeg", b"second"), ("k3.png", b"no")],
+    )
+    write_tar(tmp_path / "two.tar", [("d/slide_1_256_512.jpg", b"third!"), ("nothing.jpg", b"4th")])
+    index = scan(tmp_path)
+    assert len(index) == 4
+    assert [index.slides[slide] for slide in index.slide] == ["s", "s", "d-slide_1", "two"]
+    assert index.x.tolist() == [7, 7, 256, UNKNOWN] and index.y.tolist() == [9, 9, 512, UNKNOWN]
+    assert index.facts(0)["mpp"] == 0.25 and index.facts(1)["mpp"] is None
+    contents = []
+    for row in range(4):
+        descriptor = os.open(index.path(int(index.file[row])), os.O_RDONLY)
+        contents.append(read_jpeg(descriptor, int(index.offset[row]), int(index.length[row])))
+        os.close(descriptor)
+    assert contents == [b"first", b"second", b"third!", b"4th"]
+    assert ShardIndex.open(tmp_path).digest == index.digest
+
+
+def test_what_others_call_a_slide_is_made_safe_and_kept_as_a_fact(tmp_path: Path) -> None:
+    names = ["../../x", "/etc/x", "a/b", "a b", "a-b", "Zürich", "\ud800", "", "x" * 300]
+    samples = [(f"{n}.{kind}", data) for n, name in enumerate(names)
+               for kind, data in (("jpg", b"jpeg"), ("json", json.dumps({"slide": name, "x": n, "y": 0}).encode()))]  # fmt: skip
+    write_tar(tmp_path / "a.tar", [*samples, ("../up/key_5_6.jpg", b"jpeg")])
+    index = scan(tmp_path)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,240}", slide) for slide in index.slides)
+    assert len(set(index.slides)) == len(names) + 1 and index.slides[4] == "a-b" and index.slides[-1] == "---up-key"
+    assert [index.facts(number)["slide"] for number in range(len(names))] == names
+    assert ShardIndex.open(tmp_path).slides == index.slides
+
+
+def test_a_folder_without_a_tile_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match=r"no \.tar shards"):
+        scan(tmp_path)
+    (tmp_path / "b.tar.gz").touch()
+    with pytest.raises(Fault, match=r"no \.tar shards in .* \(b\.tar\.gz: it is compressed"):
+        scan(tmp_path)
+    write_tar(tmp_path / "a.tar", [("k.txt", b"text"), ("k.png", b"png")])
+    with pytest.raises(
+        Fault,
+        match=r"no \.jpg or \.jpeg .*1 \.txt member .*1 \.png member \(as k\.png in a\.tar\): tiles are read from",
+    ):
+        scan(tmp_path)
+    assert not (tmp_path / "index.npz").exists()
+
+
+def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of(slide: str, x: int) -> bytes:
+        return json.dumps({"slide": slide, "x": x, "y": 0}).encode()
+
+    write_tar(
+        tmp_path / "mixed.tar",
+        [pair for n in range(8) for pair in ((f"p{n}.png", b"p"), (f"j{n}.jpg", b"j"), (f"j{n}.cls", b"1"))],
+    )
+    write_tar(
+        tmp_path / "dotted.tar",
+        [
+            (f"S12.34_{n}_0.{kind}", b"j" if kind == "JPG" else of("dot", n))
+            for n in range(4)
+            for kind in ("JPG", "json")
+        ],
+    )
+    write_tar(tmp_path / "apart.tar", [*((f"a{n}.image.jpg", b"j") for n in range(8)), *((f"a{n}.json", of(f"s{n % 4}", n)) for n in (7, 6, 5, 4, 3, 2, 1, 0)),
+                                       ("._a0.jpg", b"junk"), ("other.json", of("x", 1))])  # fmt: skip
+    (tmp_path / "zero.tar").touch()
+    (tmp_path / "noise.tar").write_bytes(b"x" * 2000)
+    (tmp_path / "b.tar.gz").touch()
+    (tmp_path / "README.md").touch()
+    write_tar(tmp_path / "val/v.tar", [("k.jpg", b"j")])
+    for _ in range(2):  # what was left out is said again where nothing is read again
+        assert main(["shards", "index", f"shards={tmp_path}"]) in (0, None)
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].endswith(
+            "20 tiles of 6 slides in 3 shards, indexed; left out: 18 members and 5 files, as said above"
+        )
+        for line in (
+            "8 .png members (as p0.png in mixed.tar): tiles are read from .jpg and .jpeg", "8 .cls members", "1 hidden member",
+            "1 lone .json (as other.json in apart.tar)", "zero.tar: it is empty", "noise.tar: it is damaged", "b.tar.gz: it is compressed",
+            "1 other file (as README.md)", f"val: it holds shards of its own: name it too, as shards='{tmp_path} {tmp_path}/val'",
+        ):  # fmt: skip
+            assert f"left out: {line}" in said
+    index = ShardIndex.open(tmp_path)
+    places = {(index.meta["slides"]["slide"][index.slide[row]], int(index.x[row])) for row in range(20)}
+    assert places == {*((f"s{n % 4}", n) for n in range(8)), *(("dot", n) for n in range(4)), ("mixed", UNKNOWN)}
+    assert {finding.kind for finding in verify_shard(tmp_path, "apart.tar").findings} == {"undecodable tile"}
+
+
+def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(tmp_path: Path) -> None:
+    def of(x: int) -> bytes:
+        return json.dumps({"x": x, "y": 0}).encode()
+
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"j"), ("0.json", of(1)), ("0.jpg", b"j"), ("0.json", of(2)),
+                                   ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.json", of(3)), ("1.json", of(4))])  # fmt: skip
+    index = scan(tmp_path)
+    assert index.x.tolist() == [1, 2, UNKNOWN, UNKNOWN, UNKNOWN]
+    assert [kind.count for kind in left_out(index)[0]] == [2]
+
+
+@pytest.mark.parametrize("spoilt", [
+    '[1, 2]', '{"x": NaN}', '{"x": 1e999}', '{"y": 48.7}', '{"x": "left"}', '{"x": 99999999999999999999}', '{"x": [1]}',
+    '{"mpp": NaN}', '{"mpp": 0}', '{"tile_size_level0": -3}', '{"mpp": "0.5"}', '{"slide": {"a": 1}}', "", "\xff", "[" * 100_000,
+])  # fmt: skip
+def test_a_json_that_cannot_be_true_costs_its_tile_and_no_other(tmp_path: Path, spoilt: str) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", spoilt.encode("latin-1")), ("l.jpg", b"good")])
+    (kind,) = left_out(index := scan(tmp_path))[0]
+    assert len(index) == 1 and index.length[0] == 4
+    assert str(kind).startswith("1 tile with an impossible .json (as k.json")
+
+
+def test_a_place_that_the_index_cannot_hold_costs_its_tile_and_is_not_wrapped(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"s_{2**31}_0.jpg", b"jpeg"), ("s_5_0.jpg", b"jpeg")])
+    index = scan(tmp_path)
+    assert index.x.tolist() == [5]
+    assert [str(kind) for kind in left_out(index)[0]] == [
+        f"1 tile at an impossible place (as s_{2**31}_0 in a.tar): no slide has pixels there"
+    ]
+
+
+def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("s_7_9.jpg", b"jpeg"), ("s_7_9.json", b'{"slide": null, "x": null, "y": 12.0, "mpp": null}')])  # fmt: skip
+    index = scan(tmp_path)
+    assert (index.slides, index.x.tolist(), index.y.tolist(), index.facts(0)["mpp"]) == (["s"], [7], [12], None)
+
+
+def test_what_is_called_a_tar_and_is_no_file_is_refused_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(Fault, match=r"a\.tar: it is no file"):
+        scan(tmp_path)
+    assert [finding.kind for finding in verify_shard(tmp_path, "a.tar").findings] == ["missing record", "unreadable"]
+    os.remove(tmp_path / "a.tar")
+    (tmp_path / "a.tar").symlink_to("nowhere")
+    with pytest.raises(Fault, match=r"a\.tar: it is no file"):
+        scan(tmp_path)
