@@ -9,7 +9,19 @@ from pathlib import Path
 from data.fault import Fault
 from data.redaction import redacted
 from pretrain.plan import of_a_run
-from pretrain.settings import CONFIGS, Composed, annotated, choices_of, load, nearest, stem, with_parents
+from pretrain.settings import (
+    CONFIGS,
+    Composed,
+    annotated,
+    choices_of,
+    load,
+    nearest,
+    of_the_command_line,
+    places,
+    ranges_of,
+    stem,
+    with_parents,
+)
 
 COMMANDS = {
     "shard": "slides → tile shards",
@@ -31,6 +43,7 @@ COMMANDS = {
 }
 
 
+@of_the_command_line()
 def parse(arguments: list[str]) -> Composed | None:
     """The checked configuration that ``arguments`` ask for, or None where they asked for help, a version or ``--cfg``.
 
@@ -110,15 +123,17 @@ def explain(command: str) -> str:
     source = Path(__file__).parent / "commands" / f"{name}.py"
     text = ast.get_docstring(ast.parse(source.read_text())) or ""
     body = (CONFIGS / f"{name}.yaml").read_text()
-    sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(_without_defaults(body))}"]
+    allowed = ranges_of(load(command, []))
+    sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(_without_defaults(with_ranges(body, allowed)))}"]
     for group in re.findall(r"^  - (?:override )?/?(\w+): (?:\w+|null)", body, flags=re.M):
         options = choices_of(group, [CONFIGS])
         chosen = re.search(rf"^  - (?:override )?/?{group}: (\w+)", body, flags=re.M)
         default = chosen.group(1) if chosen else "null"
         sections.append(f"{group}= one of: {', '.join(options)} (default {default})")
         if default != "null" and group != "recipe":
-            files = [file for _, file in reversed(with_parents(group, default, [CONFIGS]))]
-            sections.append(_indent(_indent("\n".join(_without_defaults(file.read_text()) for file in files))))
+            files = reversed(with_parents(group, default, [CONFIGS]))
+            texts = [_without_defaults(with_ranges(file.read_text(), allowed, prefix)) for prefix, file in files]
+            sections.append(_indent(_indent("\n".join(texts))))
     if "launch" not in body:
         sections.append(
             f"launch= one of: {', '.join(choices_of('launch', [CONFIGS]))} (default local): where it runs; "
@@ -126,6 +141,16 @@ def explain(command: str) -> str:
         )
     sections.append(f"'pretrain {command} --cfg job' prints them all resolved, with where each value comes from.")
     return "\n\n".join(sections)
+
+
+def with_ranges(text: str, allowed: dict[str, str], prefix: str = "") -> str:
+    """A text of YAML with what its values may be behind their comments, unless these say so; keys of ``allowed`` begin with ``prefix``."""
+    lines = text.splitlines()
+    for name, place in places(text).items():
+        words = allowed.get(f"{prefix}{name}")
+        if words and not set(re.findall(r"\w+", words)) - {"or"} <= set(re.findall(r"\w+", lines[place])):
+            lines[place] += f" [{words}]" if " # " in lines[place] else f"  # [{words}]"
+    return "\n".join(lines) + "\n"
 
 
 def _without_defaults(text: str) -> str:
@@ -137,6 +162,6 @@ def _indent(text: str) -> str:
 
 
 def fail(fault: Fault) -> None:
-    """End the command with its one line on standard error and exit code 1."""
+    """End the command with its one line on standard error and the fault's exit code."""
     print(f"{fault.trace}pretrain: {fault}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(fault.code)

@@ -85,9 +85,10 @@ def has_plugin_beside(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) and "_target_" in get_type_hints(kind)
 
 
-def schema_beside(common: type, target: str) -> type:
-    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields."""
-    return dataclasses.make_dataclass(common.__name__, list(settings_of(target, common.base).items()), bases=(common,))  # type: ignore[attr-defined]
+def schema_beside(common: type, target: str, optional: bool = False) -> type:
+    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields; ``optional`` ones may be null."""
+    own = [(name, kind | None if optional else kind) for name, kind in settings_of(target, common.base).items()]  # type: ignore[attr-defined]
+    return dataclasses.make_dataclass(common.__name__, own, bases=(common,))
 
 
 def build(

@@ -12,9 +12,11 @@ import difflib
 import importlib
 import re
 import shlex
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -28,6 +30,16 @@ from data.fault import Fault
 from pretrain import plugins, ranges
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@contextmanager
+def of_the_command_line() -> Iterator[None]:
+    """A Fault raised inside is a mistake of the command line, by its exit code."""
+    try:
+        yield
+    except Fault as fault:
+        fault.code = 2
+        raise
 
 
 @dataclass
@@ -51,6 +63,7 @@ class Composed:
         """The command line's words that say what is computed, and not where."""
         return [word for word in self.overrides if not re.match(r"[+~]*launch[.=]", word)]
 
+    @of_the_command_line()
     def object(self) -> Any:
         """The command's ``Config`` dataclass, nested dataclasses and plain lists and dicts throughout."""
         missing = sorted(OmegaConf.missing_keys(self.tree))
@@ -62,9 +75,12 @@ class Composed:
         config = importlib.import_module(f"pretrain.commands.{stem(self.command)}").Config
         values = vars(OmegaConf.to_object(self.tree))
         kinds = get_type_hints(config)
-        return config(
-            **{name: vars(value) if kinds[name] == plugins.Plugin else value for name, value in values.items()}
-        )
+        for name, value in values.items():
+            if kinds[name] == plugins.Plugin:
+                values[name] = vars(value)
+            elif kinds[name] is Any:
+                values[name] = dataclasses.asdict(value)
+        return config(**values)
 
 
 def stem(command: str) -> str:
@@ -72,6 +88,7 @@ def stem(command: str) -> str:
     return command.replace(" ", "_")
 
 
+@of_the_command_line()
 def load(command: str, overrides: list[str], config_dirs: list[Path] | None = None) -> Composed:
     """Compose and check the configuration of ``command``. Raises Fault for anything unknown, mistyped or malformed."""
     if not (CONFIGS / f"{stem(command)}.yaml").exists():
@@ -92,8 +109,11 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
 
 def _check_ranges(command: str, tree: DictConfig, launch: plugins.Plugin) -> None:
     """Raise Fault for a value that its setting doesn't allow; a value that is still missing isn't one."""
-    config = importlib.import_module(f"pretrain.commands.{stem(command)}").Config
-    ranges.check(OmegaConf.to_container(tree), ranges.hints(config))  # type: ignore[arg-type]
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise Fault(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+    ranges.check_whole(values, _config(command))  # type: ignore[arg-type]
     if launch:
         ranges.check({"launch": launch}, {"launch": plugins.Plugin})
 
@@ -137,7 +157,12 @@ def _with_launch(command: str, overrides: list[str]) -> list[str]:
 
 def _hints(command: str) -> dict[str, Any]:
     """The names and types of a command's own settings."""
-    return get_type_hints(importlib.import_module(f"pretrain.commands.{stem(command)}").Config)
+    return {name: kind for name, kind in get_type_hints(_config(command)).items() if get_origin(kind) is not ClassVar}
+
+
+def _config(command: str) -> type:
+    """The dataclass of a command's settings."""
+    return importlib.import_module(f"pretrain.commands.{stem(command)}").Config  # type: ignore[no-any-return]
 
 
 def _typed_launch(command: str, values: DictConfig) -> plugins.Plugin:
@@ -151,14 +176,16 @@ def _typed_launch(command: str, values: DictConfig) -> plugins.Plugin:
 
 def _typed(command: str, values: DictConfig) -> DictConfig:
     """Merge ``values`` into the command's schema, in which each plug-in's node takes the schema of its class."""
-    fields = []
+    fields, declared = [], ranges.hints(_config(command))
     for name, kind in _hints(command).items():
+        loose = kind is Any  # the doctor's data, which may lack what the plug-in can't do without
+        kind = ranges.apart(declared[name])[0] if loose else kind
         if kind == plugins.Plugin or plugins.has_plugin_beside(kind):
             node = values.get(name)
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 raise Fault(f"{name}._target_ is missing: it names the class to build.")
             target = node["_target_"]
-            kind = plugins.schema(target) if kind == plugins.Plugin else plugins.schema_beside(kind, target)
+            kind = plugins.schema(target) if kind == plugins.Plugin else plugins.schema_beside(kind, target, loose)
         fields.append((name, kind))
     return _merged(command, fields, values)
 
@@ -317,8 +344,14 @@ def annotated(composed: Composed) -> str:
 
 def comments(file: Path) -> dict[str, str]:
     """The trailing comment of every value in a YAML file, by dotted key (``""`` where it has none)."""
-    lines = file.read_text().splitlines()
-    found: dict[str, str] = {}
+    text = file.read_text()
+    lines = text.splitlines()
+    return {name: lines[line].partition(" # ")[2].strip() for name, line in places(text).items()}
+
+
+def places(text: str) -> dict[str, int]:
+    """The line of every value in a YAML text, counted from 0, by dotted key."""
+    found: dict[str, int] = {}
 
     def walk(node: yaml.Node, prefix: str) -> None:
         if not isinstance(node, yaml.MappingNode):
@@ -328,12 +361,22 @@ def comments(file: Path) -> dict[str, str]:
             if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
                 walk(value, f"{name}.")
             else:
-                _, _, comment = lines[key.start_mark.line].partition(" # ")
-                found[name] = comment.strip()
+                found[name] = key.start_mark.line
 
-    walk(yaml.compose("\n".join(lines)) or yaml.MappingNode("", []), "")
+    walk(yaml.compose(text) or yaml.MappingNode("", []), "")
     found.pop("defaults", None)
     return found
+
+
+def ranges_of(composed: Composed) -> dict[str, str]:
+    """What each setting may be, in words, by dotted key."""
+    values: dict[str, Any] = {"launch": composed.launch, **OmegaConf.to_container(composed.tree)}  # type: ignore[dict-item]
+    kinds = {"launch": plugins.Plugin} | ranges.hints(_config(composed.command))
+    words: dict[str, str] = {}
+    for name, allowed in ranges.declared(values, kinds):
+        each = "each " if OmegaConf.is_list(OmegaConf.select(composed.tree, name)) and not allowed.whole else ""
+        words[name] = f"{words[name]}, {each}{allowed.says}" if name in words else f"{each}{allowed.says}"
+    return words
 
 
 def _meaning(origin: str) -> str:

@@ -66,14 +66,6 @@ class ShardedStrategy(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
 
-def require_known(precision: str, checkpointing: str) -> None:
-    """Raise Fault for a precision or a way of recomputing that there isn't."""
-    if precision not in PRECISIONS:
-        raise Fault(f"trainer.precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
-    if checkpointing not in CHECKPOINTING:
-        raise Fault(f"trainer.activation_checkpointing is one of {', '.join(CHECKPOINTING)}, not {checkpointing!r}.")
-
-
 def processes_a_copy(world_size: int, shard_size: int | None) -> int:
     """How many processes share one copy of the networks. Raises Fault where that doesn't divide them all."""
     shard = world_size if shard_size is None else shard_size
@@ -99,7 +91,6 @@ def shard(
     network share one compilation, and what gathers and frees their parameters stays outside of it. One process has nothing to
     gather, so a network is one unit there: a unit a block would take a small network's step on a CPU 5 % longer.
     """
-    require_known(precision, checkpointing)
     masters, compute = PRECISIONS[precision]
     inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters)
     outside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters, output_dtype=masters)

@@ -21,8 +21,10 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data.fault import Fault
+from models.allowed import one_of
 from pretrain.progress import say
 
 
@@ -30,7 +32,7 @@ from pretrain.progress import say
 class Config:
     checkpoint: str
     out: str
-    format: str
+    format: Annotated[str, one_of("timm", "transformers", "gigapath")]
     license: str
     allow_plugins: list[str]
 
