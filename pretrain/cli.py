@@ -43,6 +43,23 @@ COMMANDS = {
 }
 
 
+INSTEAD = {
+    option: sentence
+    for options, sentence in (
+        ("-m --multirun", "several runs are several commands, each with a run= of its own; a loop of the shell writes them"),
+        ("-n -cn --config-name", "the command says which configuration it is, recipe=NAME chooses its values, and --config-dir DIR adds your own"),
+        ("-cp --config-path", "--config-dir DIR adds a folder of your own YAML"),
+        ("-i --info", "--cfg job prints every value with the file that set it"),
+        ("--resolve", "--cfg job prints the configuration resolved as it is"),
+        ("-p --package", "--cfg job prints the whole configuration"),
+        ("-r --run", "a command runs unless --cfg job or --help is asked for"),
+        ("--hydra-help", "--help says what a command does, and all its settings"),
+    )
+    for option in options.split()
+}  # fmt: skip
+"""What is used here in place of Hydra's options."""
+
+
 @of_the_command_line()
 def parse(arguments: list[str]) -> Composed | None:
     """The checked configuration that ``arguments`` ask for, or None where they asked for help, a version or ``--cfg``.
@@ -62,21 +79,25 @@ def parse(arguments: list[str]) -> Composed | None:
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
     overrides, config_dirs, wants_help, wants_config = [], [], False, False
-    words = iter(rest)
+    words = iter(part for word in rest for part in _apart(word))
     for word in words:
         if word in ("-h", "--help"):
             wants_help = True
         elif word in ("--cfg", "-c"):
             if next(words, None) != "job":
-                raise Fault("--cfg takes the word 'job': it prints the whole resolved configuration.")
+                raise Fault(
+                    "--cfg takes the word 'job': it prints the whole resolved configuration; Hydra's own settings have no effect here."
+                )
             wants_config = True
         elif word in ("--config-dir", "-cd"):
-            folder = Path(next(words, ""))
-            if not folder.is_dir():
+            folder = Path(given := next(words, ""))
+            if not given or not folder.is_dir():
                 raise Fault(
-                    f"--config-dir {folder} is not a folder; it may hold recipe/, model/, … with your own YAML files."
+                    f"--config-dir {given or 'without a name'} is not a folder; it may hold recipe/, model/, … with your own YAML files."
                 )
             config_dirs.append(folder)
+        elif word in INSTEAD:
+            raise Fault(f"there is no option {word} here: {INSTEAD[word]}.")
         elif word.startswith("-"):
             raise Fault(
                 f"there is no option {word!r}; settings are written key=value, and the options are --help, --cfg job and --config-dir."
@@ -93,6 +114,15 @@ def parse(arguments: list[str]) -> Composed | None:
         print(redacted(annotated(composed)))
         return None
     return composed
+
+
+def _apart(word: str) -> list[str]:
+    """An option that holds its value is two words."""
+    return (
+        word.split("=", 1)
+        if re.match(r"--?(cfg|c|config-dir|cd|config-name|cn|config-path|cp|info|i)=", word)
+        else [word]
+    )
 
 
 def overview() -> str:

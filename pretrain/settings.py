@@ -23,11 +23,12 @@ from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from data.fault import Fault
 from pretrain import plugins, ranges
+from pretrain.shell_words import of_home, readable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 
@@ -99,7 +100,9 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
         if config_dirs
         else []
     )
-    values, choices = _compose(command, overrides, search, directories)
+    values, choices = _compose(
+        command, [readable(word, _is_text(command, _key(word))) for word in overrides], search, directories
+    )
     launch = _typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = _typed(command, values)
     _check_ranges(command, tree, launch)
@@ -112,7 +115,7 @@ def _check_ranges(command: str, tree: DictConfig, launch: plugins.Plugin) -> Non
     try:
         values = OmegaConf.to_container(tree, resolve=True)
     except OmegaConfBaseException as error:
-        raise Fault(f"{error.full_key}: {str(error).splitlines()[0]}") from error
+        raise Fault(_unresolved(error)) from error
     ranges.check_whole(values, _config(command))  # type: ignore[arg-type]
     if launch:
         ranges.check({"launch": launch}, {"launch": plugins.Plugin})
@@ -125,6 +128,8 @@ def _compose(
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=stem(command)):
             whole = compose(stem(command), _with_launch(command, overrides) + search, return_hydra_config=True)
+    except yaml.YAMLError as error:
+        raise Fault(f"a YAML file can't be read: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is set to null
         raise Fault(_explain(command, overrides, search, directories, error)) from error
     choices = {
@@ -149,15 +154,22 @@ def _with_launch(command: str, overrides: list[str]) -> list[str]:
                 )
         return overrides
     chosen = [word for word in overrides if word.startswith("launch=")]
-    # Commas between values are Hydra's sweeps; numbers of jobs and names of nodes are written like that everywhere else.
-    listed = r"^(launch\.(?:after|exclude))=([\w.-]+(?:,[\w.-]+)+)$"
-    rest = [re.sub(listed, r"\1=[\2]", word) for word in overrides if word not in chosen]
+    rest = [word for word in overrides if word not in chosen]
     return [f"+{word}" for word in chosen or ["launch=local"]] + rest
 
 
 def _hints(command: str) -> dict[str, Any]:
     """The names and types of a command's own settings."""
     return {name: kind for name, kind in get_type_hints(_config(command)).items() if get_origin(kind) is not ClassVar}
+
+
+def _is_text(command: str, key: str) -> bool:
+    """Whether a dotted key is a command's own setting of words; those of plug-ins aren't known before composing."""
+    kinds, kind = _hints(command), None
+    for part in key.split("."):
+        kind = kinds.get(part)
+        kinds = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    return bool({str, list[str]} & {kind, *get_args(kind)})
 
 
 def _config(command: str) -> type:
@@ -193,9 +205,12 @@ def _typed(command: str, values: DictConfig) -> DictConfig:
 def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> DictConfig:
     """The values, typed by a schema of these fields. Raises Fault for what it doesn't know, and for values of another type."""
     tree = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
-    _spread_lists(dict(fields), values)
     try:
+        _spread_lists(dict(fields), values)
+        _expand_home(values)
         return OmegaConf.merge(tree, values)  # type: ignore[return-value]
+    except InterpolationResolutionError as error:
+        raise Fault(_unresolved(error)) from error
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
         if "not in" in str(error):
@@ -203,6 +218,27 @@ def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> 
                 f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, {known for known in _keys(values) if known != key and not known.startswith(f'{key}.')})}"
             ) from error
         raise Fault(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _unresolved(error: OmegaConfBaseException) -> str:
+    """One sentence for a value that refers to something that there isn't."""
+    variable = re.search(r"Environment variable '(.*)' not found", str(error))
+    said = f"the environment variable {variable[1]} is not set" if variable else str(error).splitlines()[0]
+    return f"{error.full_key}: {said}."
+
+
+def _expand_home(values: DictConfig) -> None:
+    """Put the home folder where a text begins with its sign, as a shell does in front of words, but not behind ``=``."""
+    for key in list(values):
+        value = None if OmegaConf.is_missing(values, key) else values._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none():
+            _expand_home(value)
+        elif isinstance(value, ListConfig) and not value._is_none():
+            texts: Any = OmegaConf.to_container(value)
+            if any(isinstance(text, str) and of_home(text) for text in texts):
+                values[key] = [str(Path(x).expanduser()) if isinstance(x, str) and of_home(x) else x for x in texts]
+        elif isinstance(value, AnyNode) and isinstance(text := value._value(), str) and of_home(text):
+            values[key] = str(Path(text).expanduser())
 
 
 def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -> None:
