@@ -8,7 +8,9 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.redaction import redacted
+from pretrain.launched import rank
 from pretrain.plan import of_a_run
+from pretrain.progress import say
 from pretrain.settings import (
     CONFIGS,
     Composed,
@@ -110,6 +112,8 @@ def parse(arguments: list[str]) -> Composed | None:
     if command == "plan":  # it takes a run's settings beside its own
         overrides = of_a_run.set_aside(overrides, config_dirs)
     composed = load(command, overrides, config_dirs)
+    if composed.left_out and rank() is None:
+        say(composed.says_left_out())
     if wants_config:
         print(redacted(annotated(composed)))
         return None

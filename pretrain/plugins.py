@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from torch import nn
 
 from data.fault import Fault
@@ -103,6 +104,12 @@ def build(
         return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
     except ValueError as error:
         raise Fault(f"{target.__name__}: {error}") from error
+
+
+def build_empty(settings: Mapping[str, Any], *arguments: Any) -> Any:
+    """`build` a network without memory for its values, which are given to it later."""
+    with torch.device("meta"):
+        return build(settings, *arguments)
 
 
 def build_beside(settings: Any, *arguments: Any) -> Any:

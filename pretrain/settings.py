@@ -14,7 +14,7 @@ import re
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
@@ -53,6 +53,9 @@ class Composed:
     files: list[tuple[str, Path]]  # (prefix of its keys, file), weakest first
     overrides: list[str]  # key=value words of the command line
     config_dirs: list[Path]  # the user's own folders of YAML
+    left_out: list[str] = field(
+        default_factory=list
+    )  # settings of another objective, which the recipe has and the chosen one does without
 
     @property
     def overridden(self) -> set[str]:
@@ -63,6 +66,13 @@ class Composed:
     def words(self) -> list[str]:
         """The command line's words that say what is computed, and not where."""
         return [word for word in self.overrides if not re.match(r"[+~]*launch[.=]", word)]
+
+    def says_left_out(self) -> str:
+        """The sentence about what the recipe sets and the chosen objective does without."""
+        return (
+            f"the recipe's {', '.join(self.left_out)} are another objective's, and left out: the chosen one has its own values, "
+            "which objective.NAME= changes"
+        )
 
     @of_the_command_line()
     def object(self) -> Any:
@@ -100,14 +110,14 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
         if config_dirs
         else []
     )
-    values, choices = _compose(
-        command, [readable(word, _is_text(command, _key(word))) for word in overrides], search, directories
-    )
+    words = [readable(word, _is_text(command, _key(word))) for word in overrides]
+    values, choices = _compose(command, words, search, directories)
+    left_out = _leave_out(command, words, search, directories, values, choices)
     launch = _typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = _typed(command, values)
     _check_ranges(command, tree, launch)
     files = _files(command, choices, directories)
-    return Composed(command, tree, launch, files, overrides, directories[1:])
+    return Composed(command, tree, launch, files, overrides, directories[1:], left_out)
 
 
 def _check_ranges(command: str, tree: DictConfig, launch: plugins.Plugin) -> None:
@@ -138,6 +148,28 @@ def _compose(
     OmegaConf.set_struct(whole, False)
     del whole["hydra"]
     return whole, choices
+
+
+def _leave_out(
+    command: str,
+    words: list[str],
+    search: list[str],
+    directories: list[Path],
+    values: DictConfig,
+    choices: dict[str, str],
+) -> list[str]:
+    """Give an objective that the user chose its own values, where the recipe sets those of another one; returns the recipe's that are left out."""
+    recipe = choices.get("recipe", "None")
+    if recipe == "None" or not any(word.startswith("objective=") for word in words):
+        return []
+    rest = [word for word in words if _key(word) in ("recipe", "scale")]
+    if _compose(command, rest, search, directories)[1]["objective"] == choices["objective"]:
+        return []
+    own = [word for word in words if _key(word).partition(".")[0] in ("objective", "scale")]
+    values.objective = _compose(command, [*own, "~recipe"], search, directories)[0].objective
+    files = with_parents("recipe", recipe, directories)
+    named = {f"{prefix}{name}" for prefix, file in files for name in comments(file)}
+    return sorted(name for name in named if name.startswith("objective.") and name not in map(_key, words))
 
 
 def _with_launch(command: str, overrides: list[str]) -> list[str]:
@@ -367,6 +399,8 @@ def annotated(composed: Composed) -> str:
     for prefix, file in composed.files:
         name = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
         for key, comment in comments(file).items():
+            if prefix + key in composed.left_out and file.parent.name == "recipe":
+                continue
             meaning = comment or _meaning(origins.get(prefix + key, ""))
             origins[prefix + key] = f"{meaning}  [{name.with_suffix('')}]".strip()
     for key in composed.overridden & set(origins):

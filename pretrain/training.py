@@ -139,7 +139,7 @@ class Training(L.LightningModule, ABC):
         hardware = self.hardware
         shard(objective, self.device_mesh, hardware.precision, hardware.activation_checkpointing, hardware.compile)
         begin = self.begin if checkpoints.newest(self.run) is None else None
-        materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin)
+        materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin, self.make_objective)
         self.objective = objective
 
     def configure_optimizers(self) -> torch.optim.Optimizer:

@@ -49,7 +49,7 @@ def run(config: Config) -> None:
     store = EmbeddingStore.open(Path(config.data.embeddings))
 
     def objective():  # type: ignore[no-untyped-def]
-        return plugins.build(config.objective, lambda: plugins.build(config.model, store.width))
+        return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
     with held(Path(config.run)) as lease:
         fit(SlideTraining(Path(config.run), config, objective, store), lease)

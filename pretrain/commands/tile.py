@@ -55,7 +55,7 @@ def run(config: Config) -> None:
     require_devices(config.trainer)
 
     def objective():  # type: ignore[no-untyped-def]
-        return plugins.build(config.objective, lambda: plugins.build(config.model))
+        return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
 
     with held(Path(config.run)) as lease:
         fit(TileTraining(Path(config.run), config, objective), lease)

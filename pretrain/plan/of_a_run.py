@@ -5,6 +5,7 @@ from pathlib import Path
 import yaml
 
 from data.fault import Fault
+from pretrain.progress import say
 from pretrain.settings import CONFIGS, Composed, load, of_the_command_line
 
 STAGES = ("tile", "slide")
@@ -30,7 +31,10 @@ def compose(settings: list[str], config_dirs: list[str]) -> Composed:
         except Fault as fault:
             refused.append(f"as 'pretrain {stage}': {fault}")
         else:
-            return load(stage, settings, folders)
+            composed = load(stage, settings, folders)
+            if composed.left_out:
+                say(composed.says_left_out())
+            return composed
     raise Fault(f"{' '.join(recipe)} fits no stage: {' '.join(refused)}")
 
 
