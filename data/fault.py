@@ -10,6 +10,9 @@ class Fault(Exception):
     process. Every other exception is a defect of ours and keeps its traceback. Neither tells what is private in a URL.
     """
 
+    code = 1
+    """What the process ends with; 2 for a mistake of the command line, which is said before anything is looked at."""
+
     def __init__(self, message: object = "", trace: str = "") -> None:
         super().__init__(redacted(str(message)))
         self.trace = redacted(trace)

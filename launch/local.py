@@ -36,15 +36,14 @@ class Local(Launcher):
         training = composed.command in TRAINING
         if training:
             refuse_without_srun()
-        if not training or is_a_rank() or composed.tree.trainer.devices < 2:
+        if not training or is_a_rank():
+            run_here(composed)
+            return
+        refuse_alone(composed.tree.trainer.nodes)
+        if composed.tree.trainer.devices < 2:
             run_here(composed)
             return
         composed.object()  # what is missing is said once, by this process
-        nodes = composed.tree.trainer.nodes
-        if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-            raise Fault(
-                f"trainer.nodes={nodes} needs somebody who starts it on every node: launch=slurm or launch=torchrun."
-            )
         run_together(composed, folder_of(composed).resolve() / "logs" / "local")
 
 
@@ -66,6 +65,14 @@ def refuse_without_srun() -> None:
         raise Fault(
             f"this is a SLURM allocation of {tasks} tasks, and srun didn't start this process: put srun before the command, "
             "let launch=slurm write the job, or 'unset SLURM_NTASKS' to train with this one."
+        )
+
+
+def refuse_alone(nodes: int) -> None:
+    """Raise Fault where a run of several nodes would wait for others that nobody starts."""
+    if nodes > 1 and not {"NODE_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        raise Fault(
+            f"trainer.nodes={nodes} needs somebody who starts it on every node: launch=slurm or launch=torchrun."
         )
 
 

@@ -29,6 +29,12 @@ Kernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 """Attention over sequences of the given lengths, one behind the other: q, k, v ``(1, T, heads, d)`` → ``(1, T, heads, d)``."""
 
 
+def check_heads(width: int, heads: int) -> None:
+    """Raise ValueError for a width that the heads don't divide."""
+    if width % heads:
+        raise ValueError(f"width {width} is not divisible by heads {heads}")
+
+
 def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int, fused: bool = False) -> Tensor:
     """Softmax attention inside each crop: ``(T, 3 * width)`` → ``(T, width)`` with ``T = Σ crops * tokens``.
 

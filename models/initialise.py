@@ -26,12 +26,18 @@ def networks(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from networks(child, f"{prefix}.{name}" if prefix else name)
 
 
-@torch.no_grad()
 def initialise(root: nn.Module, seed: int, prefix: str = "") -> None:
+    """`fill` all of ``root``. Raises ValueError naming a parameter that belongs to no network: it would stay uninitialised."""
+    if missed := fill(root, seed, prefix):
+        raise ValueError(f"no network gives {missed[0]!r} an initial value ({len(missed)} such parameters)")
+
+
+@torch.no_grad()
+def fill(root: nn.Module, seed: int, prefix: str = "") -> list[str]:
     """Fill every parameter and persistent buffer of the networks inside ``root``, sharded (DTensor) or plain.
 
     ``prefix`` is the root's own name where it is a part of something larger, so that two networks of one shape differ.
-    Raises ValueError naming a parameter that belongs to no network: it would stay uninitialised.
+    Returns the names of those that belong to no network, and weren't filled.
     """
     filled: set[str] = set()
     for path, network in networks(root):
@@ -42,8 +48,7 @@ def initialise(root: nn.Module, seed: int, prefix: str = "") -> None:
             network.initialise(name, value, generator)
             assign(target, value)
             filled.add(full_name)
-    if missed := sorted(set(root.state_dict()) - filled):
-        raise ValueError(f"no network gives {missed[0]!r} an initial value ({len(missed)} such parameters)")
+    return sorted(set(root.state_dict()) - filled)
 
 
 def assign(target: Tensor, value: Tensor) -> None:

@@ -11,16 +11,18 @@ Sources: Ding et al. 2023 (LongNet), Wang et al. 2022 (sub-LayerNorm), Xu et al.
 import hashlib
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention_kernels import kernel
+from models.allowed import SOME, Agreements, one_of, within
+from models.attention import check_heads
+from models.attention_kernels import NAMES, kernel
 from models.dilated_attention import check_schedule, dilated_attention
-from models.positions import position_embedding
-from models.sequence_parallel import Group, Share, check_heads, gather, heads_at_hand, scatter, to_heads, to_tokens
+from models.positions import check_sines, position_embedding
+from models.sequence_parallel import Group, Share, check_sharing, gather, heads_at_hand, scatter, to_heads, to_tokens
 
 PIECE = 4096  # tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else
 
@@ -47,25 +49,30 @@ class LongNet(nn.Module):
     can't run here.
     """
 
+    agreements: ClassVar[Agreements] = {
+        ("width", "heads"): check_heads,
+        ("width",): check_sines,
+        ("segment_lengths", "dilated_ratios"): check_schedule,
+    }
+
     def __init__(
         self,
         input_width: int,
         *,
-        width: int,
-        depth: int,
-        heads: int,
-        feed_forward_width: int,
-        segment_lengths: list[int],
-        dilated_ratios: list[int],
-        dropout: float,
-        drop_path: float,
+        width: Annotated[int, within(least=1)],
+        depth: Annotated[int, within(least=1)],
+        heads: Annotated[int, within(least=1)],
+        feed_forward_width: Annotated[int, within(least=1)],
+        segment_lengths: Annotated[list[int], SOME, within(least=1)],
+        dilated_ratios: Annotated[list[int], SOME, within(least=1)],
+        dropout: Annotated[float, within(least=0, below=1)],
+        drop_path: Annotated[float, within(least=0, below=1)],
         compatible: bool,
-        attention: str = "sdpa",
-        initial_residual: float = 1.0,
+        attention: Annotated[str, one_of(*NAMES)] = "sdpa",
+        initial_residual: Annotated[float, within()] = 1.0,
     ) -> None:
         super().__init__()
-        if width % 4:
-            raise ValueError(f"width {width} must be a multiple of 4, for sines and cosines of two coordinates")
+        check_sines(width)
         self.input_width, self.width = input_width, width
         self.segment_lengths, self.dilated_ratios = list(segment_lengths), list(dilated_ratios)
         self.attention, self.initial_residual = attention, initial_residual
@@ -173,8 +180,7 @@ class Layers(nn.Module):
         attention: str,
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} must be a multiple of the {heads} heads")
+        check_heads(width, heads)
         check_schedule(segment_lengths, dilated_ratios)
         self.heads, self.dropout = heads, dropout
         self.group: Group = None
@@ -206,7 +212,7 @@ class Layers(nn.Module):
 
         They are given the same slides, and get the same results. Raises ValueError unless the processes divide the heads.
         """
-        check_heads(self.heads, group)
+        check_sharing(self.heads, group)
         self.group = group
 
     def forward(

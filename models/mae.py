@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from models.positions import grid_embedding
+from models.attention import check_heads
+from models.positions import check_sines, grid_embedding
 from models.vit import MLP, Block
 
 
@@ -39,8 +40,8 @@ class PixelDecoder(nn.Module):
 
     def __init__(self, *, encoder_width: int, patch_size: int, width: int, depth: int, heads: int) -> None:
         super().__init__()
-        if width % heads or width % 4:
-            raise ValueError(f"decoder_width {width} must be a multiple of decoder_heads {heads} and of 4")
+        check_heads(width, heads)
+        check_sines(width)
         self.width = width
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, 1, width))

@@ -4,6 +4,12 @@ import torch
 from torch import Tensor
 
 
+def check_sines(width: int) -> None:
+    """Raise ValueError for a width that sines and cosines of two coordinates don't fill."""
+    if width % 4:
+        raise ValueError(f"width {width} must be a multiple of 4, for sines and cosines of two coordinates")
+
+
 def position_embedding(cells: Tensor, width: int) -> Tensor:
     """(T, 2) integer cells (x, y) → (T, width) float32: ``[sin(yω), cos(yω), sin(xω), cos(xω)]``, ``ω_i = 10000^(-4i / width)``.
 

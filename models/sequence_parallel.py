@@ -62,7 +62,7 @@ def processes_of(group: Group) -> int:
     return 1 if group is None else dist.get_world_size(group)
 
 
-def check_heads(heads: int, group: Group) -> None:
+def check_sharing(heads: int, group: Group) -> None:
     """Raise ValueError unless the processes can have equally many heads."""
     processes = processes_of(group)
     if heads % processes:

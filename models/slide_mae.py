@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from models.longnet import Layers, fill, summarise
 from models.nearby import Nearby, first_reaches
-from models.positions import position_embedding
+from models.positions import check_sines, position_embedding
 
 
 class SlideDecoder(nn.Module):
@@ -45,8 +45,7 @@ class SlideDecoder(nn.Module):
         super().__init__()
         if start not in ("token", "nearby"):
             raise ValueError(f"a masked tile starts from 'token' or 'nearby', not {start!r}")
-        if width % 4:
-            raise ValueError(f"decoder width {width} must be a multiple of 4, for sines and cosines of two coordinates")
+        check_sines(width)
         self.width, self.initial_residual = width, initial_residual
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))

@@ -9,14 +9,15 @@ multiplying them by zero.
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.attention import Attention, Shape, backend
-from models.positions import grid_embedding
+from models.allowed import Agreements, one_of, within
+from models.attention import Attention, Shape, backend, check_heads
+from models.positions import check_sines, grid_embedding
 
 
 class Tokens(NamedTuple):
@@ -155,6 +156,18 @@ def resample_positions(positions: Tensor, rows: int, columns: int, *, antialias:
     return resampled.permute(0, 2, 3, 1).flatten(1, 2)
 
 
+def check_patches(image_size: int, patch_size: int) -> None:
+    """Raise ValueError for an image that patches don't fill."""
+    if image_size % patch_size:
+        raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
+
+
+def check_positions(position_embedding: str, width: int) -> None:
+    """Raise ValueError for a width that sines and cosines of two coordinates don't fill."""
+    if position_embedding == "sincos":
+        check_sines(width)
+
+
 class VisionTransformer(nn.Module):
     """A ViT over packed crops of several sizes. Keyword arguments are its settings (``configs/model/``).
 
@@ -169,35 +182,38 @@ class VisionTransformer(nn.Module):
     can't run here.
     """
 
+    agreements: ClassVar[Agreements] = {
+        ("width", "heads"): check_heads,
+        ("image_size", "patch_size"): check_patches,
+        ("position_embedding", "width"): check_positions,
+    }
+
     def __init__(
         self,
         *,
-        image_size: int = 224,
-        patch_size: int = 14,
-        width: int = 384,
-        depth: int = 12,
-        heads: int = 6,
-        feed_forward: str = "mlp",
-        feed_forward_width: int = 1536,
-        registers: int = 0,
-        layer_scale: float = 1e-5,
-        drop_path: float = 0.0,
+        image_size: Annotated[int, within(least=1)] = 224,
+        patch_size: Annotated[int, within(least=1)] = 14,
+        width: Annotated[int, within(least=1)] = 384,
+        depth: Annotated[int, within(least=1)] = 12,
+        heads: Annotated[int, within(least=1)] = 6,
+        feed_forward: Annotated[str, one_of("mlp", "swiglu")] = "mlp",
+        feed_forward_width: Annotated[int, within(least=1)] = 1536,
+        registers: Annotated[int, within(least=0)] = 0,
+        layer_scale: Annotated[float, within(least=0)] = 1e-5,
+        drop_path: Annotated[float, within(least=0, below=1)] = 0.0,
         position_antialias: bool = True,
-        position_offset: float = 0.0,
-        position_embedding: str = "learned",
-        attention: str = "sdpa",
+        position_offset: Annotated[float, within(least=0, below=1)] = 0.0,
+        position_embedding: Annotated[str, one_of("learned", "sincos")] = "learned",
+        attention: Annotated[str, one_of("sdpa", "xformers")] = "sdpa",
     ) -> None:
         super().__init__()
-        if width % heads:
-            raise ValueError(f"width {width} is not divisible by heads {heads}")
-        if image_size % patch_size:
-            raise ValueError(f"image_size {image_size} is not divisible by patch_size {patch_size}")
+        check_heads(width, heads)
+        check_patches(image_size, patch_size)
+        check_positions(position_embedding, width)
         if feed_forward not in ("mlp", "swiglu"):
             raise ValueError(f"feed_forward is 'mlp' or 'swiglu', not {feed_forward!r}")
         if position_embedding not in ("learned", "sincos"):
             raise ValueError(f"position_embedding is 'learned' or 'sincos', not {position_embedding!r}")
-        if position_embedding == "sincos" and width % 4:
-            raise ValueError(f"width {width} must be a multiple of 4, for sines and cosines of two coordinates")
         self.image_size, self.patch_size, self.width, self.heads = image_size, patch_size, width, heads
         self.feed_forward, self.layer_scale, self.drop_path = feed_forward, layer_scale, drop_path
         self.position_antialias, self.position_offset = position_antialias, position_offset

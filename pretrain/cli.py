@@ -8,8 +8,22 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.redaction import redacted
+from pretrain.launched import rank
 from pretrain.plan import of_a_run
-from pretrain.settings import CONFIGS, Composed, annotated, choices_of, load, nearest, stem, with_parents
+from pretrain.progress import say
+from pretrain.settings import (
+    CONFIGS,
+    Composed,
+    annotated,
+    choices_of,
+    load,
+    nearest,
+    of_the_command_line,
+    places,
+    ranges_of,
+    stem,
+    with_parents,
+)
 
 COMMANDS = {
     "shard": "slides → tile shards",
@@ -31,6 +45,24 @@ COMMANDS = {
 }
 
 
+INSTEAD = {
+    option: sentence
+    for options, sentence in (
+        ("-m --multirun", "several runs are several commands, each with a run= of its own; a loop of the shell writes them"),
+        ("-n -cn --config-name", "the command says which configuration it is, recipe=NAME chooses its values, and --config-dir DIR adds your own"),
+        ("-cp --config-path", "--config-dir DIR adds a folder of your own YAML"),
+        ("-i --info", "--cfg job prints every value with the file that set it"),
+        ("--resolve", "--cfg job prints the configuration resolved as it is"),
+        ("-p --package", "--cfg job prints the whole configuration"),
+        ("-r --run", "a command runs unless --cfg job or --help is asked for"),
+        ("--hydra-help", "--help says what a command does, and all its settings"),
+    )
+    for option in options.split()
+}  # fmt: skip
+"""What is used here in place of Hydra's options."""
+
+
+@of_the_command_line()
 def parse(arguments: list[str]) -> Composed | None:
     """The checked configuration that ``arguments`` ask for, or None where they asked for help, a version or ``--cfg``.
 
@@ -49,21 +81,25 @@ def parse(arguments: list[str]) -> Composed | None:
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
     overrides, config_dirs, wants_help, wants_config = [], [], False, False
-    words = iter(rest)
+    words = iter(part for word in rest for part in _apart(word))
     for word in words:
         if word in ("-h", "--help"):
             wants_help = True
         elif word in ("--cfg", "-c"):
             if next(words, None) != "job":
-                raise Fault("--cfg takes the word 'job': it prints the whole resolved configuration.")
+                raise Fault(
+                    "--cfg takes the word 'job': it prints the whole resolved configuration; Hydra's own settings have no effect here."
+                )
             wants_config = True
         elif word in ("--config-dir", "-cd"):
-            folder = Path(next(words, ""))
-            if not folder.is_dir():
+            folder = Path(given := next(words, ""))
+            if not given or not folder.is_dir():
                 raise Fault(
-                    f"--config-dir {folder} is not a folder; it may hold recipe/, model/, … with your own YAML files."
+                    f"--config-dir {given or 'without a name'} is not a folder; it may hold recipe/, model/, … with your own YAML files."
                 )
             config_dirs.append(folder)
+        elif word in INSTEAD:
+            raise Fault(f"there is no option {word} here: {INSTEAD[word]}.")
         elif word.startswith("-"):
             raise Fault(
                 f"there is no option {word!r}; settings are written key=value, and the options are --help, --cfg job and --config-dir."
@@ -76,10 +112,21 @@ def parse(arguments: list[str]) -> Composed | None:
     if command == "plan":  # it takes a run's settings beside its own
         overrides = of_a_run.set_aside(overrides, config_dirs)
     composed = load(command, overrides, config_dirs)
+    if composed.left_out and rank() is None:
+        say(composed.says_left_out())
     if wants_config:
         print(redacted(annotated(composed)))
         return None
     return composed
+
+
+def _apart(word: str) -> list[str]:
+    """An option that holds its value is two words."""
+    return (
+        word.split("=", 1)
+        if re.match(r"--?(cfg|c|config-dir|cd|config-name|cn|config-path|cp|info|i)=", word)
+        else [word]
+    )
 
 
 def overview() -> str:
@@ -110,15 +157,17 @@ def explain(command: str) -> str:
     source = Path(__file__).parent / "commands" / f"{name}.py"
     text = ast.get_docstring(ast.parse(source.read_text())) or ""
     body = (CONFIGS / f"{name}.yaml").read_text()
-    sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(_without_defaults(body))}"]
+    allowed = ranges_of(load(command, []))
+    sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(_without_defaults(with_ranges(body, allowed)))}"]
     for group in re.findall(r"^  - (?:override )?/?(\w+): (?:\w+|null)", body, flags=re.M):
         options = choices_of(group, [CONFIGS])
         chosen = re.search(rf"^  - (?:override )?/?{group}: (\w+)", body, flags=re.M)
         default = chosen.group(1) if chosen else "null"
         sections.append(f"{group}= one of: {', '.join(options)} (default {default})")
         if default != "null" and group != "recipe":
-            files = [file for _, file in reversed(with_parents(group, default, [CONFIGS]))]
-            sections.append(_indent(_indent("\n".join(_without_defaults(file.read_text()) for file in files))))
+            files = reversed(with_parents(group, default, [CONFIGS]))
+            texts = [_without_defaults(with_ranges(file.read_text(), allowed, prefix)) for prefix, file in files]
+            sections.append(_indent(_indent("\n".join(texts))))
     if "launch" not in body:
         sections.append(
             f"launch= one of: {', '.join(choices_of('launch', [CONFIGS]))} (default local): where it runs; "
@@ -126,6 +175,16 @@ def explain(command: str) -> str:
         )
     sections.append(f"'pretrain {command} --cfg job' prints them all resolved, with where each value comes from.")
     return "\n\n".join(sections)
+
+
+def with_ranges(text: str, allowed: dict[str, str], prefix: str = "") -> str:
+    """A text of YAML with what its values may be behind their comments, unless these say so; keys of ``allowed`` begin with ``prefix``."""
+    lines = text.splitlines()
+    for name, place in places(text).items():
+        words = allowed.get(f"{prefix}{name}")
+        if words and not set(re.findall(r"\w+", words)) - {"or"} <= set(re.findall(r"\w+", lines[place])):
+            lines[place] += f" [{words}]" if " # " in lines[place] else f"  # [{words}]"
+    return "\n".join(lines) + "\n"
 
 
 def _without_defaults(text: str) -> str:
@@ -137,6 +196,6 @@ def _indent(text: str) -> str:
 
 
 def fail(fault: Fault) -> None:
-    """End the command with its one line on standard error and exit code 1."""
+    """End the command with its one line on standard error and the fault's exit code."""
     print(f"{fault.trace}pretrain: {fault}", file=sys.stderr)
-    sys.exit(1)
+    sys.exit(fault.code)

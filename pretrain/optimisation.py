@@ -4,38 +4,15 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Annotated, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from data.fault import Fault
+from models.allowed import Agreements, numbers, one_of, within
 from pretrain.across_ranks import total
 from pretrain.teacher import local
-
-
-@dataclass
-class Optim:
-    """The settings under ``optim:``, explained beside their values in ``configs/optim/``."""
-
-    steps: int
-    schedule_steps: int | None
-    lr: float
-    lr_scaling: str
-    lr_final: float
-    warmup_steps: int
-    weight_decay: float
-    weight_decay_final: float
-    betas: list[float]
-    clip: float
-    layer_decay: float
-    patch_embed_lr: float
-    frozen_last_layer_steps: int
-    frozen_backbone_steps: int
-    max_skipped: int
-
-
-BACKBONE = "encoder"  # what every objective calls the network that a run is for
 
 SCALINGS = {
     "none": lambda batch: 1.0,
@@ -44,10 +21,42 @@ SCALINGS = {
 }
 
 
+def check_warmup(warmup_steps: int, steps: int, schedule_steps: int | None) -> None:
+    """Raise ValueError for a warm-up that doesn't end."""
+    if warmup_steps > (schedule_steps or steps):
+        raise ValueError(
+            "the warm-up is longer than the run; make it shorter, or where the run is to stop before its schedules end, give their length, schedule_steps"
+        )
+
+
+@dataclass
+class Optim:
+    """The settings under ``optim:``, explained beside their values in ``configs/optim/``."""
+
+    steps: Annotated[int, within(least=1)]
+    schedule_steps: Annotated[int | None, within(least=1)]
+    lr: Annotated[float, within(least=0)]
+    lr_scaling: Annotated[str, one_of(*SCALINGS)]
+    lr_final: Annotated[float, within(least=0)]
+    warmup_steps: Annotated[int, within(least=0)]
+    weight_decay: Annotated[float, within(least=0)]
+    weight_decay_final: Annotated[float, within(least=0)]
+    betas: Annotated[list[float], numbers(2), within(least=0, below=1)]
+    clip: Annotated[float, within(least=0)]
+    layer_decay: Annotated[float, within(above=0)]
+    patch_embed_lr: Annotated[float, within(least=0)]
+    frozen_last_layer_steps: Annotated[int, within(least=0)]
+    frozen_backbone_steps: Annotated[int, within(least=0)]
+    max_skipped: Annotated[int, within(least=0)]
+
+    agreements: ClassVar[Agreements] = {("warmup_steps", "steps", "schedule_steps"): check_warmup}
+
+
+BACKBONE = "encoder"  # what every objective calls the network that a run is for
+
+
 def scaled_lr(settings: Optim, batch_size: int) -> float:
     """The peak learning rate for a global batch, by the recipe's rule."""
-    if settings.lr_scaling not in SCALINGS:
-        raise Fault(f"optim.lr_scaling is one of {', '.join(SCALINGS)}, not {settings.lr_scaling!r}.")
     return settings.lr * SCALINGS[settings.lr_scaling](batch_size)
 
 

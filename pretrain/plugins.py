@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, get_type_hints
 
+import torch
 from torch import nn
 
 from data.fault import Fault
@@ -85,9 +86,10 @@ def has_plugin_beside(kind: Any) -> bool:
     return dataclasses.is_dataclass(kind) and "_target_" in get_type_hints(kind)
 
 
-def schema_beside(common: type, target: str) -> type:
-    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields."""
-    return dataclasses.make_dataclass(common.__name__, list(settings_of(target, common.base).items()), bases=(common,))  # type: ignore[attr-defined]
+def schema_beside(common: type, target: str, optional: bool = False) -> type:
+    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields; ``optional`` ones may be null."""
+    own = [(name, kind | None if optional else kind) for name, kind in settings_of(target, common.base).items()]  # type: ignore[attr-defined]
+    return dataclasses.make_dataclass(common.__name__, own, bases=(common,))
 
 
 def build(
@@ -102,6 +104,12 @@ def build(
         return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
     except ValueError as error:
         raise Fault(f"{target.__name__}: {error}") from error
+
+
+def build_empty(settings: Mapping[str, Any], *arguments: Any) -> Any:
+    """`build` a network without memory for its values, which are given to it later."""
+    with torch.device("meta"):
+        return build(settings, *arguments)
 
 
 def build_beside(settings: Any, *arguments: Any) -> Any:

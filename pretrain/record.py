@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from data.fault import Fault
 from data.files import refused, write_whole
 from data.redaction import redacted_settings
+from models.allowed import one_of
 from pretrain import metrics_file
 from pretrain.alarms import Alarm
 from pretrain.progress import say
@@ -24,7 +24,7 @@ from pretrain.progress import say
 class WandbSettings:
     """The settings under ``wandb:``: ``mode`` is off, online or offline."""
 
-    mode: str
+    mode: Annotated[str, one_of("off", "online", "offline")]
     project: str
 
 
@@ -114,8 +114,6 @@ class Wandb:
         self.run: Any = None
         if settings.mode == "off":
             return
-        if settings.mode not in ("online", "offline"):
-            raise Fault(f"wandb.mode is off, online or offline, not {settings.mode!r}.")
         import wandb
 
         mode = settings.mode

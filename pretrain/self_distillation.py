@@ -44,8 +44,7 @@ class SelfDistillation(Objective):
     """Student, teacher and targets. A subclass says what the teacher looks at, and writes the loss.
 
     ``make_network`` is called twice, for student and teacher. ``prototypes`` names the kinds of target (``dino``,
-    ``ibot``) and how many prototypes each has; each has a centre, the buffer ``<kind>_centre``. Raises ValueError for an
-    unknown centring.
+    ``ibot``) and how many prototypes each has; each has a centre, the buffer ``<kind>_centre``.
     """
 
     def __init__(
@@ -63,8 +62,6 @@ class SelfDistillation(Objective):
         teacher_momentum_final: float,
     ) -> None:
         super().__init__()
-        if centring not in ("centre", "sinkhorn"):
-            raise ValueError(f"centring is 'centre' or 'sinkhorn', not {centring!r}")
         self.student, self.teacher = make_network(), make_network()
         self.teacher.requires_grad_(False)
         self.group_size, self.centring, self.student_temperature = group_size, centring, student_temperature

@@ -12,22 +12,35 @@ import difflib
 import importlib
 import re
 import shlex
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, get_args, get_origin, get_type_hints
 
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
+from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
 
 from data.fault import Fault
 from pretrain import plugins, ranges
+from pretrain.shell_words import of_home, readable
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+
+
+@contextmanager
+def of_the_command_line() -> Iterator[None]:
+    """A Fault raised inside is a mistake of the command line, by its exit code."""
+    try:
+        yield
+    except Fault as fault:
+        fault.code = 2
+        raise
 
 
 @dataclass
@@ -40,6 +53,9 @@ class Composed:
     files: list[tuple[str, Path]]  # (prefix of its keys, file), weakest first
     overrides: list[str]  # key=value words of the command line
     config_dirs: list[Path]  # the user's own folders of YAML
+    left_out: list[str] = field(
+        default_factory=list
+    )  # settings of another objective, which the recipe has and the chosen one does without
 
     @property
     def overridden(self) -> set[str]:
@@ -51,6 +67,14 @@ class Composed:
         """The command line's words that say what is computed, and not where."""
         return [word for word in self.overrides if not re.match(r"[+~]*launch[.=]", word)]
 
+    def says_left_out(self) -> str:
+        """The sentence about what the recipe sets and the chosen objective does without."""
+        return (
+            f"the recipe's {', '.join(self.left_out)} are another objective's, and left out: the chosen one has its own values, "
+            "which objective.NAME= changes"
+        )
+
+    @of_the_command_line()
     def object(self) -> Any:
         """The command's ``Config`` dataclass, nested dataclasses and plain lists and dicts throughout."""
         missing = sorted(OmegaConf.missing_keys(self.tree))
@@ -62,9 +86,12 @@ class Composed:
         config = importlib.import_module(f"pretrain.commands.{stem(self.command)}").Config
         values = vars(OmegaConf.to_object(self.tree))
         kinds = get_type_hints(config)
-        return config(
-            **{name: vars(value) if kinds[name] == plugins.Plugin else value for name, value in values.items()}
-        )
+        for name, value in values.items():
+            if kinds[name] == plugins.Plugin:
+                values[name] = vars(value)
+            elif kinds[name] is Any:
+                values[name] = dataclasses.asdict(value)
+        return config(**values)
 
 
 def stem(command: str) -> str:
@@ -72,6 +99,7 @@ def stem(command: str) -> str:
     return command.replace(" ", "_")
 
 
+@of_the_command_line()
 def load(command: str, overrides: list[str], config_dirs: list[Path] | None = None) -> Composed:
     """Compose and check the configuration of ``command``. Raises Fault for anything unknown, mistyped or malformed."""
     if not (CONFIGS / f"{stem(command)}.yaml").exists():
@@ -82,18 +110,23 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
         if config_dirs
         else []
     )
-    values, choices = _compose(command, overrides, search, directories)
+    words = [readable(word, _is_text(command, _key(word))) for word in overrides]
+    values, choices = _compose(command, words, search, directories)
+    left_out = _leave_out(command, words, search, directories, values, choices)
     launch = _typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = _typed(command, values)
     _check_ranges(command, tree, launch)
     files = _files(command, choices, directories)
-    return Composed(command, tree, launch, files, overrides, directories[1:])
+    return Composed(command, tree, launch, files, overrides, directories[1:], left_out)
 
 
 def _check_ranges(command: str, tree: DictConfig, launch: plugins.Plugin) -> None:
     """Raise Fault for a value that its setting doesn't allow; a value that is still missing isn't one."""
-    config = importlib.import_module(f"pretrain.commands.{stem(command)}").Config
-    ranges.check(OmegaConf.to_container(tree), ranges.hints(config))  # type: ignore[arg-type]
+    try:
+        values = OmegaConf.to_container(tree, resolve=True)
+    except OmegaConfBaseException as error:
+        raise Fault(_unresolved(error)) from error
+    ranges.check_whole(values, _config(command))  # type: ignore[arg-type]
     if launch:
         ranges.check({"launch": launch}, {"launch": plugins.Plugin})
 
@@ -105,6 +138,8 @@ def _compose(
     try:
         with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=stem(command)):
             whole = compose(stem(command), _with_launch(command, overrides) + search, return_hydra_config=True)
+    except yaml.YAMLError as error:
+        raise Fault(f"a YAML file can't be read: {' '.join(str(error).split())}") from error
     except (HydraException, OmegaConfBaseException, ValueError) as error:  # ValueError: a group that is set to null
         raise Fault(_explain(command, overrides, search, directories, error)) from error
     choices = {
@@ -113,6 +148,28 @@ def _compose(
     OmegaConf.set_struct(whole, False)
     del whole["hydra"]
     return whole, choices
+
+
+def _leave_out(
+    command: str,
+    words: list[str],
+    search: list[str],
+    directories: list[Path],
+    values: DictConfig,
+    choices: dict[str, str],
+) -> list[str]:
+    """Give an objective that the user chose its own values, where the recipe sets those of another one; returns the recipe's that are left out."""
+    recipe = choices.get("recipe", "None")
+    if recipe == "None" or not any(word.startswith("objective=") for word in words):
+        return []
+    rest = [word for word in words if _key(word) in ("recipe", "scale")]
+    if _compose(command, rest, search, directories)[1]["objective"] == choices["objective"]:
+        return []
+    own = [word for word in words if _key(word).partition(".")[0] in ("objective", "scale")]
+    values.objective = _compose(command, [*own, "~recipe"], search, directories)[0].objective
+    files = with_parents("recipe", recipe, directories)
+    named = {f"{prefix}{name}" for prefix, file in files for name in comments(file)}
+    return sorted(name for name in named if name.startswith("objective.") and name not in map(_key, words))
 
 
 def _with_launch(command: str, overrides: list[str]) -> list[str]:
@@ -129,15 +186,27 @@ def _with_launch(command: str, overrides: list[str]) -> list[str]:
                 )
         return overrides
     chosen = [word for word in overrides if word.startswith("launch=")]
-    # Commas between values are Hydra's sweeps; numbers of jobs and names of nodes are written like that everywhere else.
-    listed = r"^(launch\.(?:after|exclude))=([\w.-]+(?:,[\w.-]+)+)$"
-    rest = [re.sub(listed, r"\1=[\2]", word) for word in overrides if word not in chosen]
+    rest = [word for word in overrides if word not in chosen]
     return [f"+{word}" for word in chosen or ["launch=local"]] + rest
 
 
 def _hints(command: str) -> dict[str, Any]:
     """The names and types of a command's own settings."""
-    return get_type_hints(importlib.import_module(f"pretrain.commands.{stem(command)}").Config)
+    return {name: kind for name, kind in get_type_hints(_config(command)).items() if get_origin(kind) is not ClassVar}
+
+
+def _is_text(command: str, key: str) -> bool:
+    """Whether a dotted key is a command's own setting of words; those of plug-ins aren't known before composing."""
+    kinds, kind = _hints(command), None
+    for part in key.split("."):
+        kind = kinds.get(part)
+        kinds = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
+    return bool({str, list[str]} & {kind, *get_args(kind)})
+
+
+def _config(command: str) -> type:
+    """The dataclass of a command's settings."""
+    return importlib.import_module(f"pretrain.commands.{stem(command)}").Config  # type: ignore[no-any-return]
 
 
 def _typed_launch(command: str, values: DictConfig) -> plugins.Plugin:
@@ -151,14 +220,16 @@ def _typed_launch(command: str, values: DictConfig) -> plugins.Plugin:
 
 def _typed(command: str, values: DictConfig) -> DictConfig:
     """Merge ``values`` into the command's schema, in which each plug-in's node takes the schema of its class."""
-    fields = []
+    fields, declared = [], ranges.hints(_config(command))
     for name, kind in _hints(command).items():
+        loose = kind is Any  # the doctor's data, which may lack what the plug-in can't do without
+        kind = ranges.apart(declared[name])[0] if loose else kind
         if kind == plugins.Plugin or plugins.has_plugin_beside(kind):
             node = values.get(name)
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 raise Fault(f"{name}._target_ is missing: it names the class to build.")
             target = node["_target_"]
-            kind = plugins.schema(target) if kind == plugins.Plugin else plugins.schema_beside(kind, target)
+            kind = plugins.schema(target) if kind == plugins.Plugin else plugins.schema_beside(kind, target, loose)
         fields.append((name, kind))
     return _merged(command, fields, values)
 
@@ -166,9 +237,12 @@ def _typed(command: str, values: DictConfig) -> DictConfig:
 def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> DictConfig:
     """The values, typed by a schema of these fields. Raises Fault for what it doesn't know, and for values of another type."""
     tree = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
-    _spread_lists(dict(fields), values)
     try:
+        _spread_lists(dict(fields), values)
+        _expand_home(values)
         return OmegaConf.merge(tree, values)  # type: ignore[return-value]
+    except InterpolationResolutionError as error:
+        raise Fault(_unresolved(error)) from error
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
         if "not in" in str(error):
@@ -176,6 +250,27 @@ def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> 
                 f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, {known for known in _keys(values) if known != key and not known.startswith(f'{key}.')})}"
             ) from error
         raise Fault(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _unresolved(error: OmegaConfBaseException) -> str:
+    """One sentence for a value that refers to something that there isn't."""
+    variable = re.search(r"Environment variable '(.*)' not found", str(error))
+    said = f"the environment variable {variable[1]} is not set" if variable else str(error).splitlines()[0]
+    return f"{error.full_key}: {said}."
+
+
+def _expand_home(values: DictConfig) -> None:
+    """Put the home folder where a text begins with its sign, as a shell does in front of words, but not behind ``=``."""
+    for key in list(values):
+        value = None if OmegaConf.is_missing(values, key) else values._get_node(key)
+        if isinstance(value, DictConfig) and not value._is_none():
+            _expand_home(value)
+        elif isinstance(value, ListConfig) and not value._is_none():
+            texts: Any = OmegaConf.to_container(value)
+            if any(isinstance(text, str) and of_home(text) for text in texts):
+                values[key] = [str(Path(x).expanduser()) if isinstance(x, str) and of_home(x) else x for x in texts]
+        elif isinstance(value, AnyNode) and isinstance(text := value._value(), str) and of_home(text):
+            values[key] = str(Path(text).expanduser())
 
 
 def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -> None:
@@ -304,6 +399,8 @@ def annotated(composed: Composed) -> str:
     for prefix, file in composed.files:
         name = file.relative_to(CONFIGS) if file.is_relative_to(CONFIGS) else file
         for key, comment in comments(file).items():
+            if prefix + key in composed.left_out and file.parent.name == "recipe":
+                continue
             meaning = comment or _meaning(origins.get(prefix + key, ""))
             origins[prefix + key] = f"{meaning}  [{name.with_suffix('')}]".strip()
     for key in composed.overridden & set(origins):
@@ -317,8 +414,14 @@ def annotated(composed: Composed) -> str:
 
 def comments(file: Path) -> dict[str, str]:
     """The trailing comment of every value in a YAML file, by dotted key (``""`` where it has none)."""
-    lines = file.read_text().splitlines()
-    found: dict[str, str] = {}
+    text = file.read_text()
+    lines = text.splitlines()
+    return {name: lines[line].partition(" # ")[2].strip() for name, line in places(text).items()}
+
+
+def places(text: str) -> dict[str, int]:
+    """The line of every value in a YAML text, counted from 0, by dotted key."""
+    found: dict[str, int] = {}
 
     def walk(node: yaml.Node, prefix: str) -> None:
         if not isinstance(node, yaml.MappingNode):
@@ -328,12 +431,22 @@ def comments(file: Path) -> dict[str, str]:
             if isinstance(value, yaml.MappingNode) and value.value and not value.flow_style:
                 walk(value, f"{name}.")
             else:
-                _, _, comment = lines[key.start_mark.line].partition(" # ")
-                found[name] = comment.strip()
+                found[name] = key.start_mark.line
 
-    walk(yaml.compose("\n".join(lines)) or yaml.MappingNode("", []), "")
+    walk(yaml.compose(text) or yaml.MappingNode("", []), "")
     found.pop("defaults", None)
     return found
+
+
+def ranges_of(composed: Composed) -> dict[str, str]:
+    """What each setting may be, in words, by dotted key."""
+    values: dict[str, Any] = {"launch": composed.launch, **OmegaConf.to_container(composed.tree)}  # type: ignore[dict-item]
+    kinds = {"launch": plugins.Plugin} | ranges.hints(_config(composed.command))
+    words: dict[str, str] = {}
+    for name, allowed in ranges.declared(values, kinds):
+        each = "each " if OmegaConf.is_list(OmegaConf.select(composed.tree, name)) and not allowed.whole else ""
+        words[name] = f"{words[name]}, {each}{allowed.says}" if name in words else f"{each}{allowed.says}"
+    return words
 
 
 def _meaning(origin: str) -> str:

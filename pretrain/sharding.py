@@ -20,7 +20,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data.fault import Fault
-from models.initialise import initialise
+from models.initialise import assign, fill, key
 from pretrain.across_ranks import total
 from pretrain.objective import Objective
 from pretrain.teacher import local
@@ -66,14 +66,6 @@ class ShardedStrategy(ModelParallelStrategy):
         return {"num_replicas": self.world_size, "rank": self.global_rank}
 
 
-def require_known(precision: str, checkpointing: str) -> None:
-    """Raise Fault for a precision or a way of recomputing that there isn't."""
-    if precision not in PRECISIONS:
-        raise Fault(f"trainer.precision is one of {', '.join(PRECISIONS)}, not {precision!r}.")
-    if checkpointing not in CHECKPOINTING:
-        raise Fault(f"trainer.activation_checkpointing is one of {', '.join(CHECKPOINTING)}, not {checkpointing!r}.")
-
-
 def processes_a_copy(world_size: int, shard_size: int | None) -> int:
     """How many processes share one copy of the networks. Raises Fault where that doesn't divide them all."""
     shard = world_size if shard_size is None else shard_size
@@ -99,7 +91,6 @@ def shard(
     network share one compilation, and what gathers and frees their parameters stays outside of it. One process has nothing to
     gather, so a network is one unit there: a unit a block would take a small network's step on a CPU 5 % longer.
     """
-    require_known(precision, checkpointing)
     masters, compute = PRECISIONS[precision]
     inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters)
     outside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters, output_dtype=masters)
@@ -146,27 +137,61 @@ def worth_keeping(_: Any, operator: Any, *args: Any, **kwargs: Any) -> Checkpoin
 
 @torch.no_grad()
 def materialise(
-    objective: Objective, device: torch.device, seed: int, begin: Callable[[Objective], None] | None = None
+    objective: Objective,
+    device: torch.device,
+    seed: int,
+    begin: Callable[[Objective], None] | None = None,
+    make_objective: Callable[[], Objective] | None = None,
 ) -> None:
     """Give an objective on the meta device memory and first values. Raises ValueError naming a tensor left without, on all ranks.
 
-    ``begin`` may put other values into the trained networks before a teacher is copied from them.
+    ``begin`` may put other values into the trained networks before a teacher is copied from them. ``make_objective`` builds the same
+    objective anew: what no network's ``initialise`` gives a value has the one that its constructor gives it there.
     """
     objective.to_empty(device=device)
     named = [*objective.named_parameters(), *objective.named_buffers()]
     tensors = {name: tensor for name, tensor in named if tensor.is_floating_point()}
     for tensor in tensors.values():
         local(tensor).fill_(torch.nan)  # fresh memory may hold anything, plausible numbers too
+    missed: list[str] = []
     for name, network in objective.trained().items():
-        initialise(network, seed, name)
+        missed += [f"{name}: {path}" for path in fill(network, seed, name)]
+    constructed = None
+    if make_objective is not None and (missed or len(named) > len(tensors)):
+        constructed = as_constructed(make_objective, seed)
+        for name, network in objective.trained().items():
+            theirs = constructed.trained()[name].state_dict()
+            for path, tensor in network.state_dict(keep_vars=True).items():
+                if f"{name}: {path}" in missed and not theirs[path].is_meta:
+                    assign(tensor, theirs[path])
     if begin is not None:
         begin(objective)
     objective.start()
     # A rank sees its own shards only, which may be empty: all must come to one answer, or those that go on wait forever.
-    unset = torch.stack([(~torch.isfinite(local(tensor))).any() for tensor in tensors.values()])
-    missed = [name for name, times in zip(tensors, total(unset.int()).tolist(), strict=True) if times]
-    if missed:
+    unset = _unset(tensors)
+    if unset and make_objective is not None:
+        constructed = constructed or as_constructed(make_objective, seed)
+    if constructed is not None:
+        theirs = dict([*constructed.named_parameters(), *constructed.named_buffers()])
+        for name, tensor in named:
+            if (name in unset or name not in tensors) and name in theirs and not theirs[name].is_meta:
+                assign(tensor, theirs[name])
+        unset = _unset(tensors)
+    if unset:
         raise ValueError(
-            f"{missed[0]} has no initial value: its network's initialise(), or the objective's start(), doesn't fill it "
-            f"({len(missed)} such tensors)"
+            f"{unset[0]} has no initial value: its network's initialise(), or the objective's start(), doesn't fill it "
+            f"({len(unset)} such tensors)"
         )
+
+
+def as_constructed(make_objective: Callable[[], Objective], seed: int) -> Objective:
+    """An objective with the values that its constructors draw, by ``seed`` alone; what is built on the meta device, an encoder say, has none."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(key(seed, "objective"))
+        return make_objective()
+
+
+def _unset(tensors: dict[str, torch.Tensor]) -> list[str]:
+    """The names of the tensors that hold a number that isn't finite, on any rank."""
+    unset = torch.stack([(~torch.isfinite(local(tensor))).any() for tensor in tensors.values()])
+    return [name for name, times in zip(tensors, total(unset.int()).tolist(), strict=True) if times]

@@ -4,8 +4,9 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
@@ -15,8 +16,10 @@ from data.fault import Fault
 from data.files import write_whole
 from data.lease import once
 from data.loader_process import LoaderProcess, shared_memory_room
+from data.slide_packing import Packing
 from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
+from models.allowed import SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from pretrain.across_ranks import total, world_size
 from pretrain.objectives.slide_mae import SlideMAE
@@ -28,23 +31,30 @@ from pretrain.training import Training
 STEPS_ON_THE_WAY = 4
 
 
+def check_packing(batch_size: int, batch_tokens: int | None, lanes: int) -> None:
+    """Raise Fault where lanes can't share a batch evenly."""
+    Packing(np.ones(1), batch_size=batch_size, batch_tokens=batch_tokens, lanes=lanes, seed=0)
+
+
 @dataclass
 class SlideData:
     """The settings under ``data:``, explained in ``configs/data/embeddings.yaml``."""
 
     embeddings: str
-    batch_size: int
-    batch_tokens: int | None
-    lanes: int
-    field_cells: int
-    validation_fraction: float
-    crop: float
-    shift_grid: int
-    flip: float
-    mask: str
-    mask_ratio: float
-    block_cells: int
-    processes_per_slide: int
+    batch_size: Annotated[int, within(least=1)]
+    batch_tokens: Annotated[int | None, within(least=1)]
+    lanes: Annotated[int, within(least=1)]
+    field_cells: Annotated[int, within(least=0)]
+    validation_fraction: Annotated[float, within(least=0, below=1)]
+    crop: Annotated[float, within(above=0, most=1)]
+    shift_grid: Annotated[int, within(least=0)]
+    flip: Annotated[float, SHARE]
+    mask: Annotated[str, one_of("random", "block")]
+    mask_ratio: Annotated[float, within(above=0, below=1)]
+    block_cells: Annotated[int, within(least=1)]
+    processes_per_slide: Annotated[int, within(least=1)]
+
+    agreements: ClassVar[Agreements] = {("batch_size", "batch_tokens", "lanes"): check_packing}
 
 
 class SlideBatches(IterableDataset["list[SlideBatch]"]):

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
 
@@ -18,7 +18,8 @@ from data.slide_tiles import SlideTiles
 from data.tile_source import TileSource
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from pretrain import plugins
+from models.allowed import SHARE, SOME, one_of, within
+from pretrain import plugins, ranges
 from pretrain.progress import say, track
 from pretrain.settings import CONFIGS, nearest
 
@@ -42,17 +43,13 @@ class OnlineSlides(Mixture):
         *,
         slides: list[str],
         grids: str,
-        mpp: list[float],
-        tile_size: int,
-        tissue: str,
-        min_tissue: float | None,
+        mpp: Annotated[list[float], SOME, within(above=0)],
+        tile_size: Annotated[int, within(least=1)],
+        tissue: Annotated[str, one_of(*RULES)],
+        min_tissue: Annotated[float | None, SHARE],
         slides_mpp: str | None,
-        workers: int | None,
+        workers: Annotated[int | None, within(least=1)],
     ) -> None:
-        if tissue not in RULES:
-            raise Fault(
-                f"there is no tissue rule {tissue!r}{nearest(tissue, set(RULES))} There are: {', '.join(RULES)}."
-            )
         paths, said_mpp = list_slides(slides), SlidesMpp.parse(slides_mpp)
         said_mpp.tells_of(paths)
         least = RULES[tissue].min_tissue if min_tissue is None else min_tissue
@@ -87,6 +84,7 @@ def _member(name: str, given: dict[str, Any], group: int) -> tuple[TileSource, f
     """A member's source and weight. Raises Fault for what it lacks, and for settings that its kind doesn't have."""
     if "weight" not in given:
         raise Fault(f"data.members.{name}.weight is missing: it is the member's share, in any scale.")
+    ranges.check(given, {"weight": Annotated[float, within(above=0)]}, f"data.members.{name}.")
     weight = float(given.pop("weight"))
     defaults = _defaults(name, given)
     wanted = plugins.settings_of(defaults["_target_"], TileSource)
@@ -100,6 +98,7 @@ def _member(name: str, given: dict[str, Any], group: int) -> tuple[TileSource, f
             raise Fault(f"data.members.{name}.{key} must be given.")
         if kind in (list[str], list[float]) and not isinstance(settings[key], list):
             settings[key] = [settings[key]]
+    ranges.check({name: settings}, {name: plugins.Plugin}, "data.members.")
     return plugins.build(settings, group, base=TileSource), weight
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from data.loader import Batch, Masking, MicroBatch, TileBatches, load
 from data.loader_process import LoaderProcess
 from data.stream import Stream, group_size
 from data.tile_source import TileSource
+from models.allowed import RANGE, SHARE, Agreements, numbers, one_of, within
 from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.encoders import Preprocessing, evaluation_size
@@ -35,46 +36,65 @@ SAMPLE_TILES = 8
 KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
 
 
+def check_scale(relative_to: str, scale: list[float]) -> None:
+    """Raise ValueError for a scale that is a share of the tile, and larger than the tile."""
+    if relative_to == "tile" and scale[1] > 1:
+        raise ValueError("a scale is a share of the tile's area, at most 1")
+
+
 @dataclass
 class Crops:
     """``data.crops``: numbers, sizes and scales of the views."""
 
-    global_count: int
-    global_size: int
-    global_scale: list[float]
-    local_count: int
-    local_size: int
-    local_scale: list[float]
-    relative_to: str
-    aspect: list[float]
-    vertical_flip: float
-    quarter_turns: float
+    global_count: Annotated[int, within(least=1)]
+    global_size: Annotated[int, within(least=1)]
+    global_scale: Annotated[list[float], RANGE, within(above=0)]
+    local_count: Annotated[int, within(least=0)]
+    local_size: Annotated[int, within(least=1)]
+    local_scale: Annotated[list[float], RANGE, within(above=0)]
+    relative_to: Annotated[str, one_of("tile", "crop")]
+    aspect: Annotated[list[float], RANGE, within(above=0)]
+    vertical_flip: Annotated[float, SHARE]
+    quarter_turns: Annotated[float, SHARE]
+
+    agreements: ClassVar[Agreements] = {
+        ("relative_to", "global_scale"): check_scale,
+        ("relative_to", "local_scale"): check_scale,
+    }
 
 
 @dataclass
 class ColourSettings:
     """``data.colour``: see `data.augment.Colour`."""
 
-    jitter_probability: float
-    brightness: float
-    contrast: float
-    saturation: float
-    hue: float
-    grey_probability: float
-    blur_probability: list[float]
-    blur_sigma: list[float]
-    solarise_probability: list[float]
-    stain_probability: float
-    stain_shift: float
+    jitter_probability: Annotated[float, SHARE]
+    brightness: Annotated[float, within(least=0)]
+    contrast: Annotated[float, within(least=0)]
+    saturation: Annotated[float, within(least=0)]
+    hue: Annotated[float, within(least=0, most=0.5)]
+    grey_probability: Annotated[float, SHARE]
+    blur_probability: Annotated[list[float], numbers(3), SHARE]
+    blur_sigma: Annotated[list[float], RANGE, within(least=0)]
+    solarise_probability: Annotated[list[float], numbers(3), SHARE]
+    stain_probability: Annotated[float, SHARE]
+    stain_shift: Annotated[float, within(least=0)]
+
+
+def check_shares(low: float, high: float) -> None:
+    """Raise ValueError for shares in the wrong order."""
+    if low > high:
+        raise ValueError("the smallest share is larger than the largest")
 
 
 @dataclass
 class MaskSettings:
     """``data.masks``: which share of the global crops is masked, and how much of them."""
 
-    share: float
-    low: float
-    high: float
+    share: Annotated[float, SHARE]
+    low: Annotated[float, SHARE]
+    high: Annotated[float, SHARE]
+
+    agreements: ClassVar[Agreements] = {("low", "high"): check_shares}
 
 
 @dataclass
@@ -82,19 +102,26 @@ class TileData:
     """The settings under ``data:``, explained in ``configs/data/``; beside them lie those of the source that ``_target_`` names."""
 
     base: ClassVar[type] = TileSource
+    agreements: ClassVar[Agreements] = {("batch_size", "lanes", "slides_per_lane"): group_size}
 
     _target_: str
-    batch_size: int
-    lanes: int
-    window: int
-    slides_per_lane: int | None
-    threads: int
-    max_bad_fraction: float
-    mean: list[float]
-    std: list[float]
+    batch_size: Annotated[int, within(least=1)]
+    lanes: Annotated[int, within(least=1)]
+    window: Annotated[int, within(least=1)]
+    slides_per_lane: Annotated[int | None, within(least=1)]
+    threads: Annotated[int, within(least=1)]
+    max_bad_fraction: Annotated[float, SHARE]
+    mean: Annotated[list[float], numbers(3), within()]
+    std: Annotated[list[float], numbers(3), within(above=0)]
     crops: Crops
     colour: ColourSettings
     masks: MaskSettings
+
+
+def check_patience(patience: int | None, probe: str | None) -> None:
+    """Raise ValueError for a wait for figures that nobody makes."""
+    if patience and not probe:
+        raise ValueError("a better k-NN accuracy is waited for: give labelled tiles, probe=FOLDER of class folders")
 
 
 @dataclass
@@ -102,13 +129,19 @@ class TileWatch(Watch):
     """The settings under ``watch:`` of the tile stage, explained in ``configs/tile.yaml``."""
 
     probe: str | None
-    probe_images: int
+    probe_images: Annotated[int, within(least=1)]
+
+    agreements: ClassVar[Agreements] = {("patience", "probe"): check_patience}
+
+
+def check_patches(size: int, count: int, patch_size: int) -> None:
+    """Raise ValueError for crops that patches don't fill, if there are any."""
+    if count and size % patch_size:
+        raise ValueError("the side of a crop is a multiple of the patch's")
 
 
 def crop_sizes(crops: Crops) -> CropSizes:
-    """The settings of crops as the loader takes them. Raises Fault for an unknown ``relative_to``."""
-    if crops.relative_to not in ("tile", "crop"):
-        raise Fault(f"data.crops.relative_to is tile or crop, not {crops.relative_to!r}.")
+    """The settings of crops as the loader takes them."""
     return CropSizes(
         crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
         crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
@@ -136,15 +169,7 @@ class TileTraining(Training):
         shape: dict[str, Any] = {name: getattr(self.data, name) for name in ("batch_size", "lanes", "slides_per_lane")}
         self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
-        crops = self.data.crops
-        self.sizes = crop_sizes(crops)
-        patch = config.model["patch_size"]
-        for name, size, count in (
-            ("global_size", crops.global_size, crops.global_count),
-            ("local_size", crops.local_size, crops.local_count),
-        ):
-            if count and size % patch:
-                raise Fault(f"data.crops.{name}={size} is not a multiple of model.patch_size={patch}.")
+        self.sizes = crop_sizes(self.data.crops)
         group = config.objective.get("group_size", 1)
         share = self.data.batch_size // (config.trainer.devices * config.trainer.nodes * config.trainer.accumulate)
         if share % group:
@@ -153,10 +178,6 @@ class TileTraining(Training):
             )
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
-        if watch.patience and not self.probe:
-            raise Fault(
-                f"watch.patience={watch.patience} waits for a better k-NN accuracy: give labelled tiles, watch.probe=FOLDER of class folders."
-            )
         self.slides = SlideSample(self.tiles, config.seed) if watch.every else None
         self.bad = self.seen = 0
         self.sampled = False

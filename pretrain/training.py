@@ -29,6 +29,7 @@ from data.fault import Fault
 from data.lease import SILENCE, Lease
 from data.loader_process import SHARED_MEMORY, LoaderProcess, ended_by, open_more_files
 from data.redaction import redacted_settings
+from models.allowed import one_of, within
 from pretrain import alarms, best, checkpoints, metrics_file, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
 from pretrain.launched import rank
@@ -38,11 +39,10 @@ from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_
 from pretrain.plan.hardware import peak_of
 from pretrain.preemption import Preemption
 from pretrain.progress import SECONDS_BETWEEN_LINES, Progress, duration, say
-from pretrain.ranges import within
 from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
-from pretrain.sharding import ShardedStrategy, materialise, processes_a_copy, require_known, shard
+from pretrain.sharding import CHECKPOINTING, PRECISIONS, ShardedStrategy, materialise, processes_a_copy, shard
 from pretrain.watchdog import Watchdog
 from pretrain.watching import Watch
 
@@ -53,20 +53,20 @@ T = TypeVar("T")
 class Hardware:
     """The settings under ``trainer:``, explained in ``configs/trainer/default.yaml``."""
 
-    accelerator: str
+    accelerator: Annotated[str, one_of("auto", "cpu", "gpu")]
     devices: Annotated[int, within(least=1)]
     nodes: Annotated[int, within(least=1)]
     shard_size: Annotated[int | None, within(least=1)]
-    precision: str
-    activation_checkpointing: str
+    precision: Annotated[str, one_of(*PRECISIONS)]
+    activation_checkpointing: Annotated[str, one_of(*CHECKPOINTING)]
     compile: bool
     accumulate: Annotated[int, within(least=1)]
-    peak_tflops: float | None
-    log_every: int
-    checkpoint_every: int
-    keep_checkpoints: int
-    keep_every: int | None
-    stalled_minutes: Annotated[float | None, within(above=0)]
+    peak_tflops: Annotated[float | None, within(above=0)]
+    log_every: Annotated[int, within(least=1)]
+    checkpoint_every: Annotated[int, within(least=0)]
+    keep_checkpoints: Annotated[int, within(least=0)]
+    keep_every: Annotated[int | None, within(least=1)]
+    stalled_minutes: Annotated[float | None, within(above=0, most=100_000)]
 
 
 class Training(L.LightningModule, ABC):
@@ -139,7 +139,7 @@ class Training(L.LightningModule, ABC):
         hardware = self.hardware
         shard(objective, self.device_mesh, hardware.precision, hardware.activation_checkpointing, hardware.compile)
         begin = self.begin if checkpoints.newest(self.run) is None else None
-        materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin)
+        materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin, self.make_objective)
         self.objective = objective
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
@@ -568,14 +568,25 @@ def fit(training: Training, lease: Lease | None = None) -> None:
 
 def require_possible(hardware: Hardware) -> None:
     """Raise Fault for settings under ``trainer:`` that no run can have."""
-    require_known(hardware.precision, hardware.activation_checkpointing)
     processes_a_copy(hardware.devices * hardware.nodes, hardware.shard_size)
 
 
-def require_resume(resume: str) -> None:
-    """Raise Fault for another word than the two."""
-    if resume not in ("newest", "previous"):
-        raise Fault(f"resume is newest or previous, not {resume!r}.")
+def require_devices(hardware: Hardware) -> None:
+    """Raise Fault where this machine hasn't the devices that a run asks for."""
+    gpus = torch.cuda.device_count()
+    if hardware.accelerator == "gpu" and not gpus and not torch.backends.mps.is_available():
+        raise Fault(
+            "trainer.accelerator=gpu, and PyTorch finds no GPU on this machine: trainer.accelerator=cpu trains on its cores, and "
+            "'pretrain doctor' says what there is."
+        )
+    if hardware.accelerator != "cpu" and 0 < gpus < hardware.devices:
+        raise Fault(
+            f"trainer.devices={hardware.devices} is more than the {gpus} GPUs that PyTorch finds on this machine: set it to {gpus} or less."
+        )
+
+
+RESUME = one_of("newest", "previous")
+"""Which checkpoint a run goes on from."""
 
 
 def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
@@ -583,7 +594,6 @@ def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
 
     Raises Fault where it is newest, with what is damaged and which one before it is whole.
     """
-    require_resume(resume)
     newest = checkpoints.newest(run)
     wrong = checkpoints.damage(newest) if newest else None
     if newest is None or wrong is None:

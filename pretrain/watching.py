@@ -7,11 +7,13 @@ and it costs a pass or two of the encoder without gradients. `pretrain.alarms` s
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.allowed import within
 from pretrain.across_ranks import gathered, total
 from pretrain.objective import Objective
 from pretrain.optimisation import BACKBONE
@@ -25,8 +27,8 @@ MOST_FEATURES = 1024  # a singular value decomposition of more would take second
 class Watch:
     """The settings under ``watch:`` that both stages have, explained in ``configs/tile.yaml``."""
 
-    every: int
-    patience: int | None
+    every: Annotated[int, within(least=0)]
+    patience: Annotated[int | None, within(least=1)]
 
 
 def watched_encoder(objective: Objective) -> nn.Module:

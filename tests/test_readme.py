@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text()
 SLIDE = Path(sys.prefix) / "share" / "slidewright" / "CMU-1-Small-Region.svs"
 # Training as shown takes minutes; here it takes a step or two. Nothing else is changed.
-SHORTER = {"tile": ["optim.steps=2"], "slide": ["optim.steps=2"], "doctor": ["optim.steps=2"]}
+SHORTER = {command: ["optim.steps=2", "optim.warmup_steps=1"] for command in ("tile", "slide", "doctor")}
 
 
 def commands(program: str) -> list[str]:

@@ -18,8 +18,10 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data.fault import Fault
+from models.allowed import within
 from pretrain.progress import duration, say
 from pretrain.settings import load
 
@@ -32,11 +34,11 @@ class Config:
 
     slides: list[str] | None
     out: str | None
-    mpp: float
-    tile_size: int
+    mpp: Annotated[float, within(above=0)]
+    tile_size: Annotated[int, within(least=1)]
     slides_mpp: str | None
-    tile_steps: int
-    slide_steps: int
+    tile_steps: Annotated[int, within(least=1)]
+    slide_steps: Annotated[int, within(least=1)]
     labelled: str | None
 
 
@@ -103,11 +105,11 @@ def road(config: Config, slides: list[str], out: Path) -> list[Step]:
     ]
     steps = [
         Step("find tissue and cut tiles", "shard", sharding, 4, shards / "index.npz"),
-        Step("train a tile encoder with DINOv2", "tile", [f"run={tile}", f"data.shards={shards}", f"optim.steps={config.tile_steps}", "trainer.checkpoint_every=30", "watch.every=30"],
+        Step("train a tile encoder with DINOv2", "tile", [f"run={tile}", f"data.shards={shards}", f"optim.steps={config.tile_steps}", f"optim.warmup_steps={min(50, config.tile_steps)}", "trainer.checkpoint_every=30", "watch.every=30"],
              2 * config.tile_steps, tile / "checkpoints" / f"step-{config.tile_steps:08d}"),
         Step("freeze it and embed the slide's tiles", "embed", [f"checkpoint={tile}", f"shards={shards}", f"out={embeddings}"], 8, embeddings / "index-0.parquet"),
         Step("train a slide encoder as a masked autoencoder, on fields cut from the slides since they are few", "slide",
-             [f"run={slide}", f"data.embeddings={embeddings}", f"optim.steps={config.slide_steps}"], 0.16 * config.slide_steps,
+             [f"run={slide}", f"data.embeddings={embeddings}", f"optim.steps={config.slide_steps}", f"optim.warmup_steps={min(40, config.slide_steps)}"], 0.16 * config.slide_steps,
              slide / "checkpoints" / f"step-{config.slide_steps:08d}"),
         Step("export the tile encoder for timm", "export", [f"checkpoint={tile}", f"out={out / 'encoder'}"], 4, out / "encoder" / "config.json"),
         Step("export the slide encoder in Prov-GigaPath's format", "export", [f"checkpoint={slide}", f"out={out / 'slide_encoder'}", "format=gigapath"], 2,

@@ -15,10 +15,11 @@ process of each node speaks, with the node's name. A process of each node adds u
 
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
+from models.allowed import within
 from pretrain import init, plugins
 from pretrain.commands import tile
 from pretrain.doctor import as_a_run, machine, report, tiles
@@ -30,9 +31,9 @@ from pretrain.tile_stage import TileData, TileTraining
 class Config(tile.Config):
     """Types of the settings; values and explanations are in ``configs/``. ``data`` is that of 'pretrain tile', but may lack shards."""
 
-    data: Any
+    data: Annotated[Any, TileData]  # whose shards may be missing
     slides: list[str]
-    tiles_per_second: float | None
+    tiles_per_second: Annotated[float | None, within(above=0)]
     partition: str | None
 
 
@@ -69,5 +70,4 @@ def run(config: Config) -> None:
 def typed_data(data: dict[str, Any]) -> TileData:
     """``data`` as 'pretrain tile' types it."""
     schema = plugins.schema_beside(TileData, data["_target_"])
-    given = data | ({"shards": [data["shards"]]} if isinstance(data.get("shards"), str) else {})
-    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), given))  # type: ignore[return-value]
+    return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), data))  # type: ignore[return-value]

@@ -9,8 +9,10 @@ which one process reads, cuts and masks them.
 
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Annotated
 
 from data.embeddings import EmbeddingStore
+from models.allowed import within
 from pretrain import plugins
 from pretrain.commands import slide
 from pretrain.doctor import as_a_run, embeddings, report
@@ -21,7 +23,7 @@ from pretrain.objective import Objective
 class Config(slide.Config):
     """Types of the settings; values and explanations are in ``configs/``."""
 
-    slides_per_second: float | None
+    slides_per_second: Annotated[float | None, within(above=0)]
     partition: str | None
 
 

@@ -24,7 +24,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data.embedding_index import merge
 from data.embedding_sources import ShardSource, SlideSource, TileSource, share
@@ -38,6 +38,7 @@ from data.slide_mpp import SlidesMpp
 from data.slide_names import name_slides
 from data.tiling import TilingSettings
 from data.tissue import RULES
+from models.allowed import SHARE, one_of, within
 from pretrain.progress import say, track
 
 
@@ -45,7 +46,7 @@ from pretrain.progress import say, track
 class Config:
     """Types of the settings; values and explanations are in ``configs/embed.yaml``."""
 
-    stage: str
+    stage: Annotated[str, one_of("tile", "slide")]
     out: str
     slides: list[str] | None
     shards: str | None
@@ -53,22 +54,22 @@ class Config:
     embeddings: str | None
     checkpoint: str | None
     device: str | None
-    precision: str
-    batch: int
-    tokens: int
-    threads: int
-    max_bad_fraction: float
+    precision: Annotated[str, one_of("float32", "bfloat16")]
+    batch: Annotated[int, within(least=1)]
+    tokens: Annotated[int, within(least=1)]
+    threads: Annotated[int, within(least=1)]
+    max_bad_fraction: Annotated[float, SHARE]
     part: str | None
     merge: bool
-    export: list[str]
-    mpp: float
-    tile_size: int
-    tissue: str
-    min_tissue: float | None
+    export: Annotated[list[str], one_of(*EXPORTS)]
+    mpp: Annotated[float, within(above=0)]
+    tile_size: Annotated[int, within(least=1)]
+    tissue: Annotated[str, one_of(*RULES)]
+    min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
     encoder: str | None
-    features_tile: float | None
-    features_unit: str | None
+    features_tile: Annotated[float | None, within(above=0)]
+    features_unit: Annotated[str | None, one_of(*UNITS)]
     allow_plugins: list[str]
 
 
@@ -99,11 +100,6 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 def check(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
-    if config.stage not in ("tile", "slide"):
-        raise Fault(f"stage is tile or slide, not {config.stage!r}.")
-    unknown = [kind for kind in config.export if kind not in EXPORTS]
-    if unknown:
-        raise Fault(f"export={unknown[0]} is not known; there are: {', '.join(EXPORTS)}.")
     if config.stage == "slide" and config.merge:
         raise Fault(
             f"slide embeddings need no merging: pandas.read_parquet({config.out!r}) reads all parts as one table."
@@ -123,10 +119,6 @@ def check(config: Config) -> None:
         raise Fault("give slides= or shards=, not both: the shards hold the slides' tiles already.")
     if not config.features and not config.checkpoint:
         raise Fault("say by what to embed: checkpoint=… is a tile run, an exported folder or the name of a timm model.")
-    if config.tissue not in RULES:
-        raise Fault(f"there is no tissue rule {config.tissue!r}; there are: {', '.join(RULES)}.")
-    if config.features_unit not in (None, *UNITS):
-        raise Fault(f"features_unit={config.features_unit} is not known; there are: {', '.join(UNITS)}.")
 
 
 def embed(config: Config, part: int, parts: int) -> None:

@@ -21,9 +21,11 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data.fault import Fault
 from data.files import require_writable
+from models.allowed import one_of
 from pretrain.progress import say
 
 
@@ -31,7 +33,7 @@ from pretrain.progress import say
 class Config:
     checkpoint: str
     out: str
-    format: str
+    format: Annotated[str, one_of("timm", "transformers", "gigapath")]
     license: str
     allow_plugins: list[str]
 

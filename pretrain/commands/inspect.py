@@ -20,6 +20,7 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 from PIL import Image
@@ -31,6 +32,7 @@ from data.slide_mpp import SlidesMpp
 from data.slides import Slide
 from data.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
 from data.tissue import RULES, is_empty, pen
+from models.allowed import SHARE, one_of, within
 from pretrain.picture_page import Page, write_page
 from pretrain.pictures import contact_sheet, tile_map, tissue_overlay
 from pretrain.progress import say
@@ -44,16 +46,16 @@ class Config:
     slide: str | None
     shards: list[str] | None
     out: str
-    mpp: float
-    tile_size: int
-    tissue: str
-    min_tissue: float | None
+    mpp: Annotated[float, within(above=0)]
+    tile_size: Annotated[int, within(least=1)]
+    tissue: Annotated[str, one_of(*RULES)]
+    min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
-    tiles: int
-    maps: int
+    tiles: Annotated[int, within(least=1)]
+    maps: Annotated[int, within(least=0)]
     views: str | None
-    weights: list[float] | None
-    seed: int
+    weights: Annotated[list[float] | None, within(least=0)]
+    seed: Annotated[int, within(least=0)]
 
 
 def run(config: Config) -> None:
@@ -76,8 +78,6 @@ def run(config: Config) -> None:
 
 def slide_page(config: Config, path: Path) -> Page:
     """Tissue mask and tile map of one slide. Raises Fault where 'pretrain shard' would refuse the slide."""
-    if config.tissue not in RULES:
-        raise Fault(f"there is no tissue rule {config.tissue!r}; there are: {', '.join(RULES)}")
     rule = RULES[config.tissue]
     min_tissue = rule.min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)

@@ -19,13 +19,14 @@ import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.keyed import rng
+from models.allowed import one_of, within
 from pretrain.progress import say
 
 if TYPE_CHECKING:
@@ -43,12 +44,12 @@ class Config:
     test: str | None
     out: str | None
     groups: str | None
-    test_fraction: float
-    seed: int
-    batch: int
-    threads: int
+    test_fraction: Annotated[float, within(above=0, below=1)]
+    seed: Annotated[int, within(least=0)]
+    batch: Annotated[int, within(least=1)]
+    threads: Annotated[int, within(least=1)]
     device: str | None
-    precision: str
+    precision: Annotated[str, one_of("float32", "bfloat16")]
     allow_plugins: list[str]
 
 
@@ -57,8 +58,6 @@ def run(config: Config) -> None:
     from pretrain import probing
     from pretrain.encoders import load_encoder
 
-    if not 0 < config.test_fraction < 1:
-        raise Fault(f"test_fraction is a share between 0 and 1, not {config.test_fraction}")
     out = Path(config.out) if config.out else None
     if out is not None:
         require_writable(out)

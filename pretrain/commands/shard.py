@@ -30,7 +30,7 @@ from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from data.cutting import JPEG_QUALITY
@@ -58,6 +58,7 @@ from data.slide_names import name_slides
 from data.slide_survey import survey
 from data.tiling import TilingSettings
 from data.tissue import RULES
+from models.allowed import SHARE, one_of, within
 from pretrain.progress import Progress, say, track
 
 MOST_SAID = 10  # slides of a kind that are said one by one
@@ -68,23 +69,21 @@ SAME_MPP = 1e-4  # but for rounding
 class Config:
     slides: list[str]
     out: str
-    mpp: float
-    tile_size: int
-    tissue: str
-    min_tissue: float | None
+    mpp: Annotated[float, within(above=0)]
+    tile_size: Annotated[int, within(least=1)]
+    tissue: Annotated[str, one_of(*RULES)]
+    min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
     patient_pattern: str
-    tiles_per_shard: int
+    tiles_per_shard: Annotated[int, within(least=1)]
     name: str
     coordinates: str | None
     part: str | None
-    workers: int | None
+    workers: Annotated[int | None, within(least=1)]
 
 
 def run(config: Config) -> None:
     """Cut the slides, or say that it is done. Raises Fault where not one slide gave tiles, and where the disk is full."""
-    if config.tissue not in RULES:
-        raise Fault(f"there is no tissue rule {config.tissue!r}; there are: {', '.join(RULES)}")
     out = Path(config.out)
     min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)

@@ -22,7 +22,7 @@ from collections import Counter
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from data.fault import Fault
 from data.files import require_writable, write_whole
@@ -30,6 +30,7 @@ from data.parallel import in_processes
 from data.redaction import redacted_settings
 from data.remote import is_remote
 from data.shard_verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
+from models.allowed import within
 from pretrain.progress import Progress, say
 
 MOST_SAID = 20  # findings of a folder that are said one by one; the report has them all
@@ -39,7 +40,7 @@ MOST_SAID = 20  # findings of a folder that are said one by one; the report has 
 class Config:
     shards: list[str]
     report: str | None
-    workers: int | None
+    workers: Annotated[int | None, within(least=1)]
 
 
 def run(config: Config) -> None:

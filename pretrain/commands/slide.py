@@ -12,15 +12,17 @@ The folder is like that of a tile run, and the same command resumes it.
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data.embeddings import EmbeddingStore
+from models.allowed import within
 from pretrain import plugins
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
 from pretrain.record import WandbSettings
 from pretrain.run_folder import held
 from pretrain.slide_stage import SlideData, SlideTraining
-from pretrain.training import Hardware, fit
+from pretrain.training import RESUME, Hardware, fit, require_devices
 from pretrain.watching import Watch
 
 
@@ -29,9 +31,9 @@ class Config:
     """Types of the settings; values and explanations are in ``configs/``."""
 
     run: str
-    seed: int
+    seed: Annotated[int, within(least=0)]
     allow_changes: bool
-    resume: str
+    resume: Annotated[str, RESUME]
     model: Plugin
     objective: Plugin
     data: SlideData
@@ -43,10 +45,11 @@ class Config:
 
 def run(config: Config) -> None:
     """Train, or say that the run is done."""
+    require_devices(config.trainer)
     store = EmbeddingStore.open(Path(config.data.embeddings))
 
     def objective():  # type: ignore[no-untyped-def]
-        return plugins.build(config.objective, lambda: plugins.build(config.model, store.width))
+        return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
     with held(Path(config.run)) as lease:
         fit(SlideTraining(Path(config.run), config, objective, store), lease)

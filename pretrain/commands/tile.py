@@ -14,14 +14,16 @@ the newest checkpoint, on the same data in the same order, also on another numbe
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, ClassVar
 
+from models.allowed import Agreements, within
 from pretrain import plugins
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
 from pretrain.record import WandbSettings
 from pretrain.run_folder import held
-from pretrain.tile_stage import TileData, TileTraining, TileWatch
-from pretrain.training import Hardware, fit
+from pretrain.tile_stage import TileData, TileTraining, TileWatch, check_patches
+from pretrain.training import RESUME, Hardware, fit, require_devices
 
 
 @dataclass
@@ -29,9 +31,9 @@ class Config:
     """Types of the settings; values and explanations are in ``configs/``."""
 
     run: str
-    seed: int
+    seed: Annotated[int, within(least=0)]
     allow_changes: bool
-    resume: str
+    resume: Annotated[str, RESUME]
     init: str | None
     allow_plugins: list[str]
     model: Plugin
@@ -42,12 +44,18 @@ class Config:
     watch: TileWatch
     wandb: WandbSettings
 
+    agreements: ClassVar[Agreements] = {
+        (f"data.crops.{kind}_size", f"data.crops.{kind}_count", "model.patch_size"): check_patches
+        for kind in ("global", "local")
+    }
+
 
 def run(config: Config) -> None:
     """Train, or say that the run is done."""
+    require_devices(config.trainer)
 
     def objective():  # type: ignore[no-untyped-def]
-        return plugins.build(config.objective, lambda: plugins.build(config.model))
+        return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
 
     with held(Path(config.run)) as lease:
         fit(TileTraining(Path(config.run), config, objective), lease)

@@ -8,7 +8,7 @@ from data import lease
 from data.fault import Fault
 from pretrain import checkpoints, run_folder
 from pretrain.doctor.finding import Finding, failed, passed, warned
-from pretrain.training import require_possible, require_resume
+from pretrain.training import require_possible
 
 
 def check(
@@ -20,7 +20,6 @@ def check(
     """
     findings = [
         _refusal(lambda: require_possible(config.trainer)),
-        _refusal(lambda: require_resume(config.resume)),
         _refusal(lambda: run_folder.allowed_changes(run, whole(), data=None)) if whole else None,
         _refusal(lambda: build(whole())) if whole and build else None,
     ]

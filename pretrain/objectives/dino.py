@@ -6,10 +6,12 @@ here each network's; gradients are otherwise those of its loss.
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from models.allowed import SHARE, one_of, within
 from models.heads import PrototypeHead
 from models.vit import VisionTransformer
 from pretrain.losses.cross_entropy import cross_view_entropy
@@ -21,27 +23,26 @@ from pretrain.tile_batch import TileBatch
 class DINO(SelfDistillation):
     """The objective. Keyword arguments are its settings (``configs/objective/dino.yaml`` explains each).
 
-    ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher. Raises ValueError for an unknown
-    centring.
+    ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher.
     """
 
     def __init__(
         self,
         make_encoder: Callable[[], VisionTransformer],
         *,
-        group_size: int,
-        prototypes: int,
-        bottleneck: int,
-        hidden: int,
-        head_layers: int,
+        group_size: Annotated[int, within(least=1)],
+        prototypes: Annotated[int, within(least=1)],
+        bottleneck: Annotated[int, within(least=1)],
+        hidden: Annotated[int, within(least=1)],
+        head_layers: Annotated[int, within(least=1)],
         frozen_prototype_norms: bool,
-        centring: str,
-        student_temperature: float,
-        teacher_temperature: float,
-        teacher_temperature_start: float,
-        teacher_temperature_warmup: int,
-        teacher_momentum: float,
-        teacher_momentum_final: float,
+        centring: Annotated[str, one_of("centre", "sinkhorn")],
+        student_temperature: Annotated[float, within(above=0)],
+        teacher_temperature: Annotated[float, within(above=0)],
+        teacher_temperature_start: Annotated[float, within(above=0)],
+        teacher_temperature_warmup: Annotated[int, within(least=0)],
+        teacher_momentum: Annotated[float, SHARE],
+        teacher_momentum_final: Annotated[float, SHARE],
     ) -> None:
         def network() -> Network:
             encoder = make_encoder()

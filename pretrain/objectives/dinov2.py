@@ -9,10 +9,12 @@ cls, patches    cls, masked patches  ──heads──▶ prototype scores
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from models.allowed import SHARE, one_of, within
 from models.heads import PrototypeHead
 from models.vit import VisionTransformer
 from pretrain.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
@@ -26,40 +28,32 @@ class DINOv2(SelfDistillation):
     """The full objective. Keyword arguments are its settings (``configs/objective/dinov2.yaml`` explains each).
 
     ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher.
-    Raises ValueError for an unknown centring or spread regulariser, or a group of one.
     """
 
     def __init__(
         self,
         make_encoder: Callable[[], VisionTransformer],
         *,
-        group_size: int,
-        prototypes: int,
-        bottleneck: int,
-        hidden: int,
-        head_layers: int,
+        group_size: Annotated[int, within(least=2)],
+        prototypes: Annotated[int, within(least=1)],
+        bottleneck: Annotated[int, within(least=1)],
+        hidden: Annotated[int, within(least=1)],
+        head_layers: Annotated[int, within(least=1)],
         separate_ibot_head: bool,
-        ibot_prototypes: int,
-        ibot_bottleneck: int,
-        dino_weight: float,
-        ibot_weight: float,
-        spread: str,
-        spread_weight: float,
-        centring: str,
-        student_temperature: float,
-        teacher_temperature: float,
-        teacher_temperature_start: float,
-        teacher_temperature_warmup: int,
-        teacher_momentum: float,
-        teacher_momentum_final: float,
+        ibot_prototypes: Annotated[int, within(least=1)],
+        ibot_bottleneck: Annotated[int, within(least=1)],
+        dino_weight: Annotated[float, within(least=0)],
+        ibot_weight: Annotated[float, within(least=0)],
+        spread: Annotated[str, one_of(*SPREADS)],
+        spread_weight: Annotated[float, within(least=0)],
+        centring: Annotated[str, one_of("centre", "sinkhorn")],
+        student_temperature: Annotated[float, within(above=0)],
+        teacher_temperature: Annotated[float, within(above=0)],
+        teacher_temperature_start: Annotated[float, within(above=0)],
+        teacher_temperature_warmup: Annotated[int, within(least=0)],
+        teacher_momentum: Annotated[float, SHARE],
+        teacher_momentum_final: Annotated[float, SHARE],
     ) -> None:
-        if spread not in SPREADS:
-            raise ValueError(f"spread is one of {', '.join(map(repr, SPREADS))}, not {spread!r}")
-        if group_size < 2:
-            raise ValueError(
-                f"group_size {group_size} leaves {spread} nothing to compare a tile with; it is at least 2"
-            )
-
         def network() -> Network:
             encoder = make_encoder()
             dino = PrototypeHead(

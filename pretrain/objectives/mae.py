@@ -8,6 +8,7 @@ One network, no teacher. Set against the public code (facebookresearch/mae): the
 """
 
 from collections.abc import Callable
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -15,7 +16,10 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from data.keyed import rng
+from models.allowed import Agreements, within
+from models.attention import check_heads
 from models.mae import PixelDecoder, normalised, pixels, random_masking
+from models.positions import check_sines
 from models.vit import VisionTransformer
 from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
@@ -25,22 +29,25 @@ from pretrain.tile_batch import TileBatch
 class MAE(Objective):
     """The objective. Keyword arguments are its settings (``configs/objective/mae.yaml`` explains each).
 
-    Raises ValueError for a mask ratio outside (0, 1) or an encoder with stochastic depth, which MAE doesn't have.
+    Raises ValueError for an encoder with stochastic depth, which MAE doesn't have.
     """
+
+    agreements: ClassVar[Agreements] = {
+        ("decoder_width", "decoder_heads"): check_heads,
+        ("decoder_width",): check_sines,
+    }
 
     def __init__(
         self,
         make_encoder: Callable[[], VisionTransformer],
         *,
-        mask_ratio: float,
+        mask_ratio: Annotated[float, within(above=0, below=1)],
         norm_pix: bool,
-        decoder_width: int,
-        decoder_depth: int,
-        decoder_heads: int,
+        decoder_width: Annotated[int, within(least=1)],
+        decoder_depth: Annotated[int, within(least=1)],
+        decoder_heads: Annotated[int, within(least=1)],
     ) -> None:
         super().__init__()
-        if not 0 < mask_ratio < 1:
-            raise ValueError(f"mask_ratio {mask_ratio} is not between 0 and 1")
         self.encoder = make_encoder()
         if self.encoder.drop_path:
             raise ValueError("MAE pretrains without stochastic depth: set model.drop_path=0")

@@ -12,6 +12,7 @@ encoder's embedding, standardised by fixed statistics. Nothing trainable is ever
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from typing import Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 
 from data.keyed import rng
 from data.slide_sequences import SlideBatch
+from models.allowed import Agreements, one_of, within
+from models.attention import check_heads
 from models.longnet import LongNet
+from models.positions import check_sines
 from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
 from pretrain.across_ranks import total, world_size
@@ -36,24 +40,26 @@ class SlideMAE(Objective):
 
     ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its attention schedule and its
     initial residual.
-    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). decoder_start: see `SlideDecoder`. Raises
-    ValueError for others.
+    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). decoder_start: see `SlideDecoder`.
     """
+
+    agreements: ClassVar[Agreements] = {
+        ("decoder_width", "decoder_heads"): check_heads,
+        ("decoder_width",): check_sines,
+    }
 
     def __init__(
         self,
         make_encoder: Callable[[], LongNet],
         *,
-        decoder_width: int,
-        decoder_depth: int,
-        decoder_heads: int,
-        decoder_feed_forward_width: int,
-        weighting: str,
-        decoder_start: str = "token",
+        decoder_width: Annotated[int, within(least=1)],
+        decoder_depth: Annotated[int, within(least=1)],
+        decoder_heads: Annotated[int, within(least=1)],
+        decoder_feed_forward_width: Annotated[int, within(least=1)],
+        weighting: Annotated[str, one_of("slide", "token")],
+        decoder_start: Annotated[str, one_of("token", "nearby")] = "token",
     ) -> None:
         super().__init__()
-        if weighting not in ("slide", "token"):
-            raise ValueError(f"weighting is 'slide' or 'token', not {weighting!r}")
         self.weighting = weighting
         self.encoder = make_encoder()
         self.decoder = SlideDecoder(

@@ -51,7 +51,7 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
     true = {global_crops * grid * grid: masked}
     if model.get("drop_path"):
         # The last block computes the wanted tokens alone, of the samples that its branches run on.
-        prefix, group, rate = 1 + model["registers"], objective["group_size"], model["drop_path"]
+        prefix, group, rate = 1 + model.get("registers", 0), objective.get("group_size", 1), model["drop_path"]
         kept = wanted = 0.0
         for which, (views, side) in enumerate(sides):
             tokens = prefix + (side // patch) ** 2

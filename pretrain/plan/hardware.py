@@ -7,7 +7,7 @@ import torch
 import yaml
 
 from data.fault import Fault
-from pretrain.ranges import within
+from pretrain.ranges import one_of, within
 from pretrain.settings import CONFIGS
 
 FOLDER = CONFIGS / "hardware"
@@ -18,7 +18,7 @@ class Machine:
     """``hardware=``: one accelerator, or a CPU."""
 
     name: str
-    accelerator: str  # gpu or cpu
+    accelerator: Annotated[str, one_of("gpu", "cpu")]
     memory_gib: Annotated[float, within(above=0)]
     bf16_tflops: Annotated[float, within(above=0)]
     float32_tflops: Annotated[float, within(above=0)]

@@ -5,7 +5,8 @@ from pathlib import Path
 import yaml
 
 from data.fault import Fault
-from pretrain.settings import CONFIGS, Composed, load
+from pretrain.progress import say
+from pretrain.settings import CONFIGS, Composed, load, of_the_command_line
 
 STAGES = ("tile", "slide")
 
@@ -18,6 +19,7 @@ def set_aside(overrides: list[str], config_dirs: list[Path]) -> list[str]:
     return [*rest, f"settings={_quoted(of_the_run)}", f"config_dirs={_quoted([str(path) for path in config_dirs])}"]
 
 
+@of_the_command_line()
 def compose(settings: list[str], config_dirs: list[str]) -> Composed:
     """The configuration of the run that these settings describe, of the stage that its recipe is for. Raises Fault for what it refuses."""
     folders = [Path(folder) for folder in config_dirs]
@@ -29,7 +31,10 @@ def compose(settings: list[str], config_dirs: list[str]) -> Composed:
         except Fault as fault:
             refused.append(f"as 'pretrain {stage}': {fault}")
         else:
-            return load(stage, settings, folders)
+            composed = load(stage, settings, folders)
+            if composed.left_out:
+                say(composed.says_left_out())
+            return composed
     raise Fault(f"{' '.join(recipe)} fits no stage: {' '.join(refused)}")
 
 

@@ -3,9 +3,10 @@
 Tensors are torch's *fake* ones: they know shape, type and device, and hold nothing, so a step of a ViT-g on 256 processes
 is rehearsed on a laptop. Nothing about a network is written down here; what runs is `pretrain.sharding.shard`,
 `pretrain.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
-elements of a mask are true; that comes with the batch (`Batch.true`).
+elements of a mask are true; that comes with the batch (`Batch.true`), or is counted where a mask is made of shapes (`constants`).
 """
 
+import math
 import warnings
 import weakref
 from collections import Counter
@@ -29,6 +30,7 @@ from models import dilated_attention
 from models.attention import Attention, attend
 from pretrain.objective import Moment, Objective
 from pretrain.objectives.slide_mae import SlideMAE
+from pretrain.plan import constants
 from pretrain.sharding import lay_mesh, shard
 from pretrain.teacher import local
 from pretrain.training import gradients
@@ -228,6 +230,7 @@ class Watch(TorchDispatchMode):
         result = self._known(function, args)
         if result is NotImplemented:
             result = function(*args, **kwargs)
+            constants.follow(function, args, kwargs, result)
         if self.watching:
             self._follow(function, args, kwargs, result)
         return result
@@ -236,16 +239,32 @@ class Watch(TorchDispatchMode):
         """Results whose shape or value hangs on numbers that aren't there."""
         if function is aten.nonzero.default:
             return args[0].new_empty(self._true(args[0]), args[0].ndim, dtype=torch.int64)
-        if function is aten.index.Tensor and len(args[1]) == 1 and args[1][0].dtype == torch.bool:
-            mask = args[1][0]
-            return args[0].new_empty(self._true(mask), *args[0].shape[mask.ndim :])
+        if function is aten.index.Tensor and any(_is_mask(index) for index in args[1]):
+            return function(args[0], [number for index in args[1] for number in self._numbers(index)])
+        if function is aten.masked_select.default:
+            some, mask = args
+            whole = torch.broadcast_shapes(some.shape, mask.shape)
+            return some.new_empty(self._true(mask) * math.prod(whole) // max(1, mask.numel()))
         if function is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+            if (value := constants.sum_of(args[0])) is not None:
+                return value
             dtype = args[0].dtype
             return False if dtype == torch.bool else 1.0 if dtype.is_floating_point else LARGEST_CELL
         return NotImplemented
 
+    def _numbers(self, index: Tensor | None) -> list[Tensor | None]:
+        """An index as numbers: those of a mask's true elements, one tensor for each of its dimensions."""
+        if index is None or not _is_mask(index):
+            return [index]
+        count = self._true(index)
+        return [index.new_empty(count, dtype=torch.int64) for _ in range(index.ndim)]
+
     def _true(self, mask: Tensor) -> int:
-        return self.true[mask.numel()]
+        """How many elements of a mask are true: counted where they are known, said by the batch, or else at most all of them."""
+        known = constants.sum_of(mask)
+        if known is not None:
+            return int(known)
+        return self.true.get(mask.numel(), mask.numel())
 
     def _follow(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
         backward = torch._C._current_graph_task_id() != -1
@@ -307,6 +326,10 @@ class Watch(TorchDispatchMode):
         del self.keys[here], self.alive[key]
         if size := self.sizes.pop(key):
             self.events.append((self.phase, key, -size))
+
+
+def _is_mask(index: Tensor | None) -> bool:
+    return index is not None and index.dtype in (torch.bool, torch.uint8)
 
 
 def named_parts(objective: Objective) -> Iterator[tuple[nn.Module, str]]:

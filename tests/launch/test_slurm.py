@@ -55,7 +55,7 @@ def here(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def slide_run(store: Path, run: Path) -> list[str]:
     return [
-        "slide", f"run={run}", f"data.embeddings={store}", "optim.steps=6", "trainer.checkpoint_every=3", "trainer.accelerator=cpu",
+        "slide", f"run={run}", f"data.embeddings={store}", "optim.steps=6", "optim.warmup_steps=6", "trainer.checkpoint_every=3", "trainer.accelerator=cpu",
         *slide_stage.SMALL,
     ]  # fmt: skip
 

@@ -98,5 +98,5 @@ def test_the_published_decoder_of_vit_l16_has_its_25_million_parameters() -> Non
 
 
 def test_widths_that_do_not_divide_are_refused() -> None:
-    with pytest.raises(ValueError, match="decoder_width 18"):
+    with pytest.raises(ValueError, match="width 18 must be a multiple of 4"):
         PixelDecoder(encoder_width=WIDTH, patch_size=PATCH, width=18, depth=1, heads=2)

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from models.initialise import initialise
 from models.longnet import LongNet
-from models.sequence_parallel import Share, check_heads
+from models.sequence_parallel import Share, check_sharing
 
 LENGTHS = [5, 33, 1, 40]  # 83 tokens with their CLS: shares of 41 and 42, and the cut is inside the last slide
 SETTINGS = {
@@ -80,5 +80,5 @@ def test_shares_are_even_and_know_their_slides() -> None:
 def test_heads_that_the_processes_do_not_divide_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("models.sequence_parallel.processes_of", lambda group: 3)
     with pytest.raises(ValueError, match=r"16 heads can't be shared evenly by 3 processes.* among 1, 2, 4, 8, 16"):
-        check_heads(16, None)
-    check_heads(6, None)
+        check_sharing(16, None)
+    check_sharing(6, None)

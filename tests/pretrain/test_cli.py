@@ -76,11 +76,13 @@ def test_a_slip_is_answered_in_one_sentence(arguments: list[str], sentence: str)
     assert sentence in str(refused.value)
 
 
-def test_a_fault_ends_the_command_with_one_line_and_exit_code_one(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_mistake_of_the_command_line_ends_the_command_with_one_line_and_exit_code_two(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["tile", "data.batchsize=3"])
     captured = capsys.readouterr()
-    assert ended.value.code == 1 and captured.out == ""
+    assert ended.value.code == 2 and captured.out == ""
     assert captured.err.splitlines() == [
         "pretrain: there is no setting 'data.batchsize' in 'pretrain tile'; did you mean 'data.batch_size'?"
     ]

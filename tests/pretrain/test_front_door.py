@@ -51,7 +51,7 @@ def test_the_command_runs_from_any_folder_and_errors_go_to_standard_error(tmp_pa
         capture_output=True,
         text=True,
     )
-    assert ended.returncode == 1 and ended.stdout == ""
+    assert ended.returncode == 2 and ended.stdout == ""
     assert (
         ended.stderr.strip() == "pretrain: there is no setting 'optim.lrr' in 'pretrain tile'; did you mean 'optim.lr'?"
     )

@@ -187,7 +187,7 @@ SLIDE = (
 
 
 def test_evaluation_is_counted_and_said() -> None:
-    words = ("hardware=cpu", "optim.steps=10", "trainer.checkpoint_every=4", "data.validation_fraction=0.25", "slides.width=48", "slides.tiles=60", "slides.largest=60", "slides.count=40")  # fmt: skip
+    words = ("hardware=cpu", "optim.steps=10", "optim.warmup_steps=4", "trainer.checkpoint_every=4", "data.validation_fraction=0.25", "slides.width=48", "slides.tiles=60", "slides.largest=60", "slides.count=40")  # fmt: skip
     found = plan(planned(*SLIDE, *words))
     assert (found["evaluation"]["times"], found["evaluation"]["slides"]) == (3, 10)  # after steps 4, 8 and the last
     run = run_shape(compose([*SLIDE, "data.crop=1"], []), Slides(48, 60, 60))

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from data.fault import Fault
 from pretrain import metrics_file
 from pretrain.record import Record, Wandb, WandbSettings
 
@@ -79,11 +78,6 @@ def test_off_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[2])
     assert list(tmp_path.iterdir()) == []
-
-
-def test_an_unknown_mode_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Fault, match=r"wandb\.mode is off, online or offline, not 'on'"):
-        Wandb(tmp_path, config("on"))
 
 
 def test_offline_writes_its_folder_and_keeps_its_id_over_starts(tmp_path: Path) -> None:

@@ -173,9 +173,9 @@ def test_a_new_model_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pytes
     )
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "mine.yaml").write_text("_target_: own_model.Mine\nsize: 3\npatch_size: 8\n")
+    (tmp_path / "model" / "mine.yaml").write_text("_target_: own_model.Mine\nsize: 3\npatch_size: 14\n")
     composed = load("tile", ["model=mine", "~recipe", "run=a", "data.shards=b"], [tmp_path])
-    assert composed.object().model == {"_target_": "own_model.Mine", "size": 3, "patch_size": 8}
+    assert composed.object().model == {"_target_": "own_model.Mine", "size": 3, "patch_size": 14}
     with pytest.raises(Fault, match=r"model\.sise.*did you mean 'model\.size'"):
         load("tile", ["model=mine", "~recipe", "+model.sise=4"], [tmp_path])
 

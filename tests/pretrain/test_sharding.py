@@ -22,7 +22,7 @@ from models.longnet import Layer
 from models.sequence_parallel import Share
 from models.vit import MLP, Block
 from pretrain.settings import load
-from pretrain.sharding import ShardedStrategy, lay_mesh, recomputed, shard
+from pretrain.sharding import ShardedStrategy, lay_mesh, recomputed
 from tests.pretrain.sharded_steps import STEPS, Forget, MaskedOnFirst, Outcome, Run, Train, teacher_after_forward, types
 from tests.pretrain.wavy_slides import write_wavy_slides
 
@@ -274,13 +274,6 @@ def test_recomputation_draws_what_was_drawn_from_torchs_own_generator(selective:
 def test_a_shard_size_that_does_not_divide_the_processes_is_refused(shard_size: int) -> None:
     with pytest.raises(Fault, match=rf"trainer\.shard_size={shard_size} does not divide the 4 processes"):
         lay_mesh("cpu", 4, shard_size)
-
-
-def test_unknown_words_are_refused_with_the_known_ones() -> None:
-    with pytest.raises(Fault, match=r"trainer\.activation_checkpointing is one of none, full, selective, not 'some'"):
-        shard(None, None, "float32", "some")  # type: ignore[arg-type]
-    with pytest.raises(Fault, match=r"trainer\.precision is one of float32, bf16, float64, not 'fp8'"):
-        shard(None, None, "fp8")  # type: ignore[arg-type]
 
 
 def test_every_process_has_data_of_its_own_however_they_are_sharded() -> None:

@@ -24,7 +24,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train(run: Path, store: Path, *settings: str) -> tuple[int, str]:
     environment = {name: value for name, value in os.environ.items() if name not in GROUP}
-    words = [f"run={run}", f"data.embeddings={store}", "optim.steps=4", "trainer.checkpoint_every=4"]
+    words = [
+        f"run={run}",
+        f"data.embeddings={store}",
+        "optim.steps=4",
+        "optim.warmup_steps=4",
+        "trainer.checkpoint_every=4",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "pretrain", "slide", *words, "trainer.accelerator=cpu", *SMALL, *settings],
         cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,

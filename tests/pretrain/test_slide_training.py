@@ -23,7 +23,7 @@ from tests.pretrain.wavy_slides import write_wavy_slides
 ROOT = Path(__file__).resolve().parents[2]
 GROUP = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
 SMALL = ["model.width=32", "model.depth=2", "objective.decoder_width=32", "objective.decoder_depth=1", "data.batch_size=8", "data.batch_tokens=180", "data.lanes=2", "data.field_cells=0"]  # fmt: skip
-TWELVE = ["optim.steps=12", "trainer.checkpoint_every=4", *SMALL]
+TWELVE = ["optim.steps=12", "optim.warmup_steps=12", "trainer.checkpoint_every=4", *SMALL]
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,73 @@
+"""What a setting may be, declared beside its type: words for a person, and a test of the value.
+
+    depth: Annotated[int, within(least=1)]
+    attention: Annotated[str, one_of("sdpa", "xformers")]
+    std: Annotated[list[float], numbers(3), within(above=0)]
+
+What two settings must be to each other is declared once beside them, as functions that raise ValueError:
+
+    agreements: ClassVar[Agreements] = {("width", "heads"): check_heads}
+
+Networks and objectives declare both in their constructors and classes, settings in their dataclasses; `pretrain.ranges` holds values to them.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+Agreements = Mapping[tuple[str, ...], Callable[..., object]]
+"""By the names of settings, dotted for those of a setting inside: what raises ValueError where their values don't go together."""
+
+
+@dataclass(frozen=True)
+class Allowed:
+    """Values that a setting may have, and the words for them; of a list, its items or ``whole``."""
+
+    says: str
+    holds: Callable[[Any], bool]
+    whole: bool = False
+
+
+def within(
+    *, least: float | None = None, above: float | None = None, most: float | None = None, below: float | None = None
+) -> Allowed:
+    """Numbers between bounds; never infinity or NaN."""
+    bounds = ((least, "at least"), (above, "more than"), (most, "at most"), (below, "less than"))
+    says = " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
+
+    def holds(value: float) -> bool:
+        return math.isfinite(value) and not (
+            (least is not None and value < least)
+            or (above is not None and value <= above)
+            or (most is not None and value > most)
+            or (below is not None and value >= below)
+        )
+
+    return Allowed(says or "a finite number", holds)
+
+
+def one_of(*choices: str) -> Allowed:
+    """Words of a list."""
+    return Allowed(f"{', '.join(choices[:-1])} or {choices[-1]}", lambda value: value in choices)
+
+
+def matching(pattern: str, says: str) -> Allowed:
+    """Words of a form."""
+    return Allowed(says, lambda value: re.fullmatch(pattern, value) is not None)
+
+
+def numbers(count: int) -> Allowed:
+    """Lists of so many numbers."""
+    return Allowed(f"{count} numbers", lambda value: len(value) == count, whole=True)
+
+
+SOME = Allowed("at least one", lambda value: len(value) > 0, whole=True)
+"""Lists that aren't empty."""
+
+RANGE = Allowed("two numbers, the lower one first", lambda value: len(value) == 2 and value[0] <= value[1], whole=True)
+"""Lists of the ends of a range."""
+
+SHARE = within(least=0, most=1)
+"""Probabilities and shares."""

@@ -1,0 +1,70 @@
+"""Words of the command line as a shell hands them over, made such that Hydra's grammar reads what was meant.
+
+run=Müller (2)=a   →   run='Müller (2)=a'
+run=2024_01        →   run='2024_01', where the setting is text: by itself Hydra reads the number 202401
+"""
+
+import re
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from data.fault import Fault
+
+WORD = re.compile(r"([+~]*[\w.@/-]+)=(.*)", re.DOTALL)
+
+LISTED = re.compile(r"launch\.(after|exclude)=[\w.-]+(,[\w.-]+)+")
+"""Commas between values are Hydra's sweeps; numbers of jobs and names of nodes are written like that everywhere else."""
+
+
+def readable(word: str, text: bool) -> str:
+    """A word that Hydra reads as it is meant; ``text``: its setting is text, whatever the value looks like.
+
+    Raises Fault for a sweep, for Python's None and for settings of Hydra's own. What can't be read at all, as a list that isn't closed, is left as it is.
+    """
+    found = WORD.fullmatch(word)
+    if found is None:
+        return word
+    key, value = found[1], found[2]
+    name = key.lstrip("+~")
+    if re.match(r"hydra\b", name):
+        instead = (
+            "--config-dir DIR" if name == "hydra.searchpath" else "run= or out= names the folder that is written to"
+        )
+        raise Fault(f"{word}: Hydra's own settings have no effect here; {instead}.")
+    if value == "None":
+        raise Fault(f"{word}: nothing is written null, {key}=null (and the word None in quotes, {key}=\"'None'\").")
+    if LISTED.fullmatch(word):
+        return f"{key}=[{value}]"
+    override = parsed(word)
+    if override is None:
+        plain_list = re.fullmatch(r"\[([^\[\]{}'\"]*)\]", value)
+        if plain_list:
+            parts = (part.strip() for part in plain_list[1].split(","))
+            return f"{key}=[{','.join(part if parsed(f'x={part}') else quoted(part) for part in parts)}]"
+        return word if value[:1] in ("[", "{", "'", '"') else f"{key}={quoted(value)}"
+    if override.is_sweep_override():
+        raise Fault(
+            f"{word}: a list is written in brackets, {key}=[{value}], one value with a comma in quotes, {key}=\"'{value}'\", "
+            "and several runs are several commands."
+        )
+    return f"{key}={quoted(value)}" if text and isinstance(override.value(), int | float) else word
+
+
+def parsed(word: str) -> Override | None:
+    """A word as Hydra reads it, or None where it doesn't."""
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException:
+        return None
+
+
+def quoted(value: str) -> str:
+    """Any text as Hydra's grammar reads it back: a backslash means something before a quote alone."""
+    return "'" + re.sub(r"(\\*)('|\Z)", lambda found: found[1] * 2 + ("\\'" if found[2] else ""), value) + "'"
+
+
+def of_home(value: str) -> bool:
+    """Whether a text begins with the home folder's sign, which a shell leaves as it is behind ``=``."""
+    return value == "~" or value.startswith("~/")
