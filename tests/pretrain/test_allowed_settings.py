@@ -155,6 +155,7 @@ def test_every_number_among_the_settings_has_a_range(command: str, words: list[s
         (["doctor", "data.std=[0.5]"], "data.std=[0.5] is not allowed"),
         (["plan", "optim.steps=-5"], "optim.steps=-5 is not allowed"),
         (["plan", "model.depth=-1"], "model.depth=-1 is not allowed"),
+        (["probe", "test_fraction=1"], "test_fraction=1.0 is not allowed: it must be more than 0 and less than 1."),
         (["optim.lr=nan"], "optim.lr=nan is not allowed: it must be at least 0."),
         (["optim.lr=inf"], "optim.lr=inf is not allowed: it must be at least 0."),
         (["optim.lr=-1"], "optim.lr=-1.0 is not allowed: it must be at least 0."),

@@ -98,9 +98,3 @@ def test_the_table_marks_a_linear_fit_that_did_not_converge(make_tile_run, class
     assert "stopped at 1000" not in probe.table(result)
     result["scores"]["encoder"]["linear_converged"] = False
     assert "stopped at 1000" in probe.table(result)
-
-
-@pytest.mark.parametrize("fraction", [0.0, 1.0])
-def test_a_test_fraction_that_leaves_nothing_is_refused(make_tile_run, class_folders, fraction):
-    with pytest.raises(Fault, match="between 0 and 1"):
-        run(settings(make_tile_run()[0], class_folders, test_fraction=fraction))
