@@ -6,6 +6,7 @@ always allowed where the type allows it; in a list, each of its items is looked 
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from functools import cache
 from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 from data.fault import Fault
@@ -26,7 +27,7 @@ def check(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "")
 
 def check_whole(values: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
     """Hold the values of a dataclass, or of a plug-in's constructor, to its types and to its ``agreements``."""
-    check(values, hints(kind if dataclasses.is_dataclass(kind) else kind.__init__), prefix)
+    check(values, _settings_of(kind), prefix)
     for names, agree in getattr(kind, "agreements", {}).items():
         given = [_inner(values, name) for name in names]
         if MISSING in given:
@@ -40,9 +41,16 @@ def check_whole(values: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
             ) from error
 
 
+@cache
 def hints(kind: Any) -> dict[str, Any]:
     """The names and types of a dataclass's settings or a constructor's, with what they allow."""
     return get_type_hints(kind, include_extras=True)
+
+
+def _settings_of(kind: Any) -> dict[str, Any]:
+    """`hints` of a dataclass, or of a plug-in's constructor."""
+    found: Any = kind if dataclasses.is_dataclass(kind) else kind.__init__
+    return hints(found)
 
 
 def declared(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Allowed]]:
@@ -54,9 +62,7 @@ def declared(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = 
         yield from ((f"{prefix}{name}", allowed) for allowed in extras)
         value = values[name]
         for inner in _inside(kind, value):
-            yield from declared(
-                value, hints(inner if dataclasses.is_dataclass(inner) else inner.__init__), f"{prefix}{name}."
-            )
+            yield from declared(value, _settings_of(inner), f"{prefix}{name}.")
         if _is_table(kind, value):
             yield from declared(value, dict.fromkeys(value, get_args(kind)[1]), f"{prefix}{name}.")
 

@@ -54,7 +54,7 @@ class Config:
     tiles: Annotated[int, within(least=1)]
     maps: Annotated[int, within(least=0)]
     views: str | None
-    weights: Annotated[list[float] | None, within(least=0)]
+    weights: Annotated[list[float] | None, within(above=0)]
     seed: Annotated[int, within(least=0)]
 
 

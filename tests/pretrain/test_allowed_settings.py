@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
 from pathlib import Path
 from types import UnionType
@@ -38,6 +39,12 @@ def composed(command: str, *words: str) -> Composed:
 
 
 def values_of(one: Composed) -> dict[str, Any]:
+    return deepcopy(whole(one.command, *one.overrides))
+
+
+@cache
+def whole(*words: str) -> dict[str, Any]:
+    one = composed(*words)
     return {"launch": dict(one.launch), **OmegaConf.to_container(one.tree)}  # type: ignore[dict-item]
 
 
@@ -88,6 +95,8 @@ def test_values_around_every_declared_bound_are_accepted_or_refused_in_one_sente
 ) -> None:
     one, seen = composed(command, *words), 0
     for name, allowed in ranges.declared(values_of(one), kinds_of(one)):
+        if any(word.startswith("launch=") for word in words) and not name.startswith("launch."):
+            continue  # the command's own were looked at without a launch
         for value in around(allowed, inner(values_of(one), name)):
             said = refusal(one, name, value)
             holds = (
@@ -155,6 +164,7 @@ def test_every_number_among_the_settings_has_a_range(command: str, words: list[s
         (["doctor", "data.std=[0.5]"], "data.std=[0.5] is not allowed"),
         (["plan", "optim.steps=-5"], "optim.steps=-5 is not allowed"),
         (["plan", "model.depth=-1"], "model.depth=-1 is not allowed"),
+        (["probe", "test_fraction=1"], "test_fraction=1.0 is not allowed: it must be more than 0 and less than 1."),
         (["optim.lr=nan"], "optim.lr=nan is not allowed: it must be at least 0."),
         (["optim.lr=inf"], "optim.lr=inf is not allowed: it must be at least 0."),
         (["optim.lr=-1"], "optim.lr=-1.0 is not allowed: it must be at least 0."),

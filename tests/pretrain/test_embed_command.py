@@ -369,7 +369,7 @@ def test_a_slide_seen_again_under_a_longer_list_keeps_its_id(make_tile_run, slid
         (["shards=s"], "checkpoint=…"),
         (["shards=s", "slides=t", "checkpoint=c"], "not both"),
         (["shards=s", "checkpoint=c", "part=4/3"], "part=3/40"),
-        (["shards=s", "checkpoint=c", "export=h5"], "trident, clam, stamp"),
+        (["shards=s", "checkpoint=c", "export=h5"], "each must be trident, clam or stamp."),
         (["stage=slide", "checkpoint=c"], "embeddings="),
         (["embeddings=e", "checkpoint=c"], "stage=slide"),
         (["stage=tiles"], "tile or slide"),
