@@ -36,7 +36,14 @@ from data.tar_members import DamagedTar, members
 from data.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split, why_not
 
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
-OURS = ("index", "index.npz", "coordinates", "thumbnails")  # what lies beside shards of ours, or is made by a scan
+OURS = (
+    "index",
+    "index.npz",
+    "coordinates",
+    "thumbnails",
+    "plan.json",
+    "slides.csv",
+)  # what lies beside shards of ours, or is made by a scan
 MOST_NAMED = 5  # kinds of what was left out that the sentence names where nothing else is there
 
 

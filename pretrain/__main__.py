@@ -49,7 +49,8 @@ def main() -> None:
     if problem := shadowed():
         sys.exit(f"pretrain: {problem}")
     sys.stderr = Unfailing(sys.stderr)  # type: ignore[assignment]
-    if sys.argv[1:2] in (["tile"], ["slide"]):  # what trains answers a signal; before its imports, which take seconds
+    trains = sys.argv[1:2] in (["tile"], ["slide"])
+    if trains:  # what trains answers a signal; before its imports, which take seconds
         signals.listen()
     if sys.argv[1:2] == ["tile"]:
         # Large tensors on huge pages: a CPU's step is 3 % shorter (a slide's attention would be longer by a fifth). torch reads
@@ -59,7 +60,11 @@ def main() -> None:
     entry = importlib.import_module("launch.entry")
     sys.excepthook = entry.say_defect
     warnings.showwarning = entry.show_warning
-    entry.main(sys.argv[1:])
+    try:
+        entry.main(sys.argv[1:])
+    finally:
+        if trains:
+            signals.ignore()
 
 
 if __name__ == "__main__":

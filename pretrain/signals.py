@@ -27,6 +27,15 @@ def listen() -> None:
     signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # a process that is started as one of several was deaf until now
 
 
+def ignore() -> None:
+    """From now on the signals do nothing: what is left is to exit, and one of them would make a failure of a run that is done.
+
+    Python itself puts every handler back to the default before it ends, which takes seconds with PyTorch.
+    """
+    for number in ASKING:
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def listening() -> Iterator[None]:
     """`listen` for a while; afterwards the signals do what they did before, and none is on note."""

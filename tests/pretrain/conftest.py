@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import simplejpeg
 import torch
+import torch.distributed as dist
 import yaml
 from PIL import Image
 from torch import nn
@@ -39,6 +40,14 @@ def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     member = tarfile.TarInfo(name)
     member.size = len(data)
     tar.addfile(member, io.BytesIO(data))
+
+
+@pytest.fixture(autouse=True)
+def no_process_group() -> Iterator[None]:
+    """A training that another test ran in this process leaves its group behind."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    yield
 
 
 @pytest.fixture

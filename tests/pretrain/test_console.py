@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from pretrain import checkpoints
 from pretrain.console import Unfailing
 from tests.pretrain.test_tile_training import GROUP, ROOT, STEPS, command, metrics, start
@@ -41,6 +43,7 @@ def test_a_reader_that_ends_does_not_end_the_run(tile_shards: Path, tmp_path: Pa
     assert newest is not None and checkpoints.step_of(newest) == STEPS == len(metrics(run))
 
 
+@pytest.mark.slow
 def test_a_terminal_that_is_closed_leaves_a_checkpoint(tile_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(command(tile_shards, run, "optim.steps=100000", "trainer.checkpoint_every=100000"))

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch.utils.flop_counter import FlopCounterMode
 
 from data.embeddings import EmbeddingStore
@@ -31,13 +30,6 @@ from tests.pretrain.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> None:
-    """A training that another test ran in this process leaves its group behind."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def config(command: str, *words: str) -> Any:

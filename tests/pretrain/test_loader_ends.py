@@ -1,5 +1,6 @@
 """The loader's end is the trainer's: with one sentence, an exit code, and nobody left behind."""
 
+import errno
 import os
 import signal
 import time
@@ -21,8 +22,8 @@ from tests.pretrain.test_tile_training import command, metrics, start
     ("failure", "processes", "sentence"),
     [
         ("KeyError", 2, "the loader failed with KeyError: 'stain'; its traceback is above"),
-        ("OSError", 1, "pretrain: the loader may open no more files"),
-        ("MemoryError", 1, "pretrain: the loader has no memory left"),
+        pytest.param("OSError", 1, "pretrain: the loader may open no more files", marks=pytest.mark.slow),
+        pytest.param("MemoryError", 1, "pretrain: the loader has no memory left", marks=pytest.mark.slow),
         ("SIGKILL", 1, "was ended by Killed (out of memory, most likely"),
         pytest.param("SIGKILL", 2, "was ended by Killed (out of memory, most likely", marks=pytest.mark.slow),
         ("SIGBUS", 1, "was ended by Bus error (/dev/shm is full"),
@@ -63,6 +64,20 @@ def test_an_error_that_is_not_the_loader_process_s_is_left_as_it_is() -> None:
     assert loader_process.ended_by(ValueError("DataLoader worker (pid 3) is killed by signal: Killed.")) is None
     fault = Fault("a sentence")
     assert loader_process.fault_of(fault) is fault
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "the loader may open no more files"),
+        (OSError(errno.EIO, "Input/output error"), "the loader can't read on"),
+        (MemoryError(), "the loader has no memory left"),
+        (KeyError("stain"), "the loader failed with KeyError: 'stain'; its traceback is above"),
+    ],
+)
+def test_each_kind_of_error_has_its_sentence(error: Exception, sentence: str) -> None:
+    fault = loader_process.fault_of(error)
+    assert str(fault).startswith(sentence) and bool(fault.trace) == isinstance(error, KeyError)
 
 
 @pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])

@@ -15,13 +15,14 @@ from tests.pretrain.test_tile_training import TINY, metrics, weights
 from tests.pretrain.wavy_slides import write_wavy_slides
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-FOUR = ["optim.steps=4", "trainer.checkpoint_every=2"]
+FOUR = ["optim.steps=4", "optim.warmup_steps=1", "trainer.checkpoint_every=2"]
 
 
 def lose_the_last_checkpoint(run: Path) -> None:
     shutil.rmtree(run / "checkpoints" / "step-00000004")
 
 
+@pytest.mark.slow
 def test_a_run_on_signed_shards_goes_on_with_a_new_token_and_on_a_copy_and_keeps_no_token(
     tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -29,7 +30,7 @@ def test_a_run_on_signed_shards_goes_on_with_a_new_token_and_on_a_copy_and_keeps
     shutil.copytree(tile_shards, tmp_path / "disk" / "shards")
 
     def train(shards: str, *settings: str) -> None:
-        words = ["tile", f"run={run}", f"data.shards='{shards}'", *TINY, *FOUR, "optim.warmup_steps=1", *settings]
+        words = ["tile", f"run={run}", f"data.shards='{shards}'", *TINY, *FOUR, *settings]
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
         main(words)
         ends.append((metrics(run), weights(run)))

@@ -11,7 +11,7 @@ from pretrain.metrics_file import read_metrics
 from tests.pretrain.test_tile_training import STEPS, command, finish, metrics, refused, start
 
 
-@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_second_job_on_a_run_s_folder_is_refused_and_may_follow_when_the_first_was_killed(
     processes: int, tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,11 +2,9 @@
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from data.fault import Fault
 from launch.entry import main
@@ -26,14 +24,6 @@ from tests.pretrain.real_steps import Step, one_process, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
 FIXED = ("dinov2_vitg14", "dinov2_vitl16_short", "uni", "openmidnight")
-
-
-@pytest.fixture(autouse=True)
-def no_process_group() -> Iterator[None]:
-    """A training that another test ran in this process leaves its group behind."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    yield
 
 
 def planned(*words: str) -> Config:

@@ -18,7 +18,7 @@ from pretrain import checkpoints, fixed_images, preemption, signals
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.preemption import EXIT_CODE, Preemption
 from pretrain.training import Training
-from tests.pretrain.test_tile_training import STEPS, assert_close, command, kill_after, metrics, start, weights
+from tests.pretrain.test_tile_training import ROOT, STEPS, assert_close, command, kill_after, metrics, start, weights
 from tests.pretrain.test_watching import write_classes
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -245,3 +245,19 @@ def test_a_requeued_rank_stays_until_slurm_ends_it_and_others_tell_with_one_exit
         with pytest.raises(SystemExit) as ended:
             preemption.leave(requeued=False, local_rank=local_rank)
         assert ended.value.code == code
+
+
+def test_a_signal_after_the_end_makes_no_failure_of_a_run_that_is_done(tmp_path: Path) -> None:
+    program = (
+        "import atexit, os, signal, sys, types\n"
+        "from pretrain import __main__ as door\n"
+        "sys.argv = ['pretrain', 'tile']\n"
+        "door.importlib = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(main=lambda words: None, say_defect=None, show_warning=None))\n"
+        "class Late:\n"
+        "    def __del__(self):\n"  # in the interpreter's last moments, when its handlers are gone
+        "        os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.late = Late()\n"
+        "door.main()\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done

@@ -108,4 +108,4 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
 def test_patience_without_a_probe_is_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(command(shards, tmp_path / "run", "watch.patience=3"))
-    assert "give labelled tiles, watch.probe=FOLDER" in capsys.readouterr().err
+    assert "watch.patience=3 and watch.probe=null don't go together" in capsys.readouterr().err
