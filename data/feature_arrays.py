@@ -193,6 +193,8 @@ def _find_in_tensors(held: Held) -> None:
 
 
 def _as_array(tensor: torch.Tensor) -> np.ndarray:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.device.type == "meta":
+        raise Fault("it holds a tensor that is sparse, quantised or without values: save it again as an ordinary one.")
     return (tensor.float() if tensor.is_floating_point() else tensor).detach().numpy()
 
 

@@ -6,6 +6,7 @@ slide2vec keeps coordinates in a folder of their own. The formats are read in `d
 """
 
 import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 from data.coordinates import row_major
 from data.coordinates_h5 import read_coordinates_h5
 from data.embeddings import SlideEmbeddings
-from data.fault import Fault
+from data.fault import Fault, Notice
 from data.feature_arrays import Raw, read_arrays, width_and_encoder
 from data.slide_names import safe_ids
 
@@ -44,10 +45,31 @@ def list_features(folder: Path) -> dict[str, Path]:
     folder = Path(folder)
     for pattern in PATTERNS:
         if found := [path for path in sorted(folder.glob(pattern)) if not path.name.startswith(".") and path.is_file()]:
+            _name_others(folder, found)
             return dict(zip(safe_ids([path.stem for path in found]), found, strict=True))
     raise Fault(
         f"{folder} holds no features: give a folder of TRIDENT's, AtlasPatch's or STAMP's .h5 files, of .pt or .npz files, or CLAM's with h5_files or pt_files in it."
     )
+
+
+def _name_others(folder: Path, taken: list[Path]) -> None:
+    """Say what else looks like features, but for what lies beside those that are taken: coordinates, other forms of the same slides."""
+    stems = tuple({path.stem for path in taken})
+    endings = {Path(pattern).suffix for pattern in PATTERNS}
+    others = [
+        path.name
+        for path in sorted(folder.iterdir())
+        if path not in taken
+        and path.suffix.lower() in endings
+        and path.is_file()
+        and not path.name.startswith((".", *stems))
+    ]
+    if others:
+        named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
+        warnings.warn(
+            f"left out: {named}: features of another kind than {taken[0].name}; take them over from a folder of their own",
+            Notice, stacklevel=2,
+        )  # fmt: skip
 
 
 def maker(path: Path, encoder: str | None = None) -> tuple[str | None, str | None]:
@@ -136,7 +158,12 @@ def import_features(
     double = int((~kept).sum())
     half, coords = half[kept & finite], coords[kept & finite]
     order = row_major(coords[:, 0], coords[:, 1])
-    size = (int(said.get("level0_width", 0)), int(said.get("level0_height", 0)))
+    size = tuple(
+        int(side) if abs(side) < 2**62 else 2**62
+        for side in (said.get("level0_width", 0), said.get("level0_height", 0))
+    )
+    if not all(0 <= side < 2**31 for side in size):
+        raise Fault(f"{path} says that its slide has {size[0]:.3g} × {size[1]:.3g} pixels, which no slide has.")
     found = SlideEmbeddings(path.stem, half[order], coords[order], float(side), float(scale), pixels, *size)
     return Imported(found, int((kept & ~finite).sum()), double)
 

@@ -6,6 +6,7 @@ from itertools import accumulate
 import numpy as np
 import simplejpeg
 
+from data.fault import Fault
 from data.open_tars import OpenTars, without_header
 from data.remote import BlockCache, Truncated, read_range
 from data.shard_index import ShardIndex
@@ -22,6 +23,8 @@ class ShardTiles(TileSource):
     """
 
     def __init__(self, group: int = 1, *, shards: list[str]) -> None:
+        if not shards:
+            raise Fault("data.shards is empty: give a folder of shards.")
         self.indices = [ShardIndex.open(folder) for folder in shards]
         self.starts = [*accumulate(map(len, self.indices), initial=0)]
         sizes = np.concatenate([cut_blocks(_runs(index, group), group) for index in self.indices])

@@ -115,6 +115,9 @@ def _slides_in(folder: Path) -> list[Path]:
             if not name.startswith(".") and os.path.realpath(os.path.join(inside, name)) not in seen
         ]
         names = [name for name in sorted(files) if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        for name in [name for name in names if not _is_text(name)]:
+            names.remove(name)
+            warnings.warn(f"left out: {name!a} in {inside}: its name is no UTF-8, rename it", Notice, stacklevel=2)
         dicom = [name for name in names if name.lower().endswith(".dcm")]
         # A link that leads nowhere stays: opening it says so, by name.
         slides += [
@@ -124,6 +127,15 @@ def _slides_in(folder: Path) -> list[Path]:
             and (os.path.isfile(os.path.join(inside, name)) or os.path.islink(os.path.join(inside, name)))
         ]
     return slides
+
+
+def _is_text(name: str) -> bool:
+    """Whether a file's name can be written to tables and indices."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _each_once(paths: Iterable[Path]) -> list[Path]:

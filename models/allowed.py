@@ -37,12 +37,16 @@ def within(
     bounds = ((least, "at least"), (above, "more than"), (most, "at most"), (below, "less than"))
     says = " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
 
-    def holds(value: float) -> bool:
-        return math.isfinite(value) and not (
-            (least is not None and value < least)
-            or (above is not None and value <= above)
-            or (most is not None and value > most)
-            or (below is not None and value >= below)
+    def holds(value: Any) -> bool:
+        return (
+            isinstance(value, int | float)
+            and math.isfinite(value)
+            and not (
+                (least is not None and value < least)
+                or (above is not None and value <= above)
+                or (most is not None and value > most)
+                or (below is not None and value >= below)
+            )
         )
 
     return Allowed(says or "a finite number", holds)

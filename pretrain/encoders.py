@@ -167,10 +167,22 @@ def load_encoder(
     return encoder
 
 
+def device_of(name: str) -> torch.device:
+    """The device of that name, a GPU or else the CPU where there is none given. Raises `Fault` where this machine hasn't it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Fault(
+            f"device={name} is not on this machine: it is cpu, or cuda or cuda:1 where PyTorch finds GPUs, and it finds {torch.cuda.device_count()}."
+        ) from error
+    return device
+
+
 def _load(checkpoint: str, device: str, precision: str, plugins: Collection[str]) -> TileEncoder:
     if precision not in PRECISIONS:
         raise Fault(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_of(device)
     folder = checkpoints.resolved(Path(checkpoint))
     if folder.is_file() and folder.suffix in SUFFIXES:
         raise Fault(

@@ -69,9 +69,19 @@ def _without_current_folder() -> Iterator[None]:
 def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
     """The keyword-only arguments of the class that ``target`` names, with their types."""
     constructor = locate(target, base).__init__  # type: ignore[misc]
-    hints = get_type_hints(constructor)
+    hints = hints_of(constructor)
     names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
     return {name: hints[name] for name in names}
+
+
+def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
+    """The types of a dataclass's fields or a constructor's arguments. Raises Fault for one whose name isn't there when the program runs."""
+    try:
+        return get_type_hints(kind, include_extras=include_extras)
+    except NameError as error:
+        raise Fault(
+            f"the types of {getattr(kind, '__qualname__', kind)} in {kind.__module__} can't be told ({error}): import what they name outside of TYPE_CHECKING."
+        ) from error
 
 
 def schema(target: str, base: type = nn.Module) -> type:

@@ -7,7 +7,7 @@ always allowed where the type allows it; in a list, each of its items is looked 
 import dataclasses
 from collections.abc import Iterator, Mapping
 from functools import cache
-from typing import Annotated, Any, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, get_args, get_origin
 
 from data.fault import Fault
 from models.allowed import Agreements, Allowed, matching, one_of, within
@@ -44,7 +44,7 @@ def check_whole(values: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
 @cache
 def hints(kind: Any) -> dict[str, Any]:
     """The names and types of a dataclass's settings or a constructor's, with what they allow."""
-    return get_type_hints(kind, include_extras=True)
+    return plugins.hints_of(kind, include_extras=True)
 
 
 def _settings_of(kind: Any) -> dict[str, Any]:
@@ -71,6 +71,8 @@ def _check(name: str, value: Any, kind: Any) -> None:
     kind, extras = apart(kind)
     for allowed in extras:
         _hold(name, value, allowed)
+    if value == "" or (isinstance(value, list) and "" in value):
+        raise Fault(f"{name} is empty: give a value, or leave it out (is a variable of the shell unset?).")
     for inner in _inside(kind, value):
         check_whole(value, inner, f"{name}.")
     if _is_table(kind, value):

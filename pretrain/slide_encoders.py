@@ -14,7 +14,7 @@ from torch import nn
 from data.fault import Fault
 from models.longnet import LongNet
 from pretrain import checkpoints
-from pretrain.encoders import find_checkpoint, freeze
+from pretrain.encoders import device_of, find_checkpoint, freeze
 from pretrain.plugins import build
 from pretrain.settings import CONFIGS
 
@@ -37,7 +37,7 @@ class SlideEncoder:
 def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[str] = ()) -> SlideEncoder:
     """The slide encoder that ``checkpoint`` names, on ``device`` (a GPU where there is one); ``plugins`` are the packages whose classes a run
     may name beside ours. Raises Fault where there is none."""
-    place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    place = device_of(device)
     path = Path(checkpoint)
     if (path / "slide_encoder.pth").is_file():
         path = path / "slide_encoder.pth"

@@ -77,6 +77,9 @@ class WeightedMixture(Mixture):
             raise Fault(
                 "data.members is empty: name the sources to mix, as data.members={a:{shards:…,weight:1},b:{…}}."
             )
+        for name, member in members.items():
+            if not isinstance(member, Mapping):
+                raise Fault(f"data.members.{name}={member} is no source: give its settings, {{shards:…,weight:1}}.")
         super().__init__({name: _member(name, dict(member), group) for name, member in members.items()})
 
 

@@ -135,6 +135,7 @@ class Training(L.LightningModule, ABC):
             return
         with torch.device("meta"):
             objective = self.make_objective()
+        require_owned(objective)
         assert self.device_mesh is not None
         hardware = self.hardware
         shard(objective, self.device_mesh, hardware.precision, hardware.activation_checkpointing, hardware.compile)
@@ -563,6 +564,18 @@ def fit(training: Training, lease: Lease | None = None) -> None:
     if trainer.is_global_zero:
         say(
             f"{training.run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(training.run)}"
+        )
+
+
+def require_owned(objective: Objective) -> None:
+    """Raise Fault for parameters of the objective that no network of it holds: nobody would train, shard or average them."""
+    networks = (*objective.trained().values(), *objective.frozen().values())
+    held = {id(parameter) for network in networks for parameter in network.parameters()}
+    loose = [name for name, parameter in objective.named_parameters() if id(parameter) not in held]
+    if loose:
+        raise Fault(
+            f"{type(objective).__name__} has parameters outside of its networks ({', '.join(loose[:5])}), which nothing would train: put them into a module "
+            "that trained() names, or make them buffers."
         )
 
 

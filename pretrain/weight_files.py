@@ -57,6 +57,8 @@ def read_transformers(folder: Path) -> Published:
         weights |= read_file(path)
     try:
         return transformers.read(weights, config)
+    except KeyError as error:
+        raise Fault(f"{folder / CONFIG} lacks {error}: download it again") from error
     except ValueError as error:
         raise Fault(f"{folder}: {error}") from error
 

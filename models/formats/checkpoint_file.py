@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from models.formats import dinov2, timm
@@ -18,6 +19,8 @@ from models.formats.published import Published, Weights, listed
 
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 CLASS_TOKEN = "cls_token"
+NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+DEEPEST = 20  # dictionaries inside of each other
 TRANSFORMERS = "embeddings."
 AVERAGED = re.compile(r"(?:^|[._])(?:teacher|ema|momentum|target)(?:[._]|$)")
 TRAINED = re.compile(r"(?:^|[._])(?:student|online)(?:[._]|$)")
@@ -46,6 +49,11 @@ def read(checkpoint: Mapping[str, Any]) -> Published:
     """
     found, left_out = backbone(checkpoint)
     weights = found.weights
+    for name, tensor in weights.items():
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NUMBERS:
+            raise ValueError(
+                f"{name} is of {tensor.dtype} and layout {tensor.layout}: save the weights as ordinary floats"
+            )
     if f"{TRANSFORMERS}{CLASS_TOKEN}" in weights:
         raise ValueError("it has transformers' names, which mean little without config.json: give its folder")
     if "pos_embed" not in weights and any(re.search(r"rope|storage_tokens", name) for name in weights):
@@ -78,21 +86,24 @@ def backbone(checkpoint: Mapping[str, Any]) -> tuple[Found, list[str]]:
     inside = {f"{found.place}{name}" for name in found.weights}
     names = {f"{place}{name}" for place, weights in parts for name in weights} - inside
     others = {".".join(name.split(".")[:depth]) for name in names}
-    said = sorted(key for key, value in checkpoint.items() if not isinstance(value, Tensor | Mapping))
+    said = sorted(str(key) for key, value in checkpoint.items() if not isinstance(value, Tensor | Mapping))
     return found, said + sorted(others)
 
 
-def _parts(checkpoint: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, Weights]]:
+def _parts(checkpoint: Mapping[Any, Any], place: str = "", depth: int = 0) -> Iterator[tuple[str, Weights]]:
     """Every dictionary that holds tensors, without the names of wrappers, and where it is."""
     weights: Weights = {}
-    for name, value in checkpoint.items():
+    if depth > DEEPEST:
+        return
+    for key, value in checkpoint.items():
+        name = str(key)
         plain = WRAPPERS.sub(r"\1", f"{name}.")[:-1]
         if isinstance(value, Tensor):
             if plain in weights:
                 raise ValueError(f"{name} is there twice, with and without the name of a wrapper")
             weights[plain] = value
         elif isinstance(value, Mapping):
-            yield from _parts(value, f"{place}{plain}." if plain else place)
+            yield from _parts(value, f"{place}{plain}." if plain else place, depth + 1)
     if weights:
         yield place, weights
 

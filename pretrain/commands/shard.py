@@ -58,7 +58,7 @@ from data.slide_names import name_slides
 from data.slide_survey import survey
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, one_of, within
+from models.allowed import SHARE, SOME, one_of, within
 from pretrain.progress import Progress, say, track
 
 MOST_SAID = 10  # slides of a kind that are said one by one
@@ -67,7 +67,7 @@ SAME_MPP = 1e-4  # but for rounding
 
 @dataclass
 class Config:
-    slides: list[str]
+    slides: Annotated[list[str], SOME]
     out: str
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, within(least=1)]

@@ -19,6 +19,7 @@ Examples:
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data.fault import Fault
 from data.job_array import merge_parts, parts_in
@@ -27,6 +28,7 @@ from data.shard_index import ShardIndex, merge, record_path
 from data.shard_scan import left_out, scan
 from data.shards import is_published
 from data.tile_members import LeftOut
+from models.allowed import SOME
 from pretrain.commands.shard import counted_as, holdings
 from pretrain.progress import say
 
@@ -35,7 +37,7 @@ MOST_SAID = 20  # kinds of what was left out
 
 @dataclass
 class Config:
-    shards: list[str]
+    shards: Annotated[list[str], SOME]
     out: str | None
 
 

@@ -9,7 +9,7 @@ import torch
 
 from data.embeddings import EmbeddingStore, EmbeddingWriter
 from data.embeddings_h5 import EXPORTS, exported
-from data.fault import Fault
+from data.fault import Fault, Notice
 from data.feature_files import import_features, list_features, maker
 from data.keyed import rng
 
@@ -342,3 +342,10 @@ def test_a_tensor_file_of_another_kind_is_a_sentence(tmp_path: Path, content: ob
     torch.save(content, tmp_path / "s.pt")
     with pytest.raises(Fault, match=r"s\.pt h"):
         import_features(tmp_path / "s.pt", 512, 0.5)
+
+
+def test_features_of_another_kind_in_one_folder_are_named(tmp_path: Path) -> None:
+    for name in ("a.h5", "a.coordinates.npz", "b.pt", "c.npz"):
+        (tmp_path / name).touch()
+    with pytest.warns(Notice, match=r"left out: b\.pt, c\.npz: features of another kind than a\.h5"):
+        assert list(list_features(tmp_path)) == ["a"]

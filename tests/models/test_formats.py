@@ -447,3 +447,19 @@ def test_what_is_not_taken_as_it_stands_is_said() -> None:
     )
     _, silent = dinov2.read(dinov2.write(network("mlp", 4))).fit(network("mlp", 4))
     assert len(silent) == 1 and "heads" in silent[0]
+
+
+@pytest.mark.parametrize("spoilt", [torch.int8, torch.float8_e4m3fn, "sparse", "meta"])
+def test_weights_that_are_no_ordinary_floats_are_named(spoilt: torch.dtype | str) -> None:
+    weights = dinov2.write(network())
+    name, tensor = "norm.weight", weights["norm.weight"]
+    weights[name] = tensor.to_sparse() if spoilt == "sparse" else tensor.to("meta") if spoilt == "meta" else tensor.to(spoilt)
+    with pytest.raises(ValueError, match=r"^norm\.weight is of .* save the weights as ordinary floats"):
+        checkpoint_file.read({0: 1, "model": weights, None: "x"})
+
+
+def test_a_dictionary_that_holds_itself_is_read_once() -> None:
+    held: dict = {"cls": torch.zeros(1)}
+    held["again"] = held
+    with pytest.raises(ValueError, match="no vision transformer is in it"):
+        checkpoint_file.read(held)

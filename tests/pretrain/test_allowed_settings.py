@@ -287,3 +287,20 @@ def test_a_users_plug_in_is_held_to_its_own_ranges(tmp_path: Path) -> None:
     with pytest.raises(Fault, match=r"^model\.size=0 is not allowed: it must be at least 1\.$"):
         load("tile", ["model=own", "~recipe"], [tmp_path])
     assert load("tile", ["model=own", "~recipe", "model.size=1"], [tmp_path]).tree.model.odd == -3.0
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tile", "run=", "data.shards=a"], ["tile", "run=a", "data.shards="], ["tile", "run=a", "data.shards=a", "init="], ["report", "run="],
+        ["shard", "slides=", "out=a"], ["export", "checkpoint=a", "out="], ["shards", "index", "shards=[]"], ["shards", "verify", "shards=[]"],
+        ["shard", "slides=[]", "out=a"],
+    ],
+)  # fmt: skip
+def test_an_empty_value_is_a_sentence_and_not_the_current_folder(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and ("is empty: give a value" in said or "at least one" in said), said

@@ -7,7 +7,7 @@ from PIL import Image
 
 from data.fault import Fault
 from data.keyed import rng
-from pretrain.encoders import Preprocessing, load_encoder
+from pretrain.encoders import Preprocessing, device_of, load_encoder
 
 IMAGES = torch.from_numpy(rng(0, "images").integers(0, 256, size=(3, 32, 32, 3), dtype=np.uint8))
 
@@ -107,3 +107,9 @@ def test_a_checkpoint_that_does_not_fit_its_configuration_is_refused(make_tile_r
     (run / "config.yaml").write_text(config.replace("depth: 2", "depth: 3"))
     with pytest.raises(Fault, match="doesn't fit"):
         load_encoder(str(run))
+
+
+@pytest.mark.parametrize("name", ["cuda:99", "gpu", "meta", "foo"])
+def test_a_device_that_is_not_here_is_a_sentence(name: str) -> None:
+    with pytest.raises(Fault, match=rf"^device={name} is not on this machine"):
+        device_of(name)
