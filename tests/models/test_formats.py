@@ -453,7 +453,9 @@ def test_what_is_not_taken_as_it_stands_is_said() -> None:
 def test_weights_that_are_no_ordinary_floats_are_named(spoilt: torch.dtype | str) -> None:
     weights = dinov2.write(network())
     name, tensor = "norm.weight", weights["norm.weight"]
-    weights[name] = tensor.to_sparse() if spoilt == "sparse" else tensor.to("meta") if spoilt == "meta" else tensor.to(spoilt)
+    weights[name] = (
+        tensor.to_sparse() if spoilt == "sparse" else tensor.to("meta") if spoilt == "meta" else tensor.to(spoilt)
+    )
     with pytest.raises(ValueError, match=r"^norm\.weight is of .* save the weights as ordinary floats"):
         checkpoint_file.read({0: 1, "model": weights, None: "x"})
 

@@ -23,7 +23,8 @@ TEACHING = [
 ]  # fmt: skip
 COLLAPSE = {
     "the published KDE alone pulls features together": (
-        ["objective.spread=kde_as_published", "objective.spread_weight=1", "objective.dino_weight=0", "objective.ibot_weight=0"],
+        ["objective.spread=kde_as_published", "objective.spread_weight=1", "objective.dino_weight=0", "objective.ibot_weight=0",
+         "data.colour.jitter_probability=0", "data.colour.grey_probability=0", "data.colour.solarise_probability=[0,0,0]"],
         {"parallel features"},
     ),
     "a teacher too hot to prefer anything": (
