@@ -13,6 +13,7 @@ SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", "
 TABLES = {".csv", ".tsv"}
 # What a table's column of files may be called; where none is, it is the column whose every entry is a file.
 PATH_COLUMNS = ("path", "slide_path", "wsi_path", "file_path", "filepath", "file", "filename", "wsi", "slide", "image")
+MPP_COLUMNS = ("mpp", "mpp_x", "slides_mpp", "microns_per_pixel", "mpp_level0")
 MARKED = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -86,6 +87,10 @@ def _slides_of_table(table: Path) -> Iterator[Path]:
         if column is None:
             raise Fault(f"{table} has no column of slides' files (it has {', '.join(rows[0])}): call that column path")
         rows = rows if _beside(table, rows[0][column]).is_file() else rows[1:]
+    if not rows:
+        raise Fault(f"{table} names no slide: it has a header and no row")
+    if said := next((name for name in MPP_COLUMNS if name in header), None):
+        warnings.warn(f"{table}: its column {said} counts where slides_mpp={table} is given too", Notice, stacklevel=2)
     for row in rows:
         path = _beside(table, row[column])
         if not path.is_file():

@@ -4,11 +4,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.fault import Fault
-from data.slide_lists import PATH_COLUMNS, TABLES, read_table
+from data.slide_lists import MPP_COLUMNS, PATH_COLUMNS, TABLES, read_table
 
 FINEST, COARSEST = 0.05, 10.0  # µm per level-0 pixel: finer is no light microscope's, coarser is a picture of a slide
 SLIDE_COLUMNS = (*PATH_COLUMNS, "slide_id", "slide_name", "name", "id")
-MPP_COLUMNS = ("mpp", "mpp_x", "slides_mpp", "microns_per_pixel", "mpp_level0")
 
 
 @dataclass(frozen=True)

@@ -300,3 +300,15 @@ def test_who_imitates_a_hashed_id_is_still_told_apart() -> None:
     (hashed,) = safe_ids(["Zürich"])
     assert len(set(safe_ids(["Zürich", hashed]))) == 2 and safe_ids(["Zürich", hashed])[1] == hashed
     assert hashed.startswith("Z-rich-") and safe_ids(["TCGA-05.F6E9"]) == ["TCGA-05-F6E9"]
+
+
+def test_a_table_of_slides_says_that_its_column_of_mpp_alone_counts_for_nothing_and_an_empty_one_is_refused(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.svs").touch()
+    (tmp_path / "slides.csv").write_text("path,mpp\na.svs,0.25\n")
+    with pytest.warns(Notice, match=r"slides\.csv: its column mpp counts where slides_mpp=.*slides\.csv is given too"):
+        assert list_slides([str(tmp_path / "slides.csv")]) == [tmp_path / "a.svs"]
+    (tmp_path / "slides.csv").write_text("path,mpp\n")
+    with pytest.raises(Fault, match=r"slides\.csv names no slide: it has a header and no row"):
+        list_slides([str(tmp_path / "slides.csv")])
