@@ -50,7 +50,7 @@ class ProbeSet:
             self.given = np.arange(len(train.files)), np.arange(len(train.files), len(files))
         else:
             self.set = fewer(read_class_folders(folder), most)
-            stratified_split(self.set, 0.5, seed=0)  # which no class of a single image allows
+            self.mixed = stratified_split(self.set, 0.5, seed=0)  # without a look at slides
 
     def load(self, preprocessing: Preprocessing, rank: int, world_size: int, device: torch.device) -> str:
         """Read this rank's share of the images, and split them; returns in words how. Raises Fault for an image that can't be read."""
@@ -70,12 +70,11 @@ class ProbeSet:
             return "train and test given"
         groups = named or by_traits(self.images.of_all(torch.from_numpy(np.stack(traits)).to(device)).cpu().numpy())
         of = gathered(torch.from_numpy(groups.of).to(device))[0].cpu().numpy()  # as the first rank has it
-        mixed = halves(self.set)
         found = grouped_split(self.set, of, 0.5, seed=0)
         if found is None:
-            self.across = both_ways(mixed)
+            self.across = both_ways(self.mixed)
             return f"same slides on both sides: by {groups.how} no class can be"
-        self.across, self.within = both_ways(found), mixed
+        self.across, self.within = both_ways(found), self.mixed
         return f"split by {groups.how}"
 
     def score(
@@ -107,16 +106,6 @@ class ProbeSet:
 def both_ways(side: Side) -> list[Side]:
     """Each of two halves asked with the other as the bank."""
     return [side, side[::-1]]
-
-
-def halves(images: LabelledImages) -> Side:
-    """Positions of two halves with the same share of every class, drawn without a look at slides."""
-    first, second = [], []
-    for label, name in enumerate(images.classes):
-        members = rng(0, "halves", name).permutation(np.flatnonzero(images.labels == label))
-        first.append(members[: len(members) // 2])
-        second.append(members[len(members) // 2 :])
-    return np.sort(np.concatenate(first)), np.sort(np.concatenate(second))
 
 
 def fewer(images: LabelledImages, most: int) -> LabelledImages:

@@ -80,8 +80,8 @@ def require_same_classes(train: LabelledImages, test: LabelledImages) -> None:
             )
 
 
-def stratified_split(images: LabelledImages, test_fraction: float, seed: int) -> tuple[LabelledImages, LabelledImages]:
-    """Train and test images, the same share of every class in each, drawn from (seed, class) and nothing else.
+def stratified_split(images: LabelledImages, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Positions of train and test images, the same share of every class in each, drawn from (seed, class) and nothing else.
 
     Raises `Fault` when a class has a single image.
     """
@@ -97,7 +97,7 @@ def stratified_split(images: LabelledImages, test_fraction: float, seed: int) ->
         n_test = min(len(members) - 1, max(1, round(test_fraction * len(members))))
         test.extend(members[:n_test])
         train.extend(members[n_test:])
-    return images.subset(np.sort(train)), images.subset(np.sort(test))
+    return np.sort(train), np.sort(test)
 
 
 def grouped_split(
@@ -215,19 +215,27 @@ def colour_histogram(images: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def knn_predict(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, classes: int, k: int = NEIGHBOURS, chunk: int = 1024
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    classes: int,
+    k: int = NEIGHBOURS,
+    chunk: int = 1024,
+    itself: bool = True,
 ) -> np.ndarray:
     """Weighted nearest neighbours as DINO evaluates them (Caron 2021, section 4.1; weights of Wu 2018, equation 7).
 
     The ``k`` training images of highest cosine similarity s each vote exp(s / 0.07) for their class. Takes features
     (n, width), labels (n,) and features (m, width); returns predicted labels (m,). With fewer than ``k`` training
-    images all of them vote.
+    images all of them vote. Where both are the same images, ``itself=False`` leaves each one's own vote out.
     """
     train, test = unit_rows(train), unit_rows(test)
-    k = min(k, len(train))
+    k = min(k, len(train) if itself else len(train) - 1)
     predicted = np.empty(len(test), dtype=np.int64)
     for start in range(0, len(test), chunk):
         similarity = test[start : start + chunk] @ train.T
+        if not itself:
+            similarity[np.arange(len(similarity)), start + np.arange(len(similarity))] = -np.inf
         nearest = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
         strength = np.take_along_axis(similarity, nearest, axis=1)
         # Taking off the largest first changes no ratio of votes and keeps exp in range.

@@ -144,7 +144,7 @@ def own_split(images: "LabelledImages", config: Config) -> "tuple[LabelledImages
     groups = groups_of(images.files, images.folder, Path(config.groups) if config.groups else None, pixels)
     found = probing.grouped_split(images, groups.of, config.test_fraction, config.seed)
     if found is None:
-        train, test = probing.stratified_split(images, config.test_fraction, config.seed)
+        train, test = map(images.subset, probing.stratified_split(images, config.test_fraction, config.seed))
         said = f"{SAME_SLIDES}: {config.test_fraction:g} of every class held out, seed {config.seed}; by {groups.how} no class is on both sides"
         return train, test, said
     train, test = (images.subset(part) for part in found)

@@ -29,8 +29,9 @@ SHORT, LONG = 20, 80  # steps
 
 
 def ours(asked: Asked, folder: str, steps: int, settings: list[str]) -> Run:
-    """A run of ours to its end, on the first core."""
-    run = Run("dinov2", 0, asked.out / folder, steps * 64, settings)
+    """A run of ours, begun, on the first core."""
+    run = Run("dinov2", 0, asked.out / folder, 0, settings)
+    run.tiles = steps * run.batch_size
     run.start(asked.out / "shards")
     return run
 
@@ -71,6 +72,7 @@ def main() -> None:
     write_shards(tiles, asked.out / "shards")
     settings = asked.settings["dinov2"]
     speeds: dict[str, list[float]] = {"ours": [], "lightly": []}
+    batch = Run("dinov2", 0, asked.out, 0, settings).batch_size
     cut_short = [*settings, "optim.schedule_steps=1000"]
     ours(asked, "warm", 8, cut_short).wait()  # compiles what the others find compiled
     for turn in range(turns):
@@ -79,15 +81,15 @@ def main() -> None:
             seconds["ours"].append(ours(asked, f"speed-{turn}-{steps}", steps, cut_short).wait())
             seconds["lightly"].append(theirs(asked, f"lightly-{turn}-{steps}", steps, []))
         for name, (short, long) in seconds.items():
-            speeds[name].append((LONG - SHORT) * 64 / (long - short))
+            speeds[name].append((LONG - SHORT) * batch / (long - short))
         print(f"turn {turn + 1}: ours {speeds['ours'][-1]:.1f}, LightlyTrain {speeds['lightly'][-1]:.1f} tiles a processor second", flush=True)  # fmt: skip
     ratio = median(a / b for a, b in zip(speeds["ours"], speeds["lightly"], strict=True))
-    run, judge = ours(asked, "learned", asked.seen // 64, settings), Judge(tiles, other)
+    run, judge = ours(asked, "learned", asked.seen // batch, settings), Judge(tiles, other)
     run.wait()
-    encoder = run.encoder(asked.seen // 64 * 64)
+    encoder = run.encoder(asked.seen)
     figures = {"ours": judge(encoder.embed_each)[0].knn, "ours_random": judge(encoder.random_twin(0).embed_each)[0].knn}
     folders = [str(one.folder.resolve()) for one in (tiles, other)]
-    theirs(asked, "lightly", asked.seen // 64, folders)
+    theirs(asked, "lightly", asked.seen // batch, folders)
     for name, key in (("lightly", "trained"), ("lightly_random", "random")):
         bank, asking = (np.load(asked.out / f"lightly-{key}-{Path(folder).name}.npy") for folder in folders)
         figures[name] = float(

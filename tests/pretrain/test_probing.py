@@ -57,11 +57,11 @@ def test_a_class_missing_on_either_side_is_named(tmp_path):
 
 def test_a_split_is_stratified_disjoint_complete_and_keyed_by_its_seed(tmp_path):
     images = probing.read_class_folders(write_class_folders(tmp_path / "set", {"a": 40, "b": 10}))
-    train, test = probing.stratified_split(images, 0.2, seed=1)
+    train, test = map(images.subset, probing.stratified_split(images, 0.2, seed=1))
     assert np.bincount(test.labels).tolist() == [8, 2]
     assert sorted(train.files + test.files) == sorted(images.files)
-    assert probing.stratified_split(images, 0.2, seed=1)[1].files == test.files
-    assert probing.stratified_split(images, 0.2, seed=2)[1].files != test.files
+    assert images.subset(probing.stratified_split(images, 0.2, seed=1)[1]).files == test.files
+    assert images.subset(probing.stratified_split(images, 0.2, seed=2)[1]).files != test.files
 
 
 def test_a_class_with_one_image_cannot_be_split(tmp_path):
