@@ -24,6 +24,13 @@ from data.files import create_whole, make_folder, write_whole
 BEAT, SILENCE = 5.0, 60.0  # seconds
 LONG_AGO = 15 * 60.0  # seconds: a last beat before that needs no waiting, however wrong the clocks are
 
+Heed = Callable[[], None]
+"""Called again and again while waiting: raises what ends it."""
+
+
+def nothing() -> None:
+    """Waiting has no end but its own."""
+
 
 @dataclass(frozen=True)
 class Holder:
@@ -110,14 +117,15 @@ def read(path: Path) -> Holder | None:
         return None
 
 
-def take(path: Path, enough: Callable[[], bool] = lambda: False) -> Lease | Holder | None:
+def take(path: Path, enough: Callable[[], bool] = lambda: False, heed: Heed = nothing) -> Lease | Holder | None:
     """Take the lease at ``path``, or return who holds it: at once where that can be told, else after at most `SILENCE` seconds.
 
-    None where ``enough`` says meanwhile that it is needed no more. Raises Fault where the file system refuses.
+    None where ``enough`` says meanwhile that it is needed no more. Raises Fault where the file system refuses, and whatever ``heed`` does.
     """
     me = _me()
     first, last_beat, unread, refusals = time.monotonic(), None, 0, 0
     while not enough():
+        heed()
         if create_whole(path, json.dumps(asdict(me))):
             return Lease(path, me)
         try:
@@ -179,43 +187,37 @@ def _take_over(path: Path, holder: Holder | None, me: Holder) -> bool:
         mark.unlink(missing_ok=True)
 
 
-def hold(
-    folder: Path, name: str = ".lease", doing: str = "another run", asked: Callable[[], object] = lambda: False
-) -> Lease:
-    """Hold a folder until `Lease.end`. Raises Fault where ``doing`` is somebody else's there, with who it is, and where it isn't known yet
-    and this process is ``asked`` to end."""
+def hold(folder: Path, name: str = ".lease", doing: str = "another run", heed: Heed = nothing) -> Lease:
+    """Hold a folder until `Lease.end`. Raises Fault where ``doing`` is somebody else's there, with who it is."""
     make_folder(folder)
-    lease = take(folder / name, enough=lambda: bool(asked()))
+    lease = take(folder / name, heed=heed)
     if isinstance(lease, Holder):
         raise Fault(f"{doing} is writing to {folder}: {lease}; wait for it or end it, or give another folder.")
-    if lease is None:
-        raise Fault(f"told to stop before it was known whether somebody writes to {folder}; nothing was begun.")
+    assert lease is not None
     return lease
 
 
 @contextmanager
-def alone(
-    folder: Path, name: str = ".lease", doing: str = "another run", asked: Callable[[], object] = lambda: False
-) -> Iterator[Lease]:
+def alone(folder: Path, name: str = ".lease", doing: str = "another run", heed: Heed = nothing) -> Iterator[Lease]:
     """`hold` a folder while a block runs."""
-    lease = hold(folder, name, doing, asked)
+    lease = hold(folder, name, doing, heed)
     try:
         yield lease
     finally:
         lease.end()
 
 
-def once(path: Path, make: Callable[[], None]) -> None:
+def once(path: Path, make: Callable[[], None], heed: Heed = nothing) -> None:
     """Have ``path`` made by one of all processes that need it; the others wait for it, and an error of that one is everybody's.
 
-    ``make`` writes it whole. Raises Fault as ``make`` does, in all that waited for it.
+    ``make`` writes it whole. Raises Fault as ``make`` does, in all that waited for it. Who made it may leave it to the next, as a signal asks for.
     """
     lease_path = path.with_name(f".{path.name}.lease")
     failure_path = path.with_name(f".{path.name}.failed")
     waited_for: set[str] = set()
     make_folder(path.parent)
     while not path.exists():
-        lease = take(lease_path, enough=path.exists)
+        lease = take(lease_path, enough=path.exists, heed=heed)
         if lease is None:
             return
         if isinstance(lease, Holder):

@@ -2,10 +2,13 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
@@ -23,7 +26,8 @@ def in_processes(
 
     Other exceptions, and Refused, are raised here. A job whose process dies (a crash inside a C library, out of memory) yields a Fault as well: after a
     crash the unfinished jobs that were running are repeated one by one, each in its own process, to learn whose fault it was. With one worker or one
-    job everything runs in this process. Workers end when this process does, however it ends.
+    job everything runs in this process. Workers end when this process does, however it ends, and at once where it wants no more: at Ctrl-C, or when the
+    iterator is closed.
     """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
@@ -63,18 +67,28 @@ def _attempt(function: Callable[[Job], Result], job: Job) -> Result | Fault:
         return fault
 
 
-def _pool(workers: int) -> ProcessPoolExecutor:
+@contextmanager
+def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
+    """Processes to work in, which are left in the middle of their jobs where the block is."""
+    theirs, ours = multiprocessing.Pipe(duplex=False)  # nothing is sent: that its end closes is the word
     # spawn: a forked child would inherit threads' locks, and whatever the parent has loaded
-    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=_end_with_parent)
+    context = multiprocessing.get_context("spawn")
+    with theirs, ours, ProcessPoolExecutor(workers, context, _end_when_told, (theirs,)) as pool:
+        try:
+            yield pool
+        except BaseException:
+            ours.close()
+            raise
 
 
-def _end_with_parent() -> None:
-    """Leave as soon as the parent is gone: a killed parent can't tell its workers to stop."""
+def _end_when_told(told: Connection) -> None:
+    """Leave as soon as the parent says so or is gone: a killed parent can't tell its workers to stop. Ctrl-C is the parent's to answer."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
 
     def watch() -> None:
-        wait_for([parent.sentinel])
+        wait_for([parent.sentinel, told])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

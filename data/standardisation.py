@@ -1,7 +1,7 @@
 """The mean and standard deviation of each embedding dimension over a store, to which prediction targets are standardised."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,15 +26,17 @@ class Statistics:
     rows: int
 
     @classmethod
-    def of(cls, store: EmbeddingStore) -> "Statistics":
+    def of(cls, store: EmbeddingStore, watched: Callable[[list[str]], Iterable[str]] = iter) -> "Statistics":
         """One pass over the store, a few thousand tiles at a time, in float64; Fault when it holds no tiles.
+
+        ``watched`` yields the slides that it is given, each when its turn comes: who wants to see how far it is, or to end it.
 
         Of a store of more than `MOST` tiles, every so-many-th tile of each slide: a published data set is four terabytes.
         Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not when the mean is
         large beside the spread.
         """
         rows, mean, squares = 0, np.zeros(store.width), np.zeros(store.width)
-        for chunk in _chunks(store):
+        for chunk in _chunks(store, watched):
             n, centre = len(chunk), chunk.mean(axis=0)
             away = centre - mean
             squares += ((chunk - centre) ** 2).sum(axis=0) + away**2 * (rows * n / (rows + n))
@@ -58,9 +60,9 @@ class Statistics:
         return cls(np.array(content["mean"]), np.array(content["std"]), int(content["rows"]))
 
 
-def _chunks(store: EmbeddingStore) -> Iterator[np.ndarray]:
+def _chunks(store: EmbeddingStore, watched: Callable[[list[str]], Iterable[str]]) -> Iterator[np.ndarray]:
     stride = max(1, -(-sum(store.rows(slide) for slide in store.slides) // MOST))
-    for slide in store.slides:
+    for slide in watched(store.slides):
         embeddings = store.read(slide).embeddings[::stride]
         for first in range(0, len(embeddings), ROWS):
             yield embeddings[first : first + ROWS].astype(np.float64)

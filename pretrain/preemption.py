@@ -11,6 +11,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -18,12 +21,14 @@ import torch.distributed as dist
 from data.fault import Fault
 from pretrain import signals
 from pretrain.across_ranks import gloo_group, world_size
+from pretrain.launched import rank
 from pretrain.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed.
 INTERRUPTED = 128 + signal.SIGINT
 # A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues it.
 REQUEUED_FROM = ("RUNNING", "TIMEOUT")
+ASKING_SLURM = 120.0  # seconds that it may take at the most
 NOT, REQUEUED, IN_VAIN = range(3)  # whether SLURM starts a job again
 
 
@@ -45,15 +50,10 @@ class Preemption:
         ``in_vain``: no checkpoint was made since this start, so the next one would begin at the same place. Raises Fault then, on every
         rank, unless SLURM has decided by itself: with the same time limit it would be so for ever.
         """
-        if "SLURM_JOB_ID" not in os.environ or "TORCHELASTIC_RUN_ID" in os.environ:
+        if not _slurm_starts_again():
             return False
         signals.forget()  # the next one comes from SLURM, to end what it starts again
-        answer = self._largest(_requeue(os.environ["SLURM_JOB_ID"], in_vain) if first_rank else NOT)
-        if answer == IN_VAIN:
-            raise Fault(
-                "out of time with no checkpoint made, and so it would be again, so this job isn't put back into the queue: give it more, launch.time=."
-            )
-        return answer == REQUEUED
+        return _is_requeued(self._largest(_requeue(os.environ["SLURM_JOB_ID"], in_vain) if first_rank else NOT))
 
     def _largest(self, number: int) -> int:
         if world_size() == 1:
@@ -61,6 +61,29 @@ class Preemption:
         value = torch.tensor(number, device="cpu")
         dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.group)
         return int(value)
+
+
+@contextmanager
+def ending_when_asked(run: Path) -> Iterator[None]:
+    """What comes before the ranks meet (a survey of slides, say) ends with this process where `signals.heed` says so.
+
+    The first rank says it, and has SLURM start the job again, unless that would come no further. Raises Fault then.
+    """
+    try:
+        yield
+    except signals.Asked as asked:
+        if first := not rank():
+            say(f"{run}: stopped by {asked.signal.name} before its first step; the same command continues")
+        requeued = False
+        if asked.signal != signal.SIGINT and _slurm_starts_again():
+            signals.forget()
+            if first:
+                requeued = _is_requeued(_requeue(os.environ["SLURM_JOB_ID"], in_vain=not asked.kept))
+            else:  # whose end would be the job's, before the first has asked for another
+                end = time.monotonic() + ASKING_SLURM
+                while not signals.noted() and time.monotonic() < end:
+                    time.sleep(0.5)
+        leave(requeued, 0, asked.signal)
 
 
 def leave(requeued: bool, local_rank: int, asked: int = signal.SIGTERM) -> None:
@@ -72,6 +95,19 @@ def leave(requeued: bool, local_rank: int, asked: int = signal.SIGTERM) -> None:
         time.sleep(0.5)
     code = INTERRUPTED if asked == signal.SIGINT else EXIT_CODE
     sys.exit(code if local_rank == 0 else 0)
+
+
+def _slurm_starts_again() -> bool:
+    """Whether this is a job of SLURM that nothing else starts again."""
+    return "SLURM_JOB_ID" in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ
+
+
+def _is_requeued(answer: int) -> bool:
+    if answer == IN_VAIN:
+        raise Fault(
+            "out of time with no checkpoint made, and so it would be again, so this job isn't put back into the queue: give it more, launch.time=."
+        )
+    return answer == REQUEUED
 
 
 def _requeue(job: str, in_vain: bool) -> int:

@@ -51,7 +51,7 @@ def held(run: Path) -> Iterator[Lease | None]:
     if rank():
         yield None
         return
-    with alone(run, doing="another job", asked=signals.noted) as lease:
+    with alone(run, doing="another job", heed=signals.heed) as lease:
         yield lease
 
 

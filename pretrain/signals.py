@@ -8,14 +8,25 @@ imports nothing heavy, so that it can listen before PyTorch's import, which take
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import TypeVar
+
+T = TypeVar("T")
 
 ASKING = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM, signal.SIGHUP)
-SOON = b"\npretrain: stopping after this step, with a checkpoint; Ctrl-C again stops at once\n"
+SOON = b"\npretrain: stopping after this step, and what is done is kept; Ctrl-C again stops at once\n"
 
 _noted = 0
+
+
+class Asked(Exception):
+    """Work was left because a signal asks for it; ``kept``: what is done of it needn't be done again."""
+
+    def __init__(self, number: int, kept: bool = False) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.signal, self.kept = signal.Signals(number), kept
 
 
 def listen() -> None:
@@ -52,6 +63,19 @@ def listening() -> Iterator[None]:
 def noted() -> int:
     """The number of the last signal that asked, or 0."""
     return _noted
+
+
+def heed(kept: bool = False) -> None:
+    """Raise `Asked` where a signal is on note: for work that this process does alone, before the ranks have met."""
+    if _noted:
+        raise Asked(_noted, kept)
+
+
+def heeding(items: Iterable[T], kept: bool = False) -> Iterator[T]:
+    """``items``, with `heed` between them."""
+    for item in items:
+        yield item
+        heed(kept)
 
 
 def forget() -> None:

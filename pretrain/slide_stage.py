@@ -21,10 +21,12 @@ from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
 from models.allowed import SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
+from pretrain import signals
 from pretrain.across_ranks import total, world_size
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan import operations
-from pretrain.progress import say
+from pretrain.progress import say, track
+from pretrain.signals import heeding
 from pretrain.slide_encoders import TILE_ENCODER
 from pretrain.training import Training
 
@@ -98,12 +100,12 @@ class SlideTraining(Training):
         statistics = run / "statistics.json"
 
         def make() -> None:
-            say(f"reading {store.folder} once through, for the mean and the spread of its embeddings")
+            label = f"reading {store.folder} once through, for the mean and the spread of its embeddings"
             about = {"encoder": store.encoder, "encoder_hash": store.encoder_hash, "width": store.width}
             write_whole(run / TILE_ENCODER, json.dumps(about))
-            Statistics.of(store).save(statistics)
+            Statistics.of(store, lambda slides: track(heeding(slides), len(slides), label, "slides")).save(statistics)
 
-        once(statistics, make)
+        once(statistics, make, signals.heed)
         self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed)
 
     def data_digest(self) -> str:

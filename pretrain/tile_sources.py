@@ -22,6 +22,7 @@ from models.allowed import SHARE, SOME, one_of, within
 from pretrain import plugins, ranges
 from pretrain.progress import say, track
 from pretrain.settings import CONFIGS, nearest
+from pretrain.signals import heed, heeding
 
 KINDS = {
     "shards": "tiles",
@@ -57,7 +58,8 @@ class OnlineSlides(Mixture):
         for scale in mpp:
             settings = TilingSettings(scale, tile_size, tissue, least)
             folder = Path(grids) / f"{scale:g}um-{tile_size}px"
-            once(folder / "survey.json", partial(_survey, folder, paths, settings, said_mpp, workers))
+            look = partial(_survey, folder, paths, settings, said_mpp, workers)
+            once(folder / "survey.json", look, partial(heed, kept=True))
             surveyed = known_survey(folder, paths, settings, said_mpp)
             assert surveyed is not None
             if not surveyed.slides:
@@ -119,7 +121,9 @@ def _survey(
 ) -> None:
     looked_at = survey_slides(folder, paths, settings, slides_mpp, workers or len(os.sched_getaffinity(0)))
     left_out = overruled = 0
-    for _, result in track(looked_at, len(paths), f"finding tissue at {settings.mpp:g} µm/px", "slides"):
+    for _, result in track(
+        heeding(looked_at, kept=True), len(paths), f"finding tissue at {settings.mpp:g} µm/px", "slides"
+    ):
         if isinstance(result, Fault):
             left_out += 1
             if left_out <= NAMED:

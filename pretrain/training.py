@@ -218,7 +218,7 @@ class Training(L.LightningModule, ABC):
         if due and not asked:
             try:
                 figures = self.evaluate()
-            except Asked as during:
+            except signals.Asked as during:
                 asked = during.signal
                 self._save(wait=True)
                 self._end_early(asked)
@@ -249,7 +249,7 @@ class Training(L.LightningModule, ABC):
             self.record.close()
 
     def heeding(self, batches: Iterable[T], total: int) -> Iterator[T]:
-        """``batches`` of an evaluation, as many on every rank, with progress shown; a signal ends it with `Asked`."""
+        """``batches`` of an evaluation, as many on every rank, with progress shown; a signal ends it with `signals.Asked`."""
         progress = (
             Progress(total, f"{self.run.name}: evaluation at step {self.step}", "batches")
             if self.global_rank == 0
@@ -262,7 +262,7 @@ class Training(L.LightningModule, ABC):
                 if progress:
                     progress.advance()
                 if asked := self.preemption.asked():
-                    raise Asked(asked)
+                    raise signals.Asked(asked)
         finally:
             if progress and time.monotonic() - progress.started > SECONDS_BETWEEN_LINES:
                 progress.close()
@@ -443,14 +443,6 @@ class Training(L.LightningModule, ABC):
             self.trainer.should_stop = True
             if self.global_rank == 0:
                 say(why_ended(self.run, self.scored, self.score))
-
-
-class Asked(Exception):
-    """An evaluation was left because a signal asks the run to end."""
-
-    def __init__(self, number: signal.Signals) -> None:
-        super().__init__(number.name)
-        self.signal = number
 
 
 def gradients(

@@ -19,6 +19,7 @@ from models.allowed import within
 from pretrain import plugins
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
+from pretrain.preemption import ending_when_asked
 from pretrain.record import WandbSettings
 from pretrain.run_folder import held
 from pretrain.slide_stage import SlideData, SlideTraining
@@ -51,5 +52,5 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
-    with held(Path(config.run)) as lease:
+    with ending_when_asked(Path(config.run)), held(Path(config.run)) as lease:
         fit(SlideTraining(Path(config.run), config, objective, store), lease)

@@ -20,6 +20,7 @@ from models.allowed import Agreements, within
 from pretrain import plugins
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
+from pretrain.preemption import ending_when_asked
 from pretrain.record import WandbSettings
 from pretrain.run_folder import held
 from pretrain.tile_stage import TileData, TileTraining, TileWatch, check_patches
@@ -57,5 +58,5 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
 
-    with held(Path(config.run)) as lease:
+    with ending_when_asked(Path(config.run)), held(Path(config.run)) as lease:
         fit(TileTraining(Path(config.run), config, objective), lease)

@@ -180,5 +180,22 @@ def test_a_lease_that_cannot_be_read_is_a_sentence(kind: str, tmp_path: Path, mo
 def test_who_is_asked_to_end_does_not_wait_for_a_silent_holder(tmp_path: Path) -> None:
     elsewhere = {**asdict(lease._me()), "host": "elsewhere", "machine": "another"}
     (tmp_path / ".lease").write_text(json.dumps(elsewhere))
-    with pytest.raises(Fault, match="told to stop before it was known whether somebody writes to"):
-        lease.hold(tmp_path, asked=lambda: 15)
+    with pytest.raises(TimeoutError, match="told to stop"):
+        lease.hold(tmp_path, heed=_stop)
+
+
+def _stop() -> None:
+    raise TimeoutError("told to stop")
+
+
+def test_who_is_asked_to_end_leaves_what_it_makes_or_waits_for_to_another(tmp_path: Path) -> None:
+    path = tmp_path / "statistics.json"
+    with pytest.raises(TimeoutError, match="told to stop"):
+        once(path, _stop)  # as the maker
+    other = take(tmp_path / ".statistics.json.lease")
+    assert isinstance(other, Lease)  # nobody holds it now
+    with pytest.raises(TimeoutError, match="told to stop"):
+        once(path, lambda: None, heed=_stop)  # while another makes it
+    other.end()
+    once(path, lambda: files.write_whole(path, "whole"))
+    assert [found.name for found in tmp_path.iterdir()] == [path.name]

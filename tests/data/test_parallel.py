@@ -43,7 +43,12 @@ def start(folder: Path, *jobs: str) -> subprocess.Popen[str]:
     script.write_text(JOBS)
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     return subprocess.Popen(
-        [sys.executable, str(script), *jobs], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, str(script), *jobs],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
+        process_group=0,
     )
 
 
@@ -73,6 +78,18 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not any(alive(worker) for worker in workers)
+
+
+@pytest.mark.parametrize("to", ["everybody", "the parent alone"])
+def test_ctrl_c_ends_workers_in_the_middle_of_their_jobs(to: str, tmp_path: Path) -> None:
+    process = start(tmp_path, "sleep", "sleep", "a")
+    assert process.stdout is not None
+    workers = [int(process.stdout.readline()) for _ in range(2)]
+    began = time.monotonic()
+    os.killpg(process.pid, signal.SIGINT) if to == "everybody" else process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert time.monotonic() - began < 20 and not any(alive(worker) for worker in workers)
+    assert said.count("Traceback") == 1  # the parent's own
 
 
 def alive(process: int) -> bool:

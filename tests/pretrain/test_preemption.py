@@ -16,7 +16,7 @@ from data.fault import Fault
 from launch.entry import main
 from pretrain import checkpoints, fixed_images, preemption, signals
 from pretrain.objectives.dinov2 import DINOv2
-from pretrain.preemption import EXIT_CODE, Preemption
+from pretrain.preemption import EXIT_CODE, Preemption, ending_when_asked
 from pretrain.training import Training
 from tests.pretrain.test_tile_training import ROOT, STEPS, assert_close, command, kill_after, metrics, start, weights
 from tests.pretrain.test_watching import write_classes
@@ -211,6 +211,26 @@ def test_a_job_whose_time_is_over_before_its_first_step_ends_with_a_sentence(
         main(command(tile_shards, tmp_path / "run"))
     assert ended.value.code == 1 and "requeue 42" not in (slurm / "asked").read_text()
     assert "pretrain: out of time with no checkpoint made, and so it would be again" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_job_asked_to_end_before_its_ranks_met_is_started_again_if_that_comes_further(
+    kept: bool, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(
+        time, "sleep", lambda _: os.kill(os.getpid(), signal.SIGTERM)
+    )  # SLURM ends what it starts again
+    with signals.listening(), pytest.raises(SystemExit if kept else Fault) as ended, ending_when_asked(tmp_path):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        signals.heed(kept)
+    assert ("requeue 42" in (slurm / "asked").read_text()) is kept
+    assert ended.value.code == EXIT_CODE if kept else "no checkpoint made" in str(ended.value)  # type: ignore[attr-defined]
+    assert "stopped by SIGUSR1 before its first step" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "3")
+    (slurm / "asked").unlink()
+    with signals.listening(), pytest.raises(SystemExit), ending_when_asked(tmp_path):
+        raise signals.Asked(signal.SIGUSR1)
+    assert not (slurm / "asked").exists()  # the first rank speaks for all
 
 
 def test_torchrun_and_no_slurm_mean_no_requeue(slurm: Path, monkeypatch: pytest.MonkeyPatch) -> None:

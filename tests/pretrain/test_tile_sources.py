@@ -1,7 +1,9 @@
 """Every source of tiles trains: shards, slides online, mixtures, one slide a lane; and says what is wrong with its settings."""
 
+import os
 import re
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
+import data.slide_survey
 from data.fault import Fault
 from launch.entry import main
+from pretrain import preemption, signals
 from pretrain.commands import tile as tile_command
 from pretrain.settings import load
 from pretrain.tile_stage import TileTraining
@@ -63,6 +67,34 @@ def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tis
         ]
     )
     assert all(torch.equal(one[name], value) for name, value in weights(tmp_path / "again").items())
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_while_tissue_is_looked_for_is_heeded_after_the_slide_and_the_next_start_goes_on(
+    number: signal.Signals,
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [*TINY, "data=online", f"data.slides={folder / 'slides'}", f"data.grids={tmp_path / 'grids'}", "data.mpp=0.5", "data.tile_size=32", "data.workers=1"]  # fmt: skip
+    looked, really = [], data.slide_survey.survey
+
+    def looking(job: tuple[Path, str], **settings: Any) -> Any:
+        looked.append(job)
+        os.kill(os.getpid(), number)
+        return really(job, **settings)
+
+    monkeypatch.setattr(data.slide_survey, "survey", looking)
+    with signals.listening(), pytest.raises(SystemExit) as ended:
+        main(["tile", *words, f"run={tmp_path / 'run'}"])
+    assert ended.value.code == (130 if number == signal.SIGINT else preemption.EXIT_CODE) and len(looked) == 1
+    assert f"stopped by {number.name} before its first step; the same command continues" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "run").iterdir()] == []  # the lease is given up
+    made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.h5")}
+    monkeypatch.setattr(data.slide_survey, "survey", really)
+    stage(folder, *words)
+    assert len(made) == 1 and all(path.stat().st_mtime_ns == before for path, before in made.items())
 
 
 def test_a_mixture_of_shards_slides_and_a_server_trains_in_its_shares(folder: Path, tmp_path: Path) -> None:
