@@ -1,5 +1,6 @@
 """Is the folder that a run writes to fit? Written, renamed, seen by other processes and nodes, and with room for checkpoints."""
 
+import fcntl
 import os
 import secrets
 import shutil
@@ -45,6 +46,37 @@ def write_and_rename(folder: Path) -> list[Finding]:
     if seen != content:
         return [failed("folder", f"what is written to {place} is not what another process reads there: give a run= on another file system")]  # fmt: skip
     return [passed("folder", f"{place}: written, renamed, and read by another process")]
+
+
+def links_and_locks(folder: Path) -> list[Finding]:
+    """Which of hard links, symbolic links and locks the file system has: none is needed, and what stands in for it is said."""
+    place, name = existing(folder), f".doctor-{os.getpid()}-{secrets.token_hex(4)}"
+    file, link = place / name, place / f"{name}-link"
+    lacks = []
+    try:
+        file.touch()
+        for try_it, instead in (
+            (lambda: os.link(file, link), "hard links (who holds a folder is written in two steps)"),
+            (lambda: link.symlink_to(name), "symbolic links (checkpoints/best is a file with a name in it)"),
+            (lambda: _lock(file), "locks by flock (nothing here uses them; other programs on this disk may)"),
+        ):
+            try:
+                try_it()
+            except OSError:
+                lacks.append(instead)
+            remove(link)
+    except OSError:
+        return []  # nothing can be written there, as `write_and_rename` says
+    finally:
+        remove(file)
+    if lacks:
+        return [passed("links", f"{place} has no {', no '.join(lacks)}: a run needs none of it")]
+    return [passed("links", f"{place} has hard links, symbolic links and locks, and a run needs none of them")]
+
+
+def _lock(file: Path) -> None:
+    with file.open("w") as opened:
+        fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def seen_by_all_nodes(folder: Path, environment: Mapping[str, str], seconds: float = SECONDS) -> list[Finding]:

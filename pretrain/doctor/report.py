@@ -47,7 +47,11 @@ def of_processes(trainer: Hardware) -> list[Check]:
 
 def of_folder(place: Path) -> list[Check]:
     """Writing and renaming there, and whether all nodes of a job see it."""
-    return [lambda: folder.write_and_rename(place), lambda: folder.seen_by_all_nodes(place, os.environ)]
+    return [
+        lambda: folder.write_and_rename(place),
+        lambda: folder.links_and_locks(place),
+        lambda: folder.seen_by_all_nodes(place, os.environ),
+    ]
 
 
 def of_a_run(

@@ -115,6 +115,26 @@ def test_a_folder_that_cannot_be_written_is_named() -> None:
     assert status == "FAIL" and "/proc can't be written" in says and "give a run=" in says
 
 
+def test_links_and_locks_are_looked_for_and_what_stands_in_for_each_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    status, says = only(folder.links_and_locks(tmp_path / "not" / "yet"))
+    assert status == "ok" and "has hard links, symbolic links and locks" in says
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    for module, function, words in [
+        (os, "link", "no hard links"), (os, "symlink", "no symbolic links"), (folder.fcntl, "flock", "no locks by flock"),
+    ]:  # fmt: skip
+        with monkeypatch.context() as lacking:
+            lacking.setattr(module, function, refuse)
+            status, says = only(folder.links_and_locks(tmp_path))
+        assert status == "ok" and words in says and says.count("no ") == 1
+    assert list(tmp_path.iterdir()) == []
+    assert folder.links_and_locks(Path("/proc/run")) == []  # which the first check says
+
+
 def test_a_reader_that_sees_something_else_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, "old", ""))
     status, says = only(folder.write_and_rename(tmp_path))
