@@ -21,9 +21,9 @@ from typing import Annotated, Any
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.redaction import redacted_settings
+from pretrain.plan import evaluation
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
-from pretrain.plan.evaluation import evaluation
 from pretrain.plan.hardware import Machine
 from pretrain.plan.of_a_run import compose
 from pretrain.plan.published import Implied, PublishedRun, implied
@@ -109,10 +109,12 @@ def plan(config: Config) -> dict[str, Any]:
     found = of(settings)
     usual = estimate(shape, settings, gpu, largest=False) if shape.stage == "slide" else found
     cost = tile_cost(shape.data, config.input) if shape.stage == "tile" else slide_cost(slides, config.input)
-    judged = evaluation(shape, settings, gpu) if shape.stage == "slide" else None
+    judged = (
+        evaluation.of_slides(shape, settings, gpu) if shape.stage == "slide" else evaluation.of_tiles(shape, settings)
+    )
     speed = pace(
         usual, peak=peak, utilisation=utilisation, dollars_per_hour=price, steps=shape.steps, nodes=launch.nodes,
-        processes_per_node=each, sample=(together * cost[0], together * cost[1]), evaluation=judged.flops if judged else 0.0,
+        processes_per_node=each, sample=(together * cost[0], together * cost[1]), evaluation=judged.flops,
     )  # fmt: skip
     other = {kind: of(replace(settings, checkpointing=kind)).peak for kind in CHECKPOINTING if kind != "selective"}
     fits = found.peak <= room
@@ -142,7 +144,7 @@ def plan(config: Config) -> dict[str, Any]:
         "dollars_per_hour": price,
         "pace": asdict(replace(speed, unit=f"{shape.stage}s")),
         "slides": asdict(slides) if shape.stage == "slide" else None,
-        "evaluation": asdict(judged) if judged else None,
+        "evaluation": asdict(judged),
     }
 
 
@@ -202,7 +204,8 @@ def table(found: dict[str, Any]) -> str:
         f"Time and money (computed), supposing {found['utilisation']:.0%} of the peak of {found['peak_tflops']:g} TFLOP/s: a choice (utilisation=), not a measurement",
         f"  {speed['per_second']:,.1f} {unit}/s, {speed['per_second'] / found['processes']:,.2f} on each process, {speed['step_seconds']:.3g} s a step",
         f"  {speed['hours']:,.1f} hours, {speed['gpu_hours']:,.0f} GPU-hours, {speed['dollars']:,.0f} dollars at {found['dollars_per_hour']:g} an hour and GPU (dollars_per_hour=)",
-        *(_of_slides(found) if found["slides"] else []),
+        _of_evaluation(found),
+        *(OF_SLIDES if found["slides"] else []),
         "",
         "Input of each node (computed from costs measured on two shared cores; input= has them)",
         f"  {speed['megabytes_per_second']:,.2f} MB/s to read, {speed['cores']:.2g} cores to {'decode and cut crops' if found['stage'] == 'tile' else 'read embeddings'}",
@@ -210,22 +213,37 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _of_slides(found: dict[str, Any]) -> list[str]:
-    """What a plan of the slide stage says besides of time: its evaluation, and why the hours are not to be trusted."""
+def _of_evaluation(found: dict[str, Any]) -> str:
+    """What judging itself takes of a run's time, and by which settings."""
     judged, speed = found["evaluation"], found["pace"]
+    samples, times, looks = judged["samples"], judged["times"], judged["looks"]
+    at_checkpoints = f"{times:,} checkpoints (trainer.checkpoint_every=), at each "
+    if found["slides"] and not samples:
+        return "  no evaluation: data.validation_fraction=0 holds no slides out"
+    if found["slides"]:
+        what = (
+            f"{at_checkpoints}two forwards on every process of {samples:,} slides "
+            f"(data.validation_fraction= of slides.count={found['slides']['count']:,})"
+        )
+    elif not samples and not looks:
+        return "  no evaluation: neither watch.probe nor watch.every is given"
+    else:
+        probe = (
+            f"{at_checkpoints}a forward of {samples:,} labelled tiles (watch.probe_images=)"
+            if samples
+            else "no watch.probe"
+        )
+        what = f"{probe}; {looks:,} looks (watch.every=)"
     share = speed["evaluation_hours"] / speed["hours"]
-    lines = [
-        f"  of these {speed['evaluation_hours']:,.1f} hours ({share:.0%}) are evaluation: {judged['times']:,} checkpoints (trainer.checkpoint_every=), at "
-        f"each two forwards on every process of {judged['slides']:,} slides (data.validation_fraction= of slides.count={found['slides']['count']:,})"
-    ]
-    if not judged["slides"]:
-        lines = ["  no evaluation: data.validation_fraction=0 holds no slides out"]
-    return [
-        *lines,
-        "  Prov-GigaPath published 3,072 A100-hours, which by this count are about half a percent of the peak (published=true): its arithmetic doesn't",
-        "  explain them, and what else took the time is not published; what is planned here is arithmetic alone, so expect more until a run of yours",
-        "  has recorded its flop_utilisation",
-    ]
+    return f"  of these {speed['evaluation_hours']:,.1f} hours ({share:.1%}) are evaluation: {what}"
+
+
+OF_SLIDES = [
+    "  Prov-GigaPath published 3,072 A100-hours, which by this count are about half a percent of the peak (published=true): its arithmetic doesn't",
+    "  explain them, and what else took the time is not published; what is planned here is arithmetic alone, so expect more until a run of yours",
+    "  has recorded its flop_utilisation",
+]
+"""Why the hours that are planned for the slide stage are not to be trusted."""
 
 
 def published_table(rows: list[Implied]) -> str:

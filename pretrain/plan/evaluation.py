@@ -1,13 +1,25 @@
-"""What judging itself costs a run of the slide stage: at every checkpoint each process passes all held-out slides forward twice.
+"""What judging itself costs a run.
 
-Once as they are, and once with the visible tiles' places shuffled (`pretrain.objectives.slide_mae.SlideMAE.evaluate`). The slides are whole,
-and nothing is kept for a backward; dropout costs no operations of those that are counted.
+The slide stage: at every checkpoint each process passes all held-out slides forward twice, once as they are, and once with the visible tiles'
+places shuffled (`pretrain.objectives.slide_mae.SlideMAE.evaluate`). The slides are whole, and nothing is kept for a backward; dropout costs no
+operations of those that are counted.
+
+The tile stage: at every checkpoint the labelled tiles of ``watch.probe`` go forward once, shared by all processes; at every look (``watch.every``)
+so do a sample of the data's slides (`pretrain.slide_sample`) and the batch's global crops, these twice at most: for their features, and by a teacher.
+A look's heads aren't counted.
 """
 
 from dataclasses import dataclass, replace
 
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from pretrain import plugins, slide_sample
 from pretrain.plan.estimate import Settings, estimate
+from pretrain.plan.rehearsal import CPU_ATTENTION
 from pretrain.plan.run_shape import RunShape
+from pretrain.watching import class_tokens
 
 FORWARDS = 2
 
@@ -16,17 +28,17 @@ FORWARDS = 2
 class Evaluation:
     """Of a whole run."""
 
-    times: int
-    slides: int  # held out
+    times: int  # checkpoints
+    samples: int  # judged at each: slides held out, or labelled tiles
+    looks: int
     flops: float  # of a process, all times together
 
 
-def evaluation(run: RunShape, settings: Settings, fused_attention: bool) -> Evaluation:
+def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evaluation:
     """Of a run of the slide stage that has ``slides.count`` slides."""
-    data, trainer = run.data, run.trainer
+    data = run.data
     slides = max(1, round(data.validation_fraction * run.slides.count)) if data.validation_fraction else 0
-    every = [step for step in (trainer.checkpoint_every, trainer.keep_every) if step]
-    times = len({run.steps, *(done for step in every for done in range(step, run.steps + 1, step))})
+    times = len(checkpoints(run))
     one = data.copy()
     one.update(batch_size=1, lanes=1, batch_tokens=None, field_cells=0, crop=1.0)
     # One slide, shared by as many processes as in the run; sharded over so many, which changes no operation.
@@ -35,4 +47,29 @@ def evaluation(run: RunShape, settings: Settings, fused_attention: bool) -> Eval
     )
     found = estimate(replace(run, data=one), alone, fused_attention, largest=False)
     forward = sum(count for (_, way), count in found.flops.items() if way == "forward")
-    return Evaluation(times, slides, FORWARDS * times * slides * forward)
+    return Evaluation(times, slides, 0, FORWARDS * times * slides * forward)
+
+
+def of_tiles(run: RunShape, settings: Settings) -> Evaluation:
+    """Of a run of the tile stage whose probe, where it has one, has ``watch.probe_images`` tiles."""
+    times, judged = len(checkpoints(run)), run.watch.probe_images if run.watch.probe else 0
+    looks = run.steps // run.watch.every if run.watch.every else 0
+    crops = run.data.crops.global_count * run.data.batch_size
+    sample = slide_sample.SLIDES * slide_sample.TILES
+    images = times * judged + looks * (sample + FORWARDS * crops)
+    return Evaluation(times, judged, looks, images * forward_of_an_image(run) / settings.processes)
+
+
+def checkpoints(run: RunShape) -> set[int]:
+    """The steps after which a run judges itself."""
+    every = [step for step in (run.trainer.checkpoint_every, run.trainer.keep_every) if step]
+    return {run.steps, *(done for step in every for done in range(step, run.steps + 1, step))}
+
+
+def forward_of_an_image(run: RunShape) -> int:
+    """Operations of the tile encoder on an image of the size of a global crop."""
+    size = run.data.crops.global_size
+    counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+    with FakeTensorMode(), counter:
+        class_tokens(plugins.build(run.model).eval(), torch.empty(1, 3, size, size))
+    return counter.get_total_flops()

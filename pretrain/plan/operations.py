@@ -15,7 +15,9 @@ from pretrain.plan.run_shape import RunShape
 
 def of_a_tile(config: Any, fused_attention: bool) -> float:
     """Of the tile stage: those of the global batch, over its tiles. ``config``: that of 'pretrain tile'."""
-    run = RunShape("tile", config.model, config.objective, config.data, config.trainer, 1, Slides(0, 0, 0))
+    run = RunShape(
+        "tile", config.model, config.objective, config.data, config.trainer, config.watch, 1, Slides(0, 0, 0)
+    )
     return _of_a_step(run, config, config.trainer.accumulate, fused_attention) / config.data.batch_size
 
 
@@ -28,7 +30,8 @@ def of_an_embedding(config: Any, width: int, sizes: Sequence[int], fused_attenti
     """
     typical = round(sum(n * n for n in sizes) / sum(sizes))
     data = replace(config.data, batch_size=1, lanes=1, batch_tokens=None, field_cells=0)
-    run = RunShape("slide", config.model, config.objective, data, config.trainer, 1, Slides(width, typical, typical))
+    slides = Slides(width, typical, typical)
+    run = RunShape("slide", config.model, config.objective, data, config.trainer, config.watch, 1, slides)
     return _of_a_step(run, config, 1, fused_attention) / sum(run.batch(1, 1).make().lengths)
 
 

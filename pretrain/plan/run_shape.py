@@ -32,6 +32,7 @@ class RunShape:
     objective: dict[str, Any]
     data: DictConfig
     trainer: DictConfig
+    watch: DictConfig
     steps: int
     slides: Slides
     depths: dict[tuple[str, str], int] = field(init=False)
@@ -90,4 +91,4 @@ def run_shape(composed: Composed, slides: Slides) -> RunShape:
     """The shape of the run that a configuration describes."""
     tree = composed.tree
     model, objective = plain(tree.model), plain(tree.objective)
-    return RunShape(composed.command, model, objective, tree.data, tree.trainer, tree.optim.steps, slides)
+    return RunShape(composed.command, model, objective, tree.data, tree.trainer, tree.watch, tree.optim.steps, slides)

@@ -179,7 +179,7 @@ SLIDE = (
 def test_evaluation_is_counted_and_said() -> None:
     words = ("hardware=cpu", "optim.steps=10", "optim.warmup_steps=4", "trainer.checkpoint_every=4", "data.validation_fraction=0.25", "slides.width=48", "slides.tiles=60", "slides.largest=60", "slides.count=40")  # fmt: skip
     found = plan(planned(*SLIDE, *words))
-    assert (found["evaluation"]["times"], found["evaluation"]["slides"]) == (3, 10)  # after steps 4, 8 and the last
+    assert (found["evaluation"]["times"], found["evaluation"]["samples"]) == (3, 10)  # after steps 4, 8 and the last
     run = run_shape(compose([*SLIDE, "data.crop=1"], []), Slides(48, 60, 60))
     four = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False).flops
     forward = sum(count for (_, way), count in four.items() if way == "forward") / 4
@@ -189,8 +189,39 @@ def test_evaluation_is_counted_and_said() -> None:
     text = table(found)
     assert "are evaluation: 3 checkpoints" in text and "two forwards on every process of 10 slides" in text
     assert "3,072 A100-hours" in text and "what is planned here is arithmetic alone" in text
-    found["evaluation"]["slides"] = 0
+    found["evaluation"]["samples"] = 0
     assert "no evaluation: data.validation_fraction=0" in table(found)
+
+
+def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:
+    words = ("recipe=small", "hardware=cpu", "optim.steps=1000", "trainer.checkpoint_every=300", "watch.every=100", "watch.probe=tiles", "watch.probe_images=700")  # fmt: skip
+    found = plan(planned(*words))
+    judged, run = found["evaluation"], run_shape(compose(list(words[:1]), []), Slides(1, 1, 1))
+    assert (judged["times"], judged["samples"], judged["looks"]) == (
+        4,
+        700,
+        10,
+    )  # after steps 300, 600, 900 and the last
+    model, side = run.model, run.data.crops.global_size // run.model["patch_size"]
+    n, width = side * side + 1 + model["registers"], model["width"]
+    behind_attention = (
+        2 * (width + 2 * model["feed_forward_width"]) * width
+    )  # a token's, and in the last block the class token's alone
+    block = n * (6 * width**2 + 4 * n * width + behind_attention)
+    patches = 2 * side * side * 3 * model["patch_size"] ** 2 * width
+    image = patches + model["depth"] * block - (n - 1) * behind_attention
+    images = 4 * 700 + 10 * (256 + 2 * 2 * run.data.batch_size)
+    assert judged["flops"] == pytest.approx(images * image, rel=0.01)
+    pace = found["pace"]
+    assert pace["hours"] == pytest.approx(1000 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
+    assert (
+        "4 checkpoints (trainer.checkpoint_every=), at each a forward of 700 labelled tiles (watch.probe_images=); 10 looks"
+        in table(found)
+    )
+    judged["samples"] = 0
+    assert "are evaluation: no watch.probe; 10 looks (watch.every=)" in table(found)
+    judged["looks"] = 0
+    assert "no evaluation: neither watch.probe nor watch.every is given" in table(found)
 
 
 def test_processes_that_share_a_slide_hold_less_of_the_largest() -> None:
