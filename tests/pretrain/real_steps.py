@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.objective import Moment
+from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.optimisation import Optim, clip, parameter_groups
 from pretrain.plan.batches import Slides
 from pretrain.plan.of_a_run import compose
@@ -24,11 +26,11 @@ SLIDES = Slides(width=48, tiles=60, largest=100)
 MOMENT = Moment(0, 10, 0)
 
 
-def shape_of(*settings: str) -> tuple[RunShape, Any]:
+def shape_of(*settings: str, slides: Slides = SLIDES) -> tuple[RunShape, Any]:
     """The shape of a run and its ``optim`` settings."""
     composed = compose(list(settings), [])
     values = dict(composed.tree.optim) | {"betas": list(composed.tree.optim.betas)}
-    return run_shape(composed, SLIDES), Optim(**values)
+    return run_shape(composed, slides), Optim(**values)
 
 
 def filled(batch: Any, true: dict[int, int]) -> Any:
@@ -65,16 +67,33 @@ def one_process() -> Iterator[None]:
         dist.destroy_process_group()
 
 
+def peak_of_sharing(rank: int, folder: Path, together: int, settings: tuple[str, ...], slides: Slides) -> None:
+    """As one of ``together`` processes that share every slide: take a step, and leave its peak in a file named by the rank."""
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", store=dist.FileStore(str(folder / "store"), together), rank=rank, world_size=together
+    )
+    run, optim = shape_of(*settings, slides=slides)
+    (folder / str(rank)).write_text(str(Step(run, optim, "float32", "none", together=together).peak()))
+    dist.destroy_process_group()
+
+
 class Step:
     """A run's objective, its optimiser and a batch; call it to take a step."""
 
-    def __init__(self, run: RunShape, optim: Optim, precision: str, checkpointing: str, accumulate: int = 1) -> None:
+    def __init__(
+        self, run: RunShape, optim: Optim, precision: str, checkpointing: str, accumulate: int = 1, together: int = 1
+    ) -> None:
         with torch.device("meta"):
             self.objective = run.build()()
-        shard(self.objective, lay_mesh("cpu", 1, 1), precision, checkpointing)
+        processes = dist.get_world_size()
+        shard(self.objective, lay_mesh("cpu", processes, processes), precision, checkpointing)
+        if together > 1:
+            assert isinstance(self.objective, SlideMAE)
+            self.objective.share_slides(dist.new_subgroups(together)[0])
         materialise(self.objective, torch.device("cpu"), 0)
         self.optimiser = torch.optim.AdamW(parameter_groups(self.objective.trained(), optim), lr=0.0, fused=True)
-        batch = run.batch(1, accumulate)
+        batch = run.batch(processes, accumulate, together=together)
         self.parts = [(filled(batch.make(), batch.true), i * batch.samples) for i in range(batch.parts)]
 
     def gradients(self) -> None:

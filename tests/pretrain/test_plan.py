@@ -5,6 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 
 from data.fault import Fault
 from launch.entry import main
@@ -20,7 +21,7 @@ from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import pace
 from pretrain.settings import load
-from tests.pretrain.real_steps import Step, one_process, shape_of
+from tests.pretrain.real_steps import Step, one_process, peak_of_sharing, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
 FIXED = ("dinov2_vitg14", "dinov2_vitl16_short", "uni", "openmidnight")
@@ -236,6 +237,19 @@ def test_processes_that_share_a_slide_hold_less_of_the_largest() -> None:
         other.share(4, 1, 4)
     with pytest.raises(Fault, match=r"data.processes_per_slide=3 doesn't divide the run's 4 processes"):
         run.share(4, 1, 3)
+
+
+@pytest.mark.slow
+def test_processes_that_share_a_slide_take_the_memory_that_is_planned(tmp_path: Path) -> None:
+    words, slides = (
+        ("recipe=small_slide", "data.batch_size=4", "data.lanes=4", "data.field_cells=0"),
+        Slides(48, 600, 1500),
+    )
+    torch.multiprocessing.spawn(peak_of_sharing, (tmp_path, 2, words, slides), nprocs=2)
+    run, _ = shape_of(*words, slides=slides)
+    found = estimate(run, Settings(2, 2, "float32", "none", 1, together=2), fused_attention=False)
+    for rank in ("0", "1"):
+        assert found.peak == pytest.approx(int((tmp_path / rank).read_text()), rel=0.05)
 
 
 def test_sharing_slides_is_a_remedy_of_the_slide_stage() -> None:
