@@ -24,14 +24,18 @@ from data.coordinates import TileGrid
 from data.fault import Fault
 from data.files import write_whole
 from data.h5_files import opened
+from data.plausible_places import TOO_NEAR, refuse_impossible
 from data.remote import RemotePath
 from data.tiling import KEPT, VERDICTS, Tiling
+
+UNSAID = 0.5 / TOO_NEAR  # tiles apart of a file that doesn't say: those that are half a tile apart were cut so
 
 
 @dataclass(frozen=True)
 class SlideCoordinates:
     """Where a slide's tiles are, by whoever found them. ``x, y`` int64 (N,) level-0 pixels, in the file's order; ``mpp`` is None
-    where the file doesn't say (CLAM), ``tile_size_level0`` is exact in our files and truncated in TRIDENT's."""
+    where the file doesn't say (CLAM), ``tile_size_level0`` is exact in our files and truncated in TRIDENT's. ``apart``: the distance of neighbours, in
+    tiles; where the file doesn't say that they overlap (CLAM) half a tile or more is taken for what was meant."""
 
     slide: str
     x: np.ndarray
@@ -41,6 +45,7 @@ class SlideCoordinates:
     mpp: float | None
     width: int | None
     height: int | None
+    apart: float = 1.0
 
 
 def coordinates_path(folder: Path, slide: str) -> Path:
@@ -127,12 +132,14 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
     with opened(path) as file:
         if "coords" not in file:
             raise Fault(f"{path} has no data set called coords: it isn't a file of tile coordinates")
-        coords = file["coords"][()].astype(np.int64)
+        coords = file["coords"][()]
         if coords.size and (
             coords.ndim != 2 or coords.shape[1] not in (2, 5)
         ):  # AtlasPatch's have width, height and level too
             raise Fault(f"{path} has coordinates of shape {coords.shape}, not x and y of each tile")
         coords = coords[:, :2] if coords.size else coords.reshape(-1, 2)
+        refuse_impossible(path, coords)
+        coords = coords.astype(np.int64)
         of = {**file.attrs, **file["coords"].attrs}
         if "patch_size" not in of:
             raise Fault(f"{path} does not say how large its tiles are (no attribute patch_size)")
@@ -149,5 +156,6 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
             )
         mpp = float(of["mpp"]) if "mpp" in of else None
         width, height = (int(of[key]) if key in of else None for key in ("level0_width", "level0_height"))
+        apart = 1 - float(of["overlap"]) / tile_size if "overlap" in of else UNSAID
         slide = str(of["name"]) if "name" in of else path.stem.removesuffix("_patches")
-        return SlideCoordinates(slide, coords[:, 0], coords[:, 1], tile_size, side, mpp, width, height)
+        return SlideCoordinates(slide, coords[:, 0], coords[:, 1], tile_size, side, mpp, width, height, apart)

@@ -49,7 +49,6 @@ RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
          "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
-FARTHEST = 2**31  # level-0 pixels: x and y are int32
 UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data.coordinates import FARTHEST
 from data.fault import Fault
 from data.files import Refused, make_folder, require_writable
 from data.redaction import is_private
@@ -24,7 +25,6 @@ from data.shard_index import (
     CHECKSUMS,
     COLUMNS,
     FACTS,
-    FARTHEST,
     SPOILT,
     UNKNOWN,
     ShardIndex,

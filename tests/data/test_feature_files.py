@@ -1,5 +1,6 @@
 """Features of TRIDENT, CLAM and STAMP: ours are read as their programs read theirs, and theirs, written by hand, come in whole."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -312,6 +313,43 @@ def test_coordinates_whose_unit_nobody_says_are_asked_for_and_never_guessed(tmp_
     path = write_h5(tmp_path / "odd.h5", {"features": values, "coords": cells}, {"unit": "furlong"})
     with pytest.raises(Fault, match="counts its coordinates in 'furlong'"):
         import_features(path, 512, 0.5)
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("cells", 1 / 512), ("um", 0.25), ("level1", 0.5), ("level2", 0.25)])
+def test_what_trident_says_of_its_coordinates_is_held_to_them(tmp_path: Path, unit: str, scale: float) -> None:
+    """The user may say what they count instead; a unit that is wrong of the other slides doesn't change these."""
+    values, cells = grid()
+    size = {"level0_width": 5000, "level0_height": 5000}
+    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": cells * 512 * scale}, TRIDENTS | size)
+    with pytest.raises(Fault, match=r"512 level-0 pixels that are .* apart.*count something else.*give features_unit="):
+        import_features(path)
+    if unit in ("cells", "um"):
+        assert np.array_equal(import_features(path, mpp_level0=0.25, unit=unit).slide.cells, cells)
+    good = write_h5(tmp_path / "good.h5", {"features": values, "coords": cells * 512}, TRIDENTS | size)
+    assert np.array_equal(import_features(good, unit="cells").slide.cells, cells)
+    said = write_h5(tmp_path / "said.h5", {"features": values, "coords": cells * 512}, TRIDENTS | size | {"unit": unit if unit == "cells" else "px"})  # fmt: skip
+    if unit == "cells":
+        with pytest.raises(Fault, match=r"19 of 20 tiles beside its slide of 5000 × 5000"):
+            import_features(said)
+    else:
+        assert np.array_equal(import_features(said).slide.cells, cells)
+
+
+@pytest.mark.parametrize(("coords", "said", "sentence"), [
+    (lambda places: places + 10_000, {}, r"20 of 20 tiles beside its slide of 5000 × 5000"), (lambda places: places - 512, {}, "has negative coordinates"),
+    (lambda places: places.astype("u8") + np.uint64(2**63), {}, "where no slide has pixels"), (lambda places: places + 2**62, {}, "where no slide has pixels"),
+    (lambda places: places, {"target_magnification": 1e-300}, r"is 1e\+301 µm wide"), (lambda places: places, {"target_magnification": 1e-4}, "is 1e\\+05 µm wide"),
+    (lambda places: places, {"mpp": 1e-4}, "is 0.0001 µm wide"), (lambda places: places, {"level0_width": 1e300}, "which no slide has"),
+    (lambda places: places, {"patch_size": 1e300}, "which no slide has"), (lambda places: places, {"patch_size_level0": 1e300}, "which no tile has"),
+])  # fmt: skip
+def test_places_and_sizes_that_no_slide_has_are_a_sentence(
+    tmp_path: Path, coords: Callable[[np.ndarray], np.ndarray], said: dict[str, object], sentence: str
+) -> None:
+    values, cells = grid()
+    size = {"level0_width": 5000, "level0_height": 5000}
+    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": coords(cells * 512)}, TRIDENTS | size | said)
+    with pytest.raises(Fault, match=sentence):
+        import_features(path)
 
 
 @pytest.mark.parametrize(("said", "sentence"), [
