@@ -25,7 +25,7 @@ from data.fault import Fault
 from data.job_array import merge_parts, parts_in
 from data.shard_folder import FAILED, NO_TISSUE, TILED, alone, load_plan
 from data.shard_index import ShardIndex, merge, record_path
-from data.shard_scan import left_out, scan
+from data.shard_scan import disputed, left_out, scan
 from data.shards import is_published
 from data.tile_members import LeftOut
 from models.allowed import SOME
@@ -33,6 +33,7 @@ from pretrain.commands.shard import counted_as, holdings
 from pretrain.progress import say
 
 MOST_SAID = 20  # kinds of what was left out
+MOST_TARS = 5  # that the last line names
 
 
 @dataclass
@@ -88,9 +89,17 @@ def _said_left_out(index: ShardIndex) -> str:
         say(f"left out: {kind}")
     if (kinds := len(members) + len(files)) > MOST_SAID:
         say(f"… and {kinds - MOST_SAID} more; {index.folder}/index.npz has them all, in its meta.json")
-    counted = [
-        counted_as(sum(kind.count for kind in kinds), noun)
-        for kinds, noun in ((members, "member"), (files, "file"))
-        if kinds
-    ]
-    return f"; left out: {' and '.join(counted)}, as said above" if counted else ""
+    for kind in disputed(index) if "made_by" in index.meta else ():
+        say(f"to look at: {kind}")
+    tars = [kind.example for kind in files if not kind.kind and kind.example.lower().endswith(".tar")]
+    others = sum(kind.count for kind in files) - len(tars)
+    counted = [counted_as(sum(kind.count for kind in members), "member")] if members else []
+    if tars:
+        more = f" and {len(tars) - MOST_TARS} more" if len(tars) > MOST_TARS else ""
+        counted.append(f"{counted_as(len(tars), 'tar')} ({', '.join(tars[:MOST_TARS])}{more})")
+    counted += [counted_as(others, "other file")] if others else []
+    return (
+        f"; left out: {', '.join(counted[:-1])}{' and ' if counted[1:] else ''}{counted[-1]}, as said above"
+        if counted
+        else ""
+    )
