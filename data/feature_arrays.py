@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from data.fault import Fault
+from data.git_lfs import refuse_pointer
 from data.h5_files import opened
 
 FEATURES = ("features", "feats", "embeddings")
@@ -112,6 +113,8 @@ def width_and_encoder(path: Path, encoder: str | None = None) -> tuple[int, str 
 def held_in(path: Path) -> Iterator[Held]:
     """What a file holds, to read while the block lasts. Raises Fault for a file that can't be read."""
     held = Held(path)
+    if path.is_file():
+        refuse_pointer(path)
     if path.suffix in (".h5", ".hdf5"):
         with opened(path) as file:
             _find_in_h5(held, file)

@@ -117,7 +117,10 @@ def test_an_index_that_is_lost_is_made_again_and_others_shards_get_theirs(
     assert len(ShardIndex.open(theirs)) == 7
     said = capsys.readouterr().err
     assert "7 tiles of 2 slides in 2 shards, indexed" in said
-    assert "left out: stray.tar: 'pretrain shard' has no record of it" in said and "left out: 1 tar (stray.tar), as said" in said
+    assert (
+        "left out: stray.tar: 'pretrain shard' has no record of it" in said
+        and "left out: 1 tar (stray.tar), as said" in said
+    )
 
 
 def test_verify_ends_with_exit_code_1_one_sentence_and_a_report(
