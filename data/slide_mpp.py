@@ -6,6 +6,7 @@ from pathlib import Path
 from data.fault import Fault
 from data.slide_lists import MPP_COLUMNS, PATH_COLUMNS, TABLES, read_table
 
+SAME_MPP = 1e-4  # but for rounding
 ISOTROPIC = 0.01  # by how much a pixel's sides may differ
 FINEST, COARSEST = 0.05, 10.0  # µm per level-0 pixel: finer is no light microscope's, coarser is a picture of a slide
 SLIDE_COLUMNS = (*PATH_COLUMNS, "slide_id", "slide_name", "name", "id")
