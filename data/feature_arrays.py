@@ -22,6 +22,7 @@ import torch
 from data.fault import Fault
 from data.git_lfs import refuse_pointer
 from data.h5_files import opened
+from data.shard_index import SPOILT
 
 FEATURES = ("features", "feats", "embeddings")
 COORDS = ("coords", "coordinates")
@@ -160,7 +161,7 @@ def _find_in_npz(held: Held) -> None:
                     held.attributes[name] = array.item()
     except FileNotFoundError as error:
         raise Fault(f"there is no file {path}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except SPOILT as error:
         raise Fault(f"{path} can't be read as arrays ({error})") from error
 
 

@@ -2,10 +2,9 @@
 
 What a file doesn't say has to be told: CLAM's features don't say how large a tile is (its ``patches/<slide>.h5`` does, and is used where
 it lies beside), nor does anything of CLAM's say the scale; STAMP counts in µm, and only the slide's own µm per pixel lead back to pixels.
-slide2vec keeps coordinates in a folder of their own. The formats are read in `data.feature_arrays`; ours are described in `data.embeddings_h5`.
+slide2vec's lie in a folder of their own (`data.slide2vec_coordinates`). The formats are read in `data.feature_arrays`; ours are described in `data.embeddings_h5`.
 """
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,12 +12,14 @@ from typing import Any
 
 import numpy as np
 
+from data import slide2vec_coordinates
 from data.coordinates import FARTHEST, row_major
 from data.coordinates_h5 import read_coordinates_h5
 from data.embeddings import SlideEmbeddings
 from data.fault import Fault, Notice
 from data.feature_arrays import Raw, read_arrays, width_and_encoder
 from data.plausible_places import misread, refuse_impossible
+from data.said_numbers import number, text
 from data.slide_mpp import COARSEST, FINEST
 from data.slide_names import safe_ids
 
@@ -79,7 +80,7 @@ def maker(path: Path, encoder: str | None = None) -> tuple[str | None, str | Non
     """The name of the encoder that made a file, where it says so (STAMP's, AtlasPatch's and ours do), and the encoder's hash (ours)."""
     _, kept_under, of = width_and_encoder(path, encoder)
     name, hash_ = of.get("extractor", of.get("encoder", kept_under)), of.get("encoder_hash")
-    return None if name is None else _text(name), None if hash_ is None else _text(hash_)
+    return None if name is None else text(name), None if hash_ is None else text(hash_)
 
 
 def width(path: Path, encoder: str | None = None) -> int:
@@ -116,9 +117,8 @@ def import_features(
         raise Fault(f"{path} has feats, as STAMP's files, and does not say what its coordinates count: {WAY_OUT}")
     side = said.get("tile_size_level0", tile_size_level0)
     scale, pixels = said.get("mpp"), int(said.get("tile_size", said.get("tile_size_px", 0)))
-    microns = said.get("tile_size_um")
+    microns, mpp_level0 = said.get("tile_size_um"), said.get("mpp_level0", mpp_level0)
     if unit == "um" or microns is not None:
-        mpp_level0 = said.get("mpp_level0", mpp_level0)
         if mpp_level0 is None:
             raise Fault(
                 f"{path} counts in µm, and nothing says how many µm a level-0 pixel of the slide has: give slides=, which do, or slides_mpp=."
@@ -134,6 +134,7 @@ def import_features(
     scale = mpp if scale is None else scale
     if scale is None and mpp_level0 is not None and pixels:
         scale = mpp_level0 * side / pixels
+    scale = said.get("nominal_mpp") if scale is None else scale
     if scale is None and "target_magnification" in said:
         scale = 10 / said["target_magnification"]
     if scale is None:
@@ -170,17 +171,17 @@ NUMBERS = (
 def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
     """Coordinates (n, 2) as they are counted, and what the file, or one beside it, says."""
     said: dict[str, Any] = {
-        name: number for name in NUMBERS if (number := _number(path, name, raw.attributes.get(name))) is not None
+        name: value for name in NUMBERS if (value := number(path, name, raw.attributes.get(name))) is not None
     }
     if (unit := raw.attributes.get("unit", raw.attributes.get("coords_unit"))) is not None:
-        if _text(unit).lower() not in SAID_AS:
+        if text(unit).lower() not in SAID_AS:
             raise Fault(
-                f"{path} counts its coordinates in {_text(unit)!r}, which is none of {', '.join(UNITS)}: give it with another unit."
+                f"{path} counts its coordinates in {text(unit)!r}, which is none of {', '.join(UNITS)}: give it with another unit."
             )
-        said["unit"] = SAID_AS[_text(unit).lower()]
+        said["unit"] = SAID_AS[text(unit).lower()]
     coords, patches = raw.coords, _patches_path(path)
-    if coords is None and (beside := _beside(path)) is not None:
-        coords, more = _slide2vec(beside)
+    if coords is None and (beside := slide2vec_coordinates.beside(path)) is not None:
+        coords, more = slide2vec_coordinates.read(beside)
         said = more | said
     if (
         coords is None and patches is not None
@@ -237,64 +238,10 @@ def _refuse_sizes(
         raise Fault(f"{path} says that a pixel of its slide is {mpp_level0:.3g} µm wide, which no slide's is.")
 
 
-def _number(path: Path, name: str, value: Any) -> float | None:
-    """An attribute as a number: ``20``, ``[20]``, ``b"20x"``. None where it says nothing: 0, not a number, empty. Raises Fault where it can't be one."""
-    if value is None:
-        return None
-    values = np.atleast_1d(np.asarray(value)).ravel()
-    if len({str(item) for item in values}) > 1:
-        raise Fault(f"{path} says {name} = {values.tolist()}, where one number belongs.")
-    if not len(values):
-        return None
-    text = _text(values[0]).strip()
-    match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?|nan|inf)\s*(?:x|×|px|um|µm)?", text, re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else float(text or "nan")
-    except ValueError as error:
-        raise Fault(f"{path} says {name} = {text!r}, where a number belongs.") from error
-    if number < 0:
-        raise Fault(f"{path} says {name} = {text}, which can't be.")
-    return number if 0 < number < float("inf") else None
-
-
-def _text(value: Any) -> str:
-    value = np.atleast_1d(np.asarray(value)).ravel()[:1].tolist()
-    return (
-        value[0].decode(errors="replace") if value and isinstance(value[0], bytes) else str(value[0]) if value else ""
-    )
-
-
 def _untruncated(side: float, coords: np.ndarray) -> float:
     """TRIDENT steps by a rounded side and writes it truncated: one pixel more, where all corners are multiples of that."""
     step = int(np.gcd.reduce(coords.astype(np.int64), axis=None)) if coords.size and side % 1 == 0 else 0
     return side + 1 if step % side and step % (side + 1) == 0 else side
-
-
-def _beside(path: Path) -> Path | None:
-    """slide2vec's coordinates of the same slide, in a folder beside the features' folder."""
-    names = (f"{path.stem}.npy", f"{path.stem}.npz", f"{path.stem}.coordinates.npz", f"{path.stem}.tiles.npz")
-    places = [path.parent.parent / inside / name for inside in ("coordinates", "tiles") for name in names]
-    return next((place for place in places if place.is_file()), None)
-
-
-def _slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        names = loaded.files if path.suffix == ".npz" else loaded.dtype.names or ()
-        columns = {name: np.atleast_1d(loaded[name]) for name in names}
-    except (OSError, ValueError, EOFError) as error:
-        raise Fault(f"{path} can't be read as slide2vec's coordinates ({error})") from error
-    if not {"x", "y"} <= columns.keys():
-        raise Fault(f"{path} has no x and y, as slide2vec's coordinates have")
-    side = _number(path, "tile_size_lv0", columns.get("tile_size_lv0"))
-    spacing = next(
-        (columns[name] for name in ("target_spacing", "requested_spacing_um", "target_spacing_um") if name in columns),
-        None,
-    )
-    said = {"tile_size_level0": side, "mpp": _number(path, "target_spacing", spacing)}
-    return np.stack([columns["x"], columns["y"]], axis=1), {
-        name: value for name, value in said.items() if value is not None
-    }
 
 
 def _patches_path(path: Path) -> Path | None:

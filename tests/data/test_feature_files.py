@@ -1,5 +1,6 @@
 """Features of TRIDENT, CLAM and STAMP: ours are read as their programs read theirs, and theirs, written by hand, come in whole."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -267,6 +268,68 @@ def test_slide2vecs_features_are_read_with_its_coordinates_beside_them(tmp_path:
     found = import_features(path).slide
     assert np.array_equal(found.embeddings, values.astype(np.float16)) and np.array_equal(found.cells, cells)
     assert (found.tile_size_level0, found.mpp) == (512, 0.5)
+
+
+PLACES_4 = {"slide": {"dimensions": [5000, 4500], "base_spacing_um": 0.25}, "tiling": {"requested_tile_size_px": 256, "requested_spacing_um": 0.51, "tile_size_lv0": 512, "overlap": 0.0}}  # fmt: skip
+PLACES_3 = {
+    "target_spacing_um": 0.5,
+    "target_tile_size_px": 256,
+    "tile_size_lv0": 512,
+    "overlap": 0.0,
+    "mask_path": None,
+}
+
+
+@pytest.mark.parametrize(("features", "coordinates", "said", "columns"), [
+    ("features", "coordinates/s.npy", None, "rows"), ("tile_embeddings", "coordinates/s.tiles.npz", PLACES_3, "xy"), ("tile_embeddings", "tiles/s.coordinates.npz", PLACES_4, "pairs"),
+    ("tile_embeddings", "tiles/s.coordinates.npz", PLACES_4, "xy"), ("tile_embeddings/tumour", "tiles/tumour/s.coordinates.npz", PLACES_4, "xy"),
+])  # fmt: skip
+def test_coordinates_of_every_version_of_slide2vec_are_read(
+    tmp_path: Path, features: str, coordinates: str, said: dict[str, object] | None, columns: str
+) -> None:
+    values, cells = grid()
+    for folder in (tmp_path / features, (tmp_path / coordinates).parent):
+        folder.mkdir(parents=True)
+    torch.save(torch.from_numpy(values), tmp_path / features / "s.pt")
+    x, y = cells.T * 512
+    if columns == "rows":
+        rows = np.zeros(20, [("x", int), ("y", int), ("tile_size_resized", int), ("resize_factor", float), ("tile_size_lv0", int), ("target_spacing", float)])  # fmt: skip
+        rows["x"], rows["y"], rows["tile_size_resized"], rows["tile_size_lv0"], rows["target_spacing"] = (
+            x,
+            y,
+            9,
+            512,
+            0.5,
+        )
+        np.save(tmp_path / coordinates, rows)
+    else:
+        index = {"tile_index": np.arange(20)}
+        np.savez(tmp_path / coordinates, **index, **({"x": x, "y": y} if columns == "xy" else {"coordinates": cells * 512}))  # fmt: skip
+        (tmp_path / coordinates).with_suffix(".meta.json").write_text(json.dumps(said))
+    found = import_features(tmp_path / features / "s.pt").slide
+    assert np.array_equal(found.embeddings, values.astype(np.float16)) and np.array_equal(found.cells, cells)
+    assert (found.tile_size_level0, found.mpp) == (512, 0.5)
+    assert (found.tile_size, found.slide_width) == {"rows": (0, 0)}.get(columns, (256, 5000 if said is PLACES_4 else 0))
+    if said is not None:
+        for spoilt in ("{", "[]", '{"tiling": 3}', "version https://git-lfs.github.com/spec/v1"):
+            (tmp_path / coordinates).with_suffix(".meta.json").write_text(spoilt)
+            with pytest.raises(Fault):
+                import_features(tmp_path / features / "s.pt")
+
+
+def test_a_level_whose_axes_differ_by_a_pixel_has_one_downsample(tmp_path: Path) -> None:
+    values, cells = grid()
+    attributes = {"patch_size": [256, 256], "patch_level": 1, "downsample": np.array([2.0, 2.0007])}
+    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": cells * 512}, attributes)
+    assert import_features(path, mpp_level0=0.25).slide.tile_size_level0 == 512
+    assert import_features(path, mpp_level0=0.25).slide.tile_size == 256
+
+
+@pytest.mark.parametrize("ending", ["h5", "pt", "npz", "npy"])
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"s.{ending}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    with pytest.raises(Fault, match="is a Git LFS pointer"):
+        import_features(tmp_path / f"s.{ending}")
 
 
 def test_of_several_encoders_features_those_that_are_asked_for_are_read(tmp_path: Path) -> None:
