@@ -21,6 +21,7 @@ Examples:
 """
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,10 +106,10 @@ def parse_part(text: str | None) -> tuple[int, int]:
     """``3/40`` → (3, 40); (0, 1) where there is one process. Raises Fault for anything else."""
     if text is None:
         return 0, 1
-    first, _, last = text.partition("/")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise Fault(f"part={text} is not one of a number of parts: write part=3/40 for the third of 40.")
-    return int(first), int(last)
+    return int(match[1]), int(match[2])
 
 
 def check(config: Config) -> None:

@@ -205,6 +205,11 @@ def test_dicom_files_of_one_series_are_one_slide_and_no_other_is_lost(tmp_path: 
     assert list_slides([str(tmp_path / "A_1.dcm")]) == [tmp_path / "A_1.dcm"]
 
 
+def test_the_series_of_a_real_dicom_file_is_openslides(shared: Path) -> None:
+    path = shared / "slides/odd/highdicom_sm_image.dcm"
+    assert series_of(path) == openslide.OpenSlide(path).properties["dicom.SeriesInstanceUID"]
+
+
 def test_what_else_lies_in_a_folder_of_slides_is_counted_on_one_line(tmp_path: Path) -> None:
     for name in ("a.svs", "b.qptiff", "n/c.qptiff", "t.txt", "n/LICENSE", ".hidden.txt", "m.mrxs", "m/Slidedat.ini", "m/Data0000.dat"):  # fmt: skip
         (tmp_path / name).parent.mkdir(exist_ok=True)

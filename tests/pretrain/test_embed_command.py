@@ -401,6 +401,8 @@ def test_another_resolution_than_features_were_taken_over_at_is_refused(tmp_path
         (["shards=s"], "checkpoint=…"),
         (["shards=s", "slides=t", "checkpoint=c"], "not both"),
         (["shards=s", "checkpoint=c", "part=4/3"], "part=3/40"),
+        (["shards=s", "checkpoint=c", "part=²/3"], "part=3/40"),
+        (["shards=s", "checkpoint=c", f"part=1/{'9' * 5000}"], "part=3/40"),
         (["shards=s", "checkpoint=c", "export=h5"], "each must be trident, clam or stamp."),
         (["stage=slide", "checkpoint=c"], "embeddings="),
         (["embeddings=e", "checkpoint=c"], "stage=slide"),
