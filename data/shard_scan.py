@@ -126,12 +126,10 @@ def disputed(index: ShardIndex) -> list[LeftOut]:
 
 
 def _twice(index: ShardIndex) -> dict[str, LeftOut]:
-    """Tiles whose place on their slide has another, of slides that don't lie in one piece."""
+    """Tiles whose place on their slide has another, as far as places are known."""
     twice: dict[str, LeftOut] = {}
     runs = np.argsort(index.run_slide, kind="stable")
     for of_slide in np.split(runs, np.nonzero(np.diff(index.run_slide[runs]))[0] + 1):
-        if len(of_slide) < 2:
-            continue
         rows = np.concatenate([np.arange(index.run_start[run], index.run_start[run + 1]) for run in of_slide])
         x, y = index.x[rows].astype(np.int64), index.y[rows].astype(np.int64)
         rows, places = rows[x != UNKNOWN], (x * FARTHEST + y)[x != UNKNOWN]

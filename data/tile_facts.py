@@ -56,7 +56,7 @@ def _facts(member: str, content: bytes) -> dict[str, Any]:
     for name, value in facts.items():
         wrong = ""
         if name in PLACES and not _is_place(value):
-            wrong = "a whole number of pixels"
+            wrong = "a whole number of pixels, 0 or more,"
         elif name in NUMBERS and not (_is_number(value) and 0 < value < FARTHEST):
             wrong = "a positive number"
         elif name in NAMES and not (isinstance(value, str) or _is_whole(value)):

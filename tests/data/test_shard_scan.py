@@ -10,7 +10,7 @@ import pytest
 from data.coordinates import UNKNOWN
 from data.fault import Fault
 from data.shard_index import ShardIndex, read_jpeg
-from data.shard_scan import left_out, scan
+from data.shard_scan import disputed, left_out, scan
 from data.shard_verify import verify_shard
 from launch.entry import main
 from tests.data.foreign_tars import write_tar
@@ -167,6 +167,12 @@ def test_tiles_of_a_slide_that_contradict_one_another_are_named_and_what_they_di
     assert (of_s["mpp"], of_s["tile_size"], of_s["patient"]) == (None, 48, None)
     assert (of_t["mpp"], of_t["tile_size"], of_t["patient"]) == (0.5, 48, None)
     assert len(index) == 7
+
+
+def test_pictures_that_share_a_json_lie_at_one_place_which_is_said(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.one.jpg", b"j"), ("a.two.jpg", b"j"), ("a.json", b'{"x": 0, "y": 0}')])
+    (kind,) = disputed(scan(tmp_path))
+    assert str(kind).startswith("1 tile at a place that is taken (as (0, 0) of a in a.tar)")
 
 
 def test_what_another_program_says_of_its_pictures_is_not_taken_for_the_slides(tmp_path: Path) -> None:
