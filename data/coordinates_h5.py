@@ -24,14 +24,29 @@ from data.coordinates import TileGrid
 from data.fault import Fault
 from data.files import write_whole
 from data.h5_files import opened
+from data.plausible_places import TOO_NEAR, refuse_impossible
 from data.remote import RemotePath
+from data.said_numbers import number
 from data.tiling import KEPT, VERDICTS, Tiling
+
+NUMBERS = (
+    "patch_size",
+    "tile_size_level0",
+    "patch_size_level0",
+    "downsample",
+    "mpp",
+    "overlap",
+    "level0_width",
+    "level0_height",
+)
+UNSAID = 0.5 / TOO_NEAR  # tiles apart of a file that doesn't say: those that are half a tile apart were cut so
 
 
 @dataclass(frozen=True)
 class SlideCoordinates:
     """Where a slide's tiles are, by whoever found them. ``x, y`` int64 (N,) level-0 pixels, in the file's order; ``mpp`` is None
-    where the file doesn't say (CLAM), ``tile_size_level0`` is exact in our files and truncated in TRIDENT's."""
+    where the file doesn't say (CLAM), ``tile_size_level0`` is exact in our files and truncated in TRIDENT's. ``apart``: the distance of neighbours, in
+    tiles; where the file doesn't say that they overlap (CLAM) half a tile or more is taken for what was meant."""
 
     slide: str
     x: np.ndarray
@@ -41,6 +56,7 @@ class SlideCoordinates:
     mpp: float | None
     width: int | None
     height: int | None
+    apart: float = 1.0
 
 
 def coordinates_path(folder: Path, slide: str) -> Path:
@@ -127,27 +143,26 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
     with opened(path) as file:
         if "coords" not in file:
             raise Fault(f"{path} has no data set called coords: it isn't a file of tile coordinates")
-        coords = file["coords"][()].astype(np.int64)
+        coords = file["coords"][()]
         if coords.size and (
             coords.ndim != 2 or coords.shape[1] not in (2, 5)
         ):  # AtlasPatch's have width, height and level too
             raise Fault(f"{path} has coordinates of shape {coords.shape}, not x and y of each tile")
         coords = coords[:, :2] if coords.size else coords.reshape(-1, 2)
+        refuse_impossible(path, coords)
+        coords = coords.astype(np.int64)
         of = {**file.attrs, **file["coords"].attrs}
-        if "patch_size" not in of:
+        told = {name: number(path, name, of.get(name)) for name in NUMBERS}
+        if (size := told["patch_size"]) is None:
             raise Fault(f"{path} does not say how large its tiles are (no attribute patch_size)")
-        tile_size = int(of["patch_size"])
-        if "tile_size_level0" in of:
-            side = float(of["tile_size_level0"])
-        elif "patch_size_level0" in of:
-            side = float(of["patch_size_level0"])
-        elif "downsample" in of:
-            side = tile_size * float(np.atleast_1d(of["downsample"])[0])
-        else:
+        side = told["tile_size_level0"] or told["patch_size_level0"] or (told["downsample"] or 0) * size
+        if not side:
             raise Fault(
                 f"{path} says neither patch_size_level0 nor downsample: its tiles have no known size on the slide"
             )
-        mpp = float(of["mpp"]) if "mpp" in of else None
-        width, height = (int(of[key]) if key in of else None for key in ("level0_width", "level0_height"))
+        width, height = (
+            None if (edge := told[f"level0_{name}"]) is None else int(edge) for name in ("width", "height")
+        )
+        apart = 1 - (told["overlap"] or 0) / size if "overlap" in of else UNSAID
         slide = str(of["name"]) if "name" in of else path.stem.removesuffix("_patches")
-        return SlideCoordinates(slide, coords[:, 0], coords[:, 1], tile_size, side, mpp, width, height)
+        return SlideCoordinates(slide, coords[:, 0], coords[:, 1], int(size), side, told["mpp"], width, height, apart)

@@ -15,11 +15,11 @@ from typing import Protocol
 import numpy as np
 import simplejpeg
 
-from data.coordinates import TileGrid
+from data.coordinates import UNKNOWN, TileGrid
 from data.fault import Fault
 from data.open_tars import OpenTars
 from data.remote import Truncated
-from data.shard_index import UNKNOWN, ShardIndex
+from data.shard_index import ShardIndex
 from data.shared_slide import SharedSlide
 from data.slide_mpp import SlidesMpp
 from data.slides import Slide

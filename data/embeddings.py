@@ -77,6 +77,11 @@ class EmbeddingWriter:
         """The ids of slides that were read from their own files, by file."""
         return {Path(entry.source): entry.slide for entry in self._entries.values() if entry.source}
 
+    def mpp_level0(self, slide: str) -> float | None:
+        """Microns per level-0 pixel that a slide in the store was taken for; None where it isn't there, or its tiles' size in pixels isn't known."""
+        entry = self._entries.get(slide)
+        return entry.mpp * entry.tile_size / entry.tile_size_level0 if entry is not None and entry.tile_size else None
+
     def add(
         self,
         slide: str,

@@ -20,7 +20,9 @@ import numpy as np
 import torch
 
 from data.fault import Fault
+from data.git_lfs import refuse_pointer
 from data.h5_files import opened
+from data.shard_index import SPOILT
 
 FEATURES = ("features", "feats", "embeddings")
 COORDS = ("coords", "coordinates")
@@ -112,6 +114,8 @@ def width_and_encoder(path: Path, encoder: str | None = None) -> tuple[int, str 
 def held_in(path: Path) -> Iterator[Held]:
     """What a file holds, to read while the block lasts. Raises Fault for a file that can't be read."""
     held = Held(path)
+    if path.is_file():
+        refuse_pointer(path)
     if path.suffix in (".h5", ".hdf5"):
         with opened(path) as file:
             _find_in_h5(held, file)
@@ -157,7 +161,7 @@ def _find_in_npz(held: Held) -> None:
                     held.attributes[name] = array.item()
     except FileNotFoundError as error:
         raise Fault(f"there is no file {path}") from error
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+    except SPOILT as error:
         raise Fault(f"{path} can't be read as arrays ({error})") from error
 
 

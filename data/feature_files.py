@@ -2,10 +2,9 @@
 
 What a file doesn't say has to be told: CLAM's features don't say how large a tile is (its ``patches/<slide>.h5`` does, and is used where
 it lies beside), nor does anything of CLAM's say the scale; STAMP counts in µm, and only the slide's own µm per pixel lead back to pixels.
-slide2vec keeps coordinates in a folder of their own. The formats are read in `data.feature_arrays`; ours are described in `data.embeddings_h5`.
+slide2vec's lie in a folder of their own (`data.slide2vec_coordinates`). The formats are read in `data.feature_arrays`; ours are described in `data.embeddings_h5`.
 """
 
-import re
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,11 +12,15 @@ from typing import Any
 
 import numpy as np
 
-from data.coordinates import row_major
+from data import slide2vec_coordinates
+from data.coordinates import FARTHEST, row_major
 from data.coordinates_h5 import read_coordinates_h5
 from data.embeddings import SlideEmbeddings
 from data.fault import Fault, Notice
 from data.feature_arrays import Raw, read_arrays, width_and_encoder
+from data.plausible_places import misread, refuse_impossible
+from data.said_numbers import number, text
+from data.slide_mpp import COARSEST, FINEST
 from data.slide_names import safe_ids
 
 UNITS = ("level0", "cells", "um")
@@ -28,7 +31,8 @@ SAID_AS = {
 # Of a file's features, in this order: where they lie and what they are.
 PATTERNS = ("h5_files/*.h5", "pt_files/*.pt", "tile_embeddings/*.npz", "tile_embeddings/*.pt", "*.h5", "*.hdf5", "*.npz", "*.pt", "*.pth", "*.npy", "features/*.pt",
             "patches/*.h5")  # fmt: skip
-TOO_NEAR = 0.55  # of a tile's side: tiles of a grid are not that near, but those of coordinates in µm or cells
+COARSEST_TILE = 100.0  # µm per delivered pixel: a tile of 256 is larger than a slide
+WAY_OUT = "give features_unit=level0, cells or um."
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ def maker(path: Path, encoder: str | None = None) -> tuple[str | None, str | Non
     """The name of the encoder that made a file, where it says so (STAMP's, AtlasPatch's and ours do), and the encoder's hash (ours)."""
     _, kept_under, of = width_and_encoder(path, encoder)
     name, hash_ = of.get("extractor", of.get("encoder", kept_under)), of.get("encoder_hash")
-    return None if name is None else _text(name), None if hash_ is None else _text(hash_)
+    return None if name is None else text(name), None if hash_ is None else text(hash_)
 
 
 def width(path: Path, encoder: str | None = None) -> int:
@@ -103,22 +107,18 @@ def import_features(
     raw = read_arrays(path, encoder)
     coords, said = _told(path, raw)
     features = raw.features
-    if not np.isfinite(coords).all():
-        raise Fault(f"{path} has coordinates that are not finite.")
     if len(features) != len(coords):
         raise Fault(f"{path} has {len(features)} features for {len(coords)} coordinates.")
     if said.get("overlap"):
         raise Fault(f"the tiles of {path} overlap, and a slide's sequence is of a grid: make them without overlap.")
-    unit = said.get("unit", unit)
+    size = int(said.get("level0_width", 0)), int(said.get("level0_height", 0))
+    unit = said.get("unit") or _usual(said, coords, size, unit) or unit
     if unit is None and raw.kind == "feats":
-        raise Fault(
-            f"{path} has feats, as STAMP's files, and does not say what its coordinates count: give features_unit=level0, cells or um."
-        )
+        raise Fault(f"{path} has feats, as STAMP's files, and does not say what its coordinates count: {WAY_OUT}")
     side = said.get("tile_size_level0", tile_size_level0)
     scale, pixels = said.get("mpp"), int(said.get("tile_size", said.get("tile_size_px", 0)))
-    microns = said.get("tile_size_um")
+    microns, mpp_level0 = said.get("tile_size_um"), said.get("mpp_level0", mpp_level0)
     if unit == "um" or microns is not None:
-        mpp_level0 = said.get("mpp_level0", mpp_level0)
         if mpp_level0 is None:
             raise Fault(
                 f"{path} counts in µm, and nothing says how many µm a level-0 pixel of the slide has: give slides=, which do, or slides_mpp=."
@@ -134,20 +134,20 @@ def import_features(
     scale = mpp if scale is None else scale
     if scale is None and mpp_level0 is not None and pixels:
         scale = mpp_level0 * side / pixels
+    scale = said.get("nominal_mpp") if scale is None else scale
     if scale is None and "target_magnification" in said:
         scale = 10 / said["target_magnification"]
     if scale is None:
         raise Fault(f"{path} does not say its tiles' µm per pixel: give slides=, which do, or slides_mpp=.")
+    _refuse_sizes(path, float(side), float(scale), mpp_level0, (*size, pixels))
     if unit == "um":
         assert mpp_level0 is not None
         coords = np.ceil(coords / mpp_level0 - 1e-6)  # a corner is rounded up, so that it stays in its cell
     elif unit == "cells":
         coords = np.ceil(coords * side - 1e-6)
-    elif unit is None and (step := _step(coords)) is not None and step < TOO_NEAR * side:
-        raise Fault(
-            f"{path} has tiles of {side:g} level-0 pixels that are {step:g} apart, so they overlap, or its coordinates count something else, which it does "
-            "not say: give features_unit=level0, cells or um."
-        )
+    refuse_impossible(path, coords)
+    if wrong := misread(coords, side, width=size[0], height=size[1]):
+        raise Fault(f"{path} {wrong}: {WAY_OUT}")
     coords = coords.astype(np.int64)
     with np.errstate(over="ignore"):
         half = features.astype(np.float16)
@@ -158,12 +158,6 @@ def import_features(
     double = int((~kept).sum())
     half, coords = half[kept & finite], coords[kept & finite]
     order = row_major(coords[:, 0], coords[:, 1])
-    size = tuple(
-        int(side) if abs(side) < 2**62 else 2**62
-        for side in (said.get("level0_width", 0), said.get("level0_height", 0))
-    )
-    if not all(0 <= side < 2**31 for side in size):
-        raise Fault(f"{path} says that its slide has {size[0]:.3g} × {size[1]:.3g} pixels, which no slide has.")
     found = SlideEmbeddings(path.stem, half[order], coords[order], float(side), float(scale), pixels, *size)
     return Imported(found, int((kept & ~finite).sum()), double)
 
@@ -177,17 +171,17 @@ NUMBERS = (
 def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
     """Coordinates (n, 2) as they are counted, and what the file, or one beside it, says."""
     said: dict[str, Any] = {
-        name: number for name in NUMBERS if (number := _number(path, name, raw.attributes.get(name))) is not None
+        name: value for name in NUMBERS if (value := number(path, name, raw.attributes.get(name))) is not None
     }
     if (unit := raw.attributes.get("unit", raw.attributes.get("coords_unit"))) is not None:
-        if _text(unit).lower() not in SAID_AS:
+        if text(unit).lower() not in SAID_AS:
             raise Fault(
-                f"{path} counts its coordinates in {_text(unit)!r}, which is none of {', '.join(UNITS)}: give it with another unit."
+                f"{path} counts its coordinates in {text(unit)!r}, which is none of {', '.join(UNITS)}: give it with another unit."
             )
-        said["unit"] = SAID_AS[_text(unit).lower()]
+        said["unit"] = SAID_AS[text(unit).lower()]
     coords, patches = raw.coords, _patches_path(path)
-    if coords is None and (beside := _beside(path)) is not None:
-        coords, more = _slide2vec(beside)
+    if coords is None and (beside := slide2vec_coordinates.beside(path)) is not None:
+        coords, more = slide2vec_coordinates.read(beside)
         said = more | said
     if (
         coords is None and patches is not None
@@ -198,13 +192,14 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
         raise Fault(
             f"{path} has no coordinates: put CLAM's folders 'patches' or 'h5_files', or slide2vec's 'coordinates', beside it."
         )
+    refuse_impossible(path, coords)
     if "tile_size_level0" in said:
-        said.setdefault("unit", "level0")  # it is of ours, or slide2vec's
+        said["usual_unit"] = "level0"  # it is of ours, or slide2vec's
     else:
         if "patch_size_level0" in said:
-            said["tile_size_level0"] = _untruncated(int(said["patch_size_level0"]), coords)
+            said["tile_size_level0"] = _untruncated(said["patch_size_level0"], coords)
             said.setdefault("tile_size", said.get("patch_size", 0))
-            said.setdefault("unit", "level0")
+            said["usual_unit"] = "level0"
         elif (
             raw.kind == "features"
             and (source := path if {"patch_size", "downsample"} <= said.keys() and path.suffix == ".h5" else patches)
@@ -212,79 +207,41 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
         ):
             places = read_coordinates_h5(source)
             said |= {"tile_size_level0": places.tile_size_level0, "tile_size": places.tile_size}
-            said.setdefault("unit", "level0")
+            said["usual_unit"] = "level0"
     return coords, said
 
 
-def _number(path: Path, name: str, value: Any) -> float | None:
-    """An attribute as a number: ``20``, ``[20]``, ``b"20x"``. None where it says nothing: 0, not a number, empty. Raises Fault where it can't be one."""
-    if value is None:
-        return None
-    values = np.atleast_1d(np.asarray(value)).ravel()
-    if len({str(item) for item in values}) > 1:
-        raise Fault(f"{path} says {name} = {values.tolist()}, where one number belongs.")
-    if not len(values):
-        return None
-    text = _text(values[0]).strip()
-    match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?|nan|inf)\s*(?:x|×|px|um|µm)?", text, re.IGNORECASE)
-    try:
-        number = float(match[1]) if match else float(text or "nan")
-    except ValueError as error:
-        raise Fault(f"{path} says {name} = {text!r}, where a number belongs.") from error
-    if number < 0:
-        raise Fault(f"{path} says {name} = {text}, which can't be.")
-    return number if 0 < number < float("inf") else None
+def _usual(said: dict[str, Any], coords: np.ndarray, size: tuple[int, int], wanted: str | None) -> str | None:
+    """The unit that the program which wrote the file counts in; what the user says in its place, where the coordinates can't be in that."""
+    usual = said.get("usual_unit")
+    if usual is None or wanted is None:
+        return usual
+    return wanted if misread(coords, said["tile_size_level0"], width=size[0], height=size[1]) else usual
 
 
-def _text(value: Any) -> str:
-    value = np.atleast_1d(np.asarray(value)).ravel()[:1].tolist()
-    return (
-        value[0].decode(errors="replace") if value and isinstance(value[0], bytes) else str(value[0]) if value else ""
-    )
+def _refuse_sizes(
+    path: Path, side: float, scale: float, mpp_level0: float | None, pixels: tuple[int, int, int]
+) -> None:
+    """Raise Fault where a tile or its slide has a size, or a scale, that none has."""
+    if max(pixels) >= FARTHEST:
+        raise Fault(
+            f"{path} says that its slide has {pixels[0]:.3g} × {pixels[1]:.3g} pixels, and a tile {pixels[2]:.3g} a side, which no slide has."
+        )
+    if not 1 <= side < FARTHEST:
+        raise Fault(f"{path} says that a tile has {side:.3g} level-0 pixels a side, which no tile has.")
+    if not FINEST <= scale <= COARSEST_TILE:
+        raise Fault(
+            f"{path} says that a pixel of its tiles is {scale:.3g} µm wide, and it is {FINEST:g} to {COARSEST_TILE:g}: "
+            "put its mpp or target_magnification right."
+        )
+    if mpp_level0 is not None and not FINEST <= mpp_level0 <= COARSEST:
+        raise Fault(f"{path} says that a pixel of its slide is {mpp_level0:.3g} µm wide, which no slide's is.")
 
 
-def _step(coords: np.ndarray) -> float | None:
-    """The commonest distance of neighbours in a row, or in a column where no row has two."""
-    for along, across in ((0, 1), (1, 0)):
-        places = coords[np.lexsort((coords[:, along], coords[:, across]))]
-        steps = np.diff(places[:, along])[np.diff(places[:, across]) == 0]
-        if (steps := steps[steps > 0]).size:
-            values, counts = np.unique(steps, return_counts=True)
-            return float(values[counts.argmax()])
-    return None
-
-
-def _untruncated(side: int, coords: np.ndarray) -> int:
+def _untruncated(side: float, coords: np.ndarray) -> float:
     """TRIDENT steps by a rounded side and writes it truncated: one pixel more, where all corners are multiples of that."""
-    step = int(np.gcd.reduce(coords.astype(np.int64), axis=None)) if coords.size else 0
+    step = int(np.gcd.reduce(coords.astype(np.int64), axis=None)) if coords.size and side % 1 == 0 else 0
     return side + 1 if step % side and step % (side + 1) == 0 else side
-
-
-def _beside(path: Path) -> Path | None:
-    """slide2vec's coordinates of the same slide, in a folder beside the features' folder."""
-    names = (f"{path.stem}.npy", f"{path.stem}.npz", f"{path.stem}.coordinates.npz", f"{path.stem}.tiles.npz")
-    places = [path.parent.parent / inside / name for inside in ("coordinates", "tiles") for name in names]
-    return next((place for place in places if place.is_file()), None)
-
-
-def _slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    try:
-        loaded = np.load(path, allow_pickle=False)
-        names = loaded.files if path.suffix == ".npz" else loaded.dtype.names or ()
-        columns = {name: np.atleast_1d(loaded[name]) for name in names}
-    except (OSError, ValueError, EOFError) as error:
-        raise Fault(f"{path} can't be read as slide2vec's coordinates ({error})") from error
-    if not {"x", "y"} <= columns.keys():
-        raise Fault(f"{path} has no x and y, as slide2vec's coordinates have")
-    side = _number(path, "tile_size_lv0", columns.get("tile_size_lv0"))
-    spacing = next(
-        (columns[name] for name in ("target_spacing", "requested_spacing_um", "target_spacing_um") if name in columns),
-        None,
-    )
-    said = {"tile_size_level0": side, "mpp": _number(path, "target_spacing", spacing), "unit": "level0"}
-    return np.stack([columns["x"], columns["y"]], axis=1), {
-        name: value for name, value in said.items() if value is not None
-    }
 
 
 def _patches_path(path: Path) -> Path | None:

@@ -8,6 +8,7 @@ import numpy as np
 from data.coordinates import plan_grid, row_major
 from data.coordinates_h5 import SlideCoordinates, read_coordinates_h5
 from data.fault import Fault
+from data.plausible_places import misread
 from data.slides import Slide
 from data.tiling import KEPT, THUMBNAIL, Tiling, TilingSettings, patient_in
 
@@ -64,15 +65,13 @@ def given_tiles(
 
 
 def _usable(given: SlideCoordinates, file: Path, side: float, width: int, height: int) -> tuple[np.ndarray, Left]:
-    if len(given.x) and min(given.x.min(), given.y.min()) < 0:
-        raise Fault(
-            f"{file} has negative coordinates: no slide has such pixels, so the file is damaged or of another format"
-        )
+    places = np.stack([given.x, given.y], axis=1)
+    if wrong := misread(places, side, width=width, height=height, apart=given.apart):
+        raise Fault(f"{file} {wrong}: give coordinates in level-0 pixels, or leave this slide out")
     inside = (given.x + side < width + 1) & (given.y + side < height + 1)
-    places = np.stack([given.x, given.y], axis=1)[inside]
-    unique = np.unique(places, axis=0)
+    unique = np.unique(places[inside], axis=0)
     unique = unique[row_major(unique[:, 0], unique[:, 1])]
-    return unique, Left(int((~inside).sum()), len(places) - len(unique))
+    return unique, Left(int((~inside).sum()), int(inside.sum()) - len(unique))
 
 
 def _literal(stem: str) -> str:

@@ -7,6 +7,7 @@ from pathlib import Path
 import h5py
 
 from data.fault import Fault
+from data.git_lfs import refuse_pointer
 from data.remote import RemotePath
 
 
@@ -22,4 +23,6 @@ def opened(path: Path | RemotePath, way_out: str = "") -> Iterator[h5py.File]:
     except FileNotFoundError as error:
         raise Fault(f"there is no file {path}") from error
     except (OSError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        if isinstance(path, Path) and path.is_file():
+            refuse_pointer(path)
         raise Fault(f"{path} can't be read as h5 ({error}){way_out and f': {way_out}'}") from error

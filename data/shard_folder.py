@@ -105,7 +105,7 @@ def load_rows(out: Path, state: str = "") -> dict[str, SlideRow]:
     try:
         with path.open(newline="") as file:
             rows = [SlideRow(**{name: kinds[name](text) for name, text in row.items()}) for row in csv.DictReader(file)]  # type: ignore[operator,misc]
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
         raise Fault(f"{path} was changed and can't be read any more ({error}): delete it, it is made anew") from error
     return {row.slide: row for row in rows}
 

@@ -49,8 +49,6 @@ RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
 FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
          "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
-FARTHEST = 2**31  # level-0 pixels: x and y are int32
-UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
 
 
 class ShardIndex:
@@ -200,17 +198,20 @@ def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
     return data
 
 
-def merge(folder: Path, names: list[str], made: dict[str, Any]) -> str:
+def merge(
+    folder: Path, names: list[str], made: dict[str, Any], told: Mapping[str, dict[str, Any]] | None = None
+) -> str:
     """Write ``index.npz`` from the records of the shards ``names`` and return its digest. Memory stays that of one record.
 
-    ``made`` says how the shards were made and becomes the index's ``meta``. An index that is up to date is left alone.
+    ``made`` says how the shards were made and becomes the index's ``meta``. ``told``: the facts of slides, where the first record of each
+    doesn't have them. An index that is up to date is left alone.
     """
     records = [json.loads(str(np.load(record_path(folder, name))["facts"])) for name in names]
     slides: dict[str, dict[str, Any]] = {}
     tiles: dict[str, int] = {}
     for record in records:
         for facts, count in zip(record["slides"], record["counts"], strict=True):
-            slides.setdefault(facts["slide"], facts)
+            slides.setdefault(facts["slide"], facts if told is None else told[facts["slide"]])
             tiles[facts["slide"]] = tiles.get(facts["slide"], 0) + count
     kept = [slide for slide in slides if tiles[slide]]
     table: dict[str, list[Any]] = {name: [slides[slide].get(name) for slide in kept] for name in FACTS}

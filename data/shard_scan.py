@@ -5,7 +5,6 @@ or empty, files that are no tar. What is left out is kept in the index (``meta["
 """
 
 import json
-import math
 import os
 import re
 import zlib
@@ -16,23 +15,24 @@ from typing import Any
 
 import numpy as np
 
+from data.coordinates import FARTHEST, UNKNOWN
 from data.fault import Fault
 from data.files import Refused, make_folder, require_writable
+from data.git_lfs import refuse_pointer
 from data.redaction import is_private
 from data.remote import RemotePath, is_remote, list_names, within
 from data.shard_index import (
     CHECKSUMS,
     COLUMNS,
     FACTS,
-    FARTHEST,
     SPOILT,
-    UNKNOWN,
     ShardIndex,
     merge,
     record_path,
     write_record,
 )
 from data.tar_members import DamagedTar, members
+from data.tile_facts import Impossible, locate, read_facts, take_in
 from data.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split, why_not
 
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
@@ -50,8 +50,8 @@ MOST_NAMED = 5  # kinds of what was left out that the sentence names where nothi
 def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
     """Index shards that another program wrote, and keep the index beside them, or in ``out``. `left_out` tells what isn't in it.
 
-    A sample is a tile and its JSON (`data.tile_members`). ``slide, x, y, mpp, tile_size, tile_size_level0, patient`` are taken from the JSON;
-    failing that, slide and place from a key ``<slide>_<x>_<y>``; failing that, the tar counts as one slide and x and y are -1. Tars that
+    A sample is a tile and its JSON (`data.tile_members`), whose facts are taken where they can be true (`data.tile_facts`);
+    failing a slide or place there, slide and place from a key ``<slide>_<x>_<y>``; failing that, the tar counts as one slide and x and y are -1. Tars that
     were scanned before and haven't changed are not read again. Raises Fault where there is no tile.
 
     The folder may be a URL, whose index then goes to ``out``: its tars are read once from front to back, a few MB at a time.
@@ -83,6 +83,7 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
     names: list[str] = []
     tiles = 0
     inside: dict[str, LeftOut] = {}
+    slides: dict[str, dict[str, Any]] = {}
     for tar in tars:
         try:
             record = _known(folder, tar) or _scanned(folder, tar)
@@ -93,6 +94,8 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
         tiles += sum(record["counts"])
         for kind, why, count, example in record.get("left_out", ()):
             leave_out(inside, kind, why, f"{example} in {tar.name}", count)
+        for facts in record["slides"]:
+            take_in(slides.setdefault(facts["slide"], facts), facts)
     if not tiles:
         raise Fault(
             f"the shards in {shards} hold no .jpg or .jpeg that can be read as a tile{_beside(inside | others)}"
@@ -100,7 +103,13 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
     made["left_out"] = {
         "members": [asdict(left) for left in inside.values()], "files": [asdict(left) for left in others.values()]
     }  # fmt: skip
-    merge(folder, names, made)
+    disputed: dict[str, LeftOut] = {}
+    for slide, facts in slides.items():
+        for name, values in facts.get("disputed", {}).items():
+            leave_out(disputed, f"slide with several {name}", "its tiles' .json contradict one another, so it counts as not known",
+                      f"{slide}: {' and '.join(map(repr, values))}")  # fmt: skip
+    made["disputed"] = [asdict(kind) for kind in disputed.values()]
+    merge(folder, names, made, slides)
     return ShardIndex.open(folder)
 
 
@@ -109,6 +118,29 @@ def left_out(index: ShardIndex) -> tuple[list[LeftOut], list[LeftOut]]:
     found = index.meta.get("left_out", {"members": [], "files": []})
     members, files = ([LeftOut(**left) for left in found[name]] for name in ("members", "files"))
     return members, files
+
+
+def disputed(index: ShardIndex) -> list[LeftOut]:
+    """What is in an index that `scan` made, and can't all be true: facts of a slide that its tiles contradict one another in, places of a slide that have several tiles."""
+    return [*(LeftOut(**kind) for kind in index.meta.get("disputed", [])), *_twice(index).values()]
+
+
+def _twice(index: ShardIndex) -> dict[str, LeftOut]:
+    """Tiles whose place on their slide has another, as far as places are known."""
+    twice: dict[str, LeftOut] = {}
+    runs = np.argsort(index.run_slide, kind="stable")
+    for of_slide in np.split(runs, np.nonzero(np.diff(index.run_slide[runs]))[0] + 1):
+        rows = np.concatenate([np.arange(index.run_start[run], index.run_start[run + 1]) for run in of_slide])
+        x, y = index.x[rows].astype(np.int64), index.y[rows].astype(np.int64)
+        rows, places = rows[x != UNKNOWN], (x * FARTHEST + y)[x != UNKNOWN]
+        order = np.argsort(places, kind="stable")
+        again = np.nonzero(np.diff(places[order]) == 0)[0]
+        if len(again):
+            first, second = (int(rows[order[again[0] + after]]) for after in (0, 1))
+            tars = " and ".join(dict.fromkeys(index.files[index.file_of(row)] for row in (first, second)))
+            example = f"({index.x[first]}, {index.y[first]}) of {index.slide_of(first)} in {tars}"
+            leave_out(twice, "tile at a place that is taken", "both are in the index, and are trained on twice as often: remove one of the tars if one is a copy", example, len(again))  # fmt: skip
+    return twice
 
 
 class UnreadableTar(Exception):
@@ -126,6 +158,8 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         size = tar.stat().st_size
         if not size:
             raise UnreadableTar("it is empty, a file of 0 bytes: copy it again")
+        if isinstance(tar, Path):
+            refuse_pointer(tar)
         with tar.open("rb") as file:
             for member in members(file, size):
                 if is_tile(member) or is_json(member):
@@ -135,9 +169,11 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
                     if is_tile(member):
                         tiles.append((key, member.offset, member.size, checksum))
                     else:
-                        jsons.setdefault(key, []).append((_read_facts(member.name, content), checksum))
+                        jsons.setdefault(key, []).append((read_facts(member.name, content), checksum))
                 elif (reason := why_not(member)) is not None:
                     leave_out(left, *reason, member.name)
+    except Fault as fault:
+        raise UnreadableTar(str(fault).removeprefix(f"{tar} ")) from fault
     except (DamagedTar, OSError) as error:
         many = f"; the {len(tiles):,} tiles in front of that are left out with it" if tiles else ""
         raise UnreadableTar(f"it is damaged ({error}): replace it{many}") from error
@@ -149,22 +185,19 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
     for (key, offset, length, checksum), told in zip(
         tiles, json_of_each([tile[0] for tile in tiles], jsons), strict=True
     ):
-        facts, of_json = told or ({}, 0)
+        facts, of_json = told or (None, 0)
         used.add(id(told))
-        place = re.fullmatch(r"(.+)_(\d+)_(\d+)", key)
-        from_key: tuple[Any, ...] = place.groups() if place else (tar.stem, UNKNOWN, UNKNOWN)
-        if isinstance(facts, str):
-            leave_out(left, "tile with an impossible .json", "its place or size would be wrong", facts)
+        try:
+            slide, x, y = locate(key, facts, tar.stem)
+        except Impossible as impossible:
+            leave_out(left, *impossible.args)
             continue
-        slide = str(facts.get("slide", from_key[0]))
-        x, y = int(facts.get("x", from_key[1])), int(facts.get("y", from_key[2]))
-        if max(x, y) >= FARTHEST:
-            leave_out(left, "tile at an impossible place", "no slide has pixels there", key)
-            continue
+        assert not isinstance(facts, str)
         if not slides or slides[-1]["slide"] != slide:
             # Files beside the tars are ours to name, and not a tile's.
-            slides.append({name: facts.get(name) for name in FACTS} | {"slide": slide, "coordinates": None})
+            slides.append(dict.fromkeys(FACTS) | {"slide": slide})
             counts.append(0)
+        take_in(slides[-1], facts or {})
         counts[-1] += 1
         rows.append((offset, length, x, y, checksum, of_json))
     for key, several in jsons.items():
@@ -179,41 +212,13 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
     return facts_of_tar
 
 
-def _read_facts(member: str, content: bytes) -> dict[str, Any] | str:
-    try:
-        return _facts(member, content)
-    except (ValueError, RecursionError) as error:
-        return str(error) if str(error).startswith(member) else f"{member} ({error})"
-
-
-def _facts(member: str, content: bytes) -> dict[str, Any]:
-    """What a tile's JSON says, without what it leaves open. Raises ValueError where it can't be so."""
-    facts = json.loads(content)
-    if not isinstance(facts, dict):
-        raise ValueError(f"{member} is no JSON object")
-    facts = {name: value for name, value in facts.items() if value is not None}
-    for name in ("x", "y"):
-        value = facts.get(name, 0)
-        if not isinstance(value, int | float | str) or not abs(float(value)) < FARTHEST or float(value) % 1:
-            raise ValueError(f"{member} says {name} = {value!r}, where a whole number of pixels belongs")
-        facts |= {name: int(float(value))} if name in facts else {}
-    for name in ("mpp", "mpp_level0", "tile_size", "tile_size_level0"):
-        value = facts.get(name, 1)
-        if not isinstance(value, int | float) or not 0 < value < math.inf:
-            raise ValueError(f"{member} says {name} = {value!r}, where a positive number belongs")
-    if not isinstance(facts.get("slide", ""), int | str):
-        raise ValueError(f"{member} says slide = {facts['slide']!r}, where a name belongs")
-    return facts
-
-
 def _known(folder: Path, tar: Path | RemotePath) -> dict[str, Any] | None:
-    """What the record of a tar says, where it describes the tar as it is and tells what it left out; None where there is no such record."""
+    """What the record of a tar says, where it describes the tar as it is and was made by these rules; None where there is no such record."""
     try:
         with np.load(record_path(folder, tar.stem)) as record:
             facts: dict[str, Any] = json.loads(str(record["facts"]))
-        return (
-            facts if facts["size"] == tar.stat().st_size and ("left_out" in facts or not facts.get("scanned")) else None
-        )
+        of_now = not facts.get("scanned") or all("disputed" in slide for slide in facts["slides"])
+        return facts if facts["size"] == tar.stat().st_size and of_now else None
     except SPOILT:
         return None
 
@@ -237,7 +242,9 @@ def _no_tars(folder: Path | str) -> dict[str, LeftOut]:
     for name, is_folder in entries:
         if name.endswith(".tar") or name.startswith(".") or name in OURS:
             continue
-        if COMPRESSED.search(name):
+        if name.lower().endswith(".tar"):
+            leave_out(left, "", f"its ending is in capitals: rename it to {name[:-4]}.tar", name)
+        elif COMPRESSED.search(name):
             leave_out(
                 left, "", "it is compressed, and tiles are read from where they lie in a tar: unpack it to a .tar", name
             )

@@ -25,7 +25,8 @@ from data.fault import Fault
 from data.remote import RemotePath, Truncated, is_remote, list_names, within
 from data.shard_index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex
 from data.tar_members import DamagedTar, Member, members, padding
-from data.tile_members import is_json, is_tile, json_of_each, split
+from data.tile_facts import Impossible, locate, read_facts
+from data.tile_members import is_json, is_tile, json_of_each, place_in, split
 
 GRID = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
 MOST_NAMED = 1000  # findings kept for one shard; the rest are counted
@@ -125,7 +126,8 @@ def verify_shard(folder: Folder, name: str) -> Verified:
     try:
         with path.open("rb") as file:
             result.size = path.stat().st_size
-            _walk(file, result, columns, checked, decode=facts is None or bool(facts.get("scanned")) or not checked)
+            scanned = facts is not None and bool(facts.get("scanned"))
+            _walk(file, result, columns, checked, scanned, decode=facts is None or scanned or not checked)
     except FileNotFoundError:
         if not planned_empty:
             result.find("", "missing shard", "it is known to the index or has a record, but there is no such file: put it back, or run 'pretrain shard' again")  # fmt: skip
@@ -140,13 +142,15 @@ def verify_shard(folder: Folder, name: str) -> Verified:
 
 
 def _walk(
-    file: BinaryIO, result: Verified, columns: dict[str, np.ndarray] | None, checked: bool, decode: bool
+    file: BinaryIO, result: Verified, columns: dict[str, np.ndarray] | None, checked: bool, scanned: bool, decode: bool
 ) -> None:  # fmt: skip
     """One pass over the tar: every member, every gap, then the tiles that the pass did not meet."""
     rows = {} if columns is None else {int(offset): row for row, offset in enumerate(columns["offset"])}
     seen: set[str] = set()
-    tiles: list[tuple[str, int | None]] = []  # key, and row in the index
-    jsons: dict[str, list[tuple[str, int, dict[str, Any] | None]]] = {}  # name, CRC-32, what it says or None
+    tiles: list[tuple[Member, int | None]] = []  # and row in the index
+    jsons: dict[
+        str, list[tuple[str, int, dict[str, Any] | str]]
+    ] = {}  # name, CRC-32, what it says, or why it can't be so
     try:
         for member in members(file, result.size):
             if not member.is_file:
@@ -160,18 +164,19 @@ def _walk(
                     member.name, "double member", "the shard holds two members of this name: webdataset refuses it"
                 )
             seen.add(member.name)
-            key = split(member.name)[0]
             if is_tile(member):
                 result.tiles += 1
-                tiles.append((key, row := rows.get(member.offset)))
+                tiles.append((member, row := rows.get(member.offset)))
                 _check_jpeg(result, member, data, columns, row, checked, decode)
             elif is_json(member):
-                jsons.setdefault(key, []).append((member.name, zlib.crc32(data), _object(data)))
+                jsons.setdefault(split(member.name)[0], []).append(
+                    (member.name, zlib.crc32(data), read_facts(member.name, data))
+                )
     except DamagedTar as damage:
         kind = "truncated" if "truncated" in str(damage) else "damaged tar"
         behind = len(rows) - sum(row is not None for _, row in tiles)
         result.find("", kind, f"{damage}; {behind:,} of its {len(rows):,} tiles lie behind that" if columns is not None else str(damage))  # fmt: skip
-    _check_jsons(result, tiles, jsons, columns, checked)
+    _check_jsons(result, tiles, jsons, columns, checked, scanned)
     if not result.tiles:
         result.find("", "empty shard", "there is no tile in it")
     if columns is not None:
@@ -181,11 +186,7 @@ def _walk(
 def _check_jpeg(
     result: Verified, member: Member, data: bytes, columns: dict[str, np.ndarray] | None, row: int | None, checked: bool, decode: bool
 ) -> None:  # fmt: skip
-    if columns is not None and row is None:
-        result.find(
-            member.name, "not in the index", f"no tile is known at byte {member.offset}: training never sees it"
-        )
-    elif columns is not None and row is not None:
+    if columns is not None and row is not None:
         x, y = int(columns["x"][row]), int(columns["y"][row])
         stated = _place(member.name)
         if member.size != int(columns["length"][row]):
@@ -205,40 +206,35 @@ def _check_jpeg(
 
 
 def _check_jsons(
-    result: Verified, tiles: list[tuple[str, int | None]], jsons: dict[str, list[tuple[str, int, dict[str, Any] | None]]],
-    columns: dict[str, np.ndarray] | None, checked: bool,
+    result: Verified, tiles: list[tuple[Member, int | None]], jsons: dict[str, list[tuple[str, int, dict[str, Any] | str]]],
+    columns: dict[str, np.ndarray] | None, checked: bool, scanned: bool,
 ) -> None:  # fmt: skip
-    """Each JSON that is one, and that of each tile as it was recorded."""
-    for name, _, facts in (told for several in jsons.values() for told in several):
-        if facts is None:
-            result.find(name, "damaged JSON", "it is not a JSON object")
-    if columns is None:
-        return
-    of_tiles = json_of_each([key for key, _ in tiles], jsons)
-    recorded = columns["json_crc32"] if checked else np.zeros(len(columns["offset"]), dtype=np.int64)
-    for (key, row), told in zip(tiles, of_tiles, strict=True):
+    """Each JSON that is one, and that of each tile as it was recorded. A tile that a scan leaves out, and says so, is nothing new."""
+    keys = [split(member.name)[0] for member, _ in tiles]
+    recorded = columns["json_crc32"] if columns is not None and checked else None
+    named_by_scan: set[int] = set()
+    for (member, row), key, told in zip(tiles, keys, json_of_each(keys, jsons), strict=True):
+        if columns is None:
+            break
         if row is None:
-            continue
-        if told is None:
-            if recorded[row]:
+            try:
+                if scanned:
+                    locate(key, told and told[2], Path(result.shard).stem)
+            except Impossible:
+                named_by_scan.add(id(told))
+                continue
+            result.find(member.name, "not in the index", f"no tile is known at byte {member.offset}: training never sees it")  # fmt: skip
+        elif told is None:
+            if recorded is not None and recorded[row]:
                 result.find(f"{key}.json", "missing JSON", "the tile's facts are gone")
-            continue
-        name, checksum, facts = told
-        if facts is None:
-            continue
-        if checked and checksum != recorded[row]:
-            result.find(name, "changed JSON", "its bytes have changed")
-        elif any(axis in facts and facts[axis] != int(columns[axis][row]) for axis in ("x", "y")):
-            result.find(name, "index mismatch", f"it says ({facts.get('x')}, {facts.get('y')}), the index ({columns['x'][row]}, {columns['y'][row]})")  # fmt: skip
-
-
-def _object(data: bytes) -> dict[str, Any] | None:
-    """What a JSON says; None where it is no JSON object."""
-    try:
-        facts = json.loads(data)
-    except (ValueError, RecursionError):
-        return None
-    return {axis: facts[axis] for axis in ("x", "y") if axis in facts} if isinstance(facts, dict) else None
+        elif not isinstance(facts := told[2], str):
+            if recorded is not None and told[1] != recorded[row]:
+                result.find(told[0], "changed JSON", "its bytes have changed")
+            elif any(axis in facts and facts[axis] != int(columns[axis][row]) for axis in ("x", "y")):
+                result.find(told[0], "index mismatch", f"it says ({facts.get('x')}, {facts.get('y')}), the index ({columns['x'][row]}, {columns['y'][row]})")  # fmt: skip
+    for told in (told for several in jsons.values() for told in several):
+        if isinstance(told[2], str) and id(told) not in named_by_scan:
+            result.find(told[0], "damaged JSON", told[2])
 
 
 def _check_unmet(
@@ -360,8 +356,8 @@ def _sound(index: ShardIndex) -> None:
 
 
 def _place(name: str) -> tuple[int, int] | None:
-    parts = split(name)[0].rsplit("_", 2)
-    return (int(parts[1]), int(parts[2])) if len(parts) == 3 and parts[1].isdigit() and parts[2].isdigit() else None
+    found = place_in(split(name)[0])
+    return found and found[1:]
 
 
 def _undecodable(data: bytes) -> str:

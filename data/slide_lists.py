@@ -4,16 +4,20 @@ import csv
 import glob
 import os
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from data.dicom_series import one_of_each
 from data.fault import Fault, Notice
+from data.git_lfs import refuse_pointer
 
 SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
 TABLES = {".csv", ".tsv"}
 # What a table's column of files may be called; where none is, it is the column whose every entry is a file.
 PATH_COLUMNS = ("path", "slide_path", "wsi_path", "file_path", "filepath", "file", "filename", "wsi", "slide", "image")
 MPP_COLUMNS = ("mpp", "mpp_x", "slides_mpp", "microns_per_pixel", "mpp_level0")
+MOST_ENDINGS = 10  # that a notice names
 MARKED = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff", "utf-16"))
 
 
@@ -21,20 +25,27 @@ def list_slides(named: list[str]) -> list[Path]:
     """Slide files, absolute, sorted and each once, from paths, folders (searched through), globs, ``.txt`` lists of these with one a line, and
     ``.csv`` tables with a column of paths.
 
-    In a folder, files with an ending that openslide knows are slides, and the ``.dcm`` files of one folder are one slide. Links are
-    followed and keep their own names. Raises Fault for a name that leads to nothing.
+    In a folder, files with an ending that openslide knows are slides; what else is there is counted in a notice. The ``.dcm`` files of one series
+    in one folder are one slide. Links are followed and keep their own names. Raises Fault for a name that leads to nothing.
     """
-    return _each_once(path for name in named for path in _named(Path(name).expanduser()))
+    found = _each_once(path for name in named for path in _named(Path(name).expanduser()))
+    dicom = [path for path in found if path.suffix.lower() == ".dcm"]
+    return sorted({*found} - {*dicom} | {*one_of_each(dicom)})
 
 
-def _named(path: Path) -> Iterator[Path]:
+def _named(path: Path, lists: tuple[Path, ...] = ()) -> Iterator[Path]:
+    """Slides that a name stands for. ``lists``: those that lead to it, one in the other."""
     if path.suffix.lower() == ".txt":
         if not path.is_file():
             raise Fault(f"there is no list of slides at {path}")
+        if path.resolve() in lists:
+            raise Fault(f"the list of slides {path} names itself, or a list that names it: take that line out")
         lines = [line.strip() for line in read_text(path).splitlines()]
+        lines = [line for line in lines if line and not line.startswith("#")]
+        if not lines:
+            raise Fault(f"the list {path} names no slide: give one a line, a file, a folder or a glob")
         for line in lines:
-            if line and not line.startswith("#"):
-                yield from _named(_beside(path, line))
+            yield from _named(_beside(path, line), (*lists, path.resolve()))
     elif path.suffix.lower() in TABLES and path.is_file():
         yield from _slides_of_table(path)
     elif path.is_dir():
@@ -53,13 +64,19 @@ def _named(path: Path) -> Iterator[Path]:
 
 
 def read_text(path: Path) -> str:
-    """A list or table as text: UTF-8, or what its byte order mark says. Raises Fault where it is neither."""
+    """A list or table as text: UTF-8, or what its byte order mark says. Raises Fault where it is neither, or a pointer of Git LFS."""
+    refuse_pointer(path)
     content = path.read_bytes()
     encoding = next((encoding for mark, encoding in MARKED if content.startswith(mark)), "utf-8")
     try:
-        return content.decode(encoding)
+        text = content.decode(encoding)
     except UnicodeDecodeError as error:
         raise Fault(f"{path} is no UTF-8 text (byte {error.start}): save it as UTF-8") from error
+    if "\0" in text:
+        raise Fault(
+            f"{path} holds bytes of 0, as UTF-16 without its mark has, or a file that is no text: save it as UTF-8"
+        )
+    return text
 
 
 def read_table(path: Path) -> list[list[str]]:
@@ -67,7 +84,13 @@ def read_table(path: Path) -> list[list[str]]:
     where there is no row."""
     lines = read_text(path).splitlines()
     separator = max(",;\t", key=lines[0].count) if lines else ","
-    rows = [[cell.strip() for cell in row] for row in csv.reader(lines, delimiter=separator)]
+    reader = csv.reader(lines, delimiter=separator)
+    try:
+        rows = [[cell.strip() for cell in row] for row in reader]
+    except csv.Error as error:
+        raise Fault(
+            f"the table {path} can't be read at line {reader.line_num} ({error}): does a quote lack its end?"
+        ) from error
     rows = [row for row in rows if any(row)]
     if not rows:
         raise Fault(f"the table {path} is empty")
@@ -106,6 +129,7 @@ def _beside(source: Path, name: str) -> Path:
 
 def _slides_in(folder: Path) -> list[Path]:
     slides: list[Path] = []
+    others: list[str] = []
     seen: set[str] = set()
 
     def unreadable(error: OSError) -> None:
@@ -119,19 +143,35 @@ def _slides_in(folder: Path) -> list[Path]:
             for name in sorted(folders)
             if not name.startswith(".") and os.path.realpath(os.path.join(inside, name)) not in seen
         ]
-        names = [name for name in sorted(files) if not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES]
+        files = [name for name in sorted(files) if not name.startswith(".")]
+        names = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+        if not os.path.isfile(f"{inside}.mrxs"):  # the files that belong to that slide
+            others += [name for name in files if name not in names]
         for name in [name for name in names if not _is_text(name)]:
             names.remove(name)
             warnings.warn(f"left out: {name!a} in {inside}: its name is no UTF-8, rename it", Notice, stacklevel=2)
-        dicom = [name for name in names if name.lower().endswith(".dcm")]
         # A link that leads nowhere stays: opening it says so, by name.
         slides += [
             Path(inside, name)
             for name in names
-            if name not in dicom[1:]
-            and (os.path.isfile(os.path.join(inside, name)) or os.path.islink(os.path.join(inside, name)))
+            if os.path.isfile(os.path.join(inside, name)) or os.path.islink(os.path.join(inside, name))
         ]
+    if others:
+        warnings.warn(f"left alone in {folder}: {_counted(others)}", Notice, stacklevel=2)
     return slides
+
+
+def _counted(names: list[str]) -> str:
+    """Files that are no slides by their endings, the commonest first: ``3 .txt (as a.txt), 1 .xml (as a.xml)``."""
+    first: dict[str, str] = {}
+    counts = Counter[str]()
+    for name in names:
+        ending = Path(name).suffix.lower() or "without an ending"
+        first.setdefault(ending, name)
+        counts[ending] += 1
+    said = [f"{count:,} {ending} (as {first[ending]!a})" for ending, count in counts.most_common(MOST_ENDINGS)]
+    rest = sum(counts.values()) - sum(count for _, count in counts.most_common(MOST_ENDINGS))
+    return ", ".join(said) + (f" and {rest:,} of other endings" if rest else "")
 
 
 def _is_text(name: str) -> bool:

@@ -6,6 +6,8 @@ from pathlib import Path
 from data.fault import Fault
 from data.slide_lists import MPP_COLUMNS, PATH_COLUMNS, TABLES, read_table
 
+SAME_MPP = 1e-4  # but for rounding
+ISOTROPIC = 0.01  # by how much a pixel's sides may differ
 FINEST, COARSEST = 0.05, 10.0  # µm per level-0 pixel: finer is no light microscope's, coarser is a picture of a slide
 SLIDE_COLUMNS = (*PATH_COLUMNS, "slide_id", "slide_name", "name", "id")
 
@@ -71,18 +73,30 @@ def _by_slide(table: Path) -> dict[str, frozenset[float]]:
         raise Fault(
             f"slides_mpp={table} needs a column called slide (names or paths) and one called mpp; it has {', '.join(header)}"
         )
+    said_too = [column for column, name in enumerate(names) if name in (*MPP_COLUMNS, "mpp_y") and column != mpp]
     found: dict[str, frozenset[float]] = {}
     for row in rows:
         if not row[mpp]:
             continue  # nothing is said about this one
-        try:
-            value = _plausible(float(row[mpp]), f"{table}, {row[slide]}: ")
-        except ValueError as error:
-            raise Fault(f"{table} says mpp = {row[mpp]!r} of {row[slide]}, where a number belongs") from error
+        value, *others = (_number(table, row, slide, header, column) for column in (mpp, *said_too) if row[column])
+        if any(abs(other / value - 1) > ISOTROPIC for other in others):
+            several = ", ".join(f"{header[column]} = {row[column]}" for column in (mpp, *said_too) if row[column])
+            raise Fault(
+                f"{table} says {several} of {row[slide]}, and pixels that are not square are not tiled: leave one column that counts"
+            )
         path = Path(row[slide])
         for name in {str(path.absolute()), path.name, path.stem, row[slide]}:
             found[name] = found.get(name, frozenset()) | {value}
     return found
+
+
+def _number(table: Path, row: list[str], slide: int, header: list[str], column: int) -> float:
+    try:
+        return _plausible(float(row[column]), f"{table}, {row[slide]}: ")
+    except ValueError as error:
+        raise Fault(
+            f"{table} says {header[column]} = {row[column]!r} of {row[slide]}, where a number belongs"
+        ) from error
 
 
 def _plausible(value: float, where: str) -> float:

@@ -15,10 +15,10 @@ from PIL import Image
 
 from data.coordinates import TileGrid, exact_downsamples
 from data.fault import Fault
-from data.slide_mpp import COARSEST, FINEST
+from data.git_lfs import refuse_pointer
+from data.slide_mpp import COARSEST, FINEST, ISOTROPIC
 
 LARGEST_READ = 2048  # pixels a side read at once for a thumbnail: 16 MB as RGBA
-ISOTROPIC = 0.01
 MPP_TIMES_POWER = 10.0  # 40× is about 0.25 µm, whoever made the scanner
 FAR = 2.5  # some 20× scanners have pixels of 0.22 µm, a factor of 2.3; centimetres taken for inches are one of 2.54
 
@@ -37,6 +37,8 @@ class Slide:
             if cache is not None:
                 self._reader.set_cache(openslide.OpenSlideCache(cache))
         except (openslide.OpenSlideError, OSError) as error:
+            if path.is_file():
+                refuse_pointer(path)
             folder = "it is a folder, name a slide in it" if path.is_dir() else ""
             reason = "no such file" if not path.exists() else folder or str(error) or type(error).__name__
             raise Fault(f"{path} cannot be read as a slide ({reason}): replace the file, or leave it out") from error

@@ -64,7 +64,7 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
         data = position + BLOCK
         size = header.size
         if "size" in extended and header.type not in (*LONG_NAMES, *PAX):
-            size = int(extended["size"]) if extended["size"].isdecimal() else -1
+            size = int(extended["size"]) if re.fullmatch("[0-9]{1,20}", extended["size"]) else -1
         if size < 0:
             raise DamagedTar(f"the header at byte {position} is damaged (its member has no possible size)")
         position = data + -(-size // BLOCK) * BLOCK

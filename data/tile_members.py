@@ -5,14 +5,18 @@ JSON has the same key, or else the key that WebDataset gives the sample, which e
 that of ``a.image.jpg``). They need not be neighbours: some writers put all pictures first.
 """
 
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+from data.coordinates import FARTHEST
 from data.tar_members import Member
 
 JPEGS = ("jpg", "jpeg")
+PLACED = re.compile(r"(.+)_([0-9]+)_([0-9]+)", re.DOTALL)  # a key that says slide, x and y
+LONGEST_SAID = 200  # letters of an example
 PICTURES = ("png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "jxl", "avif")
 
 Json = TypeVar("Json")
@@ -30,11 +34,13 @@ class LeftOut:
     def __str__(self) -> str:
         if not self.kind:
             return f"{self.example}: {self.why}"
-        return f"{self.count:,} {self.kind}{'s' if self.count != 1 else ''} (as {self.example}): {self.why}"
+        noun, joint, rest = re.match(r"(.+?)( (?:with|without|at) |$)(.*)", self.kind).groups()  # type: ignore[union-attr]
+        return f"{self.count:,} {noun}{'s' if self.count != 1 else ''}{joint}{rest} (as {self.example}): {self.why}"
 
 
 def leave_out(left: dict[str, LeftOut], kind: str, why: str, example: str, count: int = 1) -> None:
     """Count ``count`` things of a kind in a table of kinds; the first of them is its example."""
+    example = example if len(example) <= LONGEST_SAID else f"{example[:LONGEST_SAID]}…"
     left.setdefault(kind or example, LeftOut(kind, why, 0, example)).count += count
 
 
@@ -43,6 +49,14 @@ def split(name: str) -> tuple[str, str]:
     folder, slash, base = name.rpartition("/")
     stem, dot, ending = base.rpartition(".")
     return (f"{folder}{slash}{stem}", ending.lower()) if dot else (name, "")
+
+
+def place_in(key: str) -> tuple[str, int, int] | None:
+    """Slide, x and y of a key ``<slide>_<x>_<y>``, None of another; a number of any length that no slide has is `FARTHEST`."""
+    if (match := PLACED.fullmatch(key)) is None:
+        return None
+    x, y = (int(digits) if len(digits) <= 20 else FARTHEST for digits in match.groups()[1:])
+    return match[1], min(x, FARTHEST), min(y, FARTHEST)
 
 
 def is_tile(member: Member) -> bool:

@@ -75,3 +75,6 @@ RANGE = Allowed("two numbers, the lower one first", lambda value: len(value) == 
 
 SHARE = within(least=0, most=1)
 """Probabilities and shares."""
+
+TILE = within(least=16)
+"""A tile's pixels a side: one patch of a network at least, or a slide is millions of tiles that nothing can be learned from."""

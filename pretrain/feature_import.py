@@ -7,7 +7,7 @@ from data.embeddings import EmbeddingWriter
 from data.fault import Fault
 from data.feature_files import import_features, maker, width
 from data.files import Refused
-from data.slide_mpp import SlidesMpp
+from data.slide_mpp import ISOTROPIC, SlidesMpp
 from data.slides import Slide
 from pretrain.progress import say, track
 
@@ -64,7 +64,7 @@ def take_over(
                     f"({writer.encoder_hash}, {writer.width} wide): take it over into another folder."
                 )
             own_slide = slides.get(path.stem)
-            scale = slides_mpp.of(own_slide or path)
+            scale = overrule = slides_mpp.of(own_slide or path)
             if own_slide is not None:
                 with Slide(own_slide) as opened:
                     if overruled := opened.overruled(scale):
@@ -73,6 +73,11 @@ def take_over(
             imported = import_features(path, tile_size_level0, mpp_level0=scale, unit=unit, encoder=encoder)
             found, bad = imported.slide, imported.not_finite + imported.double
             rows = len(found.coordinates) + bad
+            then = found.mpp * found.tile_size / found.tile_size_level0
+            if overrule is not None and then and abs(then / overrule - 1) > ISOTROPIC:
+                raise Fault(
+                    f"{path} says itself that a level-0 pixel is {then:.4g} µm wide, and slides_mpp= says {overrule:g}: leave slides_mpp= out for it, or make the features again."
+                )
             left = f"{imported.not_finite} rows that aren't finite in float16 and {imported.double} of places that came twice"
             if bad > max(1, max_bad_fraction * rows):
                 raise Fault(

@@ -8,12 +8,13 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
+from data.coordinates import UNKNOWN
 from data.coordinates_h5 import read_tiling
 from data.fault import Fault
 from data.keyed import drawn, rng
 from data.open_tars import OpenTars
 from data.remote import Truncated
-from data.shard_index import UNKNOWN, ShardIndex
+from data.shard_index import ShardIndex
 from pretrain.picture_page import Page
 from pretrain.pictures import contact_sheet, histogram, mixture, tile_map
 from pretrain.seen import recipe_settings, seen

@@ -18,7 +18,7 @@ from data.slide_tiles import SlideTiles
 from data.tile_source import TileSource
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, SOME, one_of, within
+from models.allowed import SHARE, SOME, TILE, one_of, within
 from pretrain import plugins, ranges
 from pretrain.progress import say, track
 from pretrain.settings import CONFIGS, nearest
@@ -45,7 +45,7 @@ class OnlineSlides(Mixture):
         slides: list[str],
         grids: str,
         mpp: Annotated[list[float], SOME, within(above=0)],
-        tile_size: Annotated[int, within(least=1)],
+        tile_size: Annotated[int, TILE],
         tissue: Annotated[str, one_of(*RULES)],
         min_tissue: Annotated[float | None, SHARE],
         slides_mpp: str | None,

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data.fault import Fault
-from models.allowed import within
+from models.allowed import TILE, within
 from pretrain.progress import duration, say
 from pretrain.settings import load
 
@@ -35,7 +35,7 @@ class Config:
     slides: list[str] | None
     out: str | None
     mpp: Annotated[float, within(above=0)]
-    tile_size: Annotated[int, within(least=1)]
+    tile_size: Annotated[int, TILE]
     slides_mpp: str | None
     tile_steps: Annotated[int, within(least=1)]
     slide_steps: Annotated[int, within(least=1)]

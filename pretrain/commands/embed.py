@@ -21,6 +21,7 @@ Examples:
 """
 
 import json
+import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +35,25 @@ from data.fault import Fault
 from data.feature_files import UNITS, list_features
 from data.slide_features import slides_in
 from data.slide_lists import list_slides
-from data.slide_mpp import SlidesMpp
+from data.slide_mpp import ISOTROPIC, SAME_MPP, SlidesMpp
 from data.slide_names import name_slides
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, one_of, within
+from models.allowed import SHARE, TILE, one_of, within
 from pretrain.progress import say, track
+
+USED_BY = {
+    "slides=": {"slides", "checkpoint", "slides_mpp", "min_tissue"},
+    "shards=": {"shards", "checkpoint"},
+    "features=": {"features", "slides", "slides_mpp", "encoder", "features_tile", "features_unit"},
+    "stage=slide": {"embeddings", "checkpoint"},
+}  # of the settings that have no value unless they are given, those that count
+WORK = {
+    "slides=": "cuts tiles from slides",
+    "shards=": "has the tiles that were cut",
+    "features=": "takes over what another program embedded",
+    "stage=slide": "embeds whole slides from their tiles' embeddings",
+}
 
 
 @dataclass
@@ -63,7 +77,7 @@ class Config:
     merge: bool
     export: Annotated[list[str], one_of(*EXPORTS)]
     mpp: Annotated[float, within(above=0)]
-    tile_size: Annotated[int, within(least=1)]
+    tile_size: Annotated[int, TILE]
     tissue: Annotated[str, one_of(*RULES)]
     min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
@@ -92,10 +106,10 @@ def parse_part(text: str | None) -> tuple[int, int]:
     """``3/40`` → (3, 40); (0, 1) where there is one process. Raises Fault for anything else."""
     if text is None:
         return 0, 1
-    first, _, last = text.partition("/")
-    if not (first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last)):
+    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+    if not match or not 1 <= int(match[1]) <= int(match[2]):
         raise Fault(f"part={text} is not one of a number of parts: write part=3/40 for the third of 40.")
-    return int(first), int(last)
+    return int(match[1]), int(match[2])
 
 
 def check(config: Config) -> None:
@@ -109,16 +123,26 @@ def check(config: Config) -> None:
     if config.stage == "slide":
         if not config.embeddings or not config.checkpoint:
             raise Fault("stage=slide needs checkpoint=, a slide run, and embeddings=, a store of tile embeddings.")
+        refuse_idle(config, "stage=slide")
         return
     if config.embeddings:
         raise Fault("embeddings= is for stage=slide; to embed tiles, give slides= or shards=.")
-    given = [name for name in ("slides", "shards", "features") if getattr(config, name)]
-    if not given:
+    if not config.slides and not config.shards and not config.features:
         raise Fault("say what to embed: slides=… or shards=… ('pretrain embed --help' explains).")
-    if len(given) > 1 and "features" not in given:
+    if config.slides and config.shards and not config.features:
         raise Fault("give slides= or shards=, not both: the shards hold the slides' tiles already.")
+    refuse_idle(config, "features=" if config.features else "shards=" if config.shards else "slides=")
     if not config.features and not config.checkpoint:
         raise Fault("say by what to embed: checkpoint=… is a tile run, an exported folder or the name of a timm model.")
+
+
+def refuse_idle(config: Config, work: str) -> None:
+    """Raise Fault for settings that are given and have no effect in this work, one of `USED_BY`."""
+    idle = [f"{name}=" for name in sorted({name for names in USED_BY.values() for name in names} - USED_BY[work]) if getattr(config, name)]  # fmt: skip
+    if idle:
+        have = "has" if len(idle) == 1 else "have"
+        what = WORK[work]
+        raise Fault(f"{work} {what}, and {' and '.join(idle)} {have} no effect there: leave {'it' if len(idle) == 1 else 'them'} out, or {work}.")  # fmt: skip
 
 
 def embed(config: Config, part: int, parts: int) -> None:
@@ -177,8 +201,11 @@ def take_over(config: Config, part: int, parts: int) -> None:
                 say(f"called {slide}: {files[slide]}")
         pending = [slide for slide in mine if not writer.done(slide)]
         slides = {path.stem: path for path in list_slides(config.slides or [])}
+        slides_mpp = SlidesMpp.parse(config.slides_mpp)
+        done = {slides.get(files[slide].stem, files[slide]): slide for slide in mine if writer.done(slide)}
+        hold_to_mpp(config, writer, done, slides_mpp, ISOTROPIC)
         results, failed = feature_import.take_over(
-            files, pending, writer, slides=slides, slides_mpp=SlidesMpp.parse(config.slides_mpp), tile_size_level0=config.features_tile,
+            files, pending, writer, slides=slides, slides_mpp=slides_mpp, tile_size_level0=config.features_tile,
             unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
         )  # fmt: skip
         writer.finish(failed)
@@ -216,10 +243,23 @@ def slide_source(config: Config, writer: EmbeddingWriter) -> SlideSource:
     if some := slides_mpp.tells_of(paths):
         say(some)
     names = name_slides(paths, writer.sources())
+    hold_to_mpp(config, writer, names, slides_mpp)
     for path, slide in names.items():
         if slide != path.stem:
             say(f"called {slide}: {path}")
     return SlideSource(names, settings, slides_mpp)
+
+
+def hold_to_mpp(
+    config: Config, writer: EmbeddingWriter, names: dict[Path, str], slides_mpp: SlidesMpp, same: float = SAME_MPP
+) -> None:
+    """Raise Fault where a slide was embedded before as one of other µm per pixel than the user says now."""
+    for path, slide in names.items():
+        mpp, then = slides_mpp.of(path), writer.mpp_level0(slide)
+        if mpp is not None and then is not None and abs(then / mpp - 1) > same:
+            raise Fault(
+                f"{path} was embedded as one of {then:.4g} µm per pixel, and slides_mpp= says {mpp:g} now: choose another folder than out={config.out}"
+            )
 
 
 def write_exports(config: Config, store: EmbeddingStore, slides: list[str]) -> None:

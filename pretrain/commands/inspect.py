@@ -32,7 +32,7 @@ from data.slide_mpp import SlidesMpp
 from data.slides import Slide
 from data.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
 from data.tissue import RULES, is_empty, pen
-from models.allowed import SHARE, one_of, within
+from models.allowed import SHARE, TILE, one_of, within
 from pretrain.picture_page import Page, write_page
 from pretrain.pictures import contact_sheet, tile_map, tissue_overlay
 from pretrain.progress import say
@@ -47,7 +47,7 @@ class Config:
     shards: list[str] | None
     out: str
     mpp: Annotated[float, within(above=0)]
-    tile_size: Annotated[int, within(least=1)]
+    tile_size: Annotated[int, TILE]
     tissue: Annotated[str, one_of(*RULES)]
     min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None

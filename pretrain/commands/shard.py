@@ -53,16 +53,15 @@ from data.shard_folder import (
 from data.shard_index import ShardIndex, merge
 from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
 from data.slide_lists import list_slides
-from data.slide_mpp import SlidesMpp
+from data.slide_mpp import SAME_MPP, SlidesMpp
 from data.slide_names import name_slides
 from data.slide_survey import survey
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, SOME, one_of, within
+from models.allowed import SHARE, SOME, TILE, one_of, within
 from pretrain.progress import Progress, say, track
 
 MOST_SAID = 10  # slides of a kind that are said one by one
-SAME_MPP = 1e-4  # but for rounding
 
 
 @dataclass
@@ -70,7 +69,7 @@ class Config:
     slides: Annotated[list[str], SOME]
     out: str
     mpp: Annotated[float, within(above=0)]
-    tile_size: Annotated[int, within(least=1)]
+    tile_size: Annotated[int, TILE]
     tissue: Annotated[str, one_of(*RULES)]
     min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None

@@ -3,7 +3,8 @@
 Of shards that a job array cut ('pretrain shard part=3/40'): one index and one slides.csv over all parts, once every part is done.
 Of shards that another program wrote: one pass over the tars, WebDataset samples with a .jpg or .jpeg and perhaps a .json that says
 slide, x, y, mpp, tile_size, tile_size_level0 and patient; checksums are taken on the way. What can't be read is counted, named
-with the reason, and left out: members of other kinds, tars that are damaged or empty, files that are no .tar. Of shards that 'pretrain shard' wrote in one
+with the reason, and left out: members of other kinds, tiles whose .json can't be true, tars that are damaged or empty, files that are no .tar.
+What the .json of one slide's tiles contradict one another in is named, and counts as not known; so are tiles that come twice. Of shards that 'pretrain shard' wrote in one
 piece: the index again, should it be lost or damaged.
 
 Shards that you can't write to, or that lie behind a URL, get their index in a folder of yours with out=; train on that folder.
@@ -25,7 +26,7 @@ from data.fault import Fault
 from data.job_array import merge_parts, parts_in
 from data.shard_folder import FAILED, NO_TISSUE, TILED, alone, load_plan
 from data.shard_index import ShardIndex, merge, record_path
-from data.shard_scan import left_out, scan
+from data.shard_scan import disputed, left_out, scan
 from data.shards import is_published
 from data.tile_members import LeftOut
 from models.allowed import SOME
@@ -33,6 +34,7 @@ from pretrain.commands.shard import counted_as, holdings
 from pretrain.progress import say
 
 MOST_SAID = 20  # kinds of what was left out
+MOST_TARS = 5  # that the last line names
 
 
 @dataclass
@@ -88,9 +90,17 @@ def _said_left_out(index: ShardIndex) -> str:
         say(f"left out: {kind}")
     if (kinds := len(members) + len(files)) > MOST_SAID:
         say(f"… and {kinds - MOST_SAID} more; {index.folder}/index.npz has them all, in its meta.json")
-    counted = [
-        counted_as(sum(kind.count for kind in kinds), noun)
-        for kinds, noun in ((members, "member"), (files, "file"))
-        if kinds
-    ]
-    return f"; left out: {' and '.join(counted)}, as said above" if counted else ""
+    for kind in disputed(index) if "made_by" in index.meta else ():
+        say(f"to look at: {kind}")
+    tars = [kind.example for kind in files if not kind.kind and kind.example.lower().endswith(".tar")]
+    others = sum(kind.count for kind in files) - len(tars)
+    counted = [counted_as(sum(kind.count for kind in members), "member")] if members else []
+    if tars:
+        more = f" and {len(tars) - MOST_TARS} more" if len(tars) > MOST_TARS else ""
+        counted.append(f"{counted_as(len(tars), 'tar')} ({', '.join(tars[:MOST_TARS])}{more})")
+    counted += [counted_as(others, "other file")] if others else []
+    return (
+        f"; left out: {', '.join(counted[:-1])}{' and ' if counted[1:] else ''}{counted[-1]}, as said above"
+        if counted
+        else ""
+    )

@@ -1,5 +1,7 @@
 """Features of TRIDENT, CLAM and STAMP: ours are read as their programs read theirs, and theirs, written by hand, come in whole."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import h5py
@@ -268,6 +270,68 @@ def test_slide2vecs_features_are_read_with_its_coordinates_beside_them(tmp_path:
     assert (found.tile_size_level0, found.mpp) == (512, 0.5)
 
 
+PLACES_4 = {"slide": {"dimensions": [5000, 4500], "base_spacing_um": 0.25}, "tiling": {"requested_tile_size_px": 256, "requested_spacing_um": 0.51, "tile_size_lv0": 512, "overlap": 0.0}}  # fmt: skip
+PLACES_3 = {
+    "target_spacing_um": 0.5,
+    "target_tile_size_px": 256,
+    "tile_size_lv0": 512,
+    "overlap": 0.0,
+    "mask_path": None,
+}
+
+
+@pytest.mark.parametrize(("features", "coordinates", "said", "columns"), [
+    ("features", "coordinates/s.npy", None, "rows"), ("tile_embeddings", "coordinates/s.tiles.npz", PLACES_3, "xy"), ("tile_embeddings", "tiles/s.coordinates.npz", PLACES_4, "pairs"),
+    ("tile_embeddings", "tiles/s.coordinates.npz", PLACES_4, "xy"), ("tile_embeddings/tumour", "tiles/tumour/s.coordinates.npz", PLACES_4, "xy"),
+])  # fmt: skip
+def test_coordinates_of_every_version_of_slide2vec_are_read(
+    tmp_path: Path, features: str, coordinates: str, said: dict[str, object] | None, columns: str
+) -> None:
+    values, cells = grid()
+    for folder in (tmp_path / features, (tmp_path / coordinates).parent):
+        folder.mkdir(parents=True)
+    torch.save(torch.from_numpy(values), tmp_path / features / "s.pt")
+    x, y = cells.T * 512
+    if columns == "rows":
+        rows = np.zeros(20, [("x", int), ("y", int), ("tile_size_resized", int), ("resize_factor", float), ("tile_size_lv0", int), ("target_spacing", float)])  # fmt: skip
+        rows["x"], rows["y"], rows["tile_size_resized"], rows["tile_size_lv0"], rows["target_spacing"] = (
+            x,
+            y,
+            9,
+            512,
+            0.5,
+        )
+        np.save(tmp_path / coordinates, rows)
+    else:
+        index = {"tile_index": np.arange(20)}
+        np.savez(tmp_path / coordinates, **index, **({"x": x, "y": y} if columns == "xy" else {"coordinates": cells * 512}))  # fmt: skip
+        (tmp_path / coordinates).with_suffix(".meta.json").write_text(json.dumps(said))
+    found = import_features(tmp_path / features / "s.pt").slide
+    assert np.array_equal(found.embeddings, values.astype(np.float16)) and np.array_equal(found.cells, cells)
+    assert (found.tile_size_level0, found.mpp) == (512, 0.5)
+    assert (found.tile_size, found.slide_width) == {"rows": (0, 0)}.get(columns, (256, 5000 if said is PLACES_4 else 0))
+    if said is not None:
+        for spoilt in ("{", "[]", '{"tiling": 3}', "version https://git-lfs.github.com/spec/v1"):
+            (tmp_path / coordinates).with_suffix(".meta.json").write_text(spoilt)
+            with pytest.raises(Fault):
+                import_features(tmp_path / features / "s.pt")
+
+
+def test_a_level_whose_axes_differ_by_a_pixel_has_one_downsample(tmp_path: Path) -> None:
+    values, cells = grid()
+    attributes = {"patch_size": [256, 256], "patch_level": 1, "downsample": np.array([2.0, 2.0007])}
+    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": cells * 512}, attributes)
+    assert import_features(path, mpp_level0=0.25).slide.tile_size_level0 == 512
+    assert import_features(path, mpp_level0=0.25).slide.tile_size == 256
+
+
+@pytest.mark.parametrize("ending", ["h5", "pt", "npz", "npy"])
+def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path, ending: str) -> None:
+    (tmp_path / f"s.{ending}").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    with pytest.raises(Fault, match="is a Git LFS pointer"):
+        import_features(tmp_path / f"s.{ending}")
+
+
 def test_of_several_encoders_features_those_that_are_asked_for_are_read(tmp_path: Path) -> None:
     values, cells = grid()
     path = write_h5(tmp_path / "s.h5", {"features/uni": values, "features/big": 2 * values, "coords": cells * 512}, TRIDENTS, on="/")  # fmt: skip
@@ -312,6 +376,43 @@ def test_coordinates_whose_unit_nobody_says_are_asked_for_and_never_guessed(tmp_
     path = write_h5(tmp_path / "odd.h5", {"features": values, "coords": cells}, {"unit": "furlong"})
     with pytest.raises(Fault, match="counts its coordinates in 'furlong'"):
         import_features(path, 512, 0.5)
+
+
+@pytest.mark.parametrize(("unit", "scale"), [("cells", 1 / 512), ("um", 0.25), ("level1", 0.5), ("level2", 0.25)])
+def test_what_trident_says_of_its_coordinates_is_held_to_them(tmp_path: Path, unit: str, scale: float) -> None:
+    """The user may say what they count instead; a unit that is wrong of the other slides doesn't change these."""
+    values, cells = grid()
+    size = {"level0_width": 5000, "level0_height": 5000}
+    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": cells * 512 * scale}, TRIDENTS | size)
+    with pytest.raises(Fault, match=r"512 level-0 pixels that are .* apart.*count something else.*give features_unit="):
+        import_features(path)
+    if unit in ("cells", "um"):
+        assert np.array_equal(import_features(path, mpp_level0=0.25, unit=unit).slide.cells, cells)
+    good = write_h5(tmp_path / "good.h5", {"features": values, "coords": cells * 512}, TRIDENTS | size)
+    assert np.array_equal(import_features(good, unit="cells").slide.cells, cells)
+    said = write_h5(tmp_path / "said.h5", {"features": values, "coords": cells * 512}, TRIDENTS | size | {"unit": unit if unit == "cells" else "px"})  # fmt: skip
+    if unit == "cells":
+        with pytest.raises(Fault, match=r"19 of 20 tiles beside its slide of 5000 × 5000"):
+            import_features(said)
+    else:
+        assert np.array_equal(import_features(said).slide.cells, cells)
+
+
+@pytest.mark.parametrize(("coords", "said", "sentence"), [
+    (lambda places: places + 10_000, {}, r"20 of 20 tiles beside its slide of 5000 × 5000"), (lambda places: places - 512, {}, "has negative coordinates"),
+    (lambda places: places.astype("u8") + np.uint64(2**63), {}, "where no slide has pixels"), (lambda places: places + 2**62, {}, "where no slide has pixels"),
+    (lambda places: places, {"target_magnification": 1e-300}, r"is 1e\+301 µm wide"), (lambda places: places, {"target_magnification": 1e-4}, "is 1e\\+05 µm wide"),
+    (lambda places: places, {"mpp": 1e-4}, "is 0.0001 µm wide"), (lambda places: places, {"level0_width": 1e300}, "which no slide has"),
+    (lambda places: places, {"patch_size": 1e300}, "which no slide has"), (lambda places: places, {"patch_size_level0": 1e300}, "which no tile has"),
+])  # fmt: skip
+def test_places_and_sizes_that_no_slide_has_are_a_sentence(
+    tmp_path: Path, coords: Callable[[np.ndarray], np.ndarray], said: dict[str, object], sentence: str
+) -> None:
+    values, cells = grid()
+    size = {"level0_width": 5000, "level0_height": 5000}
+    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": coords(cells * 512)}, TRIDENTS | size | said)
+    with pytest.raises(Fault, match=sentence):
+        import_features(path)
 
 
 @pytest.mark.parametrize(("said", "sentence"), [

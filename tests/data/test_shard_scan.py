@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from data.coordinates import UNKNOWN
 from data.fault import Fault
-from data.shard_index import UNKNOWN, ShardIndex, read_jpeg
-from data.shard_scan import left_out, scan
+from data.shard_index import ShardIndex, read_jpeg
+from data.shard_scan import disputed, left_out, scan
 from data.shard_verify import verify_shard
 from launch.entry import main
 from tests.data.foreign_tars import write_tar
@@ -92,7 +93,7 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
         assert main(["shards", "index", f"shards={tmp_path}"]) in (0, None)
         said = capsys.readouterr().err
         assert said.splitlines()[-1].endswith(
-            "20 tiles of 6 slides in 3 shards, indexed; left out: 18 members and 5 files, as said above"
+            "20 tiles of 6 slides in 3 shards, indexed; left out: 18 members, 2 tars (noise.tar, zero.tar) and 3 other files, as said above"
         )
         for line in (
             "8 .png members (as p0.png in mixed.tar): tiles are read from .jpg and .jpeg", "8 .cls members", "1 hidden member",
@@ -119,13 +120,16 @@ def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(t
 
 @pytest.mark.parametrize("spoilt", [
     '[1, 2]', '{"x": NaN}', '{"x": 1e999}', '{"y": 48.7}', '{"x": "left"}', '{"x": 99999999999999999999}', '{"x": [1]}',
+    '{"x": -5}', '{"x": true}', '{"x": 3}', '{"y": "7"}', '{"x": %s, "y": 1}' % ("9" * 400), '{"x": %s, "y": 1}' % ("9" * 5000), '{"x": "%s", "y": 1}' % ("9" * 5000),
+    '{"patient": {"a": 1}}', '{"patient": 1.5}', '{"slide": true}', '{"mpp": true}', '{"mpp_level0": "0.25"}', '{"tile_size": [48]}', '{"mpp": %s}' % ("9" * 400),
     '{"mpp": NaN}', '{"mpp": 0}', '{"tile_size_level0": -3}', '{"mpp": "0.5"}', '{"slide": {"a": 1}}', "", "\xff", "[" * 100_000,
 ])  # fmt: skip
 def test_a_json_that_cannot_be_true_costs_its_tile_and_no_other(tmp_path: Path, spoilt: str) -> None:
     write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", spoilt.encode("latin-1")), ("l.jpg", b"good")])
     (kind,) = left_out(index := scan(tmp_path))[0]
     assert len(index) == 1 and index.length[0] == 4
-    assert str(kind).startswith("1 tile with an impossible .json (as k.json")
+    assert str(kind).startswith("1 tile with an impossible .json (as k.json") and len(str(kind)) < 400
+    assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {"undecodable tile"}
 
 
 def test_a_place_that_the_index_cannot_hold_costs_its_tile_and_is_not_wrapped(tmp_path: Path) -> None:
@@ -135,6 +139,64 @@ def test_a_place_that_the_index_cannot_hold_costs_its_tile_and_is_not_wrapped(tm
     assert [str(kind) for kind in left_out(index)[0]] == [
         f"1 tile at an impossible place (as s_{2**31}_0 in a.tar): no slide has pixels there"
     ]
+
+
+def test_tiles_of_a_slide_that_contradict_one_another_are_named_and_what_they_dispute_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sample(slide: str, x: int, **said: object) -> list[tuple[str, bytes]]:
+        key = f"{slide}_{x}_0"
+        return [
+            (f"{key}.jpg", b"jpeg"),
+            (f"{key}.json", json.dumps({"slide": slide, "x": x, "y": 0, **said}).encode()),
+        ]
+
+    write_tar(tmp_path / "a.tar", [*sample("s", 0, mpp=0.5, tile_size=48, patient="p"), *sample("s", 48, mpp=5.0, tile_size=48), *sample("t", 0, mpp=0.5), *sample("t", 48, mpp=0.50001, tile_size=48)])  # fmt: skip
+    write_tar(tmp_path / "b.tar", [*sample("s", 0, patient="q", mpp=0.5), *sample("t", 0, mpp=0.5), *sample("t", 96)])
+    for _ in range(2):
+        main(["shards", "index", f"shards={tmp_path}"])
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(":  ")[0] for line in lines if line.startswith("to look at: ")] == [
+            "to look at: 1 slide with several mpp (as s: 0.5 and 5.0): its tiles' .json contradict one another, so it counts as not known",
+            "to look at: 1 slide with several patient (as s: 'p' and 'q'): its tiles' .json contradict one another, so it counts as not known",
+            "to look at: 2 tiles at a place that is taken (as (0, 0) of s in a.tar and b.tar): both are in the index, and are trained on twice as often: "
+            "remove one of the tars if one is a copy",
+        ]
+    index = ShardIndex.open(tmp_path)
+    of_s, of_t = (index.facts(index.slides.index(slide)) for slide in "st")
+    assert (of_s["mpp"], of_s["tile_size"], of_s["patient"]) == (None, 48, None)
+    assert (of_t["mpp"], of_t["tile_size"], of_t["patient"]) == (0.5, 48, None)
+    assert len(index) == 7
+
+
+def test_pictures_that_share_a_json_lie_at_one_place_which_is_said(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.one.jpg", b"j"), ("a.two.jpg", b"j"), ("a.json", b'{"x": 0, "y": 0}')])
+    (kind,) = disputed(scan(tmp_path))
+    assert str(kind).startswith("1 tile at a place that is taken (as (0, 0) of a in a.tar)")
+
+
+def test_what_another_program_says_of_its_pictures_is_not_taken_for_the_slides(tmp_path: Path) -> None:
+    said = {"width": 256, "height": 256, "source": ["x"], "thumbnail_downsample": "a", "slide": "s", "patient": 7}
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", json.dumps(said).encode())])
+    facts = scan(tmp_path).facts(0)
+    assert (facts["slide"], facts["patient"], facts["width"], facts["source"]) == ("s", "7", None, None)
+
+
+@pytest.mark.parametrize("key", ["a_{}_1", "a_1_{}"])
+def test_a_number_of_any_length_in_a_key_costs_its_tile_only(tmp_path: Path, key: str) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{key.format('9' * 5000)}.jpg", b"jpeg"), (f"{key.format('²')}.jpg", b"jpeg"), ("b_0_0.jpg", b"jpeg")])  # fmt: skip
+    (kind,) = left_out(index := scan(tmp_path))[0]
+    assert sorted(index.slides) == ["a", "b"] and str(kind).startswith("1 tile at an impossible place (as a_")
+    assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {"undecodable tile"}
+
+
+def test_tars_that_are_none_are_named_with_the_way_out(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg")])
+    (tmp_path / "b.TAR").write_bytes((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "c.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    said = [str(kind) for kind in left_out(scan(tmp_path))[1]]
+    assert said[0] == "b.TAR: its ending is in capitals: rename it to b.tar"
+    assert said[1].startswith("c.tar: is a Git LFS pointer") and "git lfs pull" in said[1]
 
 
 def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Opening, questioning and reading slides; which files are slides, and what they are called."""
 
 import re
+import struct
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from data.coordinates import plan_grid
+from data.dicom_series import series_of
 from data.fault import Fault, Notice
 from data.keyed import rng
 from data.slide_lists import list_slides
@@ -165,11 +167,98 @@ def test_a_file_that_is_no_slide_is_named(tmp_path: Path) -> None:
         Slide(tmp_path / "none.svs")
 
 
+def dicom_header(series: str, implicit: bool = False) -> bytes:
+    """The first elements of a DICOM file, among them a sequence whose length isn't said, with a series of its own inside."""
+
+    def element(tag: int, kind: str, value: bytes, plain: bool = implicit) -> bytes:
+        start, value = struct.pack("<HH", tag >> 16, tag & 0xFFFF), value + b"\0" * (len(value) % 2)
+        if plain:
+            return start + struct.pack("<I", len(value)) + value
+        return (
+            start + kind.encode() + (struct.pack("<HI", 0, len(value)) if kind == "OB" else struct.pack("<H", len(value))) + value
+        )  # fmt: skip
+
+    syntax = b"1.2.840.10008.1.2" if implicit else b"1.2.840.10008.1.2.4.50"
+    endless = struct.pack("<HH", 0x0008, 0x1140) + (b"" if implicit else b"SQ\0\0") + b"\xff" * 4
+    item = bytes.fromhex("feff00e0ffffffff") + element(0x0020000E, "UI", b"9.9.9") + bytes.fromhex("feff0de000000000")
+    return b"".join(
+        (
+            b"\0" * 128 + b"DICM", element(0x00020001, "OB", b"\0\1", False), element(0x00020010, "UI", syntax, False), element(0x00080060, "CS", b"SM"),
+            endless + item + bytes.fromhex("feffdde000000000"), element(0x0020000D, "UI", b"1.2"), element(0x0020000E, "UI", series.encode()), element(0x00280010, "US", b"\0\1"),
+        )
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("implicit", [False, True])
+def test_dicom_files_of_one_series_are_one_slide_and_no_other_is_lost(tmp_path: Path, implicit: bool) -> None:
+    for name, series in {"A_0": "1.2", "A_1": "1.2", "B_0": "1.3", "sub/A_2": "1.2"}.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.dcm").write_bytes(dicom_header(series, implicit))
+        assert series_of(tmp_path / f"{name}.dcm") == series
+    for name, content in {"C_0": b"", "C_1": b"\0" * 128 + b"DICM", "C_2": dicom_header("1.2")[:200]}.items():
+        (tmp_path / f"{name}.dcm").write_bytes(content)
+        assert series_of(tmp_path / f"{name}.dcm") is None
+    wanted = ["A_0.dcm", "B_0.dcm", "C_0.dcm", "C_1.dcm", "C_2.dcm"]
+    for named in (str(tmp_path), str(tmp_path / "*.dcm")):
+        found = [str(path.relative_to(tmp_path)) for path in list_slides([named])]
+        assert found == wanted + (["sub/A_2.dcm"] if named == str(tmp_path) else [])
+    assert list_slides([str(tmp_path / "A_1.dcm")]) == [tmp_path / "A_1.dcm"]
+
+
+def test_the_series_of_a_real_dicom_file_is_openslides(shared: Path) -> None:
+    path = shared / "slides/odd/highdicom_sm_image.dcm"
+    assert series_of(path) == openslide.OpenSlide(path).properties["dicom.SeriesInstanceUID"]
+
+
+def test_what_else_lies_in_a_folder_of_slides_is_counted_on_one_line(tmp_path: Path) -> None:
+    for name in ("a.svs", "b.qptiff", "n/c.qptiff", "t.txt", "n/LICENSE", ".hidden.txt", "m.mrxs", "m/Slidedat.ini", "m/Data0000.dat"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    with pytest.warns(Notice) as said:
+        assert list_slides([str(tmp_path)]) == [tmp_path / "a.svs", tmp_path / "m.mrxs"]
+    (line,) = (str(one.message) for one in said)
+    assert line == f"left alone in {tmp_path}: 2 .qptiff (as 'b.qptiff'), 1 .txt (as 't.txt'), 1 without an ending (as 'LICENSE')"  # fmt: skip
+
+
+def test_lists_that_name_nothing_or_themselves_or_are_no_text_are_a_sentence(tmp_path: Path) -> None:
+    pointer = "version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n"
+    (tmp_path / "a.svs").write_text(pointer)
+    (tmp_path / "to_itself.txt").symlink_to("r.txt")
+    for name, content, sentence in (
+        ("e.txt", b"", "e.txt names no slide: give one a line"), ("c.txt", b"# none\n\n", "c.txt names no slide"), ("r.txt", b"a.svs\nr.txt\n", "r.txt names itself"),
+        ("r.txt", b"to_itself.txt\n", "to_itself.txt names itself"), ("u.txt", "a.svs\n".encode("utf-16-le"), "u.txt holds bytes of 0, as UTF-16"), ("n.csv", b"path\na\0.svs\n", "n.csv holds bytes of 0"),
+        ("h.csv", b'path\n"' + b"a" * 200_000 + b'"\n', r"table .*h.csv can't be read at line 2 \(field larger"), ("p.txt", pointer.encode(), "p.txt is a Git LFS pointer"), ("p.csv", pointer.encode(), "p.csv is a Git LFS pointer"),
+    ):  # fmt: skip
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(Fault, match=sentence):
+            list_slides([str(tmp_path / name)])
+    with pytest.raises(Fault, match=r"a\.svs is a Git LFS pointer .*git lfs pull"):
+        Slide(tmp_path / "a.svs")
+    (tmp_path / "twice.txt").write_text("one.txt\none.txt\n")
+    (tmp_path / "one.txt").write_text("a.svs\n")
+    assert list_slides([str(tmp_path / "twice.txt")]) == [tmp_path / "a.svs"], "named twice is no circle"
+
+
+def test_a_table_whose_columns_of_mpp_contradict_one_another_is_refused(tmp_path: Path) -> None:
+    table = tmp_path / "t.csv"
+    for header, row, sentence in (
+        ("mpp_x,mpp_y", "0.25,0.5", "says mpp_x = 0.25, mpp_y = 0.5 of a.svs"), ("mpp,mpp_y", "0.25,0.3", "mpp_y = 0.3"), ("mpp,microns_per_pixel", "0.25,0.5", "microns_per_pixel = 0.5"),
+        ("mpp_x,mpp_y", "0.25,x", "says mpp_y = 'x' of a.svs"),
+    ):  # fmt: skip
+        table.write_text(f"slide,{header}\na.svs,{row}\n")
+        with pytest.raises(Fault, match=sentence):
+            SlidesMpp.parse(str(table))
+    table.write_text("slide,mpp_x,mpp_y\na.svs,0.25,0.2501\nb.svs,0.5,\n")
+    assert [SlidesMpp.parse(str(table)).of(tmp_path / name) for name in ("a.svs", "b.svs")] == [0.25, 0.5]
+
+
 def test_slides_are_found_in_files_folders_globs_and_lists(tmp_path: Path) -> None:
     names = ["a.svs", "sub/b.tiff", "sub/.hidden.svs", "dicom/1.dcm", "dicom/2.dcm", "notes.md"]
     for name in names:
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
+    for name in names[3:5]:
+        (tmp_path / name).write_bytes(dicom_header("1.2.3"))
     (tmp_path / "list.txt").write_text(f"# mine\n{tmp_path}/a.svs\n\n{tmp_path}/sub\n")
 
     def found(*named: str) -> list[str]:

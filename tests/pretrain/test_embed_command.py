@@ -362,6 +362,38 @@ def test_a_slide_seen_again_under_a_longer_list_keeps_its_id(make_tile_run, slid
     assert EmbeddingStore.open(tmp_path / "out").slides == ["more-one", "one"]
 
 
+def test_another_resolution_than_slides_were_embedded_at_is_refused(make_tile_run, tmp_path):
+    folder, _ = make_tile_run()
+    write_slide(tmp_path / "s.tiff", stained(300, 300, [(150, 150, 120)]), 0.5)
+    out = tmp_path / "out"
+    run(direct(folder, tmp_path / "s.tiff", out))
+    run(direct(folder, tmp_path / "s.tiff", out, "slides_mpp=0.5"))
+    with pytest.raises(
+        Fault, match=r"s\.tiff was embedded as one of 0\.5 µm per pixel, and slides_mpp= says 0\.4 now: choose another"
+    ):
+        run(direct(folder, tmp_path / "s.tiff", out, "slides_mpp=0.4"))
+
+
+def test_another_resolution_than_features_were_taken_over_at_is_refused(tmp_path, capsys):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for slide in ("silent", "says"):
+        with h5py.File(folder / f"{slide}.h5", "w") as file:
+            file["features"], file["coords"] = np.ones((9, 4), np.float32), np.arange(9)[:, None] * [[512, 0]]
+            file["coords"].attrs.update(
+                {"patch_size": 256, "patch_size_level0": 512, **({"mpp": 0.5} if slide == "says" else {})}
+            )
+    words = [f"features={folder}", f"out={tmp_path / 'out'}", "encoder=vit"]
+    with pytest.raises(
+        Fault, match=r"says\.h5 says itself that a level-0 pixel is 0\.25 µm wide.*slides_mpp= says 0\.4"
+    ):
+        run(load("embed", [*words, "slides_mpp=0.4"]).object())
+    store = EmbeddingStore.open(tmp_path / "out")
+    assert store.slides == ["silent"] and store.read("silent").mpp == 0.8
+    with pytest.raises(Fault, match=r"silent\.h5 was embedded as one of 0\.4 µm per pixel, and slides_mpp= says 0\.25"):
+        run(load("embed", [*words, "slides_mpp=0.25"]).object())
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -369,10 +401,29 @@ def test_a_slide_seen_again_under_a_longer_list_keeps_its_id(make_tile_run, slid
         (["shards=s"], "checkpoint=…"),
         (["shards=s", "slides=t", "checkpoint=c"], "not both"),
         (["shards=s", "checkpoint=c", "part=4/3"], "part=3/40"),
+        (["shards=s", "checkpoint=c", "part=²/3"], "part=3/40"),
+        (["shards=s", "checkpoint=c", f"part=1/{'9' * 5000}"], "part=3/40"),
         (["shards=s", "checkpoint=c", "export=h5"], "each must be trident, clam or stamp."),
         (["stage=slide", "checkpoint=c"], "embeddings="),
         (["embeddings=e", "checkpoint=c"], "stage=slide"),
         (["stage=tiles"], "tile or slide"),
+        (
+            ["features=f", "shards=s", "checkpoint=c"],
+            "features= takes over what another program embedded, and checkpoint= and shards= have no effect",
+        ),
+        (
+            ["features=f", "slides=s", "slides_mpp=0.5", "min_tissue=0.1"],
+            "and min_tissue= has no effect there: leave it out, or features=",
+        ),
+        (
+            ["shards=s", "checkpoint=c", "encoder=e", "slides_mpp=0.5"],
+            "encoder= and slides_mpp= have no effect there: leave them out, or shards=",
+        ),
+        (["slides=s", "checkpoint=c", "features_unit=um"], "features_unit= has no effect"),
+        (
+            ["stage=slide", "embeddings=e", "checkpoint=c", "shards=s"],
+            "shards= has no effect there: leave it out, or stage=slide",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_faults_that_say_what_to_give(words, said, tmp_path):

@@ -14,9 +14,12 @@ import pytest
 
 from data.coordinates_h5 import coordinates_path, read_coordinates_h5
 from data.fault import Fault
+from data.given_tiles import given_tiles
 from data.shard_folder import load_rows
 from data.shard_index import ShardIndex
 from data.shards import read_facts
+from data.slides import Slide
+from data.tiling import TilingSettings
 from launch.entry import main
 from pretrain.commands import shards_index, shards_verify
 from tests.data.synthetic_slides import stained, write_slide
@@ -114,7 +117,10 @@ def test_an_index_that_is_lost_is_made_again_and_others_shards_get_theirs(
     assert len(ShardIndex.open(theirs)) == 7
     said = capsys.readouterr().err
     assert "7 tiles of 2 slides in 2 shards, indexed" in said
-    assert "left out: stray.tar: 'pretrain shard' has no record of it" in said and "left out: 1 file, as said" in said
+    assert (
+        "left out: stray.tar: 'pretrain shard' has no record of it" in said
+        and "left out: 1 tar (stray.tar), as said" in said
+    )
 
 
 def test_verify_ends_with_exit_code_1_one_sentence_and_a_report(
@@ -224,6 +230,33 @@ def test_given_coordinates_that_do_not_fit_are_refused_by_name(tmp_path: Path) -
     messages = {slide: row.message for slide, row in load_rows(tmp_path / "out").items()}
     assert "say tile_size=64 mpp=1" in messages["a"] and "about a slide of 9×420" in messages["b"]
     assert "negative coordinates" in messages["c"] and "no coordinates of" in messages["d"]
+
+
+GRID = [(64 * column, 64 * row) for row in range(4) for column in range(4)]
+
+
+@pytest.mark.parametrize(("places", "said", "sentence"), [
+    ([(x // 2, y // 2) for x, y in GRID], {"overlap": 0}, "64 level-0 pixels that are 32 apart"), ([(x // 64, y // 64) for x, y in GRID], None, "64 level-0 pixels that are 1 apart"),
+    ([(x // 2, y // 2) for x, y in GRID], {"overlap": 32}, ""), ([(x // 2, y // 2) for x, y in GRID], None, ""),
+    ([(x // 8, y // 8) for x, y in GRID], {"overlap": 32}, "64 level-0 pixels that are 8 apart"), ([(x + 500, y) for x, y in GRID], {"overlap": 0}, "16 of 16 tiles beside its slide of 500 × 420"),
+])  # fmt: skip
+def test_given_coordinates_are_held_to_what_they_are_said_to_be(
+    tmp_path: Path, places: list[tuple[int, int]], said: dict[str, int] | None, sentence: str
+) -> None:
+    """Tiles that overlap as their file says are cut, and those of CLAM's files, which don't say, where they share half."""
+    write_slide(tmp_path / "s.tiff", stained(420, 500, [(150, 200, 150)]), 0.5)
+    path = tmp_path / "given/s_patches.h5"
+    if said is None:
+        clam(path, places)
+    else:
+        trident(path, places, **said)
+    with Slide(tmp_path / "s.tiff") as slide:
+        settings = TilingSettings(0.5, 64, "given", 0.0)
+        if sentence:
+            with pytest.raises(Fault, match=sentence):
+                given_tiles(slide, "s", path, settings, None, "")
+        else:
+            assert given_tiles(slide, "s", path, settings, None, "")[0].counts()["kept"] == 16
 
 
 # A full disk -------------------------------------------------------------------------------------------------------
