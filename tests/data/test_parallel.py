@@ -74,10 +74,15 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     workers = [int(process.stdout.readline()) for _ in range(2)]
     process.send_signal(signal.SIGKILL)
     process.wait()
+    assert gone(workers)
+
+
+def gone(processes: list[int]) -> bool:
+    """Whether all of them end within some seconds."""
     deadline = time.monotonic() + 20
-    while any(alive(worker) for worker in workers) and time.monotonic() < deadline:
+    while any(alive(process) for process in processes) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not any(alive(worker) for worker in workers)
+    return not any(alive(process) for process in processes)
 
 
 @pytest.mark.parametrize("to", ["everybody", "the parent alone"])
@@ -85,11 +90,9 @@ def test_ctrl_c_ends_workers_in_the_middle_of_their_jobs(to: str, tmp_path: Path
     process = start(tmp_path, "sleep", "sleep", "a")
     assert process.stdout is not None
     workers = [int(process.stdout.readline()) for _ in range(2)]
-    began = time.monotonic()
     os.killpg(process.pid, signal.SIGINT) if to == "everybody" else process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=30)
-    assert time.monotonic() - began < 20 and not any(alive(worker) for worker in workers)
-    assert said.count("Traceback") == 1  # the parent's own
+    _, said = process.communicate(timeout=30)  # the jobs take twice as long
+    assert gone(workers) and "KeyboardInterrupt" in said and "SpawnProcess" not in said  # a worker's own traceback
 
 
 def alive(process: int) -> bool:
