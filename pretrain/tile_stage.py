@@ -170,12 +170,6 @@ class TileTraining(Training):
         self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
         self.sizes = crop_sizes(self.data.crops)
-        group = config.objective.get("group_size", 1)
-        share = self.data.batch_size // (config.trainer.devices * config.trainer.nodes * config.trainer.accumulate)
-        if share % group:
-            raise Fault(
-                f"a micro-batch has {share} tiles, not a multiple of objective.group_size={group}; change data.batch_size, trainer.accumulate or the processes."
-            )
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
         self.slides = SlideSample(self.tiles, config.seed) if watch.every else None

@@ -32,6 +32,7 @@ from data.redaction import redacted_settings
 from models.allowed import one_of, within
 from pretrain import alarms, best, checkpoints, metrics_file, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
+from pretrain.even_shares import require_even
 from pretrain.launched import rank
 from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
@@ -42,7 +43,7 @@ from pretrain.progress import SECONDS_BETWEEN_LINES, Progress, duration, say
 from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
-from pretrain.sharding import CHECKPOINTING, PRECISIONS, ShardedStrategy, materialise, processes_a_copy, shard
+from pretrain.sharding import CHECKPOINTING, PRECISIONS, ShardedStrategy, materialise, shard
 from pretrain.watchdog import Watchdog
 from pretrain.watching import Watch
 
@@ -78,7 +79,7 @@ class Training(L.LightningModule, ABC):
     def __init__(self, run: Path, config: Any, make_objective: Callable[[], Objective], batch_size: int) -> None:
         super().__init__()
         self.automatic_optimization = False
-        require_possible(config.trainer)
+        require_even(config, config.trainer.devices * config.trainer.nodes)
         self.run, self.config, self.make_objective, self.batch_size = run, config, make_objective, batch_size
         self.optim: Optim = config.optim
         self.hardware: Hardware = config.trainer
@@ -577,11 +578,6 @@ def require_owned(objective: Objective) -> None:
             f"{type(objective).__name__} has parameters outside of its networks ({', '.join(loose[:5])}), which nothing would train: put them into a module "
             "that trained() names, or make them buffers."
         )
-
-
-def require_possible(hardware: Hardware) -> None:
-    """Raise Fault for settings under ``trainer:`` that no run can have."""
-    processes_a_copy(hardware.devices * hardware.nodes, hardware.shard_size)
 
 
 def require_devices(hardware: Hardware) -> None:

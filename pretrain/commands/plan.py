@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.redaction import redacted_settings
+from pretrain.even_shares import require_even
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
 from pretrain.plan.evaluation import evaluation
@@ -31,6 +32,7 @@ from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import Input, pace, slide_cost, tile_cost
 from pretrain.ranges import within
+from pretrain.settings import of_the_command_line
 from pretrain.sharding import CHECKPOINTING
 
 GIB = 2**30
@@ -92,6 +94,8 @@ def plan(config: Config) -> dict[str, Any]:
     trainer = shape.trainer
     each = launch.gpus_per_node or (GPUS if gpu else 1)
     processes = launch.nodes * each
+    with of_the_command_line():
+        require_even(shape, processes)
     together = shape.data.processes_per_slide if shape.stage == "slide" else 1
     settings = Settings(processes, trainer.shard_size or processes, trainer.precision, trainer.activation_checkpointing, trainer.accumulate, together)  # fmt: skip
     peak = machine.peak(settings.precision)

@@ -180,7 +180,7 @@ def test_tiles_that_fit_are_read_and_timed(shards: Path) -> None:
     [
         (["data.lanes=2"], 4, 1, "lanes"),
         (["data.lanes=8"], 1, 1, "holds 5 tiles, fewer than data.lanes=8"),
-        (["data.batch_size=6"], 2, 2, "data.batch_size=6 doesn't split into 2 processes × trainer.accumulate=2"),
+        (["data.batch_size=6"], 2, 2, "data.batch_size=6 can't be shared by 2 processes × trainer.accumulate=2"),
     ],
 )
 def test_lanes_and_processes_that_do_not_fit(
@@ -236,8 +236,8 @@ def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "processes", "accumulate", "sentence"),
     [
-        ([], 4, 1, "data.lanes=2 can't be shared evenly by 4 processes or micro-batches"),
-        ([], 2, 2, "data.lanes=2 can't be shared evenly by 4 processes or micro-batches"),
+        ([], 4, 1, "data.lanes=2 can't be shared evenly by 4 processes × trainer.accumulate=1"),
+        ([], 2, 2, "data.lanes=2 can't be shared evenly by 2 processes × trainer.accumulate=2"),
         (["data.processes_per_slide=2"], 3, 1, "data.processes_per_slide=2 doesn't divide the run's 3 processes"),
     ],
 )
