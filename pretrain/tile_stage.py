@@ -22,6 +22,7 @@ from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.encoders import Preprocessing, evaluation_size
 from pretrain.objective import Moment, Objective
+from pretrain.objective_contract import look_of
 from pretrain.plan import operations
 from pretrain.probe_set import ProbeSet
 from pretrain.progress import say
@@ -266,7 +267,7 @@ class TileTraining(Training):
             self.save_samples(parts[0])
         moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
         encoder = watched_encoder(self.objective)
-        figures = self.objective.look(parts, moment) | spread(features_of(encoder, parts))
+        figures = look_of(self.objective, parts, moment) | spread(features_of(encoder, parts))
         if self.slides and self.slides.chosen:
             figures |= self.slides.score(encoder, self.device)
         return figures

@@ -36,6 +36,7 @@ from pretrain.even_shares import require_even
 from pretrain.launched import rank
 from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
+from pretrain.objective_contract import loss_of, require_trainable
 from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
 from pretrain.plan.hardware import peak_of
 from pretrain.preemption import Preemption
@@ -136,7 +137,7 @@ class Training(L.LightningModule, ABC):
             return
         with torch.device("meta"):
             objective = self.make_objective()
-        require_owned(objective)
+        require_trainable(objective)
         assert self.device_mesh is not None
         hardware = self.hardware
         shard(objective, self.device_mesh, hardware.precision, hardware.activation_checkpointing, hardware.compile)
@@ -468,10 +469,10 @@ def gradients(
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(i == len(parts) - 1, recurse=False)
-        loss, figures = objective.loss(part, replace(moment, first=first))
+        loss, figures = loss_of(objective, part, replace(moment, first=first))
         backward(loss / len(parts))
         for name, value in {"loss": loss, **figures}.items():
-            means[name] = means.get(name, 0.0) + wide(value.detach()).to(loss.device) / len(parts)
+            means[name] = means.get(name, 0.0) + wide(value.detach()) / len(parts)
     return means
 
 
@@ -565,18 +566,6 @@ def fit(training: Training, lease: Lease | None = None) -> None:
     if trainer.is_global_zero:
         say(
             f"{training.run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(training.run)}"
-        )
-
-
-def require_owned(objective: Objective) -> None:
-    """Raise Fault for parameters of the objective that no network of it holds: nobody would train, shard or average them."""
-    networks = (*objective.trained().values(), *objective.frozen().values())
-    held = {id(parameter) for network in networks for parameter in network.parameters()}
-    loose = [name for name, parameter in objective.named_parameters() if id(parameter) not in held]
-    if loose:
-        raise Fault(
-            f"{type(objective).__name__} has parameters outside of its networks ({', '.join(loose[:5])}), which nothing would train: put them into a module "
-            "that trained() names, or make them buffers."
         )
 
 

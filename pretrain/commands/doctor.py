@@ -22,7 +22,7 @@ from omegaconf import OmegaConf
 from models.allowed import within
 from pretrain import init, plugins
 from pretrain.commands import tile
-from pretrain.doctor import as_a_run, machine, report, tiles
+from pretrain.doctor import as_a_run, machine, own_objective, report, tiles
 from pretrain.objective import Objective
 from pretrain.tile_stage import TileData, TileTraining
 
@@ -57,6 +57,7 @@ def run(config: Config) -> None:
     checks = report.of_processes(trainer) + report.of_folder(place)
     checks.append(lambda: machine.slides([Path(slide) for slide in config.slides]))
     checks.append(lambda: as_a_run.check(place, config, whole if with_data else None, build))
+    checks.append(lambda: own_objective.check(config))
     if with_data:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
         checks.append(lambda: tiles.check(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices))  # fmt: skip

@@ -79,7 +79,7 @@ def test_every_value_says_what_it_means_where_it_is_introduced(file: Path) -> No
         (["seed"], "'seed' can't be read as key=value"),
         (["optim=null"], "optim=null is not a choice"),
         (["model._target_=models.vit.Nothing"], "models.vit.Nothing can't be imported"),
-        (["model._target_=pathlib.Path"], "pathlib.Path is not a torch nn.Module class"),
+        (["model._target_=pathlib.Path"], "pathlib.Path is no torch nn.Module class"),
     ],
 )
 def test_what_is_not_known_is_refused_in_one_line_with_the_nearest_name(overrides: list[str], sentence: str) -> None:

@@ -102,7 +102,7 @@ def test_one_slide_a_lane_and_step(tmp_path: Path) -> None:
         (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.tissue=otzu"], "data.tissue=otzu is not allowed: it must be otsu, gigapath, clam or hsv."),
         (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.mpp=0.25", "data.workers=1"], "none of the 2 slides"),
         (["data.shards=FOLDER/a", "data.slides_per_lane=3"], "data.slides_per_lane=3 doesn't divide the 4 tiles"),
-        (["data.shards=FOLDER/a", "data._target_=data.stream.Stream"], "data.stream.Stream is not a TileSource"),
+        (["data.shards=FOLDER/a", "data._target_=data.stream.Stream"], "data.stream.Stream is no TileSource"),
     ],
 )  # fmt: skip
 def test_wrong_settings_end_in_one_sentence(folder: Path, settings: list[str], sentence: str) -> None:
