@@ -94,14 +94,14 @@ def plan(config: Config) -> dict[str, Any]:
     trainer = shape.trainer
     each = launch.gpus_per_node or (GPUS if gpu else 1)
     processes = launch.nodes * each
-    with of_the_command_line():
-        require_even(shape, processes)
     together = shape.data.processes_per_slide if shape.stage == "slide" else 1
     settings = Settings(processes, trainer.shard_size or processes, trainer.precision, trainer.activation_checkpointing, trainer.accumulate, together)  # fmt: skip
     peak = machine.peak(settings.precision)
     utilisation = machine.utilisation if config.utilisation is None else config.utilisation
     price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
     room = int(machine.memory_gib * GIB * (1 - config.reserve))
+    with of_the_command_line():
+        require_even(shape, processes)
     known: dict[tuple, Estimate] = {}
 
     def of(wanted: Settings) -> Estimate:

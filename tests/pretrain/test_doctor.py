@@ -445,7 +445,7 @@ def test_nodes_of_a_job_talk_to_each_other_or_say_that_they_cannot(monkeypatch: 
 def test_the_doctor_of_many_processes_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(machine, "all_reduce", lambda processes, _: asked.append(processes) or [])
-    main(["doctor", "trainer.devices=8", "trainer.accelerator=cpu", f"run={tmp_path}"])
+    main(["doctor", "trainer.devices=8", "data.lanes=8", "trainer.accelerator=cpu", f"run={tmp_path}"])
     assert asked == [8]
 
 
