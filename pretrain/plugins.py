@@ -16,7 +16,7 @@ import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -169,6 +169,12 @@ def build_empty(settings: Mapping[str, Any], *arguments: Any) -> Any:
     """`build` a network without memory for its values, which are given to it later."""
     with torch.device("meta"):
         return build(settings, *arguments)
+
+
+def lacks(settings: Mapping[str, Any], base: type) -> bool:
+    """Whether a plug-in's ``settings`` have null where its class takes none: they were left out."""
+    kinds = settings_of(settings["_target_"], base)
+    return any(settings[name] is None and type(None) not in get_args(kind) for name, kind in kinds.items())
 
 
 def build_beside(settings: Any, *arguments: Any) -> Any:

@@ -247,6 +247,9 @@ def _typed(command: str, values: DictConfig) -> DictConfig:
                 kind = plugins.schema(target, ranges.base_of(declared[name]))
             else:
                 kind = plugins.schema_beside(kind, target, loose)
+                for key in plugins.settings_of(target, kind.base) if loose else ():  # type: ignore[attr-defined]
+                    if OmegaConf.is_missing(node, key):
+                        node[key] = None
         fields.append((name, kind))
     return _merged(command, fields, values)
 

@@ -49,12 +49,29 @@ def readable(word: str, text: bool) -> str:
             f"{word}: a list is written in brackets, {key}=[{value}], one value with a comma in quotes, {key}=\"'{value}'\", "
             "and several runs are several commands."
         )
+    if value[:1] == "{":
+        return f"{key}={_kept(value)}"
     if not text:
         return word
     read = override.value()
     if isinstance(read, list) and any(isinstance(item, int | float) for item in read):
         return f"{key}=[{','.join(_as_words(value[1:-1], len(read)))}]"
     return f"{key}={quoted(value)}" if isinstance(read, int | float) else word
+
+
+def _kept(table: str) -> str:
+    """A table in braces, in which numbers that aren't written as they are read are in quotes: 2024_01 is a name, and 1e3 in quotes a number all the
+    same, where a number is wanted."""
+    if "'" in table or '"' in table:
+        return table
+
+    def keep(found: re.Match[str]) -> str:
+        override = parsed(f"x={found[0]}")
+        read = override.value() if override else None
+        changed = isinstance(read, int | float) and not isinstance(read, bool) and str(read) != found[0]
+        return quoted(found[0]) if changed else found[0]
+
+    return re.sub(r"(?<=[:,\[])[^\s,:{}\[\]]+(?=\s*[,}\]])", keep, table)
 
 
 def _as_words(inside: str, count: int) -> list[str]:

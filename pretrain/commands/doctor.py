@@ -19,6 +19,7 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
+from data.tile_source import TileSource
 from models.allowed import within
 from pretrain import init, plugins
 from pretrain.commands import tile
@@ -41,7 +42,7 @@ def run(config: Config) -> None:
     """Check, print, and end with exit code 1 where anything fails."""
     place, trainer, data = Path(config.run), config.trainer, config.data
     as_tile = {field.name: getattr(config, field.name) for field in fields(tile.Config)}
-    with_data = bool(data.get("shards") or "shards" not in data)
+    with_data = not plugins.lacks(data, TileSource) and data.get("shards") != []
 
     def objective() -> Objective:
         return plugins.build(config.objective, lambda: plugins.build(config.model))  # type: ignore[no-any-return]

