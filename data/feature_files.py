@@ -137,7 +137,8 @@ def import_features(
     if scale is None and "target_magnification" in said:
         scale = 10 / said["target_magnification"]
     if scale is None:
-        raise Fault(f"{path} does not say its tiles' µm per pixel: give slides=, which do, or slides_mpp=.")
+        ways_out = "slides=, which do, or slides_mpp= of these, or " if pixels and mpp_level0 is None else ""
+        raise Fault(f"{path} does not say its tiles' µm per pixel: give {ways_out}features_mpp=.")
     if unit == "um":
         assert mpp_level0 is not None
         coords = np.ceil(coords / mpp_level0 - 1e-6)  # a corner is rounded up, so that it stays in its cell

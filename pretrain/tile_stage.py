@@ -112,8 +112,8 @@ class TileData:
     slides_per_lane: Annotated[int | None, within(least=1)]
     threads: Annotated[int, within(least=1)]
     max_bad_fraction: Annotated[float, SHARE]
-    mean: Annotated[list[float], numbers(3), within()]
-    std: Annotated[list[float], numbers(3), within(above=0)]
+    mean: Annotated[list[float], numbers(3), SHARE]  # of pixels between 0 and 1
+    std: Annotated[list[float], numbers(3), within(least=0.001, most=1)]
     crops: Crops
     colour: ColourSettings
     masks: MaskSettings

@@ -69,6 +69,7 @@ class Config:
     slides_mpp: str | None
     encoder: str | None
     features_tile: Annotated[float | None, within(above=0)]
+    features_mpp: Annotated[float | None, within(above=0)]
     features_unit: Annotated[str | None, one_of(*UNITS)]
     allow_plugins: list[str]
 
@@ -179,7 +180,7 @@ def take_over(config: Config, part: int, parts: int) -> None:
         slides = {path.stem: path for path in list_slides(config.slides or [])}
         results, failed = feature_import.take_over(
             files, pending, writer, slides=slides, slides_mpp=SlidesMpp.parse(config.slides_mpp), tile_size_level0=config.features_tile,
-            unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
+            mpp=config.features_mpp, unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
         )  # fmt: skip
         writer.finish(failed)
     store = EmbeddingStore.open(Path(config.out))
