@@ -1,16 +1,16 @@
-"""Why a file that torch should read can't be read, in our words: torch's own advise to switch off what keeps a file from running code."""
+"""Why a file that torch or safetensors should read can't be read, in our words: torch's own advise to switch off what keeps a file from running code."""
 
 import re
 
 
 def why_unreadable(error: Exception) -> str:
-    """A clause for torch.load's error."""
+    """A clause for the error of torch.load, or of safetensors."""
     said = str(error).strip()
     if named := re.search(r"GLOBAL ([\w.]+)", said):
         return f"beside tensors it holds objects of {named[1]}, which can't be read without running code from the file"
     if "weights_only" in said or "Weights only" in said:
         return "it isn't a file that torch.save wrote"
-    if "PytorchStreamReader" in said or "unexpected EOF" in said:
+    if re.search("PytorchStreamReader|unexpected EOF|deserializing header", said):
         return "it is damaged or cut off"
     if isinstance(error, EOFError) and not said:
         return "it is empty, or ends too soon"

@@ -79,6 +79,7 @@ def test_every_value_says_what_it_means_where_it_is_introduced(file: Path) -> No
         (["seed"], "'seed' can't be read as key=value"),
         (["optim=null"], "optim=null is not a choice"),
         (["model._target_=models.vit.Nothing"], "models.vit.Nothing can't be imported"),
+        (["data.shards=null"], "data.shards can't be null: give a value, or leave it out."),
         (["model._target_=pathlib.Path"], "pathlib.Path is no torch nn.Module class"),
     ],
 )
