@@ -23,6 +23,7 @@ from data.fault import Fault
 from data.git_lfs import refuse_pointer
 from data.h5_files import opened
 from data.shard_index import SPOILT
+from data.torch_files import why_unreadable
 
 FEATURES = ("features", "feats", "embeddings")
 COORDS = ("coords", "coordinates")
@@ -171,7 +172,7 @@ def _find_in_tensors(held: Held) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each have their own
         raise Fault(
-            f"{path} can't be read as a tensor ({(str(error) or type(error).__name__).splitlines()[0]})."
+            f"{path} can't be read as a tensor ({why_unreadable(error)}): save the features as a tensor, alone or in a dictionary, or make it again."
         ) from error
     if isinstance(content, list | tuple) and content and all(isinstance(row, torch.Tensor) for row in content):
         shapes = {tuple(row.shape) for row in content}

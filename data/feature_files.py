@@ -138,7 +138,8 @@ def import_features(
     if scale is None and "target_magnification" in said:
         scale = 10 / said["target_magnification"]
     if scale is None:
-        raise Fault(f"{path} does not say its tiles' µm per pixel: give slides=, which do, or slides_mpp=.")
+        ways_out = "slides=, which do, or slides_mpp= of these, or " if pixels and mpp_level0 is None else ""
+        raise Fault(f"{path} does not say its tiles' µm per pixel: give {ways_out}features_mpp=.")
     _refuse_sizes(path, float(side), float(scale), mpp_level0, (*size, pixels))
     if unit == "um":
         assert mpp_level0 is not None

@@ -17,6 +17,7 @@ from types import FrameType
 from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
+from launch.processes import refuse_uneven
 from pretrain import signals
 from pretrain.launched import counted
 from pretrain.preemption import EXIT_CODE
@@ -36,6 +37,8 @@ class Local(Launcher):
         training = composed.command in TRAINING
         if training:
             refuse_without_srun()
+            composed.object()  # what is missing is said once, by this process
+            refuse_uneven(composed, composed.tree.trainer.devices * composed.tree.trainer.nodes)
         if not training or is_a_rank():
             run_here(composed)
             return
@@ -43,7 +46,6 @@ class Local(Launcher):
         if composed.tree.trainer.devices < 2:
             run_here(composed)
             return
-        composed.object()  # what is missing is said once, by this process
         run_together(composed, folder_of(composed).resolve() / "logs" / "local")
 
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data.fault import Fault
-from pretrain.settings import Composed
+from pretrain.settings import Composed, of_the_command_line
 
 
 @dataclass(frozen=True)
@@ -14,12 +14,17 @@ class Processes:
     each: int
     gpus: int
 
+    @property
+    def count(self) -> int:
+        return self.nodes * self.each
+
 
 def trains(composed: Composed) -> bool:
     """Whether a command runs as several processes that act as one: those with settings ``trainer.*`` do."""
     return "trainer" in composed.tree
 
 
+@of_the_command_line()
 def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) -> tuple[Processes, list[str]]:
     """The processes of a command, and the words of its command line with ``trainer.*`` set to match.
 
@@ -61,15 +66,10 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
     ]
 
 
-def refuse_uneven(composed: Composed, processes: Processes) -> None:
-    """Raise Fault where a run's lanes, batch or networks can't be shared by so many processes: the job would find that out when its turn comes."""
+@of_the_command_line()
+def refuse_uneven(composed: Composed, processes: int) -> None:
+    """Raise Fault where a run can't be shared evenly by so many processes: they would find that out when they have started, a job when its turn comes."""
     if trains(composed):
-        from pretrain.plan.batches import Slides  # with PyTorch, which other commands are started without
-        from pretrain.plan.run_shape import run_shape
+        from pretrain.even_shares import require_even  # with PyTorch, which other commands are started without
 
-        data, trainer = composed.tree.data, composed.tree.trainer
-        together = data.get("processes_per_slide", 1)
-        count = processes.nodes * processes.each
-        run_shape(composed, Slides(1, 2, 2)).share(count, trainer.accumulate, together)
-        if trainer.shard_size and count % trainer.shard_size:
-            raise Fault(f"trainer.shard_size={trainer.shard_size} does not divide the {count} processes.")
+        require_even(composed.tree, processes)

@@ -90,7 +90,7 @@ class Slurm(Launcher):
         _refuse_secrets(composed.overrides)
         folder = Path(self.folder) if self.folder else folder_of(composed)
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
-        refuse_uneven(composed, processes)
+        refuse_uneven(composed, processes.count)
         merge = None
         if self.array:
             merge = merging(composed)

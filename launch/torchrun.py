@@ -62,7 +62,7 @@ class Torchrun(Launcher):
         if self.nodes > 1 and self.endpoint is None:
             raise Fault("launch.endpoint must be given: host:port of one of the nodes, where they find each other.")
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
-        refuse_uneven(composed, processes)
+        refuse_uneven(composed, processes.count)
         meeting = (
             ["--standalone"]
             if self.nodes == 1

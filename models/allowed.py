@@ -35,7 +35,9 @@ def within(
 ) -> Allowed:
     """Numbers between bounds; never infinity or NaN."""
     bounds = ((least, "at least"), (above, "more than"), (most, "at most"), (below, "less than"))
-    says = " and ".join(f"{words} {bound:g}" for bound, words in bounds if bound is not None)
+    says = " and ".join(
+        f"{words} {f'{bound:g}' if abs(bound) < 1e6 else f'{bound:,}'}" for bound, words in bounds if bound is not None
+    )
 
     def holds(value: Any) -> bool:
         return (

@@ -39,6 +39,7 @@ def take_over(
     slides: dict[str, Path],
     slides_mpp: SlidesMpp,
     tile_size_level0: float | None,
+    mpp: float | None,
     unit: str | None,
     encoder: str | None,
     max_bad_fraction: float,
@@ -48,7 +49,7 @@ def take_over(
     Rows that aren't finite in float16, or whose place has a row already, are left out and counted, up to ``max_bad_fraction`` of a slide's and in any case one.
 
     slides: the slides' own files by their stems, as far as they are at hand, for their µm per pixel; slides_mpp: what overrules these, and tells of the others;
-    tile_size_level0, unit: of files that don't say it; encoder: whose features are taken, where a file has several's.
+    tile_size_level0, mpp, unit: of files that don't say it; encoder: whose features are taken, where a file has several's.
     """
     results: dict[str, str] = {}
     failed: dict[str, str] = {}
@@ -70,7 +71,7 @@ def take_over(
                     if overruled := opened.overruled(scale):
                         say(overruled)
                     scale = opened.mpp(scale)
-            imported = import_features(path, tile_size_level0, mpp_level0=scale, unit=unit, encoder=encoder)
+            imported = import_features(path, tile_size_level0, mpp, scale, unit=unit, encoder=encoder)
             found, bad = imported.slide, imported.not_finite + imported.double
             rows = len(found.coordinates) + bad
             then = found.mpp * found.tile_size / found.tile_size_level0

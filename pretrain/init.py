@@ -22,14 +22,14 @@ from pretrain.weight_files import CONFIG, is_transformers, read_file, read_trans
 
 def find(source: str, plugins: Collection[str] = ()) -> Published:
     """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain export`` or
-    transformers wrote, a weight file with DINOv2's or timm's names, or a model that timm has weights for.
+    transformers wrote, a weight file with DINOv2's or timm's names (of several encoders in it, the one at ``FILE::PLACE``), or a model that timm has weights for.
 
     ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` where it names nothing or holds no vision transformer.
     """
-    path = Path(source)
-    if path.is_file():
+    path, (file, _, place) = Path(source), source.partition("::")
+    if Path(file).is_file():
         try:
-            return checkpoint_file.read(read_file(path))
+            return checkpoint_file.read(read_file(Path(file)), place)
         except ValueError as error:
             raise Fault(f"init={source} holds no encoder that can be read: {error}") from error
     if not path.is_dir():

@@ -1,7 +1,7 @@
 """What the trainer asks of an objective. A new one is one file in ``pretrain/objectives/`` with such a class."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Module]:
-        """The networks that the optimiser updates, by name; gradients are clipped for each by itself."""
+        """The networks that the optimiser updates, by name, ``encoder`` among them; gradients are clipped for each by itself."""
 
     def frozen(self) -> dict[str, nn.Module]:
         """The networks that are sharded like the trained ones but never see a gradient (a teacher)."""
@@ -37,8 +37,11 @@ class Objective(nn.Module, ABC):
         return parts
 
     @abstractmethod
-    def loss(self, batch: Any, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of one micro-batch, a scalar whose mean over equal micro-batches and ranks is optimised, and figures to log."""
+    def loss(self, batch: Any, moment: Moment) -> tuple[Tensor, Mapping[str, Tensor | float]]:
+        """The loss of one micro-batch, a scalar whose mean over equal micro-batches and ranks is optimised, and figures to log.
+
+        A network is called as a whole, ``self.projector(x)``: its parameters are gathered for the call, and only then.
+        """
 
     def look(self, parts: Sequence[Any], moment: Moment) -> dict[str, float]:
         """Figures of all ranks' micro-batches that are too costly for every step, asked for now and then, after a step."""

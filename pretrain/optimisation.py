@@ -29,12 +29,17 @@ def check_warmup(warmup_steps: int, steps: int, schedule_steps: int | None) -> N
         )
 
 
+MOST_STEPS = (
+    10**9
+)  # hundreds of the longest published runs; with more, a moment's place in its schedule is no longer exact
+
+
 @dataclass
 class Optim:
     """The settings under ``optim:``, explained beside their values in ``configs/optim/``."""
 
-    steps: Annotated[int, within(least=1)]
-    schedule_steps: Annotated[int | None, within(least=1)]
+    steps: Annotated[int, within(least=1, most=MOST_STEPS)]
+    schedule_steps: Annotated[int | None, within(least=1, most=MOST_STEPS)]
     lr: Annotated[float, within(least=0)]
     lr_scaling: Annotated[str, one_of(*SCALINGS)]
     lr_final: Annotated[float, within(least=0)]

@@ -12,10 +12,11 @@ import importlib
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import nn
@@ -48,8 +49,18 @@ def locate(target: str, base: type = nn.Module, allowed: Collection[str] | None 
     except (ImportError, AttributeError, ValueError) as error:
         raise Fault(f"_target_: {target} can't be imported ({error}); give the dotted path of a class.") from error
     if not (inspect.isclass(found) and issubclass(found, base)):
-        wanted = "torch nn.Module class, so it can't be a model or an objective" if base is nn.Module else base.__name__
-        raise Fault(f"_target_: {target} is not a {wanted}.")
+        wanted = (
+            "torch nn.Module class, so it can't be a model"
+            if base is nn.Module
+            else "class"
+            if base is object
+            else f"{base.__name__}: derive it from {base.__module__}.{base.__qualname__}"
+        )
+        raise Fault(f"_target_: {target} is no {wanted}.")
+    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
+        raise Fault(
+            f"_target_: {target} can't be built, since it lacks {' and '.join(f'{name}()' for name in lacking)}."
+        )
     return found
 
 
@@ -71,7 +82,27 @@ def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
     constructor = locate(target, base).__init__  # type: ignore[misc]
     hints = hints_of(constructor)
     names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if untyped := [name for name in names if name not in hints]:
+        raise Fault(f"_target_: {target} doesn't say what type its {', '.join(untyped)} is of: {untyped[0]}: int, say.")
     return {name: hints[name] for name in names}
+
+
+def why_unknown(target: str, name: str) -> str | None:
+    """Why ``name`` is no setting of the class that ``target`` names although its constructor takes it, or None where it doesn't."""
+    parameters = inspect.signature(locate(target, object).__init__).parameters  # type: ignore[misc]
+    by_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if name in parameters or by_name:
+        return (
+            f"the settings of {target} are the arguments behind a * in its constructor, and {name} isn't one: write it as "
+            f"def __init__(self, …, *, {name}: int)."
+        )
+    return None
+
+
+def has_default(target: str, name: str) -> bool:
+    """Whether the constructor of the class that ``target`` names has a value for a setting."""
+    parameter = inspect.signature(locate(target, object).__init__).parameters.get(name)  # type: ignore[misc]
+    return parameter is not None and parameter.default is not parameter.empty
 
 
 def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
@@ -80,7 +111,7 @@ def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
         return get_type_hints(kind, include_extras=include_extras)
     except NameError as error:
         raise Fault(
-            f"the types of {getattr(kind, '__qualname__', kind)} in {kind.__module__} can't be told ({error}): import what they name outside of TYPE_CHECKING."
+            f"the types of {getattr(kind, '__qualname__', kind)} in {kind.__module__} can't be told ({error}): import what they name, and not under TYPE_CHECKING alone."
         ) from error
 
 
@@ -107,19 +138,43 @@ def build(
 ) -> Any:
     """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings; see `locate`.
 
-    A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it.
+    A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so does any error of a
+    class that isn't ours, with its traceback.
     """
     target = locate(settings["_target_"], base, allowed)
     try:
         return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
     except ValueError as error:
         raise Fault(f"{target.__name__}: {error}") from error
+    except Exception as error:
+        if isinstance(error, Fault) or is_ours(target):
+            raise
+        said = traceback.format_exception_only(error)[-1].strip()
+        raise Fault(f"{target.__name__} can't be built: {said}; above is where.", trace=own_trace(error)) from error
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class is of this project, and its errors are defects of ours."""
+    return kind.__module__.partition(".")[0] in OURS
+
+
+def own_trace(error: BaseException) -> str:
+    """The traceback of what was called, without the call; for code of the user's own."""
+    return "".join(
+        traceback.format_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+    )
 
 
 def build_empty(settings: Mapping[str, Any], *arguments: Any) -> Any:
     """`build` a network without memory for its values, which are given to it later."""
     with torch.device("meta"):
         return build(settings, *arguments)
+
+
+def lacks(settings: Mapping[str, Any], base: type) -> bool:
+    """Whether a plug-in's ``settings`` have null where its class takes none: they were left out."""
+    kinds = settings_of(settings["_target_"], base)
+    return any(settings[name] is None and type(None) not in get_args(kind) for name, kind in kinds.items())
 
 
 def build_beside(settings: Any, *arguments: Any) -> Any:

@@ -9,6 +9,8 @@ from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
 
+from torch import nn
+
 from data.fault import Fault
 from models.allowed import Agreements, Allowed, matching, one_of, within
 from pretrain import plugins
@@ -86,6 +88,12 @@ def apart(kind: Any) -> tuple[Any, list[Allowed]]:
     kind, *extras = get_args(kind)
     kind = next((extra for extra in extras if dataclasses.is_dataclass(extra) and isinstance(extra, type)), kind)
     return kind, [extra for extra in extras if isinstance(extra, Allowed)]
+
+
+def base_of(kind: Any) -> type:
+    """The class that a plug-in's must be: what is declared beside its type, or any network."""
+    beside = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return next((extra for extra in beside if isinstance(extra, type)), nn.Module)
 
 
 def _inside(kind: Any, value: Any) -> Iterator[Any]:

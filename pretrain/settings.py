@@ -82,6 +82,7 @@ class Composed:
             given = " ".join(f"{key}=…" for key in missing)
             raise Fault(
                 f"{', '.join(missing)} must be given: pretrain {self.command} {given} ('pretrain {self.command} --help' explains)."
+                f"{_of_constructors(self.tree, missing)}"
             )
         config = importlib.import_module(f"pretrain.commands.{stem(self.command)}").Config
         values = vars(OmegaConf.to_object(self.tree))
@@ -110,8 +111,12 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
         if config_dirs
         else []
     )
-    words = [readable(word, _is_text(command, _key(word))) for word in overrides]
+    words = [readable(word, _is_text(_hints(command), _key(word))) for word in overrides]
     values, choices = _compose(command, words, search, directories)
+    told = [_as_typed(word, values) for word in words]
+    if told != words:
+        words = told
+        values, choices = _compose(command, words, search, directories)
     left_out = _leave_out(command, words, search, directories, values, choices)
     launch = _typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = _typed(command, values)
@@ -195,9 +200,18 @@ def _hints(command: str) -> dict[str, Any]:
     return {name: kind for name, kind in get_type_hints(_config(command)).items() if get_origin(kind) is not ClassVar}
 
 
-def _is_text(command: str, key: str) -> bool:
-    """Whether a dotted key is a command's own setting of words; those of plug-ins aren't known before composing."""
-    kinds, kind = _hints(command), None
+def _as_typed(word: str, values: DictConfig) -> str:
+    """A word of the command line, in quotes where Hydra would read a number, and its plug-in's setting is text; which plug-in, composing said."""
+    node, dot, rest = _key(word).partition(".")
+    target = OmegaConf.select(values, f"{node}._target_") if dot else None
+    if not isinstance(target, str):
+        return word
+    return readable(word, _is_text(plugins.settings_of(target, object), rest))
+
+
+def _is_text(kinds: dict[str, Any], key: str) -> bool:
+    """Whether a dotted key is a setting of words, of a command's own or of a plug-in's ``kinds``."""
+    kind = None
     for part in key.split("."):
         kind = kinds.get(part)
         kinds = get_type_hints(kind) if dataclasses.is_dataclass(kind) else {}
@@ -229,15 +243,21 @@ def _typed(command: str, values: DictConfig) -> DictConfig:
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 raise Fault(f"{name}._target_ is missing: it names the class to build.")
             target = node["_target_"]
-            kind = plugins.schema(target) if kind == plugins.Plugin else plugins.schema_beside(kind, target, loose)
+            if kind == plugins.Plugin:
+                kind = plugins.schema(target, ranges.base_of(declared[name]))
+            else:
+                kind = plugins.schema_beside(kind, target, loose)
+                for key in plugins.settings_of(target, kind.base) if loose else ():  # type: ignore[attr-defined]
+                    if OmegaConf.is_missing(node, key):
+                        node[key] = None
         fields.append((name, kind))
     return _merged(command, fields, values)
 
 
 def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> DictConfig:
     """The values, typed by a schema of these fields. Raises Fault for what it doesn't know, and for values of another type."""
-    tree = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
     try:
+        tree = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
         _spread_lists(dict(fields), values)
         _expand_home(values)
         return OmegaConf.merge(tree, values)  # type: ignore[return-value]
@@ -245,11 +265,32 @@ def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> 
         raise Fault(_unresolved(error)) from error
     except OmegaConfBaseException as error:
         key = str(error.full_key or error.key)
+        if wrong := re.match("Unexpected type annotation: (.*)", str(error)):
+            raise Fault(
+                f"{key} can't be a setting, since its type is {wrong[1]}: write bool, int, float, str, list[…] or dict[str, …] of these, or a "
+                "dataclass, with ' | None' behind it where null is allowed."
+            ) from error
         if "not in" in str(error):
+            node, _, name = key.rpartition(".")
+            target = OmegaConf.select(values, f"{node}._target_") if node else None
+            if target is not None and (why := plugins.why_unknown(target, name)):
+                raise Fault(f"there is no setting {key!r}: {why}") from error
             raise Fault(
                 f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, {known for known in _keys(values) if known != key and not known.startswith(f'{key}.')})}"
             ) from error
+        if "is not Optional" in str(error):
+            raise Fault(f"{key} can't be null: give a value, or leave it out.") from error
         raise Fault(f"{key}: {str(error).splitlines()[0]}") from error
+
+
+def _of_constructors(tree: DictConfig, missing: list[str]) -> str:
+    """A further sentence where a class's constructor has the values that are missing."""
+    for key in missing:
+        node, _, name = key.rpartition(".")
+        target = OmegaConf.select(tree, f"{node}._target_") if node else None
+        if target is not None and plugins.has_default(target, name):
+            return f" The defaults of {target.rpartition('.')[2]}'s constructor don't count: every value is in its YAML file."
+    return ""
 
 
 def _unresolved(error: OmegaConfBaseException) -> str:

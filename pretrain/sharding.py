@@ -108,7 +108,12 @@ def shard(
                         fully_shard(block, mesh=mesh, mp_policy=inside)
         # A teacher has no backward, so nothing but this would free its root's gathered parameters; at one process the
         # mistake goes unnoticed.
-        fully_shard(network, mesh=mesh, mp_policy=outside, reshard_after_forward=True)
+        try:
+            fully_shard(network, mesh=mesh, mp_policy=outside, reshard_after_forward=True)
+        except ValueError as error:
+            raise Fault(
+                f"{type(objective).__name__}: a {type(network).__name__} can't be shared out over processes: {error}"
+            ) from error
 
 
 def recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:
@@ -143,7 +148,7 @@ def materialise(
     begin: Callable[[Objective], None] | None = None,
     make_objective: Callable[[], Objective] | None = None,
 ) -> None:
-    """Give an objective on the meta device memory and first values. Raises ValueError naming a tensor left without, on all ranks.
+    """Give an objective on the meta device memory and first values. Raises Fault naming a tensor left without, on all ranks.
 
     ``begin`` may put other values into the trained networks before a teacher is copied from them. ``make_objective`` builds the same
     objective anew: what no network's ``initialise`` gives a value has the one that its constructor gives it there.
@@ -178,8 +183,8 @@ def materialise(
                 assign(tensor, theirs[name])
         unset = _unset(tensors)
     if unset:
-        raise ValueError(
-            f"{unset[0]} has no initial value: its network's initialise(), or the objective's start(), doesn't fill it "
+        raise Fault(
+            f"{type(objective).__name__}: {unset[0]} has no initial value: its network's initialise(), or the objective's start(), doesn't fill it "
             f"({len(unset)} such tensors)"
         )
 

@@ -49,7 +49,37 @@ def readable(word: str, text: bool) -> str:
             f"{word}: a list is written in brackets, {key}=[{value}], one value with a comma in quotes, {key}=\"'{value}'\", "
             "and several runs are several commands."
         )
-    return f"{key}={quoted(value)}" if text and isinstance(override.value(), int | float) else word
+    if value[:1] == "{":
+        return f"{key}={_kept(value)}"
+    if not text:
+        return word
+    read = override.value()
+    if isinstance(read, list) and any(isinstance(item, int | float) for item in read):
+        return f"{key}=[{','.join(_as_words(value[1:-1], len(read)))}]"
+    return f"{key}={quoted(value)}" if isinstance(read, int | float) else word
+
+
+def _kept(table: str) -> str:
+    """A table in braces, in which numbers that aren't written as they are read are in quotes: 2024_01 is a name, and 1e3 in quotes a number all the
+    same, where a number is wanted."""
+    if "'" in table or '"' in table:
+        return table
+
+    def keep(found: re.Match[str]) -> str:
+        override = parsed(f"x={found[0]}")
+        read = override.value() if override else None
+        changed = isinstance(read, int | float) and not isinstance(read, bool) and str(read) != found[0]
+        return quoted(found[0]) if changed else found[0]
+
+    return re.sub(r"(?<=[:,\[])[^\s,:{}\[\]]+(?=\s*[,}\]])", keep, table)
+
+
+def _as_words(inside: str, count: int) -> list[str]:
+    """The items of a list as they are written, those in quotes too where nothing else could be meant; Fault where commas don't tell."""
+    parts = [part.strip() for part in inside.split(",")]
+    if len(parts) != count:
+        raise Fault(f"[{inside}]: put each of its names that looks like a number in quotes.")
+    return [part if part[:1] in ("'", '"') else quoted(part) for part in parts]
 
 
 def parsed(word: str) -> Override | None:

@@ -17,6 +17,7 @@ from pretrain import checkpoints
 from pretrain.encoders import device_of, find_checkpoint, freeze
 from pretrain.plugins import build
 from pretrain.settings import CONFIGS
+from pretrain.weight_files import read_file
 
 RELEASED = {(768, 12), (1024, 24), (1536, 12)}  # width and depth of the published configurations, all with 16 heads
 TILE_ENCODER = "tile_encoder.json"  # in a slide run's folder: whose embeddings it was trained on
@@ -71,14 +72,13 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
 def _released(path: Path, device: torch.device) -> SlideEncoder:
     """A file in the released format, whose sizes are read off its tensors and whose heads and segments are the published ones."""
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["model"]
+        state: dict[str, Any] = read_file(path)["model"]
         input_width, width = state["patch_embed.proj.weight"].shape[1], state["cls_token"].shape[-1]
         depth = 1 + max(int(name.split(".")[2]) for name in state if name.startswith("encoder.layers."))
         hidden = state["encoder.layers.0.ffn.fc1.weight"].shape[0]
-    except (OSError, RuntimeError, KeyError, TypeError, ValueError) as error:
-        raise Fault(
-            f"{path} is no released slide encoder ({str(error).splitlines()[0]}): give one, or a slide run."
-        ) from error
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        why = f"it lacks {error}" if isinstance(error, KeyError) else str(error)
+        raise Fault(f"{path} is no released slide encoder ({why}): give one, or a slide run.") from error
     if (width, depth) not in RELEASED:
         raise Fault(
             f"{path} has width {width} and {depth} layers, which is no published size, so its heads and segments are not known: "

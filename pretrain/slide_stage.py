@@ -22,7 +22,7 @@ from data.standardisation import Statistics
 from models.allowed import SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from pretrain import signals
-from pretrain.across_ranks import total, world_size
+from pretrain.across_ranks import total
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan import operations
 from pretrain.progress import say, track
@@ -82,9 +82,7 @@ def sequences_of(store: EmbeddingStore, statistics: Statistics, data: SlideData,
 
 
 def process_group(together: int) -> Group:
-    """This process's group of ``together`` neighbouring ranks, None for one. Raises ValueError unless they divide the processes."""
-    if together < 1 or world_size() % together:
-        raise ValueError(f"it must divide the run's {world_size()} processes (trainer.devices × trainer.nodes)")
+    """This process's group of ``together`` neighbouring ranks, None for one."""
     return dist.new_subgroups(together)[0] if together > 1 else None
 
 

@@ -2,11 +2,14 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data.fault import Fault
 from data.lease import once
@@ -18,7 +21,7 @@ from data.slide_tiles import SlideTiles
 from data.tile_source import TileSource
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, SOME, TILE, one_of, within
+from models.allowed import SHARE, SOME, TILE, Agreements, one_of, within
 from pretrain import plugins, ranges
 from pretrain.progress import say, track
 from pretrain.settings import CONFIGS, nearest
@@ -42,7 +45,7 @@ class OnlineSlides(Mixture):
         self,
         group: int = 1,
         *,
-        slides: list[str],
+        slides: Annotated[list[str], SOME],
         grids: str,
         mpp: Annotated[list[float], SOME, within(above=0)],
         tile_size: Annotated[int, TILE],
@@ -70,46 +73,78 @@ class OnlineSlides(Mixture):
         super().__init__(members)
 
 
+def check_members(members: Mapping[str, Any] | None) -> None:
+    """Raise Fault for members of a mixture that name no source, or have settings that it hasn't; None: the doctor looks at none."""
+    if members is None:
+        return
+    if not members:
+        raise Fault("data.members is empty: name the sources to mix, as data.members={a:{shards:…,weight:1},b:{…}}.")
+    for name, member in members.items():
+        _member(name, member)
+
+
 class WeightedMixture(Mixture):
     """Several sources with a weight each, exact in the long run. A member is ``{weight: …}`` and the settings of its kind:
     ``shards`` as in ``data=tiles``, ``slides`` and the like as in ``data=online``, or any class that its ``_target_`` names."""
 
+    agreements: ClassVar[Agreements] = {("members",): check_members}
+
     def __init__(self, group: int = 1, *, members: dict[str, Any]) -> None:
-        if not members:
-            raise Fault(
-                "data.members is empty: name the sources to mix, as data.members={a:{shards:…,weight:1},b:{…}}."
-            )
-        for name, member in members.items():
-            if not isinstance(member, Mapping):
-                raise Fault(f"data.members.{name}={member} is no source: give its settings, {{shards:…,weight:1}}.")
-        super().__init__({name: _member(name, dict(member), group) for name, member in members.items()})
+        check_members(members)
+        typed = {name: _member(name, member) for name, member in members.items()}
+        super().__init__(
+            {
+                name: (plugins.build(settings, group, base=TileSource), weight)
+                for name, (settings, weight) in typed.items()
+            }
+        )
 
 
-def _member(name: str, given: dict[str, Any], group: int) -> tuple[TileSource, float]:
-    """A member's source and weight. Raises Fault for what it lacks, and for settings that its kind doesn't have."""
-    if "weight" not in given:
-        raise Fault(f"data.members.{name}.weight is missing: it is the member's share, in any scale.")
-    ranges.check(given, {"weight": Annotated[float, within(above=0)]}, f"data.members.{name}.")
-    weight = float(given.pop("weight"))
+def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
+    """A member's settings, with the class that they are of, and its weight. Raises Fault for what it lacks, for settings that its kind doesn't
+    have, and for values of another type or out of their range."""
+    prefix = f"data.members.{name}."
+    if not isinstance(given, Mapping):
+        raise Fault(f"data.members.{name}={given} is no source: give its settings, {{shards:…,weight:1}}.")
+    if given.get("weight") is None:
+        raise Fault(f"{prefix}weight is missing: it is the member's share, in any scale.")
     defaults = _defaults(name, given)
-    wanted = plugins.settings_of(defaults["_target_"], TileSource)
-    settings = (
-        {key: value for key, value in defaults.items() if key in wanted} | given | {"_target_": defaults["_target_"]}
-    )
+    wanted = {"weight": float} | plugins.settings_of(defaults["_target_"], TileSource)
+    settings = {key: value for key, value in defaults.items() if key in wanted} | dict(given)
     for key in settings.keys() - wanted.keys() - {"_target_"}:
-        raise Fault(f"there is no setting 'data.members.{name}.{key}'{nearest(key, set(wanted) | {'weight'})}")
+        raise Fault(f"there is no setting '{prefix}{key}'{nearest(key, set(wanted))}")
     for key, kind in wanted.items():
-        if settings.get(key, "???") == "???":
-            raise Fault(f"data.members.{name}.{key} must be given.")
+        if settings.get(key, ranges.MISSING) == ranges.MISSING:
+            raise Fault(f"{prefix}{key} must be given.")
         if kind in (list[str], list[float]) and not isinstance(settings[key], list):
             settings[key] = [settings[key]]
+        if settings[key] == []:
+            raise Fault(f"{prefix}{key} is empty: give a value, or leave the member out.")
+        settings[key] = _typed(f"{prefix}{key}", kind, settings[key])
+    settings["_target_"] = defaults["_target_"]
+    weight = settings.pop("weight")
+    ranges.check({"weight": weight}, {"weight": Annotated[float, within(above=0)]}, prefix)
     ranges.check({name: settings}, {name: plugins.Plugin}, "data.members.")
-    return plugins.build(settings, group, base=TileSource), weight
+    return settings, weight
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A value as one of its type. Raises Fault where it can't be."""
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(make_dataclass("Setting", [("value", kind)])), {"value": value})
+        return OmegaConf.to_container(tree)["value"]  # type: ignore[call-overload, index]
+    except OmegaConfBaseException as error:
+        raise Fault(f"{name}: {str(error).splitlines()[0]}") from error
 
 
 def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if "_target_" in given:
         return {"_target_": given["_target_"]}
+    kinds = [key for key in KINDS if key in given]
+    if len(kinds) > 1:
+        raise Fault(
+            f"data.members.{name} has {' and '.join(f'{key}=…' for key in kinds)}: a member is one source; make it two."
+        )
     for key, file in KINDS.items():
         if key in given:
             return yaml.safe_load((CONFIGS / "data" / f"{file}.yaml").read_text())

@@ -22,6 +22,7 @@ from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.encoders import Preprocessing, evaluation_size
 from pretrain.objective import Moment, Objective
+from pretrain.objective_contract import look_of
 from pretrain.plan import operations
 from pretrain.probe_set import ProbeSet
 from pretrain.progress import say
@@ -111,8 +112,8 @@ class TileData:
     slides_per_lane: Annotated[int | None, within(least=1)]
     threads: Annotated[int, within(least=1)]
     max_bad_fraction: Annotated[float, SHARE]
-    mean: Annotated[list[float], numbers(3), within()]
-    std: Annotated[list[float], numbers(3), within(above=0)]
+    mean: Annotated[list[float], numbers(3), SHARE]  # of pixels between 0 and 1
+    std: Annotated[list[float], numbers(3), within(least=0.001, most=1)]
     crops: Crops
     colour: ColourSettings
     masks: MaskSettings
@@ -170,12 +171,6 @@ class TileTraining(Training):
         self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
         self.sizes = crop_sizes(self.data.crops)
-        group = config.objective.get("group_size", 1)
-        share = self.data.batch_size // (config.trainer.devices * config.trainer.nodes * config.trainer.accumulate)
-        if share % group:
-            raise Fault(
-                f"a micro-batch has {share} tiles, not a multiple of objective.group_size={group}; change data.batch_size, trainer.accumulate or the processes."
-            )
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
         self.slides = SlideSample(self.tiles, config.seed) if watch.every else None
@@ -272,7 +267,7 @@ class TileTraining(Training):
             self.save_samples(parts[0])
         moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
         encoder = watched_encoder(self.objective)
-        figures = self.objective.look(parts, moment) | spread(features_of(encoder, parts))
+        figures = look_of(self.objective, parts, moment) | spread(features_of(encoder, parts))
         if self.slides and self.slides.chosen:
             figures |= self.slides.score(encoder, self.device)
         return figures

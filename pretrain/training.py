@@ -32,9 +32,11 @@ from data.redaction import redacted_settings
 from models.allowed import one_of, within
 from pretrain import alarms, best, checkpoints, metrics_file, preemption, run_folder, signals
 from pretrain.across_ranks import total, world_size
+from pretrain.even_shares import require_even
 from pretrain.launched import rank
 from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
+from pretrain.objective_contract import loss_of, require_trainable
 from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
 from pretrain.plan.hardware import peak_of
 from pretrain.preemption import Preemption
@@ -42,7 +44,7 @@ from pretrain.progress import SECONDS_BETWEEN_LINES, Progress, duration, say
 from pretrain.record import Record, Wandb
 from pretrain.saving import Saver
 from pretrain.schedules import cosine
-from pretrain.sharding import CHECKPOINTING, PRECISIONS, ShardedStrategy, materialise, processes_a_copy, shard
+from pretrain.sharding import CHECKPOINTING, PRECISIONS, ShardedStrategy, materialise, shard
 from pretrain.watchdog import Watchdog
 from pretrain.watching import Watch
 
@@ -78,7 +80,7 @@ class Training(L.LightningModule, ABC):
     def __init__(self, run: Path, config: Any, make_objective: Callable[[], Objective], batch_size: int) -> None:
         super().__init__()
         self.automatic_optimization = False
-        require_possible(config.trainer)
+        require_even(config, config.trainer.devices * config.trainer.nodes)
         self.run, self.config, self.make_objective, self.batch_size = run, config, make_objective, batch_size
         self.optim: Optim = config.optim
         self.hardware: Hardware = config.trainer
@@ -135,7 +137,7 @@ class Training(L.LightningModule, ABC):
             return
         with torch.device("meta"):
             objective = self.make_objective()
-        require_owned(objective)
+        require_trainable(objective)
         assert self.device_mesh is not None
         hardware = self.hardware
         shard(objective, self.device_mesh, hardware.precision, hardware.activation_checkpointing, hardware.compile)
@@ -459,10 +461,10 @@ def gradients(
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(i == len(parts) - 1, recurse=False)
-        loss, figures = objective.loss(part, replace(moment, first=first))
+        loss, figures = loss_of(objective, part, replace(moment, first=first))
         backward(loss / len(parts))
         for name, value in {"loss": loss, **figures}.items():
-            means[name] = means.get(name, 0.0) + wide(value.detach()).to(loss.device) / len(parts)
+            means[name] = means.get(name, 0.0) + wide(value.detach()) / len(parts)
     return means
 
 
@@ -557,23 +559,6 @@ def fit(training: Training, lease: Lease | None = None) -> None:
         say(
             f"{training.run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(training.run)}"
         )
-
-
-def require_owned(objective: Objective) -> None:
-    """Raise Fault for parameters of the objective that no network of it holds: nobody would train, shard or average them."""
-    networks = (*objective.trained().values(), *objective.frozen().values())
-    held = {id(parameter) for network in networks for parameter in network.parameters()}
-    loose = [name for name, parameter in objective.named_parameters() if id(parameter) not in held]
-    if loose:
-        raise Fault(
-            f"{type(objective).__name__} has parameters outside of its networks ({', '.join(loose[:5])}), which nothing would train: put them into a module "
-            "that trained() names, or make them buffers."
-        )
-
-
-def require_possible(hardware: Hardware) -> None:
-    """Raise Fault for settings under ``trainer:`` that no run can have."""
-    processes_a_copy(hardware.devices * hardware.nodes, hardware.shard_size)
 
 
 def require_devices(hardware: Hardware) -> None:

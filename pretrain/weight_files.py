@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data.fault import Fault
 from data.git_lfs import refuse_pointer
+from data.torch_files import why_unreadable
 from models.formats import transformers
 from models.formats.published import Published
 
@@ -32,11 +33,8 @@ def read_file(path: Path) -> dict[str, Any]:
         with torch.serialization.safe_globals([argparse.Namespace]):  # DINO keeps its options beside the weights
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped(path))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError) as error:
-        cause = (str(error).strip() or "it is empty" * (not path.stat().st_size) or type(error).__name__).splitlines()[
-            0
-        ]
         raise Fault(
-            f"{path} can't be read as weights ({cause}): download it again, or save its state dict alone as safetensors"
+            f"{path} can't be read as weights ({why_unreadable(error)}): download it again, or save its state dict alone as safetensors"
         ) from error
     if not isinstance(held, dict):
         raise Fault(f"{path} holds a {type(held).__name__}, not a state dict")

@@ -18,7 +18,8 @@ from models.formats import dinov2, timm
 from models.formats.published import Published, Weights, listed
 
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
-CLASS_TOKEN = "cls_token"
+CLASS_TOKEN, MASK_TOKEN = "cls_token", "mask_token"
+DECODER = "decoder_"  # of MAE's own code, in one state dict with the encoder
 NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEEPEST = 20  # dictionaries inside of each other
 TRANSFORMERS = "embeddings."
@@ -42,13 +43,16 @@ class Found:
     weights: Weights
 
 
-def read(checkpoint: Mapping[str, Any]) -> Published:
-    """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint.
+def read(checkpoint: Mapping[str, Any], place: str = "") -> Published:
+    """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint, of several the one at ``place``.
 
-    Raises ValueError where it holds none, several that nothing tells apart, or one of a format that isn't read.
+    What MAE keeps beside its encoder, ``decoder_…`` and the decoder's mask token, is left out. Raises ValueError where it holds none, several that nothing tells apart, or one of a format that isn't read.
     """
-    found, left_out = backbone(checkpoint)
+    found, left_out = backbone(checkpoint, place)
     weights = found.weights
+    if any(name.startswith(DECODER) for name in weights):
+        weights = {name: t for name, t in weights.items() if not name.startswith(DECODER) and name != MASK_TOKEN}
+        left_out.append("decoder")
     for name, tensor in weights.items():
         if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NUMBERS:
             raise ValueError(
@@ -58,7 +62,7 @@ def read(checkpoint: Mapping[str, Any]) -> Published:
         raise ValueError("it has transformers' names, which mean little without config.json: give its folder")
     if "pos_embed" not in weights and any(re.search(r"rope|storage_tokens", name) for name in weights):
         raise ValueError("these are DINOv3's weights: its rotary positions are not those of this network")
-    theirs = "register_tokens" in weights or ("mask_token" in weights and "reg_token" not in weights)
+    theirs = "register_tokens" in weights or (MASK_TOKEN in weights and "reg_token" not in weights)
     theirs = theirs or any(re.match(r"blocks\.\d+\.(\d+\.|mlp\.w12\.)", name) for name in weights)
     published = dinov2.read(weights) if theirs else timm.read(weights)
     published.left_out += left_out
@@ -66,8 +70,8 @@ def read(checkpoint: Mapping[str, Any]) -> Published:
     return published
 
 
-def backbone(checkpoint: Mapping[str, Any]) -> tuple[Found, list[str]]:
-    """The encoder in a checkpoint, and the names of the parts that are something else.
+def backbone(checkpoint: Mapping[str, Any], place: str = "") -> tuple[Found, list[str]]:
+    """The encoder in a checkpoint, at ``place`` where it is given, and the names of the parts that are something else.
 
     DINOv2's training writes ``{"teacher": {"backbone.…", "dino_head.…"}}`` or ``teacher.backbone.…``; of student and
     teacher the teacher is taken: it is what DINOv2 releases. Raises ValueError where there is none, or which is left open.
@@ -77,10 +81,13 @@ def backbone(checkpoint: Mapping[str, Any]) -> tuple[Found, list[str]]:
     if not every:
         raise ValueError(_what_it_is([name for _, weights in parts for name in weights]))
     best = max(_preference(found) for found in every)
-    chosen = [found for found in every if _preference(found) == best]
-    if len(chosen) > 1:
-        places = listed(found.place.rstrip(".") or "the file itself" for found in chosen)
-        raise ValueError(f"it holds {len(chosen)} encoders ({places}): save the one that is meant alone")
+    chosen = [found for found in every if (found.place == f"{place}." if place else _preference(found) == best)]
+    places = [found.place.rstrip(".") for found in chosen or every]
+    if len(chosen) != 1:
+        raise ValueError(
+            (f"there is no encoder at {place}, but at" if place else f"it holds {len(chosen)} encoders,")
+            + f" {listed(name or 'its top' for name in places)}: name the one that is meant behind the file, FILE::{places[-1]}"
+        )
     (found,) = chosen
     depth = max(found.place.count("."), 1)
     inside = {f"{found.place}{name}" for name in found.weights}

@@ -19,10 +19,11 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
+from data.tile_source import TileSource
 from models.allowed import within
 from pretrain import init, plugins
 from pretrain.commands import tile
-from pretrain.doctor import as_a_run, machine, report, tiles
+from pretrain.doctor import as_a_run, machine, own_objective, report, tiles
 from pretrain.objective import Objective
 from pretrain.tile_stage import TileData, TileTraining
 
@@ -41,7 +42,7 @@ def run(config: Config) -> None:
     """Check, print, and end with exit code 1 where anything fails."""
     place, trainer, data = Path(config.run), config.trainer, config.data
     as_tile = {field.name: getattr(config, field.name) for field in fields(tile.Config)}
-    with_data = bool(data.get("shards") or "shards" not in data)
+    with_data = not plugins.lacks(data, TileSource) and data.get("shards") != []
 
     def objective() -> Objective:
         return plugins.build(config.objective, lambda: plugins.build(config.model))  # type: ignore[no-any-return]
@@ -57,6 +58,7 @@ def run(config: Config) -> None:
     checks = report.of_processes(trainer) + report.of_folder(place)
     checks.append(lambda: machine.slides([Path(slide) for slide in config.slides]))
     checks.append(lambda: as_a_run.check(place, config, whole if with_data else None, build))
+    checks.append(lambda: own_objective.check(config))
     if with_data:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
         checks.append(lambda: tiles.check(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices))  # fmt: skip

@@ -45,7 +45,7 @@ from pretrain.progress import say, track
 USED_BY = {
     "slides=": {"slides", "checkpoint", "slides_mpp", "min_tissue"},
     "shards=": {"shards", "checkpoint"},
-    "features=": {"features", "slides", "slides_mpp", "encoder", "features_tile", "features_unit"},
+    "features=": {"features", "slides", "slides_mpp", "encoder", "features_tile", "features_unit", "features_mpp"},
     "stage=slide": {"embeddings", "checkpoint"},
 }  # of the settings that have no value unless they are given, those that count
 WORK = {
@@ -83,6 +83,7 @@ class Config:
     slides_mpp: str | None
     encoder: str | None
     features_tile: Annotated[float | None, within(above=0)]
+    features_mpp: Annotated[float | None, within(above=0)]
     features_unit: Annotated[str | None, one_of(*UNITS)]
     allow_plugins: list[str]
 
@@ -206,7 +207,7 @@ def take_over(config: Config, part: int, parts: int) -> None:
         hold_to_mpp(config, writer, done, slides_mpp, ISOTROPIC)
         results, failed = feature_import.take_over(
             files, pending, writer, slides=slides, slides_mpp=slides_mpp, tile_size_level0=config.features_tile,
-            unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
+            mpp=config.features_mpp, unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
         )  # fmt: skip
         writer.finish(failed)
     store = EmbeddingStore.open(Path(config.out))

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.redaction import redacted_settings
+from pretrain.even_shares import require_even
 from pretrain.plan import evaluation
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
@@ -31,6 +32,7 @@ from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import Input, pace, slide_cost, tile_cost
 from pretrain.ranges import within
+from pretrain.settings import of_the_command_line
 from pretrain.sharding import CHECKPOINTING
 
 GIB = 2**30
@@ -98,6 +100,8 @@ def plan(config: Config) -> dict[str, Any]:
     utilisation = machine.utilisation if config.utilisation is None else config.utilisation
     price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
     room = int(machine.memory_gib * GIB * (1 - config.reserve))
+    with of_the_command_line():
+        require_even(shape, processes)
     known: dict[tuple, Estimate] = {}
 
     def of(wanted: Settings) -> Estimate:

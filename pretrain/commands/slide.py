@@ -17,6 +17,7 @@ from typing import Annotated
 from data.embeddings import EmbeddingStore
 from models.allowed import within
 from pretrain import plugins
+from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
 from pretrain.preemption import ending_when_asked
@@ -36,7 +37,7 @@ class Config:
     allow_changes: bool
     resume: Annotated[str, RESUME]
     model: Plugin
-    objective: Plugin
+    objective: Annotated[Plugin, SlideMAE]
     data: SlideData
     optim: Optim
     trainer: Hardware

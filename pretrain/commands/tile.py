@@ -18,6 +18,7 @@ from typing import Annotated, ClassVar
 
 from models.allowed import Agreements, within
 from pretrain import plugins
+from pretrain.objective import Objective
 from pretrain.optimisation import Optim
 from pretrain.plugins import Plugin
 from pretrain.preemption import ending_when_asked
@@ -38,7 +39,7 @@ class Config:
     init: str | None
     allow_plugins: list[str]
     model: Plugin
-    objective: Plugin
+    objective: Annotated[Plugin, Objective]
     data: TileData
     optim: Optim
     trainer: Hardware

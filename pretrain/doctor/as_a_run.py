@@ -8,7 +8,7 @@ from data import lease
 from data.fault import Fault
 from pretrain import checkpoints, run_folder
 from pretrain.doctor.finding import Finding, failed, passed, warned
-from pretrain.training import require_possible
+from pretrain.even_shares import require_even
 
 
 def check(
@@ -18,10 +18,11 @@ def check(
 
     ``whole``: the configuration as the run has it, None where its data isn't given; ``build`` makes of that what the run would make.
     """
+    uneven = _refusal(lambda: require_even(config, config.trainer.devices * config.trainer.nodes))
     findings = [
-        _refusal(lambda: require_possible(config.trainer)),
+        uneven,
         _refusal(lambda: run_folder.allowed_changes(run, whole(), data=None)) if whole else None,
-        _refusal(lambda: build(whole())) if whole and build else None,
+        _refusal(lambda: build(whole())) if whole and build and not uneven else None,
     ]
     found = [finding for finding in findings if finding]
     holder = lease.read(run / ".lease")

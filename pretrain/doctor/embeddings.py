@@ -10,6 +10,7 @@ from data.fault import Fault
 from data.standardisation import Statistics
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
+from pretrain.even_shares import lanes_of
 from pretrain.slide_stage import SlideBatches, SlideData, sequences_of
 
 SAMPLED = 64  # slides that are read beside those of the rate
@@ -21,8 +22,7 @@ def check(data: SlideData, processes: int, accumulate: int, needed: float | None
     together = data.processes_per_slide
     try:
         store = EmbeddingStore.open(Path(data.embeddings))
-        if together < 1 or processes % together:
-            raise Fault(f"data.processes_per_slide={together} doesn't divide the run's {processes} processes: change one of them")  # fmt: skip
+        lanes_of(vars(data), processes, accumulate, together)
         # The mean and the spread of a published data set take minutes to find, and don't matter here.
         sequences = sequences_of(store, Statistics(np.zeros(store.width), np.ones(store.width), 1), data, seed)
         readable(store)

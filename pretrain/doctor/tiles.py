@@ -14,6 +14,7 @@ from data.tile_source import TileSource, UnreadableTile
 from pretrain import plugins
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
+from pretrain.even_shares import tiles_of
 from pretrain.tile_stage import ColourSettings, Crops, colour, crop_sizes
 
 SAMPLED = 64  # tiles that are read beside those of the rate
@@ -24,12 +25,7 @@ def check(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: 
     """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get, ``here`` how many run here."""
     try:
         source, stream = open_stream(data, seed)
-        parts = processes * accumulate
-        if parts < 1:
-            return []  # which is said of the run
-        stream.owned(0, processes)
-        if data["batch_size"] % parts:
-            raise Fault(f"data.batch_size={data['batch_size']} doesn't split into {processes} processes × trainer.accumulate={accumulate}: change one of them")  # fmt: skip
+        tiles_of(data, processes, accumulate, 1)
         readable(source)
         blocks = min(len(part.block_sizes) for part in source.parts)
         batches = loading(source, stream, data, processes, accumulate, patch_size, seed)

@@ -5,7 +5,6 @@ from typing import Annotated, Any
 
 import torch
 
-from data.fault import Fault
 from data.slide_sequences import SlideBatch
 from pretrain.plan.rehearsal import Batch
 from pretrain.ranges import within
@@ -20,19 +19,6 @@ class Slides:
     tiles: Annotated[int, within(least=1)]
     largest: Annotated[int, within(least=1)]
     count: Annotated[int, within(least=1)] = 1
-
-
-def share(batch_size: int, processes: int, accumulate: int, group: int) -> int:
-    """Tiles of a micro-batch. Raises Fault where the batch doesn't divide, with the numbers of processes at which it does."""
-    tiles, rest = divmod(batch_size, processes * accumulate)
-    if rest or tiles % group:
-        most = batch_size // group
-        fitting = [n for n in range(1, most + 1) if most % n == 0 and batch_size % group == 0]
-        raise Fault(
-            f"data.batch_size={batch_size} can't be shared by {processes} processes × trainer.accumulate={accumulate} in multiples of "
-            f"objective.group_size={group}: their product must be one of {', '.join(map(str, fitting))}."
-        )
-    return tiles
 
 
 def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tiles: int, parts: int) -> Batch:

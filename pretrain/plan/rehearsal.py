@@ -29,6 +29,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from models import dilated_attention
 from models.attention import Attention, attend
 from pretrain.objective import Moment, Objective
+from pretrain.objective_contract import require_trainable
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan import constants
 from pretrain.sharding import lay_mesh, shard
@@ -85,6 +86,7 @@ def rehearse(
         raise RuntimeError("a rehearsal makes a process group of its own, and there is one already")
     with torch.device("meta"):
         objective = make_objective()
+    require_trainable(objective)
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=processes)
     try:
         with ExitStack() as stack:

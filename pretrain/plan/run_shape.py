@@ -4,23 +4,18 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 from omegaconf import DictConfig
 
-from data.fault import Fault
-from data.slide_packing import Packing
-from data.stream import group_size
 from pretrain import plugins
 from pretrain.commands.recipes import plain
+from pretrain.even_shares import share
 from pretrain.objective import Objective
-from pretrain.plan.batches import Slides, share, slide_batch, tile_batch
+from pretrain.plan.batches import Slides, slide_batch, tile_batch
 from pretrain.plan.rehearsal import Batch
 from pretrain.settings import Composed
 
 DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))
 """Settings that say how many equal blocks there are."""
-HEADS = (("model", "heads"), ("objective", "decoder_heads"))
-"""Settings of the slide stage whose heads are shared out where processes share a slide."""
 
 
 @dataclass
@@ -49,39 +44,13 @@ class RunShape:
         width = [self.slides.width] if self.stage == "slide" else []
         return lambda: plugins.build(objective, lambda: plugins.build(model, *width))
 
-    def share(self, processes: int, accumulate: int, together: int = 1) -> int:
-        """Of a process's micro-batch: tiles, or lanes of slides where ``together`` processes share each slide. Raises Fault where the settings
-        don't divide."""
-        data, slides = self.data, self.stage == "slide"
-        groups, rest = divmod(processes, together)
-        if rest or not groups:
-            raise Fault(
-                f"data.processes_per_slide={together} doesn't divide the run's {processes} processes: change one of them."
-            )
-        for node, name in HEADS if together > 1 else ():
-            if (heads := getattr(self, node)[name]) % together:
-                raise Fault(
-                    f"data.processes_per_slide={together} doesn't divide {node}.{name}={heads}: change one of them."
-                )
-        lanes, rest = divmod(data.lanes, groups * (accumulate if slides else 1))
-        if rest or not lanes:
-            raise Fault(
-                f"data.lanes={data.lanes} can't be shared evenly by {groups} {f'groups of {together} processes' if together > 1 else 'processes'}"
-                f"{f' × trainer.accumulate={accumulate}' if slides else ''}; make it a multiple."
-            )
-        if slides:
-            Packing(np.ones(1), batch_size=data.batch_size, batch_tokens=data.batch_tokens, lanes=data.lanes, seed=0)
-            return lanes
-        group_size(data.batch_size, data.lanes, data.slides_per_lane)
-        return share(data.batch_size, processes, accumulate, self.objective.get("group_size", 1))
-
     def batch(self, processes: int, accumulate: int, largest: bool = True, together: int = 1) -> Batch:
         """A process's micro-batches, two at most: each further one is like the second. Raises Fault where the settings don't divide.
 
         ``largest``: for the slide stage, with the largest slide among them, instead of mean slides alone. Processes that share slides
         (``together``) have the same batch.
         """
-        parts, mine = min(accumulate, 2), self.share(processes, accumulate, together)
+        parts, mine = min(accumulate, 2), share(self, processes, accumulate, together)
         if self.stage == "slide":
             return slide_batch(self.data, self.slides, mine, parts, largest)
         return tile_batch(self.model, self.objective, self.data, mine, parts)

@@ -127,3 +127,33 @@ def test_a_signal_to_torchrun_ends_its_ranks_with_a_checkpoint_and_starts_none_a
     process = start(words)
     assert process.wait(300) == 0
     assert_close(run, tmp_path / "here")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["tile", "data.shards=s", "trainer.devices=3"], "data.lanes=4 can't be shared evenly by 3 processes"),
+        (["tile", "data.shards=s", "trainer.devices=2", "trainer.nodes=2", "trainer.shard_size=3"], "trainer.shard_size=3 does not divide the 4 processes."),
+        (["tile", "data.shards=s", "objective.group_size=3"], "data.batch_size=64 is not a multiple of objective.group_size=3"),
+        (["tile", "data.shards=s", "trainer.accumulate=3"], "data.batch_size=64 can't be shared by 1 processes × trainer.accumulate=3"),
+        (["slide", "data.embeddings=e", "trainer.accumulate=3"], "can't be shared evenly by 1 processes × trainer.accumulate=3"),
+        (["slide", "data.embeddings=e", "trainer.devices=4", "data.processes_per_slide=3"], "data.processes_per_slide=3 doesn't divide the run's 4 processes"),
+        (["slide", "data.embeddings=e", "trainer.devices=4", "data.processes_per_slide=4", "model.heads=6", "model.width=48"], "data.processes_per_slide=4 doesn't divide model.heads=6"),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("rank", [False, True])
+def test_what_so_many_processes_cannot_share_is_a_mistake_of_the_command_line(
+    words: list[str],
+    sentence: str,
+    rank: bool,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    if rank:  # whoever started it
+        monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(SystemExit) as ended:
+        main([*words, f"run={tmp_path / 'run'}", "trainer.accelerator=cpu"])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and sentence in said and said.count("pretrain: ") == 1, said
+    assert not (tmp_path / "run").exists()

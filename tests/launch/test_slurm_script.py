@@ -274,10 +274,10 @@ def test_a_time_limit_is_read_as_sbatch_reads_it(time: str, found: int) -> None:
 def test_processes_that_do_not_divide_the_batch_are_found_out_before_the_job(
     words: list[str], sentence: str, launch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main([*words, f"launch={launch}", "launch.dry_run=true", *(["launch.endpoint=a:1"] if launch == "torchrun" else [])])  # fmt: skip
     said = capsys.readouterr()
-    assert sentence in said.err and said.out == ""
+    assert ended.value.code == 2 and sentence in said.err and said.out == ""
 
 
 def test_gpus_without_cores_are_said(capsys: pytest.CaptureFixture[str]) -> None:

@@ -250,10 +250,31 @@ def test_names_of_wrappers_inside_of_an_encoder_are_dropped() -> None:
 
 def test_of_two_encoders_that_nothing_tells_apart_none_is_taken() -> None:
     weights = dinov2.write(network())
-    with pytest.raises(ValueError, match=r"2 encoders \(first, second\): save the one that is meant alone"):
-        checkpoint_file.read({"first": weights, "second": weights})
+    held = {"first": weights, "second": {"backbone." + name: tensor + 1 for name, tensor in weights.items()}}
+    with pytest.raises(ValueError, match=r"it holds 2 encoders, first, second\.backbone: name the one that is meant behind the file, FILE::second\.backbone"):  # fmt: skip
+        checkpoint_file.read(held)
+    chosen = checkpoint_file.read(held, "second.backbone")
+    assert torch.equal(chosen.weights["cls_token"], weights["cls_token"] + 1) and all(
+        name.startswith("first") for name in chosen.left_out
+    )
+    with pytest.raises(ValueError, match=r"there is no encoder at third, but at first, second\.backbone: name"):
+        checkpoint_file.read(held, "third")
+    both = {"teacher": held["first"], "teacher_ema": held["second"]}
+    with pytest.raises(ValueError, match=r"2 encoders, teacher, teacher_ema\.backbone: name .*FILE::teacher_ema"):
+        checkpoint_file.read(both)
     student = {"student.backbone": weights, "other": {name: tensor + 1 for name, tensor in weights.items()}}
     assert checkpoint_file.read(student).place == "other"
+
+
+def test_the_decoder_that_mae_keeps_beside_its_encoder_is_left_out_and_said() -> None:
+    ours = network("mlp")
+    encoder = timm_format.write(ours, SIZE)
+    decoder = {"decoder_pos_embed": torch.zeros(1, 17, 32), "decoder_blocks.0.norm1.weight": torch.zeros(32), "mask_token": torch.zeros(1, 1, 32)}  # fmt: skip
+    for held in (encoder | decoder, {"model": encoder | decoder}):
+        published = checkpoint_file.read(held)
+        assert published.format == "timm" and published.left_out == ["decoder"]
+        _, said = published.fit(ours)
+        assert "not part of the encoder, left out: decoder" in said
 
 
 @pytest.mark.parametrize(

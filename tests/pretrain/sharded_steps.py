@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from data.embeddings import EmbeddingStore
+from data.fault import Fault
 from data.slide_sequences import SlideSequences
 from data.standardisation import Statistics
 from models.longnet import LongNet
@@ -181,8 +182,8 @@ class Forget:
         shard(objective, lay_mesh("cpu", self.world, None), "float32")
         try:
             materialise(objective, CPU, seed=0)
-        except ValueError as error:
-            return str(error)
+        except Fault as fault:
+            return str(fault)
         return "nothing"
 
 

@@ -168,7 +168,7 @@ def test_every_number_among_the_settings_has_a_range(command: str, words: list[s
         (["optim.lr=nan"], "optim.lr=nan is not allowed: it must be at least 0."),
         (["optim.lr=inf"], "optim.lr=inf is not allowed: it must be at least 0."),
         (["optim.lr=-1"], "optim.lr=-1.0 is not allowed: it must be at least 0."),
-        (["data.std=[0.2,0,0.2]"], "data.std holds 0.0, which is not allowed: each must be more than 0."),
+        (["data.std=[0.2,0,0.2]"], "data.std holds 0.0, which is not allowed: each must be at least 0.001 and at most 1."),
         (["data.std=0.5"], "data.std=[0.5] is not allowed: it must be 3 numbers."),
         (["data.mean=[0.5]"], "data.mean=[0.5] is not allowed: it must be 3 numbers."),
         (["data.batch_size=0"], "data.batch_size=0 is not allowed: it must be at least 1."),
@@ -187,7 +187,9 @@ def test_every_number_among_the_settings_has_a_range(command: str, words: list[s
         (["model.registers=-1"], "model.registers=-1 is not allowed: it must be at least 0."),
         (["model.drop_path=1"], "model.drop_path=1.0 is not allowed: it must be at least 0 and less than 1."),
         (["model.width=100"], "model.width=100 and model.heads=3 don't go together: width 100 is not divisible by heads 3."),
-        (["optim.steps=-5"], "optim.steps=-5 is not allowed: it must be at least 1."),
+        (["optim.steps=99999999999999999"], "optim.steps=99999999999999999 is not allowed: it must be at least 1 and at most 1,000,000,000."),
+        (["data.mean=[123.7,0,0]"], "data.mean holds 123.7, which is not allowed: each must be at least 0 and at most 1."),
+        (["optim.steps=-5"], "optim.steps=-5 is not allowed: it must be at least 1 and at most 1,000,000,000."),
         (["optim.steps=20"], "optim.warmup_steps=50, optim.steps=20 and optim.schedule_steps=null don't go together: the warm-up is longer than the run; make it shorter, or"),
         (["data.masks.low=0.6"], "data.masks.low=0.6 and data.masks.high=0.5 don't go together: the smallest share is larger than the largest."),
         (["data.lanes=3"], "data.batch_size=64 is not a multiple of data.lanes=3"),
@@ -228,7 +230,7 @@ def test_the_settings_of_a_mixtures_members_are_held_to_their_ranges(tmp_path: P
     member = {"weight": 1, "slides": "a.svs", "grids": str(tmp_path), "tile_size": 0}
     with pytest.raises(Fault, match=r"^data\.members\.a\.tile_size=0 is not allowed: it must be at least 16\.$"):
         WeightedMixture(members={"a": member})
-    with pytest.raises(Fault, match=r"^data\.members\.a\.weight=-1 is not allowed: it must be more than 0\.$"):
+    with pytest.raises(Fault, match=r"^data\.members\.a\.weight=-1\.0 is not allowed: it must be more than 0\.$"):
         WeightedMixture(members={"a": member | {"weight": -1}})
 
 
@@ -262,7 +264,7 @@ def test_help_shows_the_ranges() -> None:
     for line in (
         r"    depth: 12 +# blocks \[at least 1\]",
         r"    drop_path: 0\.0 +# .*\[at least 0 and less than 1\]",
-        r"    std: \[.*\] +# \[3 numbers, each more than 0\]",
+        r"    std: \[.*\] +# \[3 numbers, each at least 0.001 and at most 1\]",
         r"    accelerator: auto +# auto, cpu or gpu",
         r"  seed: 0 +# .*\[at least 0\]",
     ):

@@ -200,7 +200,7 @@ def test_tiles_that_fit_are_read_and_timed(shards: Path) -> None:
     [
         (["data.lanes=2"], 4, 1, "lanes"),
         (["data.lanes=8"], 1, 1, "holds 5 tiles, fewer than data.lanes=8"),
-        (["data.batch_size=6"], 2, 2, "data.batch_size=6 doesn't split into 2 processes × trainer.accumulate=2"),
+        (["data.batch_size=6"], 2, 2, "data.batch_size=6 can't be shared by 2 processes × trainer.accumulate=2"),
     ],
 )
 def test_lanes_and_processes_that_do_not_fit(
@@ -256,8 +256,8 @@ def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
 @pytest.mark.parametrize(
     ("words", "processes", "accumulate", "sentence"),
     [
-        ([], 4, 1, "data.lanes=2 can't be shared evenly by 4 processes or micro-batches"),
-        ([], 2, 2, "data.lanes=2 can't be shared evenly by 4 processes or micro-batches"),
+        ([], 4, 1, "data.lanes=2 can't be shared evenly by 4 processes × trainer.accumulate=1"),
+        ([], 2, 2, "data.lanes=2 can't be shared evenly by 2 processes × trainer.accumulate=2"),
         (["data.processes_per_slide=2"], 3, 1, "data.processes_per_slide=2 doesn't divide the run's 3 processes"),
     ],
 )
@@ -465,7 +465,7 @@ def test_nodes_of_a_job_talk_to_each_other_or_say_that_they_cannot(monkeypatch: 
 def test_the_doctor_of_many_processes_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(machine, "all_reduce", lambda processes, _: asked.append(processes) or [])
-    main(["doctor", "trainer.devices=8", "trainer.accelerator=cpu", f"run={tmp_path}"])
+    main(["doctor", "trainer.devices=8", "data.lanes=8", "trainer.accelerator=cpu", f"run={tmp_path}"])
     assert asked == [8]
 
 
@@ -499,3 +499,19 @@ def test_every_setting_of_a_run_is_taken_and_means_the_same(command: str, doctor
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(Fault, match=r"there is no setting 'optim\.lrr'"):
         settings.load("doctor", ["+optim.lrr=1"])
+
+
+@pytest.mark.parametrize("source", ["mixture", "nothing"])
+def test_a_source_of_any_kind_is_looked_at_and_none_where_it_is_left_out(
+    source: str,
+    shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
+    given = [f"data.members={{a:{{shards:{shards},weight:1}},b:{{shards:{shards},weight:2}}}}"]
+    main(["doctor", f"run={tmp_path}", *TINY, "data=mixture", *(given if source == "mixture" else [])])
+    said = capsys.readouterr().out
+    assert (" blocks for 4 lanes: " in said) == (source == "mixture") and "FAIL  tiles" not in said, said

@@ -9,6 +9,7 @@ import h5py
 import numpy as np
 import pytest
 import simplejpeg
+import torch
 
 from data.embedding_sources import ShardSource, share
 from data.embeddings import EmbeddingStore, EmbeddingWriter
@@ -16,6 +17,7 @@ from data.fault import Fault
 from data.keyed import rng
 from data.shard_index import ShardIndex, read_jpeg
 from data.shard_scan import scan
+from launch.entry import main
 from pretrain import embedding
 from pretrain.commands import shard
 from pretrain.commands.embed import Config, run
@@ -429,3 +431,18 @@ def test_another_resolution_than_features_were_taken_over_at_is_refused(tmp_path
 def test_settings_that_do_not_fit_together_are_faults_that_say_what_to_give(words, said, tmp_path):
     with pytest.raises(Fault, match=said):
         run(load("embed", [*words, f"out={tmp_path / 'out'}"]).object())
+
+
+def test_features_that_say_nothing_of_their_tiles_are_taken_over_as_they_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "f").mkdir()
+    cells = torch.cartesian_prod(torch.arange(3), torch.arange(2))
+    torch.save({"features": torch.randn(6, 8), "coords": cells * 512}, tmp_path / "f" / "s.pt")
+    words = ["embed", f"features={tmp_path / 'f'}", f"out={tmp_path / 'out'}", "encoder=uni", "features_tile=512"]
+    with pytest.raises(SystemExit):
+        main([*words, "slides_mpp=0.25"])  # of the slide's pixels, which leaves the tiles' open
+    assert "s.pt does not say its tiles' µm per pixel: give features_mpp=." in capsys.readouterr().err
+    main([*words, "slides_mpp=0.25", "features_mpp=0.5"])
+    found = EmbeddingStore.open(tmp_path / "out").read("s")
+    assert (found.tile_size_level0, found.mpp, len(found.coordinates)) == (512, 0.5, 6)

@@ -6,6 +6,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -220,7 +221,7 @@ def test_another_number_of_heads_is_refused_although_every_shape_fits(make_tile_
     ("content", "sentence"),
     [
         (b"not weights", "can't be read as weights"),
-        (b"", "can't be read as weights \\(it is empty\\)"),
+        (b"", "can't be read as weights \\(it is empty"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "is a Git LFS pointer.*git lfs pull"),
         ({"epoch": 3}, "it holds no tensors"),
         ([1, 2], "holds a list, not a state dict"),
@@ -250,6 +251,41 @@ def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
     with pytest.raises(Fault, match="can't be read as weights"):
         init.find(str(tmp_path / "trap.pth"))
     assert not (tmp_path / "trapped").exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"<!DOCTYPE html>", "it isn't a file that torch.save wrote"),
+        (b"", "it is empty, or ends too soon"),
+        (b"PK\x03\x04aaaa", "it is damaged or cut off"),
+        (Path("a"), "beside tensors it holds objects of pathlib.PosixPath, which can't be read without running code from the file"),
+    ],
+)  # fmt: skip
+def test_why_a_file_cannot_be_read_is_said_in_our_words(tmp_path: Path, content: Any, why: str) -> None:
+    from data.feature_files import import_features
+    from pretrain.slide_encoders import load_slide_encoder
+
+    path = tmp_path / "w.pt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save({"cls_token": torch.ones(2), "args": content}, path)
+    readers = (lambda: init.find(str(path)), lambda: import_features(path), lambda: load_slide_encoder(str(path), "cpu"))  # fmt: skip
+    for read in readers:
+        with pytest.raises(Fault) as refused:
+            read()
+        assert why in str(refused.value) and "weights_only" not in str(refused.value)
+
+
+def test_the_encoder_that_is_meant_is_named_behind_its_file(tmp_path: Path) -> None:
+    weights = dinov2.write(source())
+    other = {f"backbone.{name}": tensor + 1 for name, tensor in weights.items()}
+    torch.save({"teacher": weights, "teacher_ema": other}, tmp_path / "two.pth")
+    with pytest.raises(Fault, match=r"two\.pth holds no encoder that can be read: it holds 2 encoders, teacher, "):
+        init.find(str(tmp_path / "two.pth"))
+    found = init.find(f"{tmp_path / 'two.pth'}::teacher_ema.backbone")
+    assert torch.equal(found.weights["cls_token"], weights["cls_token"] + 1)
 
 
 def test_a_bare_file_cannot_be_a_frozen_encoder_because_it_says_nothing_about_images(tmp_path: Path) -> None:

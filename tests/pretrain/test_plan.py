@@ -12,7 +12,8 @@ from launch.entry import main
 from pretrain import cli
 from pretrain.commands import recipes
 from pretrain.commands.plan import Config, plan, table
-from pretrain.plan.batches import Slides, lane, share
+from pretrain.even_shares import share, tiles_of
+from pretrain.plan.batches import Slides, lane
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
 from pretrain.plan.of_a_run import compose, set_aside
 from pretrain.plan.published import implied
@@ -130,9 +131,12 @@ def test_lanes_hold_the_largest_slide_and_then_what_fits() -> None:
 
 
 def test_a_batch_that_does_not_divide_names_what_does() -> None:
-    assert share(768, 32, 1, 24) == 24
+    data = {"batch_size": 768, "lanes": 96, "slides_per_lane": None}
+    assert tiles_of(data, 32, 1, 24) == 24
     with pytest.raises(Fault, match=r"product must be one of 1, 2, 4, 8, 16, 32\."):
-        share(768, 48, 1, 24)
+        tiles_of(data, 48, 1, 24)
+    with pytest.raises(Fault, match=r"data.batch_size=768 is not a multiple of objective.group_size=5: change"):
+        tiles_of(data, 48, 1, 5)
     with pytest.raises(Fault, match=r"data.lanes=32 can't be shared evenly by 24 processes"):
         plan(planned("recipe=midnight", "launch.nodes=3"))
 
@@ -163,8 +167,9 @@ def test_machines_that_cannot_be_are_refused(words: list[str], sentence: str) ->
 
 def test_a_machine_of_cores_is_one_process_unless_it_is_told() -> None:
     assert plan(planned(*SMALL, "hardware=cpu"))["processes"] == 1
-    with pytest.raises(Fault, match="can't be shared by 4 processes"):
+    with pytest.raises(Fault, match="can't be shared by 4 processes") as refused:
         plan(planned(*SMALL, "hardware=cpu", "launch.gpus_per_node=4"))
+    assert refused.value.code == 2  # as a run's command line has it
 
 
 SLIDE = (
@@ -234,9 +239,9 @@ def test_processes_that_share_a_slide_hold_less_of_the_largest() -> None:
     assert (alone.samples, together.samples) == (1, 1)  # four lanes one after the other, a quarter of each
     other = run_shape(compose(["recipe=small_slide", "model.heads=3", "model.width=48"], []), slides)
     with pytest.raises(Fault, match=r"data.processes_per_slide=4 doesn't divide model.heads=3"):
-        other.share(4, 1, 4)
+        share(other, 4, 1, 4)
     with pytest.raises(Fault, match=r"data.processes_per_slide=3 doesn't divide the run's 4 processes"):
-        run.share(4, 1, 3)
+        share(run, 4, 1, 3)
 
 
 @pytest.mark.slow

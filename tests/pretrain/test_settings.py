@@ -25,7 +25,7 @@ def test_every_command_composes_and_only_its_required_keys_are_missing(command: 
     inner = set()
     for prefix, file in composed.files:
         inner |= {prefix + key for key in re.findall(r"^(\w+): +\?\?\?", file.read_text(), flags=re.M)}
-    given = set(comments(CONFIGS / f"{stem(command)}.yaml"))  # the doctor looks at no tiles where none are named
+    given = inner if command == "doctor" else set()  # which looks at no tiles where none are named
     assert OmegaConf.missing_keys(composed.tree) == required | (inner - given)
 
 
@@ -79,7 +79,8 @@ def test_every_value_says_what_it_means_where_it_is_introduced(file: Path) -> No
         (["seed"], "'seed' can't be read as key=value"),
         (["optim=null"], "optim=null is not a choice"),
         (["model._target_=models.vit.Nothing"], "models.vit.Nothing can't be imported"),
-        (["model._target_=pathlib.Path"], "pathlib.Path is not a torch nn.Module class"),
+        (["data.shards=null"], "data.shards can't be null: give a value, or leave it out."),
+        (["model._target_=pathlib.Path"], "pathlib.Path is no torch nn.Module class"),
     ],
 )
 def test_what_is_not_known_is_refused_in_one_line_with_the_nearest_name(overrides: list[str], sentence: str) -> None:

@@ -54,9 +54,3 @@ def test_two_processes_that_share_every_slide_train_and_judge_like_one(store: Pa
     assert [line["step"] for line in expected if "loss" in line] == [1, 2, 3, 4]
     for found, line in zip(metrics(tmp_path / "shared"), expected, strict=True):
         assert found == pytest.approx(line, rel=1e-4, abs=1e-5)  # losses and gradient norms: nothing counts twice
-
-
-def test_processes_that_do_not_divide_the_run_are_one_sentence(store: Path, tmp_path: Path) -> None:
-    code, output = train(tmp_path / "run", store, "data.processes_per_slide=2")
-    assert code != 0 and "data.processes_per_slide=2" in output and "must divide the run's 1 processes" in output
-    assert "Traceback" not in output

@@ -118,5 +118,5 @@ def test_a_released_file_is_read_in_the_compatible_mode_and_another_size_is_refu
     with pytest.raises(Fault, match="give the run"):
         embed(tmp_path, checkpoint="small.pth")
     (tmp_path / "other.pth").write_bytes(b"no weights")
-    with pytest.raises(Fault, match="no released slide encoder"):
+    with pytest.raises(Fault, match="can't be read as weights"):
         embed(tmp_path, checkpoint="other.pth")

@@ -17,6 +17,7 @@ from launch.entry import main
 from pretrain import preemption, signals
 from pretrain.commands import tile as tile_command
 from pretrain.settings import load
+from pretrain.tile_sources import _member
 from pretrain.tile_stage import TileTraining
 from tests.data.flaky_server import serving
 from tests.data.test_slide_tiles import write_slides
@@ -130,16 +131,58 @@ def test_one_slide_a_lane_and_step(tmp_path: Path) -> None:
         (["data=mixture", "data.members={a:{weight:1}}"], "data.members.a says no source"),
         (["data=mixture", "data.members={a:{weight:1,shards:FOLDER/a,mmp:1}}"], "there is no setting 'data.members.a.mmp'"),
         (["data=mixture", "data.members={a:{weight:1,slides:FOLDER/slides}}"], "data.members.a.grids must be given"),
-        (["data=mixture", "data.members={a:{weight:0,shards:FOLDER/a}}"], "data.members.a.weight=0 is not allowed: it must be more than 0."),
+        (["data=mixture", "data.members={a:{weight:0,shards:FOLDER/a}}"], "data.members.a.weight=0.0 is not allowed: it must be more than 0."),
         (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.tissue=otzu"], "data.tissue=otzu is not allowed: it must be otsu, gigapath, clam or hsv."),
         (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.mpp=0.25", "data.workers=1"], "none of the 2 slides"),
         (["data.shards=FOLDER/a", "data.slides_per_lane=3"], "data.slides_per_lane=3 doesn't divide the 4 tiles"),
-        (["data.shards=FOLDER/a", "data._target_=data.stream.Stream"], "data.stream.Stream is not a TileSource"),
+        (["data.shards=FOLDER/a", "data._target_=data.stream.Stream"], "data.stream.Stream is no TileSource"),
     ],
 )  # fmt: skip
 def test_wrong_settings_end_in_one_sentence(folder: Path, settings: list[str], sentence: str) -> None:
     with pytest.raises(Fault, match=re.escape(sentence)):
         stage(folder, *(word.replace("FOLDER", str(folder)) for word in settings))
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ("{}", "data.members is empty: name the sources to mix"),
+        ("{a:3}", "data.members.a=3 is no source: give its settings, {shards:…,weight:1}."),
+        ("{a:{shards:s}}", "data.members.a.weight is missing"),
+        ("{a:{shards:s,weight:x}}", "data.members.a.weight: Value 'x' of type 'str' could not be converted to Float"),
+        ("{a:{shards:s,weight:nan}}", "data.members.a.weight=nan is not allowed: it must be more than 0."),
+        ("{a:{shard:s,weight:1}}", "data.members.a says no source: give it shards=… or slides=…."),
+        ("{a:{shards:s,weight:1},b:{slides:s,grids:g,mmp:2,weight:1}}", "there is no setting 'data.members.b.mmp'; did you mean 'mpp'?"),
+        ("{a:{shards:s,slides:s,weight:1}}", "data.members.a has shards=… and slides=…: a member is one source; make it two."),
+        ("{a:{shards:[],weight:1}}", "data.members.a.shards is empty: give a value"),
+        ("{a:{shards:'',weight:1}}", "data.members.a.shards is empty: give a value"),
+        ("{a:{slides:s,grids:g,tile_size:big,weight:1}}", "data.members.a.tile_size: Value 'big' of type 'str' could not be converted to Integer"),
+        ("{a:{slides:s,grids:g,mpp:-1,weight:1}}", "data.members.a.mpp holds -1.0, which is not allowed"),
+        ("{a:{_target_:data.stream.Stream,weight:1}}", "data.stream.Stream is no TileSource"),
+    ],
+)  # fmt: skip
+def test_members_of_a_mixture_are_checked_when_composing_for_every_command_that_takes_them(
+    members: str, sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for command in ("tile", "doctor", "plan"):
+        with pytest.raises(SystemExit) as ended:
+            main([command, "data=mixture", f"data.members={members}", *(["hardware=cpu"] if command == "plan" else ["run=r"])])  # fmt: skip
+        said = capsys.readouterr()
+        assert ended.value.code == 2 and sentence in said.err and not said.out
+
+
+def test_a_members_names_that_look_like_numbers_stay_as_they_were_typed() -> None:
+    words = ["run=r", "data=mixture", "data.members={a:{shards:[2024_01,b],weight:1e1},c:{slides:1e3,grids:007,mpp:0.50,weight:2}}"]  # fmt: skip
+    found = {name: _member(name, member) for name, member in load("tile", words).object().data.members.items()}
+    assert found["a"][0]["shards"] == ["2024_01", "b"] and found["a"][1] == 10.0
+    one, weight = found["c"]
+    assert (one["slides"], one["grids"], one["mpp"], weight) == (["1e3"], "007", [0.5], 2.0)
+
+
+def test_no_slides_are_said_when_composing() -> None:
+    with pytest.raises(Fault, match=r"data\.slides=\[\] is not allowed: it must be at least one") as refused:
+        load("tile", ["run=r", "data=online", "data.slides=[]", "data.grids=g"])
+    assert refused.value.code == 2
 
 
 def test_help_shows_the_sources_and_what_becomes_of_their_tiles(capsys: pytest.CaptureFixture[str]) -> None:
