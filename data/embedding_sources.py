@@ -59,9 +59,9 @@ class TileSource(Protocol):
 
 
 class ShardSource:
-    """The slides of a folder of tile shards. Rows are in the order of the tars, so that each is read once through."""
+    """The slides of a folder of tile shards, or of a URL of one. Rows are in the order of the tars, so that each is read once through."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path | str) -> None:
         self.index = ShardIndex.open(folder)
         self.slides = list(self.index.slides)
         self._numbers = {slide: number for number, slide in enumerate(self.slides)}
@@ -96,7 +96,7 @@ class ShardSource:
             try:
                 tiles.append(simplejpeg.decode_jpeg(self._tars.jpeg(index, row)))
             except (OSError, ValueError, Truncated) as error:
-                place = f"({index.x[row]}, {index.y[row]}) in {index.path(index.file_of(row))}"
+                place = f"({index.x[row]}, {index.y[row]}) in {index.place(index.file_of(row))}"
                 tiles.append(Fault(f"the tile at {place} can't be decoded ({error})"))
         return tiles
 

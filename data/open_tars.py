@@ -1,4 +1,7 @@
-"""The JPEGs of local shards as they lie in their tars: each tar opened once, a tile one read, held to its header and its checksum."""
+"""The JPEGs of shards as they lie in their tars: each tar opened once, a tile one read, held to its header and its checksum.
+
+Of shards behind a URL each tile is a request: for looking at some, or at one slide after another; training reads whole blocks (`ShardTiles`).
+"""
 
 import os
 import threading
@@ -7,6 +10,7 @@ import zlib
 import numpy as np
 
 from data import open_files
+from data.remote import read_range
 from data.shard_index import ShardIndex, read_jpeg, recorded_checksums
 from data.tar_members import BLOCK, is_header_of
 
@@ -26,8 +30,11 @@ class OpenTars:
         where there is something else (`without_header`), or other bytes than were recorded with the shard: of flipped bits four in five
         leave a JPEG that can be decoded, to another picture."""
         file = index.file_of(row)
+        start, length = int(index.offset[row]) - BLOCK, int(index.length[row]) + BLOCK
+        if index.remote:  # what comes over a network is checked on its way
+            return without_header(read_range(index.url(file), start, start + length), index, row)
         tar = self._tar(index, file)
-        data = read_jpeg(tar.descriptor, int(index.offset[row]) - BLOCK, int(index.length[row]) + BLOCK)
+        data = read_jpeg(tar.descriptor, start, length)
         jpeg = without_header(data, index, row)
         if check:
             recorded = tar.checksums(index, file)

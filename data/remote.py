@@ -89,7 +89,8 @@ def size_of(url: str) -> int:
 
 
 def list_names(url: str, ending: str) -> list[str]:
-    """Names of the files in a folder that end so, sorted. For http(s), those that the folder's page links to."""
+    """Names of the files in a folder that end so, sorted. For http(s), those that the folder's page links to. Raises Fault where there is no such
+    folder, or page."""
 
     def attempt(system: Any, path: str) -> list[str]:
         found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, within(path, ""), detail=False)  # fmt: skip
@@ -97,7 +98,11 @@ def list_names(url: str, ending: str) -> list[str]:
         names = {_last(name.removeprefix(f"{within(path, '').rstrip('/')}/")) for name in found}
         return sorted(name for name in names if name.endswith(ending))
 
-    return _persistent(url, attempt)
+    try:
+        return _persistent(url, attempt)
+    except FileNotFoundError as error:
+        page = ", or has no page that lists its files, which finding them takes" if url.startswith("http") else ""
+        raise Fault(f"{url} is not there{page}: check the address, or copy the files to a disk.") from error
 
 
 def _last(url: str) -> str:

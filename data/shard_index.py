@@ -127,6 +127,10 @@ class ShardIndex:
         """The URL of tar number ``file`` where the shards are remote."""
         return within(str(self.location), self.files[file])
 
+    def place(self, file: int) -> str:
+        """Where tar number ``file`` lies, for a message."""
+        return self.url(file) if self.remote else str(self.path(file))
+
     def path(self, file: int) -> Path:
         """The path of tar number ``file``. Raises Fault where it has none, behind a URL."""
         if self.remote:

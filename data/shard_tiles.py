@@ -41,9 +41,7 @@ class ShardTiles(TileSource):
 
     def name(self, number: int) -> str:
         index, row = self.locate(number)
-        file = index.file_of(row)
-        tar = index.url(file) if index.remote else index.path(file)
-        return f"tile {index.slide_of(row)} ({index.x[row]}, {index.y[row]}) in {tar}"
+        return f"tile {index.slide_of(row)} ({index.x[row]}, {index.y[row]}) in {index.place(index.file_of(row))}"
 
     def slide(self, number: int) -> str:
         index, row = self.locate(number)

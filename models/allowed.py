@@ -78,5 +78,10 @@ RANGE = Allowed("two numbers, the lower one first", lambda value: len(value) == 
 SHARE = within(least=0, most=1)
 """Probabilities and shares."""
 
+ON_DISK = Allowed(
+    "a path on a disk, and no URL: only shards are read from those", lambda value: "://" not in str(value)
+)
+"""Files and folders that are opened where they lie."""
+
 TILE = within(least=16)
 """A tile's pixels a side: one patch of a network at least, or a slide is millions of tiles that nothing can be learned from."""

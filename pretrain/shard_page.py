@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 
 import numpy as np
 import simplejpeg
@@ -13,6 +13,7 @@ from data.coordinates_h5 import read_tiling
 from data.fault import Fault
 from data.keyed import drawn, rng
 from data.open_tars import OpenTars
+from data.redaction import redacted
 from data.remote import Truncated
 from data.shard_index import ShardIndex
 from pretrain.picture_page import Page
@@ -25,7 +26,7 @@ MEASURED = 100_000  # tiles whose lengths make the mean; of a larger index so ma
 
 
 def shards_page(
-    folders: Sequence[Path], weights: Sequence[float] | None, recipe: str | None, tiles: int, maps: int, seed: int
+    folders: Sequence[Path | str], weights: Sequence[float] | None, recipe: str | None, tiles: int, maps: int, seed: int
 ) -> Page:
     """Sheets of ``tiles`` tiles, the views that ``recipe`` makes of some (None: none), ``maps`` tile maps, histograms, and the shares of a
     mixture by ``weights`` (any scale; None: by their tiles). Tiles that can't be read are named. Raises Fault for weights that don't fit the
@@ -33,7 +34,8 @@ def shards_page(
     indices = [ShardIndex.open(folder) for folder in folders]
     counts = np.array([len(index) for index in indices])
     shares = counts / counts.sum() if weights is None else _shares(weights, len(folders))
-    page = Page(f"{', '.join(folder.name for folder in folders)}: tile shards")
+    names = [PurePath(redacted(str(folder).partition("?")[0])).name for folder in folders]
+    page = Page(f"{', '.join(names)}: tile shards")
     page.facts = [fact for index in indices for fact in _facts(index)]
     of_each = rng(seed, "mixture").multinomial(tiles, shares)
     drawn = [_draw(index, int(count), seed) for index, count in zip(indices, of_each, strict=True)]
@@ -53,7 +55,7 @@ def shards_page(
         words = f"What the network sees under recipe={recipe}: a tile a row, global views with masked patches grey, then local views"
         page.pictures.append(("seen", words, seen(some, recipe_settings(recipe), seed)))
     if len(folders) > 1:
-        names = _distinct([folder.name for folder in folders])
+        names = _distinct(names)
         page.facts += [
             (f"share of {name}", f"{share:.1%} of what is drawn, {count / counts.sum():.1%} of the tiles")
             for name, share, count in zip(names, shares, counts, strict=True)
@@ -72,7 +74,7 @@ def _shares(weights: Sequence[float], folders: int) -> np.ndarray:
 def _facts(index: ShardIndex) -> list[tuple[str, str]]:
     facts = index.meta["slides"]
     return [
-        ("shards", str(index.folder)),
+        ("shards", redacted(str(index.location))),
         ("tar files", f"{len(index.files):,} ({sum(index.meta['sizes']) / 1e6:,.1f} MB)"),
         ("tiles", f"{len(index):,} of {_mean_length(index) / 1000:.1f} kB"),
         ("slides", f"{len(index.slides):,}"),
@@ -94,7 +96,7 @@ def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], l
         try:
             tiles.append(simplejpeg.decode_jpeg(tars.jpeg(index, row)))
         except (OSError, ValueError, Truncated) as error:
-            bad.append(f"{index.path(index.file_of(row))}: the tile at byte {index.offset[row]} is no readable JPEG ({error})")  # fmt: skip
+            bad.append(f"{redacted(index.place(index.file_of(row)))}: the tile at byte {index.offset[row]} is no readable JPEG ({error})")  # fmt: skip
             continue
         place = "place unknown" if index.x[row] == UNKNOWN else f"{index.x[row]}, {index.y[row]}"
         captions.append(f"{index.slide_of(row)}\n{place}")

@@ -19,7 +19,7 @@ from data.loader_process import LoaderProcess, shared_memory_room
 from data.slide_packing import Packing
 from data.slide_sequences import SlideBatch, SlideSequences
 from data.standardisation import Statistics
-from models.allowed import SHARE, Agreements, one_of, within
+from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from pretrain import signals
 from pretrain.across_ranks import total
@@ -42,7 +42,7 @@ def check_packing(batch_size: int, batch_tokens: int | None, lanes: int) -> None
 class SlideData:
     """The settings under ``data:``, explained in ``configs/data/embeddings.yaml``."""
 
-    embeddings: str
+    embeddings: Annotated[str, ON_DISK]
     batch_size: Annotated[int, within(least=1)]
     batch_tokens: Annotated[int | None, within(least=1)]
     lanes: Annotated[int, within(least=1)]

@@ -21,7 +21,7 @@ from data.slide_tiles import SlideTiles
 from data.tile_source import TileSource
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, SOME, TILE, Agreements, one_of, within
+from models.allowed import ON_DISK, SHARE, SOME, TILE, Agreements, one_of, within
 from pretrain import plugins, ranges
 from pretrain.progress import say, track
 from pretrain.settings import CONFIGS, nearest
@@ -45,8 +45,8 @@ class OnlineSlides(Mixture):
         self,
         group: int = 1,
         *,
-        slides: Annotated[list[str], SOME],
-        grids: str,
+        slides: Annotated[list[str], SOME, ON_DISK],
+        grids: Annotated[str, ON_DISK],
         mpp: Annotated[list[float], SOME, within(above=0)],
         tile_size: Annotated[int, TILE],
         tissue: Annotated[str, one_of(*RULES)],

@@ -17,7 +17,7 @@ from data.loader import Batch, Masking, MicroBatch, TileBatches, load
 from data.loader_process import LoaderProcess
 from data.stream import Stream, group_size
 from data.tile_source import TileSource
-from models.allowed import RANGE, SHARE, Agreements, numbers, one_of, within
+from models.allowed import ON_DISK, RANGE, SHARE, Agreements, numbers, one_of, within
 from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.encoders import Preprocessing, evaluation_size
@@ -129,7 +129,7 @@ def check_patience(patience: int | None, probe: str | None) -> None:
 class TileWatch(Watch):
     """The settings under ``watch:`` of the tile stage, explained in ``configs/tile.yaml``."""
 
-    probe: str | None
+    probe: Annotated[str | None, ON_DISK]
     probe_images: Annotated[int, within(least=1)]
 
     agreements: ClassVar[Agreements] = {("patience", "probe"): check_patience}

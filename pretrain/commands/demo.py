@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data.fault import Fault
-from models.allowed import TILE, within
+from models.allowed import ON_DISK, TILE, within
 from pretrain.progress import duration, say
 from pretrain.settings import load
 
@@ -32,14 +32,14 @@ BUILT_IN = Path(sys.prefix) / "share" / "slidewright" / "CMU-1-Small-Region.svs"
 class Config:
     """Types of the settings; values and explanations are in ``configs/demo.yaml``."""
 
-    slides: list[str] | None
-    out: str | None
+    slides: Annotated[list[str] | None, ON_DISK]
+    out: Annotated[str | None, ON_DISK]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
     slides_mpp: str | None
     tile_steps: Annotated[int, within(least=1)]
     slide_steps: Annotated[int, within(least=1)]
-    labelled: str | None
+    labelled: Annotated[str | None, ON_DISK]
 
 
 @dataclass

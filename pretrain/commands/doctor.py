@@ -20,7 +20,7 @@ from typing import Annotated, Any
 from omegaconf import OmegaConf
 
 from data.tile_source import TileSource
-from models.allowed import within
+from models.allowed import ON_DISK, within
 from pretrain import init, plugins
 from pretrain.commands import tile
 from pretrain.doctor import as_a_run, machine, own_objective, report, tiles
@@ -33,7 +33,7 @@ class Config(tile.Config):
     """Types of the settings; values and explanations are in ``configs/``. ``data`` is that of 'pretrain tile', but may lack shards."""
 
     data: Annotated[Any, TileData]  # whose shards may be missing
-    slides: list[str]
+    slides: Annotated[list[str], ON_DISK]
     tiles_per_second: Annotated[float | None, within(above=0)]
     partition: str | None
 

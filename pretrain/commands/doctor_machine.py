@@ -9,7 +9,9 @@ Looked at: versions, accelerators, writing and renaming in a folder, openslide, 
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+from models.allowed import ON_DISK
 from pretrain.doctor import machine, report, services
 
 
@@ -17,8 +19,8 @@ from pretrain.doctor import machine, report, services
 class Config:
     """Types of the settings; values and explanations are in ``configs/doctor_machine.yaml``."""
 
-    run: str
-    slides: list[str]
+    run: Annotated[str, ON_DISK]
+    slides: Annotated[list[str], ON_DISK]
     partition: str | None
 
 

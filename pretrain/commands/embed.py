@@ -39,7 +39,7 @@ from data.slide_mpp import ISOTROPIC, SAME_MPP, SlidesMpp
 from data.slide_names import name_slides
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, TILE, one_of, within
+from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.progress import say, track
 
 USED_BY = {
@@ -61,12 +61,12 @@ class Config:
     """Types of the settings; values and explanations are in ``configs/embed.yaml``."""
 
     stage: Annotated[str, one_of("tile", "slide")]
-    out: str
-    slides: list[str] | None
+    out: Annotated[str, ON_DISK]
+    slides: Annotated[list[str] | None, ON_DISK]
     shards: str | None
-    features: str | None
-    embeddings: str | None
-    checkpoint: str | None
+    features: Annotated[str | None, ON_DISK]
+    embeddings: Annotated[str | None, ON_DISK]
+    checkpoint: Annotated[str | None, ON_DISK]
     device: str | None
     precision: Annotated[str, one_of("float32", "bfloat16")]
     batch: Annotated[int, within(least=1)]
@@ -153,7 +153,7 @@ def embed(config: Config, part: int, parts: int) -> None:
 
     assert config.checkpoint is not None
     began = time.monotonic()
-    shards = ShardSource(Path(config.shards)) if config.shards else None
+    shards = ShardSource(config.shards) if config.shards else None
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     with EmbeddingWriter(Path(config.out), encoder.width, encoder.name, encoder.hash, part, parts) as writer:
         source: TileSource = shards or slide_source(config, writer)

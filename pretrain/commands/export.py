@@ -25,14 +25,14 @@ from typing import Annotated
 
 from data.fault import Fault
 from data.files import require_writable
-from models.allowed import one_of
+from models.allowed import ON_DISK, one_of
 from pretrain.progress import say
 
 
 @dataclass
 class Config:
-    checkpoint: str
-    out: str
+    checkpoint: Annotated[str, ON_DISK]
+    out: Annotated[str, ON_DISK]
     format: Annotated[str, one_of("timm", "transformers", "gigapath")]
     license: str
     allow_plugins: list[str]

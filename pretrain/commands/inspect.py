@@ -32,7 +32,7 @@ from data.slide_mpp import SlidesMpp
 from data.slides import Slide
 from data.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
 from data.tissue import RULES, is_empty, pen
-from models.allowed import SHARE, TILE, one_of, within
+from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.picture_page import Page, write_page
 from pretrain.pictures import contact_sheet, tile_map, tissue_overlay
 from pretrain.progress import say
@@ -43,9 +43,9 @@ EXAMPLES = 8  # tiles of each verdict
 
 @dataclass
 class Config:
-    slide: str | None
+    slide: Annotated[str | None, ON_DISK]
     shards: list[str] | None
-    out: str
+    out: Annotated[str, ON_DISK]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
     tissue: Annotated[str, one_of(*RULES)]
@@ -66,7 +66,7 @@ def run(config: Config) -> None:
         page = slide_page(config, Path(config.slide))
     elif config.shards and config.slide is None:
         page = shards_page(
-            [Path(folder) for folder in config.shards], config.weights, config.views, config.tiles, config.maps, config.seed
+            config.shards, config.weights, config.views, config.tiles, config.maps, config.seed
         )  # fmt: skip
     else:
         raise Fault("say what to look at: pretrain inspect slide=FILE, or pretrain inspect shards=FOLDER")

@@ -21,6 +21,7 @@ from typing import Annotated, Any
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.redaction import redacted_settings
+from models.allowed import ON_DISK
 from pretrain.even_shares import require_even
 from pretrain.plan import evaluation
 from pretrain.plan.batches import Slides
@@ -56,7 +57,7 @@ class Config:
     utilisation: Annotated[float | None, within(above=0, most=1)]
     dollars_per_hour: Annotated[float | None, within(least=0)]
     reserve: Annotated[float, within(least=0, below=1)]
-    out: str | None
+    out: Annotated[str | None, ON_DISK]
     published: bool
     slides: Slides
     input: Input

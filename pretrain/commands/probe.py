@@ -26,7 +26,7 @@ import numpy as np
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.keyed import rng
-from models.allowed import one_of, within
+from models.allowed import ON_DISK, one_of, within
 from pretrain.progress import say
 
 if TYPE_CHECKING:
@@ -39,11 +39,11 @@ SAME_SLIDES, LIKELY, OTHER_SLIDES = "same slides", "likely other slides", "other
 
 @dataclass
 class Config:
-    checkpoint: str
-    train: str
-    test: str | None
-    out: str | None
-    groups: str | None
+    checkpoint: Annotated[str, ON_DISK]
+    train: Annotated[str, ON_DISK]
+    test: Annotated[str | None, ON_DISK]
+    out: Annotated[str | None, ON_DISK]
+    groups: Annotated[str | None, ON_DISK]
     test_fraction: Annotated[float, within(above=0, below=1)]
     seed: Annotated[int, within(least=0)]
     batch: Annotated[int, within(least=1)]

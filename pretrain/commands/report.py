@@ -13,18 +13,20 @@ Examples:
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 from data.files import require_writable
+from models.allowed import ON_DISK
 from pretrain.progress import say
 
 
 @dataclass
 class Config:
-    run: str
-    out: str | None
-    shards: str | None
-    embeddings: str | None
-    probe: str | None
+    run: Annotated[str, ON_DISK]
+    out: Annotated[str | None, ON_DISK]
+    shards: Annotated[str | None, ON_DISK]
+    embeddings: Annotated[str | None, ON_DISK]
+    probe: Annotated[str | None, ON_DISK]
     allow_plugins: list[str]
 
 

@@ -58,7 +58,7 @@ from data.slide_names import name_slides
 from data.slide_survey import survey
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import SHARE, SOME, TILE, one_of, within
+from models.allowed import ON_DISK, SHARE, SOME, TILE, one_of, within
 from pretrain.progress import Progress, say, track
 
 MOST_SAID = 10  # slides of a kind that are said one by one
@@ -66,8 +66,8 @@ MOST_SAID = 10  # slides of a kind that are said one by one
 
 @dataclass
 class Config:
-    slides: Annotated[list[str], SOME]
-    out: str
+    slides: Annotated[list[str], SOME, ON_DISK]
+    out: Annotated[str, ON_DISK]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
     tissue: Annotated[str, one_of(*RULES)]
@@ -76,7 +76,7 @@ class Config:
     patient_pattern: str
     tiles_per_shard: Annotated[int, within(least=1)]
     name: str
-    coordinates: str | None
+    coordinates: Annotated[str | None, ON_DISK]
     part: str | None
     workers: Annotated[int | None, within(least=1)]
 

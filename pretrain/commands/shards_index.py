@@ -29,7 +29,7 @@ from data.shard_index import ShardIndex, merge, record_path
 from data.shard_scan import disputed, left_out, scan
 from data.shards import is_published
 from data.tile_members import LeftOut
-from models.allowed import SOME
+from models.allowed import ON_DISK, SOME
 from pretrain.commands.shard import counted_as, holdings
 from pretrain.progress import say
 
@@ -40,7 +40,7 @@ MOST_TARS = 5  # that the last line names
 @dataclass
 class Config:
     shards: Annotated[list[str], SOME]
-    out: str | None
+    out: Annotated[str | None, ON_DISK]
 
 
 def run(config: Config) -> None:

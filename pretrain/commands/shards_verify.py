@@ -30,7 +30,7 @@ from data.parallel import in_processes
 from data.redaction import redacted_settings
 from data.remote import is_remote
 from data.shard_verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
-from models.allowed import SOME, within
+from models.allowed import ON_DISK, SOME, within
 from pretrain.progress import Progress, say
 
 MOST_SAID = 20  # findings of a folder that are said one by one; the report has them all
@@ -39,7 +39,7 @@ MOST_SAID = 20  # findings of a folder that are said one by one; the report has 
 @dataclass
 class Config:
     shards: Annotated[list[str], SOME]
-    report: str | None
+    report: Annotated[str | None, ON_DISK]
     workers: Annotated[int | None, within(least=1)]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Annotated
 
 from data.embeddings import EmbeddingStore
-from models.allowed import within
+from models.allowed import ON_DISK, within
 from pretrain import plugins
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.optimisation import Optim
@@ -32,7 +32,7 @@ from pretrain.watching import Watch
 class Config:
     """Types of the settings; values and explanations are in ``configs/``."""
 
-    run: str
+    run: Annotated[str, ON_DISK]
     seed: Annotated[int, within(least=0)]
     allow_changes: bool
     resume: Annotated[str, RESUME]

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from models.allowed import Agreements, within
+from models.allowed import ON_DISK, Agreements, within
 from pretrain import plugins
 from pretrain.objective import Objective
 from pretrain.optimisation import Optim
@@ -32,11 +32,11 @@ from pretrain.training import RESUME, Hardware, fit, require_devices
 class Config:
     """Types of the settings; values and explanations are in ``configs/``."""
 
-    run: str
+    run: Annotated[str, ON_DISK]
     seed: Annotated[int, within(least=0)]
     allow_changes: bool
     resume: Annotated[str, RESUME]
-    init: str | None
+    init: Annotated[str | None, ON_DISK]
     allow_plugins: list[str]
     model: Plugin
     objective: Annotated[Plugin, Objective]

@@ -11,6 +11,7 @@ import pytest
 from fsspec.config import set_conf_env
 
 from data import remote
+from data.embedding_sources import ShardSource
 from data.fault import Fault
 from data.loader import Batch
 from data.redaction import redacted
@@ -20,6 +21,7 @@ from data.shard_scan import scan
 from data.shard_tiles import ShardTiles
 from data.shard_verify import list_shards, verify_folder, verify_shard
 from data.tile_source import UnreadableTile
+from launch.entry import main
 from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, GCSHandler, S3Handler, serving
 from tests.data.test_loader import batches, by_tile, same
 from tests.data.tile_folders import spoil, write_tiles
@@ -185,6 +187,30 @@ def test_others_remote_shards_take_one_scan_and_an_index_of_ours(folder: Path, t
     scan(folder)
     for near, far in zip(load(folder), load(tmp_path / "mine"), strict=True):
         assert same(by_tile(near.parts), by_tile(far.parts))
+
+
+def test_a_folder_that_is_not_there_or_lists_nothing_is_a_sentence(tmp_path: Path, server: FlakyServer) -> None:
+    with pytest.raises(Fault, match=rf"{server.url}/nowhere is not there, or has no page that lists its files"):
+        scan(f"{server.url}/nowhere", tmp_path / "mine")
+
+
+def test_remote_shards_are_embedded_and_looked_at_as_local_ones_are(
+    folder: Path, tmp_path: Path, server: FlakyServer
+) -> None:
+    url = f"{server.url}/shards"
+    near, far = ShardSource(folder), ShardSource(url)
+    assert near.slides == far.slides
+    for slide in near.slides:
+        rows = np.arange(len(near.open(slide).coordinates))
+        for one, other in zip(near.open(slide).read(rows), far.open(slide).read(rows), strict=True):
+            assert isinstance(one, np.ndarray) and np.array_equal(one, other)
+    main(["inspect", f"shards={url}?token=secret", f"out={tmp_path / 'page'}", "views=null", "tiles=4"])
+    page = (tmp_path / "page" / "index.html").read_text()
+    assert f"{url}?token=***" in page and "secret" not in page
+    (folder / "tiles-000001.tar").unlink()
+    last = far.open(far.slides[-1])
+    (fault,) = last.read(np.array([len(last.coordinates) - 1]))
+    assert isinstance(fault, Fault) and f"in {url}/tiles-000001.tar can't be decoded" in str(fault)
 
 
 def test_shards_that_cannot_be_written_to_have_their_index_elsewhere(folder: Path, tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def around(allowed: Allowed, value: Any) -> Iterator[Any]:
         numbers = sorted({int(x) for x in near if x == int(x)} if whole else near)
         yield from ([x] * max(len(value), 1) if many else x for x in numbers)
     else:
-        for word in [*re.split(r", | or ", allowed.says), "another", ""]:
+        for word in [*re.split(r", | or ", allowed.says), "another", "s3://some/where", ""]:
             yield [word] if many else word
 
 

@@ -349,6 +349,7 @@ def test_the_command_says_a_line_a_check_and_ends_with_one_where_something_fails
         "accelerators",
         "all-reduce",
         "folder",
+        "links",
         "openslide",
         "run",
         "tiles",
@@ -373,7 +374,7 @@ def test_under_srun_one_process_of_a_node_speaks_with_its_name(
     monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
     monkeypatch.setattr(services.shutil, "which", lambda _: None)
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    for local, lines in (("1", 0), ("0", 8)):
+    for local, lines in (("1", 0), ("0", 9)):
         monkeypatch.setenv("SLURM_LOCALID", local)
         main(["doctor", "trainer.accelerator=cpu", f"run={tmp_path}"])
         said = capsys.readouterr().out.splitlines()
@@ -388,7 +389,7 @@ def test_a_run_of_the_slide_stage_is_looked_at_too_and_one_without_embeddings_fa
     words = ["doctor", "slide", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu", *SMALL]
     main([*words, f"data.embeddings={store}"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["versions", "accelerators", "folder", "run", "embeddings", "rate", "disk", "wandb", "slurm"]  # fmt: skip
+    assert [line.split()[1] for line in lines] == ["versions", "accelerators", "folder", "links", "run", "embeddings", "rate", "disk", "wandb", "slurm"]  # fmt: skip
     assert not any(line.startswith("FAIL") for line in lines) and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
         main([*words, f"data.embeddings={tmp_path / 'none'}"])
@@ -475,7 +476,7 @@ def test_a_machine_is_looked_at_without_a_run(
     monkeypatch.setattr(services.shutil, "which", lambda _: None)
     main(["doctor", "machine", f"run={tmp_path}"])
     about = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert about == ["versions", "accelerators", "folder", "openslide", "slurm"]
+    assert about == ["versions", "accelerators", "folder", "links", "openslide", "slurm"]
 
 
 def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
