@@ -28,8 +28,15 @@ WAYS_OUT = {
     errno.ENOTDIR: "something in that path is a file and not a folder: give another",
     errno.EEXIST: "a file of that name is in the way: give another folder",
     errno.EISDIR: "that is a folder: give a file's name",
+    errno.ENOENT: "something above it is not there and can't be made: give another",
     errno.ENAMETOOLONG: "that name is longer than the file system takes: give a shorter one",
 }
+
+
+LIBRARIES_SAY = re.compile(
+    r"PytorchStreamWriter|iostream error|unexpected pos|enforce fail at inline_container|No space left on device"
+)
+"""What torch's and other libraries' own errors say of a disk that refused."""
 
 
 class Refused(Fault):
@@ -42,6 +49,24 @@ def refused(path: Path | str, error: OSError) -> Refused:
     return Refused(f"{path} can't be written ({error.strerror or error}): {way_out}.")
 
 
+def is_the_disks(error: BaseException) -> bool:
+    """Whether an error, of Python's or of a library that writes, says that the disk refused."""
+    return isinstance(error, OSError) or bool(LIBRARIES_SAY.search(str(error)))
+
+
+@contextmanager
+def refusals(path: Path | str) -> Iterator[None]:
+    """What a file system refuses while ``path`` is written becomes Refused."""
+    try:
+        yield
+    except OSError as error:
+        raise refused(path, error) from error
+    except Exception as error:
+        if isinstance(error, Fault) or not is_the_disks(error):
+            raise
+        raise refused(path, OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))) from error
+
+
 def denied(error: OSError) -> Fault | None:
     """The sentence for an error of the file system that nobody nearer to it put in words, where a person can put it right."""
     if error.errno not in WAYS_OUT or not error.filename:
@@ -51,10 +76,8 @@ def denied(error: OSError) -> Fault | None:
 
 def make_folder(folder: Path) -> Path:
     """The folder, made if need be with those above it. Raises Refused where that is."""
-    try:
+    with refusals(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise refused(folder, error) from error
     return folder
 
 
@@ -75,13 +98,12 @@ def appearing(path: Path) -> Iterator[Path]:
     make_folder(path.parent)
     partial = unfinished(path)
     try:
-        yield partial
-        if partial.exists():  # or there turned out to be nothing to write
-            flush(partial)
-            partial.replace(path)
-            flush(path.parent)
-    except OSError as error:
-        raise refused(path, error) from error
+        with refusals(path):
+            yield partial
+            if partial.exists():  # or there turned out to be nothing to write
+                flush(partial)
+                partial.replace(path)
+                flush(path.parent)
     finally:
         remove(partial)
 

@@ -20,8 +20,9 @@ from typing import Any
 
 from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from data.fault import Fault, Notice
-from data.files import write_whole
+from data.files import make_folder, write_whole
 from data.given_tiles import Left, find_coordinates, given_tiles
+from data.json_files import read_object
 from data.keyed import rng
 from data.parallel import in_processes
 from data.slide_mpp import SlidesMpp
@@ -89,12 +90,11 @@ def survey(
 
 def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp) -> Surveyed | None:
     """The survey in a folder, or None where there is none yet. Raises Fault where it is one of other slides or settings."""
+    needs = {"settings", "slides", "files", "tiles", "left_out", "digest"}
     try:
-        kept = json.loads((folder / "survey.json").read_text())
+        kept = read_object(folder / "survey.json", needs, "delete it, it is made anew")
     except FileNotFoundError:
         return None
-    except ValueError as error:
-        raise Fault(f"{folder}/survey.json is damaged ({error}): delete it, it is made anew") from error
     changed = [f"{key} {kept['settings'].get(key)} then, {value} now" for key, value in asdict(settings).items() if kept["settings"].get(key) != value]  # fmt: skip
     then = kept["settings"].get("slides_mpp", slides_mpp.said)
     if then != slides_mpp.said:
@@ -112,7 +112,7 @@ def survey_slides(
 ) -> Iterator[tuple[Path, Look | Fault]]:
     """Look at every slide, yielding each as it is done; afterwards ``survey.json`` is there."""
     for inside in ("coordinates", "thumbnails"):
-        (folder / inside).mkdir(parents=True, exist_ok=True)
+        make_folder(folder / inside)
     names = name_slides(paths, {})
     # Processes that survey together rarely meet; the result is the same in any order.
     jobs = [list(names.items())[i] for i in rng(os.getpid(), "survey").permutation(len(names))]

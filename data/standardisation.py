@@ -10,6 +10,7 @@ import numpy as np
 from data.embeddings import EmbeddingStore
 from data.fault import Fault
 from data.files import write_whole
+from data.json_files import read_object
 
 ROWS = 4096  # read at a time
 MOST = (
@@ -55,8 +56,8 @@ class Statistics:
 
     @classmethod
     def load(cls, path: Path) -> "Statistics":
-        """Read what `save` wrote."""
-        content = json.loads(path.read_text())
+        """Read what `save` wrote. Raises Fault where it is damaged."""
+        content = read_object(path, {"mean", "std", "rows"}, "delete it, and the same command makes it anew")
         return cls(np.array(content["mean"]), np.array(content["std"]), int(content["rows"]))
 
 

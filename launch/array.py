@@ -3,9 +3,10 @@
 import re
 
 from data.fault import Fault
-from pretrain.settings import Composed
+from pretrain.settings import Composed, of_the_command_line
 
 
+@of_the_command_line()
 def merging(composed: Composed) -> list[str] | None:
     """The words of the command that merges a command's parts, or None where nothing is to be merged.
 

@@ -22,7 +22,7 @@ from launch.submit import announce, announce_chain, submit
 from pretrain.preemption import EXIT_CODE
 from pretrain.progress import say
 from pretrain.ranges import matching, within
-from pretrain.settings import Composed, stem
+from pretrain.settings import Composed, of_the_command_line, stem
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,19 @@ class Job:
     after: list[str] = field(default_factory=list)  # numbers of jobs
     chained: bool = False  # whether it is followed by others that go on with the same
 
+
+WRITTEN = {
+    **{name: f"give launch.{setting}=" for names, setting in (
+        ("J job-name", "name"), ("p partition", "partition"), ("A account", "account"), ("q qos", "qos"), ("t time", "time"), ("N nodes", "nodes"),
+        ("n ntasks ntasks-per-node", "processes_per_node"), ("G gpus gpus-per-node", "gpus_per_node"), ("c cpus-per-task", "cpus_per_task"),
+        ("mem", "mem"), ("a array", "array"), ("x exclude", "exclude"), ("d dependency", "after"), ("signal", "signal_seconds"),
+        ("requeue no-requeue", "requeue"),
+    ) for name in names.split()},
+    **dict.fromkeys(["o", "output", "e", "error", "open-mode"], "the logs lie in the run's folder, or launch.folder="),
+    **dict.fromkeys(["D", "chdir"], "submit from the folder where relative paths begin"),
+    **dict.fromkeys(["wrap", "parsable", "W", "wait"], "leave it out"),
+}  # fmt: skip
+"""Options of sbatch that have a meaning for the script, by both of their names, with what sets them."""
 
 TIME = matching(
     r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE",
@@ -71,7 +84,7 @@ class Slurm(Launcher):
         list[str],
         matching(r"[\w.-]+(\[[\d,-]+\])?[\w.-]*", "the name of a node, or names as SLURM writes them: n[1-3]"),
     ]
-    chain: Annotated[int | None, within(least=2)]
+    chain: Annotated[int | None, within(least=2, most=1000)]
     requeue: bool
     signal_seconds: Annotated[int, within(least=1, most=65535)]
     name: str | None
@@ -148,6 +161,7 @@ class Slurm(Launcher):
             else:
                 announce(submit(path, text, last.logs), last.name, path, last.logs)
 
+    @of_the_command_line()
     def refuse_contradictions(self) -> None:
         """Raise Fault for settings that are each allowed, and not together, and for what would end a line of the script's head."""
         for name, value in vars(self).items():
@@ -156,6 +170,14 @@ class Slurm(Launcher):
         if self.chain and self.array:
             raise Fault(
                 "launch.chain= and launch.array= exclude each other: of an array every job goes back into the queue by itself."
+            )
+        for option in self.sbatch:
+            name = option.lstrip("-").partition("=")[0].split()[0]
+            if name in WRITTEN:
+                raise Fault(f"launch.sbatch holds {option}, and the script says that itself: {WRITTEN[name]}.")
+        if self.time and not seconds(self.time) and re.match(r"\d", self.time):
+            raise Fault(
+                f"launch.time={self.time} is no time: give it some, or launch.time=UNLIMITED where the cluster has that."
             )
         limit = seconds(self.time) if self.time else 0
         if 0 < limit <= self.signal_seconds and (self.requeue or self.chain):
@@ -185,6 +207,7 @@ def _one_line(text: str) -> str:
     return text.replace("\n", "\\n").replace("\r", "\\r")
 
 
+@of_the_command_line()
 def _refuse_secrets(words: list[str]) -> None:
     """Raise Fault where the command line has what must not be in a script."""
     for word in words:

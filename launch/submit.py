@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 from data.fault import Fault
-from data.files import write_whole
+from data.files import make_folder, write_whole
 from pretrain.progress import say
 
 
@@ -16,7 +16,7 @@ def submit(path: Path, text: str, logs: Path, dependency: str | None = None) -> 
             "sbatch is not here: launch=slurm is for a cluster's login node; launch.dry_run=true prints the script, launch=local runs here."
         )
     write_whole(path, text, private=True)  # set-up lines may say what is nobody else's business
-    logs.mkdir(parents=True, exist_ok=True)  # SLURM doesn't, and a job whose log can't be opened ends without a word
+    make_folder(logs)  # SLURM doesn't, and a job whose log can't be opened ends without a word
     waiting = [f"--dependency={dependency}"] if dependency else []
     answer = subprocess.run(["sbatch", "--parsable", *waiting, str(path)], capture_output=True, text=True)
     if answer.returncode:

@@ -19,7 +19,7 @@ from launch.processes import arrange, refuse_uneven, trains
 from pretrain import signals
 from pretrain.preemption import EXIT_CODE
 from pretrain.ranges import matching, within
-from pretrain.settings import Composed
+from pretrain.settings import Composed, of_the_command_line
 
 PATIENCE = 600  # seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner
 
@@ -55,6 +55,7 @@ class Torchrun(Launcher):
             print(f"pretrain: the logs of all ranks are in {logs}", file=sys.stderr)
             sys.exit(1)
 
+    @of_the_command_line()
     def command(self, composed: Composed) -> list[str]:
         """What is started, the same on every node. Raises Fault where the settings don't fit the command or each other."""
         if not trains(composed):
@@ -69,7 +70,7 @@ class Torchrun(Launcher):
             else ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={folder_of(composed).name}"]
         )
         return [
-            sys.executable, "-m", "torch.distributed.run", f"--nnodes={self.nodes}", f"--nproc-per-node={processes.each}",
+            sys.executable, "-m", "launch.torchrun_agent", f"--nnodes={self.nodes}", f"--nproc-per-node={processes.each}",
             f"--max-restarts={self.max_restarts}", f"--shutdown-timeout={PATIENCE}", *meeting, *python_arguments(composed, words)[1:],
         ]  # fmt: skip
 

@@ -7,6 +7,7 @@ Published models got worse with longer training, by the tasks they were for; the
 """
 
 import os
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +38,8 @@ def mark(run: Path, scored: Scores) -> None:
     link = checkpoints.folder(run) / checkpoints.BEST
     if checkpoints.name_of_best(link) == name:
         return
+    if link.is_dir() and not link.is_symlink():
+        _unlink_copy(link)
     partial = unfinished(link)
     try:
         partial.symlink_to(name)
@@ -45,3 +48,14 @@ def mark(run: Path, scored: Scores) -> None:
         write_whole(link, name)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _unlink_copy(copy: Path) -> None:
+    """A run's folder that was copied with links followed holds the best checkpoint twice, or once more, under this name: give it its own."""
+    own = (
+        copy.with_name(f"step-{checkpoints.read_state(copy)['step']:08d}") if checkpoints.damage(copy) is None else None
+    )
+    if own is None or own.exists():
+        shutil.rmtree(copy)
+    else:
+        copy.rename(own)

@@ -32,14 +32,15 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.storage import WriteResult
 
 from data.fault import Fault
-from data.files import flush
+from data.files import flush, is_the_disks
 from pretrain.teacher import local
 from pretrain.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
 PARTIAL = ".partial"
 NAME = re.compile(r"step-\d+")
-TORCHS_DISK = re.compile(r"PytorchStreamWriter|iostream error|unexpected pos|enforce fail at inline_container")
+NEEDED = {"step"}  # of state.json
 BEST = "best"
+AROUND = 2000  # bytes: an archive of one tensor, and its place in the list of all
 
 # One process without a group is the ordinary case for reading an encoder out of a checkpoint.
 warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
@@ -84,8 +85,13 @@ def damage(checkpoint: Path) -> str | None:
     """What is wrong with a published checkpoint as far as names and sizes tell, in words that name the file; None where it is whole."""
     state, metadata = checkpoint / "state.json", checkpoint / ".metadata"
     try:
-        if not isinstance(json.loads(state.read_text()), dict):
-            return f"{state} holds no facts"
+        found = json.loads(state.read_text())
+        if not isinstance(found, dict) or NEEDED - found.keys():
+            return (
+                f"{state} holds no facts"
+                if not isinstance(found, dict)
+                else f"{state} lacks {', '.join(sorted(NEEDED - found.keys()))}"
+            )
     except (OSError, ValueError) as error:
         return f"{state} is {_what_ails(state, error)}"
     try:
@@ -190,9 +196,10 @@ def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
 
 
 def size(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
-    """Bytes of a checkpoint's tensors, over all processes."""
+    """Bytes of a checkpoint, over all processes: its tensors, and what torch writes around each."""
     moments = (value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor))
-    return sum(tensor.numel() * tensor.element_size() for tensor in (*model.parameters(), *model.buffers(), *moments))
+    tensors = (*model.parameters(), *model.buffers(), *moments)
+    return sum(tensor.numel() * tensor.element_size() + AROUND for tensor in tensors)
 
 
 def contents(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
@@ -227,16 +234,12 @@ def save(
 def refusal(writer: Writer, error: CheckpointException) -> str:
     """What a save said that failed because a rank's disk refused; its partial folder goes. Raises any other ``error``."""
     causes = [cause for cause, _ in error.failures.values()]
-    if not all(_is_the_disks(cause) for cause in causes):
+    if not all(is_the_disks(cause) for cause in causes):
         raise error
     if not dist.is_initialized() or dist.get_rank() == 0:
         shutil.rmtree(writer.path, ignore_errors=True)  # to free its room; what stays, the next save sweeps away
-    return f"the checkpoint {writer.final} could not be written ({causes[0]})"
-
-
-def _is_the_disks(cause: BaseException) -> bool:
-    # torch's writer of tensors says what the disk refused in a RuntimeError of its own.
-    return isinstance(cause, OSError) or (isinstance(cause, RuntimeError) and bool(TORCHS_DISK.search(str(cause))))
+    said = causes[0].strerror if isinstance(causes[0], OSError) else None
+    return f"the checkpoint {writer.final} could not be written ({said or causes[0]})"
 
 
 def _remove(checkpoint: Path) -> None:

@@ -29,6 +29,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.fault import Fault
+from data.files import make_folder, refusals
 from data.keyed import rng
 from data.redaction import redacted
 from models.formats import timm as timm_format
@@ -126,9 +127,10 @@ def publish(out: Path, fill: Callable[[Path], None]) -> bool:
     """
     temporary = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
+    make_folder(temporary)
     try:
-        fill(temporary)
+        with refusals(out):
+            fill(temporary)
         names = sorted(path.name for path in temporary.iterdir())
         if out.exists() and any(out.iterdir()):
             there = sorted(path.name for path in out.iterdir())

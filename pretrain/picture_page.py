@@ -6,6 +6,8 @@ from pathlib import Path
 
 from PIL import Image
 
+from data.files import appearing, write_whole
+
 
 @dataclass
 class Page:
@@ -18,16 +20,17 @@ class Page:
 
 def write_page(out: Path, page: Page) -> None:
     """Write the pictures as PNG and ``index.html`` over them."""
-    out.mkdir(parents=True, exist_ok=True)
     figures = []
     for stem, caption, picture in page.pictures:
-        picture.save(out / f"{stem}.png")
+        with appearing(out / f"{stem}.png") as partial:
+            picture.save(partial, format="PNG")
         words = f"<figcaption>{html.escape(caption)}</figcaption>" if caption else ""
         figures.append(
             f'<figure>{words}<a href="{stem}.png"><img src="{stem}.png" alt="{html.escape(caption or stem)}"></a></figure>'
         )
     rows = "".join(f"<tr><th>{html.escape(name)}</th><td>{html.escape(value)}</td></tr>" for name, value in page.facts)
-    (out / "index.html").write_text(
+    write_whole(
+        out / "index.html",
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>{html.escape(page.title)}</title><style>
 body {{ font: 15px/1.5 system-ui, sans-serif; color: #282c34; max-width: 1500px; margin: 2em auto; padding: 0 1.5em }}
@@ -36,5 +39,4 @@ main {{ display: flex; flex-wrap: wrap; gap: 1.5em; margin-top: 1.5em; align-ite
 figure {{ margin: 0 }} figcaption {{ font-weight: 600; margin-bottom: .4em }} img {{ max-width: 100%; border: 1px solid #ddd }}
 </style></head><body><h1>{html.escape(page.title)}</h1><table>{rows}</table><main>{"".join(figures)}</main></body></html>
 """,
-        encoding="utf-8",
     )

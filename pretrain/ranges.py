@@ -5,6 +5,7 @@ always allowed where the type allows it; in a list, each of its items is looked 
 """
 
 import dataclasses
+import math
 from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import Annotated, Any, get_args, get_origin
@@ -124,9 +125,15 @@ def _hold(name: str, value: Any, allowed: Allowed) -> None:
     if isinstance(value, list) and not allowed.whole:
         for item in value:
             if not allowed.holds(item):
-                raise Fault(f"{name} holds {item!r}, which is not allowed: each must be {allowed.says}.")
+                raise Fault(f"{name} holds {item!r}, which is not allowed: each must be {_wanted(item, allowed)}.")
     elif not allowed.holds(value):
-        raise Fault(f"{name}={_plain(value)} is not allowed: it must be {allowed.says}.")
+        raise Fault(f"{name}={_plain(value)} is not allowed: it must be {_wanted(value, allowed)}.")
+
+
+def _wanted(value: Any, allowed: Allowed) -> str:
+    """What is allowed, in words; of infinity a bound alone doesn't say it."""
+    endless = isinstance(value, float) and not math.isfinite(value) and "finite" not in allowed.says
+    return f"a finite number, {allowed.says}" if endless else allowed.says
 
 
 def _plain(value: Any) -> str:

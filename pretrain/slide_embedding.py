@@ -10,6 +10,7 @@ import torch
 
 from data.embeddings import EmbeddingStore, SlideEmbeddings, claim
 from data.fault import Fault
+from data.files import make_folder
 from data.shard_folder import alone
 from data.slide_features import ABOUT, add_rows, slides_in
 from pretrain.encoders import PRECISIONS
@@ -35,7 +36,7 @@ def embed_store(
         raise Fault(
             f"{encoder.name} takes {encoder.network.input_width}-wide embeddings, and {store.folder} holds {store.width}-wide ones."
         )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     about = {
         "format": 1, "encoder": encoder.name, "encoder_hash": f"{encoder.hash} on {store.encoder_hash}, {precision}",
         "width": encoder.network.width,

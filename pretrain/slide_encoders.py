@@ -1,7 +1,6 @@
 """A frozen slide encoder from a slide run, one of its checkpoints, or a released ``slide_encoder.pth``."""
 
 import hashlib
-import json
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from data.fault import Fault
+from data.json_files import read_object
 from models.longnet import LongNet
 from pretrain import checkpoints
 from pretrain.encoders import device_of, find_checkpoint, freeze
@@ -64,7 +64,10 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
             f"it was trained on fields of {cells} × {cells} tiles, and whole slides may be larger than any it saw"
         )
     trained_on = found.run / TILE_ENCODER
-    tile_hash = json.loads(trained_on.read_text())["encoder_hash"] if trained_on.is_file() else None
+    tile_hash = None
+    if trained_on.is_file():
+        way_out = "put a copy back, or delete it, and nobody is held to the tile encoder any more"
+        tile_hash = read_object(trained_on, {"encoder_hash"}, way_out)["encoder_hash"]
     name = f"{found.run.resolve().name} ({found.folder.name})"
     return _frozen(network, name, tile_hash, said, place)
 

@@ -13,6 +13,7 @@ from data.augment import augment
 from data.augment_parameters import Colour
 from data.crops import CropSizes
 from data.fault import Fault
+from data.files import Refused, appearing, remove
 from data.loader import Batch, Masking, MicroBatch, TileBatches, load
 from data.loader_process import LoaderProcess
 from data.stream import Stream, group_size
@@ -229,7 +230,7 @@ class TileTraining(Training):
         if self.bad > self.data.max_bad_fraction * max(self.seen, JUDGED_FROM):
             raise Fault(
                 f"{self.bad} of {self.seen} tiles can't be read, more than data.max_bad_fraction={self.data.max_bad_fraction} "
-                f"allows; they are named above: restore those shards, or raise the limit."
+                f"allows; they are named above: put those files back, or raise the limit."
             )
         return {"bad_tiles": bad}
 
@@ -254,12 +255,15 @@ class TileTraining(Training):
         return TileBatch(crops, part.masks.to(self.device, non_blocking=True))
 
     def save_samples(self, batch: TileBatch) -> None:
-        """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile."""
+        """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile. Where there is no room, training goes on."""
         path = self.run / "samples" / f"step-{self.step:08d}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        contact_sheet(batch, self.data.mean, self.data.std).save(path)
+        try:
+            with appearing(path) as partial:
+                contact_sheet(batch, self.data.mean, self.data.std).save(partial, format="PNG")
+        except Refused as refused:
+            say(f"{str(refused).partition(':')[0]}; training goes on without that picture")
         for old in sorted(path.parent.glob("step-*.png"))[1:-KEPT_SAMPLES]:
-            old.unlink()
+            remove(old)
 
     def look(self, batch: Batch) -> dict[str, float]:
         parts = [self.prepare(part) for part in batch.parts]

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data.files import require_writable
+from data.files import appearing, require_writable
 from models.allowed import ON_DISK
 from pretrain.progress import say
 
@@ -44,5 +44,6 @@ def run(config: Config) -> None:
     build(folder, out, shards=shards, embeddings=embeddings, probe=probe, plugins=config.allow_plugins)
     say(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
     if (road := picture(folder)) is not None:
-        road.save(out.with_name("road.png"))
+        with appearing(out.with_name("road.png")) as partial:
+            road.save(partial, format="PNG")
         say(f"{out.with_name('road.png')}: the same road as one picture")

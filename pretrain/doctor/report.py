@@ -25,9 +25,12 @@ def say(checks: list[Check]) -> None:
     if os.environ.get("SLURM_LOCALID", "0") != "0":
         return
     host = f"{platform.node()}: " if "SLURM_STEP_ID" in os.environ else ""
-    worst = False
+    worst, said = False, set[str]()
     for check in checks:
         for finding in check():
+            if finding.says in said:
+                continue  # by another check, of the same thing
+            said.add(finding.says)
             print(redacted(f"{host}{finding.status:<5} {finding.about:<13} {finding.says}"), flush=True)
             worst |= finding.status == "FAIL"
     if worst:

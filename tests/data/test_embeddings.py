@@ -260,6 +260,10 @@ def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path
     assert statistics.std[4] == 1  # never varies
     statistics.save(tmp_path / "statistics.json")
     again = Statistics.load(tmp_path / "statistics.json")
+    for spoilt in ('{"rows": 3, "me', "[]", '{"rows": 3}'):
+        (tmp_path / "cut.json").write_text(spoilt)
+        with pytest.raises(Fault, match=r"cut\.json is damaged .*: delete it, and the same command makes it anew"):
+            Statistics.load(tmp_path / "cut.json")
     assert np.array_equal(again.mean, statistics.mean) and np.array_equal(again.std, statistics.std)
     assert json.loads((tmp_path / "statistics.json").read_text())["rows"] == 71
 

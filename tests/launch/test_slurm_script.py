@@ -237,16 +237,21 @@ def test_what_does_not_fit_is_refused_in_one_line(
         (["launch.exclude=['n 1']"], "launch.exclude holds 'n 1', which is not allowed: each must be the name of a node"),
         (["launch.signal_seconds=-5"], "launch.signal_seconds=-5 is not allowed: it must be at least 1 and at most 65535."),
         (["launch.srun=[gpu-bind]"], "launch.srun holds 'gpu-bind', which is not allowed: each must be an option"),
-        (["launch.chain=1"], "launch.chain=1 is not allowed: it must be at least 2."),
+        (["launch.chain=1"], "launch.chain=1 is not allowed: it must be at least 2 and at most 1000."),
         (["launch.chain=2", "launch.array=2"], "launch.chain= and launch.array= exclude each other"),
+        (["launch.time=0"], "launch.time=0 is no time: give it some, or launch.time=UNLIMITED"),
+        (["launch.sbatch=['--array=1-3']"], "launch.sbatch holds --array=1-3, and the script says that itself: give launch.array=."),
+        (["launch.sbatch=['-t 3']"], "the script says that itself: give launch.time=."),
+        (["launch.sbatch=['--output=/x']"], "the script says that itself: the logs lie in the run's folder, or launch.folder=."),
     ],
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_before_anything_is_written(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit) as ended:
         main(["shard", "slides=a", "out=b", "launch=slurm", *words])
+    assert ended.value.code == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count("\n") == 1 and said.out == "" and list(tmp_path.iterdir()) == []
 
@@ -467,10 +472,10 @@ def test_torchruns_command_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
             "launch.dry_run=true",
         ]
     )
-    environment, _, command = capsys.readouterr().out.partition(" -m torch.distributed.run ")
-    words = ["python", "-m", "torch.distributed.run", *command.split()]
+    environment, _, command = capsys.readouterr().out.partition(" -m launch.torchrun_agent ")
+    words = ["python", "-m", "launch.torchrun_agent", *command.split()]
     assert environment.startswith("env PRETRAIN_LOGS=") and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
-    assert words[1:10] == ["-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", "--shutdown-timeout=600",
+    assert words[1:10] == ["-m", "launch.torchrun_agent", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", "--shutdown-timeout=600",
                            "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-id=first"]  # fmt: skip
     assert words[10:13] == ["-m", "pretrain", "tile"] and words[-3:] == [
         "trainer.nodes=2",

@@ -21,9 +21,14 @@ def empty(path: Path) -> None:
     path.write_bytes(b"")
 
 
+def forget(path: Path) -> None:
+    path.write_text("{}")
+
+
 DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("state.json", empty, "state.json is empty"),
     ("state.json", cut, "state.json is damaged"),
+    ("state.json", forget, "state.json lacks step"),
     (".metadata", Path.unlink, ".metadata is gone"),
     (".metadata", cut, ".metadata is damaged"),
     ("__0_0.distcp", Path.unlink, "__0_0.distcp is gone"),

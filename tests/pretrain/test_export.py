@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.fault import Fault
+from data.files import Refused
 from data.keyed import rng
 from pretrain import checkpoints, export
 from pretrain.commands.export import Config, run
@@ -121,6 +122,20 @@ def test_an_export_whose_features_differ_is_not_published(make_tile_run, tmp_pat
         export.export_timm(folder, tmp_path / "encoder", "mit")
     assert not (tmp_path / "encoder").exists()
     assert not list(tmp_path.glob(".encoder*"))
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 3392 vs 3280")]
+)  # fmt: skip
+def test_a_full_disk_is_a_sentence_and_leaves_nothing(make_tile_run, tmp_path, monkeypatch, error):
+    def full(*_, **__):
+        raise error
+
+    run, _ = make_tile_run()
+    monkeypatch.setattr(export, "save_file", full)
+    with pytest.raises(Refused, match=r"/encoder can't be written \(No space left on device\): make room there"):
+        export.export_timm(run, tmp_path / "encoder", "cc0-1.0")
+    assert not [path.name for path in tmp_path.iterdir() if "encoder" in path.name]
 
 
 def test_a_missing_tensor_stops_a_stranger_from_loading(make_tile_run, tmp_path):

@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.fault import Fault
 from data.shard_index import COLUMNS, ShardIndex
+from launch.entry import main
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
 from pretrain.pictures import COLOURS, contact_sheet, histogram
@@ -128,6 +129,20 @@ def test_shards_without_one_readable_tile_are_a_fault(slide: Path, tmp_path: Pat
     tar.write_bytes(bytes(tar.stat().st_size))
     with pytest.raises(Fault, match=r"can be read: .*tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
         look(shards=[tmp_path / "shards"], out=tmp_path / "look")
+
+
+def test_a_picture_that_the_disk_refuses_is_a_sentence_and_no_half_one(
+    slide: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(self: Image.Image, path: Path, **_: object) -> None:
+        path.write_bytes(b"PNG")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    with pytest.raises(SystemExit):
+        main(["inspect", f"slide={slide}", f"out={tmp_path / 'page'}"])
+    assert "tiles.png can't be written (No space left on device): make room there" in capsys.readouterr().err
+    assert list((tmp_path / "page").iterdir()) == []
 
 
 def test_one_of_slide_and_shards_is_needed(slide: Path, tmp_path: Path) -> None:

@@ -380,7 +380,7 @@ def test_a_save_that_fails_is_said_counted_and_tried_again(
     monkeypatch.setattr(checkpoints.Writer, "finish", full)
     main(command(tile_shards, run, *WAYS["sinkhorn"]))
     said = capsys.readouterr().err
-    assert said.count("step-00000002 could not be written ([Errno 28] No space left on device); training goes on") == 1
+    assert said.count("step-00000002 could not be written (No space left on device); training goes on") == 1
     assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
     assert [line["failed_saves"] for line in metrics(run) if "failed_saves" in line] == [1]
     assert [line for line in metrics(run) if "loss" in line] == metrics(uninterrupted["sinkhorn"])
@@ -499,6 +499,19 @@ def test_weights_that_are_not_finite_are_never_published(
         command(tile_shards, run, "trainer.checkpoint_every=1", "optim.lr=1e39", "optim.warmup_steps=0"), capsys
     )
     assert "is not done" in line and not checkpoints.published(run)
+
+
+def test_a_picture_of_crops_that_the_disk_refuses_is_said_and_training_goes_on(
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    main(command(tile_shards, tmp_path / "run", "optim.steps=2", "optim.warmup_steps=1", "watch.every=1"))
+    said = capsys.readouterr().err
+    assert "step-00000000.png can't be written (No space left on device); training goes on without that picture" in said
+    assert len(metrics(tmp_path / "run")) >= 2 and list((tmp_path / "run" / "samples").iterdir()) == []
 
 
 def test_wandb_offline_writes_its_folder_and_off_writes_none(

@@ -2,6 +2,7 @@
 
 import math
 import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -212,6 +213,21 @@ def test_without_symbolic_links_the_best_one_is_marked_by_a_file_kept_and_found(
     link = checkpoints.folder(tmp_path) / "best"
     assert link.is_file() and checkpoints.resolved(link).name == "step-00000002"
     assert [path.name for path in tmp_path.rglob("*.partial")] == []
+
+
+@pytest.mark.parametrize("original", ["there", "gone"])
+def test_a_best_one_that_was_copied_as_a_folder_gets_its_own_name_and_is_marked(tmp_path: Path, original: str) -> None:
+    model = nn.Linear(2, 2)
+    for step in (2, 4):
+        checkpoints.save(tmp_path, step, model, torch.optim.SGD(model.parameters(), lr=0.1), {}, keep=0)
+    two, link = checkpoints.folder(tmp_path) / "step-00000002", checkpoints.folder(tmp_path) / "best"
+    shutil.copytree(two, link)
+    if original == "gone":
+        shutil.rmtree(two)
+    best.mark(tmp_path, [(2, 0.9), (4, 0.5)])
+    assert checkpoints.damage(two) is None
+    best.mark(tmp_path, [(2, 0.9), (4, 0.5)])
+    assert os.readlink(link) == "step-00000002"
 
 
 def test_a_best_checkpoint_that_is_gone_is_not_pointed_at(tmp_path: Path) -> None:
