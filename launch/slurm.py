@@ -17,6 +17,7 @@ from data.redaction import is_private
 from launch.array import merging
 from launch.failures import LOGS
 from launch.launcher import Launcher, folder_of, python_arguments
+from launch.local import TRAINING
 from launch.processes import Processes, arrange, refuse_uneven, trains
 from launch.submit import announce, announce_chain, submit
 from pretrain.preemption import EXIT_CODE
@@ -98,12 +99,17 @@ class Slurm(Launcher):
     dry_run: bool
 
     def launch(self, composed: Composed) -> None:
-        composed.object()  # what is missing or mistyped is said now, and not when the job's turn comes
+        config = composed.object()  # what is missing or mistyped is said now, and not when the job's turn comes
         self.refuse_contradictions()
         _refuse_secrets(composed.overrides)
         folder = Path(self.folder) if self.folder else folder_of(composed)
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
         refuse_uneven(composed, processes.count)
+        if composed.command in TRAINING:
+            from pretrain.run_folder import allowed_changes  # with PyTorch, which other commands are started without
+
+            # The data may be made by a job that this one waits for; what the run's folder holds is there now.
+            allowed_changes(Path(composed.tree.run), config, data=None)
         merge = None
         if self.array:
             merge = merging(composed)

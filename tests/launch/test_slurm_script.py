@@ -256,6 +256,24 @@ def test_a_value_out_of_range_is_refused_before_anything_is_written(
     assert sentence in said.err and said.err.count("\n") == 1 and said.out == "" and list(tmp_path.iterdir()) == []
 
 
+def test_a_run_s_folder_of_other_settings_is_refused_before_the_job_waits(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    (tmp_path / "config.yaml").write_text("seed: 4\n")
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "tile",
+                f"run={tmp_path}",
+                "data.shards=s",
+                "launch=slurm",
+                "launch.gpus_per_node=1",
+                "launch.dry_run=true",
+            ]
+        )
+    assert "holds a run with other settings" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("time", "found"),
     [("90", 5400), ("90:30", 5430), ("1:30:00", 5400), ("2-12", 216000), ("1-1:30", 91800), ("1-00:00:10", 86410), ("0", 0), ("UNLIMITED", 0)],

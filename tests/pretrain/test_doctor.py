@@ -365,7 +365,11 @@ def test_the_command_says_a_line_a_check_and_ends_with_one_where_something_fails
         main(["doctor", f"data.shards={tmp_path / 'none'}", *words])
     assert ended.value.code == 1
     said = capsys.readouterr()
-    assert said.out.count("there are no tile shards in") == 1 and "FAIL  run" in said.out and "what says FAIL above" in said.err
+    assert (
+        said.out.count("there are no tile shards in") == 1
+        and "FAIL  run" in said.out
+        and "what says FAIL above" in said.err
+    )
 
 
 def test_under_srun_one_process_of_a_node_speaks_with_its_name(
