@@ -8,8 +8,8 @@ imports nothing heavy, so that it can listen before PyTorch's import, which take
 
 import os
 import signal
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from types import FrameType
 from typing import TypeVar
 
@@ -72,10 +72,11 @@ def heed(kept: bool = False) -> None:
 
 
 def heeding(items: Iterable[T], kept: bool = False) -> Iterator[T]:
-    """``items``, with `heed` between them."""
-    for item in items:
-        yield item
-        heed(kept)
+    """``items``, with `heed` between them; a generator of them is closed at once, and what works for it ended."""
+    with closing(items) if isinstance(items, Generator) else nullcontext():
+        for item in items:
+            yield item
+            heed(kept)
 
 
 def forget() -> None:

@@ -261,7 +261,7 @@ class TileTraining(Training):
             with appearing(path) as partial:
                 contact_sheet(batch, self.data.mean, self.data.std).save(partial, format="PNG")
         except Refused as refused:
-            say(f"{str(refused).partition(':')[0]}; training goes on without that picture")
+            say(f"{str(refused).partition('): ')[0]}); training goes on without that picture")
         for old in sorted(path.parent.glob("step-*.png"))[1:-KEPT_SAMPLES]:
             remove(old)
 

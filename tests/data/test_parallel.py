@@ -77,6 +77,14 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
     assert gone(workers)
 
 
+def test_who_closes_the_iterator_waits_for_no_job() -> None:
+    results = in_processes(time.sleep, [60.0, 60.0, 0.0], 2)
+    assert next(results) == (0.0, None)
+    began = time.monotonic()
+    results.close()  # type: ignore[attr-defined]
+    assert time.monotonic() - began < 30
+
+
 def gone(processes: list[int]) -> bool:
     """Whether all of them end within some seconds."""
     deadline = time.monotonic() + 20
