@@ -78,7 +78,7 @@ def test_workers_end_when_their_parent_is_killed(tmp_path: Path) -> None:
 
 
 def test_who_closes_the_iterator_waits_for_no_job() -> None:
-    results = in_processes(time.sleep, [60.0, 60.0, 0.0], 2)
+    results = in_processes(time.sleep, [0.0, 60.0, 60.0], 2)
     assert next(results) == (0.0, None)
     began = time.monotonic()
     results.close()  # type: ignore[attr-defined]
