@@ -31,6 +31,13 @@ SAID_AS = {
 # Of a file's features, in this order: where they lie and what they are.
 PATTERNS = ("h5_files/*.h5", "pt_files/*.pt", "tile_embeddings/*.npz", "tile_embeddings/*.pt", "*.h5", "*.hdf5", "*.npz", "*.pt", "*.pth", "*.npy", "features/*.pt",
             "patches/*.h5")  # fmt: skip
+BESIDE = {Path(pattern).parent.name for pattern in PATTERNS} | {
+    "coordinates",
+    "tiles",
+    "masks",
+    "stitches",
+}  # folders that a program has beside its features
+ROUNDED = 1.3  # magnifications are: 0.23 µm is called 40× by some, and 43× by others
 COARSEST_TILE = 100.0  # µm per delivered pixel: a tile of 256 is larger than a slide
 WAY_OUT = "give features_unit=level0, cells or um."
 
@@ -60,20 +67,27 @@ def _name_others(folder: Path, taken: list[Path]) -> None:
     """Say what else looks like features, but for what lies beside those that are taken: coordinates, other forms of the same slides."""
     stems = tuple({path.stem for path in taken})
     endings = {Path(pattern).suffix for pattern in PATTERNS}
-    others = [
-        path.name
-        for path in sorted(folder.iterdir())
-        if path not in taken
-        and path.suffix.lower() in endings
-        and path.is_file()
-        and not path.name.startswith((".", *stems))
-    ]
-    if others:
-        named = ", ".join(others[:5]) + (f" and {len(others) - 5} more" if len(others) > 5 else "")
-        warnings.warn(
-            f"left out: {named}: features of another kind than {taken[0].name}; take them over from a folder of their own",
-            Notice, stacklevel=2,
-        )  # fmt: skip
+    others: dict[str, list[str]] = {}
+    for path in sorted({*folder.iterdir(), *taken[0].parent.iterdir()} - {*taken}):
+        if path.name.startswith(".") or path.suffix.lower() not in endings:
+            within = (
+                path.is_dir()
+                and path.name not in BESIDE
+                and next((file for file in path.iterdir() if file.suffix.lower() in endings), None)
+            )
+            if within:
+                others.setdefault("in a folder of its own: give that one too, by a command of its own", []).append(
+                    f"{path.name}/{within.name}"
+                )
+        elif not path.is_file():
+            why = "a link to what isn't there" if path.is_symlink() and not path.exists() else "no file"
+            others.setdefault(why, []).append(path.name)
+        elif not path.name.startswith(stems):
+            why = f"features of another kind than {taken[0].name}; take them over from a folder of their own"
+            others.setdefault(why, []).append(path.name)
+    for why, names in others.items():
+        named = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+        warnings.warn(f"left out: {named}: {why}", Notice, stacklevel=2)
 
 
 def maker(path: Path, encoder: str | None = None) -> tuple[str | None, str | None]:
@@ -141,6 +155,7 @@ def import_features(
         ways_out = "slides=, which do, or slides_mpp= of these, or " if pixels and mpp_level0 is None else ""
         raise Fault(f"{path} does not say its tiles' µm per pixel: give {ways_out}features_mpp=.")
     _refuse_sizes(path, float(side), float(scale), mpp_level0, (*size, pixels))
+    _refuse_contradiction(path, said)
     if unit == "um":
         assert mpp_level0 is not None
         coords = np.ceil(coords / mpp_level0 - 1e-6)  # a corner is rounded up, so that it stays in its cell
@@ -164,7 +179,7 @@ def import_features(
 
 
 NUMBERS = (
-    "tile_size_level0", "tile_size", "mpp", "mpp_level0", "tile_size_um", "tile_size_px", "overlap", "target_magnification", "level0_width", "level0_height",
+    "tile_size_level0", "tile_size", "mpp", "mpp_level0", "tile_size_um", "tile_size_px", "overlap", "target_magnification", "level0_magnification", "level0_width", "level0_height",
     "patch_size_level0", "patch_size", "downsample",
 )  # fmt: skip
 
@@ -237,6 +252,18 @@ def _refuse_sizes(
         )
     if mpp_level0 is not None and not FINEST <= mpp_level0 <= COARSEST:
         raise Fault(f"{path} says that a pixel of its slide is {mpp_level0:.3g} µm wide, which no slide's is.")
+
+
+def _refuse_contradiction(path: Path, said: dict[str, Any]) -> None:
+    """Raise Fault where magnifications and sizes can't all be true: a tile's side at level 0 is its pixels times the one over the other."""
+    names = ("tile_size_level0", "tile_size", "level0_magnification", "target_magnification")
+    if all(said.get(name) for name in names):
+        side, pixels, scanned, wanted = (said[name] for name in names)
+        if not 1 / ROUNDED < side / pixels / (scanned / wanted) < ROUNDED:
+            raise Fault(
+                f"{path} contradicts itself: tiles of {pixels:g} pixels at {wanted:g}× are {pixels * scanned / wanted:g} level-0 pixels a side of a slide scanned at "
+                f"{scanned:g}×, and it says {side:g}: put its attributes right, or leave this slide out."
+            )
 
 
 def _untruncated(side: float, coords: np.ndarray) -> float:

@@ -8,6 +8,7 @@ import numpy as np
 
 from data.fault import Fault
 
+DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 SAME = 0.01  # by how much the numbers of two axes may differ: levels have whole numbers of pixels
 
 
@@ -31,6 +32,13 @@ def number(path: Path, name: str, value: Any) -> float | None:
     if found < 0:
         raise Fault(f"{path} says {name} = {said}, which can't be.")
     return found if 0 < found < float("inf") else None
+
+
+def decimal(said: str) -> float:
+    """A number in a table or a JSON, as people write it. Raises ValueError for what only Python takes for one: 0_5, ٣, infinity."""
+    if not DECIMAL.fullmatch(said.strip()):
+        raise ValueError(f"{said!r} is no number")
+    return float(said)
 
 
 def text(value: Any) -> str:

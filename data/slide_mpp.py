@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.fault import Fault
+from data.said_numbers import decimal
 from data.slide_lists import MPP_COLUMNS, PATH_COLUMNS, TABLES, read_table
 
 SAME_MPP = 1e-4  # but for rounding
@@ -28,7 +29,7 @@ class SlidesMpp:
         if Path(str(said)).suffix.lower() in TABLES:
             return cls(str(said), by_slide=_by_slide(Path(str(said)).expanduser()))
         try:
-            return cls(f"{float(said):g}", _plausible(float(said), "slides_mpp="))
+            return cls(f"{decimal(str(said)):g}", _plausible(decimal(str(said)), "slides_mpp="))
         except ValueError as error:
             raise Fault(
                 f"slides_mpp={said} is neither a number of microns nor a table (.csv) with the columns slide and mpp"
@@ -92,7 +93,7 @@ def _by_slide(table: Path) -> dict[str, frozenset[float]]:
 
 def _number(table: Path, row: list[str], slide: int, header: list[str], column: int) -> float:
     try:
-        return _plausible(float(row[column]), f"{table}, {row[slide]}: ")
+        return _plausible(decimal(row[column]), f"{table}, {row[slide]}: ")
     except ValueError as error:
         raise Fault(
             f"{table} says {header[column]} = {row[column]!r} of {row[slide]}, where a number belongs"

@@ -10,6 +10,7 @@ import math
 from typing import Any
 
 from data.coordinates import FARTHEST, UNKNOWN
+from data.said_numbers import decimal
 from data.tile_members import place_in
 
 PLACES = ("x", "y")
@@ -71,7 +72,8 @@ def _facts(member: str, content: bytes) -> dict[str, Any]:
 
 
 def _is_place(value: Any) -> bool:
-    return (_is_number(value) or isinstance(value, str)) and 0 <= float(value) < FARTHEST and float(value).is_integer()
+    place = decimal(value) if isinstance(value, str) else float(value) if _is_number(value) else -1.0
+    return 0 <= place < FARTHEST and place.is_integer()
 
 
 def _is_number(value: Any) -> bool:

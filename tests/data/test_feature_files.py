@@ -450,3 +450,33 @@ def test_features_of_another_kind_in_one_folder_are_named(tmp_path: Path) -> Non
         (tmp_path / name).touch()
     with pytest.warns(Notice, match=r"left out: b\.pt, c\.npz: features of another kind than a\.h5"):
         assert list(list_features(tmp_path)) == ["a"]
+
+
+def test_what_is_no_file_or_lies_deeper_in_a_folder_of_features_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.h5").touch()
+    (tmp_path / "broken.h5").symlink_to(tmp_path / "nowhere.h5")
+    (tmp_path / "folder.h5").mkdir()
+    for name in ("more/b.h5", "patches/a.h5"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    with pytest.warns(Notice) as said:
+        assert list(list_features(tmp_path)) == ["a"]
+    assert [str(one.message).partition(": give")[0] for one in said] == [
+        "left out: broken.h5: a link to what isn't there",
+        "left out: folder.h5: no file",
+        "left out: more/b.h5: in a folder of its own",
+    ]
+
+
+def test_magnifications_that_contradict_the_sizes_are_a_sentence(tmp_path: Path) -> None:
+    values, cells = grid()
+    told = {"patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40}
+    right = write_h5(
+        tmp_path / "a.h5", {"features": values, "coords": cells * 512}, {**told, "target_magnification": 20}
+    )
+    assert import_features(right).slide.mpp == 0.5
+    wrong = write_h5(
+        tmp_path / "b.h5", {"features": values, "coords": cells * 512}, {**told, "target_magnification": 40}
+    )
+    with pytest.raises(Fault, match="tiles of 256 pixels at 40× are 256 level-0 pixels a side of a slide scanned at 40×, and it says 512"):  # fmt: skip
+        import_features(wrong)

@@ -243,7 +243,7 @@ def test_a_table_whose_columns_of_mpp_contradict_one_another_is_refused(tmp_path
     table = tmp_path / "t.csv"
     for header, row, sentence in (
         ("mpp_x,mpp_y", "0.25,0.5", "says mpp_x = 0.25, mpp_y = 0.5 of a.svs"), ("mpp,mpp_y", "0.25,0.3", "mpp_y = 0.3"), ("mpp,microns_per_pixel", "0.25,0.5", "microns_per_pixel = 0.5"),
-        ("mpp_x,mpp_y", "0.25,x", "says mpp_y = 'x' of a.svs"),
+        ("mpp_x,mpp_y", "0.25,x", "says mpp_y = 'x' of a.svs"), ("mpp", "0_5", "says mpp = '0_5' of a.svs"),
     ):  # fmt: skip
         table.write_text(f"slide,{header}\na.svs,{row}\n")
         with pytest.raises(Fault, match=sentence):
