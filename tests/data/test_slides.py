@@ -147,7 +147,7 @@ def test_what_the_user_says_of_resolution_is_one_value_or_a_table_by_slide(tmp_p
     )
     with pytest.raises(Fault, match="tells of none of the slides"):
         said.tells_of([tmp_path / "d.svs"])
-    for wrong, sentence in (("much", "neither a number"), ("0", "0.05 to 10"), ("nan", "0.05 to 10"), ("400", "0.05 to 10"), ("none.csv", "no such table")):  # fmt: skip
+    for wrong, sentence in (("much", "neither a number"), ("0", "0.05 to 10"), ("nan", "neither a number"), ("400", "0.05 to 10"), ("none.csv", "no such table")):  # fmt: skip
         with pytest.raises(Fault, match=sentence):
             SlidesMpp.parse(wrong)
     for content, sentence in (
