@@ -35,6 +35,7 @@ from data.tar_members import DamagedTar, members
 from data.tile_facts import Impossible, locate, read_facts, take_in
 from data.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split, why_not
 
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip's, bzip2's, xz's and zstd's files begin
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
 OURS = (
     "index",
@@ -90,6 +91,8 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
         except UnreadableTar as error:
             leave_out(others, "", str(error), tar.name)
             continue
+        if not sum(record["counts"]) and not record.get("left_out"):
+            leave_out(others, "", "it holds no file", tar.name)
         names.append(tar.stem)
         tiles += sum(record["counts"])
         for kind, why, count, example in record.get("left_out", ()):
@@ -161,8 +164,15 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         if isinstance(tar, Path):
             refuse_pointer(tar)
         with tar.open("rb") as file:
+            if file.read(6).startswith(PACKED):
+                raise UnreadableTar(
+                    "it is compressed, whatever its name, and tiles are read from where they lie in a tar: unpack it"
+                )
+            file.seek(0)
             for member in members(file, size):
-                if is_tile(member) or is_json(member):
+                if is_tile(member) and not member.size:
+                    leave_out(left, "empty .jpg", "it has 0 bytes", member.name)
+                elif is_tile(member) or is_json(member):
                     file.seek(member.offset)
                     content = file.read(member.size)
                     key, checksum = split(member.name)[0], zlib.crc32(content)

@@ -94,6 +94,9 @@ def read_table(path: Path) -> list[list[str]]:
     rows = [row for row in rows if any(row)]
     if not rows:
         raise Fault(f"the table {path} is empty")
+    header = [cell.lower() for cell in rows[0] if cell]
+    if twice := next((cell for cell in header if header.count(cell) > 1), None):
+        raise Fault(f"the table {path} has several columns called {twice}: leave the one that counts")
     width = len(rows[0])
     return [row + [""] * (width - len(row)) for row in rows]
 
@@ -147,18 +150,21 @@ def _slides_in(folder: Path) -> list[Path]:
         names = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
         if not os.path.isfile(f"{inside}.mrxs"):  # the files that belong to that slide
             others += [name for name in files if name not in names]
+        for name in [name for name in names if not _may_be_opened(os.path.join(inside, name))]:
+            names.remove(name)
+            warnings.warn(f"left out: {name!a} in {inside}: it is no file", Notice, stacklevel=2)
         for name in [name for name in names if not _is_text(name)]:
             names.remove(name)
             warnings.warn(f"left out: {name!a} in {inside}: its name is no UTF-8, rename it", Notice, stacklevel=2)
         # A link that leads nowhere stays: opening it says so, by name.
-        slides += [
-            Path(inside, name)
-            for name in names
-            if os.path.isfile(os.path.join(inside, name)) or os.path.islink(os.path.join(inside, name))
-        ]
+        slides += [Path(inside, name) for name in names]
     if others:
         warnings.warn(f"left alone in {folder}: {_counted(others)}", Notice, stacklevel=2)
     return slides
+
+
+def _may_be_opened(path: str) -> bool:
+    return os.path.isfile(path) or (os.path.islink(path) and not os.path.exists(path))
 
 
 def _counted(names: list[str]) -> str:

@@ -83,5 +83,28 @@ ON_DISK = Allowed(
 )
 """Files and folders that are opened where they lie."""
 
+FILE_STEM = matching(
+    r"[A-Za-z0-9][A-Za-z0-9_.-]*", "a file's name without its ending: letters, digits, and - _ . behind the first"
+)
+"""Beginnings of names of files that are made."""
+
+
+def _is_pattern(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, RecursionError, OverflowError):
+        return False
+    return True
+
+
+PATTERN = Allowed("a regular expression, as Python has them", _is_pattern)
+"""What a part of a name is found by."""
+
+PIXELS = within(least=1, most=16_384)
+"""A view's pixels a side; a larger one is no mistake of memory but of typing."""
+
+PROTOTYPES = within(least=1, most=10_000_000)
+"""Prototypes of a head: 76 times as many as any published."""
+
 TILE = within(least=16)
 """A tile's pixels a side: one patch of a network at least, or a slide is millions of tiles that nothing can be learned from."""

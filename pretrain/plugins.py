@@ -36,6 +36,8 @@ def locate(target: str, base: type = nn.Module, allowed: Collection[str] | None 
     Where the path is from a run's folder, ``allowed`` are the packages and modules that may be imported beside ours; None: it is the user's own.
     Those are not looked for in the current folder, unless PYTHONPATH names it.
     """
+    if not isinstance(target, str):
+        raise Fault(f"_target_: {target} names no class: give the dotted path of one, as models.vit.VisionTransformer.")
     if allowed is not None and not any(target.startswith(f"{package}.") for package in (*OURS, *allowed)):
         package = target.partition(".")[0]
         raise Fault(
@@ -118,7 +120,7 @@ def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
 def schema(target: str, base: type = nn.Module) -> type:
     """A dataclass of ``_target_`` and the class's keyword-only arguments, all of them required."""
     return dataclasses.make_dataclass(
-        target.rpartition(".")[2] + "Settings", [("_target_", str), *settings_of(target, base).items()]
+        locate(target, object).__name__ + "Settings", [("_target_", str), *settings_of(target, base).items()]
     )
 
 

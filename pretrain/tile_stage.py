@@ -18,7 +18,7 @@ from data.loader import Batch, Masking, MicroBatch, TileBatches, load
 from data.loader_process import LoaderProcess
 from data.stream import Stream, group_size
 from data.tile_source import TileSource
-from models.allowed import ON_DISK, RANGE, SHARE, Agreements, numbers, one_of, within
+from models.allowed import ON_DISK, PIXELS, RANGE, SHARE, Agreements, numbers, one_of, within
 from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.encoders import Preprocessing, evaluation_size
@@ -49,10 +49,10 @@ class Crops:
     """``data.crops``: numbers, sizes and scales of the views."""
 
     global_count: Annotated[int, within(least=1)]
-    global_size: Annotated[int, within(least=1)]
+    global_size: Annotated[int, PIXELS]
     global_scale: Annotated[list[float], RANGE, within(above=0)]
     local_count: Annotated[int, within(least=0)]
-    local_size: Annotated[int, within(least=1)]
+    local_size: Annotated[int, PIXELS]
     local_scale: Annotated[list[float], RANGE, within(above=0)]
     relative_to: Annotated[str, one_of("tile", "crop")]
     aspect: Annotated[list[float], RANGE, within(above=0)]

@@ -547,7 +547,7 @@ def fit(training: Training, lease: Lease | None = None) -> None:
         try:
             trainer.fit(training)
         except RuntimeError as error:
-            if fault := ended_by(error):
+            if fault := ended_by(error) or out_of_memory(training.run, error):
                 raise fault from error
             raise
         finally:
@@ -559,6 +559,17 @@ def fit(training: Training, lease: Lease | None = None) -> None:
         say(
             f"{training.run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(training.run)}"
         )
+
+
+def out_of_memory(run: Path, error: RuntimeError) -> Fault | None:
+    """The sentence for torch's error where it found no memory, a GPU's or the machine's."""
+    if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        return None
+    said = str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
+    return Fault(
+        f"{run}: there is not enough memory ({said}); 'pretrain plan' with these settings says what takes how much, and what would fit. The newest "
+        f"checkpoint is {checkpoints.newest(run) or 'none yet'}."
+    )
 
 
 def require_devices(hardware: Hardware) -> None:

@@ -41,6 +41,7 @@ from data.tiling import TilingSettings
 from data.tissue import RULES
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.progress import say, track
+from pretrain.settings import of_the_command_line
 
 USED_BY = {
     "slides=": {"slides", "checkpoint", "slides_mpp", "min_tissue"},
@@ -103,6 +104,7 @@ def run(config: Config) -> None:
         embed(config, part, parts)
 
 
+@of_the_command_line()
 def parse_part(text: str | None) -> tuple[int, int]:
     """``3/40`` → (3, 40); (0, 1) where there is one process. Raises Fault for anything else."""
     if text is None:
@@ -113,6 +115,7 @@ def parse_part(text: str | None) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
+@of_the_command_line()
 def check(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
     if config.stage == "slide" and config.merge:
@@ -301,4 +304,5 @@ def left_out(failed: dict[str, str]) -> None:
     if failed:
         first = next(iter(failed.values()))
         count = "a slide was" if len(failed) == 1 else f"{len(failed)} slides were"
-        raise Fault(f"{count} left out, and will be tried again by the same command: {first}")
+        because = first if len(failed) == 1 else f"of the first, {first}"
+        raise Fault(f"{count} left out, and will be tried again by the same command: {because}")

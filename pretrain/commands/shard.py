@@ -58,7 +58,7 @@ from data.slide_names import name_slides
 from data.slide_survey import survey
 from data.tiling import TilingSettings
 from data.tissue import RULES
-from models.allowed import ON_DISK, SHARE, SOME, TILE, one_of, within
+from models.allowed import FILE_STEM, ON_DISK, PATTERN, SHARE, SOME, TILE, one_of, within
 from pretrain.progress import Progress, say, track
 
 MOST_SAID = 10  # slides of a kind that are said one by one
@@ -73,9 +73,9 @@ class Config:
     tissue: Annotated[str, one_of(*RULES)]
     min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
-    patient_pattern: str
+    patient_pattern: Annotated[str, PATTERN]
     tiles_per_shard: Annotated[int, within(least=1)]
-    name: str
+    name: Annotated[str, FILE_STEM]
     coordinates: Annotated[str | None, ON_DISK]
     part: str | None
     workers: Annotated[int | None, within(least=1)]

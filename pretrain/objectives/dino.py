@@ -11,7 +11,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from models.allowed import SHARE, one_of, within
+from models.allowed import PROTOTYPES, SHARE, one_of, within
 from models.heads import PrototypeHead
 from models.vit import VisionTransformer
 from pretrain.losses.cross_entropy import cross_view_entropy
@@ -31,7 +31,7 @@ class DINO(SelfDistillation):
         make_encoder: Callable[[], VisionTransformer],
         *,
         group_size: Annotated[int, within(least=1)],
-        prototypes: Annotated[int, within(least=1)],
+        prototypes: Annotated[int, PROTOTYPES],
         bottleneck: Annotated[int, within(least=1)],
         hidden: Annotated[int, within(least=1)],
         head_layers: Annotated[int, within(least=1)],

@@ -14,7 +14,7 @@ from typing import Annotated
 import torch
 from torch import Tensor
 
-from models.allowed import SHARE, one_of, within
+from models.allowed import PROTOTYPES, SHARE, one_of, within
 from models.heads import PrototypeHead
 from models.vit import VisionTransformer
 from pretrain.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
@@ -35,12 +35,12 @@ class DINOv2(SelfDistillation):
         make_encoder: Callable[[], VisionTransformer],
         *,
         group_size: Annotated[int, within(least=2)],
-        prototypes: Annotated[int, within(least=1)],
+        prototypes: Annotated[int, PROTOTYPES],
         bottleneck: Annotated[int, within(least=1)],
         hidden: Annotated[int, within(least=1)],
         head_layers: Annotated[int, within(least=1)],
         separate_ibot_head: bool,
-        ibot_prototypes: Annotated[int, within(least=1)],
+        ibot_prototypes: Annotated[int, PROTOTYPES],
         ibot_bottleneck: Annotated[int, within(least=1)],
         dino_weight: Annotated[float, within(least=0)],
         ibot_weight: Annotated[float, within(least=0)],

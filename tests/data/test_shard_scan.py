@@ -1,5 +1,6 @@
 """Shards of others: everything in the folder is read, or named and counted with a reason."""
 
+import gzip
 import json
 import os
 import re
@@ -193,10 +194,22 @@ def test_a_number_of_any_length_in_a_key_costs_its_tile_only(tmp_path: Path, key
 def test_tars_that_are_none_are_named_with_the_way_out(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg")])
     (tmp_path / "b.TAR").write_bytes((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "d.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    (tmp_path / "e.tar").write_bytes(bytes(10240))
     (tmp_path / "c.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
     said = [str(kind) for kind in left_out(scan(tmp_path))[1]]
+    assert "e.tar: it holds no file" in said
+    assert any(one.startswith("d.tar: it is compressed, whatever its name") for one in said)
     assert said[0] == "b.TAR: its ending is in capitals: rename it to b.tar"
     assert said[1].startswith("c.tar: is a Git LFS pointer") and "git lfs pull" in said[1]
+
+
+def test_a_picture_of_no_bytes_is_left_out_and_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("l.jpg", b"")])
+    index = scan(tmp_path)
+    assert len(index) == 1 and [str(kind) for kind in left_out(index)[0]] == [
+        "1 empty .jpg (as l.jpg in a.tar): it has 0 bytes"
+    ]
 
 
 def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ from pretrain import checkpoints
 from pretrain.metrics_file import read_metrics
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run_folder import digest, read_config
-from pretrain.training import Training
+from pretrain.training import Training, out_of_memory
 from tests.data.tile_folders import spoil, write_tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -537,3 +537,13 @@ def test_compiled_blocks_change_nothing_but_rounding(
 ) -> None:
     finish(start(command(tile_shards, tmp_path / "compiled", *WAYS["everything"], "trainer.compile=true")))
     assert_close(tmp_path / "compiled", uninterrupted["everything"])
+
+
+def test_a_lack_of_memory_is_a_sentence(tmp_path: Path) -> None:
+    for error, said in (
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "can't allocate memory: you tried"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "CUDA out of memory. Tried"),
+    ):  # fmt: skip
+        fault = out_of_memory(tmp_path, error)
+        assert fault is not None and f"there is not enough memory ({said}" in str(fault) and "none yet" in str(fault)
+    assert out_of_memory(tmp_path, RuntimeError("size mismatch")) is None
