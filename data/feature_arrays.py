@@ -216,6 +216,12 @@ def _rows(path: Path, features: np.ndarray) -> np.ndarray:
         raise Fault(
             f"{path} has features of shape {features.shape} and type {features.dtype}, not a row of numbers a tile."
         )
+    if (
+        features.dtype.kind in "iu" and features.size
+    ):  # bfloat16's bits under another name, or quantised ones: numbers of their own would be taken
+        raise Fault(
+            f"{path} has features of type {features.dtype}, whole numbers, which no encoder gives: save them as float32 or float16."
+        )
     return features.reshape(int(np.prod(features.shape[:-1])), features.shape[-1])
 
 

@@ -83,7 +83,12 @@ def _name_others(folder: Path, taken: list[Path]) -> None:
             why = "a link to what isn't there" if path.is_symlink() and not path.exists() else "no file"
             others.setdefault(why, []).append(path.name)
         elif not path.name.startswith(stems):
-            why = f"features of another kind than {taken[0].name}; take them over from a folder of their own"
+            capitals = path.suffix != path.suffix.lower()
+            why = (
+                f"its ending is in capitals, rename it to {path.suffix.lower()}"
+                if capitals
+                else f"features of another kind than {taken[0].name}; take them over from a folder of their own"
+            )
             others.setdefault(why, []).append(path.name)
     for why, names in others.items():
         named = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

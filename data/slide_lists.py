@@ -126,6 +126,8 @@ def _slides_of_table(table: Path) -> Iterator[Path]:
 
 def _beside(source: Path, name: str) -> Path:
     """A path that a list or table names: as it stands, or from where the list lies if it is only there."""
+    if "://" in name:
+        raise Fault(f"{source} names {name}: slides are read from a disk, and no URL; copy them there")
     path = Path(name).expanduser()
     return source.parent / path if not path.exists() and (source.parent / path).exists() else path
 

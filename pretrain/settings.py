@@ -359,6 +359,8 @@ def _explain(command: str, overrides: list[str], search: list[str], directories:
             )
         elif key not in known and not override.is_add():
             return f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, known)}"
+        elif key in known and override.is_add() and not override.is_force_add():
+            return f"{key} is a setting already, and + adds one: write {text.lstrip('+')}."
     return " ".join(str(error).split())
 
 

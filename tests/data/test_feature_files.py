@@ -453,7 +453,8 @@ def test_features_of_another_kind_in_one_folder_are_named(tmp_path: Path) -> Non
 
 
 def test_what_is_no_file_or_lies_deeper_in_a_folder_of_features_is_named(tmp_path: Path) -> None:
-    (tmp_path / "a.h5").touch()
+    for name in ("a.h5", "B.H5"):
+        (tmp_path / name).touch()
     (tmp_path / "broken.h5").symlink_to(tmp_path / "nowhere.h5")
     (tmp_path / "folder.h5").mkdir()
     for name in ("more/b.h5", "patches/a.h5"):
@@ -462,6 +463,7 @@ def test_what_is_no_file_or_lies_deeper_in_a_folder_of_features_is_named(tmp_pat
     with pytest.warns(Notice) as said:
         assert list(list_features(tmp_path)) == ["a"]
     assert [str(one.message).partition(": give")[0] for one in said] == [
+        "left out: B.H5: its ending is in capitals, rename it to .h5",
         "left out: broken.h5: a link to what isn't there",
         "left out: folder.h5: no file",
         "left out: more/b.h5: in a folder of its own",
@@ -480,3 +482,15 @@ def test_magnifications_that_contradict_the_sizes_are_a_sentence(tmp_path: Path)
     )
     with pytest.raises(Fault, match="tiles of 256 pixels at 40× are 256 level-0 pixels a side of a slide scanned at 40×, and it says 512"):  # fmt: skip
         import_features(wrong)
+
+
+def test_features_that_are_whole_numbers_are_a_sentence(tmp_path: Path) -> None:
+    values, cells = grid()
+    bits = torch.from_numpy(values).bfloat16().view(torch.uint16).numpy()
+    path = write_h5(
+        tmp_path / "a.h5", {"features": bits, "coords": cells * 512}, {"patch_size": 256, "patch_size_level0": 512}
+    )
+    with pytest.raises(
+        Fault, match=r"a\.h5 has features of type uint16, whole numbers, which no encoder gives: save them as float32"
+    ):
+        import_features(path, mpp=0.5)

@@ -228,6 +228,7 @@ def test_lists_that_name_nothing_or_themselves_or_are_no_text_are_a_sentence(tmp
         ("e.txt", b"", "e.txt names no slide: give one a line"), ("c.txt", b"# none\n\n", "c.txt names no slide"), ("r.txt", b"a.svs\nr.txt\n", "r.txt names itself"),
         ("r.txt", b"to_itself.txt\n", "to_itself.txt names itself"), ("u.txt", "a.svs\n".encode("utf-16-le"), "u.txt holds bytes of 0, as UTF-16"), ("n.csv", b"path\na\0.svs\n", "n.csv holds bytes of 0"),
         ("h.csv", b'path\n"' + b"a" * 200_000 + b'"\n', r"table .*h.csv can't be read at line 2 \(field larger"), ("p.txt", pointer.encode(), "p.txt is a Git LFS pointer"), ("p.csv", pointer.encode(), "p.csv is a Git LFS pointer"),
+        ("w.txt", b"https://x.org/a.svs\n", r"w.txt names https://x.org/a.svs: slides are read from a disk"),
         ("d.csv", b"slide,slide\na.svs,b.svs\n", "d.csv has several columns called slide"),
     ):  # fmt: skip
         (tmp_path / name).write_bytes(content)

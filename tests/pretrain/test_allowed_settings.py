@@ -194,6 +194,7 @@ def test_every_number_among_the_settings_has_a_range(command: str, words: list[s
         (["data.masks.low=0.6"], "data.masks.low=0.6 and data.masks.high=0.5 don't go together: the smallest share is larger than the largest."),
         (["data.lanes=3"], "data.batch_size=64 is not a multiple of data.lanes=3"),
         (["data.crops.global_size=1000000"], "data.crops.global_size=1000000 is not allowed: it must be at least 1 and at most 16384."),
+        (["+seed=3"], "seed is a setting already, and + adds one: write seed=3."),
         (["model._target_=5"], "_target_: 5 names no class: give the dotted path of one"),
         (["shard", "slides=a", "out=b", "name=../c"], "name=../c is not allowed: it must be a file's name without its ending"),
         (["shard", "slides=a", "out=b", "patient_pattern='('"], "patient_pattern=( is not allowed: it must be a regular expression"),
