@@ -96,7 +96,17 @@ def test_the_views_shown_are_those_of_training_and_follow_the_recipe() -> None:
     assert sheet.shape[0] == 3 * 68 and sheet.shape[1] > 4 * 68
     plain = recipe_settings(
         "small",
-        [f"data.crops.{name}" for name in ("local_count=0", "global_size=64", "global_scale=[1,1]", "aspect=[1,1]")]
+        [
+            f"data.crops.{name}"
+            for name in (
+                "local_count=0",
+                "global_size=64",
+                "global_scale=[1,1]",
+                "aspect=[1,1]",
+                "vertical_flip=0",
+                "quarter_turns=0",
+            )
+        ]
         + ["data.colour.jitter_probability=0", "data.colour.grey_probability=0", "data.masks.share=0"]
         + ["data.colour.blur_probability=[0,0,0]", "data.colour.solarise_probability=[0,0,0]"],
     )

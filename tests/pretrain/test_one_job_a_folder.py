@@ -19,7 +19,7 @@ def test_a_second_job_on_a_run_s_folder_is_refused_and_may_follow_when_the_first
     words = command(tile_shards, run, "trainer.checkpoint_every=2", f"trainer.devices={processes}")
     first = start([*words, "optim.schedule_steps=6", "optim.steps=100000"])
     end = time.monotonic() + 90
-    while len(read_metrics(run)) < 3:
+    while len(read_metrics(run)) < 3 or checkpoints.newest(run) is None:
         assert time.monotonic() < end and first.poll() is None
         time.sleep(0.05)
     line = refused(command(tile_shards, run), capsys)

@@ -45,7 +45,10 @@ GOOD: dict[str, Any] = {
         ({"count": 9}, "count=9 is not allowed: it must be at least 1 and at most 8."),
         ({"jobs": ["1", "x"]}, "jobs holds 'x', which is not allowed: each must be a number."),
         ({"inner": {"share": 1.0}}, "inner.share=1.0 is not allowed: it must be at least 0 and less than 1."),
-        ({"inner": {"share": float("nan")}}, "inner.share=nan is not allowed: it must be at least 0 and less than 1."),
+        (
+            {"inner": {"share": float("nan")}},
+            "inner.share=nan is not allowed: it must be a finite number, at least 0 and less than 1.",
+        ),
         ({"many": {"a": {"share": -0.1}}}, "many.a.share=-0.1 is not allowed: it must be at least 0 and less than 1."),
         ({"model": GOOD["model"] | {"depth": 0}}, "model.depth=0 is not allowed: it must be at least 1."),
     ],
