@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from data.fault import Fault
 from pretrain import plugins
-from pretrain.settings import CONFIGS, Composed, annotated, comments, load, nearest
+from pretrain.settings import CONFIGS, Composed, annotated, choices_of, comments, load, nearest
 
 STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
@@ -57,8 +57,8 @@ def run(config: Config) -> None:
 
 
 def names() -> list[str]:
-    """All recipes, by name."""
-    return sorted(file.stem for file in (CONFIGS / "recipe").glob("*.yaml"))
+    """All recipes, by name; what begins with _ is a part of others."""
+    return choices_of("recipe", [CONFIGS])
 
 
 def path(name: str) -> Path:

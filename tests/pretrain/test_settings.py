@@ -144,7 +144,7 @@ def test_every_value_is_printed_with_its_meaning_and_where_it_comes_from() -> No
     overrides = ["optim.clip=1.5", "run=a", "data.shards=b"]
     text = annotated(load("tile", overrides))
     by_key = {line.split(":")[0].strip(): line for line in text.splitlines()}
-    assert re.search(r"batch_size: 64 +# .*\[recipe/small\]$", by_key["batch_size"])
+    assert re.search(r"batch_size: 64 +# .*\[recipe/_small\]$", by_key["batch_size"])
     assert re.search(r"clip: 1\.5 +# largest gradient norm.*\[command line\]$", by_key["clip"])
     assert by_key["window"].endswith("[data/tiles]") and by_key["seed"].endswith("[tile]")
     assert yaml.safe_load(text) == OmegaConf.to_container(load("tile", overrides).tree)
