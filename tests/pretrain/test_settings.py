@@ -132,7 +132,7 @@ def test_a_name_with_a_quote_in_it_is_taken_as_a_list_or_refused_in_a_sentence_t
 
 
 def test_the_command_line_beats_the_recipe_and_the_recipe_beats_the_group() -> None:
-    recipe = yaml.safe_load((CONFIGS / "recipe" / "small.yaml").read_text())
+    recipe = yaml.safe_load((CONFIGS / "recipe" / "_small.yaml").read_text())
     group = yaml.safe_load((CONFIGS / "data" / "tiles.yaml").read_text())
     assert recipe["data"]["lanes"] != group["lanes"]
     assert load("tile", []).tree.data.lanes == recipe["data"]["lanes"]
