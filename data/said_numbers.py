@@ -24,11 +24,12 @@ def number(path: Path, name: str, value: Any) -> float | None:
     if not len(values):
         return None
     said = text(values[0]).strip()
-    match = re.fullmatch(r"([-+]?[0-9.]+(?:e[-+]?[0-9]+)?|nan|inf)\s*(?:x|×|px|um|µm)?", said, re.IGNORECASE)
-    try:
-        found = float(match[1]) if match else float(said or "nan")
-    except ValueError as error:
-        raise Fault(f"{path} says {name} = {said!r}, where a number belongs.") from error
+    if not said:
+        return None
+    match = re.fullmatch(rf"({DECIMAL.pattern}|-?inf|nan)\s*(?:x|×|px|um|µm)?", said, re.IGNORECASE)
+    if not match:
+        raise Fault(f"{path} says {name} = {said!r}, where a number belongs.")
+    found = float(match[1])
     if found < 0:
         raise Fault(f"{path} says {name} = {said}, which can't be.")
     return found if 0 < found < float("inf") else None

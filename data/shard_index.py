@@ -118,7 +118,7 @@ class ShardIndex:
         pieces = [np.arange(self.run_start[run], self.run_start[run + 1]) for run in runs]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
-    @property
+    @cached_property
     def remote(self) -> bool:
         """Whether the shards lie behind a URL."""
         return is_remote(self.location)

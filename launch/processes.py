@@ -70,6 +70,6 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
 def refuse_uneven(composed: Composed, processes: int) -> None:
     """Raise Fault where a run can't be shared evenly by so many processes: they would find that out when they have started, a job when its turn comes."""
     if trains(composed):
-        from pretrain.even_shares import require_even  # with PyTorch, which other commands are started without
+        from pretrain.even_shares import require_even  # which imports Lightning and FSDP, for seconds
 
         require_even(composed.tree, processes)

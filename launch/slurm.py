@@ -106,7 +106,7 @@ class Slurm(Launcher):
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
         refuse_uneven(composed, processes.count)
         if composed.command in TRAINING:
-            from pretrain.run_folder import allowed_changes  # with PyTorch, which other commands are started without
+            from pretrain.run_folder import allowed_changes  # which imports Lightning and FSDP, for seconds
 
             # The data may be made by a job that this one waits for; what the run's folder holds is there now.
             allowed_changes(Path(composed.tree.run), config, data=None)
@@ -181,11 +181,11 @@ class Slurm(Launcher):
             name = option.lstrip("-").partition("=")[0].split()[0]
             if name in WRITTEN:
                 raise Fault(f"launch.sbatch holds {option}, and the script says that itself: {WRITTEN[name]}.")
-        if self.time and not seconds(self.time) and re.match(r"\d", self.time):
+        limit = seconds(self.time) if self.time else 0
+        if self.time and not limit and re.match(r"\d", self.time):
             raise Fault(
                 f"launch.time={self.time} is no time: give it some, or launch.time=UNLIMITED where the cluster has that."
             )
-        limit = seconds(self.time) if self.time else 0
         if 0 < limit <= self.signal_seconds and (self.requeue or self.chain):
             raise Fault(
                 f"launch.signal_seconds={self.signal_seconds} is not less than launch.time={self.time}, so a job would be told to stop as "

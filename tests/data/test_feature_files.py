@@ -416,7 +416,7 @@ def test_places_and_sizes_that_no_slide_has_are_a_sentence(
 
 
 @pytest.mark.parametrize(("said", "sentence"), [
-    ({"target_magnification": "much"}, r"says target_magnification = 'much', where a number belongs"), ({"target_magnification": [10, 20]}, r"\[10, 20\], where one number belongs"),
+    ({"target_magnification": "2_0"}, r"says target_magnification = '2_0', where a number belongs"), ({"target_magnification": "much"}, r"says target_magnification = 'much', where a number belongs"), ({"target_magnification": [10, 20]}, r"\[10, 20\], where one number belongs"),
     ({"target_magnification": 0}, "does not say its tiles' µm per pixel"), ({"target_magnification": -20}, "which can't be"),
 ])  # fmt: skip
 def test_attributes_that_say_nothing_of_use_are_a_sentence(

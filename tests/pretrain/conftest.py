@@ -21,6 +21,7 @@ from data.shard_scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain import checkpoints
+from pretrain.doctor import machine, tiles
 from tests.data.tile_folders import write_tiles
 
 TILE, COLUMNS, ROWS = 40, 4, 3
@@ -143,3 +144,10 @@ def class_folders(tmp_path: Path) -> Path:
             pixels = rng(0, klass, i).integers(0, 80, size=(*size, 3)) + np.array([80 + shade, 90, 100])
             Image.fromarray(pixels.astype(np.uint8)).save(tmp_path / "classes" / klass / f"{i:02d}.png")
     return tmp_path / "classes"
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A doctor that starts no processes and times no tiles."""
+    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
+    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)

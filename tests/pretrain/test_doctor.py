@@ -422,10 +422,8 @@ def test_what_the_run_would_refuse_the_doctor_refuses_in_the_same_words(
     shards: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    unmeasured: None,
 ) -> None:
-    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
-    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
     common = [f"data.shards={shards}", f"run={tmp_path / 'run'}", *TINY, *settings]
     for command in ("doctor", "tile"):
         with pytest.raises(SystemExit) as ended:
@@ -436,10 +434,8 @@ def test_what_the_run_would_refuse_the_doctor_refuses_in_the_same_words(
 
 
 def test_another_run_s_folder_and_one_that_is_in_use_are_said(
-    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], unmeasured: None
 ) -> None:
-    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
-    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
     common = [f"data.shards={shards}", f"run={tmp_path / 'run'}", *TINY]
     main(["tile", *common, "optim.steps=1", "optim.warmup_steps=1"])
     with alone(tmp_path / "run"), pytest.raises(SystemExit):
@@ -512,10 +508,8 @@ def test_a_source_of_any_kind_is_looked_at_and_none_where_it_is_left_out(
     shards: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    unmeasured: None,
 ) -> None:
-    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
-    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
     given = [f"data.members={{a:{{shards:{shards},weight:1}},b:{{shards:{shards},weight:2}}}}"]
     main(["doctor", f"run={tmp_path}", *TINY, "data=mixture", *(given if source == "mixture" else [])])
     said = capsys.readouterr().out

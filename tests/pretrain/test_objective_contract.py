@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from data.fault import Fault
 from launch.entry import main
 from pretrain import plugins
-from pretrain.doctor import machine, tiles
 from pretrain.objective import Moment, Objective
 from pretrain.objective_contract import look_of, loss_of, require_trainable
 from pretrain.plan.rehearsal import Batch, rehearse
@@ -258,10 +257,8 @@ def test_the_doctor_and_the_run_say_it_in_the_same_words(
     tile_shards: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    unmeasured: None,
 ) -> None:
-    monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
-    monkeypatch.setattr(tiles, "tiles_per_second", lambda _: 1.0)
     words = [f"run={tmp_path / 'run'}", f"data.shards={tile_shards}", *WITHOUT_OBJECTIVE, *own(kind)]
     for command in ("doctor", "tile"):
         with pytest.raises(SystemExit):

@@ -60,8 +60,9 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_noth
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         signal_inside(patch, number, step=2)  # between two checkpoints
         main(command(tile_shards, run, *SETTINGS))
-    assert ended.value.code == EXIT_CODE == 75
-    assert f"stopped by {number.name} after step 3 of {STEPS}" in (said := capsys.readouterr().err)
+    said = capsys.readouterr().err
+    assert ended.value.code == EXIT_CODE == 75, said
+    assert f"stopped by {number.name} after step 3 of {STEPS}" in said
     assert "step-00000003; the same command continues" in said
     assert checkpoints.read_state(checkpoints.newest(run))["step"] == 3 and not list(run.glob("checkpoints/*.partial"))  # type: ignore[arg-type]
     assert signal.getsignal(number) is before and not signals.noted()
