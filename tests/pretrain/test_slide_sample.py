@@ -1,18 +1,26 @@
 """The slide of a tile, told by its neighbours: which tiles are looked at, and what the figure says."""
 
+import io
+import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
+import simplejpeg
 import torch
 from torch import Tensor, nn
 
 from data.keyed import rng
 from data.mixture import Mixture
+from data.shard_scan import scan
 from data.shard_tiles import ShardTiles
 from data.stream import Part
 from data.tile_source import TileSource, UnreadableTile
+from launch.entry import main
 from pretrain.encoders import Preprocessing
+from pretrain.metrics_file import read_metrics
 from pretrain.slide_sample import FEWEST, SLIDES, TILES, SlideSample, choose, recognised, run_of
 
 
@@ -90,3 +98,49 @@ def test_a_tile_that_cannot_be_read_is_replaced_by_the_next() -> None:
     sample.load(Preprocessing(16, 16, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), 0, 1)
     assert sample.images.count == 4 * TILES
     assert sample.score(Mean(), torch.device("cpu"))["slide_chance"] == 0.25
+
+
+def scanned(pixels: np.ndarray, scanner: int) -> np.ndarray:
+    """What the second of two scanners makes of colours: another gamma for each channel."""
+    return pixels if scanner == 0 else (255 * (pixels / 255) ** np.array([1.6, 1.0, 0.7])).astype(np.uint8)
+
+
+def write_halves(regions: Path, folder: Path, side: int = 100) -> Path:
+    """Each region (1000 × 1000) as two slides: its left half as one scanner shows it, its right half as another. One tar a slide."""
+    folder.mkdir()
+    for path in sorted(regions.glob("*.tiff")):
+        with openslide.OpenSlide(path) as opened:
+            pixels = np.array(opened.read_region((0, 0), 0, (1000, 1000)).convert("RGB"))
+        for half in (0, 1):
+            slide = f"{path.stem}-{half}"
+            with tarfile.open(folder / f"{slide}.tar", "w") as tar:
+                for x in range(500 * half, 500 * half + 500, side):
+                    for y in range(0, 1000, side):
+                        facts = {"slide": slide, "x": x, "y": y, "mpp": 0.25, "tile_size": side, "tile_size_level0": float(side)}  # fmt: skip
+                        tile = np.ascontiguousarray(scanned(pixels[y : y + side, x : x + side], half))
+                        jpeg = simplejpeg.encode_jpeg(tile, quality=95)
+                        for suffix, content in (("jpg", jpeg), ("json", json.dumps(facts).encode())):
+                            member = tarfile.TarInfo(f"{slide}_{x}_{y}.{suffix}")
+                            member.size = len(content)
+                            tar.addfile(member, io.BytesIO(content))
+    scan(folder)
+    return folder
+
+
+@pytest.mark.slow
+def test_what_dinov2_s_colour_trains_tells_slides_less_than_what_no_colour_trains(shared: Path, tmp_path: Path) -> None:
+    """Published recipes differ in colour, and the logged figure shows it: both halves of a region are alike but for the scanner."""
+    tiles = write_halves(shared / "slides" / "regions", tmp_path / "tiles")
+    weak = [f"data.colour.{part}=0" for part in ("brightness", "contrast", "saturation", "hue", "grey_probability")]
+    found: dict[str, list[float]] = {"strong": [], "weak": []}
+    for name, settings in (("strong", []), ("weak", weak)):
+        for seed in (0, 1):
+            run = tmp_path / f"{name}{seed}"
+            main([
+                "tile", "recipe=small", f"run={run}", f"data.shards={tiles}", f"seed={seed}", "optim.steps=800", "watch.every=100", "data.batch_size=16",
+                "data.threads=1", "trainer.accelerator=cpu", "model.image_size=48", "model.width=96", "model.depth=3", "model.feed_forward_width=192",
+                "data.crops.global_size=48", "data.crops.local_size=32", "data.crops.local_count=2", *settings,
+            ])  # fmt: skip
+            looks = [row["slide_knn"] for row in read_metrics(run) if "slide_knn" in row]
+            found[name] += looks[len(looks) // 2 :]  # of 256 tiles each
+    assert np.mean(found["strong"]) < np.mean(found["weak"]) - 0.03, found
