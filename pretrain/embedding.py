@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embedding_sources import Pixels, SlideTiles, TileSource, stacks
-from data.embeddings import EmbeddingWriter
+from data.embeddings.sources import Pixels, SlideTiles, TileSource, stacks
+from data.embeddings.store import EmbeddingWriter
 from data.fault import Fault
 from data.files import Refused
 from pretrain.ahead import map_ahead

@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
+from data.embeddings.packing import Packing
 from data.fault import Fault
-from data.slide_packing import Packing
-from data.stream import group_size
+from data.tiles.stream import group_size
 from pretrain.sharding import processes_a_copy
 
 HEADS = (("model", "heads"), ("objective", "decoder_heads"))

@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from data.embeddings import EmbeddingWriter
+from data.embeddings.feature_files import import_features, maker, width
+from data.embeddings.store import EmbeddingWriter
 from data.fault import Fault
-from data.feature_files import import_features, maker, width
 from data.files import Refused
-from data.slide_mpp import ISOTROPIC, SlidesMpp
-from data.slides import Slide
+from data.slides.mpp import ISOTROPIC, SlidesMpp
+from data.slides.reading import Slide
 from pretrain.progress import say, track
 
 MOST_SAID = 20

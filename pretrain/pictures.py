@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from data.tiling import BACKGROUND, DAMAGED, EMPTY, KEPT, PEN, VERDICTS, Tiling
+from data.slides.tiling import BACKGROUND, DAMAGED, EMPTY, KEPT, PEN, VERDICTS, Tiling
 
 Colour = tuple[int, int, int]
 

@@ -7,11 +7,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import masks
-from data.augment import augment
-from data.augment_parameters import draw
-from data.crops import cut
 from data.keyed import rng
+from data.tiles import masks
+from data.tiles.augment import augment
+from data.tiles.augment_parameters import draw
+from data.tiles.crops import cut
 from pretrain import settings
 from pretrain.tile_batch import TileBatch
 from pretrain.tile_stage import colour, contact_sheet, crop_sizes

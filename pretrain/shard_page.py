@@ -8,14 +8,14 @@ import numpy as np
 import simplejpeg
 from PIL import Image
 
-from data.coordinates import UNKNOWN
-from data.coordinates_h5 import read_tiling
 from data.fault import Fault
 from data.keyed import drawn, rng
-from data.open_tars import OpenTars
 from data.redaction import redacted
 from data.remote import Truncated
-from data.shard_index import ShardIndex
+from data.shards.index import ShardIndex
+from data.shards.open_tars import OpenTars
+from data.slides.coordinates import UNKNOWN
+from data.slides.coordinates_h5 import read_tiling
 from pretrain.picture_page import Page
 from pretrain.pictures import contact_sheet, histogram, mixture, tile_map
 from pretrain.seen import recipe_settings, seen

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from data.embeddings import EmbeddingStore, SlideEmbeddings, claim
+from data.embeddings.slide_features import ABOUT, add_rows, slides_in
+from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
 from data.fault import Fault
 from data.files import make_folder
-from data.shard_folder import alone
-from data.slide_features import ABOUT, add_rows, slides_in
+from data.shards.folder import alone
 from pretrain.encoders import PRECISIONS
 from pretrain.progress import say, track
 from pretrain.slide_encoders import SlideEncoder

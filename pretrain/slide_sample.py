@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from data.keyed import rng
-from data.tile_source import TileSource, UnreadableTile
+from data.tiles.source import TileSource, UnreadableTile
 from pretrain.encoders import Preprocessing
 from pretrain.fixed_images import FixedImages, agreed
 from pretrain.probing import knn_predict

@@ -11,14 +11,14 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
-from data.embeddings import EmbeddingStore
+from data.embeddings.packing import Packing
+from data.embeddings.sequences import SlideBatch, SlideSequences
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.files import write_whole
 from data.lease import once
 from data.loader_process import LoaderProcess, shared_memory_room
-from data.slide_packing import Packing
-from data.slide_sequences import SlideBatch, SlideSequences
-from data.standardisation import Statistics
 from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from pretrain import signals

@@ -1,4 +1,4 @@
-"""Sources of tiles as settings name them: slides read online, and weighted mixtures. Shards need nothing more: `data.shard_tiles`."""
+"""Sources of tiles as settings name them: slides read online, and weighted mixtures. Shards need nothing more: `data.tiles.of_shards`."""
 
 import os
 from collections.abc import Mapping
@@ -13,14 +13,14 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.fault import Fault
 from data.lease import once
-from data.mixture import Mixture
-from data.slide_lists import list_slides
-from data.slide_mpp import SlidesMpp
-from data.slide_survey import known_survey, survey_slides
-from data.slide_tiles import SlideTiles
-from data.tile_source import TileSource
-from data.tiling import TilingSettings
-from data.tissue import RULES
+from data.slides.lists import list_slides
+from data.slides.mpp import SlidesMpp
+from data.slides.survey import known_survey, survey_slides
+from data.slides.tiling import TilingSettings
+from data.slides.tissue import RULES
+from data.tiles.mixture import Mixture
+from data.tiles.of_slides import SlideTiles
+from data.tiles.source import TileSource
 from models.allowed import ON_DISK, SHARE, SOME, TILE, Agreements, one_of, within
 from pretrain import plugins, ranges
 from pretrain.progress import say, track

@@ -9,15 +9,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from data.augment import augment
-from data.augment_parameters import Colour
-from data.crops import CropSizes
 from data.fault import Fault
 from data.files import Refused, appearing, remove
-from data.loader import Batch, Masking, MicroBatch, TileBatches, load
 from data.loader_process import LoaderProcess
-from data.stream import Stream, group_size
-from data.tile_source import TileSource
+from data.tiles.augment import augment
+from data.tiles.augment_parameters import Colour
+from data.tiles.crops import CropSizes
+from data.tiles.loader import Batch, Masking, MicroBatch, TileBatches, load
+from data.tiles.source import TileSource
+from data.tiles.stream import Stream, group_size
 from models.allowed import ON_DISK, PIXELS, RANGE, SHARE, Agreements, numbers, one_of, within
 from pretrain import init, plugins
 from pretrain.across_ranks import total
@@ -67,7 +67,7 @@ class Crops:
 
 @dataclass
 class ColourSettings:
-    """``data.colour``: see `data.augment.Colour`."""
+    """``data.colour``: see `data.tiles.augment.Colour`."""
 
     jitter_probability: Annotated[float, SHARE]
     brightness: Annotated[float, within(least=0)]

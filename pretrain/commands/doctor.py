@@ -19,7 +19,7 @@ from typing import Annotated, Any
 
 from omegaconf import OmegaConf
 
-from data.tile_source import TileSource
+from data.tiles.source import TileSource
 from models.allowed import ON_DISK, within
 from pretrain import init, plugins
 from pretrain.commands import tile

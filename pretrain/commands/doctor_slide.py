@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from data.embeddings import EmbeddingStore
+from data.embeddings.store import EmbeddingStore
 from models.allowed import within
 from pretrain import plugins
 from pretrain.commands import slide

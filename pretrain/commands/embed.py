@@ -27,18 +27,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-from data.embedding_index import merge
-from data.embedding_sources import ShardSource, SlideSource, TileSource, share
-from data.embeddings import EmbeddingStore, EmbeddingWriter
-from data.embeddings_h5 import EXPORTS, exported
+from data.embeddings.feature_files import UNITS, list_features
+from data.embeddings.h5 import EXPORTS, exported
+from data.embeddings.index import merge
+from data.embeddings.slide_features import slides_in
+from data.embeddings.sources import ShardSource, SlideSource, TileSource, share
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
-from data.feature_files import UNITS, list_features
-from data.slide_features import slides_in
-from data.slide_lists import list_slides
-from data.slide_mpp import ISOTROPIC, SAME_MPP, SlidesMpp
-from data.slide_names import name_slides
-from data.tiling import TilingSettings
-from data.tissue import RULES
+from data.slides.lists import list_slides
+from data.slides.mpp import ISOTROPIC, SAME_MPP, SlidesMpp
+from data.slides.names import name_slides
+from data.slides.tiling import TilingSettings
+from data.slides.tissue import RULES
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.progress import say, track
 from pretrain.settings import of_the_command_line

@@ -28,10 +28,10 @@ from PIL import Image
 from data.fault import Fault
 from data.files import require_writable
 from data.keyed import rng
-from data.slide_mpp import SlidesMpp
-from data.slides import Slide
-from data.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
-from data.tissue import RULES, is_empty, pen
+from data.slides.mpp import SlidesMpp
+from data.slides.reading import Slide
+from data.slides.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
+from data.slides.tissue import RULES, is_empty, pen
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.picture_page import Page, write_page
 from pretrain.pictures import contact_sheet, tile_map, tissue_overlay

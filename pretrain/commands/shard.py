@@ -32,13 +32,10 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-from data.coordinates_h5 import coordinates_path, read_tiling, write_tiling
-from data.cutting import JPEG_QUALITY
 from data.fault import Fault
 from data.files import refused
-from data.job_array import JobPart, check_division, known_slides
 from data.parallel import in_processes
-from data.shard_folder import (
+from data.shards.folder import (
     FAILED,
     NO_TISSUE,
     PENDING,
@@ -50,14 +47,17 @@ from data.shard_folder import (
     save_plan,
     save_rows,
 )
-from data.shard_index import ShardIndex, merge
-from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
-from data.slide_lists import list_slides
-from data.slide_mpp import SAME_MPP, SlidesMpp
-from data.slide_names import name_slides
-from data.slide_survey import survey
-from data.tiling import TilingSettings
-from data.tissue import RULES
+from data.shards.index import ShardIndex, merge
+from data.shards.job_array import JobPart, check_division, known_slides
+from data.shards.writing import Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.slides.coordinates_h5 import coordinates_path, read_tiling, write_tiling
+from data.slides.cutting import JPEG_QUALITY
+from data.slides.lists import list_slides
+from data.slides.mpp import SAME_MPP, SlidesMpp
+from data.slides.names import name_slides
+from data.slides.survey import survey
+from data.slides.tiling import TilingSettings
+from data.slides.tissue import RULES
 from models.allowed import FILE_STEM, ON_DISK, PATTERN, SHARE, SOME, TILE, one_of, within
 from pretrain.progress import Progress, say, track
 

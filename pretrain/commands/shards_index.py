@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Annotated
 
 from data.fault import Fault
-from data.job_array import merge_parts, parts_in
-from data.shard_folder import FAILED, NO_TISSUE, TILED, alone, load_plan
-from data.shard_index import ShardIndex, merge, record_path
-from data.shard_scan import disputed, left_out, scan
-from data.shards import is_published
-from data.tile_members import LeftOut
+from data.shards.folder import FAILED, NO_TISSUE, TILED, alone, load_plan
+from data.shards.index import ShardIndex, merge, record_path
+from data.shards.job_array import merge_parts, parts_in
+from data.shards.scan import disputed, left_out, scan
+from data.shards.tile_members import LeftOut
+from data.shards.writing import is_published
 from models.allowed import ON_DISK, SOME
 from pretrain.commands.shard import counted_as, holdings
 from pretrain.progress import say

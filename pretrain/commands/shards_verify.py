@@ -29,7 +29,7 @@ from data.files import require_writable, write_whole
 from data.parallel import in_processes
 from data.redaction import redacted_settings
 from data.remote import is_remote
-from data.shard_verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
+from data.shards.verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
 from models.allowed import ON_DISK, SOME, within
 from pretrain.progress import Progress, say
 

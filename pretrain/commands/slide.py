@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-from data.embeddings import EmbeddingStore
+from data.embeddings.store import EmbeddingStore
 from models.allowed import ON_DISK, within
 from pretrain import plugins
 from pretrain.objectives.slide_mae import SlideMAE

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data.embeddings import EmbeddingStore
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
-from data.standardisation import Statistics
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
 from pretrain.even_shares import lanes_of

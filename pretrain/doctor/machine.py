@@ -13,7 +13,7 @@ import openslide
 import torch
 
 from data.fault import Fault
-from data.slides import Slide
+from data.slides.reading import Slide
 from pretrain.doctor.finding import Finding, failed, passed, warned
 
 COMPROMISED = {"lightning": {"2.6.2", "2.6.3"}}  # releases that carried malicious code

@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 
 from data.fault import Fault
-from data.loader import Masking, TileBatches, shared_memory_needed
 from data.loader_process import SHARED_MEMORY, shared_memory_room
-from data.stream import Stream, group_size
-from data.tile_source import TileSource, UnreadableTile
+from data.tiles.loader import Masking, TileBatches, shared_memory_needed
+from data.tiles.source import TileSource, UnreadableTile
+from data.tiles.stream import Stream, group_size
 from pretrain import plugins
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough

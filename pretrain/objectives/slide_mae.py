@@ -18,8 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from data.embeddings.sequences import SlideBatch
 from data.keyed import rng
-from data.slide_sequences import SlideBatch
 from models.allowed import Agreements, one_of, within
 from models.attention import check_heads
 from models.longnet import LongNet

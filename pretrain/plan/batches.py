@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import torch
 
-from data.slide_sequences import SlideBatch
+from data.embeddings.sequences import SlideBatch
 from pretrain.plan.rehearsal import Batch
 from pretrain.ranges import within
 from pretrain.tile_batch import TileBatch

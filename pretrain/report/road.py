@@ -8,8 +8,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.embeddings import EmbeddingStore
-from data.shard_index import ShardIndex
+from data.embeddings.store import EmbeddingStore
+from data.shards.index import ShardIndex
 from pretrain.report import maps
 from pretrain.report.figures import running_mean
 from pretrain.report.parts import find

@@ -10,8 +10,8 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from data.embeddings import EmbeddingStore, SlideEmbeddings
-from data.shard_index import ShardIndex
+from data.embeddings.store import EmbeddingStore, SlideEmbeddings
+from data.shards.index import ShardIndex
 from pretrain.report import maps, page
 from pretrain.report.page import Section
 from pretrain.report.parts import Parts, Run

@@ -38,16 +38,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
-from data.augment import augment
-from data.augment_parameters import Colour
-from data.coordinates import plan_grid
-from data.crops import NUMBERS, CropSizes, box
 from data.keyed import rng
-from data.loader import Batch, Masking, TileBatches
-from data.shard_scan import scan
-from data.shard_tiles import ShardTiles
-from data.slides import Slide
-from data.stream import Stream
+from data.shards.scan import scan
+from data.slides.coordinates import plan_grid
+from data.slides.reading import Slide
+from data.tiles.augment import augment
+from data.tiles.augment_parameters import Colour
+from data.tiles.crops import NUMBERS, CropSizes, box
+from data.tiles.loader import Batch, Masking, TileBatches
+from data.tiles.of_shards import ShardTiles
+from data.tiles.stream import Stream
 
 ROUNDS = 5
 BATCH = 16  # tiles

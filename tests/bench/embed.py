@@ -33,10 +33,10 @@ import simplejpeg
 import torch
 from torch import Tensor, nn
 
-from data.embedding_sources import ShardSource
-from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings.sources import ShardSource
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
-from data.shard_scan import scan
+from data.shards.scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.embedding import embed_slides

@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import numpy as np
 
 from data.keyed import rng
-from data.shard_scan import scan
+from data.shards.scan import scan
 from pretrain.encoders import TileEncoder, load_encoder
 from pretrain.probing import (
     Extractor,

@@ -22,9 +22,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.keyed import rng
-from data.shard_index import FACTS, write_index
-from data.shard_tiles import ShardTiles
-from data.stream import Stream
+from data.shards.index import FACTS, write_index
+from data.tiles.of_shards import ShardTiles
+from data.tiles.stream import Stream
 
 TILES, SLIDES, SHARDS = 1_384_860_229, 171_189, 170_000
 RANKS, LANES, BATCH, WINDOW = 256, 256, 4096, 4

@@ -19,11 +19,11 @@ import openslide
 import simplejpeg
 from PIL import Image
 
-from data.coordinates_h5 import write_tiling
-from data.cutting import JPEG_QUALITY
-from data.shards import Part, Shard, write_shard
-from data.slides import Slide
-from data.tiling import READ, Tiling, TilingSettings, tile_slide
+from data.shards.writing import Part, Shard, write_shard
+from data.slides.coordinates_h5 import write_tiling
+from data.slides.cutting import JPEG_QUALITY
+from data.slides.reading import Slide
+from data.slides.tiling import READ, Tiling, TilingSettings, tile_slide
 from tests.data.enormous_slide import write_enormous
 
 ROUNDS = 9

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as reference
 
-from data import augment as ours
-from data import augment_cpu
-from data.augment_parameters import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
 from data.fault import Fault
 from data.keyed import rng
+from data.tiles import augment as ours
+from data.tiles import augment_cpu
+from data.tiles.augment_parameters import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
 from tests.data.tile_folders import picture
 
 NAMES = ("brightness", "contrast", "saturation", "hue")

@@ -8,15 +8,15 @@ from typing import Any
 
 import pytest
 
-from data import augment_cpu
 from data.fault import Fault
+from data.tiles import augment_cpu
 
 ROOT = Path(__file__).resolve().parents[2]
 AUGMENT = """
 import numpy as np
 import torch
-from data.augment import augment
-from data.augment_parameters import Colour, draw
+from data.tiles.augment import augment
+from data.tiles.augment_parameters import Colour, draw
 
 generator = np.random.default_rng(0)
 images = torch.from_numpy(generator.integers(0, 256, (64, 3, 40, 52), dtype=np.uint8))

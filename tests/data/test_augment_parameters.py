@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from data.augment_parameters import GREY, JITTER, ORDER, SIGMA, SOLARISE, Colour, draw
 from data.keyed import rng
+from data.tiles.augment_parameters import GREY, JITTER, ORDER, SIGMA, SOLARISE, Colour, draw
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from data.coordinates import cell_of, cell_origin, exact_downsamples, plan_grid, row_major
 from data.fault import Fault
+from data.slides.coordinates import cell_of, cell_origin, exact_downsamples, plan_grid, row_major
 
 sides = st.floats(1.0, 40_000.0) | st.integers(1, 40_000).map(float)
 cells = st.integers(0, 50_000)

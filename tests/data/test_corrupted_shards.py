@@ -11,19 +11,19 @@ import numpy as np
 import pytest
 import simplejpeg
 
-from data.augment_parameters import Colour
-from data.coordinates_h5 import read_tiling, write_tiling
-from data.crops import CropSizes
 from data.fault import Fault
 from data.keyed import rng
-from data.loader import Batch, Masking, TileBatches
-from data.shard_index import ShardIndex, merge
-from data.shard_tiles import ShardTiles, UnreadableTile
-from data.shard_verify import Finding, list_shards, verify_folder, verify_shard
-from data.shards import Part, Shard, write_shard
-from data.slides import Slide
-from data.stream import Stream
-from data.tiling import READ, TilingSettings, tile_slide
+from data.shards.index import ShardIndex, merge
+from data.shards.verify import Finding, list_shards, verify_folder, verify_shard
+from data.shards.writing import Part, Shard, write_shard
+from data.slides.coordinates_h5 import read_tiling, write_tiling
+from data.slides.reading import Slide
+from data.slides.tiling import READ, TilingSettings, tile_slide
+from data.tiles.augment_parameters import Colour
+from data.tiles.crops import CropSizes
+from data.tiles.loader import Batch, Masking, TileBatches
+from data.tiles.of_shards import ShardTiles, UnreadableTile
+from data.tiles.stream import Stream
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import write_tiles
 
@@ -336,7 +336,7 @@ def test_jpegs_that_were_bad_when_they_were_indexed_are_found_by_decoding(tmp_pa
     rewrite(folder / "tiles-000000.tar", lambda number, name, data: (name, data[:60] if number == 2 else data))
     for path in (folder / "index.npz", folder / "index/tiles-000000.npz"):
         path.unlink()
-    from data.shard_scan import scan
+    from data.shards.scan import scan
 
     scan(folder)
     (finding,) = verify(folder)

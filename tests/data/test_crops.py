@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
-from data.crops import NUMBERS, CropSizes, box, cut
 from data.keyed import rng
+from data.tiles.crops import NUMBERS, CropSizes, box, cut
 from tests.data.tile_folders import picture
 
 SIZES = CropSizes(2, 32, (0.32, 1.0), 3, 16, (0.05, 0.32))

@@ -8,12 +8,12 @@ import time
 import numpy as np
 import pytest
 
-from data import embeddings as module
-from data.embedding_index import merge, read_index, write_index
-from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings import store as module
+from data.embeddings.index import merge, read_index, write_index
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
-from data.standardisation import Statistics
 
 WIDTH = 6
 
@@ -245,7 +245,7 @@ def test_a_part_that_did_not_come_to_its_end_is_named_and_not_merged(tmp_path):
 
 
 def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.standardisation.ROWS", 7)
+    monkeypatch.setattr("data.embeddings.standardisation.ROWS", 7)
     everything = []
     with writer(tmp_path) as out:
         for slide, n in (("a", 20), ("b", 50), ("c", 1)):
@@ -269,7 +269,7 @@ def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path
 
 
 def test_statistics_of_a_large_store_are_those_of_every_so_many_th_tile_of_each_slide(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.standardisation.MOST", 25)
+    monkeypatch.setattr("data.embeddings.standardisation.MOST", 25)
     with writer(tmp_path) as out:
         for slide, n in (("a", 20), ("b", 50), ("empty", 0)):
             out.add(slide, *tiles(slide, n), 512.0, 0.5)

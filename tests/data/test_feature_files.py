@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 
-from data.embeddings import EmbeddingStore, EmbeddingWriter
-from data.embeddings_h5 import EXPORTS, exported
+from data.embeddings.feature_files import import_features, list_features, maker
+from data.embeddings.h5 import EXPORTS, exported
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault, Notice
-from data.feature_files import import_features, list_features, maker
 from data.keyed import rng
 
 WIDTH, SIDE = 6, 409.6  # 256 px of 0.4 µm on a slide of 0.25 µm: not a whole number of pixels

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from data import loader
-from data.augment_parameters import Colour
-from data.crops import CropSizes
 from data.fault import Fault
-from data.loader import Batch, Masking, MicroBatch, TileBatches
-from data.shard_tiles import ShardTiles
-from data.stream import Stream
+from data.tiles import loader
+from data.tiles.augment_parameters import Colour
+from data.tiles.crops import CropSizes
+from data.tiles.loader import Batch, Masking, MicroBatch, TileBatches
+from data.tiles.of_shards import ShardTiles
+from data.tiles.stream import Stream
 from tests.data.tile_folders import spoil, write_tiles
 
 SIZES = CropSizes(2, 24, (0.32, 1.0), 2, 16, (0.05, 0.32))

@@ -15,14 +15,14 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.augment_parameters import Colour
-from data.crops import CropSizes
-from data.loader import Batch, Masking, TileBatches
-from data.mixture import Mixture
-from data.shard_tiles import ShardTiles
-from data.slide_tiles import SlideTiles
-from data.stream import Stream, group_size
-from data.tile_source import TileSource
+from data.tiles.augment_parameters import Colour
+from data.tiles.crops import CropSizes
+from data.tiles.loader import Batch, Masking, TileBatches
+from data.tiles.mixture import Mixture
+from data.tiles.of_shards import ShardTiles
+from data.tiles.of_slides import SlideTiles
+from data.tiles.source import TileSource
+from data.tiles.stream import Stream, group_size
 from tests.data.test_loader import by_tile, same
 from tests.data.test_slide_tiles import look, write_slides
 from tests.data.tile_folders import write_tiles

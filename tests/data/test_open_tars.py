@@ -8,12 +8,12 @@ import pytest
 import simplejpeg
 
 from data import open_files
-from data.embedding_sources import ShardSource
+from data.embeddings.sources import ShardSource
 from data.fault import Fault
-from data.open_tars import OpenTars
 from data.remote import Truncated
-from data.shard_index import ShardIndex
-from data.shard_tiles import ShardTiles
+from data.shards.index import ShardIndex
+from data.shards.open_tars import OpenTars
+from data.tiles.of_shards import ShardTiles
 from tests.data.tile_folders import write_tiles
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from skimage.color import hed2rgb, rgb2hed
 
-from data import augment as ours
-from data.augment_parameters import FACTORS, ORDER, STAIN, STAINS, WIDTH, Colour, draw
-from data.crops import CropSizes, cut
 from data.keyed import rng
+from data.tiles import augment as ours
+from data.tiles.augment_parameters import FACTORS, ORDER, STAIN, STAINS, WIDTH, Colour, draw
+from data.tiles.crops import CropSizes, cut
 
 
 def test_shifted_stains_equal_scikit_images() -> None:

@@ -11,16 +11,16 @@ import pytest
 from fsspec.config import set_conf_env
 
 from data import remote
-from data.embedding_sources import ShardSource
+from data.embeddings.sources import ShardSource
 from data.fault import Fault
-from data.loader import Batch
 from data.redaction import redacted
 from data.remote import RemoteColumn, RemotePath, Truncated, list_names, read_range, size_of
-from data.shard_index import ShardIndex
-from data.shard_scan import scan
-from data.shard_tiles import ShardTiles
-from data.shard_verify import list_shards, verify_folder, verify_shard
-from data.tile_source import UnreadableTile
+from data.shards.index import ShardIndex
+from data.shards.scan import scan
+from data.shards.verify import list_shards, verify_folder, verify_shard
+from data.tiles.loader import Batch
+from data.tiles.of_shards import ShardTiles
+from data.tiles.source import UnreadableTile
 from launch.entry import main
 from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, GCSHandler, S3Handler, serving
 from tests.data.test_loader import batches, by_tile, same

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from data.fault import Fault
-from data.shard_index import COLUMNS, ShardIndex, merge, read_jpeg, recorded_checksums, write_record
-from data.shard_scan import scan
+from data.shards.index import COLUMNS, ShardIndex, merge, read_jpeg, recorded_checksums, write_record
+from data.shards.scan import scan
 from tests.data.foreign_tars import write_tar
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from data.coordinates import UNKNOWN
 from data.fault import Fault
-from data.shard_index import ShardIndex, read_jpeg
-from data.shard_scan import disputed, left_out, scan
-from data.shard_verify import verify_shard
+from data.shards.index import ShardIndex, read_jpeg
+from data.shards.scan import disputed, left_out, scan
+from data.shards.verify import verify_shard
+from data.slides.coordinates import UNKNOWN
 from launch.entry import main
 from tests.data.foreign_tars import write_tar
 

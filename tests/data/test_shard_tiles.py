@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data import shard_tiles
-from data.shard_tiles import ShardTiles
-from data.tile_source import UnreadableTile, cut_blocks
+from data.tiles import of_shards as shard_tiles
+from data.tiles.of_shards import ShardTiles
+from data.tiles.source import UnreadableTile, cut_blocks
 from tests.data.tile_folders import picture, spoil, write_tiles
 
 

@@ -12,14 +12,14 @@ import webdataset
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data import cutting
-from data.coordinates_h5 import write_tiling
 from data.fault import Fault
 from data.keyed import rng
-from data.shard_index import ShardIndex, merge, read_jpeg
-from data.shards import Part, Shard, is_published, plan_shards, read_facts, write_shard
-from data.slides import Slide
-from data.tiling import READ, Tiling, TilingSettings, tile_slide
+from data.shards.index import ShardIndex, merge, read_jpeg
+from data.shards.writing import Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.slides import cutting
+from data.slides.coordinates_h5 import write_tiling
+from data.slides.reading import Slide
+from data.slides.tiling import READ, Tiling, TilingSettings, tile_slide
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import write_tiles
 

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.fault import Fault
-from data.shares import Shares
+from data.tiles.shares import Shares
 
 WEIGHTS = st.lists(st.integers(1, 40), min_size=1, max_size=6)
 

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from data.embeddings.packing import Packing
 from data.fault import Fault
 from data.keyed import rng
-from data.slide_packing import Packing
 
 
 def lengths(n: int = 50) -> np.ndarray:

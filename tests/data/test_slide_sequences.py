@@ -6,13 +6,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.coordinates import row_major
-from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings.sequences import Sequence, SlideBatch, SlideSequences, cut_fields
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
+from data.embeddings.views import augment, block_mask, masked_count, random_mask
 from data.fault import Fault
 from data.keyed import rng
-from data.slide_sequences import Sequence, SlideBatch, SlideSequences, cut_fields
-from data.slide_views import augment, block_mask, masked_count, random_mask
-from data.standardisation import Statistics
+from data.slides.coordinates import row_major
 
 DEFAULTS = {
     "batch_size": 4,

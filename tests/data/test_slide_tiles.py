@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 import tifffile
 
-from data.augment_parameters import Colour
-from data.coordinates import TileGrid
-from data.crops import CropSizes
 from data.fault import Fault
-from data.loader import Masking, TileBatches
-from data.shared_slide import SharedSlide
-from data.slide_lists import list_slides
-from data.slide_mpp import SlidesMpp
-from data.slide_survey import Look, Surveyed, known_survey, survey_slides
-from data.slide_tiles import SlideTiles, _beneath
-from data.slides import Slide
-from data.stream import Stream
-from data.tile_source import UnreadableTile
-from data.tiling import KEPT, PEN, TilingSettings
+from data.slides.coordinates import TileGrid
+from data.slides.lists import list_slides
+from data.slides.mpp import SlidesMpp
+from data.slides.reading import Slide
+from data.slides.shared import SharedSlide
+from data.slides.survey import Look, Surveyed, known_survey, survey_slides
+from data.slides.tiling import KEPT, PEN, TilingSettings
+from data.tiles.augment_parameters import Colour
+from data.tiles.crops import CropSizes
+from data.tiles.loader import Masking, TileBatches
+from data.tiles.of_slides import SlideTiles, _beneath
+from data.tiles.source import UnreadableTile
+from data.tiles.stream import Stream
 from tests.data.synthetic_slides import stained, write_slide
 
 SIDE = 32

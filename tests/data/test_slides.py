@@ -12,14 +12,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from data.coordinates import plan_grid
-from data.dicom_series import series_of
 from data.fault import Fault, Notice
 from data.keyed import rng
-from data.slide_lists import list_slides
-from data.slide_mpp import SlidesMpp
-from data.slide_names import name_slides, safe_ids
-from data.slides import Slide
+from data.slides.coordinates import plan_grid
+from data.slides.dicom_series import series_of
+from data.slides.lists import list_slides
+from data.slides.mpp import SlidesMpp
+from data.slides.names import name_slides, safe_ids
+from data.slides.reading import Slide
 from tests.data.synthetic_slides import stained, write_slide
 
 
@@ -63,7 +63,7 @@ def test_a_shrunk_tile_is_the_resized_fractional_box(tmp_path: Path, noise: np.n
 def test_a_thumbnail_read_in_strips_is_the_area_average(
     tmp_path: Path, noise: np.ndarray, downsample: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("data.slides.LARGEST_READ", 100)
+    monkeypatch.setattr("data.slides.reading.LARGEST_READ", 100)
     with Slide(write_slide(tmp_path / "a.tiff", noise, mpp=0.25)) as slide:
         thumbnail = slide.thumbnail(downsample)
     width, height = int(800 // downsample), int(600 // downsample)

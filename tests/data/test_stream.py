@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from data.fault import Fault
-from data.stream import Part, Stream
+from data.tiles.stream import Part, Stream
 
 SIZES = st.lists(st.integers(0, 30), min_size=1, max_size=12)
 LANES = st.sampled_from([1, 2, 3, 4, 8])

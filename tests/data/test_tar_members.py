@@ -6,7 +6,7 @@ from contextlib import suppress
 
 import pytest
 
-from data.tar_members import DamagedTar, Member, member_header, members, padding
+from data.shards.tar_members import DamagedTar, Member, member_header, members, padding
 
 
 def tar(format: int, names: list[str]) -> bytes:

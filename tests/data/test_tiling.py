@@ -6,12 +6,12 @@ import h5py
 import numpy as np
 import pytest
 
-from data.coordinates import plan_grid
-from data.coordinates_h5 import coordinates_path, read_coordinates_h5, read_tiling, write_tiling
 from data.fault import Fault
-from data.slides import Slide
-from data.tiling import BACKGROUND, KEPT, PEN, Tiling, TilingSettings, downsample_for, tile_slide
-from data.tissue import RULES
+from data.slides.coordinates import plan_grid
+from data.slides.coordinates_h5 import coordinates_path, read_coordinates_h5, read_tiling, write_tiling
+from data.slides.reading import Slide
+from data.slides.tiling import BACKGROUND, KEPT, PEN, Tiling, TilingSettings, downsample_for, tile_slide
+from data.slides.tissue import RULES
 from tests.data.synthetic_slides import stained, write_slide
 
 SETTINGS = TilingSettings(mpp=0.5, tile_size=64, tissue="otsu", min_tissue=0.25)

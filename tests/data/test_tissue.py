@@ -8,11 +8,11 @@ from PIL import Image
 from scipy import ndimage
 from skimage.color import rgb2hsv
 
-from data.coordinates import plan_grid
 from data.keyed import rng
-from data.slides import Slide
-from data.tiling import TilingSettings, downsample_for, tile_slide
-from data.tissue import RULES, _closed, _hsv, is_empty, is_fluorescence, otsu, pen, shares
+from data.slides.coordinates import plan_grid
+from data.slides.reading import Slide
+from data.slides.tiling import TilingSettings, downsample_for, tile_slide
+from data.slides.tissue import RULES, _closed, _hsv, is_empty, is_fluorescence, otsu, pen, shares
 from tests.data.synthetic_slides import stained
 
 INKS = {"green": (40, 130, 110), "blue": (40, 80, 190), "red": (205, 25, 30), "black": (35, 33, 36)}

@@ -9,7 +9,7 @@ import numpy as np
 import simplejpeg
 
 from data.keyed import rng
-from data.shard_scan import scan
+from data.shards.scan import scan
 
 SIDE = 48
 

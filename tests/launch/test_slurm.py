@@ -11,8 +11,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from data.embeddings import EmbeddingStore
-from data.shard_index import ShardIndex
+from data.embeddings.store import EmbeddingStore
+from data.shards.index import ShardIndex
 from launch.entry import main
 from pretrain.metrics_file import read_metrics
 from tests.data.synthetic_slides import stained, write_slide

@@ -16,8 +16,8 @@ from PIL import Image
 from torch import nn
 
 from data.keyed import rng
-from data.shard_index import ShardIndex
-from data.shard_scan import scan
+from data.shards.index import ShardIndex
+from data.shards.scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain import checkpoints

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from data.shard_tiles import ShardTiles
+from data.tiles.of_shards import ShardTiles
 
 FAILS_FROM = 160  # samples: the loader is some steps ahead, and a few are taken before it fails
 

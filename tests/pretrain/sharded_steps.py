@@ -19,10 +19,10 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from data.embeddings import EmbeddingStore
+from data.embeddings.sequences import SlideSequences
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
-from data.slide_sequences import SlideSequences
-from data.standardisation import Statistics
 from models.longnet import LongNet
 from pretrain.across_ranks import total, world_size
 from pretrain.objective import Moment, Objective

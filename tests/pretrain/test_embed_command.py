@@ -11,12 +11,12 @@ import pytest
 import simplejpeg
 import torch
 
-from data.embedding_sources import ShardSource, share
-from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings.sources import ShardSource, share
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
-from data.shard_index import ShardIndex, read_jpeg
-from data.shard_scan import scan
+from data.shards.index import ShardIndex, read_jpeg
+from data.shards.scan import scan
 from launch.entry import main
 from pretrain import embedding
 from pretrain.commands import shard

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from data.shard_index import ShardIndex
+from data.shards.index import ShardIndex
 from tests.data.enormous_slide import write_enormous
 from tests.pretrain.test_shard_command import DEFAULTS, ROOT
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from data.embeddings import EmbeddingStore
-from data.slide_sequences import SlideSequences
-from data.standardisation import Statistics
+from data.embeddings.sequences import SlideSequences
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore
 from launch.entry import main
 from pretrain import plugins
 from pretrain.metrics_file import read_metrics

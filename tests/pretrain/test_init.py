@@ -263,7 +263,7 @@ def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
     ],
 )  # fmt: skip
 def test_why_a_file_cannot_be_read_is_said_in_our_words(tmp_path: Path, content: Any, why: str) -> None:
-    from data.feature_files import import_features
+    from data.embeddings.feature_files import import_features
     from pretrain.slide_encoders import load_slide_encoder
 
     path = tmp_path / "w.pt"

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from data.fault import Fault
-from data.shard_index import COLUMNS, ShardIndex
+from data.shards.index import COLUMNS, ShardIndex
 from launch.entry import main
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command

@@ -10,7 +10,7 @@ import pytest
 
 from data import loader_process
 from data.fault import Fault
-from data.loader import load
+from data.tiles.loader import load
 from pretrain import checkpoints
 from tests.data.test_loader import batches, by_tile, same
 from tests.data.test_loader import load as direct
@@ -51,7 +51,7 @@ def test_where_shared_memory_has_no_room_the_same_batches_come_through_a_pipe(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = write_tiles(tmp_path / "shards", [11, 13])
-    monkeypatch.setattr("data.loader.shared_memory_room", lambda: 1000)
+    monkeypatch.setattr("data.tiles.loader.shared_memory_room", lambda: 1000)
     through = load(batches(folder), pin_memory=False)
     found = list(through)
     assert not found[0].parts[0].views[0].is_shared()

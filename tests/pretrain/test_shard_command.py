@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import webdataset
 
-from data.coordinates_h5 import coordinates_path, read_coordinates_h5
 from data.fault import Fault
-from data.shard_folder import load_rows
-from data.shard_index import ShardIndex, read_jpeg
+from data.shards.folder import load_rows
+from data.shards.index import ShardIndex, read_jpeg
+from data.slides.coordinates_h5 import coordinates_path, read_coordinates_h5
 from pretrain.commands.shard import Config, run
 from tests.data.synthetic_slides import stained, write_slide
 

@@ -12,14 +12,14 @@ import h5py
 import numpy as np
 import pytest
 
-from data.coordinates_h5 import coordinates_path, read_coordinates_h5
 from data.fault import Fault
-from data.given_tiles import given_tiles
-from data.shard_folder import load_rows
-from data.shard_index import ShardIndex
-from data.shards import read_facts
-from data.slides import Slide
-from data.tiling import TilingSettings
+from data.shards.folder import load_rows
+from data.shards.index import ShardIndex
+from data.shards.writing import read_facts
+from data.slides.coordinates_h5 import coordinates_path, read_coordinates_h5
+from data.slides.given_tiles import given_tiles
+from data.slides.reading import Slide
+from data.slides.tiling import TilingSettings
 from launch.entry import main
 from pretrain.commands import shards_index, shards_verify
 from tests.data.synthetic_slides import stained, write_slide

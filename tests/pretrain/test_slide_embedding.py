@@ -9,10 +9,10 @@ import torch
 import yaml
 from torch import nn
 
-from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings.slide_features import KINDS, read_slide_features
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
-from data.slide_features import KINDS, read_slide_features
 from models.initialise import initialise
 from models.longnet import LongNet
 from pretrain import checkpoints

@@ -9,10 +9,10 @@ import pytest
 import torch
 import yaml
 
-from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings.sequences import SlideBatch, SlideSequences
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
-from data.slide_sequences import SlideBatch, SlideSequences
-from data.standardisation import Statistics
 from models.initialise import initialise
 from models.longnet import LongNet
 from pretrain.objective import Moment

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from data.keyed import rng
-from data.mixture import Mixture
-from data.shard_scan import scan
-from data.shard_tiles import ShardTiles
-from data.stream import Part
-from data.tile_source import TileSource, UnreadableTile
+from data.shards.scan import scan
+from data.tiles.mixture import Mixture
+from data.tiles.of_shards import ShardTiles
+from data.tiles.source import TileSource, UnreadableTile
+from data.tiles.stream import Part
 from launch.entry import main
 from pretrain.encoders import Preprocessing
 from pretrain.metrics_file import read_metrics

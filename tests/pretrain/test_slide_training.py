@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
-from data.embeddings import EmbeddingStore, EmbeddingWriter
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from launch.entry import main
 from pretrain.run_folder import flat

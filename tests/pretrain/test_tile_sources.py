@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-import data.slide_survey
 from data.fault import Fault
+from data.slides import survey as slide_survey
 from launch.entry import main
 from pretrain import preemption, signals
 from pretrain.commands import tile as tile_command
@@ -79,21 +79,21 @@ def test_a_signal_while_tissue_is_looked_for_is_heeded_after_the_slide_and_the_n
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [*TINY, "data=online", f"data.slides={folder / 'slides'}", f"data.grids={tmp_path / 'grids'}", "data.mpp=0.5", "data.tile_size=32", "data.workers=1"]  # fmt: skip
-    looked, really = [], data.slide_survey.survey
+    looked, really = [], slide_survey.survey
 
     def looking(job: tuple[Path, str], **settings: Any) -> Any:
         looked.append(job)
         os.kill(os.getpid(), number)
         return really(job, **settings)
 
-    monkeypatch.setattr(data.slide_survey, "survey", looking)
+    monkeypatch.setattr(slide_survey, "survey", looking)
     with signals.listening(), pytest.raises(SystemExit) as ended:
         main(["tile", *words, f"run={tmp_path / 'run'}"])
     assert ended.value.code == (130 if number == signal.SIGINT else preemption.EXIT_CODE) and len(looked) == 1
     assert f"stopped by {number.name} before its first step; the same command continues" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == []  # the lease is given up
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.h5")}
-    monkeypatch.setattr(data.slide_survey, "survey", really)
+    monkeypatch.setattr(slide_survey, "survey", really)
     stage(folder, *words)
     assert len(made) == 1 and all(path.stat().st_mtime_ns == before for path, before in made.items())
 
@@ -135,7 +135,7 @@ def test_one_slide_a_lane_and_step(tmp_path: Path) -> None:
         (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.tissue=otzu"], "data.tissue=otzu is not allowed: it must be otsu, gigapath, clam or hsv."),
         (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.mpp=0.25", "data.workers=1"], "none of the 2 slides"),
         (["data.shards=FOLDER/a", "data.slides_per_lane=3"], "data.slides_per_lane=3 doesn't divide the 4 tiles"),
-        (["data.shards=FOLDER/a", "data._target_=data.stream.Stream"], "data.stream.Stream is no TileSource"),
+        (["data.shards=FOLDER/a", "data._target_=data.tiles.stream.Stream"], "data.tiles.stream.Stream is no TileSource"),
     ],
 )  # fmt: skip
 def test_wrong_settings_end_in_one_sentence(folder: Path, settings: list[str], sentence: str) -> None:
@@ -158,7 +158,7 @@ def test_wrong_settings_end_in_one_sentence(folder: Path, settings: list[str], s
         ("{a:{shards:'',weight:1}}", "data.members.a.shards is empty: give a value"),
         ("{a:{slides:s,grids:g,tile_size:big,weight:1}}", "data.members.a.tile_size: Value 'big' of type 'str' could not be converted to Integer"),
         ("{a:{slides:s,grids:g,mpp:-1,weight:1}}", "data.members.a.mpp holds -1.0, which is not allowed"),
-        ("{a:{_target_:data.stream.Stream,weight:1}}", "data.stream.Stream is no TileSource"),
+        ("{a:{_target_:data.tiles.stream.Stream,weight:1}}", "data.tiles.stream.Stream is no TileSource"),
     ],
 )  # fmt: skip
 def test_members_of_a_mixture_are_checked_when_composing_for_every_command_that_takes_them(

@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
-from data.shard_index import ShardIndex
+from data.shards.index import ShardIndex
 from launch.entry import main
 from pretrain import checkpoints
 from pretrain.metrics_file import read_metrics
@@ -322,7 +322,7 @@ def test_changed_data_is_refused_on_resuming(
     (folder / "tiles-000001.tar").unlink()
     write_tiles(tmp_path / "more", [50])
     shutil.copy(tmp_path / "more" / "tiles-000000.tar", folder / "tiles-000001.tar")
-    from data.shard_scan import scan
+    from data.shards.scan import scan
 
     scan(folder)
     assert "the data is not what" in refused(command(folder, run, *WAYS["sinkhorn"]), capsys)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.embeddings import EmbeddingWriter
+from data.embeddings.store import EmbeddingWriter
 from data.keyed import rng
 
 

@@ -1,0 +1,176 @@
+"""Where tiles come from to be embedded: a folder of shards, or the slides themselves, without shards in between.
+
+A source knows its slides by name and size; `open` finds one slide's tiles, and their pixels are then read in any order
+from any thread. The same slide gives the same tiles either way: the tissue rule, the grid and the check for empty tiles are those
+of ``pretrain shard``. Only JPEG compression is left out where a slide is read directly.
+"""
+
+import heapq
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Lock
+from typing import Protocol
+
+import numpy as np
+import simplejpeg
+
+from data.fault import Fault
+from data.remote import Truncated
+from data.shards.index import ShardIndex
+from data.shards.open_tars import OpenTars
+from data.slides.coordinates import UNKNOWN, TileGrid
+from data.slides.mpp import SlidesMpp
+from data.slides.reading import Slide
+from data.slides.shared import SharedSlide
+from data.slides.tiling import KEPT, TilingSettings, tile_slide
+from data.slides.tissue import is_empty
+
+Pixels = np.ndarray | Fault | None
+"""A tile uint8 (H, W, 3); the Fault that says why it can't be read; or None for a tile with nothing in it."""
+
+
+@dataclass(frozen=True)
+class SlideTiles:
+    """One slide's tiles: where they lie, and how to read them. ``read`` takes rows of ``coordinates`` and may run in several threads."""
+
+    slide: str
+    coordinates: np.ndarray  # (n, 2) int64 level-0 pixels (x, y)
+    tile_size_level0: float
+    mpp: float  # NaN where nobody recorded it
+    read: Callable[[np.ndarray], list[Pixels]]
+    tile_size: int = 0  # delivered pixels a side; 0: not known, as below
+    slide_width: int = 0
+    slide_height: int = 0
+    source: str = ""
+    close: Callable[[], None] = field(default=lambda: None)
+    overruled: str = ""  # what the slide says of its resolution, where the user knows better
+
+
+class TileSource(Protocol):
+    """Slides by name, with a size each (tiles or bytes) by which work is shared out."""
+
+    slides: list[str]
+    sizes: list[int]
+
+    def open(self, slide: str) -> SlideTiles:
+        """Find a slide's tiles. Raises Fault where that can't be done."""
+        ...
+
+
+class ShardSource:
+    """The slides of a folder of tile shards, or of a URL of one. Rows are in the order of the tars, so that each is read once through."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.index = ShardIndex.open(folder)
+        self.slides = list(self.index.slides)
+        self._numbers = {slide: number for number, slide in enumerate(self.slides)}
+        self.sizes: list[int] = self.index.meta["slides"]["tiles"]
+        self._tars = OpenTars()
+
+    def open(self, slide: str) -> SlideTiles:
+        """Find a slide's tiles. Raises Fault where nobody recorded where they lie on the slide."""
+        index, number = self.index, self._numbers[slide]
+        rows, facts = index.rows_of(number), index.facts(number)
+        places = np.stack([index.x[rows], index.y[rows]], axis=1).astype(np.int64)
+        if not facts["tile_size_level0"] or (places == UNKNOWN).any():
+            raise Fault(
+                f"{index.folder} doesn't say where the tiles of {slide} lie (x, y and tile_size_level0 in each tile's .json), "
+                "and a slide's sequence needs their places: make the shards with 'pretrain shard'"
+            )
+        return SlideTiles(
+            slide,
+            places,
+            float(facts["tile_size_level0"]),
+            float(facts["mpp"]) if facts["mpp"] else float("nan"),
+            lambda wanted: self._read(rows[wanted]),
+            tile_size=int(facts["tile_size"] or 0),
+            slide_width=int(facts["width"] or 0),
+            slide_height=int(facts["height"] or 0),
+        )
+
+    def _read(self, rows: np.ndarray) -> list[Pixels]:
+        """Decode tiles of the index, or say of each which one can't be and why."""
+        index, tiles = self.index, list[Pixels]()
+        for row in rows.tolist():
+            try:
+                tiles.append(simplejpeg.decode_jpeg(self._tars.jpeg(index, row)))
+            except (OSError, ValueError, Truncated) as error:
+                place = f"({index.x[row]}, {index.y[row]}) in {index.place(index.file_of(row))}"
+                tiles.append(Fault(f"the tile at {place} can't be decoded ({error})"))
+        return tiles
+
+
+class SlideSource:
+    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` overrules the resolution that slides state."""
+
+    def __init__(self, names: dict[Path, str], settings: TilingSettings, slides_mpp: SlidesMpp) -> None:
+        self.settings, self.slides_mpp = settings, slides_mpp
+        self._paths = {name: path for path, name in names.items()}
+        self.slides = sorted(self._paths)
+        self.sizes = [_bytes(self._paths[name]) for name in self.slides]
+
+    def open(self, slide: str) -> SlideTiles:
+        """Find a slide's tissue and its tiles. Raises Fault for a slide that can't be read, or that isn't tiled (see `tile_slide`)."""
+        path = self._paths[slide]
+        with Slide(path) as opened:
+            mpp = self.slides_mpp.of(path)
+            overruled = opened.overruled(mpp)
+            tiling, _ = tile_slide(opened, slide, self.settings, mpp, "")
+        x, y, _ = tiling.tiles(KEPT)
+        grid, places = tiling.grid, np.stack([x, y], axis=1)
+        reader = _Reader(path, grid)
+        return SlideTiles(
+            slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [reader.read(*places[row].tolist()) for row in rows],
+            grid.tile_size, grid.width, grid.height, str(path), reader.close, overruled,
+        )  # fmt: skip
+
+
+class _Reader:
+    """The tiles of one slide by place, for several threads; the slide is opened when the first is read."""
+
+    def __init__(self, path: Path, grid: TileGrid) -> None:
+        self.path, self.grid = path, grid
+        self._slide: SharedSlide | None = None
+        self._lock = Lock()
+
+    def read(self, x: int, y: int) -> Pixels:
+        with self._lock:
+            slide = self._slide = self._slide or SharedSlide(self.path)
+        try:
+            tile = slide.read_tile(self.grid, x, y)
+        except Fault as fault:
+            return Fault(f"the tile at ({x}, {y}) of {self.path} can't be read ({fault})")
+        return None if is_empty(tile) else tile
+
+    def close(self) -> None:
+        with self._lock:
+            self._slide = None
+
+
+def share(source: TileSource, part: int, parts: int) -> list[str]:
+    """The slides of task ``part`` (from 1) of ``parts``: every slide is one task's, and their sizes add up to about the same.
+
+    The largest slide first goes to whoever has least. A function of the slides and their sizes alone.
+    """
+    loads = [(0, task) for task in range(1, parts + 1)]
+    mine = []
+    for size, slide in sorted(zip(source.sizes, source.slides, strict=True), key=lambda pair: (-pair[0], pair[1])):
+        load, task = heapq.heappop(loads)
+        heapq.heappush(loads, (load + size, task))
+        if task == part:
+            mine.append(slide)
+    return sorted(mine)
+
+
+def stacks(tiles: Sequence[Pixels]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Tiles of equal shape stacked: (which of ``tiles`` (k,) int64, uint8 (k, H, W, 3)) for each shape."""
+    by_shape: dict[tuple[int, ...], list[int]] = {}
+    for index, tile in enumerate(tiles):
+        if isinstance(tile, np.ndarray):
+            by_shape.setdefault(tile.shape, []).append(index)
+    return [(np.array(chosen), np.stack([tiles[i] for i in chosen])) for chosen in by_shape.values()]  # type: ignore[misc]
+
+
+def _bytes(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0

@@ -1,0 +1,262 @@
+"""The index of shards that another program wrote, made in one pass over the tars.
+
+Everything in the folder is read, or left out under a name, counted, with a reason: members that are no tile, tars that are damaged
+or empty, files that are no tar. What is left out is kept in the index (``meta["left_out"]``), so that a second run says it too.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.fault import Fault
+from data.files import Refused, make_folder, require_writable
+from data.git_lfs import refuse_pointer
+from data.redaction import is_private
+from data.remote import RemotePath, is_remote, list_names, within
+from data.shards.index import CHECKSUMS, COLUMNS, FACTS, SPOILT, ShardIndex, merge, record_path, write_record
+from data.shards.tar_members import DamagedTar, members
+from data.shards.tile_facts import Impossible, locate, read_facts, take_in
+from data.shards.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split, why_not
+from data.slides.coordinates import FARTHEST, UNKNOWN
+
+PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip's, bzip2's, xz's and zstd's files begin
+COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+OURS = (
+    "index",
+    "index.npz",
+    "coordinates",
+    "thumbnails",
+    "plan.json",
+    "slides.csv",
+)  # what lies beside shards of ours, or is made by a scan
+MOST_NAMED = 5  # kinds of what was left out that the sentence names where nothing else is there
+
+
+def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
+    """Index shards that another program wrote, and keep the index beside them, or in ``out``. `left_out` tells what isn't in it.
+
+    A sample is a tile and its JSON (`data.shards.tile_members`), whose facts are taken where they can be true (`data.shards.tile_facts`);
+    failing a slide or place there, slide and place from a key ``<slide>_<x>_<y>``; failing that, the tar counts as one slide and x and y are -1. Tars that
+    were scanned before and haven't changed are not read again. Raises Fault where there is no tile.
+
+    The folder may be a URL, whose index then goes to ``out``: its tars are read once from front to back, a few MB at a time.
+    """
+    made: dict[str, Any] = {"made_by": "another program, indexed by a scan"}
+    shards, tars, others = folder, list_tars(folder), _no_tars(folder)
+    if not tars:
+        raise Fault(f"there are no .tar shards in {folder}{_beside(others)}")
+    if out is None and is_remote(folder):
+        raise Fault(
+            f"say where the index of {folder} goes: pretrain shards index shards={folder} out=FOLDER, and train on FOLDER"
+        )
+    if out is not None and is_private(str(folder)):
+        raise Fault(
+            f"the index of {folder} would have to keep its password or token: give the address without it, and that by fsspec's configuration, "
+            'FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\' or a file in ~/.config/fsspec.'
+        )
+    if out is not None:
+        made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
+    folder = Path(folder) if out is None else Path(out)
+    try:
+        require_writable(make_folder(folder / "index") / "record")
+    except Refused as refusal:
+        if out is not None:
+            raise
+        raise Fault(
+            f"{refusal} Or keep the index in a folder of yours: pretrain shards index shards={shards} out=FOLDER, and train on FOLDER."
+        ) from refusal
+    names: list[str] = []
+    tiles = 0
+    inside: dict[str, LeftOut] = {}
+    slides: dict[str, dict[str, Any]] = {}
+    for tar in tars:
+        try:
+            record = _known(folder, tar) or _scanned(folder, tar)
+        except UnreadableTar as error:
+            leave_out(others, "", str(error), tar.name)
+            continue
+        if not sum(record["counts"]) and not record.get("left_out"):
+            leave_out(others, "", "it holds no file", tar.name)
+        names.append(tar.stem)
+        tiles += sum(record["counts"])
+        for kind, why, count, example in record.get("left_out", ()):
+            leave_out(inside, kind, why, f"{example} in {tar.name}", count)
+        for facts in record["slides"]:
+            take_in(slides.setdefault(facts["slide"], facts), facts)
+    if not tiles:
+        raise Fault(
+            f"the shards in {shards} hold no .jpg or .jpeg that can be read as a tile{_beside(inside | others)}"
+        )
+    made["left_out"] = {
+        "members": [asdict(left) for left in inside.values()], "files": [asdict(left) for left in others.values()]
+    }  # fmt: skip
+    disputed: dict[str, LeftOut] = {}
+    for slide, facts in slides.items():
+        for name, values in facts.get("disputed", {}).items():
+            leave_out(disputed, f"slide with several {name}", "its tiles' .json contradict one another, so it counts as not known",
+                      f"{slide}: {' and '.join(map(repr, values))}")  # fmt: skip
+    made["disputed"] = [asdict(kind) for kind in disputed.values()]
+    merge(folder, names, made, slides)
+    return ShardIndex.open(folder)
+
+
+def left_out(index: ShardIndex) -> tuple[list[LeftOut], list[LeftOut]]:
+    """What a scan left out: members of tars, and whole files."""
+    found = index.meta.get("left_out", {"members": [], "files": []})
+    members, files = ([LeftOut(**left) for left in found[name]] for name in ("members", "files"))
+    return members, files
+
+
+def disputed(index: ShardIndex) -> list[LeftOut]:
+    """What is in an index that `scan` made, and can't all be true: facts of a slide that its tiles contradict one another in, places of a slide that have several tiles."""
+    return [*(LeftOut(**kind) for kind in index.meta.get("disputed", [])), *_twice(index).values()]
+
+
+def _twice(index: ShardIndex) -> dict[str, LeftOut]:
+    """Tiles whose place on their slide has another, as far as places are known."""
+    twice: dict[str, LeftOut] = {}
+    runs = np.argsort(index.run_slide, kind="stable")
+    for of_slide in np.split(runs, np.nonzero(np.diff(index.run_slide[runs]))[0] + 1):
+        rows = np.concatenate([np.arange(index.run_start[run], index.run_start[run + 1]) for run in of_slide])
+        x, y = index.x[rows].astype(np.int64), index.y[rows].astype(np.int64)
+        rows, places = rows[x != UNKNOWN], (x * FARTHEST + y)[x != UNKNOWN]
+        order = np.argsort(places, kind="stable")
+        again = np.nonzero(np.diff(places[order]) == 0)[0]
+        if len(again):
+            first, second = (int(rows[order[again[0] + after]]) for after in (0, 1))
+            tars = " and ".join(dict.fromkeys(index.files[index.file_of(row)] for row in (first, second)))
+            example = f"({index.x[first]}, {index.y[first]}) of {index.slide_of(first)} in {tars}"
+            leave_out(twice, "tile at a place that is taken", "both are in the index, and are trained on twice as often: remove one of the tars if one is a copy", example, len(again))  # fmt: skip
+    return twice
+
+
+class UnreadableTar(Exception):
+    """A tar that gives no tiles as it is; the message says why, and the way out."""
+
+
+def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
+    """Read a tar from front to back and write its record, whose facts are returned. Raises UnreadableTar."""
+    tiles: list[tuple[str, int, int, int]] = []  # key, offset, length, CRC-32
+    jsons: dict[str, list[tuple[dict[str, Any] | str, int]]] = {}  # facts, or why they can't be true; CRC-32
+    left: dict[str, LeftOut] = {}
+    if isinstance(tar, Path) and not tar.is_file():  # a pipe would be waited for, a dangling link is not there
+        raise UnreadableTar("it is no file")
+    try:
+        size = tar.stat().st_size
+        if not size:
+            raise UnreadableTar("it is empty, a file of 0 bytes: copy it again")
+        if isinstance(tar, Path):
+            refuse_pointer(tar)
+        with tar.open("rb") as file:
+            if file.read(6).startswith(PACKED):
+                raise UnreadableTar(
+                    "it is compressed, whatever its name, and tiles are read from where they lie in a tar: unpack it"
+                )
+            file.seek(0)
+            for member in members(file, size):
+                if is_tile(member) and not member.size:
+                    leave_out(left, "empty .jpg", "it has 0 bytes", member.name)
+                elif is_tile(member) or is_json(member):
+                    file.seek(member.offset)
+                    content = file.read(member.size)
+                    key, checksum = split(member.name)[0], zlib.crc32(content)
+                    if is_tile(member):
+                        tiles.append((key, member.offset, member.size, checksum))
+                    else:
+                        jsons.setdefault(key, []).append((read_facts(member.name, content), checksum))
+                elif (reason := why_not(member)) is not None:
+                    leave_out(left, *reason, member.name)
+    except Fault as fault:
+        raise UnreadableTar(str(fault).removeprefix(f"{tar} ")) from fault
+    except (DamagedTar, OSError) as error:
+        many = f"; the {len(tiles):,} tiles in front of that are left out with it" if tiles else ""
+        raise UnreadableTar(f"it is damaged ({error}): replace it{many}") from error
+
+    rows: list[tuple[int, ...]] = []
+    slides: list[dict[str, Any]] = []
+    counts: list[int] = []
+    used = set()
+    for (key, offset, length, checksum), told in zip(
+        tiles, json_of_each([tile[0] for tile in tiles], jsons), strict=True
+    ):
+        facts, of_json = told or (None, 0)
+        used.add(id(told))
+        try:
+            slide, x, y = locate(key, facts, tar.stem)
+        except Impossible as impossible:
+            leave_out(left, *impossible.args)
+            continue
+        assert not isinstance(facts, str)
+        if not slides or slides[-1]["slide"] != slide:
+            # Files beside the tars are ours to name, and not a tile's.
+            slides.append(dict.fromkeys(FACTS) | {"slide": slide})
+            counts.append(0)
+        take_in(slides[-1], facts or {})
+        counts[-1] += 1
+        rows.append((offset, length, x, y, checksum, of_json))
+    for key, several in jsons.items():
+        if alone := sum(id(told) not in used for told in several):
+            leave_out(left, "lone .json", "no .jpg has its key, or several have it", f"{key}.json", alone)
+    table = np.array(rows, dtype=np.int64).reshape(-1, 6)
+    facts_of_tar = {
+        "file": tar.name, "size": size, "longest": int(table[:, 1].max(initial=0)), "slides": slides, "counts": counts, "scanned": True,
+        "left_out": [(kind.kind, kind.why, kind.count, kind.example) for kind in left.values()],
+    }  # fmt: skip
+    write_record(folder, tar.stem, facts_of_tar, dict(zip((*COLUMNS, *CHECKSUMS), table.T, strict=True)))
+    return facts_of_tar
+
+
+def _known(folder: Path, tar: Path | RemotePath) -> dict[str, Any] | None:
+    """What the record of a tar says, where it describes the tar as it is and was made by these rules; None where there is no such record."""
+    try:
+        with np.load(record_path(folder, tar.stem)) as record:
+            facts: dict[str, Any] = json.loads(str(record["facts"]))
+        of_now = not facts.get("scanned") or all("disputed" in slide for slide in facts["slides"])
+        return facts if facts["size"] == tar.stat().st_size and of_now else None
+    except SPOILT:
+        return None
+
+
+def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
+    """The shards in a folder or behind a URL, sorted by name."""
+    if is_remote(folder):
+        return [RemotePath(within(str(folder), name)) for name in list_names(str(folder), ".tar")]
+    return sorted(Path(folder).glob("*.tar"))
+
+
+def _no_tars(folder: Path | str) -> dict[str, LeftOut]:
+    """What else is in the folder; behind a URL, where all sorts of things may be listed, only what should have been a tar."""
+    left: dict[str, LeftOut] = {}
+    if is_remote(folder):
+        entries = [(name, False) for name in list_names(str(folder), "") if COMPRESSED.search(name)]
+    elif Path(folder).is_dir():
+        entries = sorted((entry.name, entry.is_dir()) for entry in os.scandir(folder))
+    else:
+        return left
+    for name, is_folder in entries:
+        if name.endswith(".tar") or name.startswith(".") or name in OURS:
+            continue
+        if name.lower().endswith(".tar"):
+            leave_out(left, "", f"its ending is in capitals: rename it to {name[:-4]}.tar", name)
+        elif COMPRESSED.search(name):
+            leave_out(
+                left, "", "it is compressed, and tiles are read from where they lie in a tar: unpack it to a .tar", name
+            )
+        elif is_folder and (inside := next(Path(folder, name).rglob("*.tar"), None)):
+            leave_out(left, "", f"it holds shards of its own: name it too, as shards='{folder} {inside.parent}'", name)
+        else:
+            leave_out(left, "other folder" if is_folder else "other file", "no .tar", name)
+    return left
+
+
+def _beside(left: dict[str, LeftOut]) -> str:
+    named = [str(kind) for kind in left.values()]
+    more = f"; and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
+    return f" ({'; '.join(named[:MOST_NAMED])}{more})" if named else ""

@@ -1,0 +1,219 @@
+"""From the stream to batches: read, decode, cut, draw; one loader process a rank, its work done in threads.
+
+The loader's share is bytes only: uint8 crops and the parameters for what the device does to them. JPEG decoding and
+resampling release the interpreter's lock, so threads are enough, and a slide or shard is opened once.
+"""
+
+import itertools
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import IterableDataset
+
+from data.fault import Fault
+from data.keyed import rng
+from data.loader_process import LoaderProcess, shared_memory_room
+from data.shared_memory import Slots
+from data.tiles import masks
+from data.tiles.augment_parameters import Colour, draw
+from data.tiles.crops import CropSizes, cut
+from data.tiles.source import TileSource, UnreadableTile
+from data.tiles.stream import Stream
+
+STEPS_AHEAD = 3
+EXPECTED_AHEAD = 24  # steps; a source that fetches from afar begins that early
+ATTEMPTS = 100
+
+
+@dataclass(frozen=True)
+class Masking:
+    """Block masks on the global crops: the share of crops that are masked, their range of ratios, the patch grid's side."""
+
+    share: float
+    low: float
+    high: float
+    grid: int
+
+
+@dataclass
+class MicroBatch:
+    """Uncoloured views of ``tiles`` consecutive tiles of the global batch, the first of which is its ``first``-th."""
+
+    first: int
+    numbers: Tensor  # (tiles,) int64: which tiles
+    views: list[Tensor]  # per crop size uint8 (views * tiles, 3, side, side), view after view
+    parameters: list[Tensor]  # per crop size float32 (views * tiles, WIDTH): see data.tiles.augment
+    masks: Tensor  # bool (global views * tiles, rows, columns)
+
+    def __reduce__(self) -> tuple[object, ...]:
+        # As bytes: between processes a tensor travels as a file of shared memory of its own, which costs more than these hold.
+        small = [tensor.numpy() for tensor in (self.numbers, self.masks, *self.parameters)]
+        return _unpickled, (self.first, self.views, small)
+
+    def pin_memory(self) -> "MicroBatch":
+        """The same in page-locked memory, for copies to the device that don't wait."""
+        return MicroBatch(
+            self.first, self.numbers, [v.pin_memory() for v in self.views], self.parameters, self.masks.pin_memory()
+        )
+
+
+def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> MicroBatch:
+    numbers, patches, *parameters = map(torch.from_numpy, small)
+    return MicroBatch(first, numbers, views, parameters, patches)
+
+
+@dataclass
+class Batch:
+    """A rank's share of global batch ``step``, in micro-batches; ``bad`` names the tiles that could not be read."""
+
+    step: int
+    parts: list[MicroBatch]
+    bad: list[str]
+
+    def pin_memory(self) -> "Batch":
+        """See `MicroBatch.pin_memory`."""
+        return Batch(self.step, [part.pin_memory() for part in self.parts], self.bad)
+
+
+class TileBatches(IterableDataset["Batch"]):
+    """A rank's share of the global batches ``start … stop − 1``, each cut into ``accumulate`` micro-batches.
+
+    A tile that can't be read is replaced by the next one of its source that can, is named once, and is counted: the run goes on
+    while the tiles that were bad stay under the trainer's limit, and every rank still takes the same number of tiles.
+    """
+
+    def __init__(
+        self,
+        tiles: TileSource,
+        stream: Stream,
+        sizes: CropSizes,
+        colour: Colour,
+        masking: Masking,
+        *,
+        seed: int,
+        start: int,
+        stop: int,
+        rank: int,
+        world_size: int,
+        accumulate: int,
+        threads: int,
+    ) -> None:
+        self.tiles, self.stream, self.sizes, self.colour, self.masking = tiles, stream, sizes, colour, masking
+        self.seed, self.start, self.stop = seed, start, stop
+        self.rank, self.world_size, self.accumulate, self.threads = rank, world_size, accumulate, threads
+        self.in_slots = True  # of shared memory
+        self.share = stream.batch_size // world_size
+        if self.share % accumulate:
+            raise Fault(
+                f"a rank's {self.share} tiles don't split into trainer.accumulate={accumulate} equal micro-batches."
+            )
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.tiles.hold(self.stream.window * len(self.stream.owned(self.rank, self.world_size)))
+        expected: deque[np.ndarray] = deque()
+        waiting: deque[tuple[int, list[list[Tensor]], list[Future]]] = deque()
+        steps, slots = iter(range(self.start, self.stop)), Slots(self.in_slots)
+        ahead = iter(range(self.start, self.stop))
+        with ThreadPoolExecutor(self.threads) as pool:
+            while True:
+                for step in itertools.islice(ahead, STEPS_AHEAD + EXPECTED_AHEAD - len(waiting) - len(expected)):
+                    expected.append(self.stream.batch(step, self.rank, self.world_size))
+                    self.tiles.expect(expected[-1])
+                for step in itertools.islice(steps, STEPS_AHEAD - len(waiting)):
+                    waiting.append((step, *self._submit(pool, step, expected.popleft(), slots)))
+                if not waiting:
+                    return
+                step, views, futures = waiting.popleft()
+                yield self._collect(step, views, [future.result() for future in futures])
+
+    def _submit(
+        self, pool: ThreadPoolExecutor, step: int, numbers: np.ndarray, slots: Slots
+    ) -> tuple[list[list[Tensor]], list[Future]]:
+        """The memory of a step's views, by micro-batch and crop size, and what fills it."""
+        first = step * self.stream.batch_size + self.rank * self.share
+        size, sides = self.share // self.accumulate, self.sizes.sides()
+        views = [slots.empty([(count * size, 3, side, side) for count, side in sides]) for _ in range(self.accumulate)]
+        futures = []
+        for i, number in enumerate(numbers.tolist()):
+            own = [view for of_size in views[i // size] for view in of_size[i % size :: size]]
+            futures.append(pool.submit(self._views, number, first + i, own))
+        return views, futures
+
+    def _views(self, number: int, sample: int, views: list[Tensor]) -> tuple[int, np.ndarray, list[str]]:
+        """Cut one tile's views into ``views``; its number and colour parameters. ``sample`` is its position in the run, the key of
+        every draw."""
+        bad: list[str] = []
+        while True:
+            try:
+                tile = self.tiles.read(number, self.seed, sample)
+                break
+            except UnreadableTile as error:
+                bad.append(str(error))
+                number = error.next % len(self.tiles)
+            if len(bad) == ATTEMPTS:
+                raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
+        generator = rng(self.seed, "colour", sample)
+        rows = draw(self.colour, self.sizes.kinds(), generator)
+        for view, crop in zip(views, cut(tile, self.sizes, self.seed, sample), strict=True):
+            view.copy_(crop)
+        return number, rows, bad
+
+    def _collect(self, step: int, views: list[list[Tensor]], results: list[tuple[int, np.ndarray, list[str]]]) -> Batch:
+        size = self.share // self.accumulate
+        shares = masks.ratios(
+            self.stream.batch_size * self.sizes.global_count,
+            self.masking.share,
+            self.masking.low,
+            self.masking.high,
+            self.seed,
+            step,
+        ).reshape(self.stream.batch_size, self.sizes.global_count)
+        parts = []
+        counts = [count for count, _ in self.sizes.sides()]
+        for begin, of_part in zip(range(0, self.share, size), views, strict=True):
+            first = self.rank * self.share + begin
+            part = results[begin : begin + size]
+            rows = np.stack([of_tile for _, of_tile, _ in part], 1)  # (views, tiles, WIDTH)
+            parts.append(
+                MicroBatch(
+                    first,
+                    torch.tensor([number for number, _, _ in part]),
+                    of_part,
+                    [of_size.flatten(0, 1) for of_size in torch.from_numpy(rows).split(counts)],
+                    self._masks(step, first, shares[first : first + size]),
+                )
+            )
+        return Batch(step, parts, [message for _, _, bad in results for message in bad])
+
+    def _masks(self, step: int, first: int, ratios: np.ndarray) -> Tensor:
+        """Masks ``(views * tiles, grid, grid)`` of the global crops with these ``ratios`` ``(tiles, views)``."""
+        grid, (tiles, views) = self.masking.grid, ratios.shape
+        drawn = np.zeros((views, tiles, grid, grid), dtype=bool)
+        for tile, view in zip(*np.nonzero(ratios), strict=True):
+            sample = step * self.stream.batch_size + first + int(tile)
+            drawn[view, tile] = masks.blocks(grid, grid, ratios[tile, view], rng(self.seed, "mask", sample, int(view)))
+        return torch.from_numpy(drawn.reshape(views * tiles, grid, grid))
+
+
+STEPS_ON_THE_WAY = STEPS_AHEAD + 5  # filled, prefetched, pinned, in use, and one kept for a look
+
+
+def shared_memory_needed(batches: TileBatches, here: int = 1) -> int:
+    """Bytes of shared memory that ``here`` processes of a machine need for their batches that are on the way."""
+    tile = sum(3 * count * side * side for count, side in batches.sizes.sides())
+    return here * STEPS_ON_THE_WAY * batches.share * tile
+
+
+def load(batches: TileBatches, pin_memory: bool, here: int = 1) -> LoaderProcess:
+    """The loader process around ``batches``, ``here`` of which run on this machine.
+
+    Where shared memory has no room for the steps that are on their way, batches go through a pipe, which is slower.
+    """
+    room = shared_memory_room()
+    batches.in_slots = room is None or shared_memory_needed(batches, here) <= room
+    return LoaderProcess(batches, pin_memory, through_pipe=not batches.in_slots)
