@@ -1,13 +1,19 @@
-"""Sums over the processes of a run, for what belongs to the global batch. Without a process group they are no-ops."""
+"""A tensor's part on this rank, and sums over a run's ranks for what belongs to the global batch. Without a process group they are no-ops."""
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 
 def world_size() -> int:
     """Processes in the run."""
     return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's shard of a sharded tensor, or the tensor itself; it shares memory with its argument."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gloo_group() -> dist.ProcessGroup | None:

@@ -33,7 +33,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 from data.fault import Fault
 from data.files import flush, is_the_disks
-from pretrain.teacher import local
+from pretrain.across_ranks import local_shard
 from pretrain.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
 PARTIAL = ".partial"
@@ -187,7 +187,7 @@ class Writer(dcp.FileSystemWriter):
 def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
     """Whether every number that this rank's part of a checkpoint would hold is finite: weights, statistics, moments."""
     moments = (value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor))
-    parts = [local(tensor.detach()) for tensor in (*model.parameters(), *model.buffers(), *moments)]
+    parts = [local_shard(tensor.detach()) for tensor in (*model.parameters(), *model.buffers(), *moments)]
     finite = [part.isfinite().all() for part in parts if part.is_floating_point() and part.numel()]
     return not finite or bool(torch.stack([flag.cpu() for flag in finite]).all())
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from pretrain.across_ranks import gathered
 from pretrain.encoders import Preprocessing
-from pretrain.watching import class_tokens
+from pretrain.figures import class_tokens
 
 BATCH = 64  # images a pass
 Walk = Callable[[Iterable[Tensor], int], Iterable[Tensor]]

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+BACKBONE = "encoder"  # what every objective calls the network that a run is for
+
 
 @dataclass(frozen=True)
 class Moment:

@@ -8,8 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from data.fault import Fault
-from pretrain.objective import Moment, Objective
-from pretrain.optimisation import BACKBONE
+from pretrain.objective import BACKBONE, Moment, Objective
 from pretrain.plugins import own_trace
 
 

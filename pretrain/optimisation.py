@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from models.allowed import Agreements, numbers, one_of, within
-from pretrain.across_ranks import total
-from pretrain.teacher import local
+from pretrain.across_ranks import local_shard, total
+from pretrain.objective import BACKBONE
 
 SCALINGS = {
     "none": lambda batch: 1.0,
@@ -55,9 +55,6 @@ class Optim:
     max_skipped: Annotated[int, within(least=0)]
 
     agreements: ClassVar[Agreements] = {("warmup_steps", "steps", "schedule_steps"): check_warmup}
-
-
-BACKBONE = "encoder"  # what every objective calls the network that a run is for
 
 
 def scaled_lr(settings: Optim, batch_size: int) -> float:
@@ -137,8 +134,8 @@ def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
     gradient count as zeros.
     """
     everything = list(parameters)
-    gradients = [local(p.grad) for p in everything if p.grad is not None]
-    some = gradients or [local(everything[0]).new_zeros(1)]
+    gradients = [local_shard(p.grad) for p in everything if p.grad is not None]
+    some = gradients or [local_shard(everything[0]).new_zeros(1)]
     wide = torch.promote_types(some[0].dtype, torch.float32)
     square = torch.stack(torch._foreach_norm(some, dtype=wide)).square().sum()
     if isinstance(everything[0], DTensor):  # replicas of a shard hold the same gradient: count it once

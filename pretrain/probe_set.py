@@ -13,12 +13,12 @@ from torch import nn
 from data.keyed import rng
 from pretrain.across_ranks import gathered
 from pretrain.encoders import Preprocessing
+from pretrain.figures import rankme
 from pretrain.fixed_images import FixedImages, Walk, agreed
 from pretrain.probing import (
     LabelledImages,
     grouped_split,
     knn_predict,
-    rankme,
     read_class_folders,
     read_image,
     require_same_classes,

@@ -18,6 +18,7 @@ from PIL import Image, UnidentifiedImageError
 from data.fault import Fault
 from data.keyed import rng
 from pretrain.ahead import map_ahead
+from pretrain.figures import rankme
 from pretrain.progress import say, track
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
@@ -268,17 +269,6 @@ def linear_predict(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray
         model.fit(train, train_labels)
     converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
     return model.predict(test), converged
-
-
-def rankme(features: np.ndarray, epsilon: float = 1e-7) -> float:
-    """RankMe, a smooth count of the directions that features (n, width) use (Garrido 2023, equations 1 and 2).
-
-    exp(−Σ pₖ log pₖ) with pₖ = σₖ / ‖σ‖₁ + ε, over the singular values σ of the features as they are, not centred.
-    Between 1 (all features on one line: collapse) and min(n, width).
-    """
-    singular = np.linalg.svd(np.asarray(features, dtype=np.float64), compute_uv=False)
-    p = singular / max(singular.sum(), np.finfo(np.float64).tiny) + epsilon
-    return float(np.exp(-np.sum(p * np.log(p))))
 
 
 @dataclass(frozen=True)

@@ -17,13 +17,13 @@ from data.fault import Fault
 from models.heads import PrototypeHead
 from models.vit import Tokens, VisionTransformer
 from pretrain import teacher as ema
+from pretrain.figures import assignment_figures
 from pretrain.losses.assignment import centred_softmax, moved_centre, sinkhorn_centre
 from pretrain.losses.precision import wide
 from pretrain.objective import Moment, Objective
 from pretrain.schedules import cosine
 from pretrain.stochastic_depth import plan
 from pretrain.tile_batch import Target, TileBatch
-from pretrain.watching import assignment_figures
 
 
 class Network(nn.Module):

@@ -436,6 +436,13 @@ def with_parents(group: str, choice: str, directories: list[Path]) -> list[tuple
 # Where a value comes from ------------------------------------------------------------------------------------------
 
 
+def plain(node: DictConfig) -> dict[str, Any]:
+    """A configuration's node as a dictionary."""
+    values = OmegaConf.to_container(node)
+    assert isinstance(values, dict)
+    return {str(key): value for key, value in values.items()}
+
+
 def annotated(composed: Composed) -> str:
     """The whole resolved configuration as YAML, every value followed by its comment and the file that set it."""
     origins: dict[str, str] = {}

@@ -21,9 +21,8 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from data.fault import Fault
 from models.initialise import assign, fill, key
-from pretrain.across_ranks import total
+from pretrain.across_ranks import local_shard, total
 from pretrain.objective import Objective
-from pretrain.teacher import local
 
 
 class Precision(NamedTuple):
@@ -157,7 +156,7 @@ def materialise(
     named = [*objective.named_parameters(), *objective.named_buffers()]
     tensors = {name: tensor for name, tensor in named if tensor.is_floating_point()}
     for tensor in tensors.values():
-        local(tensor).fill_(torch.nan)  # fresh memory may hold anything, plausible numbers too
+        local_shard(tensor).fill_(torch.nan)  # fresh memory may hold anything, plausible numbers too
     missed: list[str] = []
     for name, network in objective.trained().items():
         missed += [f"{name}: {path}" for path in fill(network, seed, name)]
@@ -198,5 +197,5 @@ def as_constructed(make_objective: Callable[[], Objective], seed: int) -> Object
 
 def _unset(tensors: dict[str, torch.Tensor]) -> list[str]:
     """The names of the tensors that hold a number that isn't finite, on any rank."""
-    unset = torch.stack([(~torch.isfinite(local(tensor))).any() for tensor in tensors.values()])
+    unset = torch.stack([(~torch.isfinite(local_shard(tensor))).any() for tensor in tensors.values()])
     return [name for name, times in zip(tensors, total(unset.int()).tolist(), strict=True) if times]

@@ -24,7 +24,6 @@ from models.sequence_parallel import Group
 from pretrain import signals
 from pretrain.across_ranks import total
 from pretrain.objectives.slide_mae import SlideMAE
-from pretrain.plan import operations
 from pretrain.progress import say, track
 from pretrain.signals import heeding
 from pretrain.slide_encoders import TILE_ENCODER
@@ -159,10 +158,6 @@ class SlideTraining(Training):
         mine = torch.tensor(sum(len(part.embeddings) for part in batch), device=self.device)
         self.tiles_taken = int(total(mine)) // self.config.data.processes_per_slide
         return {"slides": self.taken, "tiles": self.tiles_taken}
-
-    def count_operations(self, fused_attention: bool) -> float:
-        sizes = self.sequences.packing.sizes.tolist()
-        return operations.of_an_embedding(self.config, self.store.width, sizes, fused_attention)
 
     def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:
         for part in batch:

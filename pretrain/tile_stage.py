@@ -22,15 +22,15 @@ from models.allowed import ON_DISK, PIXELS, RANGE, SHARE, Agreements, numbers, o
 from pretrain import init, plugins
 from pretrain.across_ranks import total
 from pretrain.encoders import Preprocessing, evaluation_size
+from pretrain.figures import features_of, spread, watched_encoder
 from pretrain.objective import Moment, Objective
 from pretrain.objective_contract import look_of
-from pretrain.plan import operations
 from pretrain.probe_set import ProbeSet
 from pretrain.progress import say
 from pretrain.slide_sample import SlideSample
 from pretrain.tile_batch import TileBatch
 from pretrain.training import Training
-from pretrain.watching import Watch, features_of, spread, watched_encoder
+from pretrain.watching import Watch
 
 NAMED_BAD_TILES = 20  # said one by one; the rest are counted
 JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
@@ -233,9 +233,6 @@ class TileTraining(Training):
                 f"allows; they are named above: put those files back, or raise the limit."
             )
         return {"bad_tiles": bad}
-
-    def count_operations(self, fused_attention: bool) -> float:
-        return operations.of_a_tile(self.config, fused_attention)
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[TileBatch, int]]:
         for part in batch.parts:

@@ -122,10 +122,6 @@ class Training(L.LightningModule, ABC):
         """Figures that are too costly for every step, of the batch that was just used; every rank calls it."""
         return {}
 
-    @abstractmethod
-    def count_operations(self, fused_attention: bool) -> float:
-        """Floating-point operations that a tile of a step costs, by plan; called before the processes have joined."""
-
     def evaluate(self) -> dict[str, float]:
         """Figures of held-out data, asked for at every checkpoint."""
         return {}
@@ -476,14 +472,14 @@ def peak_memory(device: torch.device) -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def prepare_utilisation(training: Training, trainer: L.Trainer) -> None:
+def prepare_utilisation(training: Training, trainer: L.Trainer, count_operations: Callable[[bool], float]) -> None:
     """Find what ``flop_utilisation`` is computed from, where the devices' peak is known, or say why there will be none."""
     hardware, device = training.hardware, trainer.strategy.root_device
     peak = hardware.peak_tflops * 1e12 if hardware.peak_tflops else peak_of(device, hardware.precision)
     if peak is None:
         return
     try:
-        training.tile_operations = training.count_operations(fused_attention=device.type == "cuda")
+        training.tile_operations = count_operations(device.type == "cuda")
     except Exception as error:  # a plug-in may do what tensors without numbers can't: no reason not to train
         if trainer.is_global_zero:
             say(f"{training.run}: no flop_utilisation, since a step's operations can't be counted ({error!r})")
@@ -501,10 +497,11 @@ def why_ended(run: Path, scored: best.Scores, name: str) -> str:
     )
 
 
-def fit(training: Training, lease: Lease | None = None) -> None:
+def fit(training: Training, lease: Lease | None, count_operations: Callable[[bool], float]) -> None:
     """Run ``training`` to its last step, resuming from its newest checkpoint; says so where nothing is left to do.
 
-    ``lease`` is that of the run's folder, in its first process.
+    ``lease`` is that of the run's folder, in its first process. ``count_operations`` gives the floating-point operations that a tile of a step
+    costs, by whether attention is fused; it is called before the processes have joined.
     """
     training.lease = lease
     pass_over_damaged(training.run, training.config.resume, first=lease is not None or not rank())
@@ -540,7 +537,7 @@ def fit(training: Training, lease: Lease | None = None) -> None:
         say(f"{training.run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
     # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    prepare_utilisation(training, trainer)
+    prepare_utilisation(training, trainer, count_operations)
     began = time.monotonic()
     open_more_files()
     with signals.listening(), training.watchdog:

@@ -10,14 +10,12 @@ network itself, the mask token left out, as publishers do.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
 
 from data.fault import Fault
 from pretrain import plugins
-from pretrain.settings import CONFIGS, Composed, annotated, choices_of, comments, load, nearest
+from pretrain.settings import CONFIGS, Composed, annotated, choices_of, comments, load, nearest, plain
 
 STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
@@ -112,13 +110,6 @@ def describe(name: str) -> Recipe:
         cost=facts.get("Cost", ""),
         unknown=sorted(key for key, comment in said.items() if UNKNOWN in comment),
     )
-
-
-def plain(node: DictConfig) -> dict[str, Any]:
-    """A configuration's node as a dictionary."""
-    values = OmegaConf.to_container(node)
-    assert isinstance(values, dict)
-    return {str(key): value for key, value in values.items()}
 
 
 def heading(file: Path) -> list[str]:

@@ -11,6 +11,7 @@ The folder is like that of a tile run, and the same command resumes it.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from models.allowed import ON_DISK, within
 from pretrain import plugins
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.optimisation import Optim
+from pretrain.plan import operations
 from pretrain.plugins import Plugin
 from pretrain.preemption import ending_when_asked
 from pretrain.record import WandbSettings
@@ -54,4 +56,6 @@ def run(config: Config) -> None:
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
     with ending_when_asked(Path(config.run)), held(Path(config.run)) as lease:
-        fit(SlideTraining(Path(config.run), config, objective, store), lease)
+        training = SlideTraining(Path(config.run), config, objective, store)
+        sizes = training.sequences.packing.sizes.tolist()
+        fit(training, lease, partial(operations.of_an_embedding, config, store.width, sizes))

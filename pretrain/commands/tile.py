@@ -13,6 +13,7 @@ the newest checkpoint, on the same data in the same order, also on another numbe
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, ClassVar
 
@@ -20,6 +21,7 @@ from models.allowed import ON_DISK, Agreements, within
 from pretrain import plugins
 from pretrain.objective import Objective
 from pretrain.optimisation import Optim
+from pretrain.plan import operations
 from pretrain.plugins import Plugin
 from pretrain.preemption import ending_when_asked
 from pretrain.record import WandbSettings
@@ -60,4 +62,5 @@ def run(config: Config) -> None:
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
 
     with ending_when_asked(Path(config.run)), held(Path(config.run)) as lease:
-        fit(TileTraining(Path(config.run), config, objective), lease)
+        training = TileTraining(Path(config.run), config, objective)
+        fit(training, lease, partial(operations.of_a_tile, config))

@@ -16,10 +16,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain import plugins, slide_sample
+from pretrain.figures import class_tokens
 from pretrain.plan.estimate import Settings, estimate
 from pretrain.plan.rehearsal import CPU_ATTENTION
 from pretrain.plan.run_shape import RunShape
-from pretrain.watching import class_tokens
 
 FORWARDS = 2
 

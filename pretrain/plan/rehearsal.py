@@ -28,12 +28,12 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from models import dilated_attention
 from models.attention import Attention, attend
+from pretrain.across_ranks import local_shard
 from pretrain.objective import Moment, Objective
 from pretrain.objective_contract import require_trainable
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan import constants
 from pretrain.sharding import lay_mesh, shard
-from pretrain.teacher import local
 from pretrain.training import gradients
 
 aten = torch.ops.aten
@@ -197,7 +197,7 @@ class Watch(TorchDispatchMode):
         """Count from here; the memory of ``parts`` counts, and nothing else that there is already."""
         self.watching = True
         for tensor in (*self.objective.parameters(), *self.objective.buffers()):
-            self.see(local(tensor).untyped_storage(), "parameters")
+            self.see(local_shard(tensor).untyped_storage(), "parameters")
         self.events.clear()  # views of these are no new memory, and these are counted elsewhere
         for tensor in tensors_in(parts):
             self.see(tensor.untyped_storage(), BATCH)
@@ -207,7 +207,7 @@ class Watch(TorchDispatchMode):
         self.watching = False
         for parameter in self.objective.parameters():
             if parameter.grad is not None:
-                key = self.keys.get(id(local(parameter.grad).untyped_storage()))
+                key = self.keys.get(id(local_shard(parameter.grad).untyped_storage()))
                 if key is not None:
                     self.kinds[key] = "gradients"
         return Rehearsal(self.flops, list(self._highest()))
@@ -293,7 +293,7 @@ class Watch(TorchDispatchMode):
         kind = self._kind(function, part, backward, node)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.see(local(tensor).untyped_storage(), kind)
+                self.see(local_shard(tensor).untyped_storage(), kind)
 
     def _enter(self, phase: str) -> None:
         name = self.phase.partition(" ")[0]

@@ -7,12 +7,11 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pretrain import plugins
-from pretrain.commands.recipes import plain
 from pretrain.even_shares import share
 from pretrain.objective import Objective
 from pretrain.plan.batches import Slides, slide_batch, tile_batch
 from pretrain.plan.rehearsal import Batch
-from pretrain.settings import Composed
+from pretrain.settings import Composed, plain
 
 DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))
 """Settings that say how many equal blocks there are."""

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
+from pretrain.across_ranks import local_shard
 from pretrain.objective import Moment
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.optimisation import Optim, clip, parameter_groups
@@ -19,7 +20,6 @@ from pretrain.plan.of_a_run import compose
 from pretrain.plan.rehearsal import CPU_ATTENTION, tensors_in
 from pretrain.plan.run_shape import RunShape, run_shape
 from pretrain.sharding import lay_mesh, materialise, shard
-from pretrain.teacher import local
 from pretrain.training import gradients
 
 SLIDES = Slides(width=48, tiles=60, largest=100)
@@ -116,7 +116,7 @@ class Step:
             *state,
             *tensors_in(self.parts),
         ]
-        return sum(local(tensor).nbytes for tensor in tensors)
+        return sum(local_shard(tensor).nbytes for tensor in tensors)
 
     def peak(self) -> int:
         """Bytes at the highest moment of the second step: what is held, and what the allocator has given out besides."""

@@ -10,6 +10,7 @@ from PIL import Image
 from data.fault import Fault
 from data.keyed import rng
 from pretrain import probing
+from pretrain.figures import rankme
 
 
 def write_class_folders(folder: Path, counts: dict[str, int], size: tuple[int, int] = (24, 32)) -> Path:
@@ -148,11 +149,11 @@ def test_linear_accuracy_does_not_depend_on_the_scale_of_a_feature():
 
 def test_rankme_counts_equal_directions_and_sees_collapse():
     orthogonal = np.linalg.qr(rng(0, "rank").normal(size=(50, 8)))[0]
-    assert probing.rankme(orthogonal) == pytest.approx(8, rel=1e-4)
-    assert probing.rankme(np.outer(np.arange(1, 51), np.ones(8))) == pytest.approx(1, rel=1e-4)
+    assert rankme(orthogonal) == pytest.approx(8, rel=1e-4)
+    assert rankme(np.outer(np.arange(1, 51), np.ones(8))) == pytest.approx(1, rel=1e-4)
     # σ = (3, 1): p = (.75, .25), exp of its entropy.
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
-    assert probing.rankme(np.diag([3.0, 1.0])) == pytest.approx(math.exp(entropy), rel=1e-5)
+    assert rankme(np.diag([3.0, 1.0])) == pytest.approx(math.exp(entropy), rel=1e-5)
 
 
 def test_standard_errors_are_binomial_and_gains_are_paired():

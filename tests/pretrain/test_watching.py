@@ -16,11 +16,11 @@ from data.keyed import rng
 from models.initialise import initialise
 from pretrain import best, checkpoints
 from pretrain.encoders import Preprocessing
+from pretrain.figures import assignment_figures, features_of, rankme, spread, watched_encoder
 from pretrain.fixed_images import FixedImages
 from pretrain.objective import Moment
 from pretrain.probe_set import ProbeSet
-from pretrain.probing import knn_predict, rankme, read_image
-from pretrain.watching import assignment_figures, features_of, spread, watched_encoder
+from pretrain.probing import knn_predict, read_image
 from tests.pretrain.tile_objectives import batch, dino, dinov2, encoder, mae, part
 
 
