@@ -3,7 +3,7 @@
 import re
 
 from data.fault import Fault
-from pretrain.settings import Composed, of_the_command_line
+from pretrain.settings.composition import Composed, of_the_command_line
 
 
 @of_the_command_line()

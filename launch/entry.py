@@ -12,8 +12,9 @@ from data.files import denied
 from data.redaction import redacted
 from launch import failures, ranks
 from launch.launcher import Launcher, run_here
-from pretrain import cli, plugins
-from pretrain.launched import rank
+from pretrain import cli
+from pretrain.run.launched import rank
+from pretrain.settings import plugins
 
 
 def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

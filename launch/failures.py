@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.redaction import redacted
-from pretrain.launched import counted, rank
+from pretrain.run.launched import counted, rank
 
 LOGS = "PRETRAIN_LOGS"
 """The variable of the environment that names the folder; unset where one process runs alone on a console."""

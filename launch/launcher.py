@@ -7,7 +7,7 @@ import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from pretrain.settings import Composed, stem
+from pretrain.settings.composition import Composed, stem
 
 # Commands that go on in the folder out=, which may hold other things beside; in others out= is a file, or appears when it is whole.
 WORK_IN_OUT = ("shard", "embed", "inspect")

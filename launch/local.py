@@ -18,10 +18,10 @@ from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
 from launch.processes import refuse_uneven
-from pretrain import signals
-from pretrain.launched import counted
-from pretrain.preemption import EXIT_CODE
-from pretrain.settings import Composed
+from pretrain.run import signals
+from pretrain.run.launched import counted
+from pretrain.run.preemption import EXIT_CODE
+from pretrain.settings.composition import Composed
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERACTIVE = ("bash", "interactive")  # names of jobs that Lightning takes for a person's shell

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from data.fault import Fault
-from pretrain.settings import Composed, of_the_command_line
+from pretrain.settings.composition import Composed, of_the_command_line
 
 
 @dataclass(frozen=True)
@@ -70,6 +70,6 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
 def refuse_uneven(composed: Composed, processes: int) -> None:
     """Raise Fault where a run can't be shared evenly by so many processes: they would find that out when they have started, a job when its turn comes."""
     if trains(composed):
-        from pretrain.even_shares import require_even  # which imports Lightning and FSDP, for seconds
+        from pretrain.training.even_shares import require_even  # which imports Lightning and FSDP, for seconds
 
         require_even(composed.tree, processes)

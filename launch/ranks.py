@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TextIO
 
 from launch import failures
-from pretrain.launched import rank
+from pretrain.run.launched import rank
 
 PARENT = "PRETRAIN_PARENT"
 """The variable of the environment with the number of a pipe whose other end is held by the process that started the ranks."""

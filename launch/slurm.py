@@ -20,10 +20,10 @@ from launch.launcher import Launcher, folder_of, python_arguments
 from launch.local import TRAINING
 from launch.processes import Processes, arrange, refuse_uneven, trains
 from launch.submit import announce, announce_chain, submit
-from pretrain.preemption import EXIT_CODE
-from pretrain.progress import say
-from pretrain.ranges import matching, within
-from pretrain.settings import Composed, of_the_command_line, stem
+from pretrain.run.preemption import EXIT_CODE
+from pretrain.run.progress import say
+from pretrain.settings.composition import Composed, of_the_command_line, stem
+from pretrain.settings.ranges import matching, within
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class Slurm(Launcher):
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
         refuse_uneven(composed, processes.count)
         if composed.command in TRAINING:
-            from pretrain.run_folder import allowed_changes  # which imports Lightning and FSDP, for seconds
+            from pretrain.run.folder import allowed_changes  # which imports Lightning and FSDP, for seconds
 
             # The data may be made by a job that this one waits for; what the run's folder holds is there now.
             allowed_changes(Path(composed.tree.run), config, data=None)

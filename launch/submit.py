@@ -6,7 +6,7 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.files import make_folder, write_whole
-from pretrain.progress import say
+from pretrain.run.progress import say
 
 
 def submit(path: Path, text: str, logs: Path, dependency: str | None = None) -> str:

@@ -16,10 +16,10 @@ from launch import failures
 from launch.launcher import Launcher, folder_of, python_arguments
 from launch.local import PASSED_ON
 from launch.processes import arrange, refuse_uneven, trains
-from pretrain import signals
-from pretrain.preemption import EXIT_CODE
-from pretrain.ranges import matching, within
-from pretrain.settings import Composed, of_the_command_line
+from pretrain.run import signals
+from pretrain.run.preemption import EXIT_CODE
+from pretrain.settings.composition import Composed, of_the_command_line
+from pretrain.settings.ranges import matching, within
 
 PATIENCE = 600  # seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner
 

@@ -8,7 +8,7 @@ What two settings must be to each other is declared once beside them, as functio
 
     agreements: ClassVar[Agreements] = {("width", "heads"): check_heads}
 
-Networks and objectives declare both in their constructors and classes, settings in their dataclasses; `pretrain.ranges` holds values to them.
+Networks and objectives declare both in their constructors and classes, settings in their dataclasses; `pretrain.settings.ranges` holds values to them.
 """
 
 import math

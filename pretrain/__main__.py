@@ -13,8 +13,8 @@ import warnings
 from importlib.util import find_spec
 from pathlib import Path
 
-from pretrain import signals
 from pretrain.console import Unfailing
+from pretrain.run import signals
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.redaction import redacted
-from pretrain.launched import rank
 from pretrain.plan import of_a_run
-from pretrain.progress import say
-from pretrain.settings import (
+from pretrain.run.launched import rank
+from pretrain.run.progress import say
+from pretrain.settings.composition import (
     CONFIGS,
     Composed,
     annotated,

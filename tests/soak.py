@@ -27,9 +27,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from pretrain import checkpoints
-from pretrain.metrics_file import read_metrics
-from pretrain.preemption import EXIT_CODE
+from pretrain.run import checkpoints
+from pretrain.run.metrics import read_metrics
+from pretrain.run.preemption import EXIT_CODE
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import CLOCK, TINY
 

@@ -22,8 +22,8 @@ from typing import Annotated
 
 from data.fault import Fault
 from models.allowed import ON_DISK, TILE, within
-from pretrain.progress import duration, say
-from pretrain.settings import load
+from pretrain.run.progress import duration, say
+from pretrain.settings.composition import load
 
 BUILT_IN = Path(sys.prefix) / "share" / "slidewright" / "CMU-1-Small-Region.svs"
 

@@ -21,11 +21,12 @@ from omegaconf import OmegaConf
 
 from data.tiles.source import TileSource
 from models.allowed import ON_DISK, within
-from pretrain import init, plugins
 from pretrain.commands import tile
 from pretrain.doctor import as_a_run, machine, own_objective, report, tiles
-from pretrain.objective import Objective
-from pretrain.tile_stage import TileData, TileTraining
+from pretrain.encoders import init
+from pretrain.objectives.interface import Objective
+from pretrain.settings import plugins
+from pretrain.training.tile_stage import TileData, TileTraining
 
 
 @dataclass

@@ -13,10 +13,10 @@ from typing import Annotated
 
 from data.embeddings.store import EmbeddingStore
 from models.allowed import within
-from pretrain import plugins
 from pretrain.commands import slide
 from pretrain.doctor import as_a_run, embeddings, report
-from pretrain.objective import Objective
+from pretrain.objectives.interface import Objective
+from pretrain.settings import plugins
 
 
 @dataclass

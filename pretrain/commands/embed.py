@@ -40,8 +40,8 @@ from data.slides.names import name_slides
 from data.slides.tiling import TilingSettings
 from data.slides.tissue import RULES
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
-from pretrain.progress import say, track
-from pretrain.settings import of_the_command_line
+from pretrain.run.progress import say, track
+from pretrain.settings.composition import of_the_command_line
 
 USED_BY = {
     "slides=": {"slides", "checkpoint", "slides_mpp", "min_tissue"},
@@ -151,8 +151,8 @@ def refuse_idle(config: Config, work: str) -> None:
 
 def embed(config: Config, part: int, parts: int) -> None:
     """stage=tile, by an encoder."""
-    from pretrain.embedding import embed_slides
-    from pretrain.encoders import load_encoder
+    from pretrain.encoders.embedding import embed_slides
+    from pretrain.encoders.loading import load_encoder
 
     assert config.checkpoint is not None
     began = time.monotonic()
@@ -184,7 +184,7 @@ def embed(config: Config, part: int, parts: int) -> None:
 
 def take_over(config: Config, part: int, parts: int) -> None:
     """stage=tile, of features that are there already. Where they don't carry a hash of their encoder, its name stands for it."""
-    from pretrain import feature_import
+    from pretrain.encoders import feature_import
 
     assert config.features is not None
     began = time.monotonic()
@@ -220,8 +220,8 @@ def take_over(config: Config, part: int, parts: int) -> None:
 
 def embed_slides_whole(config: Config, part: int, parts: int) -> None:
     """stage=slide."""
-    from pretrain.slide_embedding import embed_store
-    from pretrain.slide_encoders import load_slide_encoder
+    from pretrain.encoders.slide_embedding import embed_store
+    from pretrain.encoders.slide_encoders import load_slide_encoder
 
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()

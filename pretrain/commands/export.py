@@ -26,7 +26,7 @@ from typing import Annotated
 from data.fault import Fault
 from data.files import require_writable
 from models.allowed import ON_DISK, one_of
-from pretrain.progress import say
+from pretrain.run.progress import say
 
 
 @dataclass
@@ -40,7 +40,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the export, or say that it is there already."""
-    from pretrain.export import export_gigapath, export_timm, export_transformers
+    from pretrain.encoders.export import export_gigapath, export_timm, export_transformers
 
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if not checkpoint.is_dir():

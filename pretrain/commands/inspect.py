@@ -33,10 +33,10 @@ from data.slides.reading import Slide
 from data.slides.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
 from data.slides.tissue import RULES, is_empty, pen
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
-from pretrain.picture_page import Page, write_page
-from pretrain.pictures import contact_sheet, tile_map, tissue_overlay
-from pretrain.progress import say
-from pretrain.shard_page import shards_page
+from pretrain.inspection.page import Page, write_page
+from pretrain.inspection.shards import shards_page
+from pretrain.inspection.slides import contact_sheet, tile_map, tissue_overlay
+from pretrain.run.progress import say
 
 EXAMPLES = 8  # tiles of each verdict
 

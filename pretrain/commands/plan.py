@@ -22,19 +22,19 @@ from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.redaction import redacted_settings
 from models.allowed import ON_DISK
-from pretrain.even_shares import require_even
 from pretrain.plan import evaluation
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate, Settings, counted, estimate
-from pretrain.plan.hardware import Machine
 from pretrain.plan.of_a_run import compose
 from pretrain.plan.published import Implied, PublishedRun, implied
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import Input, pace, slide_cost, tile_cost
-from pretrain.ranges import within
-from pretrain.settings import of_the_command_line
-from pretrain.sharding import CHECKPOINTING
+from pretrain.settings.composition import of_the_command_line
+from pretrain.settings.hardware import Machine
+from pretrain.settings.ranges import within
+from pretrain.training.even_shares import require_even
+from pretrain.training.sharding import CHECKPOINTING
 
 GIB = 2**30
 GPUS = 8  # of a node, unless launch.gpus_per_node says so

@@ -27,10 +27,10 @@ from data.fault import Fault
 from data.files import require_writable, write_whole
 from data.keyed import rng
 from models.allowed import ON_DISK, one_of, within
-from pretrain.progress import say
+from pretrain.run.progress import say
 
 if TYPE_CHECKING:
-    from pretrain.probing import Extracted, LabelledImages, Score
+    from pretrain.encoders.probing import Extracted, LabelledImages, Score
 
 
 SAME_SLIDES, LIKELY, OTHER_SLIDES = "same slides", "likely other slides", "other slides"
@@ -55,8 +55,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Probe, print the table and write the JSON."""
-    from pretrain import probing
-    from pretrain.encoders import load_encoder
+    from pretrain.encoders import probing
+    from pretrain.encoders.loading import load_encoder
 
     out = Path(config.out) if config.out else None
     if out is not None:
@@ -136,9 +136,9 @@ def run(config: Config) -> None:
 
 def own_split(images: "LabelledImages", config: Config) -> "tuple[LabelledImages, LabelledImages, str]":
     """Train and test images of one folder, tiles of one patient or slide kept together where that can be, and how in words."""
-    from pretrain import probing
-    from pretrain.ahead import map_ahead
-    from pretrain.slide_groups import groups_of
+    from pretrain.encoders import probing
+    from pretrain.encoders.ahead import map_ahead
+    from pretrain.encoders.slide_groups import groups_of
 
     pixels = map_ahead(probing.image_or_fault, images.files, config.threads, ahead=2 * config.batch)
     groups = groups_of(images.files, images.folder, Path(config.groups) if config.groups else None, pixels)
@@ -158,7 +158,7 @@ def own_split(images: "LabelledImages", config: Config) -> "tuple[LabelledImages
 
 def histogram_within(train: "LabelledImages", fitted: "Extracted", tested: "Extracted", config: Config) -> float:
     """k-NN accuracy of the colour histogram where tiles of one slide are on both sides, on as many test images."""
-    from pretrain import probing
+    from pretrain.encoders import probing
 
     features = np.concatenate([part.features["colour histogram"] for part in (fitted, tested)])
     labels = np.concatenate([fitted.labels, tested.labels])
@@ -170,7 +170,7 @@ def histogram_within(train: "LabelledImages", fitted: "Extracted", tested: "Extr
 
 def gains(ours: "Score", baseline: "Score") -> dict[str, dict[str, float]]:
     """How much more accurate than a baseline, with each classifier."""
-    from pretrain.probing import gain
+    from pretrain.encoders.probing import gain
 
     pairs = {
         "knn": (ours.knn_correct, baseline.knn_correct),

@@ -14,8 +14,8 @@ from pathlib import Path
 import torch
 
 from data.fault import Fault
-from pretrain import plugins
-from pretrain.settings import CONFIGS, Composed, annotated, choices_of, comments, load, nearest, plain
+from pretrain.settings import plugins
+from pretrain.settings.composition import CONFIGS, Composed, annotated, choices_of, comments, load, nearest, plain
 
 STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's

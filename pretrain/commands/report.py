@@ -17,7 +17,7 @@ from typing import Annotated
 
 from data.files import appearing, require_writable
 from models.allowed import ON_DISK
-from pretrain.progress import say
+from pretrain.run.progress import say
 
 
 @dataclass

@@ -59,7 +59,7 @@ from data.slides.survey import survey
 from data.slides.tiling import TilingSettings
 from data.slides.tissue import RULES
 from models.allowed import FILE_STEM, ON_DISK, PATTERN, SHARE, SOME, TILE, one_of, within
-from pretrain.progress import Progress, say, track
+from pretrain.run.progress import Progress, say, track
 
 MOST_SAID = 10  # slides of a kind that are said one by one
 

@@ -31,7 +31,7 @@ from data.shards.tile_members import LeftOut
 from data.shards.writing import is_published
 from models.allowed import ON_DISK, SOME
 from pretrain.commands.shard import counted_as, holdings
-from pretrain.progress import say
+from pretrain.run.progress import say
 
 MOST_SAID = 20  # kinds of what was left out
 MOST_TARS = 5  # that the last line names

@@ -31,7 +31,7 @@ from data.redaction import redacted_settings
 from data.remote import is_remote
 from data.shards.verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
 from models.allowed import ON_DISK, SOME, within
-from pretrain.progress import Progress, say
+from pretrain.run.progress import Progress, say
 
 MOST_SAID = 20  # findings of a folder that are said one by one; the report has them all
 

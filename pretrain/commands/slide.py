@@ -17,17 +17,17 @@ from typing import Annotated
 
 from data.embeddings.store import EmbeddingStore
 from models.allowed import ON_DISK, within
-from pretrain import plugins
 from pretrain.objectives.slide_mae import SlideMAE
-from pretrain.optimisation import Optim
 from pretrain.plan import operations
-from pretrain.plugins import Plugin
-from pretrain.preemption import ending_when_asked
-from pretrain.record import WandbSettings
-from pretrain.run_folder import held
-from pretrain.slide_stage import SlideData, SlideTraining
-from pretrain.training import RESUME, Hardware, fit, require_devices
-from pretrain.watching import Watch
+from pretrain.run.folder import held
+from pretrain.run.preemption import ending_when_asked
+from pretrain.run.record import WandbSettings
+from pretrain.settings import plugins
+from pretrain.settings.plugins import Plugin
+from pretrain.training.optimisation import Optim
+from pretrain.training.slide_stage import SlideData, SlideTraining
+from pretrain.training.training import RESUME, Hardware, fit, require_devices
+from pretrain.training.watching import Watch
 
 
 @dataclass

@@ -18,16 +18,16 @@ from pathlib import Path
 from typing import Annotated, ClassVar
 
 from models.allowed import ON_DISK, Agreements, within
-from pretrain import plugins
-from pretrain.objective import Objective
-from pretrain.optimisation import Optim
+from pretrain.objectives.interface import Objective
 from pretrain.plan import operations
-from pretrain.plugins import Plugin
-from pretrain.preemption import ending_when_asked
-from pretrain.record import WandbSettings
-from pretrain.run_folder import held
-from pretrain.tile_stage import TileData, TileTraining, TileWatch, check_patches
-from pretrain.training import RESUME, Hardware, fit, require_devices
+from pretrain.run.folder import held
+from pretrain.run.preemption import ending_when_asked
+from pretrain.run.record import WandbSettings
+from pretrain.settings import plugins
+from pretrain.settings.plugins import Plugin
+from pretrain.training.optimisation import Optim
+from pretrain.training.tile_stage import TileData, TileTraining, TileWatch, check_patches
+from pretrain.training.training import RESUME, Hardware, fit, require_devices
 
 
 @dataclass

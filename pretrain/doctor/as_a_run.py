@@ -6,9 +6,10 @@ from typing import Any
 
 from data import lease
 from data.fault import Fault
-from pretrain import checkpoints, run_folder
 from pretrain.doctor.finding import Finding, failed, passed, warned
-from pretrain.even_shares import require_even
+from pretrain.run import checkpoints
+from pretrain.run import folder as run_folder
+from pretrain.training.even_shares import require_even
 
 
 def check(

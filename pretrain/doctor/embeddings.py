@@ -10,8 +10,8 @@ from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
-from pretrain.even_shares import lanes_of
-from pretrain.slide_stage import SlideBatches, SlideData, sequences_of
+from pretrain.training.even_shares import lanes_of
+from pretrain.training.slide_stage import SlideBatches, SlideData, sequences_of
 
 SAMPLED = 64  # slides that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process

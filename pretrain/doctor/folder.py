@@ -14,7 +14,7 @@ import torch
 
 from data.files import remove
 from pretrain.doctor.finding import Finding, failed, passed, warned
-from pretrain.objective import Objective
+from pretrain.objectives.interface import Objective
 
 SECONDS = 60  # that another node's file may take to appear; caches of network file systems hold names for some seconds
 

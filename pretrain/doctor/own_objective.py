@@ -7,12 +7,12 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from data.fault import Fault
-from pretrain import plugins
 from pretrain.doctor.finding import Finding, failed, passed, warned
-from pretrain.even_shares import settings
 from pretrain.plan.batches import Slides
 from pretrain.plan.rehearsal import rehearse
 from pretrain.plan.run_shape import RunShape
+from pretrain.settings import plugins
+from pretrain.training.even_shares import settings
 
 
 def check(config: Any) -> list[Finding]:

@@ -10,9 +10,9 @@ from data.fault import Fault
 from data.redaction import redacted
 from pretrain.doctor import folder, machine, services
 from pretrain.doctor.finding import Finding, failed
-from pretrain.objective import Objective
-from pretrain.record import WandbSettings, logged_in
-from pretrain.training import Hardware
+from pretrain.objectives.interface import Objective
+from pretrain.run.record import WandbSettings, logged_in
+from pretrain.training.training import Hardware
 
 Check = Callable[[], list[Finding]]
 

@@ -11,11 +11,11 @@ from data.loader_process import SHARED_MEMORY, shared_memory_room
 from data.tiles.loader import Masking, TileBatches, shared_memory_needed
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Stream, group_size
-from pretrain import plugins
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
-from pretrain.even_shares import tiles_of
-from pretrain.tile_stage import ColourSettings, Crops, colour, crop_sizes
+from pretrain.settings import plugins
+from pretrain.training.even_shares import tiles_of
+from pretrain.training.tile_stage import ColourSettings, Crops, colour, crop_sizes
 
 SAMPLED = 64  # tiles that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process

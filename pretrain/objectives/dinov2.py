@@ -17,11 +17,11 @@ from torch import Tensor
 from models.allowed import PROTOTYPES, SHARE, one_of, within
 from models.heads import PrototypeHead
 from models.vit import VisionTransformer
-from pretrain.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
-from pretrain.losses.spread import SPREADS
-from pretrain.objective import Moment
-from pretrain.self_distillation import Network, SelfDistillation, by_view
-from pretrain.tile_batch import TileBatch
+from pretrain.objectives.interface import Moment
+from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
+from pretrain.objectives.losses.spread import SPREADS
+from pretrain.objectives.self_distillation import Network, SelfDistillation, by_view
+from pretrain.objectives.tile_batch import TileBatch
 
 
 class DINOv2(SelfDistillation):

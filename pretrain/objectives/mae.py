@@ -21,9 +21,9 @@ from models.attention import check_heads
 from models.mae import PixelDecoder, normalised, pixels, random_masking
 from models.positions import check_sines
 from models.vit import VisionTransformer
-from pretrain.losses.precision import wide
-from pretrain.objective import Moment, Objective
-from pretrain.tile_batch import TileBatch
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.tile_batch import TileBatch
 
 
 class MAE(Objective):

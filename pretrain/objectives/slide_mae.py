@@ -26,10 +26,10 @@ from models.longnet import LongNet
 from models.positions import check_sines
 from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
-from pretrain.across_ranks import total, world_size
-from pretrain.figures import spread
-from pretrain.losses.precision import wide
-from pretrain.objective import Moment, Objective
+from pretrain.objectives.figures import spread
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.losses.precision import wide
+from pretrain.run.across_ranks import total, world_size
 
 NEIGHBOURS = (1, 4, 8, 16, 32)  # the baseline is the best of these: the bar is as high as neighbours can make it
 DISTANCES = 2**22  # computed at a time

@@ -6,9 +6,9 @@ from typing import Annotated, Any
 import torch
 
 from data.embeddings.sequences import SlideBatch
+from pretrain.objectives.tile_batch import TileBatch
 from pretrain.plan.rehearsal import Batch
-from pretrain.ranges import within
-from pretrain.tile_batch import TileBatch
+from pretrain.settings.ranges import within
 
 
 @dataclass

@@ -15,7 +15,7 @@ from torch import nn
 
 from pretrain.plan.rehearsal import BATCH, Rehearsal, rehearse
 from pretrain.plan.run_shape import RunShape
-from pretrain.sharding import PRECISIONS
+from pretrain.training.sharding import PRECISIONS
 
 FEW = 2  # blocks that are rehearsed of more; and then one more
 

@@ -5,7 +5,7 @@ places shuffled (`pretrain.objectives.slide_mae.SlideMAE.evaluate`). The slides 
 operations of those that are counted.
 
 The tile stage: at every checkpoint the labelled tiles of ``watch.probe`` go forward once, shared by all processes; at every look (``watch.every``)
-so do a sample of the data's slides (`pretrain.slide_sample`) and the batch's global crops, these twice at most: for their features, and by a teacher.
+so do a sample of the data's slides (`pretrain.training.slide_sample`) and the batch's global crops, these twice at most: for their features, and by a teacher.
 A look's heads aren't counted.
 """
 
@@ -15,11 +15,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain import plugins, slide_sample
-from pretrain.figures import class_tokens
+from pretrain.objectives.figures import class_tokens
 from pretrain.plan.estimate import Settings, estimate
 from pretrain.plan.rehearsal import CPU_ATTENTION
 from pretrain.plan.run_shape import RunShape
+from pretrain.settings import plugins
+from pretrain.training import slide_sample
 
 FORWARDS = 2
 

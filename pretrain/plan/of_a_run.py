@@ -5,8 +5,8 @@ from pathlib import Path
 import yaml
 
 from data.fault import Fault
-from pretrain.progress import say
-from pretrain.settings import CONFIGS, Composed, load, of_the_command_line
+from pretrain.run.progress import say
+from pretrain.settings.composition import CONFIGS, Composed, load, of_the_command_line
 
 STAGES = ("tile", "slide")
 

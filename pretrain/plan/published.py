@@ -5,10 +5,10 @@ from typing import Annotated
 
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Settings, counted, estimate
-from pretrain.plan.hardware import described
 from pretrain.plan.of_a_run import compose
 from pretrain.plan.run_shape import run_shape
-from pretrain.ranges import within
+from pretrain.settings.hardware import described
+from pretrain.settings.ranges import within
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """A step of the real objective, in the real sharding, without numbers: what it computes and what memory it holds when.
 
 Tensors are torch's *fake* ones: they know shape, type and device, and hold nothing, so a step of a ViT-g on 256 processes
-is rehearsed on a laptop. Nothing about a network is written down here; what runs is `pretrain.sharding.shard`,
-`pretrain.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
+is rehearsed on a laptop. Nothing about a network is written down here; what runs is `pretrain.training.sharding.shard`,
+`pretrain.training.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
 elements of a mask are true; that comes with the batch (`Batch.true`), or is counted where a mask is made of shapes (`constants`).
 """
 
@@ -28,13 +28,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from models import dilated_attention
 from models.attention import Attention, attend
-from pretrain.across_ranks import local_shard
-from pretrain.objective import Moment, Objective
-from pretrain.objective_contract import require_trainable
+from pretrain.objectives.contract import require_trainable
+from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan import constants
-from pretrain.sharding import lay_mesh, shard
-from pretrain.training import gradients
+from pretrain.run.across_ranks import local_shard
+from pretrain.training.sharding import lay_mesh, shard
+from pretrain.training.training import gradients
 
 aten = torch.ops.aten
 ATTENTION = {"bmm", "baddbmm"}  # products between tokens, beside the fused kernels that have attention in their names

@@ -6,12 +6,12 @@ from typing import Any
 
 from omegaconf import DictConfig
 
-from pretrain import plugins
-from pretrain.even_shares import share
-from pretrain.objective import Objective
+from pretrain.objectives.interface import Objective
 from pretrain.plan.batches import Slides, slide_batch, tile_batch
 from pretrain.plan.rehearsal import Batch
-from pretrain.settings import Composed, plain
+from pretrain.settings import plugins
+from pretrain.settings.composition import Composed, plain
+from pretrain.training.even_shares import share
 
 DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))
 """Settings that say how many equal blocks there are."""

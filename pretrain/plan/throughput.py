@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate
-from pretrain.ranges import within
+from pretrain.settings.ranges import within
 
 MEASURED_CROPS = 2 * 224**2 + 8 * 98**2  # pixels of the crops that `Input.crops_ms` was measured on
 MEASURED_TILE = 256**2

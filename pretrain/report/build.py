@@ -8,12 +8,12 @@ from typing import Any
 import torch
 
 from data.files import write_whole
-from pretrain import plugins
 from pretrain.report import page
 from pretrain.report.page import Section
 from pretrain.report.parts import Parts, Run, find
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
+from pretrain.settings import plugins
 
 
 def build(

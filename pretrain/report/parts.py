@@ -9,9 +9,9 @@ import numpy as np
 
 from data.fault import Fault
 from data.redaction import redacted_settings
-from pretrain.metrics_file import thinned
-from pretrain.progress import say
-from pretrain.run_folder import read_config
+from pretrain.run.folder import read_config
+from pretrain.run.metrics import thinned
+from pretrain.run.progress import say
 
 Series = dict[str, tuple[np.ndarray, np.ndarray]]
 """Of each metric its steps int64 (n,) and its values float64 (n,)."""

@@ -22,8 +22,8 @@ from torch.distributed.fsdp import fully_shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pretrain.checkpoints import newest, save
-from pretrain.saving import Saver
+from pretrain.run.checkpoints import newest, save
+from pretrain.run.saving import Saver
 
 WIDTH, BLOCKS, SAVES = 1000, 6, 7
 

@@ -39,8 +39,8 @@ from data.keyed import rng
 from data.shards.scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.embedding import embed_slides
-from pretrain.encoders import Preprocessing, TileEncoder, class_token, freeze
+from pretrain.encoders.embedding import embed_slides
+from pretrain.encoders.loading import Preprocessing, TileEncoder, class_token, freeze
 
 BATCH, TILES, ROUNDS = 16, 64, 5
 ROWS, WIDTH = 8089, 1536

@@ -35,8 +35,8 @@ import numpy as np
 
 from data.keyed import rng
 from data.shards.scan import scan
-from pretrain.encoders import TileEncoder, load_encoder
-from pretrain.probing import (
+from pretrain.encoders.loading import TileEncoder, load_encoder
+from pretrain.encoders.probing import (
     Extractor,
     LabelledImages,
     Score,
@@ -49,8 +49,8 @@ from pretrain.probing import (
     require_same_classes,
     score,
 )
-from pretrain.settings import load
-from pretrain.slide_groups import groups_of
+from pretrain.encoders.slide_groups import groups_of
+from pretrain.settings.composition import load
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae"}

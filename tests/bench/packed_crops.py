@@ -22,12 +22,13 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from models.vit import Kept, Tokens, VisionTransformer
-from pretrain import plugins, settings
-from pretrain.objective import Moment, Objective
-from pretrain.optimisation import clip, parameter_groups, set_rates
-from pretrain.sharding import materialise
-from pretrain.tile_batch import TileBatch
-from pretrain.training import gradients
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.tile_batch import TileBatch
+from pretrain.settings import composition as settings
+from pretrain.settings import plugins
+from pretrain.training.optimisation import clip, parameter_groups, set_rates
+from pretrain.training.sharding import materialise
+from pretrain.training.training import gradients
 
 ROUNDS, STEPS_A_ROUND, PROFILED = 6, 3, 4
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn", "onednn", "convolution")

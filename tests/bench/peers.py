@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from pretrain.probing import LabelledImages, knn_predict
-from pretrain.settings import load
+from pretrain.encoders.probing import LabelledImages, knn_predict
+from pretrain.settings.composition import load
 from tests.bench.learning import Asked, Judge, Run, images, write_shards
 
 ROOT = Path(__file__).resolve().parents[2]

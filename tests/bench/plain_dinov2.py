@@ -20,7 +20,7 @@ from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pretrain import settings
+from pretrain.settings import composition as settings
 
 STEPS, WARMUP = 16, 3
 

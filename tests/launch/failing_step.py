@@ -4,9 +4,9 @@ import os
 
 from torch import Tensor
 
-from pretrain.objective import Moment
+from pretrain.objectives.interface import Moment
 from pretrain.objectives.mae import MAE
-from pretrain.tile_batch import TileBatch
+from pretrain.objectives.tile_batch import TileBatch
 
 
 class Failing(MAE):

@@ -2,8 +2,8 @@
 
 import time
 
-from pretrain.objective import Moment
 from pretrain.objectives.dinov2 import DINOv2
+from pretrain.objectives.interface import Moment
 
 SECONDS = 10.0
 

@@ -11,7 +11,7 @@ import pytest
 from data.fault import Fault, Notice
 from launch import failures
 from launch.entry import show_warning
-from pretrain.launched import rank
+from pretrain.run.launched import rank
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, metrics
 

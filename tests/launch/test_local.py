@@ -14,9 +14,9 @@ from launch import ranks
 from launch.entry import main
 from launch.local import watch
 from launch.torchrun import run_and_tell
-from pretrain import checkpoints
-from pretrain.metrics_file import read_metrics
-from pretrain.preemption import EXIT_CODE
+from pretrain.run import checkpoints
+from pretrain.run.metrics import read_metrics
+from pretrain.run.preemption import EXIT_CODE
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import ROOT, assert_close, command, start
 

@@ -14,7 +14,7 @@ import pytest
 from data.embeddings.store import EmbeddingStore
 from data.shards.index import ShardIndex
 from launch.entry import main
-from pretrain.metrics_file import read_metrics
+from pretrain.run.metrics import read_metrics
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import write_tiles
 from tests.launch.slurm_cluster import Cluster
@@ -262,7 +262,7 @@ SLOW_TILES = """
 import os
 import time
 
-from data.slides import Slide
+from data.slides.reading import Slide
 
 if seconds := float(os.environ.get("SECONDS_A_TILE", "0")):
     at_once = Slide.tile_pixels

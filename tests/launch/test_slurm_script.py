@@ -14,7 +14,7 @@ from launch.entry import main
 from launch.processes import Processes, arrange
 from launch.slurm import seconds
 from launch.submit import submit
-from pretrain.settings import CONFIGS, annotated, load
+from pretrain.settings.composition import CONFIGS, annotated, load
 
 TILE = ["tile", "run=runs/first", "data.shards=shards"]
 

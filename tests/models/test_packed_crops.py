@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from models.initialise import initialise
 from models.vit import Kept, Tokens, VisionTransformer
-from pretrain.stochastic_depth import plan
+from pretrain.objectives.stochastic_depth import plan
 
 TILES, GROUP, DEPTH = 4, 2, 3
 TOLERANCE = 1e-6  # of the tensor's largest value, in float32

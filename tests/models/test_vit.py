@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.stochastic_depth import plan
+from pretrain.objectives.stochastic_depth import plan
 
 SETTINGS = {
     "image_size": 32,

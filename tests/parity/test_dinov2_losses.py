@@ -7,9 +7,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from pretrain.losses.assignment import centred_softmax, sinkhorn_knopp
-from pretrain.losses.cross_entropy import dino_cross_entropy, masked_cross_entropy
-from pretrain.losses.spread import koleo
+from pretrain.objectives.losses.assignment import centred_softmax, sinkhorn_knopp
+from pretrain.objectives.losses.cross_entropy import dino_cross_entropy, masked_cross_entropy
+from pretrain.objectives.losses.spread import koleo
 
 STUDENT_TEMPERATURE = 0.1  # the reference's default
 

@@ -8,9 +8,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from models.vit import VisionTransformer
-from pretrain.objective import Moment
 from pretrain.objectives.dinov2 import DINOv2
-from pretrain.tile_batch import TileBatch
+from pretrain.objectives.interface import Moment
+from pretrain.objectives.tile_batch import TileBatch
 
 FILES = ["dinov2_step_swiglu_sinkhorn_separate.safetensors", "dinov2_step_mlp_centering_shared.safetensors"]
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 
 from models.vit import VisionTransformer
-from pretrain.optimisation import multipliers
+from pretrain.training.optimisation import multipliers
 
 
 def test_multipliers_equal_the_reference_exactly(goldens: Path) -> None:

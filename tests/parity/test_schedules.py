@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from pretrain.schedules import cosine
+from pretrain.objectives.schedules import cosine
 
 
 def test_every_schedule_equals_the_reference(goldens: Path) -> None:

@@ -20,8 +20,8 @@ from data.shards.index import ShardIndex
 from data.shards.scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain import checkpoints
 from pretrain.doctor import machine, tiles
+from pretrain.run import checkpoints
 from tests.data.tile_folders import write_tiles
 
 TILE, COLUMNS, ROWS = 40, 4, 3

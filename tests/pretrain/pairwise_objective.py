@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pretrain.objective import Moment, Objective
+from pretrain.objectives.interface import Moment, Objective
 
 
 def off_diagonal(similar: Tensor, way: str) -> Tensor:

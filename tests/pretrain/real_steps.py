@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
-from pretrain.across_ranks import local_shard
-from pretrain.objective import Moment
+from pretrain.objectives.interface import Moment
 from pretrain.objectives.slide_mae import SlideMAE
-from pretrain.optimisation import Optim, clip, parameter_groups
 from pretrain.plan.batches import Slides
 from pretrain.plan.of_a_run import compose
 from pretrain.plan.rehearsal import CPU_ATTENTION, tensors_in
 from pretrain.plan.run_shape import RunShape, run_shape
-from pretrain.sharding import lay_mesh, materialise, shard
-from pretrain.training import gradients
+from pretrain.run.across_ranks import local_shard
+from pretrain.training.optimisation import Optim, clip, parameter_groups
+from pretrain.training.sharding import lay_mesh, materialise, shard
+from pretrain.training.training import gradients
 
 SLIDES = Slides(width=48, tiles=60, largest=100)
 MOMENT = Moment(0, 10, 0)

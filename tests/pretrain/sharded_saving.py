@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from pretrain import checkpoints
-from pretrain.saving import Saver
+from pretrain.run import checkpoints
+from pretrain.run.saving import Saver
 
 
 def fill(model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:

@@ -24,12 +24,12 @@ from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from models.longnet import LongNet
-from pretrain.across_ranks import total, world_size
-from pretrain.objective import Moment, Objective
+from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.slide_mae import SlideMAE
-from pretrain.optimisation import Optim, clip, parameter_groups, set_rates
-from pretrain.sharding import lay_mesh, materialise, shard
-from pretrain.training import gradients
+from pretrain.run.across_ranks import total, world_size
+from pretrain.training.optimisation import Optim, clip, parameter_groups, set_rates
+from pretrain.training.sharding import lay_mesh, materialise, shard
+from pretrain.training.training import gradients
 from tests.pretrain import tile_objectives
 from tests.pretrain.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_mae
 

@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from pretrain.losses.assignment import centred_softmax, sinkhorn_centre, sinkhorn_knopp
-from pretrain.objective import Moment, Objective
-from pretrain.training import gradients
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.losses.assignment import centred_softmax, sinkhorn_centre, sinkhorn_knopp
+from pretrain.training.training import gradients
 from tests.pretrain.tile_objectives import batch, dino, dinov2, mae, part
 
 TILES = 8

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from data.keyed import rng
-from pretrain import alarms
-from pretrain.alarms import Facts, History
+from pretrain.run import alarms
+from pretrain.run.alarms import Facts, History
 
 K = 512
 KNOWN = Facts({"dino": K}, settled=100)

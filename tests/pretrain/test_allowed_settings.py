@@ -17,9 +17,11 @@ from omegaconf import OmegaConf
 from data.fault import Fault
 from launch.entry import main
 from models.allowed import Allowed
-from pretrain import cli, plugins, ranges, settings
-from pretrain.settings import CONFIGS, Composed, load, stem
-from pretrain.training import require_devices
+from pretrain import cli
+from pretrain.settings import composition as settings
+from pretrain.settings import plugins, ranges
+from pretrain.settings.composition import CONFIGS, Composed, load, stem
+from pretrain.training.training import require_devices
 
 MORE = [  # compositions of the plug-ins that no command has by default
     ("tile", ["recipe=small_dino"]),
@@ -231,7 +233,7 @@ def test_what_must_go_together_is_declared_once_for_the_slide_stage_too(words: l
 
 
 def test_the_settings_of_a_mixtures_members_are_held_to_their_ranges(tmp_path: Path) -> None:
-    from pretrain.tile_sources import WeightedMixture
+    from pretrain.training.tile_sources import WeightedMixture
 
     member = {"weight": 1, "slides": "a.svs", "grids": str(tmp_path), "tile_size": 0}
     with pytest.raises(Fault, match=r"^data\.members\.a\.tile_size=0 is not allowed: it must be at least 16\.$"):

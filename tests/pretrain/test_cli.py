@@ -7,7 +7,7 @@ import pytest
 from data.fault import Fault
 from launch.entry import main
 from pretrain import cli
-from pretrain.settings import CONFIGS, stem
+from pretrain.settings.composition import CONFIGS, stem
 
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:

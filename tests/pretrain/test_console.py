@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoints
 from pretrain.console import Unfailing
+from pretrain.run import checkpoints
 from tests.pretrain.test_tile_training import GROUP, ROOT, STEPS, command, metrics, start
 
 

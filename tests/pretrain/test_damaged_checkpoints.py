@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from launch.entry import main
-from pretrain import checkpoints
-from pretrain.encoders import find_checkpoint
+from pretrain.encoders.loading import find_checkpoint
+from pretrain.run import checkpoints
 from tests.pretrain.test_tile_training import STEPS, command, metrics, refused
 
 

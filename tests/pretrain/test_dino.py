@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from data.fault import Fault
-from pretrain.objective import Moment
+from pretrain.objectives.interface import Moment
 from tests.pretrain.tile_objectives import batch, dino, dinov2
 
 

@@ -15,12 +15,13 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from data.fault import Fault
 from data.lease import alone
 from launch.entry import main
-from pretrain import plugins, settings
 from pretrain.doctor import embeddings, folder, machine, services, tiles
 from pretrain.doctor.finding import Finding
 from pretrain.doctor.rate import fast_enough
-from pretrain.seen import recipe_settings
-from pretrain.slide_stage import SlideData
+from pretrain.inspection.views import recipe_settings
+from pretrain.settings import composition as settings
+from pretrain.settings import plugins
+from pretrain.training.slide_stage import SlideData
 from tests.data.tile_folders import spoil, write_tiles
 from tests.pretrain.test_slide_training import SMALL
 from tests.pretrain.test_tile_training import TINY

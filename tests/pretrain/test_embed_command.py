@@ -18,11 +18,11 @@ from data.keyed import rng
 from data.shards.index import ShardIndex, read_jpeg
 from data.shards.scan import scan
 from launch.entry import main
-from pretrain import embedding
 from pretrain.commands import shard
 from pretrain.commands.embed import Config, run
-from pretrain.encoders import load_encoder
-from pretrain.settings import load
+from pretrain.encoders import embedding
+from pretrain.encoders.loading import load_encoder
+from pretrain.settings.composition import load
 from tests.data.synthetic_slides import stained, write_slide
 from tests.pretrain.conftest import add, tile_pixels
 

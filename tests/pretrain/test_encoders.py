@@ -7,7 +7,7 @@ from PIL import Image
 
 from data.fault import Fault
 from data.keyed import rng
-from pretrain.encoders import Preprocessing, device_of, load_encoder
+from pretrain.encoders.loading import Preprocessing, device_of, load_encoder
 
 IMAGES = torch.from_numpy(rng(0, "images").integers(0, 256, size=(3, 32, 32, 3), dtype=np.uint8))
 

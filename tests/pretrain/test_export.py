@@ -12,9 +12,10 @@ from torch import nn
 from data.fault import Fault
 from data.files import Refused
 from data.keyed import rng
-from pretrain import checkpoints, export
 from pretrain.commands.export import Config, run
-from pretrain.encoders import load_encoder
+from pretrain.encoders import export
+from pretrain.encoders.loading import load_encoder
+from pretrain.run import checkpoints
 
 ARCHITECTURES = [
     {},

@@ -14,15 +14,15 @@ from data.embeddings.sequences import SlideSequences
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
 from launch.entry import main
-from pretrain import plugins
-from pretrain.metrics_file import read_metrics
-from pretrain.objective import Moment
-from pretrain.plan.hardware import peak_of
+from pretrain.objectives.interface import Moment
 from pretrain.plan.operations import of_a_tile, of_an_embedding
 from pretrain.plan.rehearsal import CPU_ATTENTION
-from pretrain.settings import load
-from pretrain.sharding import lay_mesh, materialise, shard
-from pretrain.training import gradients
+from pretrain.run.metrics import read_metrics
+from pretrain.settings import plugins
+from pretrain.settings.composition import load
+from pretrain.settings.hardware import peak_of
+from pretrain.training.sharding import lay_mesh, materialise, shard
+from pretrain.training.training import gradients
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.real_steps import Step, one_process, shape_of
 from tests.pretrain.test_tile_training import TINY

@@ -21,10 +21,12 @@ from models.formats import dinov2
 from models.formats import timm as timm_format
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain import checkpoints, export, init, settings
-from pretrain.encoders import load_encoder
+from pretrain.encoders import export, init
+from pretrain.encoders.loading import load_encoder
 from pretrain.objectives.dinov2 import DINOv2
-from pretrain.sharding import materialise
+from pretrain.run import checkpoints
+from pretrain.settings import composition as settings
+from pretrain.training.sharding import materialise
 from tests.data.tile_folders import write_tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -264,7 +266,7 @@ def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_why_a_file_cannot_be_read_is_said_in_our_words(tmp_path: Path, content: Any, why: str) -> None:
     from data.embeddings.feature_files import import_features
-    from pretrain.slide_encoders import load_slide_encoder
+    from pretrain.encoders.slide_encoders import load_slide_encoder
 
     path = tmp_path / "w.pt"
     if isinstance(content, bytes):
@@ -390,8 +392,8 @@ from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from models.vit import VisionTransformer
-from pretrain import init
-from pretrain.objective import Objective
+from pretrain.encoders import init
+from pretrain.objectives.interface import Objective
 
 class Alone(Objective):
     def __init__(self):

@@ -14,9 +14,9 @@ from data.shards.index import COLUMNS, ShardIndex
 from launch.entry import main
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
-from pretrain.pictures import COLOURS, contact_sheet, histogram
-from pretrain.seen import recipe_settings, seen
-from pretrain.shard_page import _draw, _facts
+from pretrain.inspection.shards import _draw, _facts
+from pretrain.inspection.slides import COLOURS, contact_sheet, histogram
+from pretrain.inspection.views import recipe_settings, seen
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import picture, spoil, write_tiles
 

@@ -11,7 +11,7 @@ import pytest
 from data import loader_process
 from data.fault import Fault
 from data.tiles.loader import load
-from pretrain import checkpoints
+from pretrain.run import checkpoints
 from tests.data.test_loader import batches, by_tile, same
 from tests.data.test_loader import load as direct
 from tests.data.tile_folders import write_tiles

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pretrain.losses.assignment import centred_softmax, moved_centre, sinkhorn_knopp
-from pretrain.losses.cross_entropy import dino_cross_entropy, masked_cross_entropy
-from pretrain.losses.spread import kde, koleo
+from pretrain.objectives.losses.assignment import centred_softmax, moved_centre, sinkhorn_knopp
+from pretrain.objectives.losses.cross_entropy import dino_cross_entropy, masked_cross_entropy
+from pretrain.objectives.losses.spread import kde, koleo
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,7 @@ import torch
 
 from data.fault import Fault
 from models.mae import pixels
-from pretrain.objective import Moment
+from pretrain.objectives.interface import Moment
 from tests.pretrain.tile_objectives import batch, encoder, mae, part
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import metrics_file
+from pretrain.run import metrics as metrics_file
 
 
 def write(run: Path, steps: int, ending: str = "") -> list[str]:

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from launch.entry import main
-from pretrain import plugins
-from pretrain.objective import Moment, Objective
-from pretrain.objective_contract import look_of, loss_of, require_trainable
+from pretrain.objectives.contract import look_of, loss_of, require_trainable
+from pretrain.objectives.interface import Moment, Objective
 from pretrain.plan.rehearsal import Batch, rehearse
-from pretrain.settings import load
+from pretrain.settings import plugins
+from pretrain.settings.composition import load
 from tests.pretrain.test_own_objective import SIZES
 from tests.pretrain.test_tile_training import TINY
 from tests.pretrain.tile_objectives import batch, encoder
@@ -228,7 +228,7 @@ def own(tmp_path: Path) -> Callable[[str], list[str]]:
 @pytest.mark.parametrize(
     ("kind", "settings", "sentence"),
     [
-        (Unlike, "", "test_objective_contract.Unlike is no Objective: derive it from pretrain.objective.Objective."),
+        (Unlike, "", "test_objective_contract.Unlike is no Objective: derive it from pretrain.objectives.interface.Objective."),
         (Half, "", "test_objective_contract.Half can't be built, since it lacks loss()."),
         (Positional, "width: 8\n", "there is no setting 'objective.width': the settings of tests.pretrain.test_objective_contract.Positional are the arguments behind a * in its constructor, and width isn't one"),
         (Untyped, "width: 8\n", "Untyped doesn't say what type its width is of: width: int, say."),

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import checkpoints
-from pretrain.metrics_file import read_metrics
+from pretrain.run import checkpoints
+from pretrain.run.metrics import read_metrics
 from tests.pretrain.test_tile_training import STEPS, command, finish, metrics, refused, start
 
 

@@ -10,8 +10,8 @@ from torch import nn
 from models.heads import PrototypeHead
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
-from pretrain.settings import load
+from pretrain.settings.composition import load
+from pretrain.training.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
 
 
 def settings(**changes: object) -> Optim:

@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from launch.entry import main
-from pretrain import plugins
 from pretrain.plan.rehearsal import Batch, rehearse
-from pretrain.settings import annotated, load
-from pretrain.sharding import materialise
+from pretrain.settings import plugins
+from pretrain.settings.composition import annotated, load
+from pretrain.training.sharding import materialise
 from tests.pretrain.pairwise_objective import Pairwise
 from tests.pretrain.tile_objectives import batch, encoder
 

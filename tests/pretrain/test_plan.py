@@ -12,7 +12,6 @@ from launch.entry import main
 from pretrain import cli
 from pretrain.commands import recipes
 from pretrain.commands.plan import Config, plan, table
-from pretrain.even_shares import share, tiles_of
 from pretrain.plan.batches import Slides, lane
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
 from pretrain.plan.of_a_run import compose, set_aside
@@ -21,7 +20,8 @@ from pretrain.plan.rehearsal import rehearse
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import pace
-from pretrain.settings import load
+from pretrain.settings.composition import load
+from pretrain.training.even_shares import share, tiles_of
 from tests.pretrain.real_steps import Step, one_process, peak_of_sharing, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")

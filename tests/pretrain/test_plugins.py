@@ -11,9 +11,10 @@ import yaml
 
 from data.fault import Fault
 from models.vit import VisionTransformer
-from pretrain import init, plugins
 from pretrain.commands import embed, export, probe, report
-from pretrain.settings import load
+from pretrain.encoders import init
+from pretrain.settings import plugins
+from pretrain.settings.composition import load
 
 MODULE = "from pathlib import Path\nfrom models.vit import VisionTransformer\nPath({mark!r}).touch()\nclass Theirs(VisionTransformer):\n    pass\n"
 

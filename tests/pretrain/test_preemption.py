@@ -14,10 +14,11 @@ import torch
 
 from data.fault import Fault
 from launch.entry import main
-from pretrain import checkpoints, fixed_images, preemption, signals
 from pretrain.objectives.dinov2 import DINOv2
-from pretrain.preemption import EXIT_CODE, Preemption, ending_when_asked
-from pretrain.training import Training
+from pretrain.run import checkpoints, preemption, signals
+from pretrain.run.preemption import EXIT_CODE, Preemption, ending_when_asked
+from pretrain.training import fixed_images
+from pretrain.training.training import Training
 from tests.pretrain.test_tile_training import ROOT, STEPS, assert_close, command, kill_after, metrics, start, weights
 from tests.pretrain.test_watching import write_classes
 

@@ -33,7 +33,7 @@ def test_scores_and_baselines_are_printed_and_written(make_tile_run, class_folde
 
 
 def test_train_and_test_can_be_given_and_an_exported_folder_scores_like_its_run(make_tile_run, class_folders, tmp_path):
-    from pretrain.export import export_timm
+    from pretrain.encoders.export import export_timm
 
     folder, _ = make_tile_run()
     export_timm(folder, tmp_path / "encoder", "mit")
@@ -56,7 +56,7 @@ def test_a_second_run_shows_the_same_table_without_computing(
     config = settings(folder, class_folders, out=str(tmp_path / "probe.json"))
     run(config)
     first = capsys.readouterr().out
-    monkeypatch.setattr("pretrain.probing.extract", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("pretrain.encoders.probing.extract", lambda *_: pytest.fail("computed again"))
     run(config)
     again = capsys.readouterr()
     assert again.out == first and "nothing to do" in again.err

@@ -9,8 +9,8 @@ from PIL import Image
 
 from data.fault import Fault
 from data.keyed import rng
-from pretrain import probing
-from pretrain.figures import rankme
+from pretrain.encoders import probing
+from pretrain.objectives.figures import rankme
 
 
 def write_class_folders(folder: Path, counts: dict[str, int], size: tuple[int, int] = (24, 32)) -> Path:

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pretrain.losses.spread import SPREADS, kde, kde_as_published
+from pretrain.objectives.losses.spread import SPREADS, kde, kde_as_published
 
 
 def test_the_published_term_is_the_negative_log_of_the_kernel_sum_self_pairs_included() -> None:

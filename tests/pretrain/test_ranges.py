@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import pytest
 
 from data.fault import Fault
-from pretrain.ranges import check, hints, matching, within
+from pretrain.settings.ranges import check, hints, matching, within
 
 SHARE = within(least=0, below=1)
 

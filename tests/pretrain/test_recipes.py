@@ -13,12 +13,13 @@ import torch
 from omegaconf import OmegaConf
 
 from data.fault import Fault
-from pretrain import init, plugins
 from pretrain.commands import recipes
-from pretrain.encoders import load_encoder
-from pretrain.objective import Objective
-from pretrain.run_folder import flat
-from pretrain.settings import CONFIGS, comments, load
+from pretrain.encoders import init
+from pretrain.encoders.loading import load_encoder
+from pretrain.objectives.interface import Objective
+from pretrain.run.folder import flat
+from pretrain.settings import plugins
+from pretrain.settings.composition import CONFIGS, comments, load
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 # Encoder parameters as published (mask token left out), and what their count has more or less than ours and why.
@@ -56,7 +57,7 @@ TILE_SIZES = {"virchow2": 392, "midnight_highres": 512}  # pixels; 256 for the o
 SWEEP = """
 import sys
 from pretrain.commands import shard, tile
-from pretrain.settings import load
+from pretrain.settings.composition import load
 
 out, slides, *recipes = sys.argv[1:]
 for size in sorted({recipe.partition(":")[2] for recipe in recipes}):

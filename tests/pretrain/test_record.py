@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from pretrain import metrics_file
-from pretrain.record import Record, Wandb, WandbSettings
+from pretrain.run import metrics as metrics_file
+from pretrain.run.record import Record, Wandb, WandbSettings
 
 
 @dataclass

@@ -16,7 +16,7 @@ from data.keyed import rng
 from pretrain.commands import embed, probe
 from pretrain.commands.report import Config, run
 from pretrain.report import figures, maps, page, parts, training
-from pretrain.settings import load
+from pretrain.settings.composition import load
 
 
 def descend(steps: int) -> list[dict[str, float]]:

@@ -11,7 +11,8 @@ import yaml
 
 from data.fault import Fault
 from data.files import write_whole
-from pretrain import metrics_file, run_folder
+from pretrain.run import folder as run_folder
+from pretrain.run import metrics as metrics_file
 
 
 @dataclass

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.schedules import cosine
+from pretrain.objectives.schedules import cosine
 
 
 def test_values_of_a_short_schedule_done_by_hand() -> None:

@@ -8,8 +8,9 @@ import yaml
 from omegaconf import OmegaConf
 
 from data.fault import Fault
-from pretrain import cli, settings
-from pretrain.settings import CONFIGS, annotated, choices_of, comments, load, stem
+from pretrain import cli
+from pretrain.settings import composition as settings
+from pretrain.settings.composition import CONFIGS, annotated, choices_of, comments, load, stem
 
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 

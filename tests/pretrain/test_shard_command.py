@@ -103,7 +103,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 KILLED = """
 import os, signal, sys
-from data import cutting
+from data.slides import cutting
 from pretrain.commands.shard import Config, run
 encode, tiles = cutting.encode, 0
 def last(tile):

@@ -21,8 +21,8 @@ from data.fault import Fault
 from models.longnet import Layer
 from models.sequence_parallel import Share
 from models.vit import MLP, Block
-from pretrain.settings import load
-from pretrain.sharding import ShardedStrategy, lay_mesh, recomputed
+from pretrain.settings.composition import load
+from pretrain.training.sharding import ShardedStrategy, lay_mesh, recomputed
 from tests.pretrain.sharded_steps import STEPS, Forget, MaskedOnFirst, Outcome, Run, Train, teacher_after_forward, types
 from tests.pretrain.wavy_slides import write_wavy_slides
 

@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 
 from data.fault import Fault
 from launch.entry import main
-from pretrain.settings import load
-from pretrain.shell_words import quoted
+from pretrain.settings.composition import load
+from pretrain.settings.shell_words import quoted
 
 
 @given(st.text(st.characters(codec="utf-8", exclude_categories=["Cc"]), max_size=30))

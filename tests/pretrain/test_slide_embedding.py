@@ -15,9 +15,9 @@ from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
 from models.longnet import LongNet
-from pretrain import checkpoints
 from pretrain.commands.embed import run
-from pretrain.settings import load
+from pretrain.run import checkpoints
+from pretrain.settings.composition import load
 
 WIDTH, MODEL = 16, {
     "width": 32, "depth": 2, "heads": 4, "feed_forward_width": 64, "segment_lengths": [16, 64], "dilated_ratios": [1, 2], "dropout": 0.1,

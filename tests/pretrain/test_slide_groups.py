@@ -9,8 +9,8 @@ from PIL import Image
 
 from data.fault import Fault
 from data.keyed import rng
-from pretrain import probing, slide_groups
 from pretrain.commands.probe import Config, run
+from pretrain.encoders import probing, slide_groups
 from tests.pretrain.test_probing import write_class_folders
 
 

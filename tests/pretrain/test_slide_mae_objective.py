@@ -15,7 +15,7 @@ from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from models.initialise import initialise
 from models.longnet import LongNet
-from pretrain.objective import Moment
+from pretrain.objectives.interface import Moment
 from pretrain.objectives.slide_mae import NEIGHBOURS, SlideMAE, baselines
 
 WIDTH = 16

@@ -19,9 +19,9 @@ from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Part
 from launch.entry import main
-from pretrain.encoders import Preprocessing
-from pretrain.metrics_file import read_metrics
-from pretrain.slide_sample import FEWEST, SLIDES, TILES, SlideSample, choose, recognised, run_of
+from pretrain.encoders.loading import Preprocessing
+from pretrain.run.metrics import read_metrics
+from pretrain.training.slide_sample import FEWEST, SLIDES, TILES, SlideSample, choose, recognised, run_of
 
 
 class Made(TileSource):

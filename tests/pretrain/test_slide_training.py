@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from launch.entry import main
-from pretrain.run_folder import flat
-from pretrain.settings import load
+from pretrain.run.folder import flat
+from pretrain.settings.composition import load
 from tests.pretrain.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.stochastic_depth import plan
+from pretrain.objectives.stochastic_depth import plan
 
 CPU = torch.device("cpu")
 VIEWS = [(2, 5), (3, 2)]  # (views, tokens per crop) of two crop sizes

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from pretrain import teacher
+from pretrain.objectives import teacher
 
 
 def pair() -> tuple[nn.Module, nn.Module]:

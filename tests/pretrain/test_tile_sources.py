@@ -14,11 +14,11 @@ import torch
 from data.fault import Fault
 from data.slides import survey as slide_survey
 from launch.entry import main
-from pretrain import preemption, signals
 from pretrain.commands import tile as tile_command
-from pretrain.settings import load
-from pretrain.tile_sources import _member
-from pretrain.tile_stage import TileTraining
+from pretrain.run import preemption, signals
+from pretrain.settings.composition import load
+from pretrain.training.tile_sources import _member
+from pretrain.training.tile_stage import TileTraining
 from tests.data.flaky_server import serving
 from tests.data.test_slide_tiles import write_slides
 from tests.data.tile_folders import write_tiles

@@ -23,11 +23,11 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from data.shards.index import ShardIndex
 from launch.entry import main
-from pretrain import checkpoints
-from pretrain.metrics_file import read_metrics
 from pretrain.objectives.dinov2 import DINOv2
-from pretrain.run_folder import digest, read_config
-from pretrain.training import Training, out_of_memory
+from pretrain.run import checkpoints
+from pretrain.run.folder import digest, read_config
+from pretrain.run.metrics import read_metrics
+from pretrain.training.training import Training, out_of_memory
 from tests.data.tile_folders import spoil, write_tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from launch.entry import main
-from pretrain.watchdog import EXIT_CODE, Watchdog
+from pretrain.run.watchdog import EXIT_CODE, Watchdog
 from tests.pretrain.test_tile_training import ROOT, STEPS, command
 
 
 def ended(program: str) -> subprocess.CompletedProcess[str]:
-    program = f"import threading, time\nfrom pretrain import watchdog\n{program}"
+    program = f"import threading, time\nfrom pretrain.run import watchdog\n{program}"
     return subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=60)
 
 

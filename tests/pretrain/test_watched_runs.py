@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from launch.entry import main
-from pretrain import checkpoints
-from pretrain.encoders import load_encoder
-from pretrain.metrics_file import read_metrics
+from pretrain.encoders.loading import load_encoder
+from pretrain.run import checkpoints
+from pretrain.run.metrics import read_metrics
 from tests.data.tile_folders import write_tiles
 from tests.pretrain.test_tile_training import assert_close, command, finish, start
 from tests.pretrain.test_watching import write_classes

@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
-from pretrain import best, checkpoints
-from pretrain.encoders import Preprocessing
-from pretrain.figures import assignment_figures, features_of, rankme, spread, watched_encoder
-from pretrain.fixed_images import FixedImages
-from pretrain.objective import Moment
-from pretrain.probe_set import ProbeSet
-from pretrain.probing import knn_predict, read_image
+from pretrain.encoders.loading import Preprocessing
+from pretrain.encoders.probing import knn_predict, read_image
+from pretrain.objectives.figures import assignment_figures, features_of, rankme, spread, watched_encoder
+from pretrain.objectives.interface import Moment
+from pretrain.run import best, checkpoints
+from pretrain.training.fixed_images import FixedImages
+from pretrain.training.probe_set import ProbeSet
 from tests.pretrain.tile_objectives import batch, dino, dinov2, encoder, mae, part
 
 

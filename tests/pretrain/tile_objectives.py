@@ -6,11 +6,11 @@ import torch
 
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.objective import Objective
 from pretrain.objectives.dino import DINO
 from pretrain.objectives.dinov2 import DINOv2
+from pretrain.objectives.interface import Objective
 from pretrain.objectives.mae import MAE
-from pretrain.tile_batch import TileBatch
+from pretrain.objectives.tile_batch import TileBatch
 
 GLOBAL, LOCAL, PATCH = 16, 8, 4
 TEACHING = {

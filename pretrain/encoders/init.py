@@ -1,0 +1,93 @@
+"""Continued pretraining: a run whose encoder starts from published weights instead of random ones (``init=``).
+
+The student's encoder takes the weights before the teacher is copied from it; heads start anew, and
+``optim.frozen_backbone_steps`` lets them settle first: released backbones collapse while heads are random. Every weight
+is accounted for: missing or unexpected ones are an error that names them.
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+
+from data.fault import Fault
+from models.formats import checkpoint_file, timm
+from models.formats.published import Published, require_finite
+from models.initialise import assign
+from models.vit import VisionTransformer
+from pretrain.encoders.loading import find_checkpoint, teacher, timm_module
+from pretrain.encoders.weight_files import CONFIG, is_transformers, read_file, read_transformers
+from pretrain.objectives.interface import Objective
+
+
+def find(source: str, plugins: Collection[str] = ()) -> Published:
+    """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain export`` or
+    transformers wrote, a weight file with DINOv2's or timm's names (of several encoders in it, the one at ``FILE::PLACE``), or a model that timm has weights for.
+
+    ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` where it names nothing or holds no vision transformer.
+    """
+    path, (file, _, place) = Path(source), source.partition("::")
+    if Path(file).is_file():
+        try:
+            return checkpoint_file.read(read_file(Path(file)), place)
+        except ValueError as error:
+            raise Fault(f"init={source} holds no encoder that can be read: {error}") from error
+    if not path.is_dir():
+        return from_timm(source, source)
+    if is_transformers(path):
+        return read_transformers(path)
+    if (path / CONFIG).is_file():
+        return from_timm(f"local-dir:{path}", source)
+    network, _ = teacher(find_checkpoint(path, plugins))
+    if not isinstance(network, VisionTransformer):
+        raise Fault(f"init={source} holds a {type(network).__name__}, not a models.vit.VisionTransformer")
+    weights = dict(network.state_dict())
+    return Published("its run", weights, network.heads, network.position_antialias, network.position_offset)
+
+
+def from_timm(name: str, source: str) -> Published:
+    """A model that timm loads with its weights."""
+    from timm.models.vision_transformer import VisionTransformer as TimmTransformer
+
+    module = timm_module(name)
+    if not isinstance(module, TimmTransformer):
+        raise Fault(
+            f"init={source} is a {type(module).__name__}, and only timm's VisionTransformer has this network's weights"
+        )
+    rows, columns = module.patch_embed.grid_size
+    heads = int(module.blocks[0].attn.num_heads)  # type: ignore[union-attr, arg-type]
+    if rows != columns:
+        raise Fault(f"init={source} has {rows} × {columns} positions: only square grids are read")
+    try:
+        return timm.read(module.state_dict(), heads=heads, grid=rows)
+    except ValueError as error:
+        raise Fault(f"init={source}: {error}") from error
+
+
+@torch.no_grad()
+def start_from(source: str, objective: Objective, plugins: Collection[str] = ()) -> list[str]:
+    """Put the weights that ``source`` names into the objective's encoder, whole or sharded; every rank calls it.
+
+    Returns sentences about what wasn't taken as it stands. Raises `Fault` where the weights don't fit, naming them.
+    """
+    encoders = [network for network in objective.trained().values() if isinstance(network, VisionTransformer)]
+    if len(encoders) != 1:
+        raise Fault(
+            f"init={source} needs an objective with one vision transformer to train, and this one has {len(encoders)}"
+        )
+    (encoder,) = encoders
+    published = find(source, plugins)
+    try:
+        require_finite(published.weights)
+    except ValueError as error:
+        raise Fault(f"init={source} is not usable: {error}") from error
+    try:
+        weights, said = published.fit(encoder)
+    except ValueError as error:
+        raise Fault(
+            f"init={source} doesn't fit the model ({error}): the settings under model: must be those it was made with"
+        ) from error
+    targets = encoder.state_dict(keep_vars=True)
+    for name, value in weights.items():
+        assign(targets[name], value.float())
+    return said

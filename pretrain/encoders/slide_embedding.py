@@ -1,0 +1,97 @@
+"""Slides of a store of tile embeddings through a frozen slide encoder, several slides at a time, packed to a number of tiles."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from data.embeddings.slide_features import ABOUT, add_rows, slides_in
+from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
+from data.fault import Fault
+from data.files import make_folder
+from data.shards.folder import alone
+from pretrain.encoders.loading import PRECISIONS
+from pretrain.encoders.slide_encoders import SlideEncoder
+from pretrain.run.progress import say, track
+
+SECONDS_BETWEEN_FILES = 60.0  # what a kill loses at most
+
+
+def embed_store(
+    store: EmbeddingStore, encoder: SlideEncoder, out: Path, *, part: int, parts: int, tokens: int, precision: str
+) -> int:
+    """Add the slides of the store, or of this part of it, that ``out`` doesn't hold yet; returns how many.
+
+    Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds another one's.
+    """
+    if encoder.tile_encoder_hash not in (None, store.encoder_hash):
+        raise Fault(
+            f"{encoder.name} was trained on embeddings of another tile encoder ({encoder.tile_encoder_hash}) than {store.folder} holds "
+            f"({store.encoder}, {store.encoder_hash}): embed the slides with that one."
+        )
+    if encoder.network.input_width != store.width:
+        raise Fault(
+            f"{encoder.name} takes {encoder.network.input_width}-wide embeddings, and {store.folder} holds {store.width}-wide ones."
+        )
+    make_folder(out)
+    about = {
+        "format": 1, "encoder": encoder.name, "encoder_hash": f"{encoder.hash} on {store.encoder_hash}, {precision}",
+        "width": encoder.network.width,
+    }  # fmt: skip
+    claim(out, about, ABOUT)
+    with alone(out / f".part-{part}"):
+        there = slides_in(out)
+        wanted = [slide for slide in store.slides if store.rows(slide)]
+        mine = wanted[part - 1 :: parts] if part else wanted
+        pending = [slide for slide in mine if slide not in there]
+        rows: list[dict[str, object]] = []
+        began = time.monotonic()
+        for row in track(_rows(store, encoder, pending, tokens, precision), len(pending), "embed", "slides"):
+            rows.append(row)
+            if time.monotonic() - began > SECONDS_BETWEEN_FILES:
+                add_rows(out, part, rows)
+                rows, began = [], time.monotonic()
+        if rows:
+            add_rows(out, part, rows)
+    if len(wanted) < len(store.slides):
+        say(f"{len(store.slides) - len(wanted)} slides without tissue have no embedding")
+    return len(pending)
+
+
+def _rows(
+    store: EmbeddingStore, encoder: SlideEncoder, slides: Sequence[str], tokens: int, precision: str
+) -> Iterator[dict[str, object]]:
+    for batch in packed(store, slides, tokens):
+        cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(encoder.device)
+        lengths = [len(slide.embeddings) for slide in batch]
+        x = torch.from_numpy(np.concatenate([slide.embeddings for slide in batch])).to(encoder.device).float()
+        low = precision != "float32"
+        with (
+            torch.inference_mode(),
+            torch.autocast(encoder.device.type, PRECISIONS[precision]) if low else nullcontext(),
+        ):
+            found = encoder.network(x, cells, lengths, all_layers=True)
+        layers = {"pooled_layers": found.pooled_layers, "cls_layers": found.cls_layers}
+        by_slide = {name: tensor.transpose(0, 1).float().cpu().numpy() for name, tensor in layers.items()}
+        by_slide |= {name: getattr(found, name).float().cpu().numpy() for name in ("pooled", "cls")}
+        by_slide["mean_tiles"] = torch.stack([tiles.mean(dim=0) for tiles in x.split(lengths)]).cpu().numpy()
+        for i, slide in enumerate(batch):
+            summaries = {name: array[i] for name, array in by_slide.items()}
+            yield {"slide": slide.slide, "tiles": lengths[i]} | summaries
+
+
+def packed(store: EmbeddingStore, slides: Sequence[str], tokens: int) -> Iterator[list[SlideEmbeddings]]:
+    """Consecutive slides with at most ``tokens`` tiles together; a larger one alone."""
+    batch: list[SlideEmbeddings] = []
+    tiles = 0
+    for slide in slides:
+        if batch and tiles + store.rows(slide) > tokens:
+            yield batch
+            batch, tiles = [], 0
+        batch.append(store.read(slide))
+        tiles += store.rows(slide)
+    if batch:
+        yield batch

@@ -1,0 +1,52 @@
+"""What the network sees: the views of a few tiles as a recipe cuts, colours, masks and normalises them, as one picture."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from data.keyed import rng
+from data.tiles import masks
+from data.tiles.augment import augment
+from data.tiles.augment_parameters import draw
+from data.tiles.crops import cut
+from pretrain.objectives.tile_batch import TileBatch
+from pretrain.settings import composition as settings
+from pretrain.training.tile_stage import colour, contact_sheet, crop_sizes
+
+
+def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
+    """The settings of 'pretrain tile' under a recipe. Raises Fault for a recipe that there isn't."""
+    return settings.load("tile", ["run=none", "data.shards=none", f"recipe={recipe}", *overrides]).object()
+
+
+def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
+    """A row for each of ``tiles``, uint8 (H, W, 3): its global views, masked patches greyed, then its local ones.
+
+    ``config`` are the settings of 'pretrain tile'. The views are made by the functions that make them in training; the colours are those
+    after augmentation, before they are normalised.
+    """
+    sizes, colours = crop_sizes(config.data.crops), colour(config.data.colour)
+    side = sizes.global_size // config.model["patch_size"]
+    of_masks = config.data.masks
+    ratios = masks.ratios(
+        len(tiles) * sizes.global_count, of_masks.share, of_masks.low, of_masks.high, seed, 0
+    ).reshape(sizes.global_count, len(tiles))
+    views = [cut(tile, sizes, seed, number) for number, tile in enumerate(tiles)]
+    rows = [draw(colours, sizes.kinds(), rng(seed, "colour", number)) for number in range(len(tiles))]
+    mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
+    crops = []
+    for first, last in ((0, sizes.global_count), (sizes.global_count, sizes.global_count + sizes.local_count)):
+        if last > first:
+            images = torch.stack([of_tile[view] for view in range(first, last) for of_tile in views])
+            parameters = torch.from_numpy(np.stack([of_tile[view] for view in range(first, last) for of_tile in rows]))
+            crops.append((augment(images, parameters, mean, std), last - first))
+    masked = [
+        masks.blocks(side, side, ratios[view, number], rng(seed, "mask", number, view))
+        for view in range(sizes.global_count)
+        for number in range(len(tiles))
+    ]
+    batch = TileBatch(crops, torch.from_numpy(np.stack(masked)))
+    return contact_sheet(batch, config.data.mean, config.data.std)

@@ -1,0 +1,66 @@
+"""From the teacher's prototype scores to targets that use all prototypes: a moving centre, or Sinkhorn-Knopp."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from pretrain.objectives.losses.precision import wide
+from pretrain.run.across_ranks import log_total_exp, total
+
+
+@torch.no_grad()
+def centred_softmax(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
+    """``softmax((logits − centre) / temperature)``: ``(N, K)`` probabilities in float32 (Caron et al. 2021, §3.1)."""
+    return F.softmax((wide(logits) - centre) / temperature, dim=-1)
+
+
+@torch.no_grad()
+def moved_centre(centre: Tensor, sums: Tensor, rows: int, momentum: float = 0.9) -> Tensor:
+    """``momentum · centre + (1 − momentum) · mean(logits)``, ``(1, K)``, the mean over the samples of all ranks.
+
+    ``sums`` ``(1, K)`` is the sum of this rank's logits in the step, ``rows`` their number.
+    """
+    count = total(torch.tensor(float(rows), device=sums.device)).clamp(min=1.0)
+    return centre * momentum + total(sums) / count * (1 - momentum)
+
+
+@torch.no_grad()
+def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, iterations: int = 3) -> Tensor:
+    """The centre ``(1, K)`` with which `centred_softmax` is Sinkhorn-Knopp's assignment over all ranks' samples.
+
+    Starting from ``Q = exp(logits / temperature)``, each iteration divides the columns (prototypes) by their sums over
+    the samples, then the rows (samples) by their sums over prototypes (Caron et al. 2020, SwAV, §3.1). Normalising Q as
+    a whole and the constants 1/K and 1/N in the reference cancel, so with L = logits / temperature all there is to it is
+
+        v ← log Σ_samples exp(L − u),   u ← log Σ_prototypes exp(L − v),   Q = exp(L − u − v) = softmax(L − v)
+
+    and v alone is kept. ``scores()`` gives the logits, ``(n, K)`` a micro-batch, anew for each iteration: a sum over samples
+    doesn't need them all at once. In the log domain nothing overflows: the reference is infinite at a logit of 7 with temperature 0.07.
+    """
+    v: Tensor | None = None
+    for _ in range(iterations):
+        column: Tensor | None = None
+        for logits in scores():
+            scaled = wide(logits) / temperature
+            if v is not None:
+                scaled = scaled - torch.logsumexp(scaled - v, dim=1, keepdim=True)
+            # A micro-batch or rank with no sample of its own contributes exp(−∞) = 0.
+            part = (
+                torch.logsumexp(scaled, dim=0, keepdim=True)
+                if len(scaled)
+                else scaled.new_full((1, scaled.shape[1]), -math.inf)
+            )
+            column = part if column is None else torch.logaddexp(column, part)
+        assert column is not None
+        v = log_total_exp(column)
+    assert v is not None
+    return v * temperature
+
+
+@torch.no_grad()
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+    """Assignments of ``(N, K)`` logits in which the prototypes are used equally often over all ranks' samples: `sinkhorn_centre`."""
+    return centred_softmax(logits, sinkhorn_centre(lambda: [logits], temperature, iterations), temperature)

@@ -1,0 +1,187 @@
+"""What DINO and DINOv2 share: a student that predicts its own moving average, and targets that use all prototypes.
+
+teacher  ←EMA─  student
+   │               │
+global crops    all crops
+   └─ centring ────┴─ cross-entropies, which the objective writes down
+"""
+
+from abc import abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from data.fault import Fault
+from models.heads import PrototypeHead
+from models.vit import Tokens, VisionTransformer
+from pretrain.objectives import teacher as ema
+from pretrain.objectives.figures import assignment_figures
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.losses.assignment import centred_softmax, moved_centre, sinkhorn_centre
+from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.schedules import cosine
+from pretrain.objectives.stochastic_depth import plan
+from pretrain.objectives.tile_batch import Target, TileBatch
+
+
+class Network(nn.Module):
+    """An encoder and its heads: what the student is and what the teacher is. ``ibot_head`` None shares the DINO head."""
+
+    def __init__(
+        self, encoder: VisionTransformer, dino_head: PrototypeHead, ibot_head: PrototypeHead | None = None
+    ) -> None:
+        super().__init__()
+        self.encoder, self.dino_head, self.ibot_head = encoder, dino_head, ibot_head
+
+    def score_patches(self, patches: Tensor) -> Tensor:
+        """Prototype scores ``(M, K)`` of patch tokens ``(M, width)``."""
+        return (self.dino_head if self.ibot_head is None else self.ibot_head)(patches)
+
+
+class SelfDistillation(Objective):
+    """Student, teacher and targets. A subclass says what the teacher looks at, and writes the loss.
+
+    ``make_network`` is called twice, for student and teacher. ``prototypes`` names the kinds of target (``dino``,
+    ``ibot``) and how many prototypes each has; each has a centre, the buffer ``<kind>_centre``.
+    """
+
+    def __init__(
+        self,
+        make_network: Callable[[], Network],
+        prototypes: dict[str, int],
+        *,
+        group_size: int,
+        centring: str,
+        student_temperature: float,
+        teacher_temperature: float,
+        teacher_temperature_start: float,
+        teacher_temperature_warmup: int,
+        teacher_momentum: float,
+        teacher_momentum_final: float,
+    ) -> None:
+        super().__init__()
+        self.student, self.teacher = make_network(), make_network()
+        self.teacher.requires_grad_(False)
+        self.group_size, self.centring, self.student_temperature = group_size, centring, student_temperature
+        self.temperature = (teacher_temperature_start, teacher_temperature, teacher_temperature_warmup)
+        self.momentum = (teacher_momentum, teacher_momentum_final)
+        for kind, count in prototypes.items():
+            self.register_buffer(f"{kind}_centre", torch.zeros(1, count))
+        self._logits: dict[str, tuple[Tensor, int]] = {}  # per kind, the step's sum of teacher logits and their number
+
+    @abstractmethod
+    def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
+        """Per kind of target, the teacher's tokens ``(n, width)`` that become targets."""
+
+    @abstractmethod
+    def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
+        """Prototype scores ``(n, K)`` of the teacher's tokens."""
+
+    def trained(self) -> dict[str, nn.Module]:
+        return dict(self.student.named_children())
+
+    def frozen(self) -> dict[str, nn.Module]:
+        return {f"teacher.{name}": module for name, module in self.teacher.named_children()}
+
+    def start(self) -> None:
+        ema.copy(self.student, self.teacher)
+        for _, centre in self.named_buffers(recurse=False):
+            centre.zero_()
+
+    def teacher_temperature(self, moment: Moment) -> float:
+        """Linear from its start to its value over the warm-up, constant after it."""
+        start, value, warmup = self.temperature
+        return cosine(moment.step, peak=value, final=value, total=max(warmup, 1), warmup=warmup, start=start)
+
+    def teacher_momentum(self, moment: Moment) -> float:
+        """A half cosine over the whole run."""
+        return cosine(moment.step, peak=self.momentum[0], final=self.momentum[1], total=moment.steps)
+
+    def schedules(self, moment: Moment) -> dict[str, Tensor]:
+        """Figures to log."""
+        return {
+            "teacher_temperature": torch.tensor(self.teacher_temperature(moment)),
+            "momentum": torch.tensor(self.teacher_momentum(moment)),
+        }
+
+    @torch.no_grad()
+    def prepare(self, parts: Sequence[TileBatch], moment: Moment) -> list[TileBatch]:
+        """The teacher sees all micro-batches before the student sees the first: its targets belong to the global batch.
+
+        Its scores of several micro-batches are too many to hold (n × K numbers each, gigabytes for 131,072 prototypes). They
+        are computed anew from its tokens wherever they are wanted, which costs a head's pass and no encoder's.
+        """
+        temperature = self.teacher_temperature(moment)
+        tokens = [self.teacher_tokens(part) for part in parts]
+        targets: list[dict[str, Target]] = [{} for _ in parts]
+        for kind in tokens[0]:
+            scores = [self._scores(kind, part[kind], hold=len(parts) == 1) for part in tokens]
+            if self.centring == "sinkhorn":
+                centre = sinkhorn_centre(lambda scores=scores: (score() for score in scores), temperature)  # type: ignore[misc]
+            else:
+                centre = getattr(self, f"{kind}_centre").clone()
+                sums = torch.cat([wide(score()).sum(0, keepdim=True) for score in scores]).sum(0, keepdim=True)
+                self._logits[kind] = sums, sum(len(part[kind]) for part in tokens)
+            for target, score in zip(targets, scores, strict=True):
+                target[kind] = lambda score=score, centre=centre: centred_softmax(score(), centre, temperature)  # type: ignore[misc]
+        return [replace(part, targets=target) for part, target in zip(parts, targets, strict=True)]
+
+    def _scores(self, kind: str, tokens: Tensor, hold: bool) -> Callable[[], Tensor]:
+        if hold:
+            scores = self.teacher_scores(kind, tokens)
+            return lambda: scores
+        return torch.no_grad()(lambda: self.teacher_scores(kind, tokens))
+
+    @torch.no_grad()
+    def look(self, parts: Sequence[TileBatch], moment: Moment) -> dict[str, float]:
+        """How the teacher uses its prototypes on these micro-batches, per kind of target; see `assignment_figures`."""
+        temperature = self.teacher_temperature(moment)
+        figures: dict[str, float] = {}
+        tokens = [self.teacher_tokens(part) for part in parts]
+        for kind in tokens[0]:
+            scores = [self._scores(kind, part[kind], hold=len(parts) == 1) for part in tokens]
+            if self.centring == "sinkhorn":
+                centre = sinkhorn_centre(lambda scores=scores: (score() for score in scores), temperature)  # type: ignore[misc]
+            else:
+                centre = getattr(self, f"{kind}_centre")
+            figures |= assignment_figures((centred_softmax(score(), centre, temperature) for score in scores), kind)
+        return figures
+
+    def student_tokens(self, batch: TileBatch, moment: Moment, masks: Tensor | None = None) -> list[Tokens]:
+        """The student's tokens of all crops in one packed pass, with stochastic depth: class tokens and masked patches.
+
+        ``masks`` ``(global crops, patches)`` are replaced by the mask token, and are the patches that come back.
+
+        Raises Fault where there are not two views to compare.
+        """
+        if sum(views for _, views in batch.crops) < 2:
+            raise Fault(
+                "self-distillation compares views of a tile, and there is one: set data.crops.global_count=2, or local_count higher."
+            )
+        encoder, (images, views) = self.student.encoder, batch.crops[0]
+        kept = plan(
+            [(views, encoder.tokens_per_crop(crops.shape[-1])) for crops, views in batch.crops],
+            len(images) // views, group=self.group_size, rate=encoder.drop_path, depth=len(encoder.blocks),
+            seed=moment.seed, step=moment.step, first=moment.first, device=images.device,
+        )  # fmt: skip
+        of_each = [masks, *[None] * (len(batch.crops) - 1)]
+        return encoder([crops for crops, _ in batch.crops], of_each, kept, wanted=of_each)
+
+    def after_step(self, moment: Moment) -> None:
+        # A centre moves once the step has been taken, so it is one step late, as DINO's and DINOv2's are.
+        ema.follow(self.student, self.teacher, self.teacher_momentum(moment))
+        for kind, (sums, rows) in self._logits.items():
+            centre = getattr(self, f"{kind}_centre")
+            centre.copy_(moved_centre(centre, sums, rows))
+        self._logits.clear()
+
+    def after_skip(self) -> None:
+        self._logits.clear()
+
+
+def by_view(scores: Tensor, batch: TileBatch) -> list[Tensor]:
+    """Class-token scores ``(all crops, K)`` → per crop size ``(views, tiles, K)``."""
+    parts = scores.split([len(crops) for crops, _ in batch.crops])
+    return [part.unflatten(0, (views, -1)) for part, (_, views) in zip(parts, batch.crops, strict=True)]

@@ -1,0 +1,152 @@
+"""The record of a run: ``metrics.jsonl`` always, Weights & Biases beside it when asked."""
+
+import errno
+import json
+import math
+import os
+import secrets
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from data.files import refused, write_whole
+from data.redaction import redacted_settings
+from models.allowed import one_of
+from pretrain.run import metrics as metrics_file
+from pretrain.run.alarms import Alarm
+from pretrain.run.progress import say
+
+
+@dataclass
+class WandbSettings:
+    """The settings under ``wandb:``: ``mode`` is off, online or offline."""
+
+    mode: Annotated[str, one_of("off", "online", "offline")]
+    project: str
+
+
+class Record:
+    """``metrics.jsonl``: one JSON object a line, on disk at once; a resumed run first drops the steps it will retake.
+
+    Lines that the disk refuses are kept, said once, and written before the next one that it takes.
+    """
+
+    def __init__(self, run: Path, step: int) -> None:
+        self.path = metrics_file.path_of(run)
+        try:
+            metrics_file.rewind(run, step)
+            self.file = self.path.open("ab", buffering=0)
+        except OSError as error:
+            raise refused(self.path, error) from error
+        self.waiting: list[bytes] = []
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Record the figures of ``step``."""
+        # JSON knows no NaN: the figures of a skipped step that aren't finite are null.
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        self._write({"step": step, **finite})
+
+    def alarm(self, step: int, alarm: Alarm) -> None:
+        """Record an alarm that was raised at ``step``."""
+        self._write({"step": step, "alarm": alarm.name, "since": alarm.since, "says": alarm.says})
+
+    def close(self) -> None:
+        """Try once more what waits for room, and say what was never written."""
+        if self.waiting and self._written():
+            say(f"{self.path} lacks its last {len(self.waiting)} lines, for which there was no room")
+        self.file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        first = not self.waiting
+        self.waiting.append((json.dumps(line) + "\n").encode())
+        refusal = self._written()
+        if refusal is not None and first:
+            say(
+                f"{self.path} can't be written ({refusal}); training goes on, and what waits is written when there is room"
+            )
+        elif refusal is None and not first:
+            say(f"{self.path} is written again, with all that waited")
+
+    def _written(self) -> OSError | None:
+        """Write what waits; what the disk said where it refused, with nothing half written."""
+        try:
+            end = os.fstat(self.file.fileno()).st_size
+            text = b"".join(self.waiting)
+            if self.file.write(text) != len(text):
+                self.file.truncate(end)
+                return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            return error
+        self.waiting = []
+        return None
+
+
+@contextmanager
+def _redacted_arguments() -> Iterator[None]:
+    """While W&B starts, which keeps the command line too."""
+    before = sys.argv
+    sys.argv = redacted_settings(before)
+    try:
+        yield
+    finally:
+        sys.argv = before
+
+
+def logged_in() -> bool:
+    """Whether W&B has credentials here."""
+    import wandb
+
+    return bool(wandb.login(prompt=False))
+
+
+class Wandb:
+    """A mirror of the record in Weights & Biases; the run's id is kept in its folder, so that a resumed run goes on there.
+
+    ``online`` needs a login and, without one, writes offline and says so. An offline run can't be resumed in place:
+    each start writes a segment of its own, steps disjoint, for ``wandb sync`` to join.
+    """
+
+    def __init__(self, run: Path, config: Any) -> None:
+        settings: WandbSettings = config.wandb
+        self.run: Any = None
+        if settings.mode == "off":
+            return
+        import wandb
+
+        mode = settings.mode
+        if mode == "online" and not logged_in():
+            say("wandb: not logged in ('wandb login'), so this run is written offline; 'wandb sync' uploads it later")
+            mode = "offline"
+        path = run / "wandb_id.txt"
+        if not path.exists():
+            write_whole(path, secrets.token_hex(4))
+        with _redacted_arguments():
+            self.run = wandb.init(
+                project=settings.project, name=run.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
+                mode=mode, dir=str(run), config=redacted_settings(asdict(config)),  # type: ignore[arg-type]
+            )  # fmt: skip
+
+    def add(self, step: int, figures: dict[str, float]) -> None:
+        """Mirror the figures of ``step``."""
+        self._ask(lambda run: run.log(figures, step=step))
+
+    def alarm(self, alarm: Alarm) -> None:
+        """Send an alarm, which W&B mails to those who asked for it."""
+        self._ask(lambda run: run.alert(alarm.name, alarm.says))
+
+    def close(self) -> None:
+        """Finish the segment."""
+        self._ask(lambda run: run.finish())
+
+    def _ask(self, act: Callable[[Any], None]) -> None:
+        """A mirror that breaks is no reason to stop: W&B's own process ends by the SIGTERM with which a cluster asks for a checkpoint."""
+        if self.run is None:
+            return
+        try:
+            act(self.run)
+        except Exception as error:  # its process is gone, its disk full, its server at odds with it
+            self.run = None
+            say(f"wandb: {type(error).__name__}: {error}; what follows is in metrics.jsonl only")

@@ -1,0 +1,96 @@
+"""Saving beside training: the state of this moment is copied, training goes on, and a thread writes the copy.
+
+    wait: for the one before │ begin: copy to the CPU (the stall) │ thread: plan, write, publish → outcome
+                                                                   │ training: next steps
+
+The thread's exchanges with the other ranks go through a process group of their own, so they can't meet training's.
+"""
+
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+
+from data.fault import Fault
+from data.files import room
+from pretrain.run import checkpoints
+from pretrain.run.across_ranks import gloo_group, total
+from pretrain.run.checkpoints import Writer
+
+
+class Saver:
+    """A run's checkpoints on their way to the disk, at most one at a time. Every rank makes one and calls it alike.
+
+    An outcome, here and on every rank, is a sentence where the disk refused, and None where nothing is to be said.
+    """
+
+    def __init__(self, run: Path, keep: int, milestones: int | None) -> None:
+        self.run, self.keep, self.milestones = run, keep, milestones
+        self.group = gloo_group()
+        gpu = torch.cuda.is_available()  # page-locked memory, so that the copy runs at the bus's speed
+        # The memory of the copies is kept: touching fresh memory takes longer than copying into used.
+        self.stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
+            )
+        )
+        self.under_way: tuple[Writer, Future[Any]] | None = None
+
+    def begin(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> str | None:
+        """Have a checkpoint of this moment written while training goes on, after `wait`; or say that there is no room for it."""
+        assert self.under_way is None
+        if refusal := self._no_room(step, model, optimiser):
+            return refusal
+        writer = Writer(self.run, step, state, self.keep, self.milestones)
+        future = dcp.async_save(
+            checkpoints.contents(model, optimiser),
+            storage_writer=writer,
+            async_stager=self.stager,
+            process_group=self.group,
+        )
+        assert isinstance(future, Future)
+        self.under_way = writer, future
+        return None
+
+    def _no_room(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer) -> str | None:
+        """A sentence, the same on every rank, where the disk has less room than a checkpoint of this moment takes."""
+        needed, free = checkpoints.size(model, optimiser), 0
+        if not dist.is_initialized() or dist.get_rank() == 0:
+            free = room(checkpoints.folder(self.run))
+        free = int(total(torch.tensor(free), self.group))
+        if free >= needed:
+            return None
+        final = checkpoints.folder(self.run) / f"step-{step:08d}"
+        return f"the checkpoint {final} could not be written (it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there)"
+
+    def outcome(self) -> str | None:
+        """How the last one ended, told once, and None while it is still under way."""
+        return self.wait() if self.under_way and self.under_way[1].done() else None
+
+    def wait(self) -> str | None:
+        """Wait for the one under way, and tell how it ended."""
+        if self.under_way is None:
+            return None
+        (writer, future), self.under_way = self.under_way, None
+        try:
+            future.result()
+        except CheckpointException as error:
+            return checkpoints.refusal(writer, error)
+        return None
+
+    def save(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+        """Write a checkpoint of this moment and wait for it, after `wait`. Raises Fault where the disk refuses."""
+        assert self.under_way is None
+        last = f"The newest whole one is {checkpoints.newest(self.run)}."
+        if refusal := self._no_room(step, model, optimiser):
+            raise Fault(f"{refusal}; free some room and run the same command again. {last}")
+        try:
+            checkpoints.save(self.run, step, model, optimiser, state, self.keep, self.milestones, self.group)
+        except Fault as fault:
+            raise Fault(f"{fault} {last}") from fault

@@ -1,0 +1,52 @@
+"""What a machine has: memory, arithmetic, price. The descriptions are in ``configs/hardware/``, each number with its source."""
+
+from dataclasses import dataclass, field
+from typing import Annotated
+
+import torch
+import yaml
+
+from data.fault import Fault
+from pretrain.settings.composition import CONFIGS
+from pretrain.settings.ranges import one_of, within
+
+FOLDER = CONFIGS / "hardware"
+
+
+@dataclass
+class Machine:
+    """``hardware=``: one accelerator, or a CPU."""
+
+    name: str
+    accelerator: Annotated[str, one_of("gpu", "cpu")]
+    memory_gib: Annotated[float, within(above=0)]
+    bf16_tflops: Annotated[float, within(above=0)]
+    float32_tflops: Annotated[float, within(above=0)]
+    utilisation: Annotated[float, within(above=0, most=1)]
+    dollars_per_hour: Annotated[float, within(least=0)]
+    device_names: list[str] = field(default_factory=list)  # what torch.cuda.get_device_name says of it
+
+    @property
+    def peaks(self) -> dict[str, float]:
+        """Floating-point operations a second, per precision of a run that they are known at."""
+        return {"bf16": self.bf16_tflops * 1e12, "float32": self.float32_tflops * 1e12}
+
+    def peak(self, precision: str) -> float:
+        """Floating-point operations a second at the precision that a run computes in. Raises Fault for one it isn't known at."""
+        if precision not in self.peaks:
+            raise Fault(f"trainer.precision={precision} can't be planned: what {self.name} does of it is not known.")
+        return self.peaks[precision]
+
+
+def described(name: str) -> Machine:
+    """The machine of that name in ``configs/hardware/``."""
+    return Machine(**yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+
+
+def peak_of(device: torch.device, precision: str) -> float | None:
+    """Floating-point operations a second that a process's device can do, known by its name; None for one that isn't described."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    machines = [described(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
+    return next((machine.peaks.get(precision) for machine in machines if name in machine.device_names), None)

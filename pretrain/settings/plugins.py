@@ -1,0 +1,185 @@
+"""Networks, objectives and sources of tiles are plug-ins: a class named by ``_target_``, whose keyword-only arguments are its settings.
+
+A new model, objective or source is one new file with such a class and one YAML file that names it; nothing else is edited. The
+schema that Hydra's values are checked against is read off the constructor.
+
+What a person writes on the command line or in a file of theirs may name any class. What is read from a run's folder may be anybody's: it names
+classes of this project, or of packages that the command allows by name (``allow_plugins=[package]``).
+"""
+
+import dataclasses
+import importlib
+import inspect
+import os
+import sys
+import traceback
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+import torch
+from torch import nn
+
+from data.fault import Fault
+
+Plugin = dict[str, Any]
+"""The type of a configuration node that holds a plug-in: ``_target_`` and the settings of that class."""
+
+
+OURS = ("data", "models", "pretrain", "launch")
+
+
+def locate(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
+    """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``.
+
+    Where the path is from a run's folder, ``allowed`` are the packages and modules that may be imported beside ours; None: it is the user's own.
+    Those are not looked for in the current folder, unless PYTHONPATH names it.
+    """
+    if not isinstance(target, str):
+        raise Fault(f"_target_: {target} names no class: give the dotted path of one, as models.vit.VisionTransformer.")
+    if allowed is not None and not any(target.startswith(f"{package}.") for package in (*OURS, *allowed)):
+        package = target.partition(".")[0]
+        raise Fault(
+            f"_target_: {target} was read from a run's folder, and is no class of this project: allow_plugins=[{package}] lets the code of {package} be "
+            "run, if you trust it."
+        )
+    module, _, name = target.rpartition(".")
+    try:
+        with nullcontext() if allowed is None else _without_current_folder():
+            found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise Fault(f"_target_: {target} can't be imported ({error}); give the dotted path of a class.") from error
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        wanted = (
+            "torch nn.Module class, so it can't be a model"
+            if base is nn.Module
+            else "class"
+            if base is object
+            else f"{base.__name__}: derive it from {base.__module__}.{base.__qualname__}"
+        )
+        raise Fault(f"_target_: {target} is no {wanted}.")
+    if lacking := sorted(getattr(found, "__abstractmethods__", ())):
+        raise Fault(
+            f"_target_: {target} can't be built, since it lacks {' and '.join(f'{name}()' for name in lacking)}."
+        )
+    return found
+
+
+@contextmanager
+def _without_current_folder() -> Iterator[None]:
+    """While the folder that somebody happens to be in is no place to import from: an empty entry of PYTHONPATH, or ``python -m``, makes it one."""
+    here, before = Path.cwd(), list(sys.path)
+    named = {Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
+    if here not in (named | {Path(__file__).resolve().parents[2]}):
+        sys.path[:] = [entry for entry in before if entry and Path(entry).resolve() != here]
+    try:
+        yield
+    finally:
+        sys.path[:] = before
+
+
+def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
+    """The keyword-only arguments of the class that ``target`` names, with their types."""
+    constructor = locate(target, base).__init__  # type: ignore[misc]
+    hints = hints_of(constructor)
+    names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    if untyped := [name for name in names if name not in hints]:
+        raise Fault(f"_target_: {target} doesn't say what type its {', '.join(untyped)} is of: {untyped[0]}: int, say.")
+    return {name: hints[name] for name in names}
+
+
+def why_unknown(target: str, name: str) -> str | None:
+    """Why ``name`` is no setting of the class that ``target`` names although its constructor takes it, or None where it doesn't."""
+    parameters = inspect.signature(locate(target, object).__init__).parameters  # type: ignore[misc]
+    by_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    if name in parameters or by_name:
+        return (
+            f"the settings of {target} are the arguments behind a * in its constructor, and {name} isn't one: write it as "
+            f"def __init__(self, …, *, {name}: int)."
+        )
+    return None
+
+
+def has_default(target: str, name: str) -> bool:
+    """Whether the constructor of the class that ``target`` names has a value for a setting."""
+    parameter = inspect.signature(locate(target, object).__init__).parameters.get(name)  # type: ignore[misc]
+    return parameter is not None and parameter.default is not parameter.empty
+
+
+def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
+    """The types of a dataclass's fields or a constructor's arguments. Raises Fault for one whose name isn't there when the program runs."""
+    try:
+        return get_type_hints(kind, include_extras=include_extras)
+    except NameError as error:
+        raise Fault(
+            f"the types of {getattr(kind, '__qualname__', kind)} in {kind.__module__} can't be told ({error}): import what they name, and not under TYPE_CHECKING alone."
+        ) from error
+
+
+def schema(target: str, base: type = nn.Module) -> type:
+    """A dataclass of ``_target_`` and the class's keyword-only arguments, all of them required."""
+    return dataclasses.make_dataclass(
+        locate(target, object).__name__ + "Settings", [("_target_", str), *settings_of(target, base).items()]
+    )
+
+
+def has_plugin_beside(kind: Any) -> bool:
+    """Whether a type of settings is a dataclass whose ``_target_`` brings settings of its own."""
+    return dataclasses.is_dataclass(kind) and "_target_" in get_type_hints(kind)
+
+
+def schema_beside(common: type, target: str, optional: bool = False) -> type:
+    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields; ``optional`` ones may be null."""
+    own = [(name, kind | None if optional else kind) for name, kind in settings_of(target, common.base).items()]  # type: ignore[attr-defined]
+    return dataclasses.make_dataclass(common.__name__, own, bases=(common,))
+
+
+def build(
+    settings: Mapping[str, Any], *arguments: Any, base: type = nn.Module, allowed: Collection[str] | None = None
+) -> Any:
+    """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings; see `locate`.
+
+    A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so does any error of a
+    class that isn't ours, with its traceback.
+    """
+    target = locate(settings["_target_"], base, allowed)
+    try:
+        return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
+    except ValueError as error:
+        raise Fault(f"{target.__name__}: {error}") from error
+    except Exception as error:
+        if isinstance(error, Fault) or is_ours(target):
+            raise
+        said = traceback.format_exception_only(error)[-1].strip()
+        raise Fault(f"{target.__name__} can't be built: {said}; above is where.", trace=own_trace(error)) from error
+
+
+def is_ours(kind: type) -> bool:
+    """Whether a class is of this project, and its errors are defects of ours."""
+    return kind.__module__.partition(".")[0] in OURS
+
+
+def own_trace(error: BaseException) -> str:
+    """The traceback of what was called, without the call; for code of the user's own."""
+    return "".join(
+        traceback.format_exception(error.with_traceback(error.__traceback__ and error.__traceback__.tb_next))
+    )
+
+
+def build_empty(settings: Mapping[str, Any], *arguments: Any) -> Any:
+    """`build` a network without memory for its values, which are given to it later."""
+    with torch.device("meta"):
+        return build(settings, *arguments)
+
+
+def lacks(settings: Mapping[str, Any], base: type) -> bool:
+    """Whether a plug-in's ``settings`` have null where its class takes none: they were left out."""
+    kinds = settings_of(settings["_target_"], base)
+    return any(settings[name] is None and type(None) not in get_args(kind) for name, kind in kinds.items())
+
+
+def build_beside(settings: Any, *arguments: Any) -> Any:
+    """Construct the plug-in whose settings lie beside the common ones in ``settings``, a `schema_beside` dataclass."""
+    own = {name: getattr(settings, name) for name in settings_of(settings._target_, settings.base)}
+    return build({"_target_": settings._target_, **own}, *arguments, base=settings.base)

@@ -1,0 +1,119 @@
+"""k-NN accuracy of the encoder in training on a small labelled set: one number, at every checkpoint, by all ranks together.
+
+Where the set is split here, tiles of one slide stay on one side (`pretrain.encoders.slide_groups`), and the accuracy with tiles of the same slides on
+both sides is recorded beside it: a run that learns to recognise slides gains in that one alone.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from data.keyed import rng
+from pretrain.encoders.loading import Preprocessing
+from pretrain.encoders.probing import (
+    LabelledImages,
+    grouped_split,
+    knn_predict,
+    read_class_folders,
+    read_image,
+    require_same_classes,
+    standard_error,
+    stratified_split,
+)
+from pretrain.encoders.slide_groups import TRAITS, by_name, by_traits, traits_of
+from pretrain.objectives.figures import rankme
+from pretrain.run.across_ranks import gathered
+from pretrain.training.fixed_images import FixedImages, Walk, agreed
+
+Side = tuple[np.ndarray, np.ndarray]
+"""Positions of the images of the bank, and of those that are asked."""
+
+
+class ProbeSet:
+    """Labelled images below ``folder``, at most ``most`` of them: class folders, or ``train/`` and ``test/`` that hold class folders.
+
+    Without ``test/``, each half of the images classifies the other, so that all of them are judged. Raises Fault as
+    `read_class_folders` does.
+    """
+
+    def __init__(self, folder: Path, most: int) -> None:
+        self.given: Side | None = None
+        if (folder / "train").is_dir() and (folder / "test").is_dir():
+            train, test = (read_class_folders(folder / part) for part in ("train", "test"))
+            require_same_classes(train, test)
+            share = most / (len(train.files) + len(test.files))
+            train, test = (fewer(part, max(1, round(share * len(part.files)))) for part in (train, test))
+            files, labels = [*train.files, *test.files], np.concatenate([train.labels, test.labels])
+            self.set = LabelledImages(folder, train.classes, files, labels)
+            self.given = np.arange(len(train.files)), np.arange(len(train.files), len(files))
+        else:
+            self.set = fewer(read_class_folders(folder), most)
+            self.mixed = stratified_split(self.set, 0.5, seed=0)  # without a look at slides
+
+    def load(self, preprocessing: Preprocessing, rank: int, world_size: int, device: torch.device) -> str:
+        """Read this rank's share of the images, and split them; returns in words how. Raises Fault for an image that can't be read."""
+        files, named = self.set.files, by_name(self.set.files, self.set.folder)
+        looks_alike = self.given is None and named is None
+        traits: list[np.ndarray] = []
+
+        def read(which: int) -> np.ndarray:
+            pixels = read_image(files[which])
+            traits.append(traits_of(pixels) if looks_alike else np.zeros(TRAITS))
+            return pixels
+
+        self.images = FixedImages(len(files), read, preprocessing, rank, world_size)
+        self.within: Side | None = None
+        if self.given is not None:
+            self.across = [self.given]
+            return "train and test given"
+        groups = named or by_traits(self.images.of_all(torch.from_numpy(np.stack(traits)).to(device)).cpu().numpy())
+        of = gathered(torch.from_numpy(groups.of).to(device))[0].cpu().numpy()  # as the first rank has it
+        found = grouped_split(self.set, of, 0.5, seed=0)
+        if found is None:
+            self.across = both_ways(self.mixed)
+            return f"same slides on both sides: by {groups.how} no class can be"
+        self.across, self.within = both_ways(found), self.mixed
+        return f"split by {groups.how}"
+
+    def score(
+        self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches
+    ) -> dict[str, float]:
+        """``probe_knn`` with its binomial standard error, ``probe_knn_same_slides`` where it is another, and ``probe_rankme``; every rank
+        calls it and gets the same numbers."""
+        features = self.images.features(encoder, device, walk).cpu().numpy()
+        correct = self._correct(features, self.across)
+        figures = {
+            "probe_knn": float(correct.mean()),
+            "probe_knn_se": standard_error(correct),
+            "probe_rankme": rankme(features),
+        }
+        if self.within is not None:
+            figures["probe_knn_same_slides"] = float(self._correct(features, both_ways(self.within)).mean())
+        return agreed(figures, device)
+
+    def _correct(self, features: np.ndarray, sides: list[Side]) -> np.ndarray:
+        labels, classes = self.set.labels, len(self.set.classes)
+        return np.concatenate(
+            [
+                knn_predict(features[bank], labels[bank], features[asked], classes) == labels[asked]
+                for bank, asked in sides
+            ]
+        )
+
+
+def both_ways(side: Side) -> list[Side]:
+    """Each of two halves asked with the other as the bank."""
+    return [side, side[::-1]]
+
+
+def fewer(images: LabelledImages, most: int) -> LabelledImages:
+    """At most about ``most`` of the images, the same share of every class and at least two of each, always the same ones."""
+    if len(images.files) <= most:
+        return images
+    chosen: list[int] = []
+    for label, name in enumerate(images.classes):
+        members = rng(0, "probe images", name).permutation(np.flatnonzero(images.labels == label))
+        chosen.extend(members[: max(2, round(most * len(members) / len(images.files)))])
+    return images.subset(np.sort(np.array(chosen)))

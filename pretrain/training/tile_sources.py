@@ -1,0 +1,173 @@
+"""Sources of tiles as settings name them: slides read online, and weighted mixtures. Shards need nothing more: `data.tiles.of_shards`."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import make_dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.fault import Fault
+from data.lease import once
+from data.slides.lists import list_slides
+from data.slides.mpp import SlidesMpp
+from data.slides.survey import known_survey, survey_slides
+from data.slides.tiling import TilingSettings
+from data.slides.tissue import RULES
+from data.tiles.mixture import Mixture
+from data.tiles.of_slides import SlideTiles
+from data.tiles.source import TileSource
+from models.allowed import ON_DISK, SHARE, SOME, TILE, Agreements, one_of, within
+from pretrain.run.progress import say, track
+from pretrain.run.signals import heed, heeding
+from pretrain.settings import plugins, ranges
+from pretrain.settings.composition import CONFIGS, nearest
+
+KINDS = {
+    "shards": "tiles",
+    "slides": "online",
+}  # the setting that only one kind of member has → its file in configs/data
+NAMED = 10  # slides left out that are said one by one
+
+
+class OnlineSlides(Mixture):
+    """Tiles at random places in the tissue of slides, at one or several ``mpp`` in equal shares (kaiko); see `SlideTiles`.
+
+    Where the tissue is is looked up once, in parallel processes, and kept in ``grids``. Slides that can't be used are named and
+    left out; raises Fault where none is left at some resolution.
+    """
+
+    def __init__(
+        self,
+        group: int = 1,
+        *,
+        slides: Annotated[list[str], SOME, ON_DISK],
+        grids: Annotated[str, ON_DISK],
+        mpp: Annotated[list[float], SOME, within(above=0)],
+        tile_size: Annotated[int, TILE],
+        tissue: Annotated[str, one_of(*RULES)],
+        min_tissue: Annotated[float | None, SHARE],
+        slides_mpp: str | None,
+        workers: Annotated[int | None, within(least=1)],
+    ) -> None:
+        paths, said_mpp = list_slides(slides), SlidesMpp.parse(slides_mpp)
+        said_mpp.tells_of(paths)
+        least = RULES[tissue].min_tissue if min_tissue is None else min_tissue
+        members: dict[str, tuple[TileSource, float]] = {}
+        for scale in mpp:
+            settings = TilingSettings(scale, tile_size, tissue, least)
+            folder = Path(grids) / f"{scale:g}um-{tile_size}px"
+            look = partial(_survey, folder, paths, settings, said_mpp, workers)
+            once(folder / "survey.json", look, partial(heed, kept=True))
+            surveyed = known_survey(folder, paths, settings, said_mpp)
+            assert surveyed is not None
+            if not surveyed.slides:
+                raise Fault(
+                    f"none of the {len(paths)} slides gives a tile at {scale:g} µm/px; {folder}/survey.json says why."
+                )
+            members[f"{scale:g} µm/px"] = SlideTiles(surveyed, group), 1.0
+        super().__init__(members)
+
+
+def check_members(members: Mapping[str, Any] | None) -> None:
+    """Raise Fault for members of a mixture that name no source, or have settings that it hasn't; None: the doctor looks at none."""
+    if members is None:
+        return
+    if not members:
+        raise Fault("data.members is empty: name the sources to mix, as data.members={a:{shards:…,weight:1},b:{…}}.")
+    for name, member in members.items():
+        _member(name, member)
+
+
+class WeightedMixture(Mixture):
+    """Several sources with a weight each, exact in the long run. A member is ``{weight: …}`` and the settings of its kind:
+    ``shards`` as in ``data=tiles``, ``slides`` and the like as in ``data=online``, or any class that its ``_target_`` names."""
+
+    agreements: ClassVar[Agreements] = {("members",): check_members}
+
+    def __init__(self, group: int = 1, *, members: dict[str, Any]) -> None:
+        check_members(members)
+        typed = {name: _member(name, member) for name, member in members.items()}
+        super().__init__(
+            {
+                name: (plugins.build(settings, group, base=TileSource), weight)
+                for name, (settings, weight) in typed.items()
+            }
+        )
+
+
+def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
+    """A member's settings, with the class that they are of, and its weight. Raises Fault for what it lacks, for settings that its kind doesn't
+    have, and for values of another type or out of their range."""
+    prefix = f"data.members.{name}."
+    if not isinstance(given, Mapping):
+        raise Fault(f"data.members.{name}={given} is no source: give its settings, {{shards:…,weight:1}}.")
+    if given.get("weight") is None:
+        raise Fault(f"{prefix}weight is missing: it is the member's share, in any scale.")
+    defaults = _defaults(name, given)
+    wanted = {"weight": float} | plugins.settings_of(defaults["_target_"], TileSource)
+    settings = {key: value for key, value in defaults.items() if key in wanted} | dict(given)
+    for key in settings.keys() - wanted.keys() - {"_target_"}:
+        raise Fault(f"there is no setting '{prefix}{key}'{nearest(key, set(wanted))}")
+    for key, kind in wanted.items():
+        if settings.get(key, ranges.MISSING) == ranges.MISSING:
+            raise Fault(f"{prefix}{key} must be given.")
+        if kind in (list[str], list[float]) and not isinstance(settings[key], list):
+            settings[key] = [settings[key]]
+        if settings[key] == []:
+            raise Fault(f"{prefix}{key} is empty: give a value, or leave the member out.")
+        settings[key] = _typed(f"{prefix}{key}", kind, settings[key])
+    settings["_target_"] = defaults["_target_"]
+    weight = settings.pop("weight")
+    ranges.check({"weight": weight}, {"weight": Annotated[float, within(above=0)]}, prefix)
+    ranges.check({name: settings}, {name: plugins.Plugin}, "data.members.")
+    return settings, weight
+
+
+def _typed(name: str, kind: Any, value: Any) -> Any:
+    """A value as one of its type. Raises Fault where it can't be."""
+    try:
+        tree = OmegaConf.merge(OmegaConf.structured(make_dataclass("Setting", [("value", kind)])), {"value": value})
+        return OmegaConf.to_container(tree)["value"]  # type: ignore[call-overload, index]
+    except OmegaConfBaseException as error:
+        raise Fault(f"{name}: {str(error).splitlines()[0]}") from error
+
+
+def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
+    if "_target_" in given:
+        return {"_target_": given["_target_"]}
+    kinds = [key for key in KINDS if key in given]
+    if len(kinds) > 1:
+        raise Fault(
+            f"data.members.{name} has {' and '.join(f'{key}=…' for key in kinds)}: a member is one source; make it two."
+        )
+    for key, file in KINDS.items():
+        if key in given:
+            return yaml.safe_load((CONFIGS / "data" / f"{file}.yaml").read_text())
+    raise Fault(f"data.members.{name} says no source: give it shards=… or slides=….")
+
+
+def _survey(
+    folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp, workers: int | None
+) -> None:
+    looked_at = survey_slides(folder, paths, settings, slides_mpp, workers or len(os.sched_getaffinity(0)))
+    left_out = overruled = 0
+    for _, result in track(
+        heeding(looked_at, kept=True), len(paths), f"finding tissue at {settings.mpp:g} µm/px", "slides"
+    ):
+        if isinstance(result, Fault):
+            left_out += 1
+            if left_out <= NAMED:
+                say(f"left out: {result}")
+        elif result.overruled:
+            overruled += 1
+            if overruled <= NAMED:
+                say(result.overruled)
+    if left_out > NAMED:
+        say(f"… and {left_out - NAMED} more slides are left out; {folder}/survey.json names them all")
+    if overruled > NAMED:
+        say(f"… and what {overruled - NAMED} more slides say is overruled")

@@ -1,0 +1,311 @@
+"""Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, ClassVar
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.fault import Fault
+from data.files import Refused, appearing, remove
+from data.loader_process import LoaderProcess
+from data.tiles.augment import augment
+from data.tiles.augment_parameters import Colour
+from data.tiles.crops import CropSizes
+from data.tiles.loader import Batch, Masking, MicroBatch, TileBatches, load
+from data.tiles.source import TileSource
+from data.tiles.stream import Stream, group_size
+from models.allowed import ON_DISK, PIXELS, RANGE, SHARE, Agreements, numbers, one_of, within
+from pretrain.encoders import init
+from pretrain.encoders.loading import Preprocessing, evaluation_size
+from pretrain.objectives.contract import look_of
+from pretrain.objectives.figures import features_of, spread, watched_encoder
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.tile_batch import TileBatch
+from pretrain.run.across_ranks import total
+from pretrain.run.progress import say
+from pretrain.settings import plugins
+from pretrain.training.probe_set import ProbeSet
+from pretrain.training.slide_sample import SlideSample
+from pretrain.training.training import Training
+from pretrain.training.watching import Watch
+
+NAMED_BAD_TILES = 20  # said one by one; the rest are counted
+JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
+SAMPLE_TILES = 8
+KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
+
+
+def check_scale(relative_to: str, scale: list[float]) -> None:
+    """Raise ValueError for a scale that is a share of the tile, and larger than the tile."""
+    if relative_to == "tile" and scale[1] > 1:
+        raise ValueError("a scale is a share of the tile's area, at most 1")
+
+
+@dataclass
+class Crops:
+    """``data.crops``: numbers, sizes and scales of the views."""
+
+    global_count: Annotated[int, within(least=1)]
+    global_size: Annotated[int, PIXELS]
+    global_scale: Annotated[list[float], RANGE, within(above=0)]
+    local_count: Annotated[int, within(least=0)]
+    local_size: Annotated[int, PIXELS]
+    local_scale: Annotated[list[float], RANGE, within(above=0)]
+    relative_to: Annotated[str, one_of("tile", "crop")]
+    aspect: Annotated[list[float], RANGE, within(above=0)]
+    vertical_flip: Annotated[float, SHARE]
+    quarter_turns: Annotated[float, SHARE]
+
+    agreements: ClassVar[Agreements] = {
+        ("relative_to", "global_scale"): check_scale,
+        ("relative_to", "local_scale"): check_scale,
+    }
+
+
+@dataclass
+class ColourSettings:
+    """``data.colour``: see `data.tiles.augment.Colour`."""
+
+    jitter_probability: Annotated[float, SHARE]
+    brightness: Annotated[float, within(least=0)]
+    contrast: Annotated[float, within(least=0)]
+    saturation: Annotated[float, within(least=0)]
+    hue: Annotated[float, within(least=0, most=0.5)]
+    grey_probability: Annotated[float, SHARE]
+    blur_probability: Annotated[list[float], numbers(3), SHARE]
+    blur_sigma: Annotated[list[float], RANGE, within(least=0)]
+    solarise_probability: Annotated[list[float], numbers(3), SHARE]
+    stain_probability: Annotated[float, SHARE]
+    stain_shift: Annotated[float, within(least=0)]
+
+
+def check_shares(low: float, high: float) -> None:
+    """Raise ValueError for shares in the wrong order."""
+    if low > high:
+        raise ValueError("the smallest share is larger than the largest")
+
+
+@dataclass
+class MaskSettings:
+    """``data.masks``: which share of the global crops is masked, and how much of them."""
+
+    share: Annotated[float, SHARE]
+    low: Annotated[float, SHARE]
+    high: Annotated[float, SHARE]
+
+    agreements: ClassVar[Agreements] = {("low", "high"): check_shares}
+
+
+@dataclass
+class TileData:
+    """The settings under ``data:``, explained in ``configs/data/``; beside them lie those of the source that ``_target_`` names."""
+
+    base: ClassVar[type] = TileSource
+    agreements: ClassVar[Agreements] = {("batch_size", "lanes", "slides_per_lane"): group_size}
+
+    _target_: str
+    batch_size: Annotated[int, within(least=1)]
+    lanes: Annotated[int, within(least=1)]
+    window: Annotated[int, within(least=1)]
+    slides_per_lane: Annotated[int | None, within(least=1)]
+    threads: Annotated[int, within(least=1)]
+    max_bad_fraction: Annotated[float, SHARE]
+    mean: Annotated[list[float], numbers(3), SHARE]  # of pixels between 0 and 1
+    std: Annotated[list[float], numbers(3), within(least=0.001, most=1)]
+    crops: Crops
+    colour: ColourSettings
+    masks: MaskSettings
+
+
+def check_patience(patience: int | None, probe: str | None) -> None:
+    """Raise ValueError for a wait for figures that nobody makes."""
+    if patience and not probe:
+        raise ValueError("a better k-NN accuracy is waited for: give labelled tiles, probe=FOLDER of class folders")
+
+
+@dataclass
+class TileWatch(Watch):
+    """The settings under ``watch:`` of the tile stage, explained in ``configs/tile.yaml``."""
+
+    probe: Annotated[str | None, ON_DISK]
+    probe_images: Annotated[int, within(least=1)]
+
+    agreements: ClassVar[Agreements] = {("patience", "probe"): check_patience}
+
+
+def check_patches(size: int, count: int, patch_size: int) -> None:
+    """Raise ValueError for crops that patches don't fill, if there are any."""
+    if count and size % patch_size:
+        raise ValueError("the side of a crop is a multiple of the patch's")
+
+
+def crop_sizes(crops: Crops) -> CropSizes:
+    """The settings of crops as the loader takes them."""
+    return CropSizes(
+        crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
+        crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
+        (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip, crops.quarter_turns,
+    )  # fmt: skip
+
+
+def colour(settings: ColourSettings) -> Colour:
+    """The settings of colour as the loader takes them."""
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in vars(settings).items()
+    }
+    return Colour(**values)
+
+
+class TileTraining(Training):
+    """The tile stage of a run; see `Training`."""
+
+    unit = "tiles"
+    score = "probe_knn"
+
+    def __init__(self, run: Path, config: Any, make_objective: Any) -> None:
+        super().__init__(run, config, make_objective, config.data.batch_size)
+        self.data: TileData = config.data
+        shape: dict[str, Any] = {name: getattr(self.data, name) for name in ("batch_size", "lanes", "slides_per_lane")}
+        self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
+        self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
+        self.sizes = crop_sizes(self.data.crops)
+        watch: TileWatch = config.watch
+        self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
+        self.slides = SlideSample(self.tiles, config.seed) if watch.every else None
+        self.bad = self.seen = 0
+        self.sampled = False
+
+    def data_digest(self) -> str:
+        return self.tiles.digest
+
+    def on_fit_start(self) -> None:
+        super().on_fit_start()
+        size = evaluation_size(asdict(self.config))
+        preprocessing = Preprocessing(size, size, tuple(self.data.mean), tuple(self.data.std))
+        if self.probe:
+            how = self.probe.load(preprocessing, self.global_rank, self.trainer.world_size, self.device)
+            if self.global_rank == 0:
+                say(f"{self.run}: watch.probe, {how}")
+        if self.slides and self.slides.chosen:
+            self.slides.load(preprocessing, self.global_rank, self.trainer.world_size)
+
+    def begin(self, objective: Objective) -> None:
+        if self.config.init is not None:
+            said = init.start_from(self.config.init, objective, self.config.allow_plugins)
+            if self.global_rank == 0:
+                say(f"{self.run}: starts from {self.config.init}")
+                for sentence in said:
+                    say(f"  {sentence}")
+
+    def batches(self, start: int, stop: int) -> LoaderProcess:
+        patch = self.config.model["patch_size"]
+        batches = TileBatches(
+            self.tiles,
+            self.stream,
+            self.sizes,
+            colour(self.data.colour),
+            Masking(self.data.masks.share, self.data.masks.low, self.data.masks.high, self.sizes.global_size // patch),
+            seed=self.config.seed,
+            start=start,
+            stop=stop,
+            rank=self.global_rank,
+            world_size=self.trainer.world_size,
+            accumulate=self.hardware.accumulate,
+            threads=self.data.threads,
+        )
+        return load(batches, self.device.type == "cuda", here=self.hardware.devices)
+
+    def before_step(self, batch: Batch) -> dict[str, float]:
+        for message in batch.bad[: max(0, NAMED_BAD_TILES - self.bad)]:
+            say(f"skipped: {message}")
+        # The count is the same on every rank, so all of them stop or none does, and nobody waits for one that has gone.
+        bad = int(total(torch.tensor(len(batch.bad), device=self.device)))
+        if self.bad <= NAMED_BAD_TILES < self.bad + bad and self.global_rank == 0:
+            say("more tiles can't be read; they are counted and no longer named")
+        self.bad += bad
+        self.seen += self.stream.batch_size
+        if self.bad > self.data.max_bad_fraction * max(self.seen, JUDGED_FROM):
+            raise Fault(
+                f"{self.bad} of {self.seen} tiles can't be read, more than data.max_bad_fraction={self.data.max_bad_fraction} "
+                f"allows; they are named above: put those files back, or raise the limit."
+            )
+        return {"bad_tiles": bad}
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[TileBatch, int]]:
+        for part in batch.parts:
+            prepared = self.prepare(part)
+            if not self.sampled and self.global_rank == 0:
+                self.sampled = True
+                self.save_samples(prepared)
+            yield prepared, part.first
+
+    def prepare(self, part: MicroBatch) -> TileBatch:
+        """Move a micro-batch to the device and augment it there."""
+        mean, std = (torch.tensor(values, device=self.device) for values in (self.data.mean, self.data.std))
+        crops = []
+        for views, parameters in zip(part.views, part.parameters, strict=True):
+            images = views.to(self.device, non_blocking=True)
+            crops.append((augment(images, parameters, mean, std), len(images) // len(part.numbers)))
+        return TileBatch(crops, part.masks.to(self.device, non_blocking=True))
+
+    def save_samples(self, batch: TileBatch) -> None:
+        """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile. Where there is no room, training goes on."""
+        path = self.run / "samples" / f"step-{self.step:08d}.png"
+        try:
+            with appearing(path) as partial:
+                contact_sheet(batch, self.data.mean, self.data.std).save(partial, format="PNG")
+        except Refused as refused:
+            say(f"{str(refused).partition('): ')[0]}); training goes on without that picture")
+        for old in sorted(path.parent.glob("step-*.png"))[1:-KEPT_SAMPLES]:
+            remove(old)
+
+    def look(self, batch: Batch) -> dict[str, float]:
+        parts = [self.prepare(part) for part in batch.parts]
+        if self.global_rank == 0:
+            self.save_samples(parts[0])
+        moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
+        encoder = watched_encoder(self.objective)
+        figures = look_of(self.objective, parts, moment) | spread(features_of(encoder, parts))
+        if self.slides and self.slides.chosen:
+            figures |= self.slides.score(encoder, self.device)
+        return figures
+
+    def evaluate(self) -> dict[str, float]:
+        if not self.probe:
+            return {}
+        return self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
+
+
+def contact_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:
+    """Rows of tiles, columns of views: global crops with their masked patches greyed, then local crops."""
+    strips = []
+    for which, (images, views) in enumerate(batch.crops):
+        tiles = len(images) // views
+        shown = images.detach().float().cpu() * torch.tensor(std).view(3, 1, 1) + torch.tensor(mean).view(3, 1, 1)
+        if which == 0:
+            side = shown.shape[-1] // batch.masks.shape[-1]
+            covered = batch.masks.cpu().repeat_interleave(side, 1).repeat_interleave(side, 2).unsqueeze(1)
+            shown = torch.where(covered, 0.6 * torch.ones(()) + 0.1 * shown, shown)
+        strips.append(_rows(shown.unflatten(0, (views, tiles)).transpose(0, 1)[:SAMPLE_TILES]))
+    height = max(strip.shape[1] for strip in strips)
+    sheet = torch.ones(3, height, sum(strip.shape[2] for strip in strips) + 12 * (len(strips) - 1))
+    left = 0
+    for strip in strips:
+        # Local crops are enlarged to the global crops' height, so that a tile stays on one row.
+        width = round(strip.shape[2] * height / strip.shape[1])
+        resized = torch.nn.functional.interpolate(strip.unsqueeze(0), (height, width), mode="nearest")[0]
+        if left + resized.shape[2] > sheet.shape[2]:
+            sheet = torch.cat([sheet, torch.ones(3, height, left + resized.shape[2] - sheet.shape[2])], dim=2)
+        sheet[:, :, left : left + width] = resized
+        left += resized.shape[2] + 12
+    return Image.fromarray((sheet.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+
+def _rows(images: Tensor) -> Tensor:
+    """``(tiles, views, 3, s, s)`` → ``(3, tiles * (s + 4), views * (s + 4))``, white between them."""
+    padded = torch.nn.functional.pad(images, (0, 4, 0, 4), value=1.0)
+    return padded.permute(2, 0, 3, 1, 4).flatten(3, 4).flatten(1, 2)
