@@ -170,7 +170,7 @@ def flush(path: Path) -> None:
         os.close(descriptor)
 
 
-def room(folder: Path) -> int:
+def free_bytes(folder: Path) -> int:
     """Bytes that are free where ``folder`` is, or will be."""
     there = next(path for path in (folder.absolute(), *folder.absolute().parents) if path.exists())
     return shutil.disk_usage(there).free

@@ -94,7 +94,7 @@ class Lease:
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
-            holder = read(self.path)
+            holder = read_holder(self.path)
             if holder is not None and holder.key != self.me.key:
                 self.lost = True
                 return
@@ -104,12 +104,12 @@ class Lease:
     def end(self) -> None:
         """Give it up."""
         self._ended.set()
-        holder = read(self.path)
+        holder = read_holder(self.path)
         if holder is not None and holder.key == self.me.key:
             self.path.unlink(missing_ok=True)
 
 
-def read(path: Path) -> Holder | None:
+def read_holder(path: Path) -> Holder | None:
     """Who holds the lease at ``path``; None where nobody does, or its file is being written."""
     try:
         return Holder(**json.loads(path.read_text()))
@@ -129,7 +129,7 @@ def take(path: Path, enough: Callable[[], bool] = lambda: False, heed: Heed = no
         if create_whole(path, json.dumps(asdict(me))):
             return Lease(path, me)
         try:
-            holder, beat = read(path), _last_beat(path)
+            holder, beat = read_holder(path), _last_beat(path)
         except OSError as error:
             refusals += 1  # a network file system may refuse once
             if refusals > 20:
@@ -173,12 +173,12 @@ def _take_over(path: Path, holder: Holder | None, me: Holder) -> bool:
     # Of all who found it gone one may: who makes this file.
     mark = path.with_name(f"{path.name}-after-{holder.key if holder else 'nobody'}")
     if not create_whole(mark, json.dumps(asdict(me))):
-        by = read(mark)
+        by = read_holder(mark)
         if (by is not None and by.is_gone()) or abs(time.time() - (_last_beat(mark) or time.time())) > LONG_AGO:
             mark.unlink(missing_ok=True)  # who was about to is gone as well
         return False
     try:
-        now = read(path)
+        now = read_holder(path)
         if (now.key if now else None) != (holder.key if holder else None):
             return False
         write_whole(path, json.dumps(asdict(me)))

@@ -9,7 +9,7 @@ FEWEST = 8  # of one holder: with fewer, a file is opened for nearly every tile
 _holders: weakref.WeakSet[object] = weakref.WeakSet()
 
 
-def share(holder: object) -> int:
+def share_of_open_files(holder: object) -> int:
     """How many files ``holder`` may keep open: all holders of this process together `MOST`, or a quarter of the system's limit."""
     _holders.add(holder)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)

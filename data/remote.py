@@ -47,7 +47,7 @@ def is_remote(place: str | Path) -> bool:
     return "://" in str(place)
 
 
-def within(folder: str, name: str) -> str:
+def url_within(folder: str, name: str) -> str:
     """The URL of a file of a remote folder; a query stays where it belongs."""
     path, mark, query = folder.partition("?")
     return f"{path.rstrip('/')}/{name}{mark}{query}"
@@ -93,9 +93,9 @@ def list_names(url: str, ending: str) -> list[str]:
     folder, or page."""
 
     def attempt(system: Any, path: str) -> list[str]:
-        found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, within(path, ""), detail=False)  # fmt: skip
+        found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, url_within(path, ""), detail=False)  # fmt: skip
         # A link that is relative comes behind the whole address of the page, the query included.
-        names = {_last(name.removeprefix(f"{within(path, '').rstrip('/')}/")) for name in found}
+        names = {_last(name.removeprefix(f"{url_within(path, '').rstrip('/')}/")) for name in found}
         return sorted(name for name in names if name.endswith(ending))
 
     try:

@@ -39,7 +39,7 @@ def show_warning(
     print(redacted(text), file=stream or sys.stderr)
 
 
-def main(arguments: list[str]) -> None:
+def run_command_line(arguments: list[str]) -> None:
     """Run one command line; a Fault ends it with one line and its exit code (1, or 2 for a mistake of the command line), Ctrl-C with 130."""
     try:
         ranks.settle()

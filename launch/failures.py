@@ -18,7 +18,7 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.redaction import redacted
-from pretrain.run.launched import counted, rank
+from pretrain.run.launched import environment_number, rank
 
 LOGS = "PRETRAIN_LOGS"
 """The variable of the environment that names the folder; unset where one process runs alone on a console."""
@@ -31,7 +31,7 @@ BROKEN = re.compile(
 
 def attempt() -> int:
     """How often the same launch was started again before: by torchrun after a failure, by SLURM from its queue."""
-    return counted("TORCHELASTIC_RESTART_COUNT", counted("SLURM_RESTART_COUNT", 0))
+    return environment_number("TORCHELASTIC_RESTART_COUNT", environment_number("SLURM_RESTART_COUNT", 0))
 
 
 def is_consequence(error: BaseException) -> bool:

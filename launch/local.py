@@ -19,7 +19,7 @@ from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
 from launch.processes import refuse_uneven
 from pretrain.run import signals
-from pretrain.run.launched import counted
+from pretrain.run.launched import environment_number
 from pretrain.run.preemption import EXIT_CODE
 from pretrain.settings.composition import Composed
 
@@ -57,7 +57,7 @@ def is_a_rank() -> bool:
 
 def refuse_without_srun() -> None:
     """Raise Fault in an allocation of several tasks where nobody started them: Lightning would take this process for one of them."""
-    tasks = counted("SLURM_NTASKS", 1)
+    tasks = environment_number("SLURM_NTASKS", 1)
     if (
         tasks > 1
         and not is_step()
@@ -86,7 +86,7 @@ def is_step() -> bool:
 
 def run_together(composed: Composed, logs: Path) -> None:
     """Run the command as ``trainer.devices`` processes. Where one fails, say the first error and exit with its code."""
-    count, node, began = composed.tree.trainer.devices, counted("NODE_RANK", 0), time.time()
+    count, node, began = composed.tree.trainer.devices, environment_number("NODE_RANK", 0), time.time()
     theirs, ours = os.pipe()  # nothing is written: that its end closes tells the ranks that this process is gone
     cores = len(os.sched_getaffinity(0))
     environment = {
@@ -128,7 +128,7 @@ def run_together(composed: Composed, logs: Path) -> None:
         raise KeyboardInterrupt
     if code:
         if code != EXIT_CODE and not told:
-            report(logs, began, culprit + node * count, code)
+            say_first_error(logs, began, culprit + node * count, code)
         sys.exit(code if code > 0 else 128 - code)
 
 
@@ -153,7 +153,7 @@ def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]
     return ends[failed], failed
 
 
-def report(logs: Path, since: float, culprit: int, code: int) -> None:
+def say_first_error(logs: Path, since: float, culprit: int, code: int) -> None:
     """Say the first error of any rank, unless rank 0 has said it on this console already."""
     file = failures.first(logs, since)
     if file is not None and (file.name.startswith("error") or code > 0):

@@ -129,7 +129,7 @@ def stock(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         case "efficient":
             out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
             return out, lse[..., : q.shape[2]]
-    return plain(q, k, v)
+    return matrix_products(q, k, v)
 
 
 def stock_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
@@ -163,7 +163,7 @@ def _stock_kernel(q: Tensor) -> str:
     return "flash" if low and q.shape[-1] <= 256 else "efficient" if low or q.dtype == torch.float32 else "plain"
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def matrix_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`stock` in plain matrix products, a block of queries at a time: any device, any floating type."""
     precise = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []

@@ -128,7 +128,7 @@ class LongNet(nn.Module):
         """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
         if name not in self.state_dict():
             raise KeyError(name)
-        fill(name, tensor, generator, self.initial_residual)
+        fill_as_released(name, tensor, generator, self.initial_residual)
 
     def load_released(self, path: Path | str) -> str:
         """Load a released ``slide_encoder.pth`` (``{"model": state dict}``) and turn the compatible attention on.
@@ -364,7 +364,7 @@ def dropout(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, s
     kept = torch.empty_like(x, requires_grad=False)
     sizes = [tokens.stop - tokens.start for _, tokens in share.parts]
     for (number, tokens), part in zip(share.parts, kept.split(sizes), strict=True):
-        generator = torch.Generator(x.device).manual_seed(draw(seeds[number], site))
+        generator = torch.Generator(x.device).manual_seed(dropout_seed(seeds[number], site))
         slide = part if len(part) == share.lengths[number] else x.new_empty(share.lengths[number], *x.shape[1:])
         slide.bernoulli_(1 - rate, generator=generator)
         if slide is not part:  # other processes hold the rest, and all cut theirs from the same draws
@@ -376,17 +376,17 @@ def drop_path(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None,
     """Stochastic depth (Huang et al. 2016): a whole slide's branch is dropped with probability ``rate``, or else scaled up."""
     if seeds is None or rate == 0:
         return x
-    factors = [0.0 if draw(seed, site) < rate * 2**63 else 1 / (1 - rate) for seed in seeds]
+    factors = [0.0 if dropout_seed(seed, site) < rate * 2**63 else 1 / (1 - rate) for seed in seeds]
     each = [factors[number] for number, tokens in share.parts for _ in range(tokens.stop - tokens.start)]
     return x * x.new_tensor(each)[:, None]
 
 
-def draw(seed: int, site: str) -> int:
+def dropout_seed(seed: int, site: str) -> int:
     """63 bits that depend on (seed, site) alone."""
     return int.from_bytes(hashlib.blake2b(f"{seed} {site}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-def fill(name: str, tensor: Tensor, generator: torch.Generator, initial_residual: float) -> None:
+def fill_as_released(name: str, tensor: Tensor, generator: torch.Generator, initial_residual: float) -> None:
     """The released model's initial values: Xavier-uniform matrices, zero biases, norms at 1, tokens normal with σ = 0.02.
 
     The matrices that end a residual branch are multiplied by ``initial_residual``.

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.longnet import Layers, fill, summarise
+from models.longnet import Layers, fill_as_released, summarise
 from models.nearby import Nearby, first_reaches
 from models.positions import check_sines, position_embedding
 
@@ -102,4 +102,4 @@ class SlideDecoder(nn.Module):
         if name == "nearby.log_reach":
             first_reaches(tensor)
         else:
-            fill(name, tensor, generator, self.initial_residual)
+            fill_as_released(name, tensor, generator, self.initial_residual)

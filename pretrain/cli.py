@@ -110,7 +110,7 @@ def parse(arguments: list[str]) -> Composed | None:
         print(explain(command))
         return None
     if command == "plan":  # it takes a run's settings beside its own
-        overrides = of_a_run.set_aside(overrides, config_dirs)
+        overrides = of_a_run.set_run_words_aside(overrides, config_dirs)
     composed = load(command, overrides, config_dirs)
     if composed.left_out and rank() is None:
         say(composed.says_left_out())

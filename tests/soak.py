@@ -119,7 +119,7 @@ class Run:
 
     def equals(self, other: "Run") -> bool:
         """Whether every figure of every step and every weight is the same."""
-        ours, theirs = (checkpoints.read(checkpoints.newest(run.folder), "") for run in (self, other))  # type: ignore[arg-type]
+        ours, theirs = (checkpoints.read_network(checkpoints.newest(run.folder), "") for run in (self, other))  # type: ignore[arg-type]
         return self.record() == other.record() and all(torch.equal(ours[name], theirs[name]) for name in ours | theirs)
 
 
@@ -185,7 +185,7 @@ def kill(run: Run, aimed: bool, draw: random.Random) -> bool:
     half = [name for name, _ in half_written(run.folder) - stale]
     newest = checkpoints.newest(run.folder)
     assert newest is not None
-    assert all(tensor.isfinite().all() for tensor in checkpoints.read(newest, "").values())
+    assert all(tensor.isfinite().all() for tensor in checkpoints.read_network(newest, "").values())
     say(
         f"SIGKILL to {target} of {run.processes} at step {steps(run.folder)}: newest {newest.name}, half-written {half}"
     )

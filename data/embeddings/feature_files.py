@@ -16,7 +16,7 @@ from data.embeddings import slide2vec as slide2vec_coordinates
 from data.embeddings.feature_arrays import Raw, read_arrays, width_and_encoder
 from data.embeddings.store import SlideEmbeddings
 from data.fault import Fault, Notice
-from data.said_numbers import number, text
+from data.said_numbers import said_number, text
 from data.slides.coordinates import FARTHEST, row_major
 from data.slides.coordinates_h5 import read_coordinates_h5
 from data.slides.mpp import COARSEST, FINEST
@@ -192,7 +192,7 @@ NUMBERS = (
 def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
     """Coordinates (n, 2) as they are counted, and what the file, or one beside it, says."""
     said: dict[str, Any] = {
-        name: value for name in NUMBERS if (value := number(path, name, raw.attributes.get(name))) is not None
+        name: value for name in NUMBERS if (value := said_number(path, name, raw.attributes.get(name))) is not None
     }
     if (unit := raw.attributes.get("unit", raw.attributes.get("coords_unit"))) is not None:
         if text(unit).lower() not in SAID_AS:
@@ -202,7 +202,7 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
         said["unit"] = SAID_AS[text(unit).lower()]
     coords, patches = raw.coords, _patches_path(path)
     if coords is None and (beside := slide2vec_coordinates.beside(path)) is not None:
-        coords, more = slide2vec_coordinates.read(beside)
+        coords, more = slide2vec_coordinates.read_slide2vec(beside)
         said = more | said
     if (
         coords is None and patches is not None

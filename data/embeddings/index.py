@@ -96,7 +96,7 @@ def read_index(path: Path) -> list[Entry]:
         ) from error
 
 
-def write_index(path: Path, entries: list[Entry], facts: PartFacts | None) -> None:
+def write_embedding_index(path: Path, entries: list[Entry], facts: PartFacts | None) -> None:
     """Write an index; it appears under its name only when it is whole."""
     kinds: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     schema = pa.schema([(field.name, kinds[field.type]) for field in fields(Entry)])
@@ -106,7 +106,7 @@ def write_index(path: Path, entries: list[Entry], facts: PartFacts | None) -> No
         pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries], schema=schema), partial)
 
 
-def read_facts(folder: Path) -> dict[int, PartFacts]:
+def read_part_facts(folder: Path) -> dict[int, PartFacts]:
     """What the index of each closed part says about it, by its number."""
     found = {}
     for path in folder.glob("index-*.parquet"):
@@ -117,12 +117,12 @@ def read_facts(folder: Path) -> dict[int, PartFacts]:
     return found
 
 
-def merge(folder: Path) -> None:
+def merge_job_indexes(folder: Path) -> None:
     """Put the indexes of a finished job array into one, ``index.parquet``; the data files stay as they are.
 
     May be repeated, and interrupted. Raises Fault where a part hasn't come to its end, naming it.
     """
-    facts = read_facts(folder)
+    facts = read_part_facts(folder)
     journals = [path for path in sorted(folder.glob("journal-*.jsonl")) if path.stat().st_size]
     if journals:
         name = journals[0].stem.removeprefix("journal-")
@@ -147,7 +147,7 @@ def merge(folder: Path) -> None:
             "run that task again, then merge."
         )
     entries = read_entries(folder)
-    write_index(folder / MERGED, [entries[slide] for slide in sorted(entries)], None)
+    write_embedding_index(folder / MERGED, [entries[slide] for slide in sorted(entries)], None)
     for part in facts:
         (folder / f"index-{part}.parquet").unlink()
         (folder / f"journal-{part}.jsonl").unlink(missing_ok=True)

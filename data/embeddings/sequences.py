@@ -16,7 +16,7 @@ from torch import Tensor
 from data.embeddings.packing import Packing
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings
-from data.embeddings.views import FEWEST, augment, block_mask, random_mask
+from data.embeddings.views import FEWEST, augment_sequence, block_mask, random_mask
 from data.fault import Fault
 from data.keyed import rng
 
@@ -112,7 +112,7 @@ class SlideSequences:
         self.seed = seed
         self.crop, self.shift_grid, self.flip = crop, shift_grid, flip
         self.mask, self.mask_ratio, self.block_cells = mask, mask_ratio, block_cells
-        self.training, self.validation = split(store, field_cells, validation_fraction, seed)
+        self.training, self.validation = split_sequences(store, field_cells, validation_fraction, seed)
         if not self.training:
             raise Fault(f"{store.folder} has no slide with at least {FEWEST} tiles to train on; embed more slides.")
         if validation_fraction and not self.validation:
@@ -166,7 +166,7 @@ class SlideSequences:
         cells = slide.cells[rows]
         random = rng(self.seed, f"slide {what}", position)
         if what == "train":
-            rows, cells = augment(rows, cells, random, self.crop, self.shift_grid, self.flip)
+            rows, cells = augment_sequence(rows, cells, random, self.crop, self.shift_grid, self.flip)
         masked = (
             random_mask(len(rows), self.mask_ratio, random)
             if self.mask == "random"
@@ -200,7 +200,7 @@ class _Item:
     masked: np.ndarray  # (n,) bool
 
 
-def split(
+def split_sequences(
     store: EmbeddingStore, field_cells: int, validation_fraction: float, seed: int
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Training and validation sequences of a store.

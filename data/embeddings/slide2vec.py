@@ -15,7 +15,7 @@ import numpy as np
 
 from data.fault import Fault
 from data.git_lfs import refuse_pointer
-from data.said_numbers import number
+from data.said_numbers import said_number
 from data.shards.index import SPOILT
 
 FOLDERS = ("coordinates", "tiles")
@@ -36,7 +36,7 @@ def beside(features: Path) -> Path | None:
     return next((path for path in named if path.is_file()), None)
 
 
-def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
+def read_slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
     """Corners, int64 (n, 2), and what is told of the tiles and the slide. ``nominal_mpp`` is the resolution that was asked for, from which a slide's own
     may be a few per cent away. Raises Fault where it is not such a file."""
     refuse_pointer(path)
@@ -54,12 +54,12 @@ def read(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         raise Fault(f"{path} has no x and y, as slide2vec's coordinates have")
 
     def first(*names: str) -> float | None:
-        return next((number(path, name, told[name]) for name in names if name in told), None)
+        return next((said_number(path, name, told[name]) for name in names if name in told), None)
 
     width, height = told["dimensions"] if len(np.ravel(told.get("dimensions", 0))) == 2 else (None, None)
     said = {
         "tile_size_level0": first("tile_size_lv0"), "tile_size": first(*PIXELS), "nominal_mpp": first(*SPACING), "overlap": first("overlap"),
-        "mpp_level0": first("base_spacing_um"), "level0_width": number(path, "dimensions", width), "level0_height": number(path, "dimensions", height),
+        "mpp_level0": first("base_spacing_um"), "level0_width": said_number(path, "dimensions", width), "level0_height": said_number(path, "dimensions", height),
     }  # fmt: skip
     return corners, {name: value for name, value in said.items() if value is not None}
 

@@ -31,7 +31,7 @@ Pixels = np.ndarray | Fault | None
 
 
 @dataclass(frozen=True)
-class SlideTiles:
+class TilesToEmbed:
     """One slide's tiles: where they lie, and how to read them. ``read`` takes rows of ``coordinates`` and may run in several threads."""
 
     slide: str
@@ -47,13 +47,13 @@ class SlideTiles:
     overruled: str = ""  # what the slide says of its resolution, where the user knows better
 
 
-class TileSource(Protocol):
+class EmbeddingSource(Protocol):
     """Slides by name, with a size each (tiles or bytes) by which work is shared out."""
 
     slides: list[str]
     sizes: list[int]
 
-    def open(self, slide: str) -> SlideTiles:
+    def open(self, slide: str) -> TilesToEmbed:
         """Find a slide's tiles. Raises Fault where that can't be done."""
         ...
 
@@ -68,7 +68,7 @@ class ShardSource:
         self.sizes: list[int] = self.index.meta["slides"]["tiles"]
         self._tars = OpenTars()
 
-    def open(self, slide: str) -> SlideTiles:
+    def open(self, slide: str) -> TilesToEmbed:
         """Find a slide's tiles. Raises Fault where nobody recorded where they lie on the slide."""
         index, number = self.index, self._numbers[slide]
         rows, facts = index.rows_of(number), index.facts(number)
@@ -78,7 +78,7 @@ class ShardSource:
                 f"{index.folder} doesn't say where the tiles of {slide} lie (x, y and tile_size_level0 in each tile's .json), "
                 "and a slide's sequence needs their places: make the shards with 'pretrain shard'"
             )
-        return SlideTiles(
+        return TilesToEmbed(
             slide,
             places,
             float(facts["tile_size_level0"]),
@@ -110,7 +110,7 @@ class SlideSource:
         self.slides = sorted(self._paths)
         self.sizes = [_bytes(self._paths[name]) for name in self.slides]
 
-    def open(self, slide: str) -> SlideTiles:
+    def open(self, slide: str) -> TilesToEmbed:
         """Find a slide's tissue and its tiles. Raises Fault for a slide that can't be read, or that isn't tiled (see `tile_slide`)."""
         path = self._paths[slide]
         with Slide(path) as opened:
@@ -120,7 +120,7 @@ class SlideSource:
         x, y, _ = tiling.tiles(KEPT)
         grid, places = tiling.grid, np.stack([x, y], axis=1)
         reader = _Reader(path, grid)
-        return SlideTiles(
+        return TilesToEmbed(
             slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [reader.read(*places[row].tolist()) for row in rows],
             grid.tile_size, grid.width, grid.height, str(path), reader.close, overruled,
         )  # fmt: skip
@@ -148,7 +148,7 @@ class _Reader:
             self._slide = None
 
 
-def share(source: TileSource, part: int, parts: int) -> list[str]:
+def slides_of_part(source: EmbeddingSource, part: int, parts: int) -> list[str]:
     """The slides of task ``part`` (from 1) of ``parts``: every slide is one task's, and their sizes add up to about the same.
 
     The largest slide first goes to whoever has least. A function of the slides and their sizes alone.
@@ -163,7 +163,7 @@ def share(source: TileSource, part: int, parts: int) -> list[str]:
     return sorted(mine)
 
 
-def stacks(tiles: Sequence[Pixels]) -> list[tuple[np.ndarray, np.ndarray]]:
+def stack_by_shape(tiles: Sequence[Pixels]) -> list[tuple[np.ndarray, np.ndarray]]:
     """Tiles of equal shape stacked: (which of ``tiles`` (k,) int64, uint8 (k, H, W, 3)) for each shape."""
     by_shape: dict[tuple[int, ...], list[int]] = {}
     for index, tile in enumerate(tiles):

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from data.embeddings.index import MERGED, Entry, PartFacts, read_entries, read_index, write_index
+from data.embeddings.index import MERGED, Entry, PartFacts, read_entries, read_index, write_embedding_index
 from data.fault import Fault
 from data.files import create_whole, make_folder, refused
 from data.lease import hold
@@ -164,7 +164,7 @@ class EmbeddingWriter:
             )
             own = [entry for entry in self._entries.values() if entry.part == self.part and entry.slide not in merged]
             facts = PartFacts(self.part, self.parts, self._finished, self._without)
-            write_index(self.folder / f"index-{self.part}.parquet", own, facts)
+            write_embedding_index(self.folder / f"index-{self.part}.parquet", own, facts)
             os.ftruncate(self._journal.fileno(), 0)
         finally:
             self._journal.close()

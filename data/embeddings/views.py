@@ -11,7 +11,7 @@ from data.slides.coordinates import row_major
 FEWEST = 4  # tiles in a sequence: with fewer there is nothing to mask from, nor to predict
 
 
-def augment(
+def augment_sequence(
     rows: np.ndarray, cells: np.ndarray, random: np.random.Generator, crop: float, shift_grid: int, flip: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """Augment a sequence on its integer grid: crop, flip, shift, and sort again → rows (n,) and cells (n, 2) in row-major order.

@@ -17,7 +17,7 @@ from data import lease
 from data.fault import Fault
 from data.files import appearing, write_whole
 from data.lease import Lease
-from data.shards.writing import Part, Shard
+from data.shards.writing import Shard, TileRange
 from data.slides.tiling import Tiling
 
 PENDING, TILED, NO_TISSUE, FAILED = "pending", "tiled", "no tissue", "failed"
@@ -84,7 +84,7 @@ def load_plan(out: Path, state: str = "") -> tuple[dict[str, Any], list[Shard]]:
     try:
         plan = json.loads(path.read_text())
         return plan["settings"], [
-            Shard(shard["name"], [Part(*part) for part in shard["parts"]]) for shard in plan["shards"]
+            Shard(shard["name"], [TileRange(*part) for part in shard["parts"]]) for shard in plan["shards"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise Fault(f"{path} is damaged ({error}): shard into another folder") from error
@@ -119,6 +119,6 @@ def save_rows(out: Path, rows: dict[str, SlideRow], state: str = "") -> None:
         table.writerows(asdict(rows[slide]) for slide in sorted(rows))
 
 
-def alone(out: Path, state: str = "") -> AbstractContextManager[Lease]:
+def written_by_one(out: Path, state: str = "") -> AbstractContextManager[Lease]:
     """Hold the folder for this process. Raises Fault where another one is writing to it; ends with the process, however that ends."""
     return lease.alone(out, f".lease{state}", "another 'pretrain shard'")

@@ -25,7 +25,7 @@ import numpy as np
 
 from data.fault import Fault
 from data.files import appearing
-from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, within
+from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, url_within
 from data.slides.names import safe_ids
 
 COLUMNS = ("offset", "length", "x", "y")
@@ -125,7 +125,7 @@ class ShardIndex:
 
     def url(self, file: int) -> str:
         """The URL of tar number ``file`` where the shards are remote."""
-        return within(str(self.location), self.files[file])
+        return url_within(str(self.location), self.files[file])
 
     def place(self, file: int) -> str:
         """Where tar number ``file`` lies, for a message."""
@@ -202,7 +202,7 @@ def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
     return data
 
 
-def merge(
+def merge_records(
     folder: Path, names: list[str], made: dict[str, Any], told: Mapping[str, dict[str, Any]] | None = None
 ) -> str:
     """Write ``index.npz`` from the records of the shards ``names`` and return its digest. Memory stays that of one record.
@@ -244,11 +244,11 @@ def merge(
     columns = {name: _recorded(folder, full, name) for name in COLUMNS}
     run_slide = np.array([n for n, _ in runs], dtype=np.int32)
     bounds: dict[str, np.ndarray] = {"file_start": file_start, "run_start": run_start, "run_slide": run_slide}
-    write_index(folder, meta, dtypes, columns, bounds)
+    write_shard_index(folder, meta, dtypes, columns, bounds)
     return meta["digest"]
 
 
-def write_index(
+def write_shard_index(
     folder: Path,
     meta: dict[str, Any],
     dtypes: dict[str, np.dtype],
@@ -347,7 +347,7 @@ def _read_npz(raw: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[np.dtype,
 
 def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked for."""
-    url = within(folder, "index.npz")
+    url = url_within(folder, "index.npz")
     try:
         with RemotePath(url).open() as raw:
             meta, places = _read_npz(raw)

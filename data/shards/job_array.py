@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.fault import Fault
-from data.shards.folder import FAILED, PENDING, SlideRow, alone, load_plan, load_rows, save_rows, sweep
-from data.shards.index import merge
+from data.shards.folder import FAILED, PENDING, SlideRow, load_plan, load_rows, save_rows, sweep, written_by_one
+from data.shards.index import merge_records
 from data.shards.writing import is_published
 
 
@@ -92,7 +92,7 @@ def merge_parts(out: Path) -> dict[str, SlideRow]:
     rows: dict[str, SlideRow] = {}
     made: dict[str, object] | None = None
     for part in sorted(found, key=lambda part: part.number):
-        with alone(out, part.state):
+        with written_by_one(out, part.state):
             settings, plan = load_plan(out, part.state)
             its_rows = load_rows(out, part.state)
         if made is not None and settings != made:
@@ -114,7 +114,7 @@ def merge_parts(out: Path) -> dict[str, SlideRow]:
         names += [shard.name for shard in plan if is_published(out, shard.name)]
     assert made is not None
     sweep(out)
-    merge(out, names, made)
+    merge_records(out, names, made)
     save_rows(out, rows)
     return rows
 

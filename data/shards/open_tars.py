@@ -45,7 +45,7 @@ class OpenTars:
     def _tar(self, index: ShardIndex, file: int) -> "_Tar":
         tar = self._open.get((index, file))
         if tar is None:
-            most = open_files.share(self)
+            most = open_files.share_of_open_files(self)
             with self._lock:
                 tar = self._open.get((index, file))
                 if tar is None:

@@ -19,11 +19,11 @@ from data.fault import Fault
 from data.files import Refused, make_folder, require_writable
 from data.git_lfs import refuse_pointer
 from data.redaction import is_private
-from data.remote import RemotePath, is_remote, list_names, within
-from data.shards.index import CHECKSUMS, COLUMNS, FACTS, SPOILT, ShardIndex, merge, record_path, write_record
+from data.remote import RemotePath, is_remote, list_names, url_within
+from data.shards.index import CHECKSUMS, COLUMNS, FACTS, SPOILT, ShardIndex, merge_records, record_path, write_record
 from data.shards.tar_members import DamagedTar, members
-from data.shards.tile_facts import Impossible, locate, read_facts, take_in
-from data.shards.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split, why_not
+from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts, take_in
+from data.shards.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split_member, why_not
 from data.slides.coordinates import FARTHEST, UNKNOWN
 
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip's, bzip2's, xz's and zstd's files begin
@@ -103,11 +103,11 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
             leave_out(disputed, f"slide with several {name}", "its tiles' .json contradict one another, so it counts as not known",
                       f"{slide}: {' and '.join(map(repr, values))}")  # fmt: skip
     made["disputed"] = [asdict(kind) for kind in disputed.values()]
-    merge(folder, names, made, slides)
+    merge_records(folder, names, made, slides)
     return ShardIndex.open(folder)
 
 
-def left_out(index: ShardIndex) -> tuple[list[LeftOut], list[LeftOut]]:
+def describe_left_out(index: ShardIndex) -> tuple[list[LeftOut], list[LeftOut]]:
     """What a scan left out: members of tars, and whole files."""
     found = index.meta.get("left_out", {"members": [], "files": []})
     members, files = ([LeftOut(**left) for left in found[name]] for name in ("members", "files"))
@@ -166,11 +166,11 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
                 elif is_tile(member) or is_json(member):
                     file.seek(member.offset)
                     content = file.read(member.size)
-                    key, checksum = split(member.name)[0], zlib.crc32(content)
+                    key, checksum = split_member(member.name)[0], zlib.crc32(content)
                     if is_tile(member):
                         tiles.append((key, member.offset, member.size, checksum))
                     else:
-                        jsons.setdefault(key, []).append((read_facts(member.name, content), checksum))
+                        jsons.setdefault(key, []).append((read_tile_facts(member.name, content), checksum))
                 elif (reason := why_not(member)) is not None:
                     leave_out(left, *reason, member.name)
     except Fault as fault:
@@ -189,7 +189,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         facts, of_json = told or (None, 0)
         used.add(id(told))
         try:
-            slide, x, y = locate(key, facts, tar.stem)
+            slide, x, y = locate_tile(key, facts, tar.stem)
         except Impossible as impossible:
             leave_out(left, *impossible.args)
             continue
@@ -227,7 +227,7 @@ def _known(folder: Path, tar: Path | RemotePath) -> dict[str, Any] | None:
 def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
     """The shards in a folder or behind a URL, sorted by name."""
     if is_remote(folder):
-        return [RemotePath(within(str(folder), name)) for name in list_names(str(folder), ".tar")]
+        return [RemotePath(url_within(str(folder), name)) for name in list_names(str(folder), ".tar")]
     return sorted(Path(folder).glob("*.tar"))
 
 

@@ -22,7 +22,7 @@ WRONG = "it would be taken for another tile, or one of another size"
 LONGEST_SAID = 60  # letters of a value, in a message
 
 
-def read_facts(member: str, content: bytes) -> dict[str, Any] | str:
+def read_tile_facts(member: str, content: bytes) -> dict[str, Any] | str:
     """What the JSON ``member`` says of its tile, without what it leaves open (null); or why it can't be true."""
     try:
         return _facts(member, content)
@@ -34,7 +34,7 @@ class Impossible(Exception):
     """A tile that is left out; ``args``: what kind of thing it is, why it is left out, and which one it is."""
 
 
-def locate(key: str, facts: dict[str, Any] | str | None, tar: str) -> tuple[str, int, int]:
+def locate_tile(key: str, facts: dict[str, Any] | str | None, tar: str) -> tuple[str, int, int]:
     """Slide, x and y of the tile ``key`` in the tar called ``tar``, of which its JSON says ``facts`` (`read_facts`; None where it has none). Raises Impossible."""
     from_key = place_in(key) or (tar, UNKNOWN, UNKNOWN)
     if isinstance(facts, str):

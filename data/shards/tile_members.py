@@ -44,7 +44,7 @@ def leave_out(left: dict[str, LeftOut], kind: str, why: str, example: str, count
     left.setdefault(kind or example, LeftOut(kind, why, 0, example)).count += count
 
 
-def split(name: str) -> tuple[str, str]:
+def split_member(name: str) -> tuple[str, str]:
     """A member's key and its ending in lower case: ``folder/S1.2_0_0.JPG`` → ``folder/S1.2_0_0``, ``jpg``."""
     folder, slash, base = name.rpartition("/")
     stem, dot, ending = base.rpartition(".")
@@ -61,12 +61,12 @@ def place_in(key: str) -> tuple[str, int, int] | None:
 
 def is_tile(member: Member) -> bool:
     """Whether a member is a picture that is read."""
-    return member.is_file and not _is_hidden(member) and split(member.name)[1] in JPEGS
+    return member.is_file and not _is_hidden(member) and split_member(member.name)[1] in JPEGS
 
 
 def is_json(member: Member) -> bool:
     """Whether a member may tell about a tile."""
-    return member.is_file and not _is_hidden(member) and split(member.name)[1] == "json"
+    return member.is_file and not _is_hidden(member) and split_member(member.name)[1] == "json"
 
 
 def why_not(member: Member) -> tuple[str, str] | None:
@@ -77,7 +77,7 @@ def why_not(member: Member) -> tuple[str, str] | None:
         return "link", "it is no file: write the tar with what it leads to (tar --dereference --hard-dereference)"
     if _is_hidden(member):
         return "hidden member", "a name that begins with a dot is some program's own"
-    ending = split(member.name)[1]
+    ending = split_member(member.name)[1]
     kind = f".{ending} member" if ending else "member without an ending"
     if ending in PICTURES:
         return kind, "tiles are read from .jpg and .jpeg: write these as such"

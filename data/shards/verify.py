@@ -21,11 +21,11 @@ import numpy as np
 import simplejpeg
 
 from data.fault import Fault
-from data.remote import RemotePath, Truncated, is_remote, list_names, within
+from data.remote import RemotePath, Truncated, is_remote, list_names, url_within
 from data.shards.index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex
 from data.shards.tar_members import DamagedTar, Member, members, padding
-from data.shards.tile_facts import Impossible, locate, read_facts
-from data.shards.tile_members import is_json, is_tile, json_of_each, place_in, split
+from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts
+from data.shards.tile_members import is_json, is_tile, json_of_each, place_in, split_member
 from data.slides.coordinates_h5 import read_tiling
 
 GRID = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
@@ -33,7 +33,7 @@ MOST_NAMED = 1000  # findings kept for one shard; the rest are counted
 
 
 @dataclass(frozen=True)
-class Finding:
+class Defect:
     """One thing that is wrong: in which file of the folder, at which member of it (empty: the file as a whole), and what."""
 
     shard: str
@@ -49,13 +49,13 @@ class Verified:
     shard: str
     tiles: int = 0
     size: int = 0
-    findings: list[Finding] = field(default_factory=list)
+    findings: list[Defect] = field(default_factory=list)
     unnamed: int = 0
 
     def find(self, member: str, kind: str, what: str) -> None:
         """Add a finding."""
         if len(self.findings) < MOST_NAMED:
-            self.findings.append(Finding(self.shard, member, kind, what))
+            self.findings.append(Defect(self.shard, member, kind, what))
         else:
             self.unnamed += 1
 
@@ -68,7 +68,7 @@ def list_shards(folder: Folder) -> list[str]:
     if isinstance(folder, Path) and not folder.is_dir():
         raise Fault(f"there is no folder {folder}")
     opened = _index(folder)
-    records = _listed(folder / "index" if isinstance(folder, Path) else within(folder, "index"), ".npz")
+    records = _listed(folder / "index" if isinstance(folder, Path) else url_within(folder, "index"), ".npz")
     names = {f"{record.stem}.tar" for record in records} | {tar.name for tar in _listed(_place_of_tars(folder), ".tar")}
     if isinstance(opened, tuple):
         names |= opened[0].keys()
@@ -81,7 +81,7 @@ def verify_folder(folder: Folder) -> Verified:
     """What belongs to no single shard: ``index.npz`` itself, shards that it lacks, and the slides' h5 files of coordinates."""
     result = Verified("index.npz")
     opened = _index(folder)
-    if isinstance(opened, Finding):
+    if isinstance(opened, Defect):
         result.findings.append(opened)
         return result
     _, index = opened
@@ -169,8 +169,8 @@ def _walk(
                 tiles.append((member, row := rows.get(member.offset)))
                 _check_jpeg(result, member, data, columns, row, checked, decode)
             elif is_json(member):
-                jsons.setdefault(split(member.name)[0], []).append(
-                    (member.name, zlib.crc32(data), read_facts(member.name, data))
+                jsons.setdefault(split_member(member.name)[0], []).append(
+                    (member.name, zlib.crc32(data), read_tile_facts(member.name, data))
                 )
     except DamagedTar as damage:
         kind = "truncated" if "truncated" in str(damage) else "damaged tar"
@@ -210,7 +210,7 @@ def _check_jsons(
     columns: dict[str, np.ndarray] | None, checked: bool, scanned: bool,
 ) -> None:  # fmt: skip
     """Each JSON that is one, and that of each tile as it was recorded. A tile that a scan leaves out, and says so, is nothing new."""
-    keys = [split(member.name)[0] for member, _ in tiles]
+    keys = [split_member(member.name)[0] for member, _ in tiles]
     recorded = columns["json_crc32"] if columns is not None and checked else None
     named_by_scan: set[int] = set()
     for (member, row), key, told in zip(tiles, keys, json_of_each(keys, jsons), strict=True):
@@ -219,7 +219,7 @@ def _check_jsons(
         if row is None:
             try:
                 if scanned:
-                    locate(key, told and told[2], Path(result.shard).stem)
+                    locate_tile(key, told and told[2], Path(result.shard).stem)
             except Impossible:
                 named_by_scan.add(id(told))
                 continue
@@ -260,7 +260,7 @@ def _expected(
     """What the tiles of a shard should be: offset, length, x, y, and the checksums where there are any (then True)."""
     opened = _index(folder)
     indexed = None
-    if not isinstance(opened, Finding):
+    if not isinstance(opened, Defect):
         files, index = opened
         if name in files:
             file = files[name]
@@ -294,32 +294,32 @@ def _record(folder: Folder, name: str, result: Verified) -> tuple[dict[str, Any]
     return None
 
 
-def _index(folder: Folder) -> "tuple[dict[str, int], ShardIndex] | Finding":
+def _index(folder: Folder) -> "tuple[dict[str, int], ShardIndex] | Defect":
     """The folder's index with the numbers of its shards by name, or what is wrong with it. (Shards that are gone don't count here:
     they are found one by one.)"""
     try:
         stamp = _at(folder, "index.npz").stat()
     except FileNotFoundError:
-        return Finding(
+        return Defect(
             "index.npz", "", "missing index", f"there is none: 'pretrain shards index shards={folder}' makes it"
         )
     return _opened(folder, stamp.st_mtime_ns, stamp.st_size)
 
 
 @lru_cache(maxsize=1)
-def _opened(folder: Folder, changed: int, size: int) -> "tuple[dict[str, int], ShardIndex] | Finding":
+def _opened(folder: Folder, changed: int, size: int) -> "tuple[dict[str, int], ShardIndex] | Defect":
     try:
         index = ShardIndex.open(folder, complete=False)
         _sound(index)
         return {name: number for number, name in enumerate(index.files)}, index
     except Fault as fault:
-        return Finding("index.npz", "", "damaged index", str(fault))
+        return Defect("index.npz", "", "damaged index", str(fault))
 
 
 def _place_of_tars(folder: Folder) -> Folder:
     """Where the tars of a folder's index lie: there, or where the index says."""
     opened = _index(folder)
-    if isinstance(opened, Finding):
+    if isinstance(opened, Defect):
         return folder
     location = opened[1].location
     return location if is_remote(location) else Path(location)
@@ -327,7 +327,7 @@ def _place_of_tars(folder: Folder) -> Folder:
 
 def _at(folder: Folder, name: str) -> Path | RemotePath:
     """A file of the folder."""
-    return folder / name if isinstance(folder, Path) else RemotePath(within(folder, name))
+    return folder / name if isinstance(folder, Path) else RemotePath(url_within(folder, name))
 
 
 def _listed(folder: Folder, ending: str) -> Sequence[Path | RemotePath]:
@@ -356,7 +356,7 @@ def _sound(index: ShardIndex) -> None:
 
 
 def _place(name: str) -> tuple[int, int] | None:
-    found = place_in(split(name)[0])
+    found = place_in(split_member(name)[0])
     return found and found[1:]
 
 

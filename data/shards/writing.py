@@ -28,7 +28,7 @@ from data.slides.tiling import KEPT, Tiling
 
 
 @dataclass(frozen=True)
-class Part:
+class TileRange:
     """Candidate tiles ``first`` to ``last - 1`` of a slide, in row-major order."""
 
     slide: str
@@ -41,7 +41,7 @@ class Shard:
     """A planned shard: its name (without ``.tar``) and what goes into it."""
 
     name: str
-    parts: list[Part]
+    parts: list[TileRange]
 
     def __len__(self) -> int:
         return sum(part.last - part.first for part in self.parts)
@@ -57,9 +57,9 @@ class Written:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def plan_shards(parts: list[Part], limit: int, name: str, first_number: int) -> list[Shard]:
+def plan_shards(parts: list[TileRange], limit: int, name: str, first_number: int) -> list[Shard]:
     """Put ``parts``, in their order, into shards of at most ``limit`` tiles; only a part larger than that is split."""
-    shards: list[list[Part]] = []
+    shards: list[list[TileRange]] = []
     room = 0
     for part in parts:
         count = part.last - part.first
@@ -69,7 +69,7 @@ def plan_shards(parts: list[Part], limit: int, name: str, first_number: int) -> 
             if pieces > 1 or last - first > room:
                 shards.append([])
                 room = limit
-            shards[-1].append(Part(part.slide, first, last))
+            shards[-1].append(TileRange(part.slide, first, last))
             room = 0 if pieces > 1 else room - (last - first)
     return [Shard(f"{name}-{first_number + number:06d}", inside) for number, inside in enumerate(shards)]
 
@@ -77,7 +77,7 @@ def plan_shards(parts: list[Part], limit: int, name: str, first_number: int) -> 
 def is_published(folder: Path, name: str) -> bool:
     """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar in the size that the record says."""
     try:
-        facts = read_facts(folder, name)
+        facts = read_shard_facts(folder, name)
     except SPOILT:
         return False  # none yet, or one that is damaged: the shard is made again
     if not sum(facts["counts"]):
@@ -86,7 +86,7 @@ def is_published(folder: Path, name: str) -> bool:
     return tar.exists() and tar.stat().st_size == facts["size"]
 
 
-def read_facts(folder: Path, name: str) -> dict[str, Any]:
+def read_shard_facts(folder: Path, name: str) -> dict[str, Any]:
     """The facts in a shard's record: `write_shard` says which."""
     with np.load(record_path(folder, name)) as record:
         return json.loads(str(record["facts"]))
@@ -177,7 +177,7 @@ class TarWriter:
 
 
 def _add_part(
-    tar: TarWriter, part: Part, tiling: Tiling, source: Path,
+    tar: TarWriter, part: TileRange, tiling: Tiling, source: Path,
     rows: list[tuple[int, ...]], rejected: list[tuple[str, int, int, int]],
 ) -> None:  # fmt: skip
     common = {

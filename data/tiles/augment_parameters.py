@@ -42,7 +42,7 @@ class Colour:
     stain_shift: float = 0.0
 
 
-def draw(colour: Colour, kinds: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+def draw_parameters(colour: Colour, kinds: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Parameter rows ``(views, WIDTH)`` float32 of a tile's views, whose ``kinds`` ``(views,)`` are 0 (first global), 1 (other
     globals) or 2 (local)."""
     u = generator.random((len(kinds), 17))

@@ -20,7 +20,7 @@ from data.keyed import rng
 from data.loader_process import LoaderProcess, shared_memory_room
 from data.shared_memory import Slots
 from data.tiles import masks
-from data.tiles.augment_parameters import Colour, draw
+from data.tiles.augment_parameters import Colour, draw_parameters
 from data.tiles.crops import CropSizes, cut
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Stream
@@ -68,19 +68,19 @@ def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> Micr
 
 
 @dataclass
-class Batch:
+class RankBatch:
     """A rank's share of global batch ``step``, in micro-batches; ``bad`` names the tiles that could not be read."""
 
     step: int
     parts: list[MicroBatch]
     bad: list[str]
 
-    def pin_memory(self) -> "Batch":
+    def pin_memory(self) -> "RankBatch":
         """See `MicroBatch.pin_memory`."""
-        return Batch(self.step, [part.pin_memory() for part in self.parts], self.bad)
+        return RankBatch(self.step, [part.pin_memory() for part in self.parts], self.bad)
 
 
-class TileBatches(IterableDataset["Batch"]):
+class TileBatches(IterableDataset["RankBatch"]):
     """A rank's share of the global batches ``start … stop − 1``, each cut into ``accumulate`` micro-batches.
 
     A tile that can't be read is replaced by the next one of its source that can, is named once, and is counted: the run goes on
@@ -113,7 +113,7 @@ class TileBatches(IterableDataset["Batch"]):
                 f"a rank's {self.share} tiles don't split into trainer.accumulate={accumulate} equal micro-batches."
             )
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[RankBatch]:
         self.tiles.hold(self.stream.window * len(self.stream.owned(self.rank, self.world_size)))
         expected: deque[np.ndarray] = deque()
         waiting: deque[tuple[int, list[list[Tensor]], list[Future]]] = deque()
@@ -158,12 +158,14 @@ class TileBatches(IterableDataset["Batch"]):
             if len(bad) == ATTEMPTS:
                 raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
         generator = rng(self.seed, "colour", sample)
-        rows = draw(self.colour, self.sizes.kinds(), generator)
+        rows = draw_parameters(self.colour, self.sizes.kinds(), generator)
         for view, crop in zip(views, cut(tile, self.sizes, self.seed, sample), strict=True):
             view.copy_(crop)
         return number, rows, bad
 
-    def _collect(self, step: int, views: list[list[Tensor]], results: list[tuple[int, np.ndarray, list[str]]]) -> Batch:
+    def _collect(
+        self, step: int, views: list[list[Tensor]], results: list[tuple[int, np.ndarray, list[str]]]
+    ) -> RankBatch:
         size = self.share // self.accumulate
         shares = masks.ratios(
             self.stream.batch_size * self.sizes.global_count,
@@ -188,7 +190,7 @@ class TileBatches(IterableDataset["Batch"]):
                     self._masks(step, first, shares[first : first + size]),
                 )
             )
-        return Batch(step, parts, [message for _, _, bad in results for message in bad])
+        return RankBatch(step, parts, [message for _, _, bad in results for message in bad])
 
     def _masks(self, step: int, first: int, ratios: np.ndarray) -> Tensor:
         """Masks ``(views * tiles, grid, grid)`` of the global crops with these ``ratios`` ``(tiles, views)``."""
@@ -209,7 +211,7 @@ def shared_memory_needed(batches: TileBatches, here: int = 1) -> int:
     return here * STEPS_ON_THE_WAY * batches.share * tile
 
 
-def load(batches: TileBatches, pin_memory: bool, here: int = 1) -> LoaderProcess:
+def loader_of(batches: TileBatches, pin_memory: bool, here: int = 1) -> LoaderProcess:
     """The loader process around ``batches``, ``here`` of which run on this machine.
 
     Where shared memory has no room for the steps that are on their way, batches go through a pipe, which is slower.

@@ -21,7 +21,7 @@ from data.slides.tiling import KEPT, PEN, Tiling
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
 
-TILES_PER_BLOCK = 100  # a slide is open anyway: shorter blocks mix more slides for the same windows
+TILES_PER_SLIDE_BLOCK = 100  # a slide is open anyway: shorter blocks mix more slides for the same windows
 TRIES = 10
 SOME_PEN = 0.15  # share of a tile that may lie in cells with pen
 FEWEST_OPEN = 16  # slides of a process
@@ -39,7 +39,9 @@ class SlideTiles(TileSource):
         self.surveyed, self.shifted = surveyed, shifted
         tiles = np.array(surveyed.tiles, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(tiles)])
-        self.parts = [Part(cut_blocks(tiles, group, most=TILES_PER_BLOCK), name=f"the slides in {surveyed.folder}")]
+        self.parts = [
+            Part(cut_blocks(tiles, group, most=TILES_PER_SLIDE_BLOCK), name=f"the slides in {surveyed.folder}")
+        ]
         self.digest = surveyed.digest
         self._make_caches()
 
@@ -90,7 +92,9 @@ class SlideTiles(TileSource):
         return int(grid.origin(column)), int(grid.origin(row))
 
     def hold(self, blocks: int) -> None:
-        self._slides.capacity = self._tilings.capacity = min(max(2 * blocks, FEWEST_OPEN), open_files.share(self))
+        self._slides.capacity = self._tilings.capacity = min(
+            max(2 * blocks, FEWEST_OPEN), open_files.share_of_open_files(self)
+        )
 
     def _grid(self, which: int) -> tuple[Tiling, np.ndarray]:
         """A slide's tiling and its kept cells."""

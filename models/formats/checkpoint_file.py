@@ -43,7 +43,7 @@ class Found:
     weights: Weights
 
 
-def read(checkpoint: Mapping[str, Any], place: str = "") -> Published:
+def read_checkpoint_file(checkpoint: Mapping[str, Any], place: str = "") -> Published:
     """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint, of several the one at ``place``.
 
     What MAE keeps beside its encoder, ``decoder_…`` and the decoder's mask token, is left out. Raises ValueError where it holds none, several that nothing tells apart, or one of a format that isn't read.
@@ -64,7 +64,7 @@ def read(checkpoint: Mapping[str, Any], place: str = "") -> Published:
         raise ValueError("these are DINOv3's weights: its rotary positions are not those of this network")
     theirs = "register_tokens" in weights or (MASK_TOKEN in weights and "reg_token" not in weights)
     theirs = theirs or any(re.match(r"blocks\.\d+\.(\d+\.|mlp\.w12\.)", name) for name in weights)
-    published = dinov2.read(weights) if theirs else timm.read(weights)
+    published = dinov2.read_dinov2(weights) if theirs else timm.read_timm(weights)
     published.left_out += left_out
     published.place = found.place.rstrip(".")
     return published

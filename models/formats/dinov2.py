@@ -17,7 +17,7 @@ REGISTERS = (("register_tokens", "reg_token"),)
 SWIGLU = (("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."))
 
 
-def read(weights: Weights) -> Published:
+def read_dinov2(weights: Weights) -> Published:
     """A DINOv2 backbone's weights. Positions are resampled as its own code does it: see `models.formats`."""
     ours: Weights = {}
     for name, tensor in weights.items():
@@ -32,7 +32,7 @@ def read(weights: Weights) -> Published:
     return Published("DINOv2", ours, heads, position_antialias=registers, position_offset=0.0 if registers else 0.1)
 
 
-def write(network: VisionTransformer) -> Weights:
+def write_dinov2(network: VisionTransformer) -> Weights:
     """A network's weights under DINOv2's names, unchunked, positions on the network's own grid."""
     pairs = (*REGISTERS, *SWIGLU) if network.feed_forward == "swiglu" else REGISTERS
     theirs: Weights = {}

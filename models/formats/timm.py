@@ -18,7 +18,7 @@ from models.formats.published import Published, Weights
 from models.vit import VisionTransformer
 
 
-def read(weights: Weights, *, heads: int | None = None, grid: int | None = None) -> Published:
+def read_timm(weights: Weights, *, heads: int | None = None, grid: int | None = None) -> Published:
     """A timm state dict. ``grid`` is the position grid's side, needed only where the count of tokens leaves it open.
 
     Raises ValueError where the positions are no square grid, or could be two.
@@ -51,7 +51,7 @@ def own_positions(count: int, registers: int, grid: int | None) -> int:
     return possible[0]
 
 
-def write(network: VisionTransformer, image_size: int) -> Weights:
+def write_timm(network: VisionTransformer, image_size: int) -> Weights:
     """A network's weights for timm, with the position grid of ``image_size`` resampled as the network itself does it."""
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items() if name != "mask_token"}
     grid = image_size // network.patch_size

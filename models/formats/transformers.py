@@ -50,7 +50,7 @@ IN_MEMORY = (
 THREE = ("query", "key", "value")
 
 
-def read(weights: Weights, config: dict[str, Any]) -> Published:
+def read_transformers(weights: Weights, config: dict[str, Any]) -> Published:
     """A folder's weights and its ``config.json``.
 
     Raises ValueError for a model of another kind, and for settings that would change what the weights compute.
@@ -90,7 +90,7 @@ def read(weights: Weights, config: dict[str, Any]) -> Published:
     return Published("transformers", ours, heads, registers, position_offset=0.0, left_out=sorted(left_out))
 
 
-def write(network: VisionTransformer, image_size: int) -> Weights:
+def write_transformers(network: VisionTransformer, image_size: int) -> Weights:
     """A network's weights for transformers, the position grid of ``image_size`` resampled as the network itself does it.
 
     Without layer scale, which transformers always has, it is written as ones.

@@ -54,16 +54,16 @@ def run(config: Config) -> None:
     def build(run: tile.Config) -> None:
         TileTraining(place, run, objective)
         if run.init is not None:
-            init.find(run.init)
+            init.find_encoder(run.init)
 
     checks = report.of_processes(trainer) + report.of_folder(place)
     checks.append(lambda: machine.slides([Path(slide) for slide in config.slides]))
-    checks.append(lambda: as_a_run.check(place, config, whole if with_data else None, build))
-    checks.append(lambda: own_objective.check(config))
+    checks.append(lambda: as_a_run.check_as_a_run(place, config, whole if with_data else None, build))
+    checks.append(lambda: own_objective.check_own_objective(config))
     if with_data:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
-        checks.append(lambda: tiles.check(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices))  # fmt: skip
-    report.say(
+        checks.append(lambda: tiles.check_tiles(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices))  # fmt: skip
+    report.say_findings(
         checks + report.of_a_run(
             place, objective, config.optim.steps, trainer, config.wandb, config.partition
         )

@@ -26,7 +26,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Check, print, and end with exit code 1 where anything fails."""
-    report.say([
+    report.say_findings([
         machine.versions,
         lambda: machine.accelerators("auto", 1, "float32"),
         *report.of_folder(Path(config.run)),

@@ -29,9 +29,9 @@ from typing import Annotated, Any
 
 from data.embeddings.feature_files import UNITS, list_features
 from data.embeddings.h5 import EXPORTS, exported
-from data.embeddings.index import merge
+from data.embeddings.index import merge_job_indexes
 from data.embeddings.slide_features import slides_in
-from data.embeddings.sources import ShardSource, SlideSource, TileSource, share
+from data.embeddings.sources import EmbeddingSource, ShardSource, SlideSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.slides.lists import list_slides
@@ -92,14 +92,14 @@ class Config:
 def run(config: Config) -> None:
     """Embed what isn't embedded yet. Raises Fault where a slide was left out, at the end."""
     part, parts = parse_part(config.part)
-    check(config)
+    require_consistent(config)
     if config.merge:
-        merge(Path(config.out))
-        report(config, EmbeddingStore.open(Path(config.out)), {}, 0, time.monotonic())
+        merge_job_indexes(Path(config.out))
+        say_result(config, EmbeddingStore.open(Path(config.out)), {}, 0, time.monotonic())
     elif config.stage == "slide":
         embed_slides_whole(config, part, parts)
     elif config.features:
-        take_over(config, part, parts)
+        import_feature_files(config, part, parts)
     else:
         embed(config, part, parts)
 
@@ -116,7 +116,7 @@ def parse_part(text: str | None) -> tuple[int, int]:
 
 
 @of_the_command_line()
-def check(config: Config) -> None:
+def require_consistent(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
     if config.stage == "slide" and config.merge:
         raise Fault(
@@ -159,8 +159,8 @@ def embed(config: Config, part: int, parts: int) -> None:
     shards = ShardSource(config.shards) if config.shards else None
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     with EmbeddingWriter(Path(config.out), encoder.width, encoder.name, encoder.hash, part, parts) as writer:
-        source: TileSource = shards or slide_source(config, writer)
-        mine = share(source, part, parts) if part else source.slides
+        source: EmbeddingSource = shards or slide_source(config, writer)
+        mine = slides_of_part(source, part, parts) if part else source.slides
         pending = [slide for slide in mine if not writer.done(slide)]
         failed: dict[str, str] = {}
         if pending:
@@ -179,10 +179,10 @@ def embed(config: Config, part: int, parts: int) -> None:
         writer.finish(failed)
     store = EmbeddingStore.open(Path(config.out))
     write_exports(config, store, [slide for slide in mine if slide not in failed])
-    report(config, store, failed, len(pending) - len(failed), began)
+    say_result(config, store, failed, len(pending) - len(failed), began)
 
 
-def take_over(config: Config, part: int, parts: int) -> None:
+def import_feature_files(config: Config, part: int, parts: int) -> None:
     """stage=tile, of features that are there already. Where they don't carry a hash of their encoder, its name stands for it."""
     from pretrain.encoders import feature_import
 
@@ -208,14 +208,14 @@ def take_over(config: Config, part: int, parts: int) -> None:
         slides_mpp = SlidesMpp.parse(config.slides_mpp)
         done = {slides.get(files[slide].stem, files[slide]): slide for slide in mine if writer.done(slide)}
         hold_to_mpp(config, writer, done, slides_mpp, ISOTROPIC)
-        results, failed = feature_import.take_over(
+        results, failed = feature_import.add_slides(
             files, pending, writer, slides=slides, slides_mpp=slides_mpp, tile_size_level0=config.features_tile,
             mpp=config.features_mpp, unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
         )  # fmt: skip
         writer.finish(failed)
     store = EmbeddingStore.open(Path(config.out))
     write_exports(config, store, [slide for slide in mine if slide not in failed])
-    report(config, store, failed, len(pending) - len(failed), began, results)
+    say_result(config, store, failed, len(pending) - len(failed), began, results)
 
 
 def embed_slides_whole(config: Config, part: int, parts: int) -> None:
@@ -275,7 +275,7 @@ def write_exports(config: Config, store: EmbeddingStore, slides: list[str]) -> N
             EXPORTS[kind](store, slide, folder)
 
 
-def report(
+def say_result(
     config: Config,
     store: EmbeddingStore,
     failed: dict[str, str],
@@ -296,10 +296,10 @@ def report(
     if results is not None:
         facts["results"] = results
     print(json.dumps(facts), flush=True)
-    left_out(failed)
+    require_none_left_out(failed)
 
 
-def left_out(failed: dict[str, str]) -> None:
+def require_none_left_out(failed: dict[str, str]) -> None:
     """End with an error where slides were left out."""
     if failed:
         first = next(iter(failed.values()))

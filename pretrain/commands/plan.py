@@ -24,8 +24,8 @@ from data.redaction import redacted_settings
 from models.allowed import ON_DISK
 from pretrain.plan import evaluation
 from pretrain.plan.batches import Slides
-from pretrain.plan.estimate import Estimate, Settings, counted, estimate
-from pretrain.plan.of_a_run import compose
+from pretrain.plan.estimate import Estimate, Settings, estimate, parameter_counts
+from pretrain.plan.of_a_run import compose_run
 from pretrain.plan.published import Implied, PublishedRun, implied
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
@@ -75,15 +75,15 @@ def run(config: Config) -> None:
         report: Any = [asdict(row) for row in rows]
         text = published_table(rows)
     else:
-        report = plan(config)
-        text = table(report)
+        report = make_plan(config)
+        text = plan_table(report)
     print(text)
     if config.out is not None:
         write_whole(Path(config.out), json.dumps({"computed": report}, indent=2))
         print(f"\nwritten to {config.out}")
 
 
-def plan(config: Config) -> dict[str, Any]:
+def make_plan(config: Config) -> dict[str, Any]:
     """Everything that is known of a run before it starts. Raises Fault where its settings don't divide."""
     machine, launch, slides = config.hardware, config.launch, config.slides
     if slides.largest < slides.tiles:
@@ -91,7 +91,7 @@ def plan(config: Config) -> dict[str, Any]:
             f"slides.largest={slides.largest} is less than slides.tiles={slides.tiles}, those of a mean slide: raise it."
         )
     gpu = machine.accelerator == "gpu"
-    shape = run_shape(compose(config.settings, config.config_dirs), config.slides)
+    shape = run_shape(compose_run(config.settings, config.config_dirs), config.slides)
     trainer = shape.trainer
     each = launch.gpus_per_node or (GPUS if gpu else 1)
     processes = launch.nodes * each
@@ -134,7 +134,7 @@ def plan(config: Config) -> dict[str, Any]:
         "machine": asdict(machine),
         "processes": processes,
         "run": asdict(settings) | {"steps": shape.steps, "batch": shape.data.batch_size},
-        "parameters": counted(shape),
+        "parameters": parameter_counts(shape),
         "flops_per_sample": {f"{part}, {way}": n / usual.samples for (part, way), n in sorted(usual.flops.items())},
         "samples_per_step_and_process": usual.samples,
         "held_bytes": found.held,
@@ -153,7 +153,7 @@ def plan(config: Config) -> dict[str, Any]:
     }
 
 
-def table(found: dict[str, Any]) -> str:
+def plan_table(found: dict[str, Any]) -> str:
     """The plan as text for a person."""
     run, machine, speed = found["run"], found["machine"], found["pace"]
     unit, one = speed["unit"], speed["unit"].removesuffix("s")

@@ -69,10 +69,10 @@ def run(config: Config) -> None:
         probing.require_same_classes(train, test)
         split = "train and test given"
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
-    question = fingerprint([encoder.hash, str(config.seed)], train, test)
+    question = question_hash([encoder.hash, str(config.seed)], train, test)
     if out is not None and (earlier := read_scores(out)) is not None and earlier.get("question") == question:
         say(f"{out} holds these scores already, nothing to do")
-        print(table(earlier))
+        print(score_table(earlier))
         return
     random = encoder.random_twin(config.seed)
     extractors: dict[str, probing.Extractor] = {
@@ -99,8 +99,8 @@ def run(config: Config) -> None:
             "input": str(encoder.preprocessing),
             "precision": encoder.precision,
         },
-        "train": describe(train, fitted),
-        "test": describe(test, tested),
+        "train": describe_images(train, fitted),
+        "test": describe_images(test, tested),
         "classes": train.classes,
         "split": split,
         **({"histogram_same_slides": within} if within is not None else {}),
@@ -129,7 +129,7 @@ def run(config: Config) -> None:
     }
     if out is not None:
         write_scores(out, result)
-    print(table(result))
+    print(score_table(result))
     if out is not None:
         say(f"written to {out}")
 
@@ -179,7 +179,7 @@ def gains(ours: "Score", baseline: "Score") -> dict[str, dict[str, float]]:
     return {kind: dict(zip(("gain", "se"), gain(*pair), strict=True)) for kind, pair in pairs.items()}
 
 
-def fingerprint(parts: list[str], *folders: "LabelledImages") -> str:
+def question_hash(parts: list[str], *folders: "LabelledImages") -> str:
     """A hash of what was asked: the given parts, and every image's class, name and size in bytes."""
     digest = hashlib.sha256("\n".join(parts).encode())
     for images in folders:
@@ -189,7 +189,7 @@ def fingerprint(parts: list[str], *folders: "LabelledImages") -> str:
     return digest.hexdigest()[:16]
 
 
-def describe(images: "LabelledImages", extracted: "Extracted") -> dict[str, Any]:
+def describe_images(images: "LabelledImages", extracted: "Extracted") -> dict[str, Any]:
     """How many images of a folder were used, and which were not."""
     return {"folder": str(images.folder), "images": len(extracted.labels), "unreadable": extracted.unreadable}
 
@@ -212,7 +212,7 @@ def write_scores(path: Path, result: dict[str, Any]) -> None:
     write_whole(path, json.dumps(result, indent=2) + "\n")
 
 
-def table(result: dict[str, Any]) -> str:
+def score_table(result: dict[str, Any]) -> str:
     """The scores as lines for a terminal."""
     train, test = result["train"], result["test"]
     lines = [

@@ -15,7 +15,16 @@ import torch
 
 from data.fault import Fault
 from pretrain.settings import plugins
-from pretrain.settings.composition import CONFIGS, Composed, annotated, choices_of, comments, load, nearest, plain
+from pretrain.settings.composition import (
+    CONFIGS,
+    Composed,
+    annotated,
+    as_dictionary,
+    choices_of,
+    comments,
+    load,
+    nearest,
+)
 
 STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
@@ -47,9 +56,9 @@ class Recipe:
 def run(config: Config) -> None:
     """Print the table, or one recipe in full."""
     if config.name is None:
-        print(table([describe(name) for name in names()]))
+        print(recipe_table([describe_recipe(name) for name in names()]))
         return
-    composed = compose(config.name)
+    composed = compose_recipe(config.name)
     print("\n".join(heading(path(config.name))))
     print(f"\n{annotated(composed)}")
 
@@ -67,7 +76,7 @@ def path(name: str) -> Path:
     return file
 
 
-def compose(name: str) -> Composed:
+def compose_recipe(name: str) -> Composed:
     """The configuration of the stage that a recipe is for: the one whose settings it sets. Raises Fault where there is none."""
     path(name)
     problems = []
@@ -79,11 +88,11 @@ def compose(name: str) -> Composed:
     raise Fault(f"configs/recipe/{name}.yaml fits no stage: {' '.join(problems)}")
 
 
-def describe(name: str) -> Recipe:
+def describe_recipe(name: str) -> Recipe:
     """Compose a recipe, build its encoder on the meta device, and collect what its file says."""
-    composed = compose(name)
+    composed = compose_recipe(name)
     tree = composed.tree
-    model, objective = (plain(tree[part]) for part in ("model", "objective"))
+    model, objective = (as_dictionary(tree[part]) for part in ("model", "objective"))
     with torch.device("meta"):
         encoder = plugins.build(model, *([TILE_WIDTH] if composed.command == "slide" else []))
     parameters = sum(p.numel() for name, p in encoder.named_parameters() if name != "mask_token")
@@ -119,7 +128,7 @@ def heading(file: Path) -> list[str]:
     return [line for line in lines[:first] if "@package" not in line]
 
 
-def table(recipes: list[Recipe]) -> str:
+def recipe_table(recipes: list[Recipe]) -> str:
     """A row a recipe, and under it data, cost, and what is unknown."""
     rows = [("recipe", "stage", "parameters", "objective", "batch", "steps")]
     rows += [(r.name, r.stage, f"{r.parameters:,}", r.objective, f"{r.batch:,}", f"{r.steps:,}") for r in recipes]

@@ -32,8 +32,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Write the page."""
-    from pretrain.report.build import build
-    from pretrain.report.road import picture
+    from pretrain.report.build import build_page
+    from pretrain.report.road import road_picture
 
     folder = Path(config.run)
     out = Path(config.out) if config.out else folder / "report.html"
@@ -41,9 +41,9 @@ def run(config: Config) -> None:
     shards, embeddings, probe = (
         Path(given) if given else None for given in (config.shards, config.embeddings, config.probe)
     )
-    build(folder, out, shards=shards, embeddings=embeddings, probe=probe, plugins=config.allow_plugins)
+    build_page(folder, out, shards=shards, embeddings=embeddings, probe=probe, plugins=config.allow_plugins)
     say(f"{out}: {out.stat().st_size / 1e6:.1f} MB, open it in a browser")
-    if (road := picture(folder)) is not None:
+    if (road := road_picture(folder)) is not None:
         with appearing(out.with_name("road.png")) as partial:
             road.save(partial, format="PNG")
         say(f"{out.with_name('road.png')}: the same road as one picture")

@@ -41,15 +41,15 @@ from data.shards.folder import (
     PENDING,
     TILED,
     SlideRow,
-    alone,
     load_rows,
     prepare,
     save_plan,
     save_rows,
+    written_by_one,
 )
-from data.shards.index import ShardIndex, merge
+from data.shards.index import ShardIndex, merge_records
 from data.shards.job_array import JobPart, check_division, known_slides
-from data.shards.writing import Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.shards.writing import Shard, TileRange, is_published, plan_shards, read_shard_facts, write_shard
 from data.slides.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from data.slides.cutting import JPEG_QUALITY
 from data.slides.lists import list_slides
@@ -91,7 +91,7 @@ def run(config: Config) -> None:
         say(some)
     part = None if config.part is None else JobPart.parse(config.part)
     try:
-        with alone(out, part.state if part else ""):
+        with written_by_one(out, part.state if part else ""):
             _shard(config, out, settings, paths, part, slides_mpp)
     except OSError as error:  # what a slide's file does wrong is a Fault already: this is about writing
         raise refused(out, error) from error
@@ -122,7 +122,7 @@ def _shard(
     merged = part is not None or (out / "index.npz").exists()
     if finished and merged and all(is_published(out, shard.name) for shard in plan):
         if part is None:
-            merge(out, [shard.name for shard in plan], made)
+            merge_records(out, [shard.name for shard in plan], made)
         _summary(out, rows, asked, part)
         say(f"nothing left to do: all {len(asked)} slides are done")
         return
@@ -165,7 +165,7 @@ def _shard(
         say(f"… and what {overruled - MOST_SAID} more slides say is overruled")
 
     # 2. Decide which tiles go into which shard, once, and write it down before the first is cut.
-    parts = _failed_parts(out, plan, asked) + [Part(slide, 0, new[slide]) for slide in sorted(new)]
+    parts = _failed_parts(out, plan, asked) + [TileRange(slide, 0, new[slide]) for slide in sorted(new)]
     plan += plan_shards(parts, config.tiles_per_shard, config.name + state, first_number=len(plan))
     save_rows(out, rows, state)  # before the plan: what is planned isn't surveyed again
     save_plan(out, made, plan, state)
@@ -199,7 +199,7 @@ def _shard(
     for slide, message in failed.items():
         rows[slide].outcome, rows[slide].message = FAILED, message
     if part is None:
-        merge(out, [shard.name for shard in published], made)
+        merge_records(out, [shard.name for shard in published], made)
     save_rows(out, rows, state)
     _summary(out, rows, asked, part)
     if asked and not any(rows[slide].outcome == TILED for slide in asked):
@@ -212,11 +212,11 @@ def _cut(shard: Shard, out: Path, sources: dict[str, str]) -> Any:
     return write_shard(out, shard, sources)
 
 
-def _failed_parts(out: Path, plan: list[Shard], asked: set[str]) -> list[Part]:
+def _failed_parts(out: Path, plan: list[Shard], asked: set[str]) -> list[TileRange]:
     """Parts of slides that failed in a shard published without them, and that no later shard has taken on."""
-    waiting: dict[Part, None] = {}
+    waiting: dict[TileRange, None] = {}
     for shard in plan:
-        failed = set(read_facts(out, shard.name)["failed"]) if is_published(out, shard.name) else set()
+        failed = set(read_shard_facts(out, shard.name)["failed"]) if is_published(out, shard.name) else set()
         for part in shard.parts:
             if part.slide in failed and part.slide in asked:
                 waiting[part] = None
@@ -229,7 +229,7 @@ def _record_rejected(out: Path, shards: list[Shard], rows: dict[str, SlideRow]) 
     """Move tiles that turned out empty or damaged from kept to their verdict, in the slides' h5 and rows."""
     rejected: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for shard in shards:
-        for slide, x, y, verdict in read_facts(out, shard.name)["rejected"]:
+        for slide, x, y, verdict in read_shard_facts(out, shard.name)["rejected"]:
             rejected[slide].append((x, y, verdict))
     for slide, cells in rejected.items():
         before = read_tiling(coordinates_path(out, slide))

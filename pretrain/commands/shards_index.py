@@ -23,10 +23,10 @@ from pathlib import Path
 from typing import Annotated
 
 from data.fault import Fault
-from data.shards.folder import FAILED, NO_TISSUE, TILED, alone, load_plan
-from data.shards.index import ShardIndex, merge, record_path
+from data.shards.folder import FAILED, NO_TISSUE, TILED, load_plan, written_by_one
+from data.shards.index import ShardIndex, merge_records, record_path
 from data.shards.job_array import merge_parts, parts_in
-from data.shards.scan import disputed, left_out, scan
+from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.tile_members import LeftOut
 from data.shards.writing import is_published
 from models.allowed import ON_DISK, SOME
@@ -54,7 +54,7 @@ def run(config: Config) -> None:
     for name in config.shards:
         folder = Path(name)
         if parts_in(folder):
-            with alone(folder):
+            with written_by_one(folder):
                 rows = merge_parts(folder)
             outcomes = Counter(row.outcome for row in rows.values())
             counted = ", ".join(
@@ -64,12 +64,12 @@ def run(config: Config) -> None:
             for row in [row for row in rows.values() if row.outcome == FAILED][:20]:
                 say(f"  failed: {row.message}")
         elif (folder / "plan.json").exists():
-            with alone(folder):
+            with written_by_one(folder):
                 made, plan = load_plan(folder)
                 names = [shard.name for shard in plan if is_published(folder, shard.name)]
                 if not names:
                     raise Fault(f"no shard in {folder} is finished: run the same 'pretrain shard' command again")
-                merge(folder, names, made)
+                merge_records(folder, names, made)
             if len(names) < len(plan):
                 say(
                     f"{len(plan) - len(names)} of {len(plan)} planned shards are missing: 'pretrain shard', run again, makes them"
@@ -82,7 +82,7 @@ def run(config: Config) -> None:
 
 def _said_left_out(index: ShardIndex) -> str:
     """Say what isn't in the index, kind by kind; the end of the last line, which counts it."""
-    members, files = left_out(index)
+    members, files = describe_left_out(index)
     if "made_by" not in index.meta:
         files = [LeftOut("", "'pretrain shard' has no record of it: move shards of others into a folder of their own", 1, tar.name)
                  for tar in sorted(index.folder.glob("*.tar")) if not record_path(index.folder, tar.stem).exists()]  # fmt: skip

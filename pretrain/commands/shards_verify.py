@@ -29,7 +29,7 @@ from data.files import require_writable, write_whole
 from data.parallel import in_processes
 from data.redaction import redacted_settings
 from data.remote import is_remote
-from data.shards.verify import Finding, Folder, Verified, list_shards, verify_folder, verify_shard
+from data.shards.verify import Defect, Folder, Verified, list_shards, verify_folder, verify_shard
 from models.allowed import ON_DISK, SOME, within
 from pretrain.run.progress import Progress, say
 
@@ -74,7 +74,7 @@ def verify(folder: Folder, workers: int) -> dict[str, Any]:
             said = _say(finding, said)
         for name, result in in_processes(partial(verify_shard, folder), names, workers):
             if isinstance(result, Fault):  # the process died on it
-                result = Verified(name, findings=[Finding(name, "", "unreadable", str(result))])
+                result = Verified(name, findings=[Defect(name, "", "unreadable", str(result))])
             results.append(result)
             for finding in result.findings:
                 said = _say(finding, said)
@@ -94,7 +94,7 @@ def verify(folder: Folder, workers: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _say(finding: Finding, said: int) -> int:
+def _say(finding: Defect, said: int) -> int:
     if said < MOST_SAID:
         member = f" {finding.member}:" if finding.member else ""
         say(f"{finding.shard}:{member} {finding.what}")

@@ -26,7 +26,7 @@ from pretrain.run.record import WandbSettings
 from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
 from pretrain.training.optimisation import Optim
-from pretrain.training.tile_stage import TileData, TileTraining, TileWatch, check_patches
+from pretrain.training.tile_stage import TileData, TileTraining, TileWatch, check_crop_patches
 from pretrain.training.training import RESUME, Hardware, fit, require_devices
 
 
@@ -49,7 +49,7 @@ class Config:
     wandb: WandbSettings
 
     agreements: ClassVar[Agreements] = {
-        (f"data.crops.{kind}_size", f"data.crops.{kind}_count", "model.patch_size"): check_patches
+        (f"data.crops.{kind}_size", f"data.crops.{kind}_count", "model.patch_size"): check_crop_patches
         for kind in ("global", "local")
     }
 

@@ -12,7 +12,7 @@ from pretrain.run import folder as run_folder
 from pretrain.training.even_shares import require_even
 
 
-def check(
+def check_as_a_run(
     run: Path, config: Any, whole: Callable[[], Any] | None, build: Callable[[Any], object] | None
 ) -> list[Finding]:
     """Settings of a run ``config`` against each other and against what ``run`` holds.
@@ -26,7 +26,7 @@ def check(
         _refusal(lambda: build(whole())) if whole and build and not uneven else None,
     ]
     found = [finding for finding in findings if finding]
-    holder = lease.read(run / ".lease")
+    holder = lease.read_holder(run / ".lease")
     if holder is not None and holder.is_gone() is False:
         found.append(failed("run", f"another job is writing to {run}: {holder}"))
     newest = checkpoints.newest(run)

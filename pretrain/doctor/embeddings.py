@@ -17,7 +17,9 @@ SAMPLED = 64  # slides that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
-def check(data: SlideData, processes: int, accumulate: int, needed: float | None, seed: int) -> list[Finding]:
+def check_embeddings(
+    data: SlideData, processes: int, accumulate: int, needed: float | None, seed: int
+) -> list[Finding]:
     """All checks of a slide run's ``data:``; ``needed`` is the slides a second that all its processes together are to get."""
     together = data.processes_per_slide
     try:
@@ -25,7 +27,7 @@ def check(data: SlideData, processes: int, accumulate: int, needed: float | None
         lanes_of(vars(data), processes, accumulate, together)
         # The mean and the spread of a published data set take minutes to find, and don't matter here.
         sequences = sequences_of(store, Statistics(np.zeros(store.width), np.ones(store.width), 1), data, seed)
-        readable(store)
+        read_ends_of_store(store)
         rate = slides_per_second(SlideBatches(sequences, 0, WARM_UP + MEASURED, 0, processes // together, accumulate))
     except Fault as fault:
         return [failed("embeddings", str(fault))]
@@ -42,7 +44,7 @@ def check(data: SlideData, processes: int, accumulate: int, needed: float | None
     return [found, fast_enough(rate, needed, processes // together, "slides", does, remedy)]
 
 
-def readable(store: EmbeddingStore) -> None:
+def read_ends_of_store(store: EmbeddingStore) -> None:
     """Read slides from one end of the store to the other. Raises Fault for one that isn't there, or holds what is no number."""
     for number in sorted(set(np.linspace(0, len(store.slides) - 1, SAMPLED).astype(int).tolist())):
         slide = store.slides[number]

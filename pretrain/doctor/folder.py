@@ -117,7 +117,7 @@ def checkpoint_bytes(objective: Objective) -> int:
     return whole + sum(2 * p.numel() * p.element_size() for p in trained)
 
 
-def room(folder: Path, each: int, kept: int, steps: int, checkpoint_every: int) -> list[Finding]:
+def check_room(folder: Path, each: int, kept: int, steps: int, checkpoint_every: int) -> list[Finding]:
     """Is there room for the checkpoints that a run keeps, the best one, and the one being written?"""
     place = existing(folder)
     count = (kept or -(-steps // checkpoint_every)) + 2

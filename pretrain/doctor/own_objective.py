@@ -15,9 +15,9 @@ from pretrain.settings import plugins
 from pretrain.training.even_shares import settings
 
 
-def check(config: Any) -> list[Finding]:
+def check_own_objective(config: Any) -> list[Finding]:
     """``config``: that of 'pretrain tile', whose data may lack what it can't do without."""
-    target, trainer = plugins.locate(config.objective["_target_"]), config.trainer
+    target, trainer = plugins.locate_class(config.objective["_target_"]), config.trainer
     if plugins.is_ours(target):
         return []
     data = OmegaConf.create(dict(settings(config.data)))

@@ -17,7 +17,7 @@ from pretrain.training.training import Hardware
 Check = Callable[[], list[Finding]]
 
 
-def say(checks: list[Check]) -> None:
+def say_findings(checks: list[Check]) -> None:
     """Print a line for every finding, as it is made. Raises Fault in the end where anything fails.
 
     Under srun one process of each node speaks, with the node's name.
@@ -67,7 +67,7 @@ def of_a_run(
             each = folder.checkpoint_bytes(folder.built(make_objective))
         except Fault as fault:
             return [failed("disk", f"how large a checkpoint is can't be told: {fault}")]
-        return folder.room(place, each, trainer.keep_checkpoints, steps, trainer.checkpoint_every)
+        return folder.check_room(place, each, trainer.keep_checkpoints, steps, trainer.checkpoint_every)
 
     return [
         room,

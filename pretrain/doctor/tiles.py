@@ -21,12 +21,12 @@ SAMPLED = 64  # tiles that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
-def check(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, needed: float | None, seed: int, here: int = 1) -> list[Finding]:  # fmt: skip
+def check_tiles(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, needed: float | None, seed: int, here: int = 1) -> list[Finding]:  # fmt: skip
     """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get, ``here`` how many run here."""
     try:
         source, stream = open_stream(data, seed)
         tiles_of(data, processes, accumulate, 1)
-        readable(source)
+        read_ends_of_source(source)
         blocks = min(len(part.block_sizes) for part in source.parts)
         batches = loading(source, stream, data, processes, accumulate, patch_size, seed)
         memory = shared_memory(batches, here)
@@ -52,7 +52,7 @@ def open_stream(data: Mapping[str, Any], seed: int) -> tuple[TileSource, Stream]
     return source, Stream(source.parts, **shape, window=data["window"], seed=seed)
 
 
-def readable(source: TileSource) -> None:
+def read_ends_of_source(source: TileSource) -> None:
     """Read tiles from one end of the source to the other. Raises Fault for one that isn't what the index says."""
     for number in np.linspace(0, len(source) - 1, SAMPLED).astype(int).tolist():
         try:

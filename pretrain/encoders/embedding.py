@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embeddings.sources import Pixels, SlideTiles, TileSource, stacks
+from data.embeddings.sources import EmbeddingSource, Pixels, TilesToEmbed, stack_by_shape
 from data.embeddings.store import EmbeddingWriter
 from data.fault import Fault
 from data.files import Refused
@@ -27,7 +27,7 @@ Start = Callable[[Tensor], Callable[[], Tensor]]
 class Half:
     """A slide that is being embedded."""
 
-    tiles: SlideTiles
+    tiles: TilesToEmbed
     vectors: np.ndarray  # (n, width) float16
     whole: np.ndarray  # (n,) bool: those that have an embedding
     bad: int = 0
@@ -35,7 +35,7 @@ class Half:
 
 
 @dataclass
-class Batch:
+class PixelBatch:
     """Rows of one or several slides and their pixels, one after another."""
 
     parts: list[tuple[Half, np.ndarray]]
@@ -45,7 +45,7 @@ class Batch:
 
 def embed_slides(
     start: Start,
-    source: TileSource,
+    source: EmbeddingSource,
     pending: Sequence[str],
     writer: EmbeddingWriter,
     *,
@@ -102,12 +102,12 @@ def embed_slides(
             else:  # no tissue: remembered, so that nobody looks again
                 finish(half)
 
-    def read(parts: list[tuple[Half, np.ndarray]]) -> Batch:
+    def read(parts: list[tuple[Half, np.ndarray]]) -> PixelBatch:
         pixels = [tile for half, rows in parts for tile in half.tiles.read(rows)]
-        stacked = [(where, torch.from_numpy(images)) for where, images in stacks(pixels)]
-        return Batch(parts, pixels, [(where, images.pin_memory() if pin else images) for where, images in stacked])
+        stacked = [(where, torch.from_numpy(images)) for where, images in stack_by_shape(pixels)]
+        return PixelBatch(parts, pixels, [(where, images.pin_memory() if pin else images) for where, images in stacked])
 
-    def collect(found: Batch, waits: list[Callable[[], Tensor]]) -> None:
+    def collect(found: PixelBatch, waits: list[Callable[[], Tensor]]) -> None:
         vectors = np.zeros((len(found.pixels), writer.width), np.float16)
         good = np.zeros(len(found.pixels), bool)
         for (where, _), wait in zip(found.stacked, waits, strict=True):
@@ -128,7 +128,7 @@ def embed_slides(
                 finish(half)
         progress.advance(0)
 
-    launched: deque[tuple[Batch, list[Callable[[], Tensor]]]] = deque()
+    launched: deque[tuple[PixelBatch, list[Callable[[], Tensor]]]] = deque()
     try:
         for found in map_ahead(read, _batches(opened(), batch), threads, threads + 1):
             launched.append((found, [start(images) for _, images in found.stacked]))
@@ -141,7 +141,7 @@ def embed_slides(
     return failed
 
 
-def _attempt(source: TileSource, slide: str) -> SlideTiles | Fault:
+def _attempt(source: EmbeddingSource, slide: str) -> TilesToEmbed | Fault:
     try:
         return source.open(slide)
     except Fault as fault:

@@ -156,7 +156,7 @@ def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[s
     network, preprocessing = vision_transformer(found)
     architecture, arguments = timm_format.architecture(found.config["model"], preprocessing.image_size)
     files = {"config.json": timm_config(architecture, arguments, preprocessing, license)}
-    weights = timm_format.write(network, preprocessing.image_size)
+    weights = timm_format.write_timm(network, preprocessing.image_size)
     use = """\
 import timm, torch
 
@@ -176,7 +176,7 @@ def export_transformers(checkpoint: Path, out: Path, license: str, plugins: Coll
     except ValueError as error:
         raise Fault(str(error)) from error
     files = {"config.json": config, "preprocessor_config.json": processor_config(preprocessing)}
-    weights = transformers_format.write(network, preprocessing.image_size)
+    weights = transformers_format.write_transformers(network, preprocessing.image_size)
     model = config["architectures"][0]
     use = f"""\
 from transformers import {model}
@@ -248,7 +248,7 @@ def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
 def export_gigapath(checkpoint: Path, out: Path, license: str) -> bool:
     """Write a slide run's encoder as ``slide_encoder.pth`` with the released key names; False if it was there already."""
     found = find_checkpoint(checkpoint)
-    weights = checkpoints.read(found.folder, SLIDE_ENCODER)
+    weights = checkpoints.read_network(found.folder, SLIDE_ENCODER)
 
     def fill(folder: Path) -> None:
         path = folder / "slide_encoder.pth"

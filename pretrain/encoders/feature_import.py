@@ -31,7 +31,7 @@ def hash_of(encoder: str, said: str | None) -> str:
     return said or f"imported {encoder}"
 
 
-def take_over(
+def add_slides(
     files: dict[str, Path],
     pending: Sequence[str],
     writer: EmbeddingWriter,

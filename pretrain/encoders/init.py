@@ -16,11 +16,11 @@ from models.formats.published import Published, require_finite
 from models.initialise import assign
 from models.vit import VisionTransformer
 from pretrain.encoders.loading import find_checkpoint, teacher, timm_module
-from pretrain.encoders.weight_files import CONFIG, is_transformers, read_file, read_transformers
+from pretrain.encoders.weight_files import CONFIG, is_transformers, read_file, read_transformers_folder
 from pretrain.objectives.interface import Objective
 
 
-def find(source: str, plugins: Collection[str] = ()) -> Published:
+def find_encoder(source: str, plugins: Collection[str] = ()) -> Published:
     """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain export`` or
     transformers wrote, a weight file with DINOv2's or timm's names (of several encoders in it, the one at ``FILE::PLACE``), or a model that timm has weights for.
 
@@ -29,13 +29,13 @@ def find(source: str, plugins: Collection[str] = ()) -> Published:
     path, (file, _, place) = Path(source), source.partition("::")
     if Path(file).is_file():
         try:
-            return checkpoint_file.read(read_file(Path(file)), place)
+            return checkpoint_file.read_checkpoint_file(read_file(Path(file)), place)
         except ValueError as error:
             raise Fault(f"init={source} holds no encoder that can be read: {error}") from error
     if not path.is_dir():
         return from_timm(source, source)
     if is_transformers(path):
-        return read_transformers(path)
+        return read_transformers_folder(path)
     if (path / CONFIG).is_file():
         return from_timm(f"local-dir:{path}", source)
     network, _ = teacher(find_checkpoint(path, plugins))
@@ -59,7 +59,7 @@ def from_timm(name: str, source: str) -> Published:
     if rows != columns:
         raise Fault(f"init={source} has {rows} × {columns} positions: only square grids are read")
     try:
-        return timm.read(module.state_dict(), heads=heads, grid=rows)
+        return timm.read_timm(module.state_dict(), heads=heads, grid=rows)
     except ValueError as error:
         raise Fault(f"init={source}: {error}") from error
 
@@ -76,7 +76,7 @@ def start_from(source: str, objective: Objective, plugins: Collection[str] = ())
             f"init={source} needs an objective with one vision transformer to train, and this one has {len(encoders)}"
         )
     (encoder,) = encoders
-    published = find(source, plugins)
+    published = find_encoder(source, plugins)
     try:
         require_finite(published.weights)
     except ValueError as error:

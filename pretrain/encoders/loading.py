@@ -24,7 +24,7 @@ from data.keyed import rng
 from models.formats.published import require_finite
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.encoders.weight_files import SUFFIXES, is_transformers, read_json, read_transformers
+from pretrain.encoders.weight_files import SUFFIXES, is_transformers, read_json, read_transformers_folder
 from pretrain.run import checkpoints
 from pretrain.run.folder import read_config
 from pretrain.run.progress import say
@@ -32,7 +32,7 @@ from pretrain.settings.plugins import build
 
 TEACHER, STUDENT = "teacher.encoder.", "encoder."  # MAE's runs have one network and no teacher
 CONFIG = "config.yaml"
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EMBEDDING_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ class TileEncoder:
         """
         x = self.preprocessing(images.to(self.device, non_blocking=True))
         low = self.precision != "float32"
-        with torch.autocast(self.device.type, PRECISIONS[self.precision]) if low else nullcontext():
+        with torch.autocast(self.device.type, EMBEDDING_PRECISIONS[self.precision]) if low else nullcontext():
             features = self.network(x).float()
         if self.device.type != "cuda":
             return features.cpu
@@ -180,8 +180,8 @@ def device_of(name: str) -> torch.device:
 
 
 def _load(checkpoint: str, device: str, precision: str, plugins: Collection[str]) -> TileEncoder:
-    if precision not in PRECISIONS:
-        raise Fault(f"precision is {' or '.join(PRECISIONS)}, not {precision!r}")
+    if precision not in EMBEDDING_PRECISIONS:
+        raise Fault(f"precision is {' or '.join(EMBEDDING_PRECISIONS)}, not {precision!r}")
     place = device_of(device)
     folder = checkpoints.resolved(Path(checkpoint))
     if folder.is_file() and folder.suffix in SUFFIXES:
@@ -235,7 +235,7 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
         raise Fault(
             f"{found.run} is not a tile run (its {CONFIG} lacks model, or data.mean, std or crops): give a run of 'pretrain tile'"
         )
-    weights = checkpoints.read(found.folder, TEACHER, STUDENT)
+    weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
     # Whatever kernel it was trained with: any machine can run this one, and a single crop size needs no other.
     anywhere = settings | {"attention": "sdpa"} if "attention" in settings else settings
     network = build(anywhere, allowed=found.plugins)
@@ -350,7 +350,7 @@ def timm_module(name: str) -> nn.Module:
 
 def transformers_encoder(folder: Path, device: torch.device, precision: str) -> TileEncoder:
     """A transformers Dinov2 model in a folder as a `TileEncoder`: its pooled output, the class token after the last norm."""
-    published = read_transformers(folder)
+    published = read_transformers_folder(folder)
     preprocessing = transformers_preprocessing(folder)
     network = VisionTransformer(**published.settings())
     try:

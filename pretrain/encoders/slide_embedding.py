@@ -12,8 +12,8 @@ from data.embeddings.slide_features import ABOUT, add_rows, slides_in
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
 from data.fault import Fault
 from data.files import make_folder
-from data.shards.folder import alone
-from pretrain.encoders.loading import PRECISIONS
+from data.shards.folder import written_by_one
+from pretrain.encoders.loading import EMBEDDING_PRECISIONS
 from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import say, track
 
@@ -42,7 +42,7 @@ def embed_store(
         "width": encoder.network.width,
     }  # fmt: skip
     claim(out, about, ABOUT)
-    with alone(out / f".part-{part}"):
+    with written_by_one(out / f".part-{part}"):
         there = slides_in(out)
         wanted = [slide for slide in store.slides if store.rows(slide)]
         mine = wanted[part - 1 :: parts] if part else wanted
@@ -71,7 +71,7 @@ def _rows(
         low = precision != "float32"
         with (
             torch.inference_mode(),
-            torch.autocast(encoder.device.type, PRECISIONS[precision]) if low else nullcontext(),
+            torch.autocast(encoder.device.type, EMBEDDING_PRECISIONS[precision]) if low else nullcontext(),
         ):
             found = encoder.network(x, cells, lengths, all_layers=True)
         layers = {"pooled_layers": found.pooled_layers, "cls_layers": found.cls_layers}

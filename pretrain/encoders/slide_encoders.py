@@ -50,7 +50,7 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
         )
     found = find_checkpoint(path, plugins)
     settings, data = found.config.get("model") or {}, found.config.get("data") or {}
-    weights = checkpoints.read(found.folder, "encoder.")
+    weights = checkpoints.read_network(found.folder, "encoder.")
     if "patch_embed.proj.weight" not in weights or "embeddings" not in data:
         raise Fault(f"{found.run} is not a slide run: give a run of 'pretrain slide'.")
     network = build(settings, weights["patch_embed.proj.weight"].shape[1], allowed=found.plugins)

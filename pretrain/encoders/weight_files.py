@@ -47,14 +47,14 @@ def zipped(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def read_transformers(folder: Path) -> Published:
+def read_transformers_folder(folder: Path) -> Published:
     """The encoder in a folder that transformers' ``save_pretrained`` wrote, in one file or several."""
     config = read_json(folder / CONFIG)
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         weights |= read_file(path)
     try:
-        return transformers.read(weights, config)
+        return transformers.read_transformers(weights, config)
     except KeyError as error:
         raise Fault(f"{folder / CONFIG} lacks {error}: download it again") from error
     except ValueError as error:

@@ -10,11 +10,11 @@ from PIL import Image
 from data.keyed import rng
 from data.tiles import masks
 from data.tiles.augment import augment
-from data.tiles.augment_parameters import draw
+from data.tiles.augment_parameters import draw_parameters
 from data.tiles.crops import cut
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.settings import composition as settings
-from pretrain.training.tile_stage import colour, contact_sheet, crop_sizes
+from pretrain.training.tile_stage import colour, crop_sizes, view_sheet
 
 
 def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
@@ -35,7 +35,7 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
         len(tiles) * sizes.global_count, of_masks.share, of_masks.low, of_masks.high, seed, 0
     ).reshape(sizes.global_count, len(tiles))
     views = [cut(tile, sizes, seed, number) for number, tile in enumerate(tiles)]
-    rows = [draw(colours, sizes.kinds(), rng(seed, "colour", number)) for number in range(len(tiles))]
+    rows = [draw_parameters(colours, sizes.kinds(), rng(seed, "colour", number)) for number in range(len(tiles))]
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
     crops = []
     for first, last in ((0, sizes.global_count), (sizes.global_count, sizes.global_count + sizes.local_count)):
@@ -49,4 +49,4 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
         for number in range(len(tiles))
     ]
     batch = TileBatch(crops, torch.from_numpy(np.stack(masked)))
-    return contact_sheet(batch, config.data.mean, config.data.std)
+    return view_sheet(batch, config.data.mean, config.data.std)

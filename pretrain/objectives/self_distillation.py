@@ -22,7 +22,7 @@ from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import centred_softmax, moved_centre, sinkhorn_centre
 from pretrain.objectives.losses.precision import wide
 from pretrain.objectives.schedules import cosine
-from pretrain.objectives.stochastic_depth import plan
+from pretrain.objectives.stochastic_depth import kept_samples
 from pretrain.objectives.tile_batch import Target, TileBatch
 
 
@@ -161,7 +161,7 @@ class SelfDistillation(Objective):
                 "self-distillation compares views of a tile, and there is one: set data.crops.global_count=2, or local_count higher."
             )
         encoder, (images, views) = self.student.encoder, batch.crops[0]
-        kept = plan(
+        kept = kept_samples(
             [(views, encoder.tokens_per_crop(crops.shape[-1])) for crops, views in batch.crops],
             len(images) // views, group=self.group_size, rate=encoder.drop_path, depth=len(encoder.blocks),
             seed=moment.seed, step=moment.step, first=moment.first, device=images.device,
@@ -171,7 +171,7 @@ class SelfDistillation(Objective):
 
     def after_step(self, moment: Moment) -> None:
         # A centre moves once the step has been taken, so it is one step late, as DINO's and DINOv2's are.
-        ema.follow(self.student, self.teacher, self.teacher_momentum(moment))
+        ema.ema_update(self.student, self.teacher, self.teacher_momentum(moment))
         for kind, (sums, rows) in self._logits.items():
             centre = getattr(self, f"{kind}_centre")
             centre.copy_(moved_centre(centre, sums, rows))

@@ -14,7 +14,7 @@ from data.keyed import rng
 from models.vit import Kept
 
 
-def plan(
+def kept_samples(
     views: Sequence[tuple[int, int]],
     tiles: int,
     *,

@@ -7,7 +7,7 @@ import torch
 
 from data.embeddings.sequences import SlideBatch
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.plan.rehearsal import Batch
+from pretrain.plan.rehearsal import RehearsedBatch
 from pretrain.settings.ranges import within
 
 
@@ -21,7 +21,7 @@ class Slides:
     count: Annotated[int, within(least=1)] = 1
 
 
-def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tiles: int, parts: int) -> Batch:
+def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tiles: int, parts: int) -> RehearsedBatch:
     """Micro-batches of ``tiles`` tiles for the tile stage; ``data`` as in `TileData`."""
     crops, patch = data.crops, model["patch_size"]
     grid = crops.global_size // patch
@@ -46,7 +46,7 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
             wanted += (views * tiles + (masked if which == 0 else 0)) * of_each / (views * tiles)
         true[sum(views * tiles * (prefix + (side // patch) ** 2) for views, side in sides)] = masked
         true[int(kept)] = round(wanted)
-    return Batch(make, true, tiles, parts)
+    return RehearsedBatch(make, true, tiles, parts)
 
 
 def masked_patches(crops: int, grid: int, share: float, low: float, high: float) -> int:
@@ -63,7 +63,7 @@ def lane(slides: Slides, most: int, room: int | None, field_cells: int, largest:
     return sizes
 
 
-def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool) -> Batch:
+def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool) -> RehearsedBatch:
     """Micro-batches of ``lanes`` lanes for the slide stage; ``data`` as in `SlideData`. ``largest``: one holds the largest slide."""
     most = data.batch_size // data.lanes
     room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
@@ -87,4 +87,4 @@ def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool
             slides=[""] * len(lengths),
         )
 
-    return Batch(make, {}, len(lengths), parts)
+    return RehearsedBatch(make, {}, len(lengths), parts)

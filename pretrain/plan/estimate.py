@@ -118,7 +118,7 @@ def shards(parameters: Iterable[nn.Parameter], shard_size: int) -> int:
     return sum(ceil(p.shape[0] / shard_size) * prod(p.shape[1:]) if p.ndim else 1 for p in parameters)
 
 
-def counted(run: RunShape) -> dict[str, int]:
+def parameter_counts(run: RunShape) -> dict[str, int]:
     """Parameters of each trained network, the mask token left out as publishers do."""
     with torch.device("meta"):
         objective = run.build()()

@@ -11,7 +11,7 @@ from pretrain.settings.composition import CONFIGS, Composed, load, of_the_comman
 STAGES = ("tile", "slide")
 
 
-def set_aside(overrides: list[str], config_dirs: list[Path]) -> list[str]:
+def set_run_words_aside(overrides: list[str], config_dirs: list[Path]) -> list[str]:
     """The plan's own words, and one word, ``settings=[…]``, of those that are a run's."""
     own, theirs = _keys("plan"), {key for stage in STAGES for key in _keys(stage)}
     of_the_run = [word for word in overrides if (key := _first(word)) in theirs and key not in own]
@@ -20,7 +20,7 @@ def set_aside(overrides: list[str], config_dirs: list[Path]) -> list[str]:
 
 
 @of_the_command_line()
-def compose(settings: list[str], config_dirs: list[str]) -> Composed:
+def compose_run(settings: list[str], config_dirs: list[str]) -> Composed:
     """The configuration of the run that these settings describe, of the stage that its recipe is for. Raises Fault for what it refuses."""
     folders = [Path(folder) for folder in config_dirs]
     recipe = [word for word in settings if _first(word) in ("recipe", "scale")]

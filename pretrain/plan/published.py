@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from pretrain.plan.batches import Slides
-from pretrain.plan.estimate import Settings, counted, estimate
-from pretrain.plan.of_a_run import compose
+from pretrain.plan.estimate import Settings, estimate, parameter_counts
+from pretrain.plan.of_a_run import compose_run
 from pretrain.plan.run_shape import run_shape
 from pretrain.settings.hardware import described
 from pretrain.settings.ranges import within
@@ -35,12 +35,18 @@ class Implied:
 
 def implied(recipe: str, published: PublishedRun, slides: Slides) -> Implied:
     """Operations of our plan of ``recipe`` over what its GPUs could have done in the hours that were published."""
-    run = run_shape(compose([f"recipe={recipe}", "trainer.precision=bf16"], []), slides)
+    run = run_shape(compose_run([f"recipe={recipe}", "trainer.precision=bf16"], []), slides)
     processes = run.data.lanes  # in these recipes, one for each GPU of the published run
     of_all = Settings(processes, processes, "bf16", "none", 1)
     found = estimate(run, of_all, fused_attention=True, largest=False)
     each = sum(found.flops.values()) / found.samples
     share = each * published.samples / (published.gpu_hours * 3600 * described(published.hardware).peak("bf16"))
     return Implied(
-        recipe, counted(run)["encoder"], each / 1e9, published.samples, published.hardware, published.gpu_hours, share
+        recipe,
+        parameter_counts(run)["encoder"],
+        each / 1e9,
+        published.samples,
+        published.hardware,
+        published.gpu_hours,
+        share,
     )

@@ -3,7 +3,7 @@
 Tensors are torch's *fake* ones: they know shape, type and device, and hold nothing, so a step of a ViT-g on 256 processes
 is rehearsed on a laptop. Nothing about a network is written down here; what runs is `pretrain.training.sharding.shard`,
 `pretrain.training.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
-elements of a mask are true; that comes with the batch (`Batch.true`), or is counted where a mask is made of shapes (`constants`).
+elements of a mask are true; that comes with the batch (`RehearsedBatch.true`), or is counted where a mask is made of shapes (`constants`).
 """
 
 import math
@@ -44,7 +44,7 @@ LARGEST_CELL = 999  # of a slide's grid; what depends on it is a table of positi
 
 
 @dataclass
-class Batch:
+class RehearsedBatch:
     """A process's micro-batches without numbers.
 
     ``make`` builds one; it is called while tensors are fake. ``true``: how many elements of a bool tensor of so many elements are true.
@@ -68,7 +68,7 @@ class Rehearsal:
 
 def rehearse(
     make_objective: Callable[[], Objective],
-    batch: Batch,
+    batch: RehearsedBatch,
     *,
     processes: int,
     shard_size: int | None = None,
@@ -99,7 +99,7 @@ def rehearse(
             if together > 1:
                 assert isinstance(objective, SlideMAE)
                 objective.share_slides(dist.new_subgroups(together)[0])
-            watch = stack.enter_context(Watch(objective, batch.true))
+            watch = stack.enter_context(OperationWatch(objective, batch.true))
             objective.to_empty(device="cpu")
             parts = [(batch.make(), i * batch.samples) for i in range(batch.parts)]
             watch.begin(parts)
@@ -143,7 +143,7 @@ def _laid_out(_: int, *arguments: Any) -> dilated_attention.Branch:
         return LAY_OUT(*arguments)
 
 
-class Watch(TorchDispatchMode):
+class OperationWatch(TorchDispatchMode):
     """Makes tensors fake, and follows every operation: whose it is, what it computes, which memory it takes and gives back."""
 
     def __init__(self, objective: Objective, true: dict[int, int]) -> None:
@@ -163,7 +163,7 @@ class Watch(TorchDispatchMode):
         self.keys: dict[int, int] = {}  # id of a living storage → its key
         self.count = 0
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> "OperationWatch":
         self.stack = ExitStack()
         self.stack.enter_context(self.fake)
         entered = register_module_forward_pre_hook(lambda module, _: self.running.append(self.names.get(module, "")))

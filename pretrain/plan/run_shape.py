@@ -8,10 +8,10 @@ from omegaconf import DictConfig
 
 from pretrain.objectives.interface import Objective
 from pretrain.plan.batches import Slides, slide_batch, tile_batch
-from pretrain.plan.rehearsal import Batch
+from pretrain.plan.rehearsal import RehearsedBatch
 from pretrain.settings import plugins
-from pretrain.settings.composition import Composed, plain
-from pretrain.training.even_shares import share
+from pretrain.settings.composition import Composed, as_dictionary
+from pretrain.training.even_shares import micro_batch_share
 
 DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))
 """Settings that say how many equal blocks there are."""
@@ -43,13 +43,13 @@ class RunShape:
         width = [self.slides.width] if self.stage == "slide" else []
         return lambda: plugins.build(objective, lambda: plugins.build(model, *width))
 
-    def batch(self, processes: int, accumulate: int, largest: bool = True, together: int = 1) -> Batch:
+    def batch(self, processes: int, accumulate: int, largest: bool = True, together: int = 1) -> RehearsedBatch:
         """A process's micro-batches, two at most: each further one is like the second. Raises Fault where the settings don't divide.
 
         ``largest``: for the slide stage, with the largest slide among them, instead of mean slides alone. Processes that share slides
         (``together``) have the same batch.
         """
-        parts, mine = min(accumulate, 2), share(self, processes, accumulate, together)
+        parts, mine = min(accumulate, 2), micro_batch_share(self, processes, accumulate, together)
         if self.stage == "slide":
             return slide_batch(self.data, self.slides, mine, parts, largest)
         return tile_batch(self.model, self.objective, self.data, mine, parts)
@@ -58,5 +58,5 @@ class RunShape:
 def run_shape(composed: Composed, slides: Slides) -> RunShape:
     """The shape of the run that a configuration describes."""
     tree = composed.tree
-    model, objective = plain(tree.model), plain(tree.objective)
+    model, objective = as_dictionary(tree.model), as_dictionary(tree.objective)
     return RunShape(composed.command, model, objective, tree.data, tree.trainer, tree.watch, tree.optim.steps, slides)

@@ -10,13 +10,13 @@ import torch
 from data.files import write_whole
 from pretrain.report import page
 from pretrain.report.page import Section
-from pretrain.report.parts import Parts, Run, find
+from pretrain.report.parts import Parts, Run, find_parts
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
 from pretrain.settings import plugins
 
 
-def build(
+def build_page(
     folder: Path,
     out: Path,
     shards: Path | None,
@@ -25,7 +25,7 @@ def build(
     plugins: Collection[str] = (),
 ) -> None:
     """Write the page about ``folder`` to ``out``, whole or not at all; ``plugins`` are the packages whose classes its runs may name. Raises `Fault` when there is nothing to report."""
-    parts = find(folder, shards, embeddings, probe)
+    parts = find_parts(folder, shards, embeddings, probe)
     sections = [section for section in found_sections(parts) if section is not None]
     if wants := wanted(parts):
         sections.append(Section("missing", "Not here yet", page.missing(wants)))
@@ -33,7 +33,7 @@ def build(
         title=title(parts),
         kicker="Slidewright report",
         lead=lead(parts, plugins),
-        opening=page.facts(glance(parts)),
+        opening=page.fact_list(glance(parts)),
         sections=sections,
         footer=f"Written by <code>pretrain report run={page.escape(folder)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Not a medical device.",
     )
@@ -68,14 +68,14 @@ def lead(parts: Parts, allowed: Collection[str]) -> str:
     sentences = []
     if parts.tile:
         sentences.append(
-            f"A tile encoder, {describe(parts.tile.config.get('model'), allowed)}, learned from tiles without labels."
+            f"A tile encoder, {describe_network(parts.tile.config.get('model'), allowed)}, learned from tiles without labels."
         )
     if parts.slide:
         sentences.append("A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones.")
     return " ".join(sentences) or "Tiles and embeddings; no training run is here yet."
 
 
-def describe(model: Any, allowed: Collection[str]) -> str:
+def describe_network(model: Any, allowed: Collection[str]) -> str:
     """A network's architecture in a phrase, its parameters counted without making them."""
     if not isinstance(model, dict) or "_target_" not in model:
         return "its architecture in the configuration below"

@@ -41,13 +41,13 @@ def curves(panels: Sequence[Panel], columns: int, height: float = 2.1) -> str:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, panel in zip(axes.flat, panels, strict=False):
-        draw(axis, panel)
+        draw_panel(axis, panel)
     for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("step")
     return svg(figure)
 
 
-def draw(axis: Any, panel: Panel) -> None:
+def draw_panel(axis: Any, panel: Panel) -> None:
     """One panel: lines in the order given, named in a legend where there are several."""
     exponent = common_exponent([values for _, values in panel.lines.values()])
     unit = " ".join(part for part in (f"×10{superscript(exponent)}" if exponent else "", panel.unit) if part)

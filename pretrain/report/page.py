@@ -152,7 +152,7 @@ def figure(content: str, caption: str, lead: str = "") -> str:
     return f"<figure>{content}<figcaption>{head}{prose(caption)}</figcaption></figure>"
 
 
-def picture(image: Image.Image, alternative: str, crisp: bool = False) -> str:
+def picture_tag(image: Image.Image, alternative: str, crisp: bool = False) -> str:
     """A picture inside the page: PNG where every pixel counts (``crisp``), otherwise JPEG."""
     buffer = io.BytesIO()
     if crisp:
@@ -170,12 +170,12 @@ def pair(*pictures: str) -> str:
     return f'<div class="pair">{"".join(f"<div>{one}</div>" for one in pictures)}</div>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", ours: int | None = None) -> str:
+def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", ours: int | None = None) -> str:
     """A table whose first column names its rows and whose other columns hold numbers; ``ours`` is the row that is judged."""
-    cells = "".join(f'<th scope="col"{number(i)}>{escape(name)}</th>' for i, name in enumerate(head))
+    cells = "".join(f'<th scope="col"{number_class(i)}>{escape(name)}</th>' for i, name in enumerate(head))
     body = []
     for index, row in enumerate(rows):
-        columns = "".join(f"<td{number(i)}>{escape(value)}</td>" for i, value in enumerate(row) if i)
+        columns = "".join(f"<td{number_class(i)}>{escape(value)}</td>" for i, value in enumerate(row) if i)
         marks = ' class="ours"' if index == ours else ""
         body.append(f'<tr{marks}><th scope="row">{escape(row[0])}</th>{columns}</tr>')
     under = f"<caption>{prose(caption)}</caption>" if caption else ""
@@ -184,12 +184,12 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "",
     )
 
 
-def number(column: int) -> str:
+def number_class(column: int) -> str:
     """The class of a column of numbers, which all but the first are."""
     return ' class="number"' if column else ""
 
 
-def facts(pairs: Iterable[tuple[str, str]]) -> str:
+def fact_list(pairs: Iterable[tuple[str, str]]) -> str:
     """Names and values."""
     return (
         f'<dl class="facts">{"".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in pairs)}</dl>'

@@ -41,7 +41,7 @@ class Parts:
     probe: dict[str, Any] | None
 
 
-def find(run: Path, shards: Path | None, embeddings: Path | None, probe: Path | None) -> Parts:
+def find_parts(run: Path, shards: Path | None, embeddings: Path | None, probe: Path | None) -> Parts:
     """Find what ``run`` is and what belongs to it; a part that is given by the caller wins over the one that was found.
 
     Raises `Fault` when ``run`` is no run and holds none, or a given part isn't there.

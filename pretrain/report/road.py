@@ -12,18 +12,18 @@ from data.embeddings.store import EmbeddingStore
 from data.shards.index import ShardIndex
 from pretrain.report import maps
 from pretrain.report.figures import running_mean
-from pretrain.report.parts import find
-from pretrain.report.sections import tiles_of
+from pretrain.report.parts import find_parts
+from pretrain.report.sections import embedded_tiles
 
 
-def picture(folder: Path) -> Image.Image | None:
+def road_picture(folder: Path) -> Image.Image | None:
     """Four panels about the folder of a road, or None where a part isn't there yet."""
-    parts = find(folder, None, None, None)
+    parts = find_parts(folder, None, None, None)
     if not (parts.shards and parts.tile and parts.tile.samples and parts.embeddings and "loss" in parts.tile.metrics):
         return None
     store = EmbeddingStore.open(parts.embeddings)
     slide = store.read(max(store.slides, key=store.rows))
-    tiles = tiles_of(slide, ShardIndex.open(parts.shards))
+    tiles = embedded_tiles(slide, ShardIndex.open(parts.shards))
     colours = maps.fit_colouring([np.asarray(slide.embeddings)]).colours(np.asarray(slide.embeddings))
     with Image.open(parts.tile.samples[0]) as sheet:
         crops = sheet.convert("RGB")

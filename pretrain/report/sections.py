@@ -61,14 +61,14 @@ def slides_section(shards: Path) -> Section:
         )
         for facts in shown
     ]
-    body += page.table(
+    body += page.html_table(
         ("Slide", "pixels at level 0", "µm/px of a tile", "tile side at level 0", "tiles"),
         rows,
         f"{len(shown)} of {len(counts):,} slides are shown; the median slide has {int(np.median(counts)):,} tiles."
         if len(shown) < len(counts)
         else "",
     )
-    pictures = [page.picture(maps.grid(over_thumbnail(facts)), f"tile grid of {facts.name}") for facts in shown]
+    pictures = [page.picture_tag(maps.grid(over_thumbnail(facts)), f"tile grid of {facts.name}") for facts in shown]
     body += page.figure(
         page.pair(*pictures),
         caption_of(shown) + " Each square is a tile that was kept; the rest of the slide is faded.",
@@ -126,7 +126,7 @@ def samples_section(run: Run) -> Section | None:
     for path in chosen(run.samples, MOST_SAMPLES):
         with Image.open(path) as image:
             image.load()
-            body += page.figure(page.picture(image, f"crops, {path.stem}"), SAMPLE_CAPTION, sample_title(path))
+            body += page.figure(page.picture_tag(image, f"crops, {path.stem}"), SAMPLE_CAPTION, sample_title(path))
     return Section("crops", "What the network saw", body)
 
 
@@ -147,13 +147,13 @@ def embeddings_section(store_folder: Path, shards: Path | None) -> Section | Non
     index = ShardIndex.open(shards) if shards is not None else None
     figures = []
     for slide in slides:
-        tiles = tiles_of(slide, index)
+        tiles = embedded_tiles(slide, index)
         picture = maps.colour_map(tiles, colouring.colours(np.asarray(slide.embeddings)))
         figures.append(
             page.figure(
                 page.pair(
-                    page.picture(tiles.thumbnail, f"thumbnail of {slide.slide}"),
-                    page.picture(picture, f"principal components of the tile embeddings of {slide.slide}"),
+                    page.picture_tag(tiles.thumbnail, f"thumbnail of {slide.slide}"),
+                    page.picture_tag(picture, f"principal components of the tile embeddings of {slide.slide}"),
                 ),
                 f"{len(slide.embeddings):,} tiles. Left: the slide. Right: the first three principal components as red, green and blue.",
                 f"{slide.slide}.",
@@ -167,7 +167,7 @@ def embeddings_section(store_folder: Path, shards: Path | None) -> Section | Non
     return Section("embeddings", "What the encoder sees in a slide", body + "".join(figures))
 
 
-def tiles_of(slide: SlideEmbeddings, index: ShardIndex | None) -> maps.Tiles:
+def embedded_tiles(slide: SlideEmbeddings, index: ShardIndex | None) -> maps.Tiles:
     """An embedded slide's tiles over its thumbnail, where the shards have one."""
     corners, side = np.asarray(slide.coordinates, dtype=np.float64), float(slide.tile_size_level0)
     if index is not None and slide.slide in index.slides:
@@ -186,7 +186,9 @@ def how_section(parts: Parts) -> Section | None:
         body += f"<h3>{title}: {page.escape(run.folder)}</h3>"
         if starts := run.provenance.get("starts"):
             times = "1 start" if len(starts) == 1 else f"{len(starts)} starts (the run was continued); this is the last"
-            body += page.facts([("started", times), *((name, plain(value)) for name, value in starts[-1].items())])
+            body += page.fact_list(
+                [("started", times), *((name, on_one_line(value)) for name, value in starts[-1].items())]
+            )
         if run.provenance:
             body += page.folded("All of provenance.json", json.dumps(run.provenance, indent=2, ensure_ascii=False))
         body += page.folded("The whole configuration", yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
@@ -199,10 +201,10 @@ def how_section(parts: Parts) -> Section | None:
     )
 
 
-def plain(value: object) -> str:
+def on_one_line(value: object) -> str:
     """A JSON value on one line."""
     if isinstance(value, dict):
-        return ", ".join(f"{name} {plain(inner)}" for name, inner in value.items())
+        return ", ".join(f"{name} {on_one_line(inner)}" for name, inner in value.items())
     if isinstance(value, list):
-        return " ".join(plain(inner) for inner in value)
+        return " ".join(on_one_line(inner) for inner in value)
     return str(value)

@@ -144,7 +144,7 @@ def alarms_list(run: Run) -> str:
     if not run.alarms:
         return ""
     found = [(f"alarm at step {alarm['step']:,}", f"{alarm['alarm']}: {alarm['says']}") for alarm in run.alarms]
-    return page.paragraph("While the run trained, its record raised alarms, each of them once:") + page.facts(found)
+    return page.paragraph("While the run trained, its record raised alarms, each of them once:") + page.fact_list(found)
 
 
 def slide_section(run: Run) -> Section | None:
@@ -190,7 +190,7 @@ def r2_results(metrics: Series, r2: float) -> str:
     body = page.figure(
         chart, "Solid: the slide encoder. Dashed: the baselines, which need no training.", "R² over steps."
     )
-    body += page.table(("At the last evaluation", "R²", "encoder’s lead"), rows, r2_verdict(metrics), ours=0)
+    body += page.html_table(("At the last evaluation", "R²", "encoder’s lead"), rows, r2_verdict(metrics), ours=0)
     signs = []
     rise, rank = last(metrics, "shuffled_rise"), last(metrics, "effective_rank")
     if rise is not None:
@@ -242,9 +242,9 @@ def probe_section(probe: dict[str, Any]) -> Section:
     body += page.figure(
         chart, "Points: accuracy on the test images. Bars: two standard errors to each side.", "Probe scores."
     )
-    body += page.table(("Features", "width", "k-NN", "linear", "RankMe"), rows, "±: one standard error.", ours=0)
+    body += page.html_table(("Features", "width", "k-NN", "linear", "RankMe"), rows, "±: one standard error.", ours=0)
     method = [("Input", probe["encoder"]["input"])] + [(name, text) for name, text in labelled(probe["method"])]
-    body += page.facts(method)
+    body += page.fact_list(method)
     return Section("probe", "Probe scores", body)
 
 

@@ -32,7 +32,7 @@ class Facts:
     settled: int  # the step from which features can be judged
 
 
-def facts(config: Mapping[str, Any]) -> Facts:
+def known_facts(config: Mapping[str, Any]) -> Facts:
     """The facts in a run's resolved configuration."""
     objective, optim = config.get("objective") or {}, config.get("optim") or {}
     count = objective.get("prototypes")
@@ -77,7 +77,7 @@ class History:
         return np.array([step for step, _ in found], dtype=np.int64), np.array([value for _, value in found])
 
 
-def find(history: History, known: Facts) -> list[Alarm]:
+def find_alarms(history: History, known: Facts) -> list[Alarm]:
     """The alarms that the record raises, in the order of the rules."""
     return [alarm for rule in RULES if (alarm := rule(history, known)) is not None]
 

@@ -124,7 +124,7 @@ def whole_before(checkpoint: Path) -> str:
     return f" (step {step_of(found)} is whole)" if found else " (none before it is whole)"
 
 
-def set_aside(run: Path) -> list[Path]:
+def set_damaged_aside(run: Path) -> list[Path]:
     """Take damaged checkpoints, newer than the newest whole one, out of the row: as ``damaged-step-…``. What they are called now."""
     whole = newest_whole(run)
     moved = []
@@ -249,7 +249,7 @@ def _remove(checkpoint: Path) -> None:
 # Reading -----------------------------------------------------------------------------------------------------------
 
 
-def load(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
+def restore(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     """Restore networks and optimiser in place, at any number of processes; returns the checkpoint's ``state``.
 
     Raises Fault where it doesn't fit the networks.
@@ -271,7 +271,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return json.loads((checkpoint / "state.json").read_text())
 
 
-def read(checkpoint: Path, *prefixes: str) -> dict[str, Tensor]:
+def read_network(checkpoint: Path, *prefixes: str) -> dict[str, Tensor]:
     """The tensors of one network, named without its prefix (``"teacher.encoder."``), on the CPU: of the first of ``prefixes`` that there is.
 
     Needs neither a model nor a process group. Raises Fault where the checkpoint holds nothing under any of them.

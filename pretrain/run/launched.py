@@ -9,11 +9,11 @@ def rank() -> int | None:
     """This process's number among those that run one command together, or None where it is the only one."""
     for name in ("RANK", "SLURM_PROCID"):
         if os.environ.get(name):
-            return counted(name, 0)
+            return environment_number(name, 0)
     return None
 
 
-def counted(name: str, default: int) -> int:
+def environment_number(name: str, default: int) -> int:
     """A variable of the environment that holds a number; unset or empty: ``default``. Raises Fault for anything else."""
     value = os.environ.get(name) or str(default)
     if not value.isdigit():

@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from data.fault import Fault
-from data.files import room
+from data.files import free_bytes
 from pretrain.run import checkpoints
 from pretrain.run.across_ranks import gloo_group, total
 from pretrain.run.checkpoints import Writer
@@ -62,7 +62,7 @@ class Saver:
         """A sentence, the same on every rank, where the disk has less room than a checkpoint of this moment takes."""
         needed, free = checkpoints.size(model, optimiser), 0
         if not dist.is_initialized() or dist.get_rank() == 0:
-            free = room(checkpoints.folder(self.run))
+            free = free_bytes(checkpoints.folder(self.run))
         free = int(total(torch.tensor(free), self.group))
         if free >= needed:
             return None

@@ -53,14 +53,14 @@ class Watchdog:
 
     def _end(self) -> None:
         sys.stderr.write(
-            f"{stacks()}pretrain: no step for {self.minutes:g} minutes (trainer.stalled_minutes), so this process ends; above is where each of its "
+            f"{thread_stacks()}pretrain: no step for {self.minutes:g} minutes (trainer.stalled_minutes), so this process ends; above is where each of its "
             "threads stood, and the same command continues from the newest checkpoint\n"
         )
         sys.stderr.flush()
         os._exit(EXIT_CODE)
 
 
-def stacks() -> str:
+def thread_stacks() -> str:
     """Where each thread of this process stands, the main one last."""
     names = {thread.ident: thread.name for thread in threading.enumerate()}
     main = threading.main_thread().ident

@@ -133,7 +133,7 @@ def _check_ranges(command: str, tree: DictConfig, launch: plugins.Plugin) -> Non
         raise Fault(_unresolved(error)) from error
     ranges.check_whole(values, _config(command))  # type: ignore[arg-type]
     if launch:
-        ranges.check({"launch": launch}, {"launch": plugins.Plugin})
+        ranges.require_allowed({"launch": launch}, {"launch": plugins.Plugin})
 
 
 def _compose(
@@ -436,7 +436,7 @@ def with_parents(group: str, choice: str, directories: list[Path]) -> list[tuple
 # Where a value comes from ------------------------------------------------------------------------------------------
 
 
-def plain(node: DictConfig) -> dict[str, Any]:
+def as_dictionary(node: DictConfig) -> dict[str, Any]:
     """A configuration's node as a dictionary."""
     values = OmegaConf.to_container(node)
     assert isinstance(values, dict)

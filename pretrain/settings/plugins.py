@@ -30,7 +30,7 @@ Plugin = dict[str, Any]
 OURS = ("data", "models", "pretrain", "launch")
 
 
-def locate(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
+def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
     """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``.
 
     Where the path is from a run's folder, ``allowed`` are the packages and modules that may be imported beside ours; None: it is the user's own.
@@ -81,7 +81,7 @@ def _without_current_folder() -> Iterator[None]:
 
 def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
     """The keyword-only arguments of the class that ``target`` names, with their types."""
-    constructor = locate(target, base).__init__  # type: ignore[misc]
+    constructor = locate_class(target, base).__init__  # type: ignore[misc]
     hints = hints_of(constructor)
     names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
     if untyped := [name for name in names if name not in hints]:
@@ -91,7 +91,7 @@ def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
 
 def why_unknown(target: str, name: str) -> str | None:
     """Why ``name`` is no setting of the class that ``target`` names although its constructor takes it, or None where it doesn't."""
-    parameters = inspect.signature(locate(target, object).__init__).parameters  # type: ignore[misc]
+    parameters = inspect.signature(locate_class(target, object).__init__).parameters  # type: ignore[misc]
     by_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if name in parameters or by_name:
         return (
@@ -103,7 +103,7 @@ def why_unknown(target: str, name: str) -> str | None:
 
 def has_default(target: str, name: str) -> bool:
     """Whether the constructor of the class that ``target`` names has a value for a setting."""
-    parameter = inspect.signature(locate(target, object).__init__).parameters.get(name)  # type: ignore[misc]
+    parameter = inspect.signature(locate_class(target, object).__init__).parameters.get(name)  # type: ignore[misc]
     return parameter is not None and parameter.default is not parameter.empty
 
 
@@ -120,7 +120,7 @@ def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
 def schema(target: str, base: type = nn.Module) -> type:
     """A dataclass of ``_target_`` and the class's keyword-only arguments, all of them required."""
     return dataclasses.make_dataclass(
-        locate(target, object).__name__ + "Settings", [("_target_", str), *settings_of(target, base).items()]
+        locate_class(target, object).__name__ + "Settings", [("_target_", str), *settings_of(target, base).items()]
     )
 
 
@@ -143,7 +143,7 @@ def build(
     A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so does any error of a
     class that isn't ours, with its traceback.
     """
-    target = locate(settings["_target_"], base, allowed)
+    target = locate_class(settings["_target_"], base, allowed)
     try:
         return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
     except ValueError as error:

@@ -16,12 +16,12 @@ from data.fault import Fault
 from models.allowed import Agreements, Allowed, matching, one_of, within
 from pretrain.settings import plugins
 
-__all__ = ["Agreements", "Allowed", "check", "declared", "hints", "matching", "one_of", "within"]
+__all__ = ["Agreements", "Allowed", "declared", "hints", "matching", "one_of", "require_allowed", "within"]
 
 MISSING = "???"  # a value that is still to be given
 
 
-def check(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> None:
+def require_allowed(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> None:
     """Raise Fault for the first of ``values`` that its kind, of `hints`, doesn't allow."""
     for name, kind in kinds.items():
         if (value := values.get(name)) is not None and value != MISSING:
@@ -30,7 +30,7 @@ def check(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "")
 
 def check_whole(values: Mapping[str, Any], kind: Any, prefix: str = "") -> None:
     """Hold the values of a dataclass, or of a plug-in's constructor, to its types and to its ``agreements``."""
-    check(values, _settings_of(kind), prefix)
+    require_allowed(values, _settings_of(kind), prefix)
     for names, agree in getattr(kind, "agreements", {}).items():
         given = [_inner(values, name) for name in names]
         if MISSING in given:
@@ -79,7 +79,7 @@ def _check(name: str, value: Any, kind: Any) -> None:
     for inner in _inside(kind, value):
         check_whole(value, inner, f"{name}.")
     if _is_table(kind, value):
-        check(value, dict.fromkeys(value, get_args(kind)[1]), f"{name}.")
+        require_allowed(value, dict.fromkeys(value, get_args(kind)[1]), f"{name}.")
 
 
 def apart(kind: Any) -> tuple[Any, list[Allowed]]:
@@ -104,7 +104,7 @@ def _inside(kind: Any, value: Any) -> Iterator[Any]:
     if dataclasses.is_dataclass(kind):
         yield kind
     if (kind == plugins.Plugin or plugins.has_plugin_beside(kind)) and "_target_" in value:
-        yield plugins.locate(value["_target_"], object)
+        yield plugins.locate_class(value["_target_"], object)
 
 
 def _is_table(kind: Any, value: Any) -> bool:

@@ -18,10 +18,10 @@ def require_even(run: Any, processes: int) -> None:
     """Raise Fault where so many processes can't share ``run`` evenly, which has model, objective, data and trainer: a command's ``Config``,
     or its tree."""
     processes_a_copy(processes, run.trainer.shard_size)
-    share(run, processes, run.trainer.accumulate, settings(run.data).get("processes_per_slide", 1))
+    micro_batch_share(run, processes, run.trainer.accumulate, settings(run.data).get("processes_per_slide", 1))
 
 
-def share(run: Any, processes: int, accumulate: int, together: int = 1) -> int:
+def micro_batch_share(run: Any, processes: int, accumulate: int, together: int = 1) -> int:
     """Of a process's micro-batch: tiles, or lanes of slides where ``together`` processes share each slide. Raises Fault where the settings of
     ``run``, as of `require_even`, don't divide."""
     data = settings(run.data)

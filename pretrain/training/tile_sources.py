@@ -123,8 +123,8 @@ def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
         settings[key] = _typed(f"{prefix}{key}", kind, settings[key])
     settings["_target_"] = defaults["_target_"]
     weight = settings.pop("weight")
-    ranges.check({"weight": weight}, {"weight": Annotated[float, within(above=0)]}, prefix)
-    ranges.check({name: settings}, {name: plugins.Plugin}, "data.members.")
+    ranges.require_allowed({"weight": weight}, {"weight": Annotated[float, within(above=0)]}, prefix)
+    ranges.require_allowed({name: settings}, {name: plugins.Plugin}, "data.members.")
     return settings, weight
 
 

@@ -15,7 +15,7 @@ from data.loader_process import LoaderProcess
 from data.tiles.augment import augment
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Batch, Masking, MicroBatch, TileBatches, load
+from data.tiles.loader import Masking, MicroBatch, RankBatch, TileBatches, loader_of
 from data.tiles.source import TileSource
 from data.tiles.stream import Stream, group_size
 from models.allowed import ON_DISK, PIXELS, RANGE, SHARE, Agreements, numbers, one_of, within
@@ -137,7 +137,7 @@ class TileWatch(Watch):
     agreements: ClassVar[Agreements] = {("patience", "probe"): check_patience}
 
 
-def check_patches(size: int, count: int, patch_size: int) -> None:
+def check_crop_patches(size: int, count: int, patch_size: int) -> None:
     """Raise ValueError for crops that patches don't fill, if there are any."""
     if count and size % patch_size:
         raise ValueError("the side of a crop is a multiple of the patch's")
@@ -217,9 +217,9 @@ class TileTraining(Training):
             accumulate=self.hardware.accumulate,
             threads=self.data.threads,
         )
-        return load(batches, self.device.type == "cuda", here=self.hardware.devices)
+        return loader_of(batches, self.device.type == "cuda", here=self.hardware.devices)
 
-    def before_step(self, batch: Batch) -> dict[str, float]:
+    def before_step(self, batch: RankBatch) -> dict[str, float]:
         for message in batch.bad[: max(0, NAMED_BAD_TILES - self.bad)]:
             say(f"skipped: {message}")
         # The count is the same on every rank, so all of them stop or none does, and nobody waits for one that has gone.
@@ -235,7 +235,7 @@ class TileTraining(Training):
             )
         return {"bad_tiles": bad}
 
-    def micro_batches(self, batch: Batch) -> Iterator[tuple[TileBatch, int]]:
+    def micro_batches(self, batch: RankBatch) -> Iterator[tuple[TileBatch, int]]:
         for part in batch.parts:
             prepared = self.prepare(part)
             if not self.sampled and self.global_rank == 0:
@@ -257,13 +257,13 @@ class TileTraining(Training):
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         try:
             with appearing(path) as partial:
-                contact_sheet(batch, self.data.mean, self.data.std).save(partial, format="PNG")
+                view_sheet(batch, self.data.mean, self.data.std).save(partial, format="PNG")
         except Refused as refused:
             say(f"{str(refused).partition('): ')[0]}); training goes on without that picture")
         for old in sorted(path.parent.glob("step-*.png"))[1:-KEPT_SAMPLES]:
             remove(old)
 
-    def look(self, batch: Batch) -> dict[str, float]:
+    def look(self, batch: RankBatch) -> dict[str, float]:
         parts = [self.prepare(part) for part in batch.parts]
         if self.global_rank == 0:
             self.save_samples(parts[0])
@@ -280,7 +280,7 @@ class TileTraining(Training):
         return self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
 
 
-def contact_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:
+def view_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:
     """Rows of tiles, columns of views: global crops with their masked patches greyed, then local crops."""
     strips = []
     for which, (images, views) in enumerate(batch.crops):

@@ -99,7 +99,7 @@ class Training(L.LightningModule, ABC):
         self.watch: Watch = config.watch
         self.raised: set[str] = set()  # names of alarms: each is said once in the run's life
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
-        self.facts = alarms.facts(asdict(config))
+        self.facts = alarms.known_facts(asdict(config))
         self._ended = time.monotonic()
         self.watchdog = Watchdog(self.hardware.stalled_minutes)
 
@@ -153,7 +153,7 @@ class Training(L.LightningModule, ABC):
         newest = self.began_from = checkpoints.newest(self.run)
         if newest is not None:
             self._check_data(newest)
-            state = checkpoints.load(newest, self.objective, self._optimiser())
+            state = checkpoints.restore(newest, self.objective, self._optimiser())
             self.step, self.skipped = state["step"], state["skipped"]
             self.raised, self.scored = set(state["alarms"]), [(step, score) for step, score in state["scores"]]
         self.saver = Saver(self.run, self.hardware.keep_checkpoints, self.hardware.keep_every)
@@ -426,7 +426,7 @@ class Training(L.LightningModule, ABC):
     def _raise_alarms(self) -> None:
         """Say and record what the record shows to be wrong, each thing once in the run's life."""
         if self.record and self.wandb:
-            for alarm in alarms.find(self.history, self.facts):
+            for alarm in alarms.find_alarms(self.history, self.facts):
                 if alarm.name not in self.raised:
                     self.raised.add(alarm.name)
                     say(f"{self.run}: ALARM at step {self.step}, {alarm.name}: {alarm.says}")
@@ -603,7 +603,7 @@ def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
             f"{wrong}{checkpoints.whole_before(newest)}: resume=previous sets what is damaged aside and goes on from there; or put the file back."
         )
     if first:
-        for aside in checkpoints.set_aside(run):
+        for aside in checkpoints.set_damaged_aside(run):
             say(f"{run}: {wrong}; it is now {aside}")
     while (newest := checkpoints.newest(run)) is not None and checkpoints.damage(newest):
         time.sleep(0.5)  # until the first process has set it aside

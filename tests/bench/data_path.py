@@ -45,7 +45,7 @@ from data.slides.reading import Slide
 from data.tiles.augment import augment
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import NUMBERS, CropSizes, box
-from data.tiles.loader import Batch, Masking, TileBatches
+from data.tiles.loader import Masking, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
 
@@ -131,14 +131,14 @@ def usual_batches(tars: list[str]) -> Iterator[list[torch.Tensor]]:
         yield [torch.stack([tile[view] for tile in views]) for view in range(len(views[0]))]
 
 
-def our_batches(folder: Path) -> Iterator[Batch]:
+def our_batches(folder: Path) -> Iterator[RankBatch]:
     tiles = ShardTiles(shards=[str(folder)])
     stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=4, seed=0)
     for batch in TileBatches(
         tiles, stream, SIZES, Colour(), Masking(0.5, 0.1, 0.5, 16), seed=0, start=0, stop=BATCHES + 8, rank=0,
         world_size=1, accumulate=1, threads=1,
     ):  # fmt: skip
-        assert isinstance(batch, Batch), batch
+        assert isinstance(batch, RankBatch), batch
         yield batch
 
 
@@ -176,7 +176,7 @@ def seconds(action: Callable[[], object]) -> float:
 # What is measured --------------------------------------------------------------------------------------------------
 
 
-def colour(batches: list[Batch]) -> float:
+def colour(batches: list[RankBatch]) -> float:
     """Augmenting what the loader gave, on this core, a micro-batch at a time."""
     mean, std = torch.tensor(MEAN), torch.tensor(STD)
     parts = [part for batch in batches for part in batch.parts]

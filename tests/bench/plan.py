@@ -22,7 +22,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.keyed import rng
-from data.shards.index import FACTS, write_index
+from data.shards.index import FACTS, write_shard_index
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
 
@@ -63,7 +63,7 @@ def generate(folder: Path) -> None:
         return (values[:count] for count in counts.tolist())
 
     runs = {"file_start": file_start, "run_start": run_start, "run_slide": run_slide}
-    write_index(folder, meta, dtypes, {name: column(values, name) for name, values in places.items()}, runs)
+    write_shard_index(folder, meta, dtypes, {name: column(values, name) for name, values in places.items()}, runs)
 
 
 def measure(folder: Path) -> dict[str, float]:

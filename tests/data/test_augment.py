@@ -13,7 +13,7 @@ from data.fault import Fault
 from data.keyed import rng
 from data.tiles import augment as ours
 from data.tiles import augment_cpu
-from data.tiles.augment_parameters import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw
+from data.tiles.augment_parameters import FACTORS, GREY, JITTER, ORDER, SIGMA, SOLARISE, WIDTH, Colour, draw_parameters
 from tests.data.tile_folders import picture
 
 NAMES = ("brightness", "contrast", "saturation", "hue")
@@ -137,7 +137,7 @@ def test_a_drawn_batch_is_augmented_in_dinov2s_order_and_in_no_other(bytes_: Ten
     """jitter (its parts in an order of the image's own), grey, blur, solarise, normalise: as facebookresearch/dinov2's augmentations.py."""
     colour = Colour(blur_probability=(0.6,) * 3, solarise_probability=(0.6,) * 3, grey_probability=0.5)
     images = bytes_.repeat(6, 1, 1, 1)
-    table = torch.from_numpy(draw(colour, np.ones(len(images), dtype=int), rng(4)))
+    table = torch.from_numpy(draw_parameters(colour, np.ones(len(images), dtype=int), rng(4)))
     found = ours.augment(images, table, torch.tensor([0.5, 0.4, 0.3]), torch.tensor([0.2, 0.3, 0.4]))
     order = ["jitter", "grey", "blur", "solarise", "normalise"]
 
@@ -170,7 +170,7 @@ def test_an_image_does_not_depend_on_those_beside_it(bytes_: Tensor) -> None:
     colour = Colour(
         stain_probability=0.5, stain_shift=0.05, blur_probability=(0.5, 0.5, 0.5), solarise_probability=(0.3, 0.3, 0.3)
     )
-    parameters = torch.from_numpy(draw(colour, np.zeros(len(images), dtype=int), rng(3)))
+    parameters = torch.from_numpy(draw_parameters(colour, np.zeros(len(images), dtype=int), rng(3)))
     together = ours.augment(images, parameters, ZERO, ONE)
     for image, row, result in zip(images, parameters, together, strict=True):
         torch.testing.assert_close(ours.augment(image[None], row[None], ZERO, ONE)[0], result, atol=1e-6, rtol=0)

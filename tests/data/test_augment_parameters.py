@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 
 from data.keyed import rng
-from data.tiles.augment_parameters import GREY, JITTER, ORDER, SIGMA, SOLARISE, Colour, draw
+from data.tiles.augment_parameters import GREY, JITTER, ORDER, SIGMA, SOLARISE, Colour, draw_parameters
 
 
 @pytest.mark.parametrize("kind", [0, 1, 2])
 def test_drawn_parameters_follow_their_settings(kind: int) -> None:
     colour, count = Colour(), 4000
-    table = draw(colour, np.full(count, kind), rng(0, kind))
+    table = draw_parameters(colour, np.full(count, kind), rng(0, kind))
     wanted = {JITTER: 0.8, GREY: 0.2, SIGMA: colour.blur_probability[kind], SOLARISE: colour.solarise_probability[kind]}
     for column, share in wanted.items():
         assert abs((table[:, column] > 0).mean() - share) <= 4 * np.sqrt(share * (1 - share) / count)
@@ -26,5 +26,5 @@ def test_drawn_parameters_follow_their_settings(kind: int) -> None:
 
 
 def test_a_brightness_of_more_than_one_never_makes_a_negative_factor() -> None:
-    factors = draw(Colour(brightness=1.5), np.zeros(300, dtype=int), rng(0))[:, 4]
+    factors = draw_parameters(Colour(brightness=1.5), np.zeros(300, dtype=int), rng(0))[:, 4]
     assert factors.min() >= 0 and factors.max() > 2.3

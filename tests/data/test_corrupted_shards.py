@@ -13,15 +13,15 @@ import simplejpeg
 
 from data.fault import Fault
 from data.keyed import rng
-from data.shards.index import ShardIndex, merge
-from data.shards.verify import Finding, list_shards, verify_folder, verify_shard
-from data.shards.writing import Part, Shard, write_shard
+from data.shards.index import ShardIndex, merge_records
+from data.shards.verify import Defect, list_shards, verify_folder, verify_shard
+from data.shards.writing import Shard, TileRange, write_shard
 from data.slides.coordinates_h5 import read_tiling, write_tiling
 from data.slides.reading import Slide
 from data.slides.tiling import READ, TilingSettings, tile_slide
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Batch, Masking, TileBatches
+from data.tiles.loader import Masking, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles, UnreadableTile
 from data.tiles.stream import Stream
 from tests.data.synthetic_slides import stained, write_slide
@@ -44,15 +44,15 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         with Slide(path) as slide:
             tiling, _ = tile_slide(slide, slide_name, TilingSettings(0.5, 64, "otsu", 0.25), None, "")
         write_tiling(ours, tiling)
-        shard = Shard(f"tiles-{number:06d}", [Part(slide_name, 0, len(tiling.tiles(*READ)[0]))])
+        shard = Shard(f"tiles-{number:06d}", [TileRange(slide_name, 0, len(tiling.tiles(*READ)[0]))])
         assert write_shard(ours, shard, {}).tiles == 8
         names.append(shard.name)
-    merge(ours, names, {})
+    merge_records(ours, names, {})
     shutil.rmtree(ours / "slides")
     return {"ours": ours, "theirs": theirs}
 
 
-def verify(folder: Path) -> list[Finding]:
+def verify(folder: Path) -> list[Defect]:
     results = [verify_folder(folder), *(verify_shard(folder, name) for name in list_shards(folder))]
     return [finding for result in results for finding in result.findings]
 
@@ -272,8 +272,8 @@ def test_batches_go_on_with_full_counts_and_name_what_was_replaced(
             seed=0, start=0, stop=3, rank=0, world_size=1, accumulate=1, threads=2,
         )
     )  # fmt: skip
-    assert all(isinstance(batch, Batch) and len(batch.parts[0].numbers) == 8 for batch in batches)
-    named = {message for batch in batches if isinstance(batch, Batch) for message in batch.bad}
+    assert all(isinstance(batch, RankBatch) and len(batch.parts[0].numbers) == 8 for batch in batches)
+    named = {message for batch in batches if isinstance(batch, RankBatch) for message in batch.bad}
     assert lost and len(named) == lost, "one pass meets every tile, so each bad one is named"
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.embeddings import store as module
-from data.embeddings.index import merge, read_index, write_index
+from data.embeddings.index import merge_job_indexes, read_index, write_embedding_index
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
@@ -211,7 +211,7 @@ def test_parts_merge_into_one_index_and_hold_the_same_slides_before_and_after(tm
     close_parts(tmp_path, 3, [1, 2, 3])
     before = EmbeddingStore.open(tmp_path).digest
     for _ in range(2):  # again: nothing to do
-        merge(tmp_path)
+        merge_job_indexes(tmp_path)
         assert sorted(path.name for path in tmp_path.glob("*.parquet")) == ["index.parquet"]
         assert not list(tmp_path.glob("journal-*"))
         assert EmbeddingStore.open(tmp_path).digest == before
@@ -228,20 +228,20 @@ def test_parts_merge_into_one_index_and_hold_the_same_slides_before_and_after(tm
 def test_a_part_that_did_not_come_to_its_end_is_named_and_not_merged(tmp_path):
     close_parts(tmp_path, 3, [1, 3])
     with pytest.raises(Fault, match="the first of them part=2/3"):
-        merge(tmp_path)
+        merge_job_indexes(tmp_path)
     close_parts(tmp_path, 3, [2])
     with pytest.raises(Fault, match="the first of them part=1/3"):  # its last run didn't come to its end
-        merge(tmp_path)
+        merge_job_indexes(tmp_path)
     close_parts(tmp_path, 3, [1, 2, 3])
     out = EmbeddingWriter(tmp_path, WIDTH, "vit", "abc", 4, 4)
     out.add("running", *tiles("running"), 512.0, 0.5)
     with pytest.raises(Fault, match=r"part 4 .* is being written"):
-        merge(tmp_path)
+        merge_job_indexes(tmp_path)
     out.close()
-    merge(tmp_path)  # the array of three is whole
+    merge_job_indexes(tmp_path)  # the array of three is whole
     assert EmbeddingStore.open(tmp_path).slides == ["running", "s1", "s2", "s3"]
     with pytest.raises(Fault, match="no parts to merge"):
-        merge(tmp_path / "other")
+        merge_job_indexes(tmp_path / "other")
 
 
 def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path, monkeypatch):
@@ -303,7 +303,7 @@ def test_a_store_that_points_out_of_its_folder_is_not_continued(tmp_path, where)
     (entry,) = read_index(folder / "index-0.parquet")
     foreign = dataclasses.replace(entry, file="embeddings-0-000000.bin/../../precious.bin")
     if where == "index":
-        write_index(folder / "index-0.parquet", [foreign], None)
+        write_embedding_index(folder / "index-0.parquet", [foreign], None)
     else:
         (folder / "journal-0.jsonl").write_text(json.dumps(dataclasses.asdict(foreign)) + "\n")
         (folder / "index-0.parquet").unlink()

@@ -10,7 +10,7 @@ from data.fault import Fault
 from data.tiles import loader
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Batch, Masking, MicroBatch, TileBatches
+from data.tiles.loader import Masking, MicroBatch, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
 from tests.data.tile_folders import spoil, write_tiles
@@ -43,9 +43,9 @@ def batches(
     )  # fmt: skip
 
 
-def load(folder: Path, **settings: int) -> list[Batch]:
+def load(folder: Path, **settings: int) -> list[RankBatch]:
     found = list(batches(folder, **settings))
-    assert all(isinstance(batch, Batch) for batch in found)
+    assert all(isinstance(batch, RankBatch) for batch in found)
     return found  # type: ignore[return-value]
 
 
@@ -164,17 +164,17 @@ def test_a_source_of_bad_tiles_only_ends_in_a_fault_not_in_a_hang(folder: Path) 
 
 def test_the_loader_process_hands_over_the_same_batches_and_faults(folder: Path) -> None:
     direct = load(folder, stop=2)
-    through = list(loader.load(batches(folder, stop=2), pin_memory=False))
+    through = list(loader.loader_of(batches(folder, stop=2), pin_memory=False))
     assert all(same(by_tile(a.parts), by_tile(b.parts)) for a, b in zip(direct, through, strict=True))
     spoil(folder, list(range(24)))
-    assert isinstance(list(loader.load(batches(folder), pin_memory=False))[-1], Fault)
+    assert isinstance(list(loader.loader_of(batches(folder), pin_memory=False))[-1], Fault)
 
 
 def test_no_local_crops_is_a_batch_of_one_size(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = batches(folder, stop=1)
     wanted.sizes = CropSizes(2, 24, (0.32, 1.0), 0, 16, (0.05, 0.32))
     (batch,) = list(wanted)
-    assert isinstance(batch, Batch) and len(batch.parts[0].views) == 1
+    assert isinstance(batch, RankBatch) and len(batch.parts[0].views) == 1
 
 
 def test_micro_batches_that_do_not_divide_are_refused(folder: Path) -> None:

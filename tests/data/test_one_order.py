@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Batch, Masking, TileBatches
+from data.tiles.loader import Masking, RankBatch, TileBatches
 from data.tiles.mixture import Mixture
 from data.tiles.of_shards import ShardTiles
 from data.tiles.of_slides import SlideTiles
@@ -55,13 +55,13 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TileSource
     return source
 
 
-def load(source: TileSource, name: str, start: int, stop: int, rank: int, world: int, threads: int) -> list[Batch]:
+def load(source: TileSource, name: str, start: int, stop: int, rank: int, world: int, threads: int) -> list[RankBatch]:
     stream = Stream(source.parts, **SHAPE, window=2, seed=3, slides_per_lane=ORDERS[name])  # type: ignore[arg-type]
     found = list(TileBatches(
         source, stream, SIZES, Colour(stain_probability=0.3, stain_shift=0.05), Masking(0.5, 0.1, 0.5, 4), seed=3, start=start, stop=stop,
         rank=rank, world_size=world, accumulate=1, threads=threads,
     ))  # fmt: skip
-    assert all(isinstance(batch, Batch) and not batch.bad for batch in found)
+    assert all(isinstance(batch, RankBatch) and not batch.bad for batch in found)
     return found  # type: ignore[return-value]
 
 
@@ -117,7 +117,7 @@ def test_a_bad_file_is_replaced_within_its_member(make: Callable[[str], TileSour
         source, stream, SIZES, Colour(), Masking(0.5, 0.1, 0.5, 4), seed=0, start=0, stop=8, rank=0, world_size=1,
         accumulate=1, threads=2,
     )  # fmt: skip
-    loaded = [batch for batch in batches if isinstance(batch, Batch)]
+    loaded = [batch for batch in batches if isinstance(batch, RankBatch)]
     got = np.concatenate([batch.parts[0].numbers.numpy() for batch in loaded])
     lost = (wanted >= 20) & (wanted < 30)
     assert lost.any() and np.array_equal(got[~lost], wanted[~lost]) and (got[lost] < 20).all()

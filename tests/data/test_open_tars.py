@@ -18,7 +18,7 @@ from tests.data.tile_folders import write_tiles
 
 
 def test_tiles_in_any_order_are_those_that_training_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(open_files, "share", lambda holder: 2)
+    monkeypatch.setattr(open_files, "share_of_open_files", lambda holder: 2)
     folder = write_tiles(tmp_path / "shards", [7, 5, 4])
     index, tars, training = ShardIndex.open(folder), OpenTars(), ShardTiles(shards=[str(folder)])
     for row in (11, 0, 15, 6, 7, 3, 12, 0):

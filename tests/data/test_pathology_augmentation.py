@@ -7,7 +7,7 @@ from skimage.color import hed2rgb, rgb2hed
 
 from data.keyed import rng
 from data.tiles import augment as ours
-from data.tiles.augment_parameters import FACTORS, ORDER, STAIN, STAINS, WIDTH, Colour, draw
+from data.tiles.augment_parameters import FACTORS, ORDER, STAIN, STAINS, WIDTH, Colour, draw_parameters
 from data.tiles.crops import CropSizes, cut
 
 
@@ -34,11 +34,11 @@ def test_only_the_images_that_were_drawn_are_shifted() -> None:
 
 def test_drawn_shifts_follow_their_settings_and_change_no_other_draw() -> None:
     colour = Colour(stain_probability=0.5, stain_shift=0.05)
-    table = draw(colour, np.zeros(2000, dtype=int), rng(0))
+    table = draw_parameters(colour, np.zeros(2000, dtype=int), rng(0))
     assert abs(table[:, STAIN].mean() - 0.5) < 4 * 0.5 / np.sqrt(2000)
     shifts = table[:, STAINS]
     assert -0.05 <= shifts.min() < -0.0495 and 0.0495 < shifts.max() <= 0.05 and abs(shifts.mean()) < 0.002
-    without = draw(Colour(), np.zeros(2000, dtype=int), rng(0))
+    without = draw_parameters(Colour(), np.zeros(2000, dtype=int), rng(0))
     assert np.array_equal(without[:, :STAIN], table[:, :STAIN]) and not without[:, STAIN].any()
 
 

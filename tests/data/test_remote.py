@@ -18,10 +18,10 @@ from data.remote import RemoteColumn, RemotePath, Truncated, list_names, read_ra
 from data.shards.index import ShardIndex
 from data.shards.scan import scan
 from data.shards.verify import list_shards, verify_folder, verify_shard
-from data.tiles.loader import Batch
+from data.tiles.loader import RankBatch
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import UnreadableTile
-from launch.entry import main
+from launch.entry import run_command_line
 from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, GCSHandler, S3Handler, serving
 from tests.data.test_loader import batches, by_tile, same
 from tests.data.tile_folders import spoil, write_tiles
@@ -121,9 +121,9 @@ def folder(tmp_path: Path) -> Path:
     return write_tiles(tmp_path / "shards", [11, 13])
 
 
-def load(shards: object, **settings: int) -> list[Batch]:
+def load(shards: object, **settings: int) -> list[RankBatch]:
     found = list(batches(shards, **settings))  # type: ignore[arg-type]
-    assert all(isinstance(batch, Batch) for batch in found)
+    assert all(isinstance(batch, RankBatch) for batch in found)
     return found  # type: ignore[return-value]
 
 
@@ -204,7 +204,7 @@ def test_remote_shards_are_embedded_and_looked_at_as_local_ones_are(
         rows = np.arange(len(near.open(slide).coordinates))
         for one, other in zip(near.open(slide).read(rows), far.open(slide).read(rows), strict=True):
             assert isinstance(one, np.ndarray) and np.array_equal(one, other)
-    main(["inspect", f"shards={url}?token=secret", f"out={tmp_path / 'page'}", "views=null", "tiles=4"])
+    run_command_line(["inspect", f"shards={url}?token=secret", f"out={tmp_path / 'page'}", "views=null", "tiles=4"])
     page = (tmp_path / "page" / "index.html").read_text()
     assert f"{url}?token=***" in page and "secret" not in page
     (folder / "tiles-000001.tar").unlink()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from data.fault import Fault
-from data.shards.index import COLUMNS, ShardIndex, merge, read_jpeg, recorded_checksums, write_record
+from data.shards.index import COLUMNS, ShardIndex, merge_records, read_jpeg, recorded_checksums, write_record
 from data.shards.scan import scan
 from tests.data.foreign_tars import write_tar
 
@@ -51,7 +51,7 @@ LAYOUT = [[("a", 30), ("b", 20)], [("c", 50)], [("c", 49)], [("d", 0)]]
 
 def test_the_merged_index_is_the_records_in_order(tmp_path: Path) -> None:
     expected = make(tmp_path, LAYOUT)
-    digest = merge(tmp_path, names(4), {"mpp": 0.5})
+    digest = merge_records(tmp_path, names(4), {"mpp": 0.5})
     index = ShardIndex.open(tmp_path)
     assert len(index) == 149 and index.digest == digest
     for name in COLUMNS:
@@ -68,7 +68,7 @@ def test_the_merged_index_is_the_records_in_order(tmp_path: Path) -> None:
 
 def test_a_tile_costs_14_bytes_and_no_memory_until_it_is_read(tmp_path: Path) -> None:
     make(tmp_path, [[("a", 100_000)]])
-    merge(tmp_path, names(1), {})
+    merge_records(tmp_path, names(1), {})
     assert (tmp_path / "index.npz").stat().st_size < 14.1 * 100_000
     index = ShardIndex.open(tmp_path)
     assert all(isinstance(getattr(index, name).base, np.memmap) for name in COLUMNS)
@@ -79,7 +79,7 @@ def test_large_jpegs_and_large_tars_widen_their_columns(
     tmp_path: Path, longest: int, size: int, dtypes: tuple[str, str]
 ) -> None:
     expected = make(tmp_path, [[("a", 500)]], longest, size)
-    merge(tmp_path, names(1), {})
+    merge_records(tmp_path, names(1), {})
     index = ShardIndex.open(tmp_path)
     assert (index.offset.dtype, index.length.dtype) == tuple(np.dtype(text) for text in dtypes)
     np.testing.assert_array_equal(index.length, expected["length"])
@@ -87,7 +87,7 @@ def test_large_jpegs_and_large_tars_widen_their_columns(
 
 def test_numpy_alone_reads_the_index(tmp_path: Path) -> None:
     expected = make(tmp_path, LAYOUT)
-    merge(tmp_path, names(4), {})
+    merge_records(tmp_path, names(4), {})
     with np.load(tmp_path / "index.npz") as archive:
         np.testing.assert_array_equal(archive["x"], expected["x"])
 
@@ -100,17 +100,17 @@ def test_the_digest_is_that_of_the_content_not_of_the_folder(tmp_path: Path) -> 
         ("other", [[("a", 30), ("b", 20)], [("c", 51)], [("c", 48)]]),
     ):
         make(tmp_path / folder, layout)
-        digests.append(merge(tmp_path / folder, names(len(layout)), {}))
+        digests.append(merge_records(tmp_path / folder, names(len(layout)), {}))
     assert digests[0] == digests[1] != digests[2]
 
 
 def test_merging_again_leaves_the_index_alone_unless_something_is_new(tmp_path: Path) -> None:
     make(tmp_path, LAYOUT)
-    merge(tmp_path, names(2), {})
+    merge_records(tmp_path, names(2), {})
     before = (tmp_path / "index.npz").stat().st_mtime_ns
-    merge(tmp_path, names(2), {})
+    merge_records(tmp_path, names(2), {})
     assert (tmp_path / "index.npz").stat().st_mtime_ns == before
-    merge(tmp_path, names(3), {})
+    merge_records(tmp_path, names(3), {})
     assert len(ShardIndex.open(tmp_path)) == 149
 
 
@@ -123,7 +123,7 @@ def test_what_is_missing_is_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "plan.json").write_text("{}")
     with pytest.raises(Fault, match="aren't finished"):
         ShardIndex.open(tmp_path)
-    merge(tmp_path, names(4), {})
+    merge_records(tmp_path, names(4), {})
     (tmp_path / "tiles-000001.tar").unlink()
     with pytest.raises(Fault, match=r"tiles-000001\.tar is in the index but not on disk"):
         ShardIndex.open(tmp_path)
@@ -147,7 +147,7 @@ def test_a_short_read_says_that_the_shard_is_truncated(tmp_path: Path) -> None:
 @pytest.mark.parametrize("key", ["files", "coordinates"])
 def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path, key: str) -> None:
     make(tmp_path, LAYOUT)
-    merge(tmp_path, names(4), {})
+    merge_records(tmp_path, names(4), {})
     index = ShardIndex.open(tmp_path)
     named = index.meta[key] if key == "files" else index.meta["slides"][key]
     for outside in ("../x", "/x", "a/../../x"):

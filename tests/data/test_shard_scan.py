@@ -10,10 +10,10 @@ import pytest
 
 from data.fault import Fault
 from data.shards.index import ShardIndex, read_jpeg
-from data.shards.scan import disputed, left_out, scan
+from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.verify import verify_shard
 from data.slides.coordinates import UNKNOWN
-from launch.entry import main
+from launch.entry import run_command_line
 from tests.data.foreign_tars import write_tar
 
 
@@ -91,7 +91,7 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
     (tmp_path / "README.md").touch()
     write_tar(tmp_path / "val/v.tar", [("k.jpg", b"j")])
     for _ in range(2):  # what was left out is said again where nothing is read again
-        assert main(["shards", "index", f"shards={tmp_path}"]) in (0, None)
+        assert run_command_line(["shards", "index", f"shards={tmp_path}"]) in (0, None)
         said = capsys.readouterr().err
         assert said.splitlines()[-1].endswith(
             "20 tiles of 6 slides in 3 shards, indexed; left out: 18 members, 2 tars (noise.tar, zero.tar) and 3 other files, as said above"
@@ -116,7 +116,7 @@ def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(t
                                    ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.json", of(3)), ("1.json", of(4))])  # fmt: skip
     index = scan(tmp_path)
     assert index.x.tolist() == [1, 2, UNKNOWN, UNKNOWN, UNKNOWN]
-    assert [kind.count for kind in left_out(index)[0]] == [2]
+    assert [kind.count for kind in describe_left_out(index)[0]] == [2]
 
 
 @pytest.mark.parametrize("spoilt", [
@@ -127,7 +127,7 @@ def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(t
 ])  # fmt: skip
 def test_a_json_that_cannot_be_true_costs_its_tile_and_no_other(tmp_path: Path, spoilt: str) -> None:
     write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", spoilt.encode("latin-1")), ("l.jpg", b"good")])
-    (kind,) = left_out(index := scan(tmp_path))[0]
+    (kind,) = describe_left_out(index := scan(tmp_path))[0]
     assert len(index) == 1 and index.length[0] == 4
     assert str(kind).startswith("1 tile with an impossible .json (as k.json") and len(str(kind)) < 400
     assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {"undecodable tile"}
@@ -137,7 +137,7 @@ def test_a_place_that_the_index_cannot_hold_costs_its_tile_and_is_not_wrapped(tm
     write_tar(tmp_path / "a.tar", [(f"s_{2**31}_0.jpg", b"jpeg"), ("s_5_0.jpg", b"jpeg")])
     index = scan(tmp_path)
     assert index.x.tolist() == [5]
-    assert [str(kind) for kind in left_out(index)[0]] == [
+    assert [str(kind) for kind in describe_left_out(index)[0]] == [
         f"1 tile at an impossible place (as s_{2**31}_0 in a.tar): no slide has pixels there"
     ]
 
@@ -155,7 +155,7 @@ def test_tiles_of_a_slide_that_contradict_one_another_are_named_and_what_they_di
     write_tar(tmp_path / "a.tar", [*sample("s", 0, mpp=0.5, tile_size=48, patient="p"), *sample("s", 48, mpp=5.0, tile_size=48), *sample("t", 0, mpp=0.5), *sample("t", 48, mpp=0.50001, tile_size=48)])  # fmt: skip
     write_tar(tmp_path / "b.tar", [*sample("s", 0, patient="q", mpp=0.5), *sample("t", 0, mpp=0.5), *sample("t", 96)])
     for _ in range(2):
-        main(["shards", "index", f"shards={tmp_path}"])
+        run_command_line(["shards", "index", f"shards={tmp_path}"])
         lines = capsys.readouterr().err.splitlines()
         assert [line.partition(":  ")[0] for line in lines if line.startswith("to look at: ")] == [
             "to look at: 1 slide with several mpp (as s: 0.5 and 5.0): its tiles' .json contradict one another, so it counts as not known",
@@ -186,7 +186,7 @@ def test_what_another_program_says_of_its_pictures_is_not_taken_for_the_slides(t
 @pytest.mark.parametrize("key", ["a_{}_1", "a_1_{}"])
 def test_a_number_of_any_length_in_a_key_costs_its_tile_only(tmp_path: Path, key: str) -> None:
     write_tar(tmp_path / "a.tar", [(f"{key.format('9' * 5000)}.jpg", b"jpeg"), (f"{key.format('²')}.jpg", b"jpeg"), ("b_0_0.jpg", b"jpeg")])  # fmt: skip
-    (kind,) = left_out(index := scan(tmp_path))[0]
+    (kind,) = describe_left_out(index := scan(tmp_path))[0]
     assert sorted(index.slides) == ["a", "b"] and str(kind).startswith("1 tile at an impossible place (as a_")
     assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {"undecodable tile"}
 
@@ -197,7 +197,7 @@ def test_tars_that_are_none_are_named_with_the_way_out(tmp_path: Path) -> None:
     (tmp_path / "d.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
     (tmp_path / "e.tar").write_bytes(bytes(10240))
     (tmp_path / "c.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
-    said = [str(kind) for kind in left_out(scan(tmp_path))[1]]
+    said = [str(kind) for kind in describe_left_out(scan(tmp_path))[1]]
     assert "e.tar: it holds no file" in said
     assert any(one.startswith("d.tar: it is compressed, whatever its name") for one in said)
     assert said[0] == "b.TAR: its ending is in capitals: rename it to b.tar"
@@ -207,7 +207,7 @@ def test_tars_that_are_none_are_named_with_the_way_out(tmp_path: Path) -> None:
 def test_a_picture_of_no_bytes_is_left_out_and_counted(tmp_path: Path) -> None:
     write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("l.jpg", b"")])
     index = scan(tmp_path)
-    assert len(index) == 1 and [str(kind) for kind in left_out(index)[0]] == [
+    assert len(index) == 1 and [str(kind) for kind in describe_left_out(index)[0]] == [
         "1 empty .jpg (as l.jpg in a.tar): it has 0 bytes"
     ]
 

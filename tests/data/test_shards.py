@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 from data.fault import Fault
 from data.keyed import rng
-from data.shards.index import ShardIndex, merge, read_jpeg
-from data.shards.writing import Part, Shard, is_published, plan_shards, read_facts, write_shard
+from data.shards.index import ShardIndex, merge_records, read_jpeg
+from data.shards.writing import Shard, TileRange, is_published, plan_shards, read_shard_facts, write_shard
 from data.slides import cutting
 from data.slides.coordinates_h5 import write_tiling
 from data.slides.reading import Slide
@@ -38,13 +38,13 @@ def tiled(folder: Path, name: str, image: np.ndarray | None = None) -> Tiling:
     return tiling
 
 
-def part_of(tiling: Tiling) -> Part:
-    return Part(tiling.slide, 0, len(tiling.tiles(*READ)[0]))
+def part_of(tiling: Tiling) -> TileRange:
+    return TileRange(tiling.slide, 0, len(tiling.tiles(*READ)[0]))
 
 
 @given(st.lists(st.integers(0, 60), max_size=30), st.integers(1, 25))
 def test_a_plan_covers_every_tile_once_and_splits_only_large_slides(counts: list[int], limit: int) -> None:
-    parts = [Part(f"s{number}", 0, count) for number, count in enumerate(counts)]
+    parts = [TileRange(f"s{number}", 0, count) for number, count in enumerate(counts)]
     plan = plan_shards(parts, limit, "tiles", 3)
     assert [shard.name for shard in plan] == [f"tiles-{3 + number:06d}" for number in range(len(plan))]
     covered = [(part.slide, tile) for shard in plan for part in shard.parts for tile in range(part.first, part.last)]
@@ -59,7 +59,7 @@ def test_tiles_in_a_shard_are_the_slides_pixels_through_the_index(tmp_path: Path
     tilings = [tiled(tmp_path, name) for name in ("a", "b")]
     shard = Shard("tiles-000000", [part_of(tiling) for tiling in tilings])
     written = write_shard(tmp_path, shard, {})
-    merge(tmp_path, [shard.name], {})
+    merge_records(tmp_path, [shard.name], {})
     index = ShardIndex.open(tmp_path)
     assert written.tiles == len(index) == len(shard) and not written.failed
     assert index.slides == ["a", "b"]
@@ -90,10 +90,10 @@ def test_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
 def test_writing_a_shard_twice_gives_the_same_bytes(tmp_path: Path) -> None:
     shard = Shard("tiles-000000", [part_of(tiled(tmp_path, "a"))])
     write_shard(tmp_path, shard, {})
-    first, record = (tmp_path / "tiles-000000.tar").read_bytes(), read_facts(tmp_path, shard.name)
+    first, record = (tmp_path / "tiles-000000.tar").read_bytes(), read_shard_facts(tmp_path, shard.name)
     write_shard(tmp_path, shard, {})
     assert (tmp_path / "tiles-000000.tar").read_bytes() == first
-    assert read_facts(tmp_path, shard.name) == record
+    assert read_shard_facts(tmp_path, shard.name) == record
 
 
 def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,13 +117,13 @@ def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path: Path, monk
 def test_a_shard_whose_record_is_damaged_in_whatever_way_is_made_again_or_is_what_it_was(tmp_path: Path) -> None:
     folder = write_tiles(tmp_path / "x", [3])
     record = folder / "index/tiles-000000.npz"
-    content, facts = record.read_bytes(), read_facts(folder, "tiles-000000")
+    content, facts = record.read_bytes(), read_shard_facts(folder, "tiles-000000")
     for draw in range(150):
         spoilt = bytearray(content)
         spoilt[int(rng(draw, "record").integers(len(content)))] ^= 1 << draw % 8
         record.write_bytes(spoilt)
         if is_published(folder, "tiles-000000"):
-            assert read_facts(folder, "tiles-000000") == facts
+            assert read_shard_facts(folder, "tiles-000000") == facts
 
 
 def test_a_slide_that_fails_is_taken_out_and_the_others_stay(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_a_slide_that_fails_is_taken_out_and_the_others_stay(tmp_path: Path) -> 
     with tarfile.open(tmp_path / "tiles-000000.tar") as tar:
         slides = {name.split("_")[0] for name in tar.getnames()}
     assert slides == {"a", "c"}
-    merge(tmp_path, ["tiles-000000"], {})
+    merge_records(tmp_path, ["tiles-000000"], {})
     assert ShardIndex.open(tmp_path).slides == ["a", "c"]
 
 
@@ -157,7 +157,7 @@ def test_a_few_damaged_tiles_are_left_out_and_counted(tmp_path: Path) -> None:
     damage(tmp_path / "slides/a.tiff", share=0.01)
     shard = Shard("tiles-000000", [part_of(tiling)])
     written = write_shard(tmp_path, shard, {})
-    facts = read_facts(tmp_path, shard.name)
+    facts = read_shard_facts(tmp_path, shard.name)
     assert 0 < len(facts["rejected"]) == len(shard) - written.tiles <= 9 and not written.failed
     assert {verdict for *_, verdict in facts["rejected"]} == {4}
 
@@ -176,7 +176,7 @@ def test_tiles_found_empty_are_recorded_with_their_cell(tmp_path: Path) -> None:
     flat[192:256, 256:320] = (190, 110, 170)
     write_slide(tmp_path / "slides/a.tiff", flat, 0.5)
     written = write_shard(tmp_path, Shard("tiles-000000", [part_of(tiling)]), {})
-    assert read_facts(tmp_path, "tiles-000000")["rejected"] == [["a", 256, 192, 3]]
+    assert read_shard_facts(tmp_path, "tiles-000000")["rejected"] == [["a", 256, 192, 3]]
     assert written.tiles == len(tiling.tiles(*READ)[0]) - 1
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from data.embeddings.sequences import Sequence, SlideBatch, SlideSequences, cut_fields
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
-from data.embeddings.views import augment, block_mask, masked_count, random_mask
+from data.embeddings.views import augment_sequence, block_mask, masked_count, random_mask
 from data.fault import Fault
 from data.keyed import rng
 from data.slides.coordinates import row_major
@@ -159,7 +159,7 @@ def test_augmentation_moves_tiles_as_one_piece_and_sorts_them_again(seed, n, cro
     places = random.permutation(144)[:n]
     cells = np.stack([places % 12, places // 12], axis=1) + 40
     cells = cells[row_major(cells[:, 0], cells[:, 1])]
-    rows, moved = augment(np.arange(n), cells, random, crop, shift, 0.5)
+    rows, moved = augment_sequence(np.arange(n), cells, random, crop, shift, 0.5)
     assert 4 <= len(rows) == len(moved) <= n and len(np.unique(rows)) == len(rows)
     assert row_major(moved[:, 0], moved[:, 1]).tolist() == list(range(len(moved)))
     assert moved.min() >= 0
@@ -173,7 +173,7 @@ def test_augmentation_moves_tiles_as_one_piece_and_sorts_them_again(seed, n, cro
 def test_augmentation_flips_crops_and_shifts_as_often_and_as_far_as_asked():
     y, x = (a.ravel() for a in np.mgrid[:8, :8])
     cells = np.stack([x, y], axis=1)
-    drawn = [augment(np.arange(64), cells, rng(k), 0.875, 20, 0.5) for k in range(400)]
+    drawn = [augment_sequence(np.arange(64), cells, rng(k), 0.875, 20, 0.5) for k in range(400)]
     assert all(len(rows) == 49 for rows, _ in drawn)  # 7 × 7 of 8 × 8
     flipped = sum(rows[0] % 8 > rows[1] % 8 for rows, _ in drawn)
     assert 150 < flipped < 250

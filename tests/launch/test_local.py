@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from launch import ranks
-from launch.entry import main
+from launch.entry import run_command_line
 from launch.local import watch
 from launch.torchrun import run_and_tell
 from pretrain.run import checkpoints
@@ -70,7 +70,7 @@ def of_rank(run: Path, rank: int) -> list[int]:
 @pytest.mark.slow
 def test_torchrun_starts_all_again_where_one_is_killed(tmp_path: Path) -> None:
     shards = write_tiles(tmp_path / "shards", [40, 37])
-    main(command(shards, tmp_path / "here"))
+    run_command_line(command(shards, tmp_path / "here"))
     run = tmp_path / "run"
     process = start(command(shards, run, "launch=torchrun", "launch.processes_per_node=2"))
     while len(read_metrics(run)) < 3:
@@ -109,7 +109,7 @@ raise SystemExit(1)
 @pytest.mark.slow
 def test_a_signal_to_torchrun_ends_its_ranks_with_a_checkpoint_and_starts_none_again(tmp_path: Path) -> None:
     shards = write_tiles(tmp_path / "shards", [40, 37])
-    main(command(shards, tmp_path / "here"))
+    run_command_line(command(shards, tmp_path / "here"))
     run = tmp_path / "run"
     words = command(shards, run, "launch=torchrun", "launch.processes_per_node=2", "trainer.checkpoint_every=100")
     for number, code, steps in ((signal.SIGUSR1, EXIT_CODE, 1), (signal.SIGINT, 130, 3)):
@@ -153,7 +153,7 @@ def test_what_so_many_processes_cannot_share_is_a_mistake_of_the_command_line(
     if rank:  # whoever started it
         monkeypatch.setenv("LOCAL_RANK", "0")
     with pytest.raises(SystemExit) as ended:
-        main([*words, f"run={tmp_path / 'run'}", "trainer.accelerator=cpu"])
+        run_command_line([*words, f"run={tmp_path / 'run'}", "trainer.accelerator=cpu"])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and sentence in said and said.count("pretrain: ") == 1, said
     assert not (tmp_path / "run").exists()

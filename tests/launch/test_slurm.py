@@ -13,7 +13,7 @@ import pytest
 
 from data.embeddings.store import EmbeddingStore
 from data.shards.index import ShardIndex
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.run.metrics import read_metrics
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import write_tiles
@@ -35,7 +35,7 @@ def submit(cluster: Cluster, *words: str, variables: dict[str, str] | None = Non
     printed, said = io.StringIO(), io.StringIO()
     theirs = (variables or environment()) | cluster.environment
     with mock.patch.dict(os.environ, theirs, clear=True), redirect_stdout(printed), redirect_stderr(said):
-        main([*words, "launch=slurm"])
+        run_command_line([*words, "launch=slurm"])
     assert "tail -F " in said.getvalue() and "squeue --jobs=" in said.getvalue()
     return printed.getvalue().split()
 
@@ -49,7 +49,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def here(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the tile stage in one process."""
     run = tmp_path_factory.mktemp("here") / "run"
-    main(command(shards, run))
+    run_command_line(command(shards, run))
     return run
 
 
@@ -69,7 +69,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def slides_here(store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of the slide stage in one process."""
     run = tmp_path_factory.mktemp("slides_here") / "run"
-    main(slide_run(store, run))
+    run_command_line(slide_run(store, run))
     return run
 
 
@@ -91,7 +91,7 @@ def test_an_array_of_jobs_cuts_what_one_cuts_and_another_job_merges_it(cluster: 
     words = ["shard", f"slides={tmp_path / 'slides'}", "tile_size=64", "workers=1"]
     folder = tmp_path / "100%A"  # in which a job's log must not be looked for under the job's number
     jobs = submit(cluster, *words, f"out={folder}", "launch.array=2")
-    main([*words, f"out={tmp_path / 'whole'}"])
+    run_command_line([*words, f"out={tmp_path / 'whole'}"])
     for job in jobs:
         cluster.wait(job, "COMPLETED", "PENDING" if job == jobs[0] else "COMPLETED", seconds=240)
     ours, expected = (ShardIndex.open(path) for path in (folder, tmp_path / "whole"))
@@ -111,7 +111,7 @@ def test_an_array_embeds_what_one_process_does_after_the_run_whose_encoder_it_ta
     assert cluster.states(training) != ["COMPLETED"]
     for job in (training, array, merge):
         cluster.wait(job, "COMPLETED", seconds=240)
-    main([*words, f"out={tmp_path / 'whole'}"])
+    run_command_line([*words, f"out={tmp_path / 'whole'}"])
     ours, expected = (EmbeddingStore.open(tmp_path / name) for name in ("array", "whole"))
     assert sorted(ours.slides) == sorted(expected.slides) and len(ours.slides) > 1
     for slide in ours.slides:
@@ -294,7 +294,7 @@ def test_a_job_of_an_array_that_runs_out_of_time_goes_on_behind_its_last_shard(
         cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2", "launch.time=2", "launch.signal_seconds=20",
         variables=environment(tmp_path, SECONDS_A_TILE="2"),
     )  # fmt: skip
-    main([*words, f"out={tmp_path / 'whole'}"])
+    run_command_line([*words, f"out={tmp_path / 'whole'}"])
     for job in (array, merge):
         cluster.wait(job, "COMPLETED", seconds=1200)
     for task in range(2):

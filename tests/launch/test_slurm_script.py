@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch import failures
-from launch.entry import main
+from launch.entry import run_command_line
 from launch.processes import Processes, arrange
 from launch.slurm import seconds
 from launch.submit import submit
@@ -20,7 +20,7 @@ TILE = ["tile", "run=runs/first", "data.shards=shards"]
 
 
 def script(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    main([*words, "launch=slurm", "launch.dry_run=true"])
+    run_command_line([*words, "launch=slurm", "launch.dry_run=true"])
     return capsys.readouterr().out
 
 
@@ -136,7 +136,7 @@ def test_a_secret_in_the_command_is_refused_and_not_put_into_a_script(
     monkeypatch.chdir(tmp_path)
     for dry in ("true", "false"):
         with pytest.raises(SystemExit):
-            main(
+            run_command_line(
                 [
                     "tile",
                     "run=r",
@@ -162,7 +162,7 @@ def test_a_variable_in_place_of_a_secret_is_read_where_the_job_runs(
     text = script(capsys, "tile", "run=r", word, "launch.gpus_per_node=1")
     assert shlex.quote(word) in text and "hunter2" not in text
     assert load("tile", ["run=r", word]).object().data.shards == ["https://host/s?token=hunter2"]
-    main(["tile", "run=r", word, "--cfg", "job"])
+    run_command_line(["tile", "run=r", word, "--cfg", "job"])
     assert "https://host/s?token=***" in (shown := capsys.readouterr().out) and "hunter2" not in shown
 
 
@@ -188,7 +188,9 @@ def test_a_clusters_own_values_are_a_file_of_the_users(capsys: pytest.CaptureFix
     (tmp_path / "launch" / "ours.yaml").write_text(
         "defaults:\n  - slurm\n  - _self_\npartition: gpu  # of the hospital\n"
     )
-    main([*TILE, "--config-dir", str(tmp_path), "launch=ours", "launch.gpus_per_node=1", "launch.dry_run=true"])
+    run_command_line(
+        [*TILE, "--config-dir", str(tmp_path), "launch=ours", "launch.gpus_per_node=1", "launch.dry_run=true"]
+    )
     text = capsys.readouterr().out
     assert options(text)["partition"] == "gpu" and f"pretrain tile --config-dir {tmp_path} \\\n" in text
 
@@ -214,7 +216,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
-        main([*TILE, *words])
+        run_command_line([*TILE, *words])
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count("\n") == 1 and said.out == ""
 
@@ -250,7 +252,7 @@ def test_a_value_out_of_range_is_refused_before_anything_is_written(
 ) -> None:  # fmt: skip
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        main(["shard", "slides=a", "out=b", "launch=slurm", *words])
+        run_command_line(["shard", "slides=a", "out=b", "launch=slurm", *words])
     assert ended.value.code == 2
     said = capsys.readouterr()
     assert sentence in said.err and said.err.count("\n") == 1 and said.out == "" and list(tmp_path.iterdir()) == []
@@ -261,7 +263,7 @@ def test_a_run_s_folder_of_other_settings_is_refused_before_the_job_waits(
 ) -> None:
     (tmp_path / "config.yaml").write_text("seed: 4\n")
     with pytest.raises(SystemExit):
-        main(
+        run_command_line(
             [
                 "tile",
                 f"run={tmp_path}",
@@ -298,7 +300,7 @@ def test_processes_that_do_not_divide_the_batch_are_found_out_before_the_job(
     words: list[str], sentence: str, launch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main([*words, f"launch={launch}", "launch.dry_run=true", *(["launch.endpoint=a:1"] if launch == "torchrun" else [])])  # fmt: skip
+        run_command_line([*words, f"launch={launch}", "launch.dry_run=true", *(["launch.endpoint=a:1"] if launch == "torchrun" else [])])  # fmt: skip
     said = capsys.readouterr()
     assert ended.value.code == 2 and sentence in said.err and said.out == ""
 
@@ -306,7 +308,7 @@ def test_processes_that_do_not_divide_the_batch_are_found_out_before_the_job(
 def test_gpus_without_cores_are_said(capsys: pytest.CaptureFixture[str]) -> None:
     for words, warns in ((["launch.gpus_per_node=1"], True), (["launch.gpus_per_node=1", "launch.cpus_per_task=8"], False),
                          (["launch.processes_per_node=1"], False), (["launch.gpus_per_node=1", "launch.sbatch=['--cpus-per-gpu=8']"], False)):  # fmt: skip
-        main([*TILE, "launch=slurm", "launch.dry_run=true", *words])
+        run_command_line([*TILE, "launch=slurm", "launch.dry_run=true", *words])
         assert ("launch.cpus_per_task isn't given" in capsys.readouterr().err) == warns
 
 
@@ -391,7 +393,7 @@ def test_a_chain_is_of_jobs_that_start_when_the_one_before_has_ended(
     (programs / "sbatch").write_text(f'#!/bin/sh\necho "$@" >> {calls}\nwc -l < {calls} | tr -d " "\n')
     (programs / "sbatch").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=":")
-    main([*TILE, "launch=slurm", "launch.processes_per_node=1", "launch.chain=3", "launch.after=77"])
+    run_command_line([*TILE, "launch=slurm", "launch.processes_per_node=1", "launch.chain=3", "launch.after=77"])
     said = capsys.readouterr()
     assert said.out.split() == ["1", "2", "3"] and "1 → 2 → 3" in said.err
     path = "runs/first/tile.sbatch"
@@ -435,7 +437,7 @@ def test_the_node_of_the_rank_that_failed_first_is_named_with_how_to_leave_it_ou
 @pytest.mark.parametrize("word", ["launch=slurm", "+launch=slurm", "launch=null"])
 def test_a_plan_is_not_launched_elsewhere(word: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["plan", word])
+        run_command_line(["plan", word])
     said = capsys.readouterr()
     assert said.err.startswith("pretrain: 'pretrain plan' runs here") and said.err.count("\n") == 1
 
@@ -450,7 +452,7 @@ def test_a_plan_is_not_launched_elsewhere(word: str, capsys: pytest.CaptureFixtu
 )
 def test_one_process_is_not_spread(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(["shard", "slides=a", "out=b", *words])
+        run_command_line(["shard", "slides=a", "out=b", *words])
     assert sentence in capsys.readouterr().err
 
 
@@ -479,7 +481,7 @@ def test_launch_and_trainer_settings_agree(
 
 
 def test_torchruns_command_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
-    main(
+    run_command_line(
         [
             *TILE,
             "recipe=midnight",
@@ -507,7 +509,9 @@ def test_no_slurm_here_is_said(
 ) -> None:
     monkeypatch.setattr(shutil, "which", lambda _: None)
     with pytest.raises(SystemExit):
-        main(["export", "checkpoint=a", f"out={tmp_path / 'b'}", "launch=slurm", f"launch.folder={tmp_path / 'there'}"])
+        run_command_line(
+            ["export", "checkpoint=a", f"out={tmp_path / 'b'}", "launch=slurm", f"launch.folder={tmp_path / 'there'}"]
+        )
     assert "sbatch is not here" in capsys.readouterr().err and list(tmp_path.iterdir()) == []
 
 
@@ -515,9 +519,9 @@ def test_line_breaks_stay_in_their_comment_and_are_refused_where_they_would_end_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     words = [*TILE, "launch=slurm", "launch.gpus_per_node=4", "launch.dry_run=true"]
-    main([*words, 'launch.setup=["export A=1\nexport B=2"]'])
+    run_command_line([*words, 'launch.setup=["export A=1\nexport B=2"]'])
     lines = capsys.readouterr().out.splitlines()
     assert "export A=1\\nexport B=2" in lines[1] and lines[2].startswith("#SBATCH") and "export B=2" in lines
     with pytest.raises(SystemExit):
-        main([*words, "launch.partition='a\nrm x'"])
+        run_command_line([*words, "launch.partition='a\nrm x'"])
     assert "launch.partition holds a line break" in capsys.readouterr().err

@@ -11,7 +11,7 @@ from models.attention_statistics import (
     SDPA,
     Batched,
     VariableLength,
-    plain,
+    matrix_products,
     plain_backward,
     run_starts,
     stock,
@@ -65,7 +65,7 @@ def test_the_plain_path_agrees_with_the_stock_kernel_forward_and_backward(dtype,
     monkeypatch.setattr(attention_statistics, "BLOCK", 7)  # several blocks of queries, the last one short
     q, k, v, grad = (normal(3, 2, 17, 8, seed=i, dtype=dtype) for i in range(4))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
-    for one, other in zip(stock(q, k, v), plain(q, k, v), strict=True):
+    for one, other in zip(stock(q, k, v), matrix_products(q, k, v), strict=True):
         torch.testing.assert_close(one, other, atol=tolerance, rtol=0)
     # statistics of a larger softmax, as merged branches have them
     out, lse = stock(q, k, v)
@@ -80,7 +80,7 @@ def test_the_plain_path_agrees_with_the_stock_kernel_forward_and_backward(dtype,
 def test_kernels_of_one_length_and_of_many_agree_on_runs_of_many_lengths(heads):
     q, k, v, grad = (normal(ROWS, heads, 4, seed=i) for i in range(4))
     results = []
-    for each in (SDPA, Batched(plain, plain_backward), NAIVE):
+    for each in (SDPA, Batched(matrix_products, plain_backward), NAIVE):
         out, lse = each.forward(q, k, v, SHAPES)
         assert out.shape == q.shape and lse.shape == q.shape[:2]
         results.append((out, lse, *each.backward(grad, q, k, v, out * 0.5, lse + 0.3, SHAPES)))

@@ -7,7 +7,7 @@ from torch._dynamo.testing import CompileCounter
 
 from models.initialise import initialise
 from models.vit import Kept, Tokens, VisionTransformer
-from pretrain.objectives.stochastic_depth import plan
+from pretrain.objectives.stochastic_depth import kept_samples
 
 TILES, GROUP, DEPTH = 4, 2, 3
 TOLERANCE = 1e-6  # of the tensor's largest value, in float32
@@ -51,7 +51,7 @@ def test_packed_equals_unpacked_with_stochastic_depth_and_masks(feed_forward: st
     ]
     masks = [torch.rand(2 * TILES, 16, generator=generator) < 0.3, None]
     tokens = [vit.tokens_per_crop(32), vit.tokens_per_crop(16)]
-    kept = plan(
+    kept = kept_samples(
         list(zip((2, 3), tokens, strict=True)),
         TILES,
         group=GROUP,
@@ -84,7 +84,7 @@ def test_packed_equals_unpacked_with_stochastic_depth_and_masks(feed_forward: st
 def test_a_block_compiles_to_one_graph_and_the_last_one_to_another(rate: float) -> None:
     vit = network("mlp", 0)
     crops, masks = [torch.randn(2 * TILES, 3, 32, 32)], [torch.rand(2 * TILES, 16) < 0.3]
-    kept = plan(
+    kept = kept_samples(
         [(2, vit.tokens_per_crop(32))], TILES, group=GROUP, rate=rate, depth=DEPTH, seed=0, step=3, first=0, device=torch.device("cpu")
     )  # fmt: skip
     (expected,) = vit(crops, masks, kept, wanted=masks)

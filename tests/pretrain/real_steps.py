@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan.batches import Slides
-from pretrain.plan.of_a_run import compose
+from pretrain.plan.of_a_run import compose_run
 from pretrain.plan.rehearsal import CPU_ATTENTION, tensors_in
 from pretrain.plan.run_shape import RunShape, run_shape
 from pretrain.run.across_ranks import local_shard
@@ -28,7 +28,7 @@ MOMENT = Moment(0, 10, 0)
 
 def shape_of(*settings: str, slides: Slides = SLIDES) -> tuple[RunShape, Any]:
     """The shape of a run and its ``optim`` settings."""
-    composed = compose(list(settings), [])
+    composed = compose_run(list(settings), [])
     values = dict(composed.tree.optim) | {"betas": list(composed.tree.optim.betas)}
     return run_shape(composed, slides), Optim(**values)
 

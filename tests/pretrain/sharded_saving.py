@@ -50,7 +50,7 @@ def main() -> None:
         fill(model, optimiser, step - 1)
         wanted = values(model, optimiser)
         fill(model, optimiser, -1)
-        checkpoints.load(checkpoints.newest(folder), model, optimiser)  # type: ignore[arg-type]
+        checkpoints.restore(checkpoints.newest(folder), model, optimiser)  # type: ignore[arg-type]
         assert all(torch.equal(a, b) for a, b in zip(values(model, optimiser), wanted, strict=True))
     fill(model, optimiser, step)
     saver = Saver(folder, keep=1, milestones=None)

@@ -43,7 +43,7 @@ def record(curves: Curves) -> list[dict[str, float]]:
 
 
 def found(curves: Curves, known: Facts = KNOWN) -> list[alarms.Alarm]:
-    return alarms.find(History(record(curves)), known)
+    return alarms.find_alarms(History(record(curves)), known)
 
 
 def spoilt(name: str, begin: int, value: float) -> Curves:
@@ -56,11 +56,11 @@ def spoilt(name: str, begin: int, value: float) -> Curves:
 def test_a_healthy_record_is_silent_at_every_length() -> None:
     lines = record(healthy())
     for length in range(50, len(lines) + 1, 150):
-        assert alarms.find(History(lines[:length]), KNOWN) == [], length
+        assert alarms.find_alarms(History(lines[:length]), KNOWN) == [], length
 
 
 def test_an_empty_record_is_silent() -> None:
-    assert alarms.find(History(), KNOWN) == [] and alarms.find(History(), Facts({}, 0)) == []
+    assert alarms.find_alarms(History(), KNOWN) == [] and alarms.find_alarms(History(), Facts({}, 0)) == []
 
 
 @pytest.mark.parametrize(
@@ -141,14 +141,14 @@ def test_figures_that_are_not_finite_or_no_numbers_are_left_out() -> None:
 
 def test_the_facts_of_a_configuration() -> None:
     objective = {"prototypes": 64, "ibot_prototypes": 32, "separate_ibot_head": False}
-    assert alarms.facts({"objective": objective, "optim": {"warmup_steps": 300}}) == Facts(
+    assert alarms.known_facts({"objective": objective, "optim": {"warmup_steps": 300}}) == Facts(
         {"dino": 64, "ibot": 64}, 300
     )
     own_head = objective | {"separate_ibot_head": True}
-    assert alarms.facts({"objective": own_head, "optim": {"warmup_steps": 10**5}}) == Facts(
+    assert alarms.known_facts({"objective": own_head, "optim": {"warmup_steps": 10**5}}) == Facts(
         {"dino": 64, "ibot": 32}, 1000
     )
-    assert alarms.facts({"objective": {"mask_ratio": 0.75}}) == Facts({}, 0)
+    assert alarms.known_facts({"objective": {"mask_ratio": 0.75}}) == Facts({}, 0)
 
 
 def recognising(tissue: list[float], slides: list[float]) -> list[str]:

@@ -15,7 +15,7 @@ import torch
 from omegaconf import OmegaConf
 
 from data.fault import Fault
-from launch.entry import main
+from launch.entry import run_command_line
 from models.allowed import Allowed
 from pretrain import cli
 from pretrain.settings import composition as settings
@@ -84,7 +84,7 @@ def refusal(one: Composed, name: str, value: Any) -> str | None:
     before, _, key = name.rpartition(".")
     (inner(values, before) if before else values)[key] = value
     try:
-        ranges.check(values, kinds_of(one))
+        ranges.require_allowed(values, kinds_of(one))
         ranges.check_whole(values, settings._config(one.command))
     except Fault as fault:
         return str(fault)
@@ -208,7 +208,7 @@ def test_settings_out_of_range_end_a_command_with_one_sentence_and_code_2(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(words if "=" not in words[0] else ["tile", *words])
+        run_command_line(words if "=" not in words[0] else ["tile", *words])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.out == ""
     assert captured.err.startswith(f"pretrain: {sentence}") and captured.err.count("\n") == 1
@@ -249,7 +249,7 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_read(
     monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
     for words in (["tile", "data.shards=nowhere"], ["slide", "data.embeddings=nowhere"]):
         with pytest.raises(SystemExit):
-            main([*words, f"run={tmp_path / 'run'}", "trainer.accelerator=gpu"])
+            run_command_line([*words, f"run={tmp_path / 'run'}", "trainer.accelerator=gpu"])
         assert capsys.readouterr().err.startswith("pretrain: trainer.accelerator=gpu, and PyTorch finds no GPU")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(Fault, match=r"trainer\.devices=3 is more than the 2 GPUs"):
@@ -263,7 +263,7 @@ def test_several_nodes_without_a_launcher_are_refused_instead_of_waited_for(
     for name in ("NODE_RANK", "MASTER_ADDR", "LOCAL_RANK", "SLURM_NTASKS"):
         monkeypatch.delenv(name, raising=False)
     with pytest.raises(SystemExit):
-        main(["tile", "data.shards=nowhere", f"run={tmp_path / 'run'}", "trainer.nodes=2"])
+        run_command_line(["tile", "data.shards=nowhere", f"run={tmp_path / 'run'}", "trainer.nodes=2"])
     assert "trainer.nodes=2 needs somebody who starts it on every node" in capsys.readouterr().err
 
 
@@ -311,6 +311,6 @@ def test_an_empty_value_is_a_sentence_and_not_the_current_folder(
     words: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(words)
+        run_command_line(words)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and ("is empty: give a value" in said or "at least one" in said), said

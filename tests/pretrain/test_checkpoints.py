@@ -41,7 +41,7 @@ def test_loading_restores_networks_optimiser_and_state(tmp_path: Path) -> None:
     path = save(tmp_path, 7, seed=1)
     wanted, wanted_optimiser = trained(1)
     model, optimiser = trained(2)
-    assert checkpoints.load(path, model, optimiser) == {"step": 7, "skipped": 0, "data": "abc"}
+    assert checkpoints.restore(path, model, optimiser) == {"step": 7, "skipped": 0, "data": "abc"}
     assert all(
         torch.equal(a, b) for a, b in zip(model.state_dict().values(), wanted.state_dict().values(), strict=True)
     )
@@ -91,14 +91,14 @@ def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays_whole(tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert checkpoints.newest(tmp_path) == good
     model, optimiser = trained(2)
-    assert checkpoints.load(good, model, optimiser)["step"] == 1
+    assert checkpoints.restore(good, model, optimiser)["step"] == 1
     assert checkpoints.newest(tmp_path) != save(tmp_path, 2, keep=1).with_suffix(".partial")
     assert [path.name for path in checkpoints.folder(tmp_path).iterdir()] == ["step-00000002"]
 
 
 def test_one_network_is_read_without_a_model(tmp_path: Path) -> None:
     path = save(tmp_path, 1, seed=3)
-    found = checkpoints.read(path, "teacher.")
+    found = checkpoints.read_network(path, "teacher.")
     expected = trained(3)[0]["teacher"].state_dict()
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
@@ -106,9 +106,9 @@ def test_one_network_is_read_without_a_model(tmp_path: Path) -> None:
 def test_a_network_that_is_not_there_and_a_folder_that_is_no_checkpoint_are_named(tmp_path: Path) -> None:
     path = save(tmp_path, 1)
     with pytest.raises(Fault, match="holds no decoder"):
-        checkpoints.read(path, "decoder.")
+        checkpoints.read_network(path, "decoder.")
     with pytest.raises(Fault, match="is no checkpoint of ours"):
-        checkpoints.read(tmp_path, "teacher.")
+        checkpoints.read_network(tmp_path, "teacher.")
 
 
 # Beside training ---------------------------------------------------------------------------------------------------
@@ -139,12 +139,12 @@ def test_a_save_beside_training_holds_the_moment_it_was_asked_for(
         assert saver.wait() is None
         changed.clear()
     found, found_optimiser = trained(2)
-    checkpoints.load(checkpoints.folder(tmp_path) / "step-00000001", found, found_optimiser)
+    checkpoints.restore(checkpoints.folder(tmp_path) / "step-00000001", found, found_optimiser)
     assert all(torch.equal(a, b) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
     for one, other in zip(found_optimiser.state.values(), wanted_optimiser.state.values(), strict=True):
         assert torch.equal(one["exp_avg"], other["exp_avg"])
     assert found_optimiser.param_groups[0]["lr"] == 0.1
-    checkpoints.load(checkpoints.folder(tmp_path) / "step-00000002", found, found_optimiser)
+    checkpoints.restore(checkpoints.folder(tmp_path) / "step-00000002", found, found_optimiser)
     assert all(torch.equal(a, b + 1) for a, b in zip(found.parameters(), wanted.parameters(), strict=True))
     assert found_optimiser.param_groups[0]["lr"] == 0.5
 
@@ -223,7 +223,7 @@ def test_a_full_disk_and_one_that_can_not_be_written_leave_the_last_checkpoint_w
     subprocess.run(["mount", "-o", "remount,ro", folder], check=True)
     saver.begin(3, *trained(), {})
     assert "Read-only file system" in (saver.wait() or "")
-    assert checkpoints.newest(tmp_path) == good and checkpoints.load(good, *trained(2))["step"] == 1
+    assert checkpoints.newest(tmp_path) == good and checkpoints.restore(good, *trained(2))["step"] == 1
     subprocess.run(["mount", "-o", "remount,rw", folder], check=True)
     saver.begin(4, *trained(), {})
     assert saver.wait() is None and [path.name for path in folder.iterdir()] == ["step-00000004"]
@@ -237,7 +237,7 @@ def test_a_folder_without_permission_to_write_is_one_sentence(tmp_path: Path) ->
     saver.begin(2, *trained(), {})
     assert "Permission denied" in (saver.wait() or "")
     good.parent.chmod(0o700)
-    assert checkpoints.load(good, *trained(2))["step"] == 1
+    assert checkpoints.restore(good, *trained(2))["step"] == 1
 
 
 @pytest.mark.slow
@@ -310,12 +310,12 @@ def test_neither_tensors_nor_metadata_nor_settings_of_an_optimiser_run_code(tmp_
     original, described = shard.read_bytes(), metadata.read_bytes()
     shard.write_bytes(pickle.dumps(Code(ran)) * 50)
     with pytest.raises(BaseException, match=r"(?i)checkpoint|weights|pickle|zip|read|archive"):
-        checkpoints.read(path, "teacher.")
+        checkpoints.read_network(path, "teacher.")
     metadata.write_bytes(pickle.dumps(Code(ran)))
     with pytest.raises(Fault, match=r"is no checkpoint of ours .*touch"):
-        checkpoints.read(path, "teacher.")
+        checkpoints.read_network(path, "teacher.")
     with pytest.raises(Fault, match=r"can't be loaded .*touch"):
-        checkpoints.load(path, *trained(2))
+        checkpoints.restore(path, *trained(2))
     # One of the values that are no tensors is replaced by code that is appended to the file.
     metadata.write_bytes(described)
     found = checkpoints.WeightsOnlyReader(path).read_metadata()
@@ -326,7 +326,7 @@ def test_neither_tensors_nor_metadata_nor_settings_of_an_optimiser_run_code(tmp_
     place.offset, place.length = len(original), len(value.getvalue())
     metadata.write_bytes(pickle.dumps(found))
     with pytest.raises(Fault, match=r"can't be loaded .*[Ww]eights.only"):
-        checkpoints.load(path, *trained(2))
+        checkpoints.restore(path, *trained(2))
     assert not ran.exists()
 
 
@@ -334,7 +334,7 @@ def test_networks_of_another_shape_are_refused_in_one_sentence(tmp_path: Path) -
     path = save(tmp_path, 1)
     other = nn.ModuleDict({"student": nn.Linear(32, 64), "teacher": nn.Linear(64, 64)})
     with pytest.raises(Fault, match=r"step-00000001 can't be loaded \(.*student.weight.*\); is it whole"):
-        checkpoints.load(path, other, torch.optim.AdamW(other.parameters()))
+        checkpoints.restore(path, other, torch.optim.AdamW(other.parameters()))
 
 
 def test_a_persons_copy_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from data.fault import Fault
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain import cli
 from pretrain.settings.composition import CONFIGS, stem
 
@@ -80,7 +80,7 @@ def test_a_mistake_of_the_command_line_ends_the_command_with_one_line_and_exit_c
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["tile", "data.batchsize=3"])
+        run_command_line(["tile", "data.batchsize=3"])
     captured = capsys.readouterr()
     assert ended.value.code == 2 and captured.out == ""
     assert captured.err.splitlines() == [
@@ -94,7 +94,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
     monkeypatch.setattr(cli, "parse", interrupted)
     with pytest.raises(SystemExit) as ended:
-        main([])
+        run_command_line([])
     assert ended.value.code == 130 and "the same command continues" in capsys.readouterr().err
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.encoders.loading import find_checkpoint
 from pretrain.run import checkpoints
 from tests.pretrain.test_tile_training import STEPS, command, metrics, refused
@@ -40,7 +40,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
 def finished(tile_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 2, 4 and 6."""
     run = tmp_path_factory.mktemp("damage") / "run"
-    main(command(tile_shards, run, "trainer.checkpoint_every=2", "trainer.keep_checkpoints=0"))
+    run_command_line(command(tile_shards, run, "trainer.checkpoint_every=2", "trainer.keep_checkpoints=0"))
     return run
 
 
@@ -76,7 +76,7 @@ def test_a_run_told_to_goes_on_from_the_one_before_to_the_same_end(
     cut(run / "provenance.json")
     empty(run / "config.yaml")
     again = command(tile_shards, run, "trainer.checkpoint_every=2", "trainer.keep_checkpoints=0", "resume=previous")
-    main(again)
+    run_command_line(again)
     said = capsys.readouterr().err
     assert "resuming after step 4 of 6" in said and "provenance.json.damaged" in said
     assert metrics(run) == metrics(finished)

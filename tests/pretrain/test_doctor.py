@@ -14,7 +14,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from data.fault import Fault
 from data.lease import alone
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.doctor import embeddings, folder, machine, services, tiles
 from pretrain.doctor.finding import Finding
 from pretrain.doctor.rate import fast_enough
@@ -162,15 +162,15 @@ def test_nodes_see_each_other_or_say_whom_they_miss(tmp_path: Path) -> None:
 
 
 def test_room_on_the_disk(tmp_path: Path) -> None:
-    assert only(folder.room(tmp_path, 1000, 2, 100, 10))[0] == "ok"
-    status, says = only(folder.room(tmp_path, 10**15, 2, 100, 10))
+    assert only(folder.check_room(tmp_path, 1000, 2, 100, 10))[0] == "ok"
+    status, says = only(folder.check_room(tmp_path, 10**15, 2, 100, 10))
     assert status == "FAIL" and "4 checkpoints of 1,000,000.00 GB" in says and "trainer.keep_checkpoints" in says
-    assert "12 checkpoints" in only(folder.room(tmp_path, 1000, 0, 100, 10))[1]  # all are kept
+    assert "12 checkpoints" in only(folder.check_room(tmp_path, 1000, 0, 100, 10))[1]  # all are kept
 
 
 def test_the_size_of_a_checkpoint_is_that_of_the_tensors_in_a_real_one(shards: Path, tmp_path: Path) -> None:
     words = [*TINY, "optim.steps=1", "optim.warmup_steps=1"]
-    main(["tile", f"run={tmp_path / 'run'}", f"data.shards={shards}", *words])
+    run_command_line(["tile", f"run={tmp_path / 'run'}", f"data.shards={shards}", *words])
     stored = FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000001").read_metadata().state_dict_metadata
     tensors = [entry for entry in stored.values() if isinstance(entry, TensorStorageMetadata)]
     real = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
@@ -190,10 +190,10 @@ def data(shards: Path, *words: str) -> dict[str, Any]:
 
 
 def test_tiles_that_fit_are_read_and_timed(shards: Path) -> None:
-    looked, rate = tiles.check(data(shards), 2, 1, 16, None, 0)
+    looked, rate = tiles.check_tiles(data(shards), 2, 1, 16, None, 0)
     assert looked.status == "ok" and "120 tiles in 4 blocks for 2 lanes on 2 processes" in looked.says
     assert rate.status == "ok" and "say tiles_per_second=" in rate.says
-    assert tiles.check(data(shards), 2, 1, 16, 1e9, 0)[1].status == "FAIL"
+    assert tiles.check_tiles(data(shards), 2, 1, 16, 1e9, 0)[1].status == "FAIL"
 
 
 @pytest.mark.parametrize(
@@ -208,18 +208,18 @@ def test_lanes_and_processes_that_do_not_fit(
     words: list[str], processes: int, accumulate: int, sentence: str, tmp_path: Path
 ) -> None:
     few = write_tiles(tmp_path / "few", [5])
-    status, says = only(tiles.check(data(few, *words), processes, accumulate, 16, None, 0))
+    status, says = only(tiles.check_tiles(data(few, *words), processes, accumulate, 16, None, 0))
     assert status == "FAIL" and sentence in says
 
 
 def test_few_blocks_a_damaged_tile_and_no_shards(shards: Path, tmp_path: Path) -> None:
-    looked, _ = tiles.check(data(shards, "data.lanes=4"), 1, 1, 16, None, 0)
+    looked, _ = tiles.check_tiles(data(shards, "data.lanes=4"), 1, 1, 16, None, 0)
     assert looked.status == "warn" and "4 blocks for 4 lanes" in looked.says
     damaged = write_tiles(tmp_path / "damaged", [40, 40])
     spoil(damaged, list(range(80)))
-    status, says = only(tiles.check(data(damaged), 1, 1, 16, None, 0))
+    status, says = only(tiles.check_tiles(data(damaged), 1, 1, 16, None, 0))
     assert status == "FAIL" and "can't be read" in says and "pretrain shards verify" in says
-    status, says = only(tiles.check(data(tmp_path / "nothing"), 1, 1, 16, None, 0))
+    status, says = only(tiles.check_tiles(data(tmp_path / "nothing"), 1, 1, 16, None, 0))
     assert status == "FAIL" and "there are no tile shards in" in says
 
 
@@ -246,11 +246,11 @@ def slide_data(store: Path, *words: str) -> SlideData:
 
 
 def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
-    looked, rate = embeddings.check(slide_data(store), 2, 1, None, 0)
+    looked, rate = embeddings.check_embeddings(slide_data(store), 2, 1, None, 0)
     assert looked.status == "ok" and "6 slides of " in looked.says and "2 lanes on 2 processes" in looked.says
     assert rate.status == "ok" and "say slides_per_second=" in rate.says
-    assert embeddings.check(slide_data(store), 2, 1, 1e9, 0)[1].status == "FAIL"
-    looked, _ = embeddings.check(slide_data(store, "data.batch_size=8"), 1, 1, None, 0)
+    assert embeddings.check_embeddings(slide_data(store), 2, 1, 1e9, 0)[1].status == "FAIL"
+    looked, _ = embeddings.check_embeddings(slide_data(store, "data.batch_size=8"), 1, 1, None, 0)
     assert looked.status == "warn" and "a step takes up to 8" in looked.says
 
 
@@ -265,12 +265,12 @@ def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
 def test_sequences_and_processes_that_do_not_fit(
     store: Path, words: list[str], processes: int, accumulate: int, sentence: str
 ) -> None:
-    status, says = only(embeddings.check(slide_data(store, *words), processes, accumulate, None, 0))
+    status, says = only(embeddings.check_embeddings(slide_data(store, *words), processes, accumulate, None, 0))
     assert status == "FAIL" and sentence in says
 
 
 def test_processes_that_share_a_slide_take_what_one_does(store: Path) -> None:
-    looked, rate = embeddings.check(slide_data(store, "data.processes_per_slide=2"), 4, 1, 1e9, 0)
+    looked, rate = embeddings.check_embeddings(slide_data(store, "data.processes_per_slide=2"), 4, 1, 1e9, 0)
     assert looked.status == "ok" and "over 2 processes" in rate.says
 
 
@@ -279,10 +279,10 @@ def test_embeddings_that_are_cut_off_or_no_numbers_are_named(tmp_path: Path) -> 
     (file,) = store.glob("*.bin")
     whole = file.read_bytes()
     file.write_bytes(b"\xff" * 64 + whole[64:])  # float16's NaN
-    status, says = only(embeddings.check(slide_data(store), 1, 1, None, 0))
+    status, says = only(embeddings.check_embeddings(slide_data(store), 1, 1, None, 0))
     assert status == "FAIL" and "embeddings of " in says and "are not finite" in says
     file.write_bytes(whole[:-64])
-    status, says = only(embeddings.check(slide_data(store), 1, 1, None, 0))
+    status, says = only(embeddings.check_embeddings(slide_data(store), 1, 1, None, 0))
     assert status == "FAIL" and "shorter than its index says" in says
 
 
@@ -342,7 +342,7 @@ def test_the_command_says_a_line_a_check_and_ends_with_one_where_something_fails
         f"run={tmp_path / 'run'}",
         *(word for word in TINY if not word.startswith("trainer")),
     ]
-    main(["doctor", f"data.shards={shards}", *words])
+    run_command_line(["doctor", f"data.shards={shards}", *words])
     lines = capsys.readouterr().out.splitlines()
     about = [line.split()[1] for line in lines]
     assert about == [
@@ -363,7 +363,7 @@ def test_the_command_says_a_line_a_check_and_ends_with_one_where_something_fails
 
     monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
     with pytest.raises(SystemExit) as ended:
-        main(["doctor", f"data.shards={tmp_path / 'none'}", *words])
+        run_command_line(["doctor", f"data.shards={tmp_path / 'none'}", *words])
     assert ended.value.code == 1
     said = capsys.readouterr()
     assert (
@@ -381,7 +381,7 @@ def test_under_srun_one_process_of_a_node_speaks_with_its_name(
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     for local, lines in (("1", 0), ("0", 9)):
         monkeypatch.setenv("SLURM_LOCALID", local)
-        main(["doctor", "trainer.accelerator=cpu", f"run={tmp_path}"])
+        run_command_line(["doctor", "trainer.accelerator=cpu", f"run={tmp_path}"])
         said = capsys.readouterr().out.splitlines()
         assert len(said) == lines and all(line.startswith(f"{os.uname().nodename}: ") for line in said)
 
@@ -392,12 +392,12 @@ def test_a_run_of_the_slide_stage_is_looked_at_too_and_one_without_embeddings_fa
     monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
     monkeypatch.setattr(services.shutil, "which", lambda _: None)
     words = ["doctor", "slide", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu", *SMALL]
-    main([*words, f"data.embeddings={store}"])
+    run_command_line([*words, f"data.embeddings={store}"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[1] for line in lines] == ["versions", "accelerators", "folder", "links", "run", "embeddings", "rate", "disk", "wandb", "slurm"]  # fmt: skip
     assert not any(line.startswith("FAIL") for line in lines) and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
-        main([*words, f"data.embeddings={tmp_path / 'none'}"])
+        run_command_line([*words, f"data.embeddings={tmp_path / 'none'}"])
     said = capsys.readouterr().out
     assert "FAIL  embeddings" in said and "FAIL  disk" in said and said.count("no store.json") == 2
 
@@ -428,7 +428,7 @@ def test_what_the_run_would_refuse_the_doctor_refuses_in_the_same_words(
     common = [f"data.shards={shards}", f"run={tmp_path / 'run'}", *TINY, *settings]
     for command in ("doctor", "tile"):
         with pytest.raises(SystemExit) as ended:
-            main([command, *common])
+            run_command_line([command, *common])
         said = capsys.readouterr()
         assert ended.value.code != 0 and words in said.out + said.err and "Traceback" not in said.err, said
     assert not list((tmp_path / "run").rglob("step-*"))
@@ -438,9 +438,9 @@ def test_another_run_s_folder_and_one_that_is_in_use_are_said(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], unmeasured: None
 ) -> None:
     common = [f"data.shards={shards}", f"run={tmp_path / 'run'}", *TINY]
-    main(["tile", *common, "optim.steps=1", "optim.warmup_steps=1"])
+    run_command_line(["tile", *common, "optim.steps=1", "optim.warmup_steps=1"])
     with alone(tmp_path / "run"), pytest.raises(SystemExit):
-        main(["doctor", *common, "optim.steps=2", "optim.warmup_steps=1"])
+        run_command_line(["doctor", *common, "optim.steps=2", "optim.warmup_steps=1"])
     said = capsys.readouterr().out
     assert "holds a run with other settings (optim.steps: 1 → 2)" in said, said
     assert f"another job is writing to {tmp_path / 'run'}: process {os.getpid()} on" in said
@@ -467,7 +467,7 @@ def test_nodes_of_a_job_talk_to_each_other_or_say_that_they_cannot(monkeypatch: 
 def test_the_doctor_of_many_processes_is_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
     monkeypatch.setattr(machine, "all_reduce", lambda processes, _: asked.append(processes) or [])
-    main(["doctor", "trainer.devices=8", "data.lanes=8", "trainer.accelerator=cpu", f"run={tmp_path}"])
+    run_command_line(["doctor", "trainer.devices=8", "data.lanes=8", "trainer.accelerator=cpu", f"run={tmp_path}"])
     assert asked == [8]
 
 
@@ -475,7 +475,7 @@ def test_a_machine_is_looked_at_without_a_run(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(services.shutil, "which", lambda _: None)
-    main(["doctor", "machine", f"run={tmp_path}"])
+    run_command_line(["doctor", "machine", f"run={tmp_path}"])
     about = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
     assert about == ["versions", "accelerators", "folder", "links", "openslide", "slurm"]
 
@@ -512,6 +512,6 @@ def test_a_source_of_any_kind_is_looked_at_and_none_where_it_is_left_out(
     unmeasured: None,
 ) -> None:
     given = [f"data.members={{a:{{shards:{shards},weight:1}},b:{{shards:{shards},weight:2}}}}"]
-    main(["doctor", f"run={tmp_path}", *TINY, "data=mixture", *(given if source == "mixture" else [])])
+    run_command_line(["doctor", f"run={tmp_path}", *TINY, "data=mixture", *(given if source == "mixture" else [])])
     said = capsys.readouterr().out
     assert (" blocks for 4 lanes: " in said) == (source == "mixture") and "FAIL  tiles" not in said, said

@@ -11,13 +11,13 @@ import pytest
 import simplejpeg
 import torch
 
-from data.embeddings.sources import ShardSource, share
+from data.embeddings.sources import ShardSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
 from data.shards.index import ShardIndex, read_jpeg
 from data.shards.scan import scan
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.commands import shard
 from pretrain.commands.embed import Config, run
 from pretrain.encoders import embedding
@@ -239,7 +239,7 @@ def test_shares_are_disjoint_complete_and_of_about_the_same_size(shards):
     source = ShardSource(shards)
     source.slides = [f"s{i:03d}" for i in range(100)]
     source.sizes = [int(size) for size in rng(0).pareto(1.5, 100) * 1000 + 10]
-    parts = [share(source, part, 7) for part in range(1, 8)]
+    parts = [slides_of_part(source, part, 7) for part in range(1, 8)]
     assert sorted(slide for part in parts for slide in part) == source.slides
     loads = [sum(source.sizes[source.slides.index(slide)] for slide in part) for part in parts]
     assert max(loads) <= max(max(source.sizes), 1.1 * sum(loads) / 7)
@@ -441,8 +441,8 @@ def test_features_that_say_nothing_of_their_tiles_are_taken_over_as_they_are_tol
     torch.save({"features": torch.randn(6, 8), "coords": cells * 512}, tmp_path / "f" / "s.pt")
     words = ["embed", f"features={tmp_path / 'f'}", f"out={tmp_path / 'out'}", "encoder=uni", "features_tile=512"]
     with pytest.raises(SystemExit):
-        main([*words, "slides_mpp=0.25"])  # of the slide's pixels, which leaves the tiles' open
+        run_command_line([*words, "slides_mpp=0.25"])  # of the slide's pixels, which leaves the tiles' open
     assert "s.pt does not say its tiles' µm per pixel: give features_mpp=." in capsys.readouterr().err
-    main([*words, "slides_mpp=0.25", "features_mpp=0.5"])
+    run_command_line([*words, "slides_mpp=0.25", "features_mpp=0.5"])
     found = EmbeddingStore.open(tmp_path / "out").read("s")
     assert (found.tile_size_level0, found.mpp, len(found.coordinates)) == (512, 0.5, 6)

@@ -13,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data.embeddings.sequences import SlideSequences
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.objectives.interface import Moment
 from pretrain.plan.operations import of_a_tile, of_an_embedding
 from pretrain.plan.rehearsal import CPU_ATTENTION
@@ -72,7 +72,7 @@ def test_the_record_says_it_where_the_peak_is_known(tmp_path: Path) -> None:
     shards = write_tiles(tmp_path / "shards", [40, 37])
     words = [f"data.shards={shards}", *TINY, "optim.steps=2"]
     each = of_a_tile(config("tile", "run=a", *words), fused_attention=False)
-    main(["tile", f"run={tmp_path / 'run'}", *words, "trainer.peak_tflops=0.02"])
+    run_command_line(["tile", f"run={tmp_path / 'run'}", *words, "trainer.peak_tflops=0.02"])
     assert_share(tmp_path / "run", each, 0.02e12)
 
 

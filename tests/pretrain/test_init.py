@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.fault import Fault
-from launch.entry import main
+from launch.entry import run_command_line
 from models.formats import dinov2
 from models.formats import timm as timm_format
 from models.initialise import initialise
@@ -130,7 +130,7 @@ def test_exported_folders_of_both_libraries_give_the_runs_features(
 def test_a_dinov2_file_gives_exactly_its_weights_and_its_grid_is_resampled_aloud(tmp_path: Path, suffix: str) -> None:
     encoder = source(image_size=64, position_antialias=False, position_offset=0.1)
     path = tmp_path / f"dinov2.{suffix}"
-    weights = dinov2.write(encoder)
+    weights = dinov2.write_dinov2(encoder)
     save_file(weights, path) if suffix == "safetensors" else torch.save(
         {"teacher": {f"backbone.{k}": v for k, v in weights.items()}}, path
     )
@@ -159,7 +159,7 @@ def test_a_timm_name_gives_timms_weights(monkeypatch: pytest.MonkeyPatch) -> Non
             mlp_ratio=2,
             num_classes=0,
         )
-        model.load_state_dict(timm_format.write(encoder, 32), strict=True)
+        model.load_state_dict(timm_format.write_timm(encoder, 32), strict=True)
         return model
 
     monkeypatch.setattr(timm, "create_model", pretrained)
@@ -168,7 +168,7 @@ def test_a_timm_name_gives_timms_weights(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_what_is_not_in_the_format_starts_at_its_initial_value(tmp_path: Path) -> None:
-    save_file(timm_format.write(source(), 32), tmp_path / "timm.safetensors")
+    save_file(timm_format.write_timm(source(), 32), tmp_path / "timm.safetensors")
     started, said = begun(tmp_path / "timm.safetensors")
     assert not started.student.encoder.mask_token.any()
     assert any("heads" in sentence for sentence in said) and any("mask token" in sentence for sentence in said)
@@ -186,7 +186,7 @@ def test_a_recipe_that_continues_from_a_timm_model_has_the_network_that_its_weig
         theirs = timm.create_model(config.init, pretrained=False, num_classes=0)
         ours = VisionTransformer(**{name: value for name, value in config.model.items() if name != "_target_"})
     grid, heads = theirs.patch_embed.grid_size[0], theirs.blocks[0].attn.num_heads
-    weights, _ = timm_format.read(theirs.state_dict(), heads=heads, grid=grid).fit(ours)
+    weights, _ = timm_format.read_timm(theirs.state_dict(), heads=heads, grid=grid).fit(ours)
     assert ours.state_dict().keys() - weights.keys() == {"mask_token"}
 
 
@@ -194,12 +194,12 @@ def test_a_recipe_that_continues_from_a_timm_model_has_the_network_that_its_weig
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
-    weights = dinov2.write(source())
+    weights = dinov2.write_dinov2(source())
     del weights["blocks.1.norm2.bias"]
     save_file(weights | {"blocks.0.attn.q_norm.weight": torch.zeros(2)}, tmp_path / "broken.safetensors")
     with pytest.raises(Fault, match=r"missing: blocks\.1\.norm2\.bias; unexpected: blocks\.0\.attn\.q_norm\.weight"):
         begun(tmp_path / "broken.safetensors")
-    save_file(dinov2.write(source()), tmp_path / "whole.safetensors")
+    save_file(dinov2.write_dinov2(source()), tmp_path / "whole.safetensors")
     with pytest.raises(Fault, match=r"missing: blocks\.2\."):
         begun(tmp_path / "whole.safetensors", depth=3)
     with pytest.raises(Fault, match=r"missing: reg_token"):
@@ -207,7 +207,7 @@ def test_weights_that_do_not_fit_are_named(tmp_path: Path) -> None:
 
 
 def test_weights_that_are_not_finite_are_named(tmp_path: Path) -> None:
-    weights = dinov2.write(source())
+    weights = dinov2.write_dinov2(source())
     weights["blocks.1.norm2.bias"][3] = float("nan")
     save_file(weights, tmp_path / "nan.safetensors")
     with pytest.raises(Fault, match=r"not usable: blocks\.1\.norm2\.bias holds values that aren't finite$"):
@@ -236,12 +236,12 @@ def test_a_file_that_holds_no_encoder_is_refused(tmp_path: Path, content: object
     else:
         torch.save(content, path)
     with pytest.raises(Fault, match=sentence):
-        init.find(str(path))
+        init.find_encoder(str(path))
 
 
 def test_a_name_that_means_nothing_is_refused() -> None:
     with pytest.raises(Fault, match="neither a folder here nor a model that timm knows"):
-        init.find("no_such_model")
+        init.find_encoder("no_such_model")
 
 
 def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
@@ -251,7 +251,7 @@ def test_a_pickle_with_code_is_never_run(tmp_path: Path) -> None:
 
     torch.save({"cls_token": Trap()}, tmp_path / "trap.pth")
     with pytest.raises(Fault, match="can't be read as weights"):
-        init.find(str(tmp_path / "trap.pth"))
+        init.find_encoder(str(tmp_path / "trap.pth"))
     assert not (tmp_path / "trapped").exists()
 
 
@@ -273,7 +273,7 @@ def test_why_a_file_cannot_be_read_is_said_in_our_words(tmp_path: Path, content:
         path.write_bytes(content)
     else:
         torch.save({"cls_token": torch.ones(2), "args": content}, path)
-    readers = (lambda: init.find(str(path)), lambda: import_features(path), lambda: load_slide_encoder(str(path), "cpu"))  # fmt: skip
+    readers = (lambda: init.find_encoder(str(path)), lambda: import_features(path), lambda: load_slide_encoder(str(path), "cpu"))  # fmt: skip
     for read in readers:
         with pytest.raises(Fault) as refused:
             read()
@@ -281,17 +281,17 @@ def test_why_a_file_cannot_be_read_is_said_in_our_words(tmp_path: Path, content:
 
 
 def test_the_encoder_that_is_meant_is_named_behind_its_file(tmp_path: Path) -> None:
-    weights = dinov2.write(source())
+    weights = dinov2.write_dinov2(source())
     other = {f"backbone.{name}": tensor + 1 for name, tensor in weights.items()}
     torch.save({"teacher": weights, "teacher_ema": other}, tmp_path / "two.pth")
     with pytest.raises(Fault, match=r"two\.pth holds no encoder that can be read: it holds 2 encoders, teacher, "):
-        init.find(str(tmp_path / "two.pth"))
-    found = init.find(f"{tmp_path / 'two.pth'}::teacher_ema.backbone")
+        init.find_encoder(str(tmp_path / "two.pth"))
+    found = init.find_encoder(f"{tmp_path / 'two.pth'}::teacher_ema.backbone")
     assert torch.equal(found.weights["cls_token"], weights["cls_token"] + 1)
 
 
 def test_a_bare_file_cannot_be_a_frozen_encoder_because_it_says_nothing_about_images(tmp_path: Path) -> None:
-    save_file(dinov2.write(source()), tmp_path / "dinov2.safetensors")
+    save_file(dinov2.write_dinov2(source()), tmp_path / "dinov2.safetensors")
     with pytest.raises(Fault, match="how images are prepared"):
         load_encoder(str(tmp_path / "dinov2.safetensors"))
 
@@ -301,9 +301,9 @@ def test_a_bare_file_cannot_be_a_frozen_encoder_because_it_says_nothing_about_im
 def test_a_pointer_in_an_exported_folder_is_named(make_tile_run, tmp_path: Path, name: str, kind: str) -> None:
     if kind == "transformers":
         pytest.importorskip("transformers")
-    main(["export", f"checkpoint={make_tile_run()[0]}", f"out={tmp_path / 'out'}", f"format={kind}"])
+    run_command_line(["export", f"checkpoint={make_tile_run()[0]}", f"out={tmp_path / 'out'}", f"format={kind}"])
     (tmp_path / "out" / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n")
-    for read in (init.find, load_encoder):
+    for read in (init.find_encoder, load_encoder):
         with pytest.raises(Fault, match=f"{name} is a Git LFS pointer"):
             read(str(tmp_path / "out"))
 
@@ -313,8 +313,8 @@ def test_transformers_weights_in_several_bin_files_are_read_and_one_that_lacks_i
 ) -> None:
     pytest.importorskip("transformers")
     out = tmp_path / "out"
-    main(["export", f"checkpoint={make_tile_run()[0]}", f"out={out}", "format=transformers"])
-    whole = init.find(str(out)).weights
+    run_command_line(["export", f"checkpoint={make_tile_run()[0]}", f"out={out}", "format=transformers"])
+    whole = init.find_encoder(str(out)).weights
     held = sorted(load_file(out / "model.safetensors").items())
     places = {}
     for part, items in enumerate((held[::2], held[1::2])):
@@ -322,15 +322,15 @@ def test_transformers_weights_in_several_bin_files_are_read_and_one_that_lacks_i
         places |= {name: f"pytorch_model-{part}.bin" for name, _ in items}
     (out / "model.safetensors").unlink()
     (out / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
-    found = init.find(str(out)).weights
+    found = init.find_encoder(str(out)).weights
     assert found.keys() == whole.keys() and all(torch.equal(found[name], tensor) for name, tensor in whole.items())
     (out / "pytorch_model-1.bin").unlink()
     with pytest.raises(Fault, match=r"lacks pytorch_model-1\.bin, which pytorch_model\.bin\.index\.json names"):
-        init.find(str(out))
+        init.find_encoder(str(out))
 
 
 def test_a_frozen_encoder_with_weights_that_are_not_finite_is_refused(make_tile_run, tmp_path: Path) -> None:
-    main(["export", f"checkpoint={make_tile_run()[0]}", f"out={tmp_path / 'out'}"])
+    run_command_line(["export", f"checkpoint={make_tile_run()[0]}", f"out={tmp_path / 'out'}"])
     weights = load_file(tmp_path / "out" / "model.safetensors")
     weights["norm.weight"][3] = float("inf")
     save_file(weights, tmp_path / "out" / "model.safetensors")
@@ -342,14 +342,14 @@ def test_a_frozen_encoder_with_weights_that_are_not_finite_is_refused(make_tile_
 
 
 def network(run: Path, step: int, prefix: str) -> dict[str, Tensor]:
-    return checkpoints.read(run / "checkpoints" / f"step-{step:08d}", prefix)
+    return checkpoints.read_network(run / "checkpoints" / f"step-{step:08d}", prefix)
 
 
 def test_a_frozen_backbone_stands_still_while_heads_move_and_then_moves_from_where_it_began(
     tiles: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     encoder = source()
-    save_file(dinov2.write(encoder), tmp_path / "start.safetensors")
+    save_file(dinov2.write_dinov2(encoder), tmp_path / "start.safetensors")
     run = tmp_path / "run"
     arguments = [
         "tile",
@@ -360,7 +360,7 @@ def test_a_frozen_backbone_stands_still_while_heads_move_and_then_moves_from_whe
         "optim.frozen_backbone_steps=1",
         "optim.warmup_steps=0",
     ]
-    main([*arguments, "trainer.keep_checkpoints=0"])
+    run_command_line([*arguments, "trainer.keep_checkpoints=0"])
     assert f"starts from {tmp_path / 'start.safetensors'}" in "".join(capsys.readouterr())
     for side in ("student", "teacher"):
         frozen = network(run, 1, f"{side}.encoder.")
@@ -380,7 +380,7 @@ def test_a_frozen_backbone_stands_still_while_heads_move_and_then_moves_from_whe
     # Resumed, the run has its own weights: what it began from may be gone.
     (tmp_path / "start.safetensors").unlink()
     (run / "checkpoints" / "step-00000002" / "state.json").unlink()
-    main([*arguments, "trainer.keep_checkpoints=0"])
+    run_command_line([*arguments, "trainer.keep_checkpoints=0"])
     again = network(run, 2, "student.encoder.")
     assert "resuming after step 1" in "".join(capsys.readouterr())
     assert all(torch.equal(again[name], value) for name, value in moved.items())
@@ -421,7 +421,7 @@ dist.barrier()
 
 def test_shards_of_two_processes_hold_the_published_weights(tmp_path: Path) -> None:
     encoder = source()
-    save_file(dinov2.write(encoder), tmp_path / "start.safetensors")
+    save_file(dinov2.write_dinov2(encoder), tmp_path / "start.safetensors")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])

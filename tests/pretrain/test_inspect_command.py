@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.fault import Fault
 from data.shards.index import COLUMNS, ShardIndex
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
 from pretrain.inspection.shards import _draw, _facts
@@ -150,7 +150,7 @@ def test_a_picture_that_the_disk_refuses_is_a_sentence_and_no_half_one(
 
     monkeypatch.setattr(Image.Image, "save", full)
     with pytest.raises(SystemExit):
-        main(["inspect", f"slide={slide}", f"out={tmp_path / 'page'}"])
+        run_command_line(["inspect", f"slide={slide}", f"out={tmp_path / 'page'}"])
     assert "tiles.png can't be written (No space left on device): make room there" in capsys.readouterr().err
     assert list((tmp_path / "page").iterdir()) == []
 

@@ -10,7 +10,7 @@ import pytest
 
 from data import loader_process
 from data.fault import Fault
-from data.tiles.loader import load
+from data.tiles.loader import loader_of
 from pretrain.run import checkpoints
 from tests.data.test_loader import batches, by_tile, same
 from tests.data.test_loader import load as direct
@@ -52,7 +52,7 @@ def test_where_shared_memory_has_no_room_the_same_batches_come_through_a_pipe(
 ) -> None:
     folder = write_tiles(tmp_path / "shards", [11, 13])
     monkeypatch.setattr("data.tiles.loader.shared_memory_room", lambda: 1000)
-    through = load(batches(folder), pin_memory=False)
+    through = loader_of(batches(folder), pin_memory=False)
     found = list(through)
     assert not found[0].parts[0].views[0].is_shared()
     assert all(same(by_tile(a.parts), by_tile(b.parts)) for a, b in zip(direct(folder), found, strict=True))
@@ -97,7 +97,7 @@ def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(processes: int, tile
 
 
 def test_a_batch_that_waits_when_its_maker_is_killed_is_the_killed_process_s_fault(tmp_path: Path) -> None:
-    through = load(batches(write_tiles(tmp_path / "shards", [11, 13])), pin_memory=False)
+    through = loader_of(batches(write_tiles(tmp_path / "shards", [11, 13])), pin_memory=False)
     waiting = iter(through)
     next(waiting)
     (process,) = through._processes

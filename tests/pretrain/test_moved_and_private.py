@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.entry import main
+from launch.entry import run_command_line
 from tests.data.flaky_server import serving
 from tests.pretrain.test_slide_training import SMALL
 from tests.pretrain.test_slide_training import words as slide_words
@@ -32,7 +32,7 @@ def test_a_run_on_signed_shards_goes_on_with_a_new_token_and_on_a_copy_and_keeps
     def train(shards: str, *settings: str) -> None:
         words = ["tile", f"run={run}", f"data.shards='{shards}'", *TINY, *FOUR, *settings]
         monkeypatch.setattr(sys, "argv", ["pretrain", *words])
-        main(words)
+        run_command_line(words)
         ends.append((metrics(run), weights(run)))
 
     with serving(tmp_path / "disk") as server:
@@ -43,8 +43,8 @@ def test_a_run_on_signed_shards_goes_on_with_a_new_token_and_on_a_copy_and_keeps
     train(f"{tmp_path}/disk/shards")
     for record, network in ends:
         assert record == ends[0][0] and all(torch.equal(value, ends[0][1][name]) for name, value in network.items())
-    main(["report", f"run={run}"])
-    main(["export", f"checkpoint={run}", f"out={tmp_path / 'encoder'}"])
+    run_command_line(["report", f"run={run}"])
+    run_command_line(["export", f"checkpoint={run}", f"out={tmp_path / 'encoder'}"])
     for path in (*run.rglob("*"), *(tmp_path / "encoder").rglob("*")):
         assert not path.is_file() or b"hunter" not in path.read_bytes(), path
     assert "hunter" not in "".join(capsys.readouterr())
@@ -54,9 +54,9 @@ def test_a_run_on_signed_shards_goes_on_with_a_new_token_and_on_a_copy_and_keeps
 
 def test_a_slide_run_goes_on_where_its_embeddings_were_moved(tmp_path: Path) -> None:
     run, store = tmp_path / "run", write_wavy_slides(tmp_path / "store", 6, columns=8, rows=6, fewer=6)
-    main(slide_words(run, store, *SMALL, *FOUR))
+    run_command_line(slide_words(run, store, *SMALL, *FOUR))
     before = weights(run)
     lose_the_last_checkpoint(run)
     store.rename(tmp_path / "elsewhere")
-    main(slide_words(run, tmp_path / "elsewhere", *SMALL, *FOUR))
+    run_command_line(slide_words(run, tmp_path / "elsewhere", *SMALL, *FOUR))
     assert all(torch.equal(value, before[name]) for name, value in weights(run).items())

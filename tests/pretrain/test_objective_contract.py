@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from data.fault import Fault
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.objectives.contract import look_of, loss_of, require_trainable
 from pretrain.objectives.interface import Moment, Objective
-from pretrain.plan.rehearsal import Batch, rehearse
+from pretrain.plan.rehearsal import RehearsedBatch, rehearse
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from tests.pretrain.test_own_objective import SIZES
@@ -146,7 +146,7 @@ def stepped(kind: type[Objective]) -> Any:
         crops = [(torch.empty(images.shape), views) for images, views in shapes.crops]
         return type(shapes)(crops, torch.empty(4, 4, 4, dtype=torch.bool))
 
-    return rehearse(made(kind), Batch(fake, {4 * 16: 7}, 2), processes=1)
+    return rehearse(made(kind), RehearsedBatch(fake, {4 * 16: 7}, 2), processes=1)
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_a_class_that_is_no_objective_and_settings_that_it_has_not_are_found_whe
     kind: type, settings: str, sentence: str, own: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["tile", "run=a", "data.shards=b", *own(kind, settings)])
+        run_command_line(["tile", "run=a", "data.shards=b", *own(kind, settings)])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and sentence in said
 
@@ -262,7 +262,7 @@ def test_the_doctor_and_the_run_say_it_in_the_same_words(
     words = [f"run={tmp_path / 'run'}", f"data.shards={tile_shards}", *WITHOUT_OBJECTIVE, *own(kind)]
     for command in ("doctor", "tile"):
         with pytest.raises(SystemExit):
-            main([command, *words, "optim.steps=1", "optim.warmup_steps=0"])
+            run_command_line([command, *words, "optim.steps=1", "optim.warmup_steps=0"])
         said = capsys.readouterr()
         assert sentence in (said.out if command == "doctor" else said.err)
         assert said.err.count("Traceback") == (1 if kind is Inside else 0)

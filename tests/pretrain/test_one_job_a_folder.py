@@ -43,5 +43,5 @@ def refusal(run: Path) -> bool:
     """Whether somebody who lives holds the run's folder."""
     from data import lease
 
-    holder = lease.read(run / ".lease")
+    holder = lease.read_holder(run / ".lease")
     return holder is not None and holder.is_gone() is False

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from launch.entry import main
-from pretrain.plan.rehearsal import Batch, rehearse
+from launch.entry import run_command_line
+from pretrain.plan.rehearsal import RehearsedBatch, rehearse
 from pretrain.settings import plugins
 from pretrain.settings.composition import annotated, load
 from pretrain.training.sharding import materialise
@@ -67,7 +67,7 @@ def test_an_objective_that_compares_patches_in_pairs_can_be_rehearsed(way: str) 
         crops = [(torch.empty(images.shape), views) for images, views in shapes.crops]
         return type(shapes)(crops, torch.empty(2 * tiles, grid, grid, dtype=torch.bool))
 
-    found = rehearse(lambda: make(way), Batch(fake, {2 * tiles * grid * grid: 7}, tiles), processes=1)
+    found = rehearse(lambda: make(way), RehearsedBatch(fake, {2 * tiles * grid * grid: 7}, tiles), processes=1)
     pairs = 2 * tiles * 16 * 16 * 8 * 2  # operations of the products between patches
     assert sum(found.flops.values()) > 3 * pairs and found.phases
     assert found.flops["losses", "forward"] == pairs and len(list(real.parameters()))
@@ -91,7 +91,7 @@ def test_a_chosen_objective_drops_what_the_recipe_sets_of_another_one_and_says_w
     }  # fmt: skip
     assert "objective.group_size" in composed.left_out and "objective.hidden" in composed.left_out
     assert composed.tree.optim.lr == load("tile", []).tree.optim.lr  # the rest of the recipe stays
-    main(["tile", "objective=own", "--config-dir", str(own), "--cfg", "job"])
+    run_command_line(["tile", "objective=own", "--config-dir", str(own), "--cfg", "job"])
     said = capsys.readouterr().err
     assert (
         "the recipe's objective.bottleneck, objective.centring, objective.group_size, " in said and "left out" in said
@@ -112,6 +112,8 @@ def test_a_value_that_both_objectives_have_is_the_chosen_ones_and_its_own_recipe
 def test_the_plan_of_ones_own_objective_is_made_beside_the_default_recipe(
     own: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    main(["plan", "--config-dir", str(own), "objective=own", "hardware=cpu", "data.batch_size=8", "model.depth=1"])
+    run_command_line(
+        ["plan", "--config-dir", str(own), "objective=own", "hardware=cpu", "data.batch_size=8", "model.depth=1"]
+    )
     said = capsys.readouterr()
     assert "Plan, computed and not measured" in said.out and "are another objective's, and left out" in said.err

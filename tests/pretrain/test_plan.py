@@ -8,20 +8,20 @@ import pytest
 import torch
 
 from data.fault import Fault
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain import cli
 from pretrain.commands import recipes
-from pretrain.commands.plan import Config, plan, table
+from pretrain.commands.plan import Config, make_plan, plan_table
 from pretrain.plan.batches import Slides, lane
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
-from pretrain.plan.of_a_run import compose, set_aside
+from pretrain.plan.of_a_run import compose_run, set_run_words_aside
 from pretrain.plan.published import implied
 from pretrain.plan.rehearsal import rehearse
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.throughput import pace
 from pretrain.settings.composition import load
-from pretrain.training.even_shares import share, tiles_of
+from pretrain.training.even_shares import micro_batch_share, tiles_of
 from tests.pretrain.real_steps import Step, one_process, peak_of_sharing, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
@@ -29,7 +29,7 @@ FIXED = ("dinov2_vitg14", "dinov2_vitl16_short", "uni", "openmidnight")
 
 
 def planned(*words: str) -> Config:
-    return load("plan", set_aside(list(words), [])).object()
+    return load("plan", set_run_words_aside(list(words), [])).object()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_batch_that_does_not_divide_names_what_does() -> None:
     with pytest.raises(Fault, match=r"data.batch_size=768 is not a multiple of objective.group_size=5: change"):
         tiles_of(data, 48, 1, 5)
     with pytest.raises(Fault, match=r"data.lanes=32 can't be shared evenly by 24 processes"):
-        plan(planned("recipe=midnight", "launch.nodes=3"))
+        make_plan(planned("recipe=midnight", "launch.nodes=3"))
 
 
 @pytest.mark.parametrize(
@@ -161,14 +161,14 @@ def test_a_batch_that_does_not_divide_names_what_does() -> None:
 )  # fmt: skip
 def test_machines_that_cannot_be_are_refused(words: list[str], sentence: str) -> None:
     with pytest.raises(Fault) as refused:
-        plan(planned(*words, "hardware=cpu"))
+        make_plan(planned(*words, "hardware=cpu"))
     assert str(refused.value).startswith(sentence)
 
 
 def test_a_machine_of_cores_is_one_process_unless_it_is_told() -> None:
-    assert plan(planned(*SMALL, "hardware=cpu"))["processes"] == 1
+    assert make_plan(planned(*SMALL, "hardware=cpu"))["processes"] == 1
     with pytest.raises(Fault, match="can't be shared by 4 processes") as refused:
-        plan(planned(*SMALL, "hardware=cpu", "launch.gpus_per_node=4"))
+        make_plan(planned(*SMALL, "hardware=cpu", "launch.gpus_per_node=4"))
     assert refused.value.code == 2  # as a run's command line has it
 
 
@@ -184,25 +184,25 @@ SLIDE = (
 
 def test_evaluation_is_counted_and_said() -> None:
     words = ("hardware=cpu", "optim.steps=10", "optim.warmup_steps=4", "trainer.checkpoint_every=4", "data.validation_fraction=0.25", "slides.width=48", "slides.tiles=60", "slides.largest=60", "slides.count=40")  # fmt: skip
-    found = plan(planned(*SLIDE, *words))
+    found = make_plan(planned(*SLIDE, *words))
     assert (found["evaluation"]["times"], found["evaluation"]["samples"]) == (3, 10)  # after steps 4, 8 and the last
-    run = run_shape(compose([*SLIDE, "data.crop=1"], []), Slides(48, 60, 60))
+    run = run_shape(compose_run([*SLIDE, "data.crop=1"], []), Slides(48, 60, 60))
     four = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False).flops
     forward = sum(count for (_, way), count in four.items() if way == "forward") / 4
     assert found["evaluation"]["flops"] == pytest.approx(3 * 10 * 2 * forward, rel=0.01)
     pace = found["pace"]
     assert pace["hours"] == pytest.approx(10 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
-    text = table(found)
+    text = plan_table(found)
     assert "are evaluation: 3 checkpoints" in text and "two forwards on every process of 10 slides" in text
     assert "3,072 A100-hours" in text and "what is planned here is arithmetic alone" in text
     found["evaluation"]["samples"] = 0
-    assert "no evaluation: data.validation_fraction=0" in table(found)
+    assert "no evaluation: data.validation_fraction=0" in plan_table(found)
 
 
 def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:
     words = ("recipe=small", "hardware=cpu", "optim.steps=1000", "trainer.checkpoint_every=300", "watch.every=100", "watch.probe=tiles", "watch.probe_images=700")  # fmt: skip
-    found = plan(planned(*words))
-    judged, run = found["evaluation"], run_shape(compose(list(words[:1]), []), Slides(1, 1, 1))
+    found = make_plan(planned(*words))
+    judged, run = found["evaluation"], run_shape(compose_run(list(words[:1]), []), Slides(1, 1, 1))
     assert (judged["times"], judged["samples"], judged["looks"]) == (
         4,
         700,
@@ -222,26 +222,26 @@ def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:
     assert pace["hours"] == pytest.approx(1000 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
     assert (
         "4 checkpoints (trainer.checkpoint_every=), at each a forward of 700 labelled tiles (watch.probe_images=); 10 looks"
-        in table(found)
+        in plan_table(found)
     )
     judged["samples"] = 0
-    assert "are evaluation: no watch.probe; 10 looks (watch.every=)" in table(found)
+    assert "are evaluation: no watch.probe; 10 looks (watch.every=)" in plan_table(found)
     judged["looks"] = 0
-    assert "no evaluation: neither watch.probe nor watch.every is given" in table(found)
+    assert "no evaluation: neither watch.probe nor watch.every is given" in plan_table(found)
 
 
 def test_processes_that_share_a_slide_hold_less_of_the_largest() -> None:
     slides = Slides(width=48, tiles=60, largest=1500)
-    run = run_shape(compose(list(SLIDE), []), slides)
+    run = run_shape(compose_run(list(SLIDE), []), slides)
     alone, together = (estimate(run, Settings(4, 4, "float32", "none", n, n), fused_attention=True) for n in (1, 4))
     blocks = "activations of blocks"
     assert together.highest[blocks] < 0.4 * alone.highest[blocks] and together.peak < 0.6 * alone.peak
     assert (alone.samples, together.samples) == (1, 1)  # four lanes one after the other, a quarter of each
-    other = run_shape(compose(["recipe=small_slide", "model.heads=3", "model.width=48"], []), slides)
+    other = run_shape(compose_run(["recipe=small_slide", "model.heads=3", "model.width=48"], []), slides)
     with pytest.raises(Fault, match=r"data.processes_per_slide=4 doesn't divide model.heads=3"):
-        share(other, 4, 1, 4)
+        micro_batch_share(other, 4, 1, 4)
     with pytest.raises(Fault, match=r"data.processes_per_slide=3 doesn't divide the run's 4 processes"):
-        share(run, 4, 1, 3)
+        micro_batch_share(run, 4, 1, 3)
 
 
 @pytest.mark.slow
@@ -269,11 +269,11 @@ def test_sharing_slides_is_a_remedy_of_the_slide_stage() -> None:
 
 @pytest.mark.slow
 def test_midnight_at_full_size_fits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    main(["plan", "recipe=midnight", "trainer.precision=bf16", "launch.nodes=4", "launch.gpus_per_node=8", f"out={tmp_path / 'plan.json'}"])  # fmt: skip
+    run_command_line(["plan", "recipe=midnight", "trainer.precision=bf16", "launch.nodes=4", "launch.gpus_per_node=8", f"out={tmp_path / 'plan.json'}"])  # fmt: skip
     text = capsys.readouterr().out
     assert "It fits" in text and "computed and not measured" in text and "20% of the peak" in text
     found = json.loads((tmp_path / "plan.json").read_text())["computed"]
-    assert found["parameters"]["encoder"] == recipes.describe("midnight").parameters
+    assert found["parameters"]["encoder"] == recipes.describe_recipe("midnight").parameters
     assert found["peak_bytes"] == sum(found["peak_bytes_by_part"].values()) < found["room_bytes"]
     both = found["peak_bytes_by_activation_checkpointing"]
     assert both["full"] < both["none"] == found["peak_bytes"]
@@ -288,11 +288,11 @@ def test_what_does_not_fit_is_told_what_to_change() -> None:
     run, _ = shape_of(*SMALL)
     needed = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=True).peak / 2**30
     machine = ("launch.gpus_per_node=1", f"hardware.memory_gib={0.8 * needed}", "reserve=0")
-    found = plan(planned(*SMALL, *machine))
+    found = make_plan(planned(*SMALL, *machine))
     assert not found["fits"] and found["remedies"][0]["words"] == "trainer.precision=bf16"
     *insufficient, last = found["remedies"]
     assert last["fits"] and not any(remedy["fits"] for remedy in insufficient)
-    again = plan(planned(*SMALL, *machine, *last["words"].split()))
+    again = make_plan(planned(*SMALL, *machine, *last["words"].split()))
     assert again["fits"] and again["peak_bytes"] == last["peak"]
 
 
@@ -300,19 +300,19 @@ def test_a_slip_is_answered_with_the_nearest_setting_of_the_plan_or_of_the_run()
     with pytest.raises(Fault, match="did you mean 'utilisation'"):
         cli.parse(["plan", "utilization=0.3"])
     with pytest.raises(Fault, match=r"did you mean 'trainer.accumulate'"):
-        plan(planned("recipe=midnight", "trainer.acumulate=2"))
+        make_plan(planned("recipe=midnight", "trainer.acumulate=2"))
     with pytest.raises(Fault, match=r"fits no stage.*midnight"):
-        plan(planned("recipe=midnigth"))
+        make_plan(planned("recipe=midnigth"))
     with pytest.raises(Fault, match="can't be planned"):
-        plan(planned("trainer.precision=float64"))
+        make_plan(planned("trainer.precision=float64"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_can_be_planned_at_full_size(name: str) -> None:
-    lanes = recipes.compose(name).tree.data.lanes
+    lanes = recipes.compose_recipe(name).tree.data.lanes
     nodes, gpus = (lanes // 8, 8) if lanes % 8 == 0 else (1, lanes)
-    found = plan(planned(f"recipe={name}", "trainer.precision=bf16", f"launch.nodes={nodes}", f"launch.gpus_per_node={gpus}"))  # fmt: skip
+    found = make_plan(planned(f"recipe={name}", "trainer.precision=bf16", f"launch.nodes={nodes}", f"launch.gpus_per_node={gpus}"))  # fmt: skip
     assert found["peak_bytes"] > 0 and found["pace"]["hours"] > 0
 
 

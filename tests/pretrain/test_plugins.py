@@ -52,7 +52,9 @@ def commands(run: Path, shards: Path, classes: Path, out: Path) -> dict[str, Cal
         "export": command(export, "export", f"checkpoint={run}", f"out={out}/encoder"),
         "probe": command(probe, "probe", f"checkpoint={run}", f"train={classes}", "device=cpu"),
         "report": command(report, "report", f"run={run}", f"out={out}/report.html"),
-        "init": lambda word: init.find(str(run), load("tile", ["run=a", "data.shards=b", word]).object().allow_plugins),
+        "init": lambda word: init.find_encoder(
+            str(run), load("tile", ["run=a", "data.shards=b", word]).object().allow_plugins
+        ),
     }
 
 
@@ -81,17 +83,17 @@ def test_what_is_allowed_is_not_taken_from_the_current_folder_by_accident(theirs
     for entry in ("", str(tmp_path / "code")):  # 'python -m', and PYTHONPATH=:
         monkeypatch.setattr(sys, "path", [entry, *sys.path])
         with pytest.raises(Fault, match="can't be imported"):
-            plugins.locate("theirs.Theirs", allowed=["theirs"])
+            plugins.locate_class("theirs.Theirs", allowed=["theirs"])
         assert not theirs.exists() and sys.path[0] == entry
     monkeypatch.setenv("PYTHONPATH", os.pathsep + str(tmp_path / "code"))
-    assert issubclass(plugins.locate("theirs.Theirs", allowed=["theirs"]), VisionTransformer) and theirs.exists()
+    assert issubclass(plugins.locate_class("theirs.Theirs", allowed=["theirs"]), VisionTransformer) and theirs.exists()
 
 
 def test_ours_is_the_whole_name_of_a_package() -> None:
-    assert plugins.locate("models.vit.VisionTransformer", allowed=()) is VisionTransformer
+    assert plugins.locate_class("models.vit.VisionTransformer", allowed=()) is VisionTransformer
     for target in ("models_of_mine.A", "os.path.A", "A", "", ".models.A"):
         with pytest.raises(Fault, match="read from a run's folder"):
-            plugins.locate(target, allowed=())
+            plugins.locate_class(target, allowed=())
 
 
 def test_a_run_of_the_users_own_names_any_class(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from data.fault import Fault
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints, preemption, signals
 from pretrain.run.preemption import EXIT_CODE, Preemption, ending_when_asked
@@ -31,7 +31,7 @@ SETTINGS = ["objective.centring=centre", "objective.spread=kde", "model.drop_pat
 def uninterrupted(tile_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.set_num_threads(1)
     run = tmp_path_factory.mktemp("uninterrupted") / "run"
-    main(command(tile_shards, run, *SETTINGS))
+    run_command_line(command(tile_shards, run, *SETTINGS))
     return run
 
 
@@ -60,14 +60,14 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_noth
     before = signal.getsignal(number)
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         signal_inside(patch, number, step=2)  # between two checkpoints
-        main(command(tile_shards, run, *SETTINGS))
+        run_command_line(command(tile_shards, run, *SETTINGS))
     said = capsys.readouterr().err
     assert ended.value.code == EXIT_CODE == 75, said
     assert f"stopped by {number.name} after step 3 of {STEPS}" in said
     assert "step-00000003; the same command continues" in said
     assert checkpoints.read_state(checkpoints.newest(run))["step"] == 3 and not list(run.glob("checkpoints/*.partial"))  # type: ignore[arg-type]
     assert signal.getsignal(number) is before and not signals.noted()
-    main(command(tile_shards, run, *SETTINGS))
+    run_command_line(command(tile_shards, run, *SETTINGS))
     assert metrics(run) == metrics(uninterrupted)
     found, expected = weights(run), weights(uninterrupted)
     assert all(torch.equal(found[name], expected[name]) for name in found | expected)
@@ -89,11 +89,11 @@ def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_t
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(fixed_images, "class_tokens", interrupted)
         patch.setattr(fixed_images, "BATCH", 8)
-        main(command(tile_shards, run, *watched))
+        run_command_line(command(tile_shards, run, *watched))
     assert ended.value.code == EXIT_CODE and len(judged) == 1
     newest = checkpoints.newest(run)
     assert newest is not None and "stopped by SIGTERM after step" in capsys.readouterr().err
-    main(command(tile_shards, run, *watched))
+    run_command_line(command(tile_shards, run, *watched))
     assert metrics(run)[-1]["step"] == STEPS
 
 
@@ -101,7 +101,7 @@ def test_a_signal_in_the_last_step_comes_too_late_to_matter(
     tile_shards: Path, uninterrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     signal_inside(monkeypatch, signal.SIGTERM, step=STEPS - 1)
-    main(command(tile_shards, tmp_path / "run", *SETTINGS))
+    run_command_line(command(tile_shards, tmp_path / "run", *SETTINGS))
     assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
 
@@ -115,7 +115,7 @@ def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_nothing(
     assert process.returncode == EXIT_CODE and "stopped by SIGUSR1 after step" in output, output
     step = checkpoints.read_state(checkpoints.newest(run))["step"]  # type: ignore[arg-type]
     assert step == metrics(run)[-1]["step"] < STEPS
-    main(command(tile_shards, run, *SETTINGS))
+    run_command_line(command(tile_shards, run, *SETTINGS))
     assert_close(run, uninterrupted)
 
 
@@ -143,7 +143,7 @@ def test_a_job_that_is_signalled_whole_ends_as_if_one_process_had_been(
     kill_after(process, run, 2, number, of="all")
     output, _ = process.communicate(timeout=120)
     assert process.returncode == EXIT_CODE, output
-    main(command(tile_shards, run, *SETTINGS))
+    run_command_line(command(tile_shards, run, *SETTINGS))
     assert_close(run, uninterrupted)
 
 
@@ -211,7 +211,7 @@ def test_a_job_whose_time_is_over_before_its_first_step_ends_with_a_sentence(
 
     monkeypatch.setattr(Training, "on_train_start", late)
     with pytest.raises(SystemExit) as ended:
-        main(command(tile_shards, tmp_path / "run"))
+        run_command_line(command(tile_shards, tmp_path / "run"))
     assert ended.value.code == 1 and "requeue 42" not in (slurm / "asked").read_text()
     assert "pretrain: out of time with no checkpoint made, and so it would be again" in capsys.readouterr().err
 

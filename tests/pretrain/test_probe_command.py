@@ -95,6 +95,6 @@ def test_the_table_marks_a_linear_fit_that_did_not_converge(make_tile_run, class
     folder, _ = make_tile_run()
     run(settings(folder, class_folders, out=str(tmp_path / "probe.json")))
     result = json.loads((tmp_path / "probe.json").read_text())
-    assert "stopped at 1000" not in probe.table(result)
+    assert "stopped at 1000" not in probe.score_table(result)
     result["scores"]["encoder"]["linear_converged"] = False
-    assert "stopped at 1000" in probe.table(result)
+    assert "stopped at 1000" in probe.score_table(result)

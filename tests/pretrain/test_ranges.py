@@ -6,7 +6,7 @@ from typing import Annotated, Any
 import pytest
 
 from data.fault import Fault
-from pretrain.settings.ranges import check, hints, matching, within
+from pretrain.settings.ranges import hints, matching, require_allowed, within
 
 SHARE = within(least=0, below=1)
 
@@ -55,13 +55,13 @@ GOOD: dict[str, Any] = {
 )
 def test_a_value_that_is_not_allowed_is_named_with_what_is(values: dict[str, Any], sentence: str) -> None:
     with pytest.raises(Fault) as refused:
-        check(GOOD | values, hints(Outer))
+        require_allowed(GOOD | values, hints(Outer))
     assert str(refused.value) == sentence
 
 
 @pytest.mark.parametrize("values", [{}, {"count": None}, {"count": "???"}, {"jobs": []}, {"free": 10**9}])
 def test_what_is_allowed_or_not_given_yet_passes(values: dict[str, Any]) -> None:
-    check(GOOD | values, hints(Outer))
+    require_allowed(GOOD | values, hints(Outer))
 
 
 def test_infinity_is_within_no_bounds() -> None:

@@ -134,7 +134,7 @@ def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
     assert any(timeit.timeit(build, timer=time.thread_time, number=1) < 1 for _ in range(3))
     if PUBLISHED[name]:
         published, difference = PUBLISHED[name]
-        assert recipes.describe(name).parameters + difference == published
+        assert recipes.describe_recipe(name).parameters + difference == published
     assert all(parameter.is_meta for parameter in build().parameters())
 
 
@@ -168,7 +168,7 @@ def test_the_command_line_wins_over_scale_and_scale_over_the_recipe() -> None:
 def test_a_second_stage_without_its_first_one_ends_in_one_sentence_that_names_it() -> None:
     config = load("tile", ["recipe=midnight_highres", "run=r", "data.shards=s"]).object()
     with pytest.raises(Fault, match="runs/midnight"):
-        init.find(config.init)
+        init.find_encoder(config.init)
 
 
 def test_openmidnights_term_is_corrected_unless_its_published_sign_is_asked_for() -> None:
@@ -189,8 +189,8 @@ def test_the_table_names_every_recipe_its_size_and_what_is_unknown(capsys: pytes
         and "slide" in rows["gigapath_slide"]
     )
     assert "DINOv2 + kde" in rows["midnight"] and "1,000,000" in rows["midnight"]
-    assert "667 H100-hours" in text and "optim.lr" in recipes.describe("virchow").unknown
-    assert recipes.describe("small").unknown == []  # nothing about it was ever published
+    assert "667 H100-hours" in text and "optim.lr" in recipes.describe_recipe("virchow").unknown
+    assert recipes.describe_recipe("small").unknown == []  # nothing about it was ever published
 
 
 def test_one_recipe_is_shown_in_full_with_the_source_of_every_value(capsys: pytest.CaptureFixture[str]) -> None:

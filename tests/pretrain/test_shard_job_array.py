@@ -15,12 +15,12 @@ import pytest
 from data.fault import Fault
 from data.shards.folder import load_rows
 from data.shards.index import ShardIndex
-from data.shards.writing import read_facts
+from data.shards.writing import read_shard_facts
 from data.slides.coordinates_h5 import coordinates_path, read_coordinates_h5
 from data.slides.given_tiles import given_tiles
 from data.slides.reading import Slide
 from data.slides.tiling import TilingSettings
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.commands import shards_index, shards_verify
 from tests.data.synthetic_slides import stained, write_slide
 from tests.data.tile_folders import write_tiles
@@ -112,7 +112,7 @@ def test_an_index_that_is_lost_is_made_again_and_others_shards_get_theirs(
     (theirs / "index.npz").unlink()
     shutil.rmtree(theirs / "index")
     (tmp_path / "ours/stray.tar").touch()
-    main(["shards", "index", f"shards={tmp_path / 'ours'} {theirs}"])
+    run_command_line(["shards", "index", f"shards={tmp_path / 'ours'} {theirs}"])
     assert ShardIndex.open(tmp_path / "ours").digest == ShardIndex.open(whole[1]).digest
     assert len(ShardIndex.open(theirs)) == 7
     said = capsys.readouterr().err
@@ -128,13 +128,13 @@ def test_verify_ends_with_exit_code_1_one_sentence_and_a_report(
 ) -> None:
     out = tmp_path / "out"
     shutil.copytree(whole[1], out)
-    main(["shards", "verify", f"shards={out}", "workers=2"])
+    run_command_line(["shards", "verify", f"shards={out}", "workers=2"])
     report = json.loads(capsys.readouterr().out)
     assert report["ok"] and report["folders"][0]["tiles"] == len(ShardIndex.open(out))
     tar = sorted(out.glob("*.tar"))[0]
     os.truncate(tar, tar.stat().st_size // 2)
     with pytest.raises(SystemExit) as ended:
-        main(["shards", "verify", f"shards={out}", "workers=1"])
+        run_command_line(["shards", "verify", f"shards={out}", "workers=1"])
     assert ended.value.code == 1
     printed = capsys.readouterr()
     report = json.loads(printed.out)
@@ -144,7 +144,7 @@ def test_verify_ends_with_exit_code_1_one_sentence_and_a_report(
     assert printed.err.splitlines()[-1].startswith(f"pretrain: {report['found']} things are wrong")
     shard(slides=whole[0], out=out)  # the way out
     assert contents(out) == contents(whole[1])
-    main(["shards", "verify", f"shards={out}", "workers=1"])
+    run_command_line(["shards", "verify", f"shards={out}", "workers=1"])
 
 
 # Coordinates of others ---------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def test_tiles_are_cut_where_another_programs_h5_says(
     written = read_coordinates_h5(coordinates_path(tmp_path / "out", "s-1"))
     assert sorted(zip(written.x.tolist(), written.y.tolist(), strict=True)) == sorted(inside)
     assert load_rows(tmp_path / "out")["s-1"].kept == 4
-    record = read_facts(tmp_path / "out", "tiles-000000")
+    record = read_shard_facts(tmp_path / "out", "tiles-000000")
     assert record["rejected"] == ([["s-1", 0, 0, 3]] if writer != "our own" else [])
     shards_verify.run(shards_verify.Config([str(tmp_path / "out")], str(tmp_path / "report.json"), 1))
 
@@ -292,7 +292,7 @@ def test_files_that_cannot_grow_end_in_one_sentence_and_the_run_goes_on_when_the
     last = ended.stderr.strip().splitlines()[-1]
     assert "File too large" in last and last.endswith("make room or fix the disk, then run the same command again.")
     for tar in (tmp_path / "out").glob("*.tar"):
-        assert tar.stat().st_size == read_facts(tmp_path / "out", tar.stem)["size"]
+        assert tar.stat().st_size == read_shard_facts(tmp_path / "out", tar.stem)["size"]
     shard(slides=some, out=tmp_path / "out")
     assert contents(tmp_path / "out") == {k: v for k, v in contents(reference).items() if k[0] in "abc"}
 

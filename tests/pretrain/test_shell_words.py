@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.fault import Fault
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.settings.composition import load
 from pretrain.settings.shell_words import quoted
 
@@ -76,7 +76,7 @@ def test_what_hydra_would_take_and_this_command_line_does_not_is_said_with_what_
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        main(["tile", *words])
+        run_command_line(["tile", *words])
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith(f"pretrain: {sentence}") and said.count("\n") == 1, said
     assert "--multirun" not in said or "--multirun" in words[0]
@@ -85,7 +85,7 @@ def test_what_hydra_would_take_and_this_command_line_does_not_is_said_with_what_
 def test_options_may_hold_their_value(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "mine.yaml").write_text("# @package _global_\noptim:\n  lr: 0.25\n")
-    main(["tile", f"--config-dir={tmp_path}", "recipe=mine", "--cfg=job"])
+    run_command_line(["tile", f"--config-dir={tmp_path}", "recipe=mine", "--cfg=job"])
     assert "lr: 0.25" in capsys.readouterr().out
 
 

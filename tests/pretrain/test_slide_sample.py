@@ -18,7 +18,7 @@ from data.tiles.mixture import Mixture
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Part
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.encoders.loading import Preprocessing
 from pretrain.run.metrics import read_metrics
 from pretrain.training.slide_sample import FEWEST, SLIDES, TILES, SlideSample, choose, recognised, run_of
@@ -136,7 +136,7 @@ def test_what_dinov2_s_colour_trains_tells_slides_less_than_what_no_colour_train
     for name, settings in (("strong", []), ("weak", weak)):
         for seed in (0, 1):
             run = tmp_path / f"{name}{seed}"
-            main([
+            run_command_line([
                 "tile", "recipe=small", f"run={run}", f"data.shards={tiles}", f"seed={seed}", "optim.steps=800", "watch.every=100", "data.batch_size=16",
                 "data.threads=1", "trainer.accelerator=cpu", "model.image_size=48", "model.width=96", "model.depth=3", "model.feed_forward_width=192",
                 "data.crops.global_size=48", "data.crops.local_size=32", "data.crops.local_count=2", *settings,

@@ -15,7 +15,7 @@ from omegaconf import OmegaConf
 
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.run.folder import flat
 from pretrain.settings.composition import load
 from tests.pretrain.wavy_slides import write_wavy_slides
@@ -62,7 +62,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_and_a_killed_run_end_like_one_uninterrupted_process(store: Path, tmp_path: Path) -> None:
     two = start(tmp_path / "two", store, "trainer.devices=2")
-    main(words(tmp_path / "one", store, *TWELVE))
+    run_command_line(words(tmp_path / "one", store, *TWELVE))
     finish(two)
     expected = metrics(tmp_path / "one")
     assert [line["step"] for line in expected if "loss" in line] == list(range(1, 13))

@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.objectives.stochastic_depth import plan
+from pretrain.objectives.stochastic_depth import kept_samples
 
 CPU = torch.device("cpu")
 VIEWS = [(2, 5), (3, 2)]  # (views, tokens per crop) of two crop sizes
@@ -14,7 +14,7 @@ def crops(
     tiles: int, first: int = 0, group: int = 4, rate: float = 0.4, step: int = 0, seed: int = 0
 ) -> list[list[set[tuple[int, int, int]]]]:
     """Per block and branch the kept crops as (crop size, view, tile of the global batch)."""
-    kept = plan(VIEWS, tiles, group=group, rate=rate, depth=3, seed=seed, step=step, first=first, device=CPU)
+    kept = kept_samples(VIEWS, tiles, group=group, rate=rate, depth=3, seed=seed, step=step, first=first, device=CPU)
     assert kept is not None
     place = {}
     row = 0
@@ -28,13 +28,13 @@ def crops(
 
 
 def test_no_rate_is_no_plan() -> None:
-    assert plan(VIEWS, 4, group=4, rate=0.0, depth=3, seed=0, step=0, first=0, device=CPU) is None
+    assert kept_samples(VIEWS, 4, group=4, rate=0.0, depth=3, seed=0, step=0, first=0, device=CPU) is None
 
 
 @given(st.integers(1, 4), st.integers(2, 6), st.floats(0.05, 0.95), st.integers(0, 20))
 def test_every_group_keeps_the_set_number_of_whole_crops(groups: int, group: int, rate: float, step: int) -> None:
     tiles = groups * group
-    kept = plan(VIEWS, tiles, group=group, rate=rate, depth=2, seed=0, step=step, first=0, device=CPU)
+    kept = kept_samples(VIEWS, tiles, group=group, rate=rate, depth=2, seed=0, step=step, first=0, device=CPU)
     assert kept is not None
     for branches in kept:
         for branch in branches:

@@ -28,7 +28,7 @@ def test_following_is_the_formula(momentum: float) -> None:
         for s, t in zip(student.parameters(), follower.parameters(), strict=True)
     ]
     before = [s.detach().clone() for s in student.parameters()]
-    teacher.follow(student, follower, momentum)
+    teacher.ema_update(student, follower, momentum)
     for value, wanted in zip(follower.parameters(), expected, strict=True):
         torch.testing.assert_close(value.detach(), wanted)
     assert all(torch.equal(a, b) for a, b in zip(student.parameters(), before, strict=True))
@@ -36,4 +36,4 @@ def test_following_is_the_formula(momentum: float) -> None:
 
 def test_networks_that_differ_are_refused() -> None:
     with pytest.raises(ValueError):
-        teacher.follow(nn.Linear(3, 2), nn.Linear(3, 2, bias=False), 0.9)
+        teacher.ema_update(nn.Linear(3, 2), nn.Linear(3, 2, bias=False), 0.9)

@@ -13,7 +13,7 @@ import torch
 
 from data.fault import Fault
 from data.slides import survey as slide_survey
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.commands import tile as tile_command
 from pretrain.run import preemption, signals
 from pretrain.settings.composition import load
@@ -48,18 +48,18 @@ def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tis
     folder: Path, tmp_path: Path
 ) -> None:
     words = ["tile", *TINY, "data=online", f"data.slides={folder / 'slides'}", f"data.grids={tmp_path / 'grids'}", "data.mpp=[0.5,1.0]", "data.tile_size=32", "data.workers=1"]  # fmt: skip
-    main([*words, f"run={tmp_path / 'whole'}"])
+    run_command_line([*words, f"run={tmp_path / 'whole'}"])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")}
     assert {path.parent.name for path in made} >= {"0.5um-32px", "1um-32px"}
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
-    main([*words, f"run={tmp_path / 'again'}"])  # goes on after step 4
+    run_command_line([*words, f"run={tmp_path / 'again'}"])  # goes on after step 4
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")} == made
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
     shutil.copytree(folder / "slides", tmp_path / "moved")
-    main(
+    run_command_line(
         [
             *words,
             f"data.slides={tmp_path / 'moved'}",
@@ -88,7 +88,7 @@ def test_a_signal_while_tissue_is_looked_for_is_heeded_after_the_slide_and_the_n
 
     monkeypatch.setattr(slide_survey, "survey", looking)
     with signals.listening(), pytest.raises(SystemExit) as ended:
-        main(["tile", *words, f"run={tmp_path / 'run'}"])
+        run_command_line(["tile", *words, f"run={tmp_path / 'run'}"])
     assert ended.value.code == (130 if number == signal.SIGINT else preemption.EXIT_CODE) and len(looked) == 1
     assert f"stopped by {number.name} before its first step; the same command continues" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == []  # the lease is given up
@@ -102,7 +102,7 @@ def test_a_mixture_of_shards_slides_and_a_server_trains_in_its_shares(folder: Pa
     with serving(folder) as server:
         members = f"{{near:{{shards:{folder / 'a'},weight:2}},far:{{shards:'{server.url}/b',weight:1}},online:{{slides:{folder / 'slides'},grids:{tmp_path / 'grids'},tile_size:32,workers:1,mpp:0.5,weight:1}}}}"  # fmt: skip
         words = [*TINY, "data=mixture", f"data.members={members}"]
-        main(["tile", *words, f"run={tmp_path / 'run'}"])
+        run_command_line(["tile", *words, f"run={tmp_path / 'run'}"])
         assert len(losses(tmp_path / "run")) == 6
         training = stage(folder, *words)
         numbers = np.concatenate([training.stream.batch(step) for step in range(40)])
@@ -166,7 +166,7 @@ def test_members_of_a_mixture_are_checked_when_composing_for_every_command_that_
 ) -> None:
     for command in ("tile", "doctor", "plan"):
         with pytest.raises(SystemExit) as ended:
-            main([command, "data=mixture", f"data.members={members}", *(["hardware=cpu"] if command == "plan" else ["run=r"])])  # fmt: skip
+            run_command_line([command, "data=mixture", f"data.members={members}", *(["hardware=cpu"] if command == "plan" else ["run=r"])])  # fmt: skip
         said = capsys.readouterr()
         assert ended.value.code == 2 and sentence in said.err and not said.out
 
@@ -186,7 +186,7 @@ def test_no_slides_are_said_when_composing() -> None:
 
 
 def test_help_shows_the_sources_and_what_becomes_of_their_tiles(capsys: pytest.CaptureFixture[str]) -> None:
-    main(["tile", "--help"])
+    run_command_line(["tile", "--help"])
     text = capsys.readouterr().out
     assert "data= one of: embeddings, mixture, online, tiles (default tiles)" in text
     assert "slides_per_lane: null" in text and "global_size: 224" in text and "_views" not in text

@@ -1,6 +1,6 @@
 """The tile stage, run for real on a tiny encoder: shared, killed, resumed, spoilt, and always the same run.
 
-Most runs are made in this process through `launch.entry.main`, which saves six seconds of imports; those that are
+Most runs are made in this process through `launch.entry.run_command_line`, which saves six seconds of imports; those that are
 about processes (several of them, or a killed one) are real commands.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data.shards.index import ShardIndex
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints
 from pretrain.run.folder import digest, read_config
@@ -68,7 +68,7 @@ def metrics(run: Path) -> list[dict[str, Any]]:
 def weights(run: Path) -> dict[str, Tensor]:
     newest = checkpoints.newest(run)
     assert newest is not None
-    return checkpoints.read(newest, "")
+    return checkpoints.read_network(newest, "")
 
 
 def start(arguments: list[str]) -> subprocess.Popen[str]:
@@ -98,7 +98,7 @@ def uninterrupted(tile_shards: Path, tmp_path_factory: pytest.TempPathFactory) -
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("uninterrupted")
     for way, settings in WAYS.items():
-        main(command(tile_shards, folder / way, *settings))
+        run_command_line(command(tile_shards, folder / way, *settings))
     return {way: folder / way for way in WAYS}
 
 
@@ -125,7 +125,7 @@ def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
     assert_close(run, uninterrupted[way])
     for step in (4, 6):
         shutil.rmtree(run / "checkpoints" / f"step-{step:08d}")
-    main(command(tile_shards, run, *settings))
+    run_command_line(command(tile_shards, run, *settings))
     assert_close(run, uninterrupted[way])
 
 
@@ -145,7 +145,7 @@ def test_a_bad_tile_on_one_of_two_processes_is_counted_and_too_many_stop_both(
 def test_micro_batches_change_nothing_that_belongs_to_the_global_batch(
     tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    main(command(tile_shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.accumulate=4"))
+    run_command_line(command(tile_shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.accumulate=4"))
     assert_close(tmp_path / "run", uninterrupted["sinkhorn"])
 
 
@@ -180,7 +180,7 @@ def test_a_killed_run_resumes_and_ends_bit_for_bit_as_the_uninterrupted_one(
     assert newest is not None and checkpoints.read_state(newest)["step"] < STEPS, (
         "the kill came too late to test anything"
     )
-    main(command(tile_shards, run, *settings))
+    run_command_line(command(tile_shards, run, *settings))
     assert metrics(run) == metrics(uninterrupted["everything"])
     found, expected = weights(run), weights(uninterrupted["everything"])
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
@@ -206,14 +206,14 @@ def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_noth
 
         monkeypatch.setattr(checkpoints.Writer, "finish", dying)
         with pytest.raises(CheckpointException, match="Kill"):
-            main(command(tile_shards, run, *settings))
+            run_command_line(command(tile_shards, run, *settings))
         monkeypatch.setattr(checkpoints.Writer, "finish", finish)
         assert [path.suffix for path in (run / "checkpoints").glob(f"step-{step:08d}*")] == [".partial"]
 
     die_at(2)
     assert checkpoints.newest(run) is None
     die_at(4)
-    main(command(tile_shards, run, *settings))
+    run_command_line(command(tile_shards, run, *settings))
     assert metrics(run) == metrics(uninterrupted["sinkhorn"])
     assert not list((run / "checkpoints").glob("*.partial"))
     assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
@@ -232,7 +232,7 @@ def test_a_kill_at_any_moment_after_the_first_step_changes_nothing(
     time.sleep(delay)
     process.kill()
     process.communicate()
-    main(command(tile_shards, run, *settings))
+    run_command_line(command(tile_shards, run, *settings))
     assert metrics(run) == metrics(uninterrupted["everything"])
 
 
@@ -241,7 +241,7 @@ def test_a_finished_run_says_it_is_done_and_touches_nothing(
 ) -> None:
     run = uninterrupted["sinkhorn"]
     before = {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()}
-    main(command(tile_shards, run, *WAYS["sinkhorn"]))
+    run_command_line(command(tile_shards, run, *WAYS["sinkhorn"]))
     assert f"is done: {STEPS} steps" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in run.rglob("*") if path.is_file()} == before
 
@@ -296,7 +296,7 @@ def test_training_moves_the_student_and_the_teacher_follows_behind(uninterrupted
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """The one line with which a command ends."""
     with pytest.raises(SystemExit) as ended:
-        main(arguments)
+        run_command_line(arguments)
     assert ended.value.code in (1, 2)  # 2 where the command line is at fault
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("pretrain: ")]
     return line
@@ -326,7 +326,7 @@ def test_changed_data_is_refused_on_resuming(
 
     scan(folder)
     assert "the data is not what" in refused(command(folder, run, *WAYS["sinkhorn"]), capsys)
-    main(command(folder, run, *WAYS["sinkhorn"], "allow_changes=true"))
+    run_command_line(command(folder, run, *WAYS["sinkhorn"], "allow_changes=true"))
     assert "the data is not what" in capsys.readouterr().err and metrics(run)[-1]["step"] == STEPS
     first, *_, last = json.loads((run / "provenance.json").read_text())["starts"]
     assert first["data"] != last["data"]
@@ -338,12 +338,12 @@ def test_allowed_changes_are_said_kept_and_go_on_from_the_checkpoint(
     run = shutil.copytree(uninterrupted["sinkhorn"], tmp_path / "run")
     longer = command(tile_shards, run, *WAYS["sinkhorn"], "optim.weight_decay=0.2", f"optim.steps={STEPS + 2}")
     assert f"optim.steps: {STEPS} → {STEPS + 2}; optim.weight_decay: " in refused(longer, capsys)
-    main([*longer, "allow_changes=true"])
+    run_command_line([*longer, "allow_changes=true"])
     assert "goes on under other settings: optim.steps: 6 → 8" in capsys.readouterr().err
     assert [line["step"] for line in metrics(run)] == list(range(1, STEPS + 3))
     assert metrics(run)[:STEPS] == metrics(uninterrupted["sinkhorn"])
     assert json.loads((run / "provenance.json").read_text())["starts"][-1]["changes"]["optim.steps"] == [6, 8]
-    main(longer)  # done: the newest checkpoint has these settings
+    run_command_line(longer)  # done: the newest checkpoint has these settings
 
 
 def test_a_network_that_a_checkpoint_does_not_fit_is_one_sentence_even_where_changes_are_allowed(
@@ -378,7 +378,7 @@ def test_a_save_that_fails_is_said_counted_and_tried_again(
         finish(self, **results)
 
     monkeypatch.setattr(checkpoints.Writer, "finish", full)
-    main(command(tile_shards, run, *WAYS["sinkhorn"]))
+    run_command_line(command(tile_shards, run, *WAYS["sinkhorn"]))
     said = capsys.readouterr().err
     assert said.count("step-00000002 could not be written (No space left on device); training goes on") == 1
     assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
@@ -407,7 +407,7 @@ def test_a_bad_tile_is_named_counted_and_replaced(
 ) -> None:
     folder = shutil.copytree(tile_shards, tmp_path / "shards")
     spoil(folder, [3, 50])
-    main(command(folder, tmp_path / "run", "data.max_bad_fraction=0.2"))
+    run_command_line(command(folder, tmp_path / "run", "data.max_bad_fraction=0.2"))
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("skipped: tile")]
     lines = metrics(tmp_path / "run")
     assert len(lines) == STEPS and sum(line["bad_tiles"] for line in lines) == len(said) >= 2
@@ -449,7 +449,7 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(
     tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     poison(monkeypatch, {2, 3})
-    main(command(tile_shards, tmp_path / "run", *WAYS["everything"]))
+    run_command_line(command(tile_shards, tmp_path / "run", *WAYS["everything"]))
     said = capsys.readouterr().err
     assert "step 2 skipped: loss" in said and "step 3 skipped" in said
     lines = metrics(tmp_path / "run")
@@ -463,8 +463,10 @@ def test_a_skipped_step_leaves_every_weight_and_centre_as_it_was(
 ) -> None:
     poison(monkeypatch, {2, 3})
     monkeypatch.setattr(Training, "_unfit", lambda self: None)  # or there were no checkpoint to look at
-    main(command(tile_shards, tmp_path / "run", *WAYS["everything"], "trainer.keep_checkpoints=0"))
-    second, fourth = (checkpoints.read(tmp_path / "run" / "checkpoints" / f"step-0000000{step}", "") for step in (2, 4))
+    run_command_line(command(tile_shards, tmp_path / "run", *WAYS["everything"], "trainer.keep_checkpoints=0"))
+    second, fourth = (
+        checkpoints.read_network(tmp_path / "run" / "checkpoints" / f"step-0000000{step}", "") for step in (2, 4)
+    )
     assert all(torch.equal(second[name], fourth[name]) for name in second)
 
 
@@ -486,7 +488,7 @@ def test_a_run_that_diverges_keeps_a_finite_checkpoint_and_goes_on_from_it_with_
         line = refused(command(tile_shards, run, *every), capsys)
     assert "is not done" in line and "step-00000003" in line
     assert [path.name for path in checkpoints.published(run)] == ["step-00000003"]
-    main(command(tile_shards, run, *every, "optim.lr=1e-5", "allow_changes=true"))
+    run_command_line(command(tile_shards, run, *every, "optim.lr=1e-5", "allow_changes=true"))
     assert checkpoints.step_of(checkpoints.published(run)[-1]) == STEPS
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
@@ -508,7 +510,7 @@ def test_a_picture_of_crops_that_the_disk_refuses_is_said_and_training_goes_on(
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
-    main(command(tile_shards, tmp_path / "run", "optim.steps=2", "optim.warmup_steps=1", "watch.every=1"))
+    run_command_line(command(tile_shards, tmp_path / "run", "optim.steps=2", "optim.warmup_steps=1", "watch.every=1"))
     said = capsys.readouterr().err
     assert "step-00000000.png can't be written (No space left on device); training goes on without that picture" in said
     assert len(metrics(tmp_path / "run")) >= 2 and list((tmp_path / "run" / "samples").iterdir()) == []
@@ -517,7 +519,7 @@ def test_a_picture_of_crops_that_the_disk_refuses_is_said_and_training_goes_on(
 def test_wandb_offline_writes_its_folder_and_off_writes_none(
     tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    main(command(tile_shards, tmp_path / "run", "wandb.mode=offline", "optim.steps=2"))
+    run_command_line(command(tile_shards, tmp_path / "run", "wandb.mode=offline", "optim.steps=2"))
     assert any((tmp_path / "run" / "wandb").glob("offline-run-*/*.wandb"))
     assert not (uninterrupted["sinkhorn"] / "wandb").exists()
 
@@ -525,7 +527,7 @@ def test_wandb_offline_writes_its_folder_and_off_writes_none(
 def test_bf16_trains_near_float32_and_keeps_float32_masters(
     tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path
 ) -> None:
-    main(command(tile_shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.precision=bf16"))
+    run_command_line(command(tile_shards, tmp_path / "run", *WAYS["sinkhorn"], "trainer.precision=bf16"))
     assert all(tensor.dtype == torch.float32 for tensor in weights(tmp_path / "run").values())
     for one, other in zip(metrics(tmp_path / "run"), metrics(uninterrupted["sinkhorn"]), strict=True):
         assert one["loss"] == pytest.approx(other["loss"], rel=0.05) and one["loss"] != other["loss"]

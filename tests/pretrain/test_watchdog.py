@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.run.watchdog import EXIT_CODE, Watchdog
 from tests.pretrain.test_tile_training import ROOT, STEPS, command
 
@@ -64,5 +64,5 @@ def test_without_a_limit_nobody_watches() -> None:
 def test_a_run_is_watched(tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     beats, beat = [], Watchdog.beat
     monkeypatch.setattr(Watchdog, "beat", lambda self: (beats.append(self.minutes), beat(self))[1])
-    main(command(tile_shards, tmp_path / "run", "trainer.stalled_minutes=7"))
+    run_command_line(command(tile_shards, tmp_path / "run", "trainer.stalled_minutes=7"))
     assert len(beats) > STEPS and set(beats) == {7}

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launch.entry import main
+from launch.entry import run_command_line
 from pretrain.encoders.loading import load_encoder
 from pretrain.run import checkpoints
 from pretrain.run.metrics import read_metrics
@@ -44,7 +44,7 @@ def alarms_of(run: Path) -> list[dict[str, Any]]:
 
 
 def test_a_healthy_run_raises_no_alarm_and_shows_crops_at_every_look(shards: Path, tmp_path: Path) -> None:
-    main(command(shards, tmp_path / "run", *TEACHING))
+    run_command_line(command(shards, tmp_path / "run", *TEACHING))
     assert alarms_of(tmp_path / "run") == []
     looks = [line for line in read_metrics(tmp_path / "run") if "rankme" in line]
     assert [line["step"] for line in looks] == [10, 20, 30, 40]
@@ -61,7 +61,7 @@ def test_a_collapsing_run_says_so_in_words_once_and_puts_it_on_record(
 ) -> None:
     settings, expected = COLLAPSE[cause]
     run = tmp_path / "run"
-    main(command(shards, run, *TEACHING, *settings))
+    run_command_line(command(shards, run, *TEACHING, *settings))
     raised = alarms_of(run)
     names = [line["alarm"] for line in raised]
     assert expected <= set(names) and len(names) == len(set(names))
@@ -70,7 +70,7 @@ def test_a_collapsing_run_says_so_in_words_once_and_puts_it_on_record(
         assert f"ALARM at step {line['step']}, {line['alarm']}: {line['says']}" in said
         assert line["since"] <= line["step"] and "Usually helps" in line["says"]
     shutil.rmtree(checkpoints.published(run)[-1])  # the run goes on from step 20
-    main(command(shards, run, *TEACHING, *settings))
+    run_command_line(command(shards, run, *TEACHING, *settings))
     assert alarms_of(run) == raised
     again = capsys.readouterr().err
     assert all((f"ALARM at step {line['step']}, {line['alarm']}" in again) == (line["step"] > 20) for line in raised)
@@ -87,7 +87,7 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
     ]  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
     process = start(command(shards, two, *watched, "watch.patience=2", "trainer.devices=2"))
-    main(command(shards, one, *watched, "watch.patience=2"))
+    run_command_line(command(shards, one, *watched, "watch.patience=2"))
     said = capsys.readouterr().err
     assert "ends after step 6: probe_knn has not risen above 1.0000, of step 2, in 2 checkpoints" in said
     assert "longer training has made published models worse" in said
@@ -99,14 +99,14 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
     assert load_encoder(str(one / "checkpoints" / "best"), "cpu").hash == load_encoder(str(one / "checkpoints" / "step-00000002"), "cpu").hash  # fmt: skip
 
     before = (one / "metrics.jsonl").read_text()
-    main(command(shards, one, *watched, "watch.patience=2"))  # it is done, and says why
+    run_command_line(command(shards, one, *watched, "watch.patience=2"))  # it is done, and says why
     assert "ends after step 6" in capsys.readouterr().err and (one / "metrics.jsonl").read_text() == before
-    main(command(shards, one, *watched))  # without patience it goes on
+    run_command_line(command(shards, one, *watched))  # without patience it goes on
     assert [line["step"] for line in map(json.loads, (one / "metrics.jsonl").read_text().splitlines()) if "loss" in line] == list(range(1, 9))  # fmt: skip
     assert [path.name for path in checkpoints.published(one)] == ["step-00000002", "step-00000008"]
 
 
 def test_patience_without_a_probe_is_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
-        main(command(shards, tmp_path / "run", "watch.patience=3"))
+        run_command_line(command(shards, tmp_path / "run", "watch.patience=3"))
     assert "watch.patience=3 and watch.probe=null don't go together" in capsys.readouterr().err

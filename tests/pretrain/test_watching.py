@@ -193,7 +193,7 @@ def test_the_best_checkpoint_is_kept_pointed_at_and_read_by_its_name(tmp_path: P
     assert [checkpoints.step_of(path) for path in checkpoints.published(tmp_path)] == [4, 8]
     link = checkpoints.folder(tmp_path) / "best"
     assert os.readlink(link) == "step-00000004"  # relative: the folder may move
-    assert checkpoints.read(link, "encoder.")["bias"].tolist() == [4, 4, 4]
+    assert checkpoints.read_network(link, "encoder.")["bias"].tolist() == [4, 4, 4]
     newest = checkpoints.newest(tmp_path)
     assert newest is not None and newest.name == "step-00000008"
 
