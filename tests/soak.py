@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from pretrain.run import checkpoints
 from pretrain.run.metrics import read_metrics
 from pretrain.run.preemption import EXIT_CODE
-from tests.data.tile_folders import write_tiles
-from tests.pretrain.test_tile_training import CLOCK, TINY
+from tests.data.shards.tile_folders import write_tiles
+from tests.pretrain.training.test_tile_training import CLOCK, TINY
 
 ROOT = Path(__file__).resolve().parents[1]
 HUNG = 900.0  # seconds, for a machine that does other things besides; everything here takes a few

@@ -53,6 +53,65 @@ def test_imports_point_one_way(package: str) -> None:
     assert not wrong
 
 
+def room(module: str) -> str:
+    """The folder that a module of ours lies in; a package's own files are above its folders: ``data.slides.tiling`` → ``data.slides``."""
+    parts = module.split(".")
+    return ".".join(parts[:2]) if (ROOT / Path(*parts[:2])).is_dir() else parts[0]
+
+
+def rooms_used(source: str) -> set[str]:
+    """The folders of ours that a file imports from."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] in PACKAGES:
+            found |= {room(f"{node.module}.{alias.name}") for alias in node.names}
+    return found
+
+
+def circle(arrows: dict[str, set[str]]) -> list[str]:
+    """Rooms that lead back to the first of them, or none."""
+
+    def walk(way: list[str]) -> list[str]:
+        for further in sorted(arrows.get(way[-1], ())):
+            if further == way[0]:
+                return [*way, further]
+            if further not in way and (found := walk([*way, further])):
+                return found
+        return []
+
+    return next((found for start in arrows if (found := walk([start]))), [])
+
+
+def test_the_check_itself_finds_a_circle() -> None:
+    assert room("data.slides.tiling") == "data.slides" and room("data.fault.Fault") == "data"
+    assert rooms_used("from pretrain.run import best\nfrom data import files") == {"pretrain.run", "data"}
+    assert circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
+    assert circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
+
+
+def test_imports_between_folders_form_no_circle() -> None:
+    arrows: dict[str, set[str]] = {}
+    for file in SOURCES:
+        own = room(".".join(file.relative_to(ROOT).with_suffix("").parts))
+        arrows.setdefault(own, set()).update(rooms_used(file.read_text()) - {own})
+    assert len(arrows) > 15
+    assert circle(arrows) == []
+
+
+# What a command's module and a program's entry are asked for by name.
+BY_CONTRACT = {"Config", "run", "main"}
+
+
+def test_no_two_public_classes_or_functions_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in SOURCES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert len(places) > 500
+    assert {name: files for name, files in places.items() if len(files) > 1 and name not in BY_CONTRACT} == {}
+
+
 def test_every_package_is_installed() -> None:
     patterns = PROJECT["tool"]["setuptools"]["packages"]["find"]["include"]
     there = {str(file.parent.relative_to(ROOT)).replace("/", ".") for file in SOURCES}

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.data.tile_folders import write_tiles
-from tests.pretrain.test_tile_training import GROUP, TINY
+from tests.data.shards.tile_folders import write_tiles
+from tests.pretrain.training.test_tile_training import GROUP, TINY
 from tests.test_house import ROOT, kept
 
 

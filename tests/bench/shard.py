@@ -24,7 +24,7 @@ from data.slides.coordinates_h5 import write_tiling
 from data.slides.cutting import JPEG_QUALITY
 from data.slides.reading import Slide
 from data.slides.tiling import READ, Tiling, TilingSettings, tile_slide
-from tests.data.enormous_slide import write_enormous
+from tests.data.slides.enormous_slide import write_enormous
 
 ROUNDS = 9
 MOST_TILES = 1248

@@ -23,8 +23,8 @@ from data.tiles.of_shards import ShardTiles
 from data.tiles.source import UnreadableTile
 from launch.entry import run_command_line
 from tests.data.flaky_server import CUT, FAIL, FORBID, SHORT, STALL, FlakyServer, GCSHandler, S3Handler, serving
-from tests.data.test_loader import batches, by_tile, same
-from tests.data.tile_folders import spoil, write_tiles
+from tests.data.shards.tile_folders import spoil, write_tiles
+from tests.data.tiles.test_loader import batches, by_tile, same
 
 CONTENT = bytes(range(256)) * 40
 

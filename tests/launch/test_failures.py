@@ -12,8 +12,8 @@ from data.fault import Fault, Notice
 from launch import failures
 from launch.entry import show_warning
 from pretrain.run.launched import rank
-from tests.data.tile_folders import write_tiles
-from tests.pretrain.test_tile_training import GROUP, ROOT, TINY, metrics
+from tests.data.shards.tile_folders import write_tiles
+from tests.pretrain.training.test_tile_training import GROUP, ROOT, TINY, metrics
 
 
 def record_as(monkeypatch: pytest.MonkeyPatch, logs: Path, rank: int, error: BaseException, attempt: int = 0) -> None:

@@ -17,8 +17,8 @@ from launch.torchrun import run_and_tell
 from pretrain.run import checkpoints
 from pretrain.run.metrics import read_metrics
 from pretrain.run.preemption import EXIT_CODE
-from tests.data.tile_folders import write_tiles
-from tests.pretrain.test_tile_training import ROOT, assert_close, command, start
+from tests.data.shards.tile_folders import write_tiles
+from tests.pretrain.training.test_tile_training import ROOT, assert_close, command, start
 
 
 def python(program: str, **options: object) -> subprocess.Popen[str]:

@@ -15,13 +15,13 @@ from data.embeddings.store import EmbeddingStore
 from data.shards.index import ShardIndex
 from launch.entry import run_command_line
 from pretrain.run.metrics import read_metrics
-from tests.data.synthetic_slides import stained, write_slide
-from tests.data.tile_folders import write_tiles
+from tests.data.shards.tile_folders import write_tiles
+from tests.data.slides.synthetic_slides import stained, write_slide
 from tests.launch.slurm_cluster import Cluster
 from tests.launch.test_failures import failing_run
-from tests.pretrain import test_slide_training as slide_stage
-from tests.pretrain.test_tile_training import GROUP, ROOT, assert_close, command
-from tests.pretrain.wavy_slides import write_wavy_slides
+from tests.pretrain.training import test_slide_training as slide_stage
+from tests.pretrain.training.test_tile_training import GROUP, ROOT, assert_close, command
+from tests.pretrain.training.wavy_slides import write_wavy_slides
 
 
 def environment(own: Path | None = None, **variables: str) -> dict[str, str]:
@@ -149,7 +149,7 @@ def test_the_first_error_of_any_rank_is_the_last_thing_in_the_jobs_log(
 def test_a_loader_that_fails_or_is_killed_on_one_node_ends_the_job(
     cluster: Cluster, shards: Path, tmp_path: Path, failure: str
 ) -> None:
-    source = "data._target_=tests.pretrain.failing_sources.FailingTiles"
+    source = "data._target_=tests.pretrain.training.failing_sources.FailingTiles"
     words = command(shards, tmp_path / "run", source, "optim.steps=400")
     (job,) = submit(cluster, *words, *nodes(2, 1), variables=environment(PRETRAIN_TEST_FAILURE=failure))
     cluster.wait(job, "FAILED", seconds=120)

@@ -22,7 +22,7 @@ from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.doctor import machine, tiles
 from pretrain.run import checkpoints
-from tests.data.tile_folders import write_tiles
+from tests.data.shards.tile_folders import write_tiles
 
 TILE, COLUMNS, ROWS = 40, 4, 3
 MODEL = {

@@ -13,7 +13,7 @@ import pytest
 
 from pretrain.console import Unfailing
 from pretrain.run import checkpoints
-from tests.pretrain.test_tile_training import GROUP, ROOT, STEPS, command, metrics, start
+from tests.pretrain.training.test_tile_training import GROUP, ROOT, STEPS, command, metrics, start
 
 
 def test_what_cannot_be_said_is_dropped() -> None:

@@ -1,0 +1,229 @@
+"""Shards of others: everything in the folder is read, or named and counted with a reason."""
+
+import gzip
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from data.fault import Fault
+from data.shards.index import ShardIndex, read_jpeg
+from data.shards.scan import describe_left_out, disputed, scan
+from data.shards.verify import verify_shard
+from data.slides.coordinates import UNKNOWN
+from launch.entry import run_command_line
+from tests.data.shards.foreign_tars import write_tar
+
+
+def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
+    facts = json.dumps({"slide": "s", "x": 7, "y": 9, "mpp": 0.25}).encode()
+    write_tar(
+        tmp_path / "one.tar",
+        [("k1.jpg", b"first"), ("k1.json", facts), ("k2.json", facts), ("k2.jpeg", b"second"), ("k3.png", b"no")],
+    )
+    write_tar(tmp_path / "two.tar", [("d/slide_1_256_512.jpg", b"third!"), ("nothing.jpg", b"4th")])
+    index = scan(tmp_path)
+    assert len(index) == 4
+    assert [index.slides[slide] for slide in index.slide] == ["s", "s", "d-slide_1", "two"]
+    assert index.x.tolist() == [7, 7, 256, UNKNOWN] and index.y.tolist() == [9, 9, 512, UNKNOWN]
+    assert index.facts(0)["mpp"] == 0.25 and index.facts(1)["mpp"] is None
+    contents = []
+    for row in range(4):
+        descriptor = os.open(index.path(int(index.file[row])), os.O_RDONLY)
+        contents.append(read_jpeg(descriptor, int(index.offset[row]), int(index.length[row])))
+        os.close(descriptor)
+    assert contents == [b"first", b"second", b"third!", b"4th"]
+    assert ShardIndex.open(tmp_path).digest == index.digest
+
+
+def test_what_others_call_a_slide_is_made_safe_and_kept_as_a_fact(tmp_path: Path) -> None:
+    names = ["../../x", "/etc/x", "a/b", "a b", "a-b", "Zürich", "\ud800", "", "x" * 300]
+    samples = [(f"{n}.{kind}", data) for n, name in enumerate(names)
+               for kind, data in (("jpg", b"jpeg"), ("json", json.dumps({"slide": name, "x": n, "y": 0}).encode()))]  # fmt: skip
+    write_tar(tmp_path / "a.tar", [*samples, ("../up/key_5_6.jpg", b"jpeg")])
+    index = scan(tmp_path)
+    assert all(re.fullmatch("[A-Za-z0-9_-]{1,240}", slide) for slide in index.slides)
+    assert len(set(index.slides)) == len(names) + 1 and index.slides[4] == "a-b" and index.slides[-1] == "---up-key"
+    assert [index.facts(number)["slide"] for number in range(len(names))] == names
+    assert ShardIndex.open(tmp_path).slides == index.slides
+
+
+def test_a_folder_without_a_tile_is_refused_with_what_is_in_it(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match=r"no \.tar shards"):
+        scan(tmp_path)
+    (tmp_path / "b.tar.gz").touch()
+    with pytest.raises(Fault, match=r"no \.tar shards in .* \(b\.tar\.gz: it is compressed"):
+        scan(tmp_path)
+    write_tar(tmp_path / "a.tar", [("k.txt", b"text"), ("k.png", b"png")])
+    with pytest.raises(
+        Fault,
+        match=r"no \.jpg or \.jpeg .*1 \.txt member .*1 \.png member \(as k\.png in a\.tar\): tiles are read from",
+    ):
+        scan(tmp_path)
+    assert not (tmp_path / "index.npz").exists()
+
+
+def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def of(slide: str, x: int) -> bytes:
+        return json.dumps({"slide": slide, "x": x, "y": 0}).encode()
+
+    write_tar(
+        tmp_path / "mixed.tar",
+        [pair for n in range(8) for pair in ((f"p{n}.png", b"p"), (f"j{n}.jpg", b"j"), (f"j{n}.cls", b"1"))],
+    )
+    write_tar(
+        tmp_path / "dotted.tar",
+        [
+            (f"S12.34_{n}_0.{kind}", b"j" if kind == "JPG" else of("dot", n))
+            for n in range(4)
+            for kind in ("JPG", "json")
+        ],
+    )
+    write_tar(tmp_path / "apart.tar", [*((f"a{n}.image.jpg", b"j") for n in range(8)), *((f"a{n}.json", of(f"s{n % 4}", n)) for n in (7, 6, 5, 4, 3, 2, 1, 0)),
+                                       ("._a0.jpg", b"junk"), ("other.json", of("x", 1))])  # fmt: skip
+    (tmp_path / "zero.tar").touch()
+    (tmp_path / "noise.tar").write_bytes(b"x" * 2000)
+    (tmp_path / "b.tar.gz").touch()
+    (tmp_path / "README.md").touch()
+    write_tar(tmp_path / "val/v.tar", [("k.jpg", b"j")])
+    for _ in range(2):  # what was left out is said again where nothing is read again
+        assert run_command_line(["shards", "index", f"shards={tmp_path}"]) in (0, None)
+        said = capsys.readouterr().err
+        assert said.splitlines()[-1].endswith(
+            "20 tiles of 6 slides in 3 shards, indexed; left out: 18 members, 2 tars (noise.tar, zero.tar) and 3 other files, as said above"
+        )
+        for line in (
+            "8 .png members (as p0.png in mixed.tar): tiles are read from .jpg and .jpeg", "8 .cls members", "1 hidden member",
+            "1 lone .json (as other.json in apart.tar)", "zero.tar: it is empty", "noise.tar: it is damaged", "b.tar.gz: it is compressed",
+            "1 other file (as README.md)", f"val: it holds shards of its own: name it too, as shards='{tmp_path} {tmp_path}/val'",
+        ):  # fmt: skip
+            assert f"left out: {line}" in said
+    index = ShardIndex.open(tmp_path)
+    places = {(index.meta["slides"]["slide"][index.slide[row]], int(index.x[row])) for row in range(20)}
+    assert places == {*((f"s{n % 4}", n) for n in range(8)), *(("dot", n) for n in range(4)), ("mixed", UNKNOWN)}
+    assert {finding.kind for finding in verify_shard(tmp_path, "apart.tar").findings} == {"undecodable tile"}
+
+
+def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(tmp_path: Path) -> None:
+    def of(x: int) -> bytes:
+        return json.dumps({"x": x, "y": 0}).encode()
+
+    write_tar(tmp_path / "a.tar", [("0.jpg", b"j"), ("0.json", of(1)), ("0.jpg", b"j"), ("0.json", of(2)),
+                                   ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.json", of(3)), ("1.json", of(4))])  # fmt: skip
+    index = scan(tmp_path)
+    assert index.x.tolist() == [1, 2, UNKNOWN, UNKNOWN, UNKNOWN]
+    assert [kind.count for kind in describe_left_out(index)[0]] == [2]
+
+
+@pytest.mark.parametrize("spoilt", [
+    '[1, 2]', '{"x": NaN}', '{"x": 1e999}', '{"y": 48.7}', '{"x": "left"}', '{"x": 99999999999999999999}', '{"x": [1]}',
+    '{"x": -5}', '{"x": true}', '{"x": 3}', '{"y": "7"}', '{"x": %s, "y": 1}' % ("9" * 400), '{"x": %s, "y": 1}' % ("9" * 5000), '{"x": "%s", "y": 1}' % ("9" * 5000),
+    '{"patient": {"a": 1}}', '{"patient": 1.5}', '{"slide": true}', '{"mpp": true}', '{"mpp_level0": "0.25"}', '{"tile_size": [48]}', '{"mpp": %s}' % ("9" * 400),
+    '{"mpp": NaN}', '{"mpp": 0}', '{"tile_size_level0": -3}', '{"mpp": "0.5"}', '{"slide": {"a": 1}}', "", "\xff", "[" * 100_000,
+])  # fmt: skip
+def test_a_json_that_cannot_be_true_costs_its_tile_and_no_other(tmp_path: Path, spoilt: str) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", spoilt.encode("latin-1")), ("l.jpg", b"good")])
+    (kind,) = describe_left_out(index := scan(tmp_path))[0]
+    assert len(index) == 1 and index.length[0] == 4
+    assert str(kind).startswith("1 tile with an impossible .json (as k.json") and len(str(kind)) < 400
+    assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {"undecodable tile"}
+
+
+def test_a_place_that_the_index_cannot_hold_costs_its_tile_and_is_not_wrapped(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [(f"s_{2**31}_0.jpg", b"jpeg"), ("s_5_0.jpg", b"jpeg")])
+    index = scan(tmp_path)
+    assert index.x.tolist() == [5]
+    assert [str(kind) for kind in describe_left_out(index)[0]] == [
+        f"1 tile at an impossible place (as s_{2**31}_0 in a.tar): no slide has pixels there"
+    ]
+
+
+def test_tiles_of_a_slide_that_contradict_one_another_are_named_and_what_they_dispute_is_not_known(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def sample(slide: str, x: int, **said: object) -> list[tuple[str, bytes]]:
+        key = f"{slide}_{x}_0"
+        return [
+            (f"{key}.jpg", b"jpeg"),
+            (f"{key}.json", json.dumps({"slide": slide, "x": x, "y": 0, **said}).encode()),
+        ]
+
+    write_tar(tmp_path / "a.tar", [*sample("s", 0, mpp=0.5, tile_size=48, patient="p"), *sample("s", 48, mpp=5.0, tile_size=48), *sample("t", 0, mpp=0.5), *sample("t", 48, mpp=0.50001, tile_size=48)])  # fmt: skip
+    write_tar(tmp_path / "b.tar", [*sample("s", 0, patient="q", mpp=0.5), *sample("t", 0, mpp=0.5), *sample("t", 96)])
+    for _ in range(2):
+        run_command_line(["shards", "index", f"shards={tmp_path}"])
+        lines = capsys.readouterr().err.splitlines()
+        assert [line.partition(":  ")[0] for line in lines if line.startswith("to look at: ")] == [
+            "to look at: 1 slide with several mpp (as s: 0.5 and 5.0): its tiles' .json contradict one another, so it counts as not known",
+            "to look at: 1 slide with several patient (as s: 'p' and 'q'): its tiles' .json contradict one another, so it counts as not known",
+            "to look at: 2 tiles at a place that is taken (as (0, 0) of s in a.tar and b.tar): both are in the index, and are trained on twice as often: "
+            "remove one of the tars if one is a copy",
+        ]
+    index = ShardIndex.open(tmp_path)
+    of_s, of_t = (index.facts(index.slides.index(slide)) for slide in "st")
+    assert (of_s["mpp"], of_s["tile_size"], of_s["patient"]) == (None, 48, None)
+    assert (of_t["mpp"], of_t["tile_size"], of_t["patient"]) == (0.5, 48, None)
+    assert len(index) == 7
+
+
+def test_pictures_that_share_a_json_lie_at_one_place_which_is_said(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("a.one.jpg", b"j"), ("a.two.jpg", b"j"), ("a.json", b'{"x": 0, "y": 0}')])
+    (kind,) = disputed(scan(tmp_path))
+    assert str(kind).startswith("1 tile at a place that is taken (as (0, 0) of a in a.tar)")
+
+
+def test_what_another_program_says_of_its_pictures_is_not_taken_for_the_slides(tmp_path: Path) -> None:
+    said = {"width": 256, "height": 256, "source": ["x"], "thumbnail_downsample": "a", "slide": "s", "patient": 7}
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", json.dumps(said).encode())])
+    facts = scan(tmp_path).facts(0)
+    assert (facts["slide"], facts["patient"], facts["width"], facts["source"]) == ("s", "7", None, None)
+
+
+@pytest.mark.parametrize("key", ["a_{}_1", "a_1_{}"])
+def test_a_number_of_any_length_in_a_key_costs_its_tile_only(tmp_path: Path, key: str) -> None:
+    write_tar(tmp_path / "a.tar", [(f"{key.format('9' * 5000)}.jpg", b"jpeg"), (f"{key.format('²')}.jpg", b"jpeg"), ("b_0_0.jpg", b"jpeg")])  # fmt: skip
+    (kind,) = describe_left_out(index := scan(tmp_path))[0]
+    assert sorted(index.slides) == ["a", "b"] and str(kind).startswith("1 tile at an impossible place (as a_")
+    assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {"undecodable tile"}
+
+
+def test_tars_that_are_none_are_named_with_the_way_out(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg")])
+    (tmp_path / "b.TAR").write_bytes((tmp_path / "a.tar").read_bytes())
+    (tmp_path / "d.tar").write_bytes(gzip.compress((tmp_path / "a.tar").read_bytes()))
+    (tmp_path / "e.tar").write_bytes(bytes(10240))
+    (tmp_path / "c.tar").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 5\n")
+    said = [str(kind) for kind in describe_left_out(scan(tmp_path))[1]]
+    assert "e.tar: it holds no file" in said
+    assert any(one.startswith("d.tar: it is compressed, whatever its name") for one in said)
+    assert said[0] == "b.TAR: its ending is in capitals: rename it to b.tar"
+    assert said[1].startswith("c.tar: is a Git LFS pointer") and "git lfs pull" in said[1]
+
+
+def test_a_picture_of_no_bytes_is_left_out_and_counted(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("l.jpg", b"")])
+    index = scan(tmp_path)
+    assert len(index) == 1 and [str(kind) for kind in describe_left_out(index)[0]] == [
+        "1 empty .jpg (as l.jpg in a.tar): it has 0 bytes"
+    ]
+
+
+def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a.tar", [("s_7_9.jpg", b"jpeg"), ("s_7_9.json", b'{"slide": null, "x": null, "y": 12.0, "mpp": null}')])  # fmt: skip
+    index = scan(tmp_path)
+    assert (index.slides, index.x.tolist(), index.y.tolist(), index.facts(0)["mpp"]) == (["s"], [7], [12], None)
+
+
+def test_what_is_called_a_tar_and_is_no_file_is_refused_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(Fault, match=r"a\.tar: it is no file"):
+        scan(tmp_path)
+    assert [finding.kind for finding in verify_shard(tmp_path, "a.tar").findings] == ["missing record", "unreadable"]
+    os.remove(tmp_path / "a.tar")
+    (tmp_path / "a.tar").symlink_to("nowhere")
+    with pytest.raises(Fault, match=r"a\.tar: it is no file"):
+        scan(tmp_path)

@@ -1,0 +1,286 @@
+"""What somebody's own objective gets wrong is one sentence with its class's name: by the doctor, and by the run before its first step where it can be."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data.fault import Fault
+from launch.entry import run_command_line
+from pretrain.objectives.contract import look_of, loss_of, require_trainable
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.plan.rehearsal import RehearsedBatch, rehearse
+from pretrain.settings import plugins
+from pretrain.settings.composition import load
+from tests.pretrain.objectives.test_own_objective import SIZES
+from tests.pretrain.objectives.tile_objectives import batch, encoder
+from tests.pretrain.training.test_tile_training import TINY
+
+WITHOUT_OBJECTIVE = [word for word in TINY if not word.startswith(("optim.", "objective."))]
+
+
+class Own(Objective):
+    """As a user writes one; those below get something wrong."""
+
+    def __init__(self, make_encoder: Callable[[], Any], *, width: int = 8) -> None:
+        super().__init__()
+        self.encoder = make_encoder()
+        self.projector = nn.Sequential(nn.Linear(self.encoder.width, width), nn.Linear(width, width))
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder, "projector": self.projector}
+
+    def features(self, batch: Any) -> Tensor:
+        (tokens,) = self.encoder([batch.crops[0][0]])
+        return tokens.patches.mean(1)
+
+    def loss(self, batch: Any, moment: Moment) -> Any:
+        return self.projector(self.features(batch)).square().mean(), {}
+
+
+class Scalar(Own):
+    def __init__(self, make_encoder: Callable[[], Any], *, width: int) -> None:
+        super().__init__(make_encoder, width=width)
+        self.projector.temperature = nn.Parameter(torch.tensor(0.07))
+
+
+class Lazy(Own):
+    def __init__(self, make_encoder: Callable[[], Any], *, width: int) -> None:
+        super().__init__(make_encoder, width=width)
+        self.projector = nn.Sequential(nn.LazyLinear(width))
+
+
+class Empty(Own):
+    def trained(self) -> dict[str, nn.Module]:
+        return {}
+
+
+class Nameless(Own):
+    def trained(self) -> Any:
+        return [self.encoder]
+
+
+class Otherwise(Own):
+    def trained(self) -> dict[str, nn.Module]:
+        return {"backbone": self.encoder}
+
+
+class Elsewhere(Own):
+    def __init__(self, make_encoder: Callable[[], Any], *, width: int) -> None:
+        super().__init__(make_encoder, width=width)
+        self.others = [nn.Linear(2, 2)]
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {**super().trained(), "other": self.others[0]}
+
+
+class Twice(Own):
+    def trained(self) -> dict[str, nn.Module]:
+        return {**super().trained(), "again": self.projector[0]}
+
+
+class Loose(Own):
+    def trained(self) -> dict[str, nn.Module]:
+        return {"encoder": self.encoder}
+
+
+class Container(Own):
+    def __init__(self, make_encoder: Callable[[], Any], *, width: int) -> None:
+        super().__init__(make_encoder, width=width)
+        self.projector = nn.ModuleList([nn.Linear(width, width)])  # type: ignore[assignment]
+
+
+class Inside(Own):
+    def loss(self, batch: Any, moment: Moment) -> Any:
+        return self.projector[1](self.features(batch)).square().mean(), {}
+
+
+class FloatLoss(Own):
+    def loss(self, batch: Any, moment: Moment) -> Any:
+        return 1.0, {}
+
+
+class Breaks(Own):
+    def __init__(self, make_encoder: Callable[[], Any], *, width: int) -> None:
+        raise RuntimeError("boom")
+
+
+class Unlike(nn.Module):
+    pass
+
+
+class Half(Objective):
+    def trained(self) -> dict[str, nn.Module]:
+        return {}
+
+
+class Positional(Own):
+    def __init__(self, make_encoder: Callable[[], Any], width: int = 8) -> None:
+        super().__init__(make_encoder, width=width)
+
+
+class Untyped(Own):
+    def __init__(self, make_encoder, *, width=8) -> None:  # type: ignore[no-untyped-def]
+        super().__init__(make_encoder, width=width)
+
+
+class Typed(Own):
+    def __init__(self, make_encoder: Callable[[], Any], *, width: set[int]) -> None:
+        raise NotImplementedError
+
+
+def made(kind: type[Objective]) -> Callable[[], Objective]:
+    target = f"{kind.__module__}.{kind.__name__}"
+    build_encoder = lambda: plugins.build_empty({"_target_": "models.vit.VisionTransformer", **SIZES})  # noqa: E731
+    return lambda: plugins.build({"_target_": target, "width": 16}, build_encoder)
+
+
+def stepped(kind: type[Objective]) -> Any:
+    """A step of it in the real sharding, without numbers."""
+    shapes = batch(2)
+
+    def fake() -> Any:
+        crops = [(torch.empty(images.shape), views) for images, views in shapes.crops]
+        return type(shapes)(crops, torch.empty(4, 4, 4, dtype=torch.bool))
+
+    return rehearse(made(kind), RehearsedBatch(fake, {4 * 16: 7}, 2), processes=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [
+        (Scalar, "Scalar has a parameter without a dimension (projector.temperature), which can't be shared out over processes: make it a vector of one number"),
+        (Lazy, "Lazy has a parameter whose size isn't known before it has seen data (projector.0.weight): give layers their sizes, nn.Linear("),
+        (Empty, "Empty.trained() names no network, and none is called 'encoder', which is what the run trains and exports"),
+        (Nameless, "Nameless.trained() must give its networks by name, {'encoder': self.encoder, …}, and gives a list."),
+        (Otherwise, "Otherwise.trained() names backbone, and none is called 'encoder'"),
+        (Elsewhere, "Elsewhere.other.weight is no part of it: keep its network as an attribute, self.other = …."),
+        (Twice, "Twice names again.weight in two networks, projector too: each parameter belongs to one."),
+        (Loose, "Loose has parameters outside of its networks (projector.0.weight, "),
+        (Container, "Container: a ModuleList can't be shared out over processes: "),
+        (Inside, "Inside.loss uses a network's parameters while they are shared out over processes (above is where): call the networks that trained() names as a whole"),
+        (Breaks, "Breaks can't be built: RuntimeError: boom; above is where."),
+    ],
+)  # fmt: skip
+def test_networks_that_cannot_be_trained_are_named_before_a_step(kind: type[Objective], sentence: str) -> None:
+    with pytest.raises(Fault) as refused:
+        stepped(kind)
+    assert sentence in str(refused.value)
+    own_frames = [line for line in refused.value.trace.splitlines() if "test_objective_contract.py" in line]
+    assert bool(own_frames) == (kind in (Inside, Breaks))  # the user's own code keeps its traceback
+
+
+def test_what_is_right_is_left_alone() -> None:
+    assert stepped(Own).flops
+    require_trainable(made(Own)())
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (lambda x: x.mean(), "must give a loss and figures to log, 'return loss, {}', and gives a tensor of shape ()."),
+        (lambda x: None, "and gives None."),
+        (lambda x: (x.mean(), {}, 3), "and gives (a tensor of shape (), a dict, a int)."),
+        (lambda x: (1.0, {}), "must give a loss that is one number, a tensor's mean() say, and gives a float."),
+        (lambda x: (x, {}), "must give a loss that is one number, a tensor's mean() say, and gives a tensor of shape (4, 8)."),
+        (lambda x: (x.mean().detach(), {}), "depends on nothing that is trained: is there a detach() or no_grad() on its way?"),
+        (lambda x: (x.mean(), {"a": x}), "must give figures that are one number each, and gives a as a tensor of shape (4, 8)."),
+        (lambda x: (x.mean(), {"a": "1"}), "must give figures that are one number each, and gives a as a str."),
+    ],
+)  # fmt: skip
+def test_a_loss_that_is_not_one_number_says_what_it_is(given: Callable[[Tensor], Any], sentence: str) -> None:
+    objective = Own(encoder(depth=1))
+    objective.loss = lambda *_: given(torch.ones(4, 8, requires_grad=True))  # type: ignore[method-assign]
+    with pytest.raises(Fault) as refused:
+        loss_of(objective, None, Moment(0, 1, 0))
+    assert str(refused.value).startswith("Own.loss ") and sentence in str(refused.value)
+
+
+def test_a_figure_may_be_a_plain_number_or_a_tensor_of_one() -> None:
+    objective = Own(encoder(depth=1))
+    one = torch.ones((), requires_grad=True)
+    objective.loss = lambda *_: (one, {"a": 0.5, "b": 3, "c": torch.tensor([2.0])})  # type: ignore[method-assign]
+    _, figures = loss_of(objective, None, Moment(0, 1, 0))
+    assert {name: (value.item(), value.dim()) for name, value in figures.items()} == {"a": (0.5, 0), "b": (3, 0), "c": (2, 0)}  # fmt: skip
+    objective.look = lambda *_: {"a": torch.tensor(0.5), "b": 3}  # type: ignore[method-assign, assignment]
+    assert look_of(objective, [], Moment(0, 1, 0)) == {"a": 0.5, "b": 3.0}
+    objective.look = lambda *_: {"a": torch.ones(2)}  # type: ignore[method-assign, assignment]
+    with pytest.raises(Fault, match=r"^Own\.look must give figures that are one number each, and gives a as a tensor"):
+        look_of(objective, [], Moment(0, 1, 0))
+
+
+@pytest.fixture
+def own(tmp_path: Path) -> Callable[[str], list[str]]:
+    """``own(class, YAML)`` → the words that choose it."""
+
+    def choose(kind: type, settings: str = "width: 8\n") -> list[str]:
+        (tmp_path / "yaml" / "objective").mkdir(parents=True, exist_ok=True)
+        file = tmp_path / "yaml" / "objective" / "own.yaml"
+        file.write_text(f"_target_: {kind.__module__}.{kind.__name__}\n{settings}")
+        return ["objective=own", "--config-dir", str(tmp_path / "yaml")]
+
+    return choose
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "sentence"),
+    [
+        (Unlike, "", "test_objective_contract.Unlike is no Objective: derive it from pretrain.objectives.interface.Objective."),
+        (Half, "", "test_objective_contract.Half can't be built, since it lacks loss()."),
+        (Positional, "width: 8\n", "there is no setting 'objective.width': the settings of tests.pretrain.objectives.test_objective_contract.Positional are the arguments behind a * in its constructor, and width isn't one"),
+        (Untyped, "width: 8\n", "Untyped doesn't say what type its width is of: width: int, say."),
+        (Typed, "width: 8\n", "width can't be a setting, since its type is set[int]: write bool, int, float, str"),
+        (Own, "", "objective.width must be given: pretrain tile objective.width=… ('pretrain tile --help' explains). The defaults of Own's constructor don't count"),
+        (Own, "width: 8\nhight: 3\n", "there is no setting 'objective.hight' in 'pretrain tile'; did you mean 'objective.width'?"),
+    ],
+)  # fmt: skip
+def test_a_class_that_is_no_objective_and_settings_that_it_has_not_are_found_when_composing(
+    kind: type, settings: str, sentence: str, own: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command_line(["tile", "run=a", "data.shards=b", *own(kind, settings)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and sentence in said
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"),
+    [(Inside, "Inside.loss uses a network's parameters"), (FloatLoss, "FloatLoss.loss must give a loss that is one number")],
+)  # fmt: skip
+def test_the_doctor_and_the_run_say_it_in_the_same_words(
+    kind: type,
+    sentence: str,
+    own: Callable[..., list[str]],
+    tile_shards: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    unmeasured: None,
+) -> None:
+    words = [f"run={tmp_path / 'run'}", f"data.shards={tile_shards}", *WITHOUT_OBJECTIVE, *own(kind)]
+    for command in ("doctor", "tile"):
+        with pytest.raises(SystemExit):
+            run_command_line([command, *words, "optim.steps=1", "optim.warmup_steps=0"])
+        said = capsys.readouterr()
+        assert sentence in (said.out if command == "doctor" else said.err)
+        assert said.err.count("Traceback") == (1 if kind is Inside else 0)
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "found"),
+    [
+        (["data.shards=2024_01"], "shards", ["2024_01"]),
+        (["data.shards=[2024_01,007,'1e3',a b]"], "shards", ["2024_01", "007", "1e3", "a b"]),
+        (["data=online", "data.slides=a", "data.grids=1_0"], "grids", "1_0"),
+        (["data=online", "data.slides=a", "data.grids=g", "data.slides_mpp=0.250"], "slides_mpp", "0.250"),
+        (["data=online", "data.slides=a", "data.grids=g", "data.mpp=[1_0,2]"], "mpp", [10.0, 2.0]),
+    ],
+)
+def test_a_plugins_names_that_look_like_numbers_stay_as_they_were_typed(
+    words: list[str], setting: str, found: object
+) -> None:
+    assert getattr(load("tile", ["run=a", *words]).object().data, setting) == found
+    launch = load("tile", ["run=a", "launch=slurm", "launch.partition=1_0", "launch.after=[4_7]", "launch.nodes=1_0"]).launch  # fmt: skip
+    assert (launch["partition"], launch["after"], launch["nodes"]) == ("1_0", ["4_7"], 10)

@@ -1,0 +1,188 @@
+"""The slide stage's objective: exact sums, honest baselines, and a training run that learns what neighbours can't explain."""
+
+import inspect
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from data.embeddings.sequences import SlideBatch, SlideSequences
+from data.embeddings.standardisation import Statistics
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
+from data.keyed import rng
+from models.initialise import initialise
+from models.longnet import LongNet
+from pretrain.objectives.interface import Moment
+from pretrain.objectives.slide_mae import NEIGHBOURS, SlideMAE, baselines
+
+WIDTH = 16
+
+
+def waves(folder: Path, slides: int, side: int = 12) -> EmbeddingStore:
+    """Slides that carry one pattern of short waves over the grid, each with a sign and an offset of its own, and noise.
+
+    The waves are 6.3 cells long: the nearest visible tiles, about a cell away, explain part of them. The sign and the offset can only
+    be read off the visible tiles together with their places. Noise is 0.09 of about 1.3.
+    """
+    y, x = (a.ravel() for a in np.mgrid[:side, :side])
+    pattern = np.stack([np.cos(x), np.sin(x), np.cos(y), np.sin(y)], axis=1) @ rng("waves").normal(size=(4, WIDTH))
+    with EmbeddingWriter(folder, WIDTH, "synthetic", "abc") as out:
+        for number in range(slides):
+            random = rng("slide", number)
+            sign, offset = random.choice([-1, 1]), random.normal(size=WIDTH) / 2
+            values = offset + sign * pattern + 0.3 * random.normal(size=pattern.shape)
+            out.add(f"s{number:02d}", values.astype(np.float32), np.stack([x, y], axis=1) * 256, 256.0, 0.5)
+    return EmbeddingStore.open(folder)
+
+
+@pytest.fixture(scope="module")
+def sequences(tmp_path_factory) -> SlideSequences:
+    store = waves(tmp_path_factory.mktemp("store"), 64)
+    return SlideSequences(
+        store, Statistics.of(store), batch_size=8, batch_tokens=None, lanes=4, seed=0, field_cells=0, validation_fraction=0.25, crop=1.0,
+        shift_grid=0, flip=0.0, mask="random", mask_ratio=0.75, block_cells=3,
+    )  # fmt: skip
+
+
+def objective(weighting: str = "slide", dropout: float = 0.0, width: int = 32) -> SlideMAE:
+    def encoder() -> LongNet:
+        return LongNet(
+            input_width=WIDTH, width=width, depth=2, heads=4, feed_forward_width=2 * width, segment_lengths=[64, 256],
+            dilated_ratios=[1, 2], dropout=dropout, drop_path=0.0, compatible=False,
+        )  # fmt: skip
+
+    built = SlideMAE(
+        encoder, decoder_width=width, decoder_depth=2, decoder_heads=4, decoder_feed_forward_width=2 * width, weighting=weighting
+    )  # fmt: skip
+    initialise(built, seed=0)
+    return built
+
+
+@pytest.mark.slow  # the small recipe's run in test_slide_training.py learns it too
+def test_it_learns_what_the_nearest_visible_neighbours_cannot_explain(sequences):
+    model, steps = objective(), 260
+    optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    before, losses = model.evaluate(sequences.validation_batches()), []
+    for step in range(steps):
+        optimiser.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (1 - step / steps)
+        moment = Moment(step, steps, seed=0)
+        loss, _ = model.loss(model.prepare([sequences.batch(step)], moment)[0], moment)
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+        losses.append(loss.item())
+    after = model.evaluate(sequences.validation_batches())
+    assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:10])
+    assert after["r2_slide_mean"] < after["r2_neighbours"] < 0.4
+    assert after["r2"] > after["r2_neighbours"] + 0.2
+    assert after["shuffled_rise"] > 1 > abs(before["shuffled_rise"])  # places carry the sign
+    assert after["effective_rank"] > 2
+
+
+def parts_of(batch: SlideBatch, sequences: SlideSequences) -> list[SlideBatch]:
+    return [sequences.batch(0, rank, 4) for rank in range(4)]
+
+
+@pytest.mark.parametrize("weighting", ["slide", "token"])
+def test_sums_and_counts_of_the_ranks_make_the_loss_of_the_global_batch_with_dropout_on(sequences, weighting):
+    model, batch = objective(weighting, dropout=0.2), sequences.batch(0)
+    whole = model(batch, 7)
+    parts = parts_of(batch, sequences)
+    results = [model(part, 7) for part in parts]
+    apart = sum(part["sum"] for part in results) / sum(part["count"] for part in results)
+    torch.testing.assert_close(apart, whole["sum"] / whole["count"], atol=1e-6, rtol=0)
+    moment = Moment(0, 1, seed=7)
+    losses = [model.loss(part, moment)[0] for part in model.prepare(parts, moment)]
+    torch.testing.assert_close(torch.stack(losses).mean(), apart, atol=1e-6, rtol=0)
+
+
+def test_weighting_counts_slides_or_masked_tiles():
+    """Two slides with 3 and 1 masked tiles; the prediction is what the model says, the error recomputed by hand."""
+    random = torch.Generator().manual_seed(0)
+    batch = SlideBatch(
+        embeddings=torch.randn(8, WIDTH, generator=random), cells=torch.tensor([[i % 4, i // 4] for i in range(8)]), lengths=[4, 4],
+        visible=torch.tensor([0, 4, 5, 6]), visible_lengths=[1, 3], masked=torch.tensor([1, 2, 3, 7]), masked_lengths=[3, 1],
+        mean=torch.full((WIDTH,), 0.5), std=torch.full((WIDTH,), 2.0), positions=[0, 1], slides=["a", "b"],
+    )  # fmt: skip
+    for weighting in ("slide", "token"):
+        result = objective(weighting)(batch, None)
+        wanted = (batch.embeddings[batch.masked] - 0.5) / 2
+        error = ((result["prediction"] - wanted) ** 2).mean(dim=1)
+        expected = (error[:3].mean() + error[3]) / 2 if weighting == "slide" else error.mean()
+        torch.testing.assert_close(result["sum"] / result["count"], expected)
+
+
+def test_targets_carry_no_gradient_and_masked_embeddings_never_reach_the_model(sequences):
+    model, batch = objective(), sequences.batch(0)
+    result = model(batch, None)
+    assert not batch.targets().requires_grad
+    blind = SlideBatch(**vars(batch) | {"embeddings": batch.embeddings.index_fill(0, batch.masked, torch.nan)})
+    assert torch.equal(model(blind, None)["prediction"], result["prediction"])
+    result["sum"].backward()
+    unused = [name for name, p in model.named_parameters() if p.grad is None]
+    assert unused == []
+
+
+def test_baselines_equal_a_search_by_hand(sequences):
+    batch = next(iter(sequences.validation_batches()))
+    targets = batch.targets()
+    found = dict(baselines(batch, targets))
+    assert set(found) == {"slide_mean", *(f"neighbours {k}" for k in NEIGHBOURS)}
+    visible = batch.visible[: batch.visible_lengths[0]]
+    for row in range(3):
+        place = batch.cells[batch.masked[row]]
+        distances = (batch.cells[visible] - place).square().sum(dim=1)
+        torch.testing.assert_close(found["slide_mean"][row], targets[visible].mean(dim=0))
+        for k in (1, 4):
+            kth = distances.sort().values[k - 1]
+            if (distances <= kth).sum() == k:  # no tie: the k nearest are one set
+                torch.testing.assert_close(
+                    found[f"neighbours {k}"][row], targets[visible[distances <= kth]].mean(dim=0)
+                )
+
+
+def test_predicting_the_data_set_mean_has_r2_zero_and_a_perfect_model_one(sequences, monkeypatch):
+    model = objective()
+    for parameter in model.decoder.head.parameters():
+        torch.nn.init.zeros_(parameter)
+    figures = model.evaluate(sequences.validation_batches())
+    assert figures["r2"] == pytest.approx(0, abs=1e-12) and figures["shuffled_rise"] == 0
+    targets = {id(batch): batch for batch in sequences.validation_batches()}
+    batches = list(targets.values())
+
+    def perfect(batch: SlideBatch, step_seed: int | None) -> dict[str, torch.Tensor]:
+        return {"prediction": batch.targets()[batch.masked] * 0.5, "pooled": torch.eye(16)[batch.positions]}
+
+    monkeypatch.setattr(model, "forward", perfect)
+    figures = model.evaluate(batches)
+    assert figures["r2"] == pytest.approx(0.75) and figures["effective_rank"] == pytest.approx(16, rel=1e-3)
+
+
+def test_the_recipe_names_every_setting_of_encoder_and_objective_and_builds_the_released_encoder():
+    recipe = yaml.safe_load((Path(__file__).parents[3] / "configs" / "recipe" / "gigapath_slide.yaml").read_text())
+    model, settings = recipe["model"], recipe["objective"]
+    for plugin, target in ((model, LongNet), (settings, SlideMAE)):
+        assert plugin.pop("_target_") == f"{target.__module__}.{target.__name__}"
+        signature = inspect.signature(target.__init__).parameters.values()
+        settings_of = {p.name for p in signature if p.kind is p.KEYWORD_ONLY}
+        assert set(plugin) == settings_of - {"attention"}  # the kernel is the machine's affair, not the recipe's
+    with torch.device("meta"):
+        built = SlideMAE(lambda: LongNet(1536, **model), **settings)
+    assert sum(p.numel() for p in built.encoder.parameters()) == 86_330_880
+    asked = {p.name for p in inspect.signature(SlideSequences.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
+    assert set(recipe["data"]) == asked - {"seed"}
+
+
+def test_every_value_of_the_recipe_says_where_it_is_from():
+    lines = (Path(__file__).parents[3] / "configs" / "recipe" / "gigapath_slide.yaml").read_text().splitlines()
+    values = [line for line in lines if line.startswith("  ") and "_target_" not in line]
+    assert len(values) > 30
+    assert [line for line in values if not re.search(r"# (P: .|S(:|$)|M: .|\?: our choice — .)", line)] == []
+
+
+def test_nothing_to_evaluate_is_an_error():
+    with pytest.raises(ValueError, match="no batches"):
+        objective().evaluate([])

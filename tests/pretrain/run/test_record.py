@@ -1,0 +1,150 @@
+"""metrics.jsonl always, Weights & Biases when asked."""
+
+import json
+import resource
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from pretrain.run import metrics as metrics_file
+from pretrain.run.record import Record, Wandb, WandbSettings
+
+
+@dataclass
+class Config:
+    wandb: WandbSettings
+    seed: int = 0
+
+
+@dataclass
+class WithUrl:
+    wandb: WandbSettings
+    url: str
+
+
+def config(mode: str) -> Config:
+    return Config(WandbSettings(mode, "slidewright"))
+
+
+def test_every_line_is_on_disk_as_soon_as_it_is_added(tmp_path: Path) -> None:
+    record = Record(tmp_path, 0)
+    for step in (1, 2):
+        record.add(step, {"loss": 0.1 + step})
+        assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {
+            "step": step,
+            "loss": 0.1 + step,
+        }
+
+
+def test_a_resumed_record_drops_the_steps_it_will_retake(tmp_path: Path) -> None:
+    first = Record(tmp_path, 0)
+    for step in range(1, 6):
+        first.add(step, {"loss": 0.0})
+    second = Record(tmp_path, 3)
+    for step in (4, 5):
+        second.add(step, {"loss": 1.0})
+    found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["loss"]) for record in found] == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 1.0), (5, 1.0)]
+
+
+def test_what_a_full_disk_refuses_is_said_once_and_written_when_there_is_room(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = Record(tmp_path, 0)
+    record.add(1, {"loss": 0.0})
+    end = (tmp_path / "metrics.jsonl").stat().st_size
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (end + 7, before[1]))  # room for part of a line
+    try:
+        for step in (2, 3, 4):
+            record.add(step, {"loss": 0.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    said = capsys.readouterr().err
+    assert said.count("can't be written") == 1 and "training goes on" in said
+    assert (tmp_path / "metrics.jsonl").stat().st_size == end
+    record.add(5, {"loss": 0.0})
+    assert "is written again, with all that waited" in capsys.readouterr().err
+    assert [line["step"] for line in metrics_file.read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_off_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, '.'); from tests.pretrain.run.test_record import config, Wandb;"
+        f"w = Wandb(Path({str(tmp_path)!r}), config('off')); w.add(1, {{'loss': 1.0}}); w.close(); assert 'wandb' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[3])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_offline_writes_its_folder_and_keeps_its_id_over_starts(tmp_path: Path) -> None:
+    ids = []
+    for step in (1, 2):
+        mirror = Wandb(tmp_path, config("offline"))
+        mirror.add(step, {"loss": 1.0})
+        assert mirror.run is not None
+        ids.append(mirror.run.id)
+        mirror.close()
+    assert ids[0] == ids[1] == (tmp_path / "wandb_id.txt").read_text().strip()
+    segments = [path for path in (tmp_path / "wandb").glob("offline-run-*") if any(path.glob("*.wandb"))]
+    assert len(segments) >= 1
+
+
+def test_online_without_a_login_writes_offline_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    mirror = Wandb(tmp_path, config("online"))
+    mirror.add(1, {"loss": 1.0})
+    mirror.close()
+    assert "not logged in" in capsys.readouterr().err
+    assert list((tmp_path / "wandb").glob("offline-run-*"))
+
+
+def test_a_mirror_that_breaks_is_said_once_and_stops_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Broken:
+        def log(self, *_: object, **__: object) -> None:
+            raise ConnectionResetError("Connection lost")
+
+    mirror = Wandb(tmp_path, config("off"))
+    mirror.run = Broken()
+    for step in (1, 2):
+        mirror.add(step, {"loss": 1.0})
+    mirror.close()
+    assert (
+        capsys.readouterr().err.count(
+            "wandb: ConnectionResetError: Connection lost; what follows is in metrics.jsonl only"
+        )
+        == 1
+    )
+
+
+@pytest.mark.slow
+def test_a_signal_to_every_process_leaves_the_run_alive_without_its_mirror(tmp_path: Path) -> None:
+    script = (
+        "import os, signal, sys, time; os.environ.pop('WANDB_SERVICE', None); from pathlib import Path; sys.path.insert(0, '.')\n"
+        "from tests.pretrain.run.test_record import config, Wandb\n"
+        f"w = Wandb(Path({str(tmp_path)!r}), config('offline')); w.add(1, {{'loss': 1.0}})\n"
+        "for child in Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split():\n"
+        "    os.kill(int(child), signal.SIGTERM)\n"
+        "time.sleep(2); w.add(2, {'loss': 1.0}); w.close(); print('alive')"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert "alive" in done.stdout and "what follows is in metrics.jsonl only" in done.stderr, done.stderr
+
+
+def test_weights_and_biases_gets_no_secret_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "https://me:hunter2@host/shards?token=hunter2"
+    monkeypatch.setattr(sys, "argv", ["pretrain", f"data.shards={secret}"])
+    mirror = Wandb(tmp_path, WithUrl(WandbSettings("offline", "slidewright"), secret))
+    assert mirror.run is not None and mirror.run.config["url"] == "https://***@host/shards?token=***"
+    mirror.close()
+    kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    assert b"host/shards" in kept and b"hunter2" not in kept and sys.argv[1].endswith("hunter2")

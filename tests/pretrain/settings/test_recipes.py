@@ -1,0 +1,204 @@
+"""Recipes: each builds at full size, says where every value is from, and trains at scale=smoke on real slides."""
+
+import json
+import math
+import subprocess
+import sys
+import time
+import timeit
+from pathlib import Path
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from data.fault import Fault
+from pretrain.commands import recipes
+from pretrain.encoders import init
+from pretrain.encoders.loading import load_encoder
+from pretrain.objectives.interface import Objective
+from pretrain.run.folder import flat
+from pretrain.settings import plugins
+from pretrain.settings.composition import CONFIGS, comments, load
+
+ROOT = Path(__file__).resolve().parents[3]
+# Encoder parameters as published (mask token left out), and what their count has more or less than ours and why.
+PUBLISHED = {
+    "gigapath_tile": (1_134_953_984, 0),
+    "virchow": (631_229_184, 0),
+    "virchow2": (631_239_424, 4 * 1280),  # their registers have positions too
+    "uni": (303_350_784, 0),
+    "openmidnight": (1_134_774_272, -1536),  # their class token's position is folded into it
+    "dinov2_vitl16_short": (303_350_784, 0),  # UNI's network
+    "midnight": None,
+    "midnight_highres": None,
+    "kaiko_dino_vits16": None,
+    "kaiko_dinov2_vitl14": None,
+    "campanella_dino": None,
+    "campanella_mae": None,
+    "dinov2_vitg14": None,
+}
+# The width of a network is four numbers, its heads' another three, and the batch brings its lanes and groups along.
+SHRUNK = {
+    *(f"model.{name}" for name in ("width", "depth", "heads", "feed_forward_width")),
+    *(
+        f"objective.{name}"
+        for name in ("prototypes", "bottleneck", "hidden", "ibot_prototypes", "ibot_bottleneck", "group_size")
+    ),
+    *(f"objective.{name}" for name in ("decoder_width", "decoder_depth", "decoder_heads")),
+    *(f"data.{name}" for name in ("batch_size", "lanes")),
+    *(
+        f"optim.{name}"
+        for name in ("steps", "schedule_steps", "warmup_steps", "frozen_last_layer_steps", "frozen_backbone_steps")
+    ),
+    *("objective.teacher_temperature_warmup", "init"),
+}
+TILE_SIZES = {"virchow2": 392, "midnight_highres": 512}  # pixels; 256 for the others
+SWEEP = """
+import sys
+from pretrain.commands import shard, tile
+from pretrain.settings.composition import load
+
+out, slides, *recipes = sys.argv[1:]
+for size in sorted({recipe.partition(":")[2] for recipe in recipes}):
+    shard.run(load("shard", [f"slides={slides}", f"out={out}/tiles-{size}", f"tile_size={size}", "workers=1"]).object())
+for recipe in recipes:
+    name, _, size = recipe.partition(":")
+    more = [f"init={out}/midnight"] if name == "midnight_highres" else []
+    tile.run(load("tile", [f"recipe={name}", "scale=smoke", f"run={out}/{name}", f"data.shards={out}/tiles-{size}", "trainer.accelerator=cpu", *more]).object())
+"""
+
+
+# One of each objective in the default suite, with all that differs from DINOv2's views; the ten others are slow.
+QUICK = ["virchow2", "campanella_dino", "campanella_mae"]
+SLOW = [name for name in PUBLISHED if name not in QUICK]
+
+
+def sweep(names: list[str], shared: Path, out: Path) -> Path:
+    """Train recipes one after the other in one process of its own, on tiles cut once from a real slide."""
+    arguments = [f"{name}:{TILE_SIZES.get(name, 256)}" for name in names]
+    slides = str(shared / "slides" / "whole" / "CMU-1-Small-Region.svs")
+    # On two cores a loader and a trainer with a thread each are fastest at this size.
+    environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(out)}
+    command = [sys.executable, "-c", SWEEP, str(out), slides, *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out
+
+
+@pytest.fixture(scope="module")
+def quick_runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sweep(QUICK, shared, tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.fixture(scope="module")
+def slow_runs(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return sweep(SLOW, shared, tmp_path_factory.mktemp("recipes"))
+
+
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)])
+def test_each_recipe_trains_for_twenty_steps_on_real_slides(name: str, request: pytest.FixtureRequest) -> None:
+    runs = request.getfixturevalue("quick_runs" if name in QUICK else "slow_runs")
+    metrics = [json.loads(line) for line in (runs / name / "metrics.jsonl").read_text().splitlines()]
+    assert [record["step"] for record in metrics] == list(range(1, 21))
+    assert all(
+        math.isfinite(record["loss"]) and record["skipped"] == 0 and record["grad_norm"] > 0 for record in metrics
+    )
+    assert len({record["loss"] for record in metrics}) == 20
+    encoder = load_encoder(str(runs / name), device="cpu")
+    assert encoder.embed(torch.full((2, 256, 256, 3), 128, dtype=torch.uint8)).isfinite().all()
+    assert (runs / name / "samples" / "step-00000000.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_the_second_stage_starts_from_the_first_ones_encoder(slow_runs: Path) -> None:
+    settings = load("tile", ["recipe=midnight_highres"]).tree
+    assert settings.data.crops.global_size == 392 and settings.model.image_size == 392
+    first, second = (
+        load_encoder(str(slow_runs / name), device="cpu").module.state_dict()
+        for name in ("midnight", "midnight_highres")
+    )
+    weight = "blocks.0.attn.qkv.weight"  # twenty small steps apart; two random draws would be unrelated
+    assert torch.nn.functional.cosine_similarity(first[weight].flatten(), second[weight].flatten(), dim=0) > 0.9
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
+    config = load("tile", [f"recipe={name}", "run=r", "data.shards=s", "init=null"]).object()
+
+    def build() -> Objective:
+        with torch.device("meta"):
+            return plugins.build(config.objective, lambda: plugins.build(config.model))
+
+    # Of this thread alone, and tried three times: a busy machine may take any one of them.
+    assert any(timeit.timeit(build, timer=time.thread_time, number=1) < 1 for _ in range(3))
+    if PUBLISHED[name]:
+        published, difference = PUBLISHED[name]
+        assert recipes.describe_recipe(name).parameters + difference == published
+    assert all(parameter.is_meta for parameter in build().parameters())
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_value_says_where_it_is_from(name: str) -> None:
+    said = comments(CONFIGS / "recipe" / f"{name}.yaml")
+    assert len(said) >= 5
+    for key, comment in said.items():
+        assert comment.startswith(("P", "S", "M", "?: our choice")), f"{key}: {comment!r}"
+        assert "?:" not in comment or "?: our choice" in comment, f"{key}: {comment!r}"
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else(name: str) -> None:
+    given = [f"recipe={name}", "run=r", "data.shards=s"]
+    full, smoke = (flat(OmegaConf.to_container(load("tile", [*given, *scale]).tree)) for scale in ([], ["scale=smoke"]))  # type: ignore[arg-type]
+    assert {key for key in full if full[key] != smoke[key]} <= SHRUNK
+    assert smoke["optim.steps"] == 20 and smoke["model.width"] < full["model.width"]
+
+
+def test_the_command_line_wins_over_scale_and_scale_over_the_recipe() -> None:
+    composed = load("tile", ["recipe=virchow", "scale=smoke", "model.depth=3"])
+    assert (composed.tree.model.width, composed.tree.model.depth, composed.tree.model.registers) == (32, 3, 0)
+    assert composed.tree.model.feed_forward == "swiglu"
+    order = [file.parent.name for _, file in composed.files]
+    assert (
+        order.index("recipe") < order.index("scale") and order[-2:] == ["scale", "objective"] and order[0] == "configs"
+    )
+
+
+def test_a_second_stage_without_its_first_one_ends_in_one_sentence_that_names_it() -> None:
+    config = load("tile", ["recipe=midnight_highres", "run=r", "data.shards=s"]).object()
+    with pytest.raises(Fault, match="runs/midnight"):
+        init.find_encoder(config.init)
+
+
+def test_openmidnights_term_is_corrected_unless_its_published_sign_is_asked_for() -> None:
+    assert load("tile", ["recipe=openmidnight"]).tree.objective.spread == "kde"
+    published = load("tile", ["recipe=openmidnight", "objective.spread=kde_as_published"])
+    assert published.tree.objective.spread == "kde_as_published"
+    assert published.tree.optim.schedule_steps == 40 * published.tree.optim.steps == 10_000_000
+
+
+def test_the_table_names_every_recipe_its_size_and_what_is_unknown(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes.run(recipes.Config(None))
+    text = capsys.readouterr().out
+    rows = {line.split()[0]: line for line in text.splitlines() if line and not line.startswith(" ")}
+    assert set(recipes.names()) <= rows.keys() and set(PUBLISHED) <= rows.keys()
+    assert (
+        "1,134,953,984" in rows["gigapath_tile"]
+        and "86,330,880" in rows["gigapath_slide"]
+        and "slide" in rows["gigapath_slide"]
+    )
+    assert "DINOv2 + kde" in rows["midnight"] and "1,000,000" in rows["midnight"]
+    assert "667 H100-hours" in text and "optim.lr" in recipes.describe_recipe("virchow").unknown
+    assert recipes.describe_recipe("small").unknown == []  # nothing about it was ever published
+
+
+def test_one_recipe_is_shown_in_full_with_the_source_of_every_value(capsys: pytest.CaptureFixture[str]) -> None:
+    recipes.run(recipes.Config("midnight"))
+    text = capsys.readouterr().out
+    assert text.startswith("# Midnight (Karasikov et al. 2025")
+    lines = {line.split(":")[0].strip(): line for line in text.splitlines()}
+    assert "S" in lines["steps"] and "[recipe/midnight]" in lines["steps"]
+    assert "[recipe/dinov2_vitg14]" in lines["bottleneck"]  # inherited, and said to be
+    with pytest.raises(Fault, match="did you mean 'midnight'"):
+        recipes.run(recipes.Config("midnigth"))
