@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.embeddings import slide2vec as slide2vec_coordinates
+from data.embeddings import slide2vec
 from data.embeddings.feature_arrays import Raw, read_arrays, width_and_encoder
 from data.embeddings.store import SlideEmbeddings
 from data.fault import Fault, Notice
@@ -201,8 +201,8 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
             )
         said["unit"] = SAID_AS[text(unit).lower()]
     coords, patches = raw.coords, _patches_path(path)
-    if coords is None and (beside := slide2vec_coordinates.beside(path)) is not None:
-        coords, more = slide2vec_coordinates.read_slide2vec(beside)
+    if coords is None and (beside := slide2vec.beside(path)) is not None:
+        coords, more = slide2vec.read_slide2vec(beside)
         said = more | said
     if (
         coords is None and patches is not None

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.tiles import of_shards as shard_tiles
+from data.tiles import of_shards
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import UnreadableTile, cut_blocks
 from tests.data.shards.tile_folders import picture, spoil, write_tiles
@@ -34,7 +34,7 @@ def test_every_number_gives_its_tile_over_tars_and_folders(folder: Path, tmp_pat
 
 
 def test_blocks_cover_every_tile_and_never_cross_a_tar(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_tiles, "cut_blocks", partial(cut_blocks, most=3))
+    monkeypatch.setattr(of_shards, "cut_blocks", partial(cut_blocks, most=3))
     sizes = ShardTiles(shards=[folder]).parts[0].block_sizes
     assert sizes.sum() == 12 and sizes.max() <= 3
     assert 7 in np.cumsum(sizes)  # the first tar ends where a block ends
