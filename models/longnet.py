@@ -201,6 +201,10 @@ class Layers(nn.Module):
         )
         self.layer_norm = nn.LayerNorm(width)
 
+    def units(self) -> list[nn.Module]:
+        """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
+        return list(self.layers)
+
     def set_compatible(self, compatible: bool) -> None:
         """Switch every layer's attention between the exact and the released arithmetic."""
         for module in self.modules():

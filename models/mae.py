@@ -51,6 +51,10 @@ class PixelDecoder(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, 3 * patch_size**2)
 
+    def units(self) -> list[nn.Module]:
+        """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
+        return list(self.layers)
+
     def forward(self, cls: Tensor, visible: Tensor, rank: Tensor, rows: int) -> Tensor:
         """Predicted pixels ``(B, L, p * p * 3)`` of all patches.
 

@@ -231,6 +231,10 @@ class VisionTransformer(nn.Module):
         )
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
+    def units(self) -> list[nn.Module]:
+        """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
+        return list(self.blocks)
+
     @property
     def prefix(self) -> int:
         """Tokens before the patches: the class token and the registers."""

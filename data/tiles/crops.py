@@ -16,8 +16,18 @@ from data.keyed import rng
 
 
 @dataclass(frozen=True)
+class FurtherViews:
+    """A kind of view that an objective wants beside global and local ones: how many of a tile, their side (pixels), their range of ``scale``
+    as in `CropSizes`. They are coloured as local views are."""
+
+    count: int
+    size: int
+    scale: tuple[float, float]
+
+
+@dataclass(frozen=True)
 class CropSizes:
-    """Numbers, sides (pixels) and ranges of the two kinds of crop.
+    """Numbers, sides (pixels) and ranges of the kinds of crop: global, local, and those that an objective adds.
 
     A ``scale`` is a range of areas, as shares of the tile's; with ``relative_to="crop"`` it is a range of sides, as multiples
     of the crop's own: extended-context translation (Virchow2), which moves over a large tile and hardly resizes.
@@ -33,6 +43,7 @@ class CropSizes:
     relative_to: str = "tile"
     vertical_flip: float = 0.0  # probability; left to right it is a half
     quarter_turns: float = 0.0  # probability of a turn by 90, 180 or 270 degrees, equally likely
+    further: tuple[FurtherViews, ...] = ()
 
     def areas(self, side: int, scale: tuple[float, float], height: int, width: int) -> tuple[float, float]:
         """The range of areas of a view of ``side`` pixels in a tile of ``height`` × ``width``, as shares of the tile's."""
@@ -41,19 +52,23 @@ class CropSizes:
         return (scale[0] * side) ** 2 / (height * width), (scale[1] * side) ** 2 / (height * width)
 
     def kinds(self) -> np.ndarray:
-        """``(views,)``: 0 for the first global view, 1 for other globals, 2 for local ones."""
-        return np.array([min(view, 1) for view in range(self.global_count)] + [2] * self.local_count)
+        """``(views,)``: 0 for the first global view, 1 for other globals, 2 for local ones and further ones."""
+        others = self.local_count + sum(views.count for views in self.further)
+        return np.array([min(view, 1) for view in range(self.global_count)] + [2] * others)
 
     def sides(self) -> list[tuple[int, int]]:
-        """Number and side of the crops of each size there is, the global ones first."""
-        both = [(self.global_count, self.global_size), (self.local_count, self.local_size)]
-        return [(count, side) for count, side in both if count]
+        """Number and side of the crops of each kind there is: global, local, further ones."""
+        kinds = [(self.global_count, self.global_size), (self.local_count, self.local_size)]
+        kinds += [(views.count, views.size) for views in self.further]
+        return [(count, side) for count, side in kinds if count]
 
     def views(self) -> list[tuple[int, tuple[float, float]]]:
-        """``(side, scale)`` of every view, the global ones first."""
-        return [(self.global_size, self.global_scale)] * self.global_count + [
-            (self.local_size, self.local_scale)
-        ] * self.local_count
+        """``(side, scale)`` of every view: global, local, further ones."""
+        found = [(self.global_size, self.global_scale)] * self.global_count
+        found += [(self.local_size, self.local_scale)] * self.local_count
+        for views in self.further:
+            found += [(views.size, views.scale)] * views.count
+        return found
 
 
 TRIES = 10

@@ -6,6 +6,7 @@ stream deals in numbers and blocks and knows none of them. A new source is one c
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 
@@ -30,6 +31,8 @@ class TileSource(ABC):
 
     parts: Sequence[Part]
     digest: str
+    reads_slides: ClassVar[bool] = False
+    """Whether a tile is read from its slide, which costs a core more than decoding it from a shard."""
 
     def __len__(self) -> int:
         return sum(int(part.block_sizes.sum()) for part in self.parts)

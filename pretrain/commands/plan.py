@@ -35,6 +35,7 @@ from pretrain.settings.hardware import Machine
 from pretrain.settings.ranges import within
 from pretrain.training.even_shares import require_even
 from pretrain.training.sharding import CHECKPOINTING
+from pretrain.training.tile_stage import further_views
 
 GIB = 2**30
 GPUS = 8  # of a node, unless launch.gpus_per_node says so
@@ -113,7 +114,11 @@ def make_plan(config: Config) -> dict[str, Any]:
 
     found = of(settings)
     usual = estimate(shape, settings, gpu, largest=False) if shape.stage == "slide" else found
-    cost = tile_cost(shape.data, config.input) if shape.stage == "tile" else slide_cost(slides, config.input)
+    cost = (
+        tile_cost(shape.data, further_views(shape.objective, shape.model["patch_size"]), config.input)
+        if shape.stage == "tile"
+        else slide_cost(slides, config.input)
+    )
     judged = (
         evaluation.of_slides(shape, settings, gpu) if shape.stage == "slide" else evaluation.of_tiles(shape, settings)
     )

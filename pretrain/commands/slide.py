@@ -17,7 +17,7 @@ from typing import Annotated
 
 from data.embeddings.store import EmbeddingStore
 from models.allowed import ON_DISK, within
-from pretrain.objectives.slide_mae import SlideMAE
+from pretrain.objectives.interface import SlideObjective
 from pretrain.plan import operations
 from pretrain.run.folder import held
 from pretrain.run.preemption import ending_when_asked
@@ -39,7 +39,7 @@ class Config:
     allow_changes: bool
     resume: Annotated[str, RESUME]
     model: Plugin
-    objective: Annotated[Plugin, SlideMAE]
+    objective: Annotated[Plugin, SlideObjective]
     data: SlideData
     optim: Optim
     trainer: Hardware

@@ -14,7 +14,7 @@ from data.tiles.augment_parameters import draw_parameters
 from data.tiles.crops import cut
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.settings import composition as settings
-from pretrain.training.tile_stage import colour, crop_sizes, view_sheet
+from pretrain.training.tile_stage import colour, crop_sizes, further_views, view_sheet
 
 
 def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
@@ -28,8 +28,9 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
     ``config`` are the settings of 'pretrain tile'. The views are made by the functions that make them in training; the colours are those
     after augmentation, before they are normalised.
     """
-    sizes, colours = crop_sizes(config.data.crops), colour(config.data.colour)
-    side = sizes.global_size // config.model["patch_size"]
+    patch = config.model["patch_size"]
+    sizes = crop_sizes(config.data.crops, further_views(config.objective, patch))
+    colours, side = colour(config.data.colour), sizes.global_size // patch
     of_masks = config.data.masks
     ratios = masks.ratios(
         len(tiles) * sizes.global_count, of_masks.share, of_masks.low, of_masks.high, seed, 0
@@ -38,11 +39,13 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
     rows = [draw_parameters(colours, sizes.kinds(), rng(seed, "colour", number)) for number in range(len(tiles))]
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
     crops = []
-    for first, last in ((0, sizes.global_count), (sizes.global_count, sizes.global_count + sizes.local_count)):
-        if last > first:
-            images = torch.stack([of_tile[view] for view in range(first, last) for of_tile in views])
-            parameters = torch.from_numpy(np.stack([of_tile[view] for view in range(first, last) for of_tile in rows]))
-            crops.append((augment(images, parameters, mean, std), last - first))
+    first = 0
+    for count, _ in sizes.sides():
+        last = first + count
+        images = torch.stack([of_tile[view] for view in range(first, last) for of_tile in views])
+        parameters = torch.from_numpy(np.stack([of_tile[view] for view in range(first, last) for of_tile in rows]))
+        crops.append((augment(images, parameters, mean, std), count))
+        first = last
     masked = [
         masks.blocks(side, side, ratios[view, number], rng(seed, "mask", number, view))
         for view in range(sizes.global_count)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from models.allowed import PROTOTYPES, SHARE, one_of, within
 from models.heads import PrototypeHead
-from models.vit import VisionTransformer
+from models.vit import Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
 from pretrain.objectives.losses.spread import SPREADS
@@ -98,12 +98,15 @@ class DINOv2(SelfDistillation):
         """The loss of a micro-batch of augmented crops and masks; see `TileBatch`."""
         if batch.targets is None:
             (batch,) = self.prepare([batch], moment)
+        return self.loss_of(self.student_tokens(batch, moment, batch.masks.flatten(1)), batch, moment)
+
+    def loss_of(self, tokens: list[Tokens], batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a micro-batch whose student's tokens are there, and its figures; a subclass adds terms of the same tokens to it."""
         assert batch.targets is not None
         masks, global_views = batch.masks.flatten(1), batch.crops[0][1]  # (global_views * tiles, patches)
-
-        tokens = self.student_tokens(batch, moment, masks)
         scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
-        student_patches = self.student.score_patches(tokens[0].patches)
+        masked = tokens[0].patches[masks] if self.all_patches else tokens[0].patches
+        student_patches = self.student.score_patches(masked)
 
         cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
         dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)

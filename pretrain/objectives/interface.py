@@ -1,11 +1,17 @@
-"""What the trainer asks of an objective. A new one is one file in ``pretrain/objectives/`` with such a class."""
+"""What the stages ask of an objective. A new one is one file, in ``pretrain/objectives/`` or in a user's folder, with such a class.
+
+`Objective` is all that the tile stage, plan and doctor know of one, and `SlideObjective` all that the slide stage knows beside it.
+"""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
+
+from data.tiles.crops import FurtherViews
+from models.sequence_parallel import Group
 
 BACKBONE = "encoder"  # what every objective calls the network that a run is for
 
@@ -23,12 +29,22 @@ class Moment:
 class Objective(nn.Module, ABC):
     """A loss together with the networks it trains and those it keeps beside them (a teacher, a centre)."""
 
+    @classmethod
+    def further_views(cls, settings: Mapping[str, Any]) -> Sequence[FurtherViews]:
+        """Kinds of view that the tile stage cuts beside global and local ones, by the objective's ``settings``. They follow in
+        ``TileBatch.crops``, in this order."""
+        return ()
+
     @abstractmethod
     def trained(self) -> dict[str, nn.Module]:
         """The networks that the optimiser updates, by name, ``encoder`` among them; gradients are clipped for each by itself."""
 
     def frozen(self) -> dict[str, nn.Module]:
         """The networks that are sharded like the trained ones but never see a gradient (a teacher)."""
+        return {}
+
+    def prototype_counts(self) -> Mapping[str, int]:
+        """Of each kind of target that `look` gives figures of, ``teacher_entropy/<kind>`` and so on, its number of prototypes."""
         return {}
 
     def prepare(self, parts: Sequence[Any], moment: Moment) -> Sequence[Any]:
@@ -57,3 +73,21 @@ class Objective(nn.Module, ABC):
 
     def after_skip(self) -> None:
         """Called instead when a step was skipped for a loss or gradient that is not finite."""
+
+
+class SlideObjective(Objective):
+    """An objective of the slide stage; its batches are `SlideBatch`, its ``encoder`` a slide encoder."""
+
+    score: ClassVar[str] = ""
+    """The figure of `evaluate` by which the best checkpoint is told, higher is better; empty: none is."""
+    evaluation_passes: ClassVar[int] = 0
+    """How often `evaluate` passes a held-out slide forward, for the plan."""
+
+    def share_slides(self, group: Group) -> None:
+        """Let the processes of ``group`` share every slide's tokens; they get the same batches. Raises ValueError where that can't be."""
+        if group is not None:
+            raise ValueError(f"{type(self).__name__} can't share a slide over processes")
+
+    def evaluate(self, batches: Iterable[Any]) -> Mapping[str, float]:
+        """Figures of held-out slides. Every rank passes the same batches; called without gradients and outside of a step."""
+        return {}

@@ -9,6 +9,7 @@ global crops    all crops
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,9 @@ class SelfDistillation(Objective):
     ``ibot``) and how many prototypes each has; each has a centre, the buffer ``<kind>_centre``.
     """
 
+    all_patches: ClassVar[bool] = False
+    """Whether the loss is given the student's patch tokens of all crops, in place of the masked ones alone."""
+
     def __init__(
         self,
         make_network: Callable[[], Network],
@@ -67,6 +71,7 @@ class SelfDistillation(Objective):
         self.group_size, self.centring, self.student_temperature = group_size, centring, student_temperature
         self.temperature = (teacher_temperature_start, teacher_temperature, teacher_temperature_warmup)
         self.momentum = (teacher_momentum, teacher_momentum_final)
+        self.prototypes = prototypes
         for kind, count in prototypes.items():
             self.register_buffer(f"{kind}_centre", torch.zeros(1, count))
         self._logits: dict[str, tuple[Tensor, int]] = {}  # per kind, the step's sum of teacher logits and their number
@@ -84,6 +89,9 @@ class SelfDistillation(Objective):
 
     def frozen(self) -> dict[str, nn.Module]:
         return {f"teacher.{name}": module for name, module in self.teacher.named_children()}
+
+    def prototype_counts(self) -> dict[str, int]:
+        return self.prototypes
 
     def start(self) -> None:
         ema.copy(self.student, self.teacher)
@@ -152,7 +160,8 @@ class SelfDistillation(Objective):
     def student_tokens(self, batch: TileBatch, moment: Moment, masks: Tensor | None = None) -> list[Tokens]:
         """The student's tokens of all crops in one packed pass, with stochastic depth: class tokens and masked patches.
 
-        ``masks`` ``(global crops, patches)`` are replaced by the mask token, and are the patches that come back.
+        ``masks`` ``(global crops, patches)`` are replaced by the mask token, and are the patches that come back; where `all_patches` is set,
+        those of all crops do, ``(crops, patches, width)``.
 
         Raises Fault where there are not two views to compare.
         """
@@ -167,7 +176,7 @@ class SelfDistillation(Objective):
             seed=moment.seed, step=moment.step, first=moment.first, device=images.device,
         )  # fmt: skip
         of_each = [masks, *[None] * (len(batch.crops) - 1)]
-        return encoder([crops for crops, _ in batch.crops], of_each, kept, wanted=of_each)
+        return encoder([crops for crops, _ in batch.crops], of_each, kept, wanted=None if self.all_patches else of_each)
 
     def after_step(self, moment: Moment) -> None:
         # A centre moves once the step has been taken, so it is one step late, as DINO's and DINOv2's are.

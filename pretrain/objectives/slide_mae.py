@@ -27,7 +27,7 @@ from models.positions import check_sines
 from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
 from pretrain.objectives.figures import spread
-from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.precision import wide
 from pretrain.run.across_ranks import total, world_size
 
@@ -35,7 +35,7 @@ NEIGHBOURS = (1, 4, 8, 16, 32)  # the baseline is the best of these: the bar is 
 DISTANCES = 2**22  # computed at a time
 
 
-class SlideMAE(Objective):
+class SlideMAE(SlideObjective):
     """The slide stage's objective. Keyword arguments are its settings.
 
     ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its attention schedule and its
@@ -43,6 +43,8 @@ class SlideMAE(Objective):
     weighting: "slide" (each slide counts the same) or "token" (each masked tile does). decoder_start: see `SlideDecoder`.
     """
 
+    score = "r2"
+    evaluation_passes = 2  # as they are, and with their tiles' places shuffled
     agreements: ClassVar[Agreements] = {
         ("decoder_width", "decoder_heads"): check_heads,
         ("decoder_width",): check_sines,

@@ -9,6 +9,7 @@ from data.embeddings.sequences import SlideBatch
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.plan.rehearsal import RehearsedBatch
 from pretrain.settings.ranges import within
+from pretrain.training.tile_stage import further_views
 
 
 @dataclass
@@ -26,6 +27,7 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
     crops, patch = data.crops, model["patch_size"]
     grid = crops.global_size // patch
     sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
+    sides += [(views.count, views.size) for views in further_views(objective, patch)]
     sides = [(views, side) for views, side in sides if views]
     global_crops = crops.global_count * tiles
 

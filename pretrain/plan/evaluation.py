@@ -1,7 +1,7 @@
 """What judging itself costs a run.
 
-The slide stage: at every checkpoint each process passes all held-out slides forward twice, once as they are, and once with the visible tiles'
-places shuffled (`pretrain.objectives.slide_mae.SlideMAE.evaluate`). The slides are whole, and nothing is kept for a backward; dropout costs no
+The slide stage: at every checkpoint each process passes all held-out slides forward, as often as the objective says
+(`SlideObjective.evaluation_passes`). The slides are whole, and nothing is kept for a backward; dropout costs no
 operations of those that are counted.
 
 The tile stage: at every checkpoint the labelled tiles of ``watch.probe`` go forward once, shared by all processes; at every look (``watch.every``)
@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.objectives.figures import class_tokens
+from pretrain.objectives.interface import SlideObjective
 from pretrain.plan.estimate import Settings, estimate
 from pretrain.plan.rehearsal import CPU_ATTENTION
 from pretrain.plan.run_shape import RunShape
@@ -47,8 +48,9 @@ def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evalu
         settings, processes=settings.together, shard_size=settings.together, checkpointing="none", accumulate=1
     )
     found = estimate(replace(run, data=one), alone, fused_attention, largest=False)
+    passes: int = plugins.locate_class(run.objective["_target_"], SlideObjective).evaluation_passes  # type: ignore[attr-defined]
     forward = sum(count for (_, way), count in found.flops.items() if way == "forward")
-    return Evaluation(times, slides, 0, FORWARDS * times * slides * forward)
+    return Evaluation(times, slides, 0, passes * times * slides * forward)
 
 
 def of_tiles(run: RunShape, settings: Settings) -> Evaluation:

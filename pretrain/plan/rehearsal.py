@@ -29,11 +29,10 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from models import dilated_attention
 from models.attention import Attention, attend
 from pretrain.objectives.contract import require_trainable
-from pretrain.objectives.interface import Moment, Objective
-from pretrain.objectives.slide_mae import SlideMAE
+from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan import constants
 from pretrain.run.across_ranks import local_shard
-from pretrain.training.sharding import lay_mesh, shard
+from pretrain.training.sharding import lay_mesh, shard, units_of
 from pretrain.training.training import gradients
 
 aten = torch.ops.aten
@@ -97,7 +96,7 @@ def rehearse(
             stack.enter_context(real_plans())
             shard(objective, lay_mesh("cpu", processes, shard_size), precision, checkpointing)
             if together > 1:
-                assert isinstance(objective, SlideMAE)
+                assert isinstance(objective, SlideObjective)
                 objective.share_slides(dist.new_subgroups(together)[0])
             watch = stack.enter_context(OperationWatch(objective, batch.true))
             objective.to_empty(device="cpu")
@@ -337,9 +336,10 @@ def _is_mask(index: Tensor | None) -> bool:
 def named_parts(objective: Objective) -> Iterator[tuple[nn.Module, str]]:
     """Every module of an objective's networks, with the part that it belongs to: ``teacher.encoder blocks``, ``decoder``, …"""
     for name, network in {**objective.trained(), **objective.frozen()}.items():
+        blocks = {module for unit in units_of(network) for module in unit.modules()}
         for path, module in network.named_modules():
             steps = path.split(".")
-            inside = any(step.isdecimal() for step in steps) and steps[0] != "mlp"
+            inside = module in blocks
             kind = (
                 "blocks" if inside
                 else "patch embedding" if steps[0] == "patch_embed"

@@ -1,10 +1,14 @@
 """How fast, how long, at what price, and what a node must read and decode: from operations, at a stated utilisation."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
+from data.tiles.crops import FurtherViews
+from data.tiles.source import TileSource
 from pretrain.plan.batches import Slides
 from pretrain.plan.estimate import Estimate
+from pretrain.settings.plugins import locate_class
 from pretrain.settings.ranges import within
 
 MEASURED_CROPS = 2 * 224**2 + 8 * 98**2  # pixels of the crops that `Input.crops_ms` was measured on
@@ -63,13 +67,14 @@ def pace(
     return Pace("", step, found.samples * processes / step, hours, evaluating, gpu_hours, gpu_hours * dollars_per_hour, of_node * megabytes, of_node * seconds)  # fmt: skip
 
 
-def tile_cost(data: Any, cost: Input) -> tuple[float, float]:
-    """MB and core-seconds of a tile: decoded from a shard, or read from its slide where the source is online."""
+def tile_cost(data: Any, further: Sequence[FurtherViews], cost: Input) -> tuple[float, float]:
+    """MB and core-seconds of a tile: decoded from a shard, or read from its slide. ``further``: views beside global and local ones."""
     crops = data.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
+    pixels += sum(views.count * views.size**2 for views in further)
     tile = cost.tile_size**2 / MEASURED_TILE
-    online = str(data["_target_"]).endswith("OnlineSlides")
-    got = cost.read_ms if online else cost.decode_ms
+    source: type[TileSource] = locate_class(data["_target_"], TileSource)
+    got = cost.read_ms if source.reads_slides else cost.decode_ms
     return cost.tile_kb * tile / 1000, (got * tile + cost.crops_ms * pixels / MEASURED_CROPS) / 1000
 
 

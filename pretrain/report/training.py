@@ -152,12 +152,14 @@ def slide_section(run: Run) -> Section | None:
     metrics = run.metrics
     if "loss" not in metrics:
         return None
-    body = alarms_list(run) + page.paragraph(
-        f"{int(metrics['loss'][0][-1]):,} steps are on record. Most of a slide's tile embeddings are hidden, and the encoder "
-        "must tell them from the rest. Explained variance (R²) of the hidden embeddings, on slides or fields held out from "
-        "training, is worth something only beside what needs no learning: the strongest baseline simply averages the nearest visible tiles."
-    )
-    r2 = last(metrics, "r2")
+    r2, text = last(metrics, "r2"), f"{int(metrics['loss'][0][-1]):,} steps are on record."
+    if r2 is not None:
+        text += (
+            " Most of a slide's tile embeddings are hidden, and the encoder must tell them from the rest. Explained variance (R²) of the "
+            "hidden embeddings, on slides or fields held out from training, is worth something only beside what needs no learning: the "
+            "strongest baseline simply averages the nearest visible tiles."
+        )
+    body = alarms_list(run) + page.paragraph(text)
     if r2 is not None:
         body += r2_results(metrics, r2)
     evaluated = {"r2", *BASELINES, "shuffled_rise", "effective_rank"}

@@ -32,15 +32,9 @@ class Facts:
     settled: int  # the step from which features can be judged
 
 
-def known_facts(config: Mapping[str, Any]) -> Facts:
-    """The facts in a run's resolved configuration."""
-    objective, optim = config.get("objective") or {}, config.get("optim") or {}
-    count = objective.get("prototypes")
-    patches = objective.get("ibot_prototypes") if objective.get("separate_ibot_head") else count
-    counts = {"dino": count, "ibot": patches}
-    return Facts(
-        {kind: count for kind, count in counts.items() if count}, min(SETTLED, int(optim.get("warmup_steps") or 0))
-    )
+def known_facts(prototypes: Mapping[str, int], warmup_steps: int) -> Facts:
+    """The facts of a run whose objective says how many ``prototypes`` each kind of its targets has."""
+    return Facts(prototypes, min(SETTLED, warmup_steps))
 
 
 @dataclass(frozen=True)

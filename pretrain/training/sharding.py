@@ -96,15 +96,13 @@ def shard(
     objective.to(masters)
     trained = list(objective.trained().values())
     for network in [*trained, *objective.frozen().values()]:
-        for module in network.modules():
-            if isinstance(module, nn.ModuleList):
-                for block in module:
-                    if checkpointing != "none" and network in trained:
-                        block.forward = recomputed(block.forward, checkpointing == "selective")
-                    if compiled:
-                        block.forward = torch.compile(block.forward)
-                    if mesh.size() > 1:
-                        fully_shard(block, mesh=mesh, mp_policy=inside)
+        for block in units_of(network):
+            if checkpointing != "none" and network in trained:
+                block.forward = recomputed(block.forward, checkpointing == "selective")
+            if compiled:
+                block.forward = torch.compile(block.forward)
+            if mesh.size() > 1:
+                fully_shard(block, mesh=mesh, mp_policy=inside)
         # A teacher has no backward, so nothing but this would free its root's gathered parameters; at one process the
         # mistake goes unnoticed.
         try:
@@ -113,6 +111,13 @@ def shard(
             raise Fault(
                 f"{type(objective).__name__}: a {type(network).__name__} can't be shared out over processes: {error}"
             ) from error
+
+
+def units_of(network: nn.Module) -> list[nn.Module]:
+    """What a network says is gathered, recomputed and compiled by itself: the ``units()`` of the modules in it that have such a method. A network
+    that says nothing is one unit."""
+    stacks = [units for module in network.modules() if callable(units := getattr(module, "units", None))]
+    return [unit for units in stacks for unit in units()]
 
 
 def recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:

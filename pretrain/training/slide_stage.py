@@ -22,11 +22,12 @@ from data.loader_process import LoaderProcess, shared_memory_room
 from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from pretrain.encoders.slide_encoders import TILE_ENCODER
-from pretrain.objectives.slide_mae import SlideMAE
+from pretrain.objectives.interface import SlideObjective
 from pretrain.run import signals
 from pretrain.run.across_ranks import total
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
+from pretrain.settings.plugins import locate_class
 from pretrain.training.training import Training
 
 STEPS_ON_THE_WAY = 4
@@ -89,10 +90,14 @@ class SlideTraining(Training):
     """The slide stage of a run; see `Training`."""
 
     unit = "slides"
-    score = "r2"
 
     def __init__(self, run: Path, config: Any, make_objective: Any, store: EmbeddingStore) -> None:
         super().__init__(run, config, make_objective, config.data.batch_size)
+        self.score = locate_class(config.objective["_target_"], SlideObjective).score  # type: ignore[attr-defined]
+        if config.watch.patience and not self.score:
+            raise Fault(
+                f"watch.patience={config.watch.patience} waits for a better checkpoint, and {config.objective['_target_']} says of no figure that it tells one: set its 'score', or watch.patience=null."
+            )
         self.store = store
         statistics = run / "statistics.json"
 
@@ -115,7 +120,7 @@ class SlideTraining(Training):
         if self.objective is not None:
             return
         super().configure_model()
-        assert isinstance(self.objective, SlideMAE)
+        assert isinstance(self.objective, SlideObjective)
         try:
             self.objective.share_slides(process_group(self.config.data.processes_per_slide))
         except ValueError as error:
@@ -165,7 +170,7 @@ class SlideTraining(Training):
             yield part.to(self.device, non_blocking=True), first
 
     def evaluate(self) -> dict[str, float]:
-        assert isinstance(self.objective, SlideMAE)
+        assert isinstance(self.objective, SlideObjective)
         if not self.sequences.validation:
             return {}
         batches = self.heeding(self.sequences.validation_batches(), self.sequences.validation_batch_count())

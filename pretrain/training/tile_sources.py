@@ -41,6 +41,8 @@ class OnlineSlides(Mixture):
     left out; raises Fault where none is left at some resolution.
     """
 
+    reads_slides = True
+
     def __init__(
         self,
         group: int = 1,

@@ -1,6 +1,6 @@
 """Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -14,7 +14,7 @@ from data.files import Refused, appearing, remove
 from data.loader_process import LoaderProcess
 from data.tiles.augment import augment
 from data.tiles.augment_parameters import Colour
-from data.tiles.crops import CropSizes
+from data.tiles.crops import CropSizes, FurtherViews
 from data.tiles.loader import Masking, MicroBatch, RankBatch, TileBatches, loader_of
 from data.tiles.source import TileSource
 from data.tiles.stream import Stream, group_size
@@ -143,12 +143,24 @@ def check_crop_patches(size: int, count: int, patch_size: int) -> None:
         raise ValueError("the side of a crop is a multiple of the patch's")
 
 
-def crop_sizes(crops: Crops) -> CropSizes:
+def further_views(objective: Mapping[str, Any], patch_size: int) -> tuple[FurtherViews, ...]:
+    """The kinds of view that an objective's settings ask for beside global and local ones. Raises Fault for a size that patches don't fill."""
+    kind: type[Objective] = plugins.locate_class(objective["_target_"], Objective)
+    found = tuple(kind.further_views({name: value for name, value in objective.items() if name != "_target_"}))
+    for views in found:
+        if views.size % patch_size:
+            raise Fault(
+                f"{kind.__name__} asks for views of {views.size} px, which isn't a multiple of model.patch_size={patch_size}: change one of them."
+            )
+    return found
+
+
+def crop_sizes(crops: Crops, further: tuple[FurtherViews, ...] = ()) -> CropSizes:
     """The settings of crops as the loader takes them."""
     return CropSizes(
         crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
         crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
-        (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip, crops.quarter_turns,
+        (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip, crops.quarter_turns, further,
     )  # fmt: skip
 
 
@@ -172,7 +184,7 @@ class TileTraining(Training):
         shape: dict[str, Any] = {name: getattr(self.data, name) for name in ("batch_size", "lanes", "slides_per_lane")}
         self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
-        self.sizes = crop_sizes(self.data.crops)
+        self.sizes = crop_sizes(self.data.crops, further_views(config.objective, config.model["patch_size"]))
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
         self.slides = SlideSample(self.tiles, config.seed) if watch.every else None

@@ -97,9 +97,9 @@ class Training(L.LightningModule, ABC):
         self.peak: float | None = None  # operations a second that all devices together can do, where known,
         self.tile_operations = 0.0  # and then those that a tile costs
         self.watch: Watch = config.watch
+        self.facts = alarms.known_facts({}, 0)  # until the objective is there
         self.raised: set[str] = set()  # names of alarms: each is said once in the run's life
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
-        self.facts = alarms.known_facts(asdict(config))
         self._ended = time.monotonic()
         self.watchdog = Watchdog(self.hardware.stalled_minutes)
 
@@ -142,6 +142,7 @@ class Training(L.LightningModule, ABC):
         begin = self.begin if checkpoints.newest(self.run) is None else None
         materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin, self.make_objective)
         self.objective = objective
+        self.facts = alarms.known_facts(objective.prototype_counts(), self.optim.warmup_steps)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         groups = parameter_groups(self.objective.trained(), self.optim)
