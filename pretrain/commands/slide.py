@@ -24,9 +24,11 @@ from pretrain.run.preemption import ending_when_asked
 from pretrain.run.record import WandbSettings
 from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
+from pretrain.training.fit import fit
 from pretrain.training.optimisation import Optim
 from pretrain.training.slide_stage import SlideData, SlideTraining
-from pretrain.training.training import RESUME, Hardware, fit, require_devices
+from pretrain.training.trainer_settings import RESUME, TrainerSettings, require_devices
+from pretrain.training.trial import folder_of
 from pretrain.training.watching import Watch
 
 
@@ -42,7 +44,7 @@ class Config:
     objective: Annotated[Plugin, SlideObjective]
     data: SlideData
     optim: Optim
-    trainer: Hardware
+    trainer: TrainerSettings
     watch: Watch
     wandb: WandbSettings
 
@@ -55,7 +57,7 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
-    with ending_when_asked(Path(config.run)), held(Path(config.run)) as lease:
-        training = SlideTraining(Path(config.run), config, objective, store)
+    with folder_of(config) as folder, ending_when_asked(folder), held(folder) as lease:
+        training = SlideTraining(folder, config, objective, store)
         sizes = training.sequences.packing.sizes.tolist()
         fit(training, lease, partial(operations.of_an_embedding, config, store.width, sizes))

@@ -14,7 +14,6 @@ the newest checkpoint, on the same data in the same order, also on another numbe
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Annotated, ClassVar
 
 from models.allowed import ON_DISK, Agreements, within
@@ -25,9 +24,11 @@ from pretrain.run.preemption import ending_when_asked
 from pretrain.run.record import WandbSettings
 from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
+from pretrain.training.fit import fit
 from pretrain.training.optimisation import Optim
 from pretrain.training.tile_stage import TileData, TileTraining, TileWatch, check_crop_patches
-from pretrain.training.training import RESUME, Hardware, fit, require_devices
+from pretrain.training.trainer_settings import RESUME, TrainerSettings, require_devices
+from pretrain.training.trial import folder_of
 
 
 @dataclass
@@ -44,7 +45,7 @@ class Config:
     objective: Annotated[Plugin, Objective]
     data: TileData
     optim: Optim
-    trainer: Hardware
+    trainer: TrainerSettings
     watch: TileWatch
     wandb: WandbSettings
 
@@ -61,6 +62,6 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
 
-    with ending_when_asked(Path(config.run)), held(Path(config.run)) as lease:
-        training = TileTraining(Path(config.run), config, objective)
+    with folder_of(config) as folder, ending_when_asked(folder), held(folder) as lease:
+        training = TileTraining(folder, config, objective)
         fit(training, lease, partial(operations.of_a_tile, config))

@@ -12,7 +12,7 @@ from pretrain.doctor import folder, machine, services
 from pretrain.doctor.finding import Finding, failed
 from pretrain.objectives.interface import Objective
 from pretrain.run.record import WandbSettings, logged_in
-from pretrain.training.training import Hardware
+from pretrain.training.trainer_settings import TrainerSettings
 
 Check = Callable[[], list[Finding]]
 
@@ -38,7 +38,7 @@ def say_findings(checks: list[Check]) -> None:
         raise Fault(f"{host}what says FAIL above keeps a job from running well.")
 
 
-def of_processes(trainer: Hardware) -> list[Check]:
+def of_processes(trainer: TrainerSettings) -> list[Check]:
     """Versions, accelerators, and an all-reduce of the processes that a run has on this machine."""
     gpu = machine.on_gpu(trainer.accelerator)
     return [
@@ -58,7 +58,7 @@ def of_folder(place: Path) -> list[Check]:
 
 
 def of_a_run(
-    place: Path, make_objective: Callable[[], Objective], steps: int, trainer: Hardware, wandb: WandbSettings, partition: str | None
+    place: Path, make_objective: Callable[[], Objective], steps: int, trainer: TrainerSettings, wandb: WandbSettings, partition: str | None
 ) -> list[Check]:  # fmt: skip
     """Disk room for a run's checkpoints, its record, and SLURM."""
 

@@ -2,7 +2,7 @@
 
 Tensors are torch's *fake* ones: they know shape, type and device, and hold nothing, so a step of a ViT-g on 256 processes
 is rehearsed on a laptop. Nothing about a network is written down here; what runs is `pretrain.training.sharding.shard`,
-`pretrain.training.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
+`pretrain.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
 elements of a mask are true; that comes with the batch (`RehearsedBatch.true`), or is counted where a mask is made of shapes (`constants`).
 """
 
@@ -32,8 +32,8 @@ from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan import constants
 from pretrain.run.across_ranks import local_shard
+from pretrain.training.gradients import gradients
 from pretrain.training.sharding import lay_mesh, shard, units_of
-from pretrain.training.training import gradients
 
 aten = torch.ops.aten
 ATTENTION = {"bmm", "baddbmm"}  # products between tokens, beside the fused kernels that have attention in their names

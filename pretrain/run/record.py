@@ -1,4 +1,4 @@
-"""The record of a run: ``metrics.jsonl`` always, Weights & Biases beside it when asked."""
+"""The record of a run, as Lightning's loggers: ``metrics.jsonl`` always, Weights & Biases beside it when asked."""
 
 import errno
 import json
@@ -6,17 +6,20 @@ import math
 import os
 import secrets
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+from lightning.pytorch.loggers import Logger
+from lightning.pytorch.utilities import rank_zero_only
+
 from data.files import refused, write_whole
 from data.redaction import redacted_settings
 from models.allowed import one_of
 from pretrain.run import metrics as metrics_file
-from pretrain.run.alarms import Alarm
+from pretrain.run.alarms import Alarm, History
 from pretrain.run.progress import say
 
 
@@ -28,31 +31,62 @@ class WandbSettings:
     project: str
 
 
-class Record:
+class OfARun(Logger):
+    """What Lightning asks of any logger, of one that belongs to a run's folder. Only the first rank logs."""
+
+    def __init__(self, run: Path) -> None:
+        super().__init__()
+        self.folder = run
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    @property
+    def version(self) -> None:
+        return None
+
+    @property
+    def save_dir(self) -> str:
+        return str(self.folder)
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """They are in the run's ``config.yaml``."""
+
+
+class RunRecord(OfARun):
     """``metrics.jsonl``: one JSON object a line, on disk at once; a resumed run first drops the steps it will retake.
 
-    Lines that the disk refuses are kept, said once, and written before the next one that it takes.
+    Lines that the disk refuses are kept, said once, and written before the next one that it takes. ``history``: what alarms look back on.
     """
 
-    def __init__(self, run: Path, step: int) -> None:
-        self.path = metrics_file.path_of(run)
+    @rank_zero_only
+    def begin(self, step: int) -> None:
+        """Open the file for what comes after ``step``. Raises Fault where the disk refuses."""
+        self.path = metrics_file.path_of(self.folder)
         try:
-            metrics_file.rewind(run, step)
+            metrics_file.rewind(self.folder, step)
             self.file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise refused(self.path, error) from error
         self.waiting: list[bytes] = []
+        self.history = History(metrics_file.tail(self.folder))
 
-    def add(self, step: int, figures: dict[str, float]) -> None:
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Record the figures of ``step``."""
+        assert step is not None
         # JSON knows no NaN: the figures of a skipped step that aren't finite are null.
-        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         self._write({"step": step, **finite})
+        self.history.add(step, metrics)
 
+    @rank_zero_only
     def alarm(self, step: int, alarm: Alarm) -> None:
         """Record an alarm that was raised at ``step``."""
         self._write({"step": step, "alarm": alarm.name, "since": alarm.since, "says": alarm.says})
 
+    @rank_zero_only
     def close(self) -> None:
         """Try once more what waits for room, and say what was never written."""
         if self.waiting and self._written():
@@ -102,7 +136,7 @@ def logged_in() -> bool:
     return bool(wandb.login(prompt=False))
 
 
-class Wandb:
+class WandbMirror(OfARun):
     """A mirror of the record in Weights & Biases; the run's id is kept in its folder, so that a resumed run goes on there.
 
     ``online`` needs a login and, without one, writes offline and says so. An offline run can't be resumed in place:
@@ -110,8 +144,14 @@ class Wandb:
     """
 
     def __init__(self, run: Path, config: Any) -> None:
-        settings: WandbSettings = config.wandb
+        super().__init__(run)
+        self.config = config
         self.run: Any = None
+
+    @rank_zero_only
+    def begin(self) -> None:
+        """Start a segment, unless ``wandb.mode`` is off."""
+        settings: WandbSettings = self.config.wandb
         if settings.mode == "off":
             return
         import wandb
@@ -120,18 +160,19 @@ class Wandb:
         if mode == "online" and not logged_in():
             say("wandb: not logged in ('wandb login'), so this run is written offline; 'wandb sync' uploads it later")
             mode = "offline"
-        path = run / "wandb_id.txt"
+        path = self.folder / "wandb_id.txt"
         if not path.exists():
             write_whole(path, secrets.token_hex(4))
         with _redacted_arguments():
             self.run = wandb.init(
-                project=settings.project, name=run.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
-                mode=mode, dir=str(run), config=redacted_settings(asdict(config)),  # type: ignore[arg-type]
+                project=settings.project, name=self.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
+                mode=mode, dir=self.save_dir, config=redacted_settings(asdict(self.config)),  # type: ignore[arg-type]
             )  # fmt: skip
 
-    def add(self, step: int, figures: dict[str, float]) -> None:
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """Mirror the figures of ``step``."""
-        self._ask(lambda run: run.log(figures, step=step))
+        self._ask(lambda run: run.log(dict(metrics), step=step))
 
     def alarm(self, alarm: Alarm) -> None:
         """Send an alarm, which W&B mails to those who asked for it."""

@@ -28,7 +28,7 @@ from pretrain.run.across_ranks import total
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
 from pretrain.settings.plugins import locate_class
-from pretrain.training.training import Training
+from pretrain.training.module import Training
 
 STEPS_ON_THE_WAY = 4
 
@@ -145,7 +145,7 @@ class SlideTraining(Training):
         # numbers that it is divided by; gradients, summed over tokens by sharing and averaged over processes, come out the same.
         together = self.config.data.processes_per_slide
         rank, groups = self.global_rank // together, self.trainer.world_size // together
-        batches = SlideBatches(self.sequences, start, stop, rank, groups, self.hardware.accumulate)
+        batches = SlideBatches(self.sequences, start, stop, rank, groups, self.settings.accumulate)
         room = shared_memory_room()
         return LoaderProcess(
             batches, pin_memory=False, through_pipe=room is not None and self.bytes_on_the_way() > room
@@ -155,7 +155,7 @@ class SlideTraining(Training):
         """The most shared memory that this machine's processes need for batches that are filled, prefetched and in use."""
         sizes, data = self.sequences.packing.sizes, self.config.data
         tokens = data.batch_tokens or int(sizes.max()) * min(data.batch_size, len(sizes))
-        return STEPS_ON_THE_WAY * self.hardware.devices * tokens * (2 * self.store.width + 32)
+        return STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * self.store.width + 32)
 
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start

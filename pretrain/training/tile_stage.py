@@ -28,9 +28,9 @@ from pretrain.objectives.tile_batch import TileBatch
 from pretrain.run.across_ranks import total
 from pretrain.run.progress import say
 from pretrain.settings import plugins
+from pretrain.training.module import Training
 from pretrain.training.probe_set import ProbeSet
 from pretrain.training.slide_sample import SlideSample
-from pretrain.training.training import Training
 from pretrain.training.watching import Watch
 
 NAMED_BAD_TILES = 20  # said one by one; the rest are counted
@@ -226,10 +226,10 @@ class TileTraining(Training):
             stop=stop,
             rank=self.global_rank,
             world_size=self.trainer.world_size,
-            accumulate=self.hardware.accumulate,
+            accumulate=self.settings.accumulate,
             threads=self.data.threads,
         )
-        return loader_of(batches, self.device.type == "cuda", here=self.hardware.devices)
+        return loader_of(batches, self.device.type == "cuda", here=self.settings.devices)
 
     def before_step(self, batch: RankBatch) -> dict[str, float]:
         for message in batch.bad[: max(0, NAMED_BAD_TILES - self.bad)]:

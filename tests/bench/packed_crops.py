@@ -26,9 +26,9 @@ from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.settings import composition as settings
 from pretrain.settings import plugins
+from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import clip, parameter_groups, set_rates
 from pretrain.training.sharding import materialise
-from pretrain.training.training import gradients
 
 ROUNDS, STEPS_A_ROUND, PROFILED = 6, 3, 4
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "mkldnn", "onednn", "convolution")

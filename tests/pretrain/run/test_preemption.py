@@ -18,7 +18,7 @@ from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints, preemption, signals
 from pretrain.run.preemption import EXIT_CODE, Preemption, ending_when_asked
 from pretrain.training import fixed_images
-from pretrain.training.training import Training
+from pretrain.training.module import Training
 from tests.pretrain.training.test_tile_training import (
     ROOT,
     STEPS,

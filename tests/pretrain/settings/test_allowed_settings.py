@@ -21,7 +21,7 @@ from pretrain import cli
 from pretrain.settings import composition as settings
 from pretrain.settings import plugins, ranges
 from pretrain.settings.composition import CONFIGS, Composed, load, stem
-from pretrain.training.training import require_devices
+from pretrain.training.trainer_settings import require_devices
 
 MORE = [  # compositions of the plug-ins that no command has by default
     ("tile", ["recipe=small_dino"]),

@@ -18,9 +18,9 @@ from pretrain.plan.of_a_run import compose_run
 from pretrain.plan.rehearsal import CPU_ATTENTION, tensors_in
 from pretrain.plan.run_shape import RunShape, run_shape
 from pretrain.run.across_ranks import local_shard
+from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups
 from pretrain.training.sharding import lay_mesh, materialise, shard
-from pretrain.training.training import gradients
 
 SLIDES = Slides(width=48, tiles=60, largest=100)
 MOMENT = Moment(0, 10, 0)

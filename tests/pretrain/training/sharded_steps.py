@@ -27,9 +27,9 @@ from models.longnet import LongNet
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.run.across_ranks import total, world_size
+from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, set_rates
 from pretrain.training.sharding import lay_mesh, materialise, shard
-from pretrain.training.training import gradients
 from tests.pretrain.objectives import tile_objectives
 from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_mae
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import centred_softmax, sinkhorn_centre, sinkhorn_knopp
-from pretrain.training.training import gradients
+from pretrain.training.gradients import gradients
 from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, mae, part
 
 TILES = 8

@@ -21,8 +21,8 @@ from pretrain.run.metrics import read_metrics
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.settings.hardware import peak_of
+from pretrain.training.gradients import gradients
 from pretrain.training.sharding import lay_mesh, materialise, shard
-from pretrain.training.training import gradients
 from tests.data.shards.tile_folders import write_tiles
 from tests.pretrain.training.real_steps import Step, one_process, shape_of
 from tests.pretrain.training.test_tile_training import TINY

@@ -27,7 +27,8 @@ from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints
 from pretrain.run.folder import digest, read_config
 from pretrain.run.metrics import read_metrics
-from pretrain.training.training import Training, out_of_memory
+from pretrain.training.fit import out_of_memory
+from pretrain.training.module import Training
 from tests.data.shards.tile_folders import spoil, write_tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -1,0 +1,33 @@
+"""Forward and backward of a step, written out: what the trainer takes, and what a plan rehearses."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from pretrain.objectives.contract import loss_of
+from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.losses.precision import wide
+
+
+def gradients(
+    objective: Objective, parts: Sequence[tuple[Any, int]], moment: Moment, backward: Callable[[Tensor], None]
+) -> dict[str, Tensor]:
+    """Forward and backward of a step's micro-batches, each with the number of its first sample in the global batch.
+
+    The gradients are those of the mean loss over micro-batches and ranks; they are reduced over ranks once, in the last
+    backward. Returns this rank's mean loss and figures, scalars of at least float32.
+    """
+    means: dict[str, Tensor] = {}
+    prepared = objective.prepare([part for part, _ in parts], moment)
+    for i, (part, (_, first)) in enumerate(zip(prepared, parts, strict=True)):
+        for module in objective.modules():
+            if isinstance(module, FSDPModule):
+                module.set_requires_gradient_sync(i == len(parts) - 1, recurse=False)
+        loss, figures = loss_of(objective, part, replace(moment, first=first))
+        backward(loss / len(parts))
+        for name, value in {"loss": loss, **figures}.items():
+            means[name] = means.get(name, 0.0) + wide(value.detach()) / len(parts)
+    return means

@@ -1,0 +1,55 @@
+"""Held-out data judge a run at every checkpoint: the best one is kept, and a run that waits for better ones in vain ends, ``watch.patience``."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+
+from pretrain.run import best, checkpoints, signals
+from pretrain.run.across_ranks import total
+from pretrain.run.progress import say
+from pretrain.training.ending import EndWhenAsked
+from pretrain.training.module import Training
+
+
+class Judgement(L.Callback):
+    """Records what the stage's `evaluate` says, and notes the score. A signal ends an evaluation, and the run."""
+
+    def __init__(self, ending: EndWhenAsked) -> None:
+        self.ending = ending
+
+    def on_train_batch_end(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
+        if not training.is_due or training.asked is not None:
+            return
+        try:
+            figures = training.evaluate()
+        except signals.Asked as during:
+            self.ending.save_and_end(training, during.signal)
+            return
+        if figures:
+            training.record(figures)
+            self.judge(training, figures)
+
+    def judge(self, training: Training, figures: dict[str, float]) -> None:
+        """Note a checkpoint's score; decide, on all ranks alike, whether to wait for a better one."""
+        score = figures.get(training.score)
+        if score is not None and math.isfinite(score):
+            training.scored.append((training.step, score))
+        waited = best.waited(training.scored) if training.global_rank == 0 else 0
+        gone = int(total(torch.tensor(waited, device=training.device)))
+        if training.watch.patience and gone >= training.watch.patience:
+            training.trainer.should_stop = True
+            if training.global_rank == 0:
+                say(why_ended(training.run, training.scored, training.score))
+
+
+def why_ended(run: Path, scored: best.Scores, name: str) -> str:
+    """The line with which a run ends early."""
+    step, score = best.best(scored)
+    return (
+        f"{run} ends after step {scored[-1][0]}: {name} has not risen above {score:.4f}, of step {step}, in {best.waited(scored)} checkpoints "
+        f"(watch.patience), and longer training has made published models worse; {checkpoints.folder(run) / checkpoints.BEST} is the best one. "
+        "watch.patience=null goes on."
+    )

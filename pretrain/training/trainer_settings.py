@@ -1,0 +1,68 @@
+"""The settings under ``trainer:``: machines, precision, memory for time, how often what is done, and what a user hangs into Lightning's trainer."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import Logger
+
+from data.fault import Fault
+from models.allowed import Agreements, one_of, within
+from pretrain.settings import plugins
+from pretrain.settings.plugins import Plugin
+from pretrain.training.sharding import CHECKPOINTING, PRECISIONS
+
+PROFILERS = ("simple", "pytorch")
+
+
+def check_plugins(callbacks: list[Plugin], loggers: list[Plugin]) -> None:
+    """Raise Fault for a callback or logger that isn't one of Lightning's."""
+    for settings, base in [*((one, L.Callback) for one in callbacks), *((one, Logger) for one in loggers)]:
+        if "_target_" not in settings:
+            raise Fault(f"trainer: {dict(settings)} names no class: give its dotted path, _target_=….")
+        plugins.locate_class(settings["_target_"], base)
+
+
+@dataclass
+class TrainerSettings:
+    """The settings under ``trainer:``, explained in ``configs/trainer/default.yaml``."""
+
+    accelerator: Annotated[str, one_of("auto", "cpu", "gpu")]
+    devices: Annotated[int, within(least=1)]
+    nodes: Annotated[int, within(least=1)]
+    shard_size: Annotated[int | None, within(least=1)]
+    precision: Annotated[str, one_of(*PRECISIONS)]
+    activation_checkpointing: Annotated[str, one_of(*CHECKPOINTING)]
+    compile: bool
+    accumulate: Annotated[int, within(least=1)]
+    peak_tflops: Annotated[float | None, within(above=0)]
+    log_every: Annotated[int, within(least=1)]
+    checkpoint_every: Annotated[int, within(least=0)]
+    keep_checkpoints: Annotated[int, within(least=0)]
+    keep_every: Annotated[int | None, within(least=1)]
+    stalled_minutes: Annotated[float | None, within(above=0, most=100_000)]
+    callbacks: list[Plugin]
+    loggers: list[Plugin]
+    profiler: Annotated[str | None, one_of(*PROFILERS)]
+    fast_dev_run: bool
+
+    agreements: ClassVar[Agreements] = {("callbacks", "loggers"): check_plugins}
+
+
+def require_devices(settings: TrainerSettings) -> None:
+    """Raise Fault where this machine hasn't the devices that a run asks for."""
+    gpus = torch.cuda.device_count()
+    if settings.accelerator == "gpu" and not gpus and not torch.backends.mps.is_available():
+        raise Fault(
+            "trainer.accelerator=gpu, and PyTorch finds no GPU on this machine: trainer.accelerator=cpu trains on its cores, and "
+            "'pretrain doctor' says what there is."
+        )
+    if settings.accelerator != "cpu" and 0 < gpus < settings.devices:
+        raise Fault(
+            f"trainer.devices={settings.devices} is more than the {gpus} GPUs that PyTorch finds on this machine: set it to {gpus} or less."
+        )
+
+
+RESUME = one_of("newest", "previous")
+"""Which checkpoint a run goes on from."""
