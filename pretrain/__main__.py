@@ -61,7 +61,7 @@ def main() -> None:
     sys.excepthook = entry.say_defect
     warnings.showwarning = entry.show_warning
     try:
-        entry.main(sys.argv[1:])
+        entry.run_command_line(sys.argv[1:])
     finally:
         if trains:
             signals.ignore()

@@ -60,11 +60,11 @@ def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
         lines.append(words + (SHORTER.get(words[0], []) + batch if runs else []))
     driver = (
         "import json, sys\n"
-        "from launch.entry import main\n"
+        "from launch.entry import run_command_line\n"
         "if __name__ == '__main__':\n"
         "    for words in json.loads(sys.argv[1]):\n"
         "        print('$ pretrain', *words, flush=True)\n"
-        "        main(words)\n"
+        "        run_command_line(words)\n"
     )
     (workplace / "driver.py").write_text(driver)
     # Two processes are started by running the whole program again, so those commands go alone; and a plan makes a process group,

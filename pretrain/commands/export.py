@@ -15,7 +15,7 @@ format=gigapath writes a slide run's encoder as slide_encoder.pth, {"model": sta
 Examples:
 
     pretrain export checkpoint=runs/tile out=encoder
-    pretrain export checkpoint=runs/tile/checkpoints/00000400 out=encoder license=apache-2.0
+    pretrain export checkpoint=runs/tile/checkpoints/step-00000400 out=encoder license=apache-2.0
     pretrain export checkpoint=runs/slide out=slide_encoder format=gigapath
 """
 

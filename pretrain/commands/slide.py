@@ -28,7 +28,7 @@ from pretrain.training.fit import fit
 from pretrain.training.optimisation import Optim
 from pretrain.training.slide_stage import SlideData, SlideTraining
 from pretrain.training.trainer_settings import RESUME, TrainerSettings, require_devices
-from pretrain.training.trial import folder_of
+from pretrain.training.trial import run_or_trial
 from pretrain.training.watching import Watch
 
 
@@ -57,7 +57,7 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
-    with folder_of(config) as folder, ending_when_asked(folder), held(folder) as lease:
+    with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease:
         training = SlideTraining(folder, config, objective, store)
         sizes = training.sequences.packing.sizes.tolist()
         fit(training, lease, partial(operations.of_an_embedding, config, store.width, sizes))

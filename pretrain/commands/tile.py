@@ -28,7 +28,7 @@ from pretrain.training.fit import fit
 from pretrain.training.optimisation import Optim
 from pretrain.training.tile_stage import TileData, TileTraining, TileWatch, check_crop_patches
 from pretrain.training.trainer_settings import RESUME, TrainerSettings, require_devices
-from pretrain.training.trial import folder_of
+from pretrain.training.trial import run_or_trial
 
 
 @dataclass
@@ -62,6 +62,6 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
 
-    with folder_of(config) as folder, ending_when_asked(folder), held(folder) as lease:
+    with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease:
         training = TileTraining(folder, config, objective)
         fit(training, lease, partial(operations.of_a_tile, config))

@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from data import lease
 from data.embeddings.slide_features import ABOUT, add_rows, slides_in
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
 from data.fault import Fault
 from data.files import make_folder
-from data.shards.folder import written_by_one
 from pretrain.encoders.loading import EMBEDDING_PRECISIONS
 from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import say, track
@@ -42,7 +42,7 @@ def embed_store(
         "width": encoder.network.width,
     }  # fmt: skip
     claim(out, about, ABOUT)
-    with written_by_one(out / f".part-{part}"):
+    with lease.alone(out / f".part-{part}", doing="another 'pretrain embed'"):
         there = slides_in(out)
         wanted = [slide for slide in store.slides if store.rows(slide)]
         mine = wanted[part - 1 :: parts] if part else wanted

@@ -16,7 +16,7 @@ from pretrain.training.sharding import CHECKPOINTING, PRECISIONS
 PROFILERS = ("simple", "pytorch")
 
 
-def check_plugins(callbacks: list[Plugin], loggers: list[Plugin]) -> None:
+def check_hooks(callbacks: list[Plugin], loggers: list[Plugin]) -> None:
     """Raise Fault for a callback or logger that isn't one of Lightning's."""
     for settings, base in [*((one, L.Callback) for one in callbacks), *((one, Logger) for one in loggers)]:
         if "_target_" not in settings:
@@ -47,7 +47,7 @@ class TrainerSettings:
     profiler: Annotated[str | None, one_of(*PROFILERS)]
     fast_dev_run: bool
 
-    agreements: ClassVar[Agreements] = {("callbacks", "loggers"): check_plugins}
+    agreements: ClassVar[Agreements] = {("callbacks", "loggers"): check_hooks}
 
 
 def require_devices(settings: TrainerSettings) -> None:

@@ -16,11 +16,11 @@ AUGMENT = """
 import numpy as np
 import torch
 from data.tiles.augment import augment
-from data.tiles.augment_parameters import Colour, draw
+from data.tiles.augment_parameters import Colour, draw_parameters
 
 generator = np.random.default_rng(0)
 images = torch.from_numpy(generator.integers(0, 256, (64, 3, 40, 52), dtype=np.uint8))
-rows = torch.from_numpy(draw(Colour(), np.arange(64) % 3, generator))
+rows = torch.from_numpy(draw_parameters(Colour(), np.arange(64) % 3, generator))
 mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 print(augment(images, rows, mean, std).numpy().tobytes().hex())
 """

@@ -17,11 +17,11 @@ from tests.pretrain.training.wavy_slides import write_wavy_slides
 # In a mount namespace of its own, so that nobody else sees the disk become read-only, which binds root too.
 DRIVER = """
 import json, sys
-from launch.entry import main
+from launch.entry import run_command_line
 for words in json.loads(sys.argv[1]):
     print("$", *words, file=sys.stderr)
     try:
-        main(words)
+        run_command_line(words)
         print("code 0", file=sys.stderr)
     except SystemExit as ended:
         print("code", ended.code, file=sys.stderr)

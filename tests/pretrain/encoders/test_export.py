@@ -111,14 +111,14 @@ def test_exporting_again_changes_nothing_and_another_export_is_refused(make_tile
 
 def test_an_export_whose_features_differ_is_not_published(make_tile_run, tmp_path, monkeypatch):
     folder, _ = make_tile_run()
-    correct = export.timm_format.write
+    correct = export.timm_format.write_timm
 
     def wrong(network, image_size):
         weights = correct(network, image_size)
         weights["blocks.0.norm1.weight"] += 0.01
         return weights
 
-    monkeypatch.setattr(export.timm_format, "write", wrong)
+    monkeypatch.setattr(export.timm_format, "write_timm", wrong)
     with pytest.raises(Fault, match="nothing was published"):
         export.export_timm(folder, tmp_path / "encoder", "mit")
     assert not (tmp_path / "encoder").exists()

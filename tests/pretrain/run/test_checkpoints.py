@@ -216,7 +216,7 @@ def test_a_full_disk_and_one_that_can_not_be_written_leave_the_last_checkpoint_w
     told = saver.begin(2, *trained(), {})
     assert told and "step-00000002 could not be written (it takes " in told and saver.wait() is None
     with monkeypatch.context() as patch:  # and where it fills while it is written
-        patch.setattr("pretrain.run.saving.room", lambda _: 2**40)
+        patch.setattr("pretrain.run.saving.free_bytes", lambda _: 2**40)
         assert saver.begin(2, *trained(), {}) is None
         assert "No space left on device" in (saver.wait() or "")
     (folder / "ballast").unlink()

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pretrain.run import metrics as metrics_file
-from pretrain.run.record import Record, Wandb, WandbSettings
+from pretrain.run.record import RunRecord, WandbMirror, WandbSettings
 
 
 @dataclass
@@ -29,10 +29,22 @@ def config(mode: str) -> Config:
     return Config(WandbSettings(mode, "slidewright"))
 
 
+def record_from(run: Path, step: int) -> RunRecord:
+    record = RunRecord(run)
+    record.begin(step)
+    return record
+
+
+def mirror_of(run: Path, config: object) -> WandbMirror:
+    mirror = WandbMirror(run, config)
+    mirror.begin()
+    return mirror
+
+
 def test_every_line_is_on_disk_as_soon_as_it_is_added(tmp_path: Path) -> None:
-    record = Record(tmp_path, 0)
+    record = record_from(tmp_path, 0)
     for step in (1, 2):
-        record.add(step, {"loss": 0.1 + step})
+        record.log_metrics({"loss": 0.1 + step}, step)
         assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1]) == {
             "step": step,
             "loss": 0.1 + step,
@@ -40,12 +52,12 @@ def test_every_line_is_on_disk_as_soon_as_it_is_added(tmp_path: Path) -> None:
 
 
 def test_a_resumed_record_drops_the_steps_it_will_retake(tmp_path: Path) -> None:
-    first = Record(tmp_path, 0)
+    first = record_from(tmp_path, 0)
     for step in range(1, 6):
-        first.add(step, {"loss": 0.0})
-    second = Record(tmp_path, 3)
+        first.log_metrics({"loss": 0.0}, step)
+    second = record_from(tmp_path, 3)
     for step in (4, 5):
-        second.add(step, {"loss": 1.0})
+        second.log_metrics({"loss": 1.0}, step)
     found = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(record["step"], record["loss"]) for record in found] == [(1, 0.0), (2, 0.0), (3, 0.0), (4, 1.0), (5, 1.0)]
 
@@ -53,28 +65,28 @@ def test_a_resumed_record_drops_the_steps_it_will_retake(tmp_path: Path) -> None
 def test_what_a_full_disk_refuses_is_said_once_and_written_when_there_is_room(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    record = Record(tmp_path, 0)
-    record.add(1, {"loss": 0.0})
+    record = record_from(tmp_path, 0)
+    record.log_metrics({"loss": 0.0}, 1)
     end = (tmp_path / "metrics.jsonl").stat().st_size
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (end + 7, before[1]))  # room for part of a line
     try:
         for step in (2, 3, 4):
-            record.add(step, {"loss": 0.0})
+            record.log_metrics({"loss": 0.0}, step)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     said = capsys.readouterr().err
     assert said.count("can't be written") == 1 and "training goes on" in said
     assert (tmp_path / "metrics.jsonl").stat().st_size == end
-    record.add(5, {"loss": 0.0})
+    record.log_metrics({"loss": 0.0}, 5)
     assert "is written again, with all that waited" in capsys.readouterr().err
     assert [line["step"] for line in metrics_file.read_metrics(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_off_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, '.'); from tests.pretrain.run.test_record import config, Wandb;"
-        f"w = Wandb(Path({str(tmp_path)!r}), config('off')); w.add(1, {{'loss': 1.0}}); w.close(); assert 'wandb' not in sys.modules"
+        "import sys; from pathlib import Path; sys.path.insert(0, '.'); from tests.pretrain.run.test_record import config, mirror_of;"
+        f"w = mirror_of(Path({str(tmp_path)!r}), config('off')); w.log_metrics({{'loss': 1.0}}, 1); w.close(); assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[3])
     assert list(tmp_path.iterdir()) == []
@@ -83,8 +95,8 @@ def test_off_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
 def test_offline_writes_its_folder_and_keeps_its_id_over_starts(tmp_path: Path) -> None:
     ids = []
     for step in (1, 2):
-        mirror = Wandb(tmp_path, config("offline"))
-        mirror.add(step, {"loss": 1.0})
+        mirror = mirror_of(tmp_path, config("offline"))
+        mirror.log_metrics({"loss": 1.0}, step)
         assert mirror.run is not None
         ids.append(mirror.run.id)
         mirror.close()
@@ -99,8 +111,8 @@ def test_online_without_a_login_writes_offline_and_says_so(
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("NETRC", str(tmp_path / "none"))
-    mirror = Wandb(tmp_path, config("online"))
-    mirror.add(1, {"loss": 1.0})
+    mirror = mirror_of(tmp_path, config("online"))
+    mirror.log_metrics({"loss": 1.0}, 1)
     mirror.close()
     assert "not logged in" in capsys.readouterr().err
     assert list((tmp_path / "wandb").glob("offline-run-*"))
@@ -113,10 +125,10 @@ def test_a_mirror_that_breaks_is_said_once_and_stops_nothing(
         def log(self, *_: object, **__: object) -> None:
             raise ConnectionResetError("Connection lost")
 
-    mirror = Wandb(tmp_path, config("off"))
+    mirror = mirror_of(tmp_path, config("off"))
     mirror.run = Broken()
     for step in (1, 2):
-        mirror.add(step, {"loss": 1.0})
+        mirror.log_metrics({"loss": 1.0}, step)
     mirror.close()
     assert (
         capsys.readouterr().err.count(
@@ -130,11 +142,11 @@ def test_a_mirror_that_breaks_is_said_once_and_stops_nothing(
 def test_a_signal_to_every_process_leaves_the_run_alive_without_its_mirror(tmp_path: Path) -> None:
     script = (
         "import os, signal, sys, time; os.environ.pop('WANDB_SERVICE', None); from pathlib import Path; sys.path.insert(0, '.')\n"
-        "from tests.pretrain.run.test_record import config, Wandb\n"
-        f"w = Wandb(Path({str(tmp_path)!r}), config('offline')); w.add(1, {{'loss': 1.0}})\n"
+        "from tests.pretrain.run.test_record import config, mirror_of\n"
+        f"w = mirror_of(Path({str(tmp_path)!r}), config('offline')); w.log_metrics({{'loss': 1.0}}, 1)\n"
         "for child in Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split():\n"
         "    os.kill(int(child), signal.SIGTERM)\n"
-        "time.sleep(2); w.add(2, {'loss': 1.0}); w.close(); print('alive')"
+        "time.sleep(2); w.log_metrics({'loss': 1.0}, 2); w.close(); print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "alive" in done.stdout and "what follows is in metrics.jsonl only" in done.stderr, done.stderr
@@ -143,7 +155,7 @@ def test_a_signal_to_every_process_leaves_the_run_alive_without_its_mirror(tmp_p
 def test_weights_and_biases_gets_no_secret_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "https://me:hunter2@host/shards?token=hunter2"
     monkeypatch.setattr(sys, "argv", ["pretrain", f"data.shards={secret}"])
-    mirror = Wandb(tmp_path, WithUrl(WandbSettings("offline", "slidewright"), secret))
+    mirror = mirror_of(tmp_path, WithUrl(WandbSettings("offline", "slidewright"), secret))
     assert mirror.run is not None and mirror.run.config["url"] == "https://***@host/shards?token=***"
     mirror.close()
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())

@@ -28,7 +28,6 @@ from pretrain.run import checkpoints
 from pretrain.run.folder import digest, read_config
 from pretrain.run.metrics import read_metrics
 from pretrain.training.fit import out_of_memory
-from pretrain.training.module import Training
 from tests.data.shards.tile_folders import spoil, write_tiles
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -463,7 +462,9 @@ def test_a_skipped_step_leaves_every_weight_and_centre_as_it_was(
     tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     poison(monkeypatch, {2, 3})
-    monkeypatch.setattr(Training, "_unfit", lambda self: None)  # or there were no checkpoint to look at
+    monkeypatch.setattr(
+        "pretrain.training.checkpointing.unfit", lambda training: None
+    )  # or there were no checkpoint to look at
     run_command_line(command(tile_shards, tmp_path / "run", *WAYS["everything"], "trainer.keep_checkpoints=0"))
     second, fourth = (
         checkpoints.read_network(tmp_path / "run" / "checkpoints" / f"step-0000000{step}", "") for step in (2, 4)
