@@ -6,8 +6,9 @@ from data.redaction import redacted
 class Fault(Exception):
     """Something a person can put right; its message is one sentence that names the thing and the way out.
 
-    The command line prints a Fault as a single line, below ``trace``: the traceback of a user's own code, where that failed in another
-    process. Every other exception is a defect of ours and keeps its traceback. Neither tells what is private in a URL.
+    The command line prints a Fault as a single line, below ``trace``: the traceback of a user's own code, where that
+    failed in another process. Every other exception is a defect of ours and keeps its traceback. Neither tells what is
+    private in a URL.
     """
 
     code = 1
@@ -19,4 +20,5 @@ class Fault(Exception):
 
 
 class Notice(UserWarning):
-    """Something a person should know and that stops nothing, from where there is nobody to say it to; the command line prints it as a line."""
+    """Something a person should know and that stops nothing, from where there is nobody to say it to; the command line
+    prints it as a line."""

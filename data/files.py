@@ -40,7 +40,8 @@ LIBRARIES_SAY = re.compile(
 
 
 class Refused(Fault):
-    """A file system refused to be written to: the fault of no single slide, so the work ends, and goes on when there is room."""
+    """A file system refused to be written to: the fault of no single slide, so the work ends, and goes on when there is
+    room."""
 
 
 def refused(path: Path | str, error: OSError) -> Refused:
@@ -68,7 +69,8 @@ def refusals(path: Path | str) -> Iterator[None]:
 
 
 def denied(error: OSError) -> Fault | None:
-    """The sentence for an error of the file system that nobody nearer to it put in words, where a person can put it right."""
+    """The sentence for an error of the file system that nobody nearer to it put in words, where a person can put it
+    right."""
     if error.errno not in WAYS_OUT or not error.filename:
         return None
     return Fault(f"{error.filename}: {error.strerror}; {WAYS_OUT[error.errno]}.")
@@ -90,7 +92,8 @@ def unfinished(path: Path) -> Path:
 
 @contextmanager
 def appearing(path: Path) -> Iterator[Path]:
-    """A name to write a file under, which takes the place of ``path`` when the block ends, and is removed where that fails. A block that writes nothing leaves ``path`` as it is.
+    """A name to write a file under, which takes the place of ``path`` when the block ends, and is removed where that
+    fails. A block that writes nothing leaves ``path`` as it is.
 
     Raises Refused where the file system refuses any of it.
     """
@@ -109,7 +112,8 @@ def appearing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes, private: bool = False) -> None:
-    """Replace a file in one step: whole or as it was, and ``private``: for its owner's eyes. Raises Refused where the file system refuses."""
+    """Replace a file in one step: whole or as it was, and ``private``: for its owner's eyes. Raises Refused where the
+    file system refuses."""
     with appearing(path) as partial:
         if private:
             partial.touch(0o600)
@@ -147,7 +151,8 @@ def remove(path: Path) -> None:
 
 
 def require_writable(path: Path) -> None:
-    """Raise Refused where a file couldn't be written at ``path``; asked before long work whose result goes there. Makes nothing."""
+    """Raise Refused where a file couldn't be written at ``path``; asked before long work whose result goes there. Makes
+    nothing."""
     there = next(folder for folder in path.absolute().parents if folder.exists())
     partial = unfinished(there / path.name)
     try:

@@ -13,7 +13,8 @@ from data.remote import RemotePath
 
 @contextmanager
 def opened(path: Path | RemotePath, way_out: str = "") -> Iterator[h5py.File]:
-    """The open file, to read. What is wrong with it shows when it is opened or only when it is read: a Fault either way.
+    """The open file, to read. What is wrong with it shows when it is opened or only when it is read: a Fault either
+    way.
 
     ``way_out``: what to do about a broken one, where that is known.
     """

@@ -8,7 +8,8 @@ from data.fault import Fault
 
 
 def read_object(path: Path, names: set[str], way_out: str) -> dict[str, Any]:
-    """The object in a file. Raises Fault with ``way_out`` where the file is damaged, or lacks one of ``names``; OSError where there is none."""
+    """The object in a file. Raises Fault with ``way_out`` where the file is damaged, or lacks one of ``names``; OSError
+    where there is none."""
     try:
         found = json.loads(path.read_text())
     except (ValueError, RecursionError) as error:

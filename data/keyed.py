@@ -22,6 +22,6 @@ def rng(*key: int | str) -> np.random.Generator:
 
 
 def drawn(population: int, count: int, *key: int | str) -> np.ndarray:
-    """``count`` of the numbers below ``population`` (all where there are fewer), each as likely, ascending int64: drawn with that key, in time and
-    memory of ``count`` and not of ``population``."""
+    """``count`` of the numbers below ``population`` (all where there are fewer), each as likely, ascending int64: drawn
+    with that key, in time and memory of ``count`` and not of ``population``."""
     return np.sort(rng(*key).choice(population, min(count, population), replace=False, shuffle=False))

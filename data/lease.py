@@ -2,9 +2,9 @@
 
     .lease           who holds the folder (host, process, job, since when), touched every `BEAT` seconds
 
-Held until its holder ends, however that ends: a holder of this machine is looked for among its processes, of another one its
-silence for `SILENCE` seconds tells that it is gone. So it outlives kill −9 and a reboot, and needs nothing of the file system but
-that a file is created by one process only (no ``flock``, no links, no common clock).
+Held until its holder ends, however that ends: a holder of this machine is looked for among its processes, of another
+one its silence for `SILENCE` seconds tells that it is gone. So it outlives kill −9 and a reboot, and needs nothing of
+the file system but that a file is created by one process only (no ``flock``, no links, no common clock).
 """
 
 import json
@@ -85,7 +85,8 @@ def _machine() -> str:
 
 
 class Lease:
-    """A lease that is held: its thread keeps saying so. `lost` where somebody took it, since nothing was heard of this process."""
+    """A lease that is held: its thread keeps saying so. `lost` where somebody took it, since nothing was heard of this
+    process."""
 
     def __init__(self, path: Path, me: Holder) -> None:
         self.path, self.me, self.lost = path, me, False
@@ -118,9 +119,11 @@ def read_holder(path: Path) -> Holder | None:
 
 
 def take(path: Path, enough: Callable[[], bool] = lambda: False, heed: Heed = nothing) -> Lease | Holder | None:
-    """Take the lease at ``path``, or return who holds it: at once where that can be told, else after at most `SILENCE` seconds.
+    """Take the lease at ``path``, or return who holds it: at once where that can be told, else after at most `SILENCE`
+    seconds.
 
-    None where ``enough`` says meanwhile that it is needed no more. Raises Fault where the file system refuses, and whatever ``heed`` does.
+    None where ``enough`` says meanwhile that it is needed no more. Raises Fault where the file system refuses, and
+    whatever ``heed`` does.
     """
     me = _me()
     first, last_beat, unread, refusals = time.monotonic(), None, 0, 0
@@ -208,9 +211,11 @@ def alone(folder: Path, name: str = ".lease", doing: str = "another run", heed: 
 
 
 def once(path: Path, make: Callable[[], None], heed: Heed = nothing) -> None:
-    """Have ``path`` made by one of all processes that need it; the others wait for it, and an error of that one is everybody's.
+    """Have ``path`` made by one of all processes that need it; the others wait for it, and an error of that one is
+    everybody's.
 
-    ``make`` writes it whole. Raises Fault as ``make`` does, in all that waited for it. Who made it may leave it to the next, as a signal asks for.
+    ``make`` writes it whole. Raises Fault as ``make`` does, in all that waited for it. Who made it may leave it to the
+    next, as a signal asks for.
     """
     lease_path = path.with_name(f".{path.name}.lease")
     failure_path = path.with_name(f".{path.name}.failed")

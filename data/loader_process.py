@@ -1,4 +1,5 @@
-"""The loader's process: however it ends, the trainer ends with one sentence, and when the trainer ends nothing of it is left.
+"""The loader's process: however it ends, the trainer ends with one sentence, and when the trainer ends nothing of it is
+left.
 
     loader:  batch, batch, … ──▶ trainer            what goes wrong there travels as the last item, a Fault
     killed (out of memory, a full /dev/shm) ──▶     torch raises in the trainer, wherever that is: `ended_by`; or the
@@ -85,7 +86,8 @@ class LoaderProcess(DataLoader):
 
 
 class Handed(IterableDataset[Any]):
-    """The items of ``batches``, pickled where they go through a pipe, and as the last one a Fault for any error of theirs."""
+    """The items of ``batches``, pickled where they go through a pipe, and as the last one a Fault for any error of
+    theirs."""
 
     def __init__(self, batches: IterableDataset, through_pipe: bool) -> None:
         self.batches, self.through_pipe = batches, through_pipe

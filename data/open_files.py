@@ -10,7 +10,8 @@ _holders: weakref.WeakSet[object] = weakref.WeakSet()
 
 
 def share_of_open_files(holder: object) -> int:
-    """How many files ``holder`` may keep open: all holders of this process together `MOST`, or a quarter of the system's limit."""
+    """How many files ``holder`` may keep open: all holders of this process together `MOST`, or a quarter of the
+    system's limit."""
     _holders.add(holder)
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     together = MOST if soft == resource.RLIM_INFINITY else min(MOST, soft // 4)

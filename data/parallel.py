@@ -1,4 +1,5 @@
-"""The same function over many jobs in several processes, in which a job may fail or even crash without taking the others along."""
+"""The same function over many jobs in several processes, in which a job may fail or even crash without taking the
+others along."""
 
 import multiprocessing
 import os
@@ -24,10 +25,10 @@ def in_processes(
 ) -> Iterator[tuple[Job, Result | Fault]]:
     """Yield (job, its result or the Fault it raised) as they are done, in no particular order.
 
-    Other exceptions, and Refused, are raised here. A job whose process dies (a crash inside a C library, out of memory) yields a Fault as well: after a
-    crash the unfinished jobs that were running are repeated one by one, each in its own process, to learn whose fault it was. With one worker or one
-    job everything runs in this process. Workers end when this process does, however it ends, and at once where it wants no more: at Ctrl-C, or when the
-    iterator is closed.
+    Other exceptions, and Refused, are raised here. A job whose process dies (a crash inside a C library, out of memory)
+    yields a Fault as well: after a crash the unfinished jobs that were running are repeated one by one, each in its own
+    process, to learn whose fault it was. With one worker or one job everything runs in this process. Workers end when
+    this process does, however it ends, and at once where it wants no more: at Ctrl-C, or when the iterator is closed.
     """
     if workers <= 1 or len(jobs) <= 1:
         for job in jobs:
@@ -82,7 +83,8 @@ def _pool(workers: int) -> Iterator[ProcessPoolExecutor]:
 
 
 def _end_when_told(told: Connection) -> None:
-    """Leave as soon as the parent says so or is gone: a killed parent can't tell its workers to stop. Ctrl-C is the parent's to answer."""
+    """Leave as soon as the parent says so or is gone: a killed parent can't tell its workers to stop. Ctrl-C is the
+    parent's to answer."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None

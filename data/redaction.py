@@ -3,8 +3,9 @@
     https://user:password@host/shards      → https://***@host/shards
     https://host/shards?token=abc&sig=def  → https://host/shards?token=***&sig=***       what stands behind a # likewise
 
-Of a query every value goes, since nobody knows which of them signs it. What names a variable (``?token=${oc.env:TOKEN}``) tells nothing
-and stays. Settings are compared as they are written, so a new token is not a changed setting.
+Of a query every value goes, since nobody knows which of them signs it. What names a variable
+(``?token=${oc.env:TOKEN}``) tells nothing and stays. Settings are compared as they are written, so a new token is not a
+changed setting.
 """
 
 import re

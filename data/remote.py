@@ -1,10 +1,13 @@
-"""Byte ranges of files behind ``http(s)://``, ``s3://``, ``gs://`` and whatever else fsspec reaches, by a patient reader.
+"""Byte ranges of files behind ``http(s)://``, ``s3://``, ``gs://`` and whatever else fsspec reaches, by a patient
+reader.
 
-A read that fails, stalls or comes back short is tried again, each time after twice the pause; what stays broken ends in an error
-that names the URL. What can't get better (no such file, no permission, a server without byte ranges) ends at once.
+A read that fails, stalls or comes back short is tried again, each time after twice the pause; what stays broken ends in
+an error that names the URL. What can't get better (no such file, no permission, a server without byte ranges) ends at
+once.
 
-A folder's URL may be signed: the query of ``https://host/shards?token=…`` stays behind the path of each of its files. Passwords and
-headers come from fsspec's own configuration (``FSSPEC_HTTPS='{"client_kwargs": {"headers": {…}}}'``, files in ~/.config/fsspec).
+A folder's URL may be signed: the query of ``https://host/shards?token=…`` stays behind the path of each of its files.
+Passwords and headers come from fsspec's own configuration (``FSSPEC_HTTPS='{"client_kwargs": {"headers": {…}}}'``,
+files in ~/.config/fsspec).
 """
 
 import io
@@ -54,8 +57,8 @@ def url_within(folder: str, name: str) -> str:
 
 
 def read_range(url: str, start: int, stop: int) -> bytes:
-    """Bytes ``[start, stop)`` of a file. Raises OSError where there is no such file, Truncated where it is shorter, and Fault where
-    it can't be read for good."""
+    """Bytes ``[start, stop)`` of a file. Raises OSError where there is no such file, Truncated where it is shorter, and
+    Fault where it can't be read for good."""
     if start >= stop:
         return b""
 
@@ -89,8 +92,8 @@ def size_of(url: str) -> int:
 
 
 def list_names(url: str, ending: str) -> list[str]:
-    """Names of the files in a folder that end so, sorted. For http(s), those that the folder's page links to. Raises Fault where there is no such
-    folder, or page."""
+    """Names of the files in a folder that end so, sorted. For http(s), those that the folder's page links to. Raises
+    Fault where there is no such folder, or page."""
 
     def attempt(system: Any, path: str) -> list[str]:
         found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, url_within(path, ""), detail=False)  # fmt: skip
@@ -249,7 +252,8 @@ def _waited_for(system: Any, function: Any, *arguments: Any, **named: Any) -> An
 
 
 class BlockCache:
-    """The last ``capacity`` byte ranges that were asked for, each fetched once, in the background where it is announced."""
+    """The last ``capacity`` byte ranges that were asked for, each fetched once, in the background where it is
+    announced."""
 
     def __init__(self, fetch: Callable[[str, int, int], bytes]) -> None:
         self.fetch, self.capacity = fetch, 8

@@ -13,7 +13,8 @@ SAME = 0.01  # by how much the numbers of two axes may differ: levels have whole
 
 
 def said_number(path: Path, name: str, value: Any) -> float | None:
-    """What ``path`` says of ``name`` as a number. None where that is nothing: 0, not a number, empty. Raises Fault where it can't be one."""
+    """What ``path`` says of ``name`` as a number. None where that is nothing: 0, not a number, empty. Raises Fault
+    where it can't be one."""
     if value is None:
         return None
     values = np.atleast_1d(np.asarray(value)).ravel()
@@ -36,7 +37,8 @@ def said_number(path: Path, name: str, value: Any) -> float | None:
 
 
 def decimal(said: str) -> float:
-    """A number in a table or a JSON, as people write it. Raises ValueError for what only Python takes for one: 0_5, ٣, infinity."""
+    """A number in a table or a JSON, as people write it. Raises ValueError for what only Python takes for one: 0_5, ٣,
+    infinity."""
     if not DECIMAL.fullmatch(said.strip()):
         raise ValueError(f"{said!r} is no number")
     return float(said)

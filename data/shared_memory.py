@@ -1,4 +1,5 @@
-"""Memory that a loader process shares with the trainer's, used again and again: fresh pages cost more than decoding what fills them."""
+"""Memory that a loader process shares with the trainer's, used again and again: fresh pages cost more than decoding
+what fills them."""
 
 import math
 import os
@@ -12,10 +13,11 @@ HEADER = 64  # bytes before what a slot holds; the first says whether the slot i
 
 
 class Slots:
-    """A loader process's slots. One is taken until the last tensor made of it is gone in the process that it was handed to.
+    """A loader process's slots. One is taken until the last tensor made of it is gone in the process that it was handed
+    to.
 
-    Who keeps batches is never overtaken: where every slot is taken there is another. A batch that nobody receives keeps its slot, but that
-    happens only when the trainer lets go of the loader, whose process and memory end then.
+    Who keeps batches is never overtaken: where every slot is taken there is another. A batch that nobody receives keeps
+    its slot, but that happens only when the trainer lets go of the loader, whose process and memory end then.
     """
 
     def __init__(self, shared: bool = True) -> None:

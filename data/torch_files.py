@@ -1,4 +1,5 @@
-"""Why a file that torch or safetensors should read can't be read, in our words: torch's own advise to switch off what keeps a file from running code."""
+"""Why a file that torch or safetensors should read can't be read, in our words: torch's own advise to switch off what
+keeps a file from running code."""
 
 import re
 

@@ -40,7 +40,8 @@ def show_warning(
 
 
 def run_command_line(arguments: list[str]) -> None:
-    """Run one command line; a Fault ends it with one line and its exit code (1, or 2 for a mistake of the command line), Ctrl-C with 130."""
+    """Run one command line; a Fault ends it with one line and its exit code (1, or 2 for a mistake of the command
+    line), Ctrl-C with 130."""
     try:
         ranks.settle()
         composed = cli.parse(arguments)

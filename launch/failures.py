@@ -1,6 +1,7 @@
 """The first error of any rank is the one to show: what the others say after it is that somebody is gone.
 
-Every launch of several processes has a folder of logs, and names it in the environment. A process that fails leaves its error there at once,
+Every launch of several processes has a folder of logs, and names it in the environment. A process that fails leaves its
+error there at once,
 
     <run>/logs/<job>/  rank-00000.log …                                    what each process said
                        error-<attempt>-<seconds>-rank-00003.txt            its own error

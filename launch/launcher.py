@@ -9,7 +9,8 @@ from pathlib import Path
 
 from pretrain.settings.composition import Composed, stem
 
-# Commands that go on in the folder out=, which may hold other things beside; in others out= is a file, or appears when it is whole.
+# Commands that go on in the folder out=, which may hold other things beside; in others out= is a file, or appears when
+# it is whole.
 WORK_IN_OUT = ("shard", "embed", "inspect")
 
 
@@ -27,7 +28,8 @@ def run_here(composed: Composed) -> None:
 
 
 def folder_of(composed: Composed) -> Path:
-    """The folder that a command works in, for what its launch leaves behind; ``launched/COMMAND`` for one that has none."""
+    """The folder that a command works in, for what its launch leaves behind; ``launched/COMMAND`` for one that has
+    none."""
     tree = composed.tree
     if tree.get("run"):
         return Path(tree.run)

@@ -1,7 +1,7 @@
 """``launch=local``: here. One process runs in this one; several (``trainer.devices=2``) are started and watched by it.
 
-The watching process holds no part of the run: it passes signals on, ends the others when one fails, and says whose error came first.
-Lightning would start them from the first rank, and kill that without a word when another dies.
+The watching process holds no part of the run: it passes signals on, ends the others when one fails, and says whose
+error came first. Lightning would start them from the first rank, and kill that without a word when another dies.
 """
 
 import os
@@ -56,7 +56,8 @@ def is_a_rank() -> bool:
 
 
 def refuse_without_srun() -> None:
-    """Raise Fault in an allocation of several tasks where nobody started them: Lightning would take this process for one of them."""
+    """Raise Fault in an allocation of several tasks where nobody started them: Lightning would take this process for
+    one of them."""
     tasks = environment_number("SLURM_NTASKS", 1)
     if (
         tasks > 1
@@ -135,7 +136,8 @@ def run_together(composed: Composed, logs: Path) -> None:
 def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]:
     """Wait for all to end; the code and the place of the first that failed, or zeros.
 
-    After a failure, or a second Ctrl-C, those that linger are killed: a process may wait for ever for another that is gone.
+    After a failure, or a second Ctrl-C, those that linger are killed: a process may wait for ever for another that is
+    gone.
     """
     failed, deadline = 0, float("inf")
     while any([process.poll() is None for process in processes]):

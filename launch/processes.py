@@ -68,7 +68,8 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
 
 @of_the_command_line()
 def refuse_uneven(composed: Composed, processes: int) -> None:
-    """Raise Fault where a run can't be shared evenly by so many processes: they would find that out when they have started, a job when its turn comes."""
+    """Raise Fault where a run can't be shared evenly by so many processes: they would find that out when they have
+    started, a job when its turn comes."""
     if trains(composed):
         from pretrain.training.even_shares import require_even  # which imports Lightning and FSDP, for seconds
 

@@ -12,7 +12,8 @@ from launch import failures
 from pretrain.run.launched import rank
 
 PARENT = "PRETRAIN_PARENT"
-"""The variable of the environment with the number of a pipe whose other end is held by the process that started the ranks."""
+"""The variable of the environment with the number of a pipe whose other end is held by the process that started the
+ranks."""
 
 
 class Copied:
@@ -35,7 +36,8 @@ class Copied:
 def settle() -> None:
     """Take the place that the environment gives this process among the ranks, if it is one.
 
-    The first rank keeps its console and copies it to its log; the others write to theirs only. Under SLURM srun does that.
+    The first rank keeps its console and copies it to its log; the others write to theirs only. Under SLURM srun does
+    that.
     """
     number = rank()
     if number is None or failures.LOGS not in os.environ:
@@ -56,6 +58,7 @@ def settle() -> None:
 
 
 def _die_with(pipe: int) -> None:
-    """End this process when the other end of the pipe is closed: a rank without the others would wait for ever, or go on alone."""
+    """End this process when the other end of the pipe is closed: a rank without the others would wait for ever, or go
+    on alone."""
     os.read(pipe, 1)
     os.kill(os.getpid(), signal.SIGKILL)

@@ -1,8 +1,8 @@
 """``launch=slurm``: the script of a job, as a pure function of the settings, and its submission.
 
-A training job is one ``srun`` of a task a GPU, or a process on CPUs. SLURM tells the tasks that the time is nearly over; they save and put the
-job back into the queue. Any other command is one task: there the script is told, and puts the job back; the command goes on where it was,
-if it has finished anything in that time.
+A training job is one ``srun`` of a task a GPU, or a process on CPUs. SLURM tells the tasks that the time is nearly
+over; they save and put the job back into the queue. Any other command is one task: there the script is told, and puts
+the job back; the command goes on where it was, if it has finished anything in that time.
 """
 
 import re
@@ -169,7 +169,8 @@ class Slurm(Launcher):
 
     @of_the_command_line()
     def refuse_contradictions(self) -> None:
-        """Raise Fault for settings that are each allowed, and not together, and for what would end a line of the script's head."""
+        """Raise Fault for settings that are each allowed, and not together, and for what would end a line of the
+        script's head."""
         for name, value in vars(self).items():
             if name != "setup" and re.search(r"[\n\r]", " ".join(value) if isinstance(value, list) else str(value)):
                 raise Fault(f"launch.{name} holds a line break, which would end a line of the script: leave it out.")
@@ -322,7 +323,8 @@ def _doctors_arguments(composed: Composed, words: list[str], folder: Path) -> li
 
 
 def _srun(settings: Slurm, *options: str) -> str:
-    """srun with options of its own and those that each step needs: what is in the container, and the cores that it doesn't take over from sbatch."""
+    """srun with options of its own and those that each step needs: what is in the container, and the cores that it
+    doesn't take over from sbatch."""
     cores = [f"--cpus-per-task={settings.cpus_per_task}"] if settings.cpus_per_task else []
     return " ".join(["srun", *options, *cores, *settings.srun])
 

@@ -10,7 +10,8 @@ from pretrain.run.progress import say
 
 
 def submit(path: Path, text: str, logs: Path, dependency: str | None = None) -> str:
-    """Write the script, submit it, to wait for other jobs than it says itself where ``dependency`` is given, and return the job's number. Raises Fault where SLURM isn't here or refuses it."""
+    """Write the script, submit it, to wait for other jobs than it says itself where ``dependency`` is given, and return
+    the job's number. Raises Fault where SLURM isn't here or refuses it."""
     if shutil.which("sbatch") is None:
         raise Fault(
             "sbatch is not here: launch=slurm is for a cluster's login node; launch.dry_run=true prints the script, launch=local runs here."

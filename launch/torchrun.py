@@ -38,8 +38,9 @@ class Torchrun(Launcher):
     def launch(self, composed: Composed) -> None:
         composed.object()
         command, logs, began = self.command(composed), folder_of(composed).resolve() / "logs" / "torchrun", time.time()
-        # PYTHONSAFEPATH is what -P is elsewhere: torchrun starts the interpreter itself. With the store that torchrun meets in, ranks
-        # that are started again would look for those before them, at addresses where nobody is any more.
+        # PYTHONSAFEPATH is what -P is elsewhere: torchrun starts the interpreter itself. With the store that torchrun
+        # meets in, ranks that are started again would look for those before them, at addresses where nobody is any
+        # more.
         surroundings = {failures.LOGS: str(logs), "PYTHONSAFEPATH": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
         if self.dry_run:
             print(redacted(shlex.join(["env", *(f"{name}={value}" for name, value in surroundings.items()), *command])))
@@ -78,8 +79,8 @@ class Torchrun(Launcher):
 def run_and_tell(command: list[str], environment: dict[str, str]) -> tuple[int, list[int]]:
     """Run torchrun to its end, or to the one that a signal asks for; its exit code, and the signals that came.
 
-    Whatever came, torchrun is told SIGTERM, and tells its ranks: they answer with a checkpoint, also to Ctrl-C, and aren't started again, as
-    they would be if they had been told themselves.
+    Whatever came, torchrun is told SIGTERM, and tells its ranks: they answer with a checkpoint, also to Ctrl-C, and
+    aren't started again, as they would be if they had been told themselves.
     """
     told: list[int] = []
 

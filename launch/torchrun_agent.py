@@ -1,4 +1,5 @@
-"""torchrun as it is, but for its end where a signal asked for it: its ranks have said what there is to say, and its traceback says nothing more."""
+"""torchrun as it is, but for its end where a signal asked for it: its ranks have said what there is to say, and its
+traceback says nothing more."""
 
 import sys
 

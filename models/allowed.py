@@ -8,7 +8,8 @@ What two settings must be to each other is declared once beside them, as functio
 
     agreements: ClassVar[Agreements] = {("width", "heads"): check_heads}
 
-Networks and objectives declare both in their constructors and classes, settings in their dataclasses; `pretrain.settings.ranges` holds values to them.
+Networks and objectives declare both in their constructors and classes, settings in their dataclasses;
+`pretrain.settings.ranges` holds values to them.
 """
 
 import math
@@ -18,7 +19,8 @@ from dataclasses import dataclass
 from typing import Any
 
 Agreements = Mapping[tuple[str, ...], Callable[..., object]]
-"""By the names of settings, dotted for those of a setting inside: what raises ValueError where their values don't go together."""
+"""By the names of settings, dotted for those of a setting inside: what raises ValueError where their values don't go
+together."""
 
 
 @dataclass(frozen=True)
@@ -107,4 +109,5 @@ PROTOTYPES = within(least=1, most=10_000_000)
 """Prototypes of a head: 76 times as many as any published."""
 
 TILE = within(least=16)
-"""A tile's pixels a side: one patch of a network at least, or a slide is millions of tiles that nothing can be learned from."""
+"""A tile's pixels a side: one patch of a network at least, or a slide is millions of tiles that nothing can be learned
+from."""

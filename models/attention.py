@@ -26,7 +26,8 @@ FEW_TOKENS = 512
 Backend = Callable[[Tensor, Sequence[Shape], int], Tensor]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
-"""Attention over sequences of the given lengths, one behind the other: q, k, v ``(1, T, heads, d)`` → ``(1, T, heads, d)``."""
+"""Attention over sequences of the given lengths, one behind the other: q, k, v ``(1, T, heads, d)`` → ``(1, T, heads,
+d)``."""
 
 
 def check_heads(width: int, heads: int) -> None:
@@ -112,6 +113,7 @@ class Attention(nn.Module):
         self.proj = nn.Linear(width, width)
 
     def forward(self, x: Tensor, shapes: Sequence[Shape], rows: Tensor | None = None) -> Tensor:
-        """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``; or the result's ``rows`` ``(R,)`` alone."""
+        """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``; or the result's ``rows`` ``(R,)``
+        alone."""
         attended = self.attend(self.qkv(x), shapes, self.heads)
         return self.proj(attended if rows is None else attended.index_select(0, rows))

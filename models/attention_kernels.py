@@ -1,7 +1,8 @@
 """Faster attention kernels for CUDA, by name, behind the interface of `models.attention_statistics`.
 
-Each is a pair of functions: a forward that hands out its log-sum-exp, and a backward that takes any. The packages' public
-functions drop the log-sum-exp's gradient without a word, which is why their inner forward and backward are called.
+Each is a pair of functions: a forward that hands out its log-sum-exp, and a backward that takes any. The packages'
+public functions drop the log-sum-exp's gradient without a word, which is why their inner forward and backward are
+called.
 """
 
 from functools import lru_cache
@@ -85,7 +86,8 @@ def _flash_attn() -> Kernel:
 
 @lru_cache
 def _xformers() -> Kernel:
-    """The package xformers, runs of one length at a time: its statistics of many lengths have changed shape over versions."""
+    """The package xformers, runs of one length at a time: its statistics of many lengths have changed shape over
+    versions."""
     try:
         from xformers.ops.fmha import (
             memory_efficient_attention_backward,

@@ -1,13 +1,14 @@
-"""Softmax attention over runs of tokens that also hands out its log-sum-exp, forward and backward as two plain functions.
+"""Softmax attention over runs of tokens that also hands out its log-sum-exp, forward and backward as two plain
+functions.
 
 Attention over parts of the keys can be merged afterwards when each part's log-sum-exp (LSE) is known, and the gradient
 of the merged result is the ordinary attention backward fed with the *merged* output and LSE (see
 `models.dilated_attention`). Public attention functions keep the LSE to themselves or drop its gradient, so the stock
 kernels beneath them are called here.
 
-Runs lie one behind another: ``q, k, v`` are (rows, heads, head_width), and ``shapes`` says which rows belong together, as
-``(runs, tokens in each)`` in order. The softmax scale is ``head_width ** -0.5``, nothing is masked, and no autograd graph is recorded.
-A `Kernel` is found by name:
+Runs lie one behind another: ``q, k, v`` are (rows, heads, head_width), and ``shapes`` says which rows belong together,
+as ``(runs, tokens in each)`` in order. The softmax scale is ``head_width ** -0.5``, nothing is masked, and no autograd
+graph is recorded. A `Kernel` is found by name:
 
     sdpa        torch's stock kernels, a call for each run length; runs everywhere
     varlen      torch's FlashAttention, one call for runs of all lengths; CUDA, float16 or bfloat16
@@ -34,24 +35,26 @@ class Kernel(Protocol):
     """Attention inside runs, and its share of the gradient of a softmax that may be larger."""
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, Tensor]:
-        """``out = softmax(s) v``, shaped and typed as ``q``, and ``lse = log Σ_keys exp(s)``, (rows, heads), at least float32."""
+        """``out = softmax(s) v``, shaped and typed as ``q``, and ``lse = log Σ_keys exp(s)``, (rows, heads), at least
+        float32."""
 
     def backward(
         self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[Shape]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of ``q, k, v`` for the gradient ``grad`` of the output, given ``out`` and ``lse`` of any softmax they are part of.
+        """Gradients of ``q, k, v`` for the gradient ``grad`` of the output, given ``out`` and ``lse`` of any softmax
+        they are part of.
 
-        With ``P = exp(s - lse)``: ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))``, ``dQ = dS K / √d``, ``dK = dSᵀ Q / √d``
-        (Dao et al. 2022, FlashAttention, algorithm 4). ``P`` need not sum to one over these keys: when ``lse`` and ``out``
-        are those of a larger set of keys, the result is this set's exact share of the gradient.
+        With ``P = exp(s - lse)``: ``dV = Pᵀ dO``, ``dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))``, ``dQ = dS K / √d``, ``dK = dSᵀ
+        Q / √d`` (Dao et al. 2022, FlashAttention, algorithm 4). ``P`` need not sum to one over these keys: when ``lse``
+        and ``out`` are those of a larger set of keys, the result is this set's exact share of the gradient.
         """
 
 
 class Batched:
     """A kernel that takes runs of one length as a batch; every length is a call.
 
-    ``attend``: q, k, v (runs, heads, length, head_width) → the output and the LSE (runs, heads, length). ``attend_backward``: grad, q, k, v,
-    out, lse → dq, dk, dv. Any strides, as long as the last is 1.
+    ``attend``: q, k, v (runs, heads, length, head_width) → the output and the LSE (runs, heads, length).
+    ``attend_backward``: grad, q, k, v, out, lse → dq, dk, dv. Any strides, as long as the last is 1.
     """
 
     def __init__(self, attend: Callable[..., tuple[Tensor, ...]], attend_backward: Callable[..., tuple[Tensor, ...]]):
@@ -90,8 +93,9 @@ class Batched:
 class VariableLength:
     """A kernel that takes runs of all lengths in one call, with the rows at which they begin.
 
-    ``attend``: q, k, v (rows, heads, head_width), starts (runs + 1,) int32, longest → the output and the LSE (heads, rows).
-    ``attend_backward``: grad, q, k, v, out, lse (heads, rows), starts, longest → dq, dk, dv. Everything contiguous.
+    ``attend``: q, k, v (rows, heads, head_width), starts (runs + 1,) int32, longest → the output and the LSE (heads,
+    rows). ``attend_backward``: grad, q, k, v, out, lse (heads, rows), starts, longest → dq, dk, dv. Everything
+    contiguous.
     """
 
     def __init__(
@@ -113,13 +117,15 @@ class VariableLength:
 
 @lru_cache(maxsize=64)
 def run_starts(shapes: tuple[Shape, ...], device: torch.device) -> tuple[Tensor, int]:
-    """The rows at which runs begin, (runs + 1,) int32 with the total last, and the longest run. Cached: every layer asks again."""
+    """The rows at which runs begin, (runs + 1,) int32 with the total last, and the longest run. Cached: every layer
+    asks again."""
     lengths = torch.tensor([0, *(length for runs, length in shapes for _ in range(runs))], dtype=torch.int32)
     return lengths.cumsum(0, dtype=torch.int32).to(device), max(length for _, length in shapes)
 
 
 def stock(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """torch's own attention with statistics, for `Batched`: flash on CPUs, flash or memory-efficient on CUDA, otherwise plain products."""
+    """torch's own attention with statistics, for `Batched`: flash on CPUs, flash or memory-efficient on CUDA, otherwise
+    plain products."""
     aten = torch.ops.aten
     match _stock_kernel(q):
         case "cpu":

@@ -1,9 +1,10 @@
-"""Dilated attention (LongNet, Ding et al. 2023) over packed slides of any lengths, without padding, with exact gradients.
+"""Dilated attention (LongNet, Ding et al. 2023) over packed slides of any lengths, without padding, with exact
+gradients.
 
 A branch (w, r) cuts a sequence into segments of w tokens and lets each head see every r-th token of its segment: the
-heads are split into r groups, and group g attends among the tokens whose offset in the segment is ≡ g (mod r). So in one
-branch a token is active in one group of heads, and the branch is a *permutation* of the tokens into runs, each run one
-small dense attention:
+heads are split into r groups, and group g attends among the tokens whose offset in the segment is ≡ g (mod r). So in
+one branch a token is active in one group of heads, and the branch is a *permutation* of the tokens into runs, each run
+one small dense attention:
 
     segment of w = 8, r = 2, four heads      tokens 0 1 2 3 4 5 6 7
     heads 0, 1                               run    0 . 2 . 4 . 6 .
@@ -16,8 +17,8 @@ counts twice):
 
 and the gradient of that softmax, branch by branch, is the stock attention backward with the merged ``out`` and ``LSE``.
 
-The public code treats the weights ``exp(lse_b - LSE)`` as constants in the backward, and lets queries attend to the zero
-padding of incomplete segments. A model trained that way needs both to give the same numbers: ``compatible=True``.
+The public code treats the weights ``exp(lse_b - LSE)`` as constants in the backward, and lets queries attend to the
+zero padding of incomplete segments. A model trained that way needs both to give the same numbers: ``compatible=True``.
 """
 
 from collections import defaultdict
@@ -63,8 +64,8 @@ class Branch:
 def check_schedule(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]) -> None:
     """Raise ValueError, naming the nearest valid schedule, unless every ratio divides its segment length.
 
-    Where it doesn't, the groups of a segment have different numbers of tokens, and the public code then writes outputs to
-    other tokens than the queries they came from (w = 10, r = 4: output 12 belongs to query 10).
+    Where it doesn't, the groups of a segment have different numbers of tokens, and the public code then writes outputs
+    to other tokens than the queries they came from (w = 10, r = 4: output 12 belongs to query 10).
     """
     if len(segment_lengths) != len(dilated_ratios) or not segment_lengths:
         raise ValueError(
@@ -93,12 +94,13 @@ def dilated_attention(
 ) -> Tensor:
     """Dilated attention of packed sequences: (tokens, heads, head_width) each → (tokens, heads, head_width).
 
-    ``lengths`` are the tokens of each slide, in the order in which they are packed; slides do not see each other. Gradients
-    are exact, or those of the public code when ``compatible``. A token that no branch makes active (possible only
-    when the ratios' groups are more than the heads) gives zeros. ``of_heads``: (first, all), where these are only some of a
-    layer's heads, which decides the tokens that each of them sees.
+    ``lengths`` are the tokens of each slide, in the order in which they are packed; slides do not see each other.
+    Gradients are exact, or those of the public code when ``compatible``. A token that no branch makes active (possible
+    only when the ratios' groups are more than the heads) gives zeros. ``of_heads``: (first, all), where these are only
+    some of a layer's heads, which decides the tokens that each of them sees.
 
-    Raises ValueError when the lengths don't add up, or when a slide is longer than a segment whose ratio doesn't divide it.
+    Raises ValueError when the lengths don't add up, or when a slide is longer than a segment whose ratio doesn't divide
+    it.
     """
     if sum(lengths) != q.shape[0] or min(lengths, default=0) < 1:
         raise ValueError(f"slides of {list(lengths)} tokens do not make up the {q.shape[0]} packed ones")
@@ -120,8 +122,9 @@ def lay_out(
 ) -> Branch:
     """The runs of branch (w, r) for packed slides of these lengths, grouped into calls. Cached: every layer asks again.
 
-    ``heads`` are the ones at hand, of ``every`` head in all. Group g holds heads ``g * ceil(every / r)`` onwards, as in the public
-    code; when r does not divide the heads, the last groups are smaller or empty. A slide shorter than w is one segment.
+    ``heads`` are the ones at hand, of ``every`` head in all. Group g holds heads ``g * ceil(every / r)`` onwards, as in
+    the public code; when r does not divide the heads, the last groups are smaller or empty. A slide shorter than w is
+    one segment.
     """
     segments = []  # (first token, segments, tokens in each, tokens missing from each)
     for start, n in zip(accumulate(lengths, initial=0), lengths, strict=False):
@@ -155,7 +158,8 @@ def lay_out(
 def _permutation(
     segments: list[tuple[int, int, int, int]], r: int, phase: Tensor
 ) -> tuple[Tensor, list[Shape], Tensor]:
-    """Ratio r > 1: a run is (segment, head), its tokens r apart. All rows by run length, shapes, missing tokens of each row."""
+    """Ratio r > 1: a run is (segment, head), its tokens r apart. All rows by run length, shapes, missing tokens of each
+    row."""
     found: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # run length → rows (runs, length), missing
     for first, count, size, missing in segments:
         padded = ceil((size + missing) / r)
@@ -176,7 +180,8 @@ def _permutation(
 
 
 def _cut(shapes: list[Shape], per_call: int, together: int) -> Iterator[list[Shape]]:
-    """Runs in order, cut into calls of at most ``per_call`` tokens and `MOST_RUNS`, or of ``together`` runs where their tokens are more."""
+    """Runs in order, cut into calls of at most ``per_call`` tokens and `MOST_RUNS`, or of ``together`` runs where their
+    tokens are more."""
     call: list[Shape] = []
     room = per_call
     for count, length in shapes:

@@ -27,7 +27,8 @@ def networks(root: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def initialise(root: nn.Module, seed: int, prefix: str = "") -> None:
-    """`fill` all of ``root``. Raises ValueError naming a parameter that belongs to no network: it would stay uninitialised."""
+    """`fill` all of ``root``. Raises ValueError naming a parameter that belongs to no network: it would stay
+    uninitialised."""
     if missed := fill(root, seed, prefix):
         raise ValueError(f"no network gives {missed[0]!r} an initial value ({len(missed)} such parameters)")
 

@@ -38,12 +38,14 @@ class SlideFeatures(NamedTuple):
 
 
 class LongNet(nn.Module):
-    """The slide encoder. ``input_width`` is the tile encoder's; keyword arguments are its settings (``configs/model/``).
+    """The slide encoder. ``input_width`` is the tile encoder's; keyword arguments are its settings
+    (``configs/model/``).
 
     ``drop_path`` is the last layer's rate; it grows linearly from 0 at the first. ``compatible`` asks for the released
     model's attention (attended zero padding, constant branch weights in the backward); `load_released` turns it on.
-    ``attention`` names the kernel, see `models.attention_statistics`. ``initial_residual``: what the last matrix of each residual branch is
-    multiplied by at the start; 1 is the released initialisation, and with 0 every layer begins as the identity.
+    ``attention`` names the kernel, see `models.attention_statistics`. ``initial_residual``: what the last matrix of
+    each residual branch is multiplied by at the start; 1 is the released initialisation, and with 0 every layer begins
+    as the identity.
 
     Raises ValueError when the widths don't divide, when a ratio doesn't divide its segment length, or for a kernel that
     can't run here.
@@ -214,7 +216,8 @@ class Layers(nn.Module):
     def share_slides(self, group: Group) -> None:
         """Let the processes of ``group`` each compute a share of every slide's tokens (see `models.sequence_parallel`).
 
-        They are given the same slides, and get the same results. Raises ValueError unless the processes divide the heads.
+        They are given the same slides, and get the same results. Raises ValueError unless the processes divide the
+        heads.
         """
         check_sharing(self.heads, group)
         self.group = group
@@ -222,7 +225,8 @@ class Layers(nn.Module):
     def forward(
         self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None, all_layers: bool = False
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B, width) each."""
+        """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B,
+        width) each."""
         share = Share(tuple(lengths), self.group)
         x = dropout(scatter(x, share), self.dropout, share, seeds, "embedding")
         states = [summarise(gather(x, share), lengths)[1:]] if all_layers else []
@@ -280,7 +284,8 @@ class Layer(nn.Module):
 
 
 class DilatedSelfAttention(nn.Module):
-    """Multi-head dilated attention with a norm before its output projection (sub-LayerNorm), in three steps: `Layer` calls each.
+    """Multi-head dilated attention with a norm before its output projection (sub-LayerNorm), in three steps: `Layer`
+    calls each.
 
     What comes before and after attention looks at one token at a time, and can therefore be done in pieces.
     """
@@ -323,7 +328,8 @@ class DilatedSelfAttention(nn.Module):
 
 
 def in_pieces(function: Callable[..., tuple[Tensor, ...]], *tensors: Tensor) -> tuple[Tensor, ...]:
-    """``function(*tensors)``, which looks at one row at a time, computed `PIECE` rows at a time into results of full length."""
+    """``function(*tensors)``, which looks at one row at a time, computed `PIECE` rows at a time into results of full
+    length."""
     results: tuple[Tensor, ...] = ()
     for start in range(0, max(1, len(tensors[0])), PIECE):
         pieces = function(*(x[start : start + PIECE] for x in tensors))
@@ -377,7 +383,8 @@ def dropout(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, s
 
 
 def drop_path(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
-    """Stochastic depth (Huang et al. 2016): a whole slide's branch is dropped with probability ``rate``, or else scaled up."""
+    """Stochastic depth (Huang et al. 2016): a whole slide's branch is dropped with probability ``rate``, or else scaled
+    up."""
     if seeds is None or rate == 0:
         return x
     factors = [0.0 if dropout_seed(seed, site) < rate * 2**63 else 1 / (1 - rate) for seed in seeds]
@@ -391,7 +398,8 @@ def dropout_seed(seed: int, site: str) -> int:
 
 
 def fill_as_released(name: str, tensor: Tensor, generator: torch.Generator, initial_residual: float) -> None:
-    """The released model's initial values: Xavier-uniform matrices, zero biases, norms at 1, tokens normal with σ = 0.02.
+    """The released model's initial values: Xavier-uniform matrices, zero biases, norms at 1, tokens normal with σ =
+    0.02.
 
     The matrices that end a residual branch are multiplied by ``initial_residual``.
     """

@@ -11,8 +11,8 @@ from models.vit import MLP, Block
 def random_masking(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
     """Which patches are kept: those with the least ``noise`` ``(B, L)``, ``int(L · (1 − ratio))`` of them.
 
-    Returns the kept ones ``(B, n)`` int64 in ascending order of noise, every patch's rank in that order ``(B, L)`` int64,
-    and the mask ``(B, L)`` bool, true where a patch is removed.
+    Returns the kept ones ``(B, n)`` int64 in ascending order of noise, every patch's rank in that order ``(B, L)``
+    int64, and the mask ``(B, L)`` bool, true where a patch is removed.
     """
     order = noise.argsort(dim=1)
     rank = order.argsort(dim=1)
@@ -28,7 +28,8 @@ def pixels(images: Tensor, patch_size: int) -> Tensor:
 
 
 def normalised(patches: Tensor) -> Tensor:
-    """Each patch minus its mean over its standard deviation, ``√(var + 1e-6)`` with the unbiased variance (§4, "norm_pix")."""
+    """Each patch minus its mean over its standard deviation, ``√(var + 1e-6)`` with the unbiased variance (§4,
+    "norm_pix")."""
     return (patches - patches.mean(-1, keepdim=True)) / (patches.var(-1, keepdim=True) + 1e-6).sqrt()
 
 
@@ -58,8 +59,8 @@ class PixelDecoder(nn.Module):
     def forward(self, cls: Tensor, visible: Tensor, rank: Tensor, rows: int) -> Tensor:
         """Predicted pixels ``(B, L, p * p * 3)`` of all patches.
 
-        ``cls`` ``(B, encoder_width)`` and ``visible`` ``(B, n, encoder_width)`` are the encoder's tokens, ``rank`` ``(B, L)``
-        says which of visible and then masked patches lies at each place of the grid of ``rows`` rows.
+        ``cls`` ``(B, encoder_width)`` and ``visible`` ``(B, n, encoder_width)`` are the encoder's tokens, ``rank``
+        ``(B, L)`` says which of visible and then masked patches lies at each place of the grid of ``rows`` rows.
         """
         b, length = rank.shape
         x = self.embed(visible)

@@ -6,7 +6,8 @@ it is given, and the layers learn what neighbours can't explain. One group of ch
 
     near_g(p) = Σ_v softmax_v(-|p - v|² / (2 reach_g²)) x_v,g
 
-and the layers after it may take differences of groups, so weights need not stay positive (as in kriging, Matheron 1963).
+and the layers after it may take differences of groups, so weights need not stay positive (as in kriging, Matheron
+1963).
 """
 
 from collections.abc import Sequence
@@ -31,9 +32,11 @@ class Nearby(nn.Module):
     def forward(
         self, x: Tensor, at: Tensor, wanted: Tensor, lengths: Sequence[int], wanted_lengths: Sequence[int]
     ) -> Tensor:
-        """(V, width) visible tiles, at cells (V, 2), and wanted cells (M, 2) → (M, width); ``lengths`` are the tiles per slide of either.
+        """(V, width) visible tiles, at cells (V, 2), and wanted cells (M, 2) → (M, width); ``lengths`` are the tiles
+        per slide of either.
 
-        Computed in float32 or better: as ``(p·v - |v|²/2) / reach²``, which softmax can't tell from ``-|p - v|²/(2 reach²)``.
+        Computed in float32 or better: as ``(p·v - |v|²/2) / reach²``, which softmax can't tell from ``-|p - v|²/(2
+        reach²)``.
         """
         precise = torch.promote_types(x.dtype, torch.float32)
         reach = self.log_reach.to(precise).exp()[:, None, None]  # (groups, 1, 1)

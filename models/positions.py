@@ -1,4 +1,5 @@
-"""Fixed positions: MAE's two-dimensional sines and cosines (He et al. 2022), which Prov-GigaPath's slide encoder took over."""
+"""Fixed positions: MAE's two-dimensional sines and cosines (He et al. 2022), which Prov-GigaPath's slide encoder took
+over."""
 
 import torch
 from torch import Tensor
@@ -11,11 +12,12 @@ def check_sines(width: int) -> None:
 
 
 def position_embedding(cells: Tensor, width: int) -> Tensor:
-    """(T, 2) integer cells (x, y) → (T, width) float32: ``[sin(yω), cos(yω), sin(xω), cos(xω)]``, ``ω_i = 10000^(-4i / width)``.
+    """(T, 2) integer cells (x, y) → (T, width) float32: ``[sin(yω), cos(yω), sin(xω), cos(xω)]``, ``ω_i = 10000^(-4i /
+    width)``.
 
-    These are the rows of the released model's table of 1000 × 1000 cells (MAE's 2-d sine-cosine embedding), computed for
-    the columns and rows that occur instead of stored for all. Cells beyond 1000 keep their own values; the table wraps there.
-    Raises ValueError for a negative cell.
+    These are the rows of the released model's table of 1000 × 1000 cells (MAE's 2-d sine-cosine embedding), computed
+    for the columns and rows that occur instead of stored for all. Cells beyond 1000 keep their own values; the table
+    wraps there. Raises ValueError for a negative cell.
     """
     if len(cells) == 0:
         return torch.zeros(0, width, device=cells.device)
@@ -29,6 +31,7 @@ def position_embedding(cells: Tensor, width: int) -> Tensor:
 
 
 def grid_embedding(rows: int, columns: int, width: int, device: torch.device | None = None) -> Tensor:
-    """The fixed positions of an image's patches, row by row: ``(rows * columns, width)``; MAE's first half is the column's."""
+    """The fixed positions of an image's patches, row by row: ``(rows * columns, width)``; MAE's first half is the
+    column's."""
     row, column = torch.meshgrid(torch.arange(rows, device=device), torch.arange(columns, device=device), indexing="ij")
     return position_embedding(torch.stack([row.flatten(), column.flatten()], dim=1), width)

@@ -1,7 +1,7 @@
 """One slide on several processes: each holds a share of the tokens, and all of them for some of the heads in attention.
 
-Norms and linears look at one token at a time, so they run on shares. Attention looks at one head at a time, so before it
-an all-to-all trades tokens for heads, and after it heads for tokens (Jacobs et al. 2023, DeepSpeed Ulysses):
+Norms and linears look at one token at a time, so they run on shares. Attention looks at one head at a time, so before
+it an all-to-all trades tokens for heads, and after it heads for tokens (Jacobs et al. 2023, DeepSpeed Ulysses):
 
     process 0   tokens 0…, all heads  ─┐ all-to-all ┌─ all tokens, heads 0…  ── attention ──┐ all-to-all ┌─ tokens 0…, all heads
     process 1   tokens …T, all heads  ─┘            └─ all tokens, heads …H  ── attention ──┘            └─ tokens …T, all heads

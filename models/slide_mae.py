@@ -1,13 +1,13 @@
 """The decoder of the slide masked autoencoder: from the encoder's visible tiles to predictions for the masked ones.
 
-He et al. 2022 (MAE), on the tiles of a slide instead of the patches of an image: visible tiles are projected and set back
-among mask tokens at their places, every place gets its position embedding, and layers that look in both directions
+He et al. 2022 (MAE), on the tiles of a slide instead of the patches of an image: visible tiles are projected and set
+back among mask tokens at their places, every place gets its position embedding, and layers that look in both directions
 predict the embedding of each masked tile. The published system says nothing about its decoder; this one is apart from
 the encoder and is thrown away after pretraining.
 
-Its attention is dilated like the encoder's. It sees all tiles of a slide (about 7,000, up to 60,000), four times as many
-as the encoder, and dilation is cheaper than full attention from about 1,500 tokens on; below its first segment length it
-keeps a full-attention branch anyway.
+Its attention is dilated like the encoder's. It sees all tiles of a slide (about 7,000, up to 60,000), four times as
+many as the encoder, and dilation is cheaper than full attention from about 1,500 tokens on; below its first segment
+length it keeps a full-attention branch anyway.
 """
 
 from collections.abc import Sequence
@@ -23,8 +23,8 @@ from models.positions import check_sines, position_embedding
 class SlideDecoder(nn.Module):
     """Predicts the embeddings of masked tiles. Raises ValueError when its widths or its schedule don't divide.
 
-    ``start``: what a masked tile enters as: "token", one learned vector (MAE), or "nearby", that and the visible tiles near it
-    (see `models.nearby`). ``initial_residual``: see `LongNet`.
+    ``start``: what a masked tile enters as: "token", one learned vector (MAE), or "nearby", that and the visible tiles
+    near it (see `models.nearby`). ``initial_residual``: see `LongNet`.
     """
 
     def __init__(
@@ -78,8 +78,9 @@ class SlideDecoder(nn.Module):
     ) -> Tensor:
         """Predictions for the masked tiles, (M, output_width).
 
-        tiles: (V, encoder_width) encoded visible tiles. cls: (B, encoder_width). visible: (V,) and masked: (M,) their indices among the T
-        tiles of the packed slides, both ascending. cells: (T, 2) of all of them. lengths: all tiles per slide; visible_lengths: the visible ones.
+        tiles: (V, encoder_width) encoded visible tiles. cls: (B, encoder_width). visible: (V,) and masked: (M,) their
+        indices among the T tiles of the packed slides, both ascending. cells: (T, 2) of all of them. lengths: all tiles
+        per slide; visible_lengths: the visible ones.
         """
         embedded = self.embed(tiles)
         x = self.mask_token.to(embedded.dtype).expand(len(cells), -1).index_copy(0, visible, embedded)

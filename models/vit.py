@@ -41,8 +41,8 @@ class Kept:
     def among(self, wanted: Tensor, length: int) -> "Kept":
         """The same samples, but results for the ``wanted`` rows ``(R,)`` alone, counted among these.
 
-        The packed sequence has ``length`` rows. How many are both kept and wanted depends on the draw: a compiled block can't
-        find out, and is told.
+        The packed sequence has ``length`` rows. How many are both kept and wanted depends on the draw: a compiled block
+        can't find out, and is told.
         """
         place = wanted.new_full((length,), -1)
         place[wanted] = torch.arange(len(wanted), device=wanted.device)
@@ -140,7 +140,8 @@ class PatchEmbedding(nn.Module):
 
 
 def resample_positions(positions: Tensor, rows: int, columns: int, *, antialias: bool, offset: float) -> Tensor:
-    """Position embeddings of a square grid ``(1, grid², width)``, bicubically on another one: ``(1, rows * columns, width)``.
+    """Position embeddings of a square grid ``(1, grid², width)``, bicubically on another one: ``(1, rows * columns,
+    width)``.
 
     With an ``offset`` the scale is ``(rows + offset) / grid`` instead of the ratio of the sizes, as DINOv2's first
     release has it against a floating-point floor.
@@ -255,11 +256,12 @@ class VisionTransformer(nn.Module):
         """Encode batches of crops of different sizes in one pass.
 
         ``crops``: normalised images, each ``(B_i, 3, H_i, W_i)``. ``masks``: per batch a bool ``(B_i, patches)`` whose
-        true patches are replaced by the mask token, or None. ``kept``: per block, the samples that its two branches
-        run on (see `Kept`); None runs them all. ``visible``: per batch an int64 ``(B_i, n)`` of the patches that are
+        true patches are replaced by the mask token, or None. ``kept``: per block, the samples that its two branches run
+        on (see `Kept`); None runs them all. ``visible``: per batch an int64 ``(B_i, n)`` of the patches that are
         encoded at all (MAE's), in that order, or None for all. ``wanted``: per batch a bool ``(B_i, patches)`` of the
         patches whose tokens the caller reads beside the class tokens', or None for no patch at all; the last block then
-        computes no more than these, with the same result, and `Tokens.patches` holds them one behind the other, ``(M, width)``.
+        computes no more than these, with the same result, and `Tokens.patches` holds them one behind the other, ``(M,
+        width)``.
         """
         masks = masks if masks is not None else [None] * len(crops)
         embedded = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]

@@ -1,8 +1,8 @@
 """The command's front door: check that the house is ours, then hand over to `launch`.
 
-The four packages keep short names (``data``, ``models``, ``launch``, ``pretrain``), so another installed distribution may
-shadow one of them. That is looked for here, before anything of theirs is imported, because the failure would otherwise
-be an obscure ImportError somewhere else.
+The four packages keep short names (``data``, ``models``, ``launch``, ``pretrain``), so another installed distribution
+may shadow one of them. That is looked for here, before anything of theirs is imported, because the failure would
+otherwise be an obscure ImportError somewhere else.
 """
 
 import ctypes
@@ -53,8 +53,8 @@ def main() -> None:
     if trains:  # what trains answers a signal; before its imports, which take seconds
         signals.listen()
     if sys.argv[1:2] == ["tile"]:
-        # Large tensors on huge pages: a CPU's step is 3 % shorter (a slide's attention would be longer by a fifth). torch reads
-        # this at its first allocation.
+        # Large tensors on huge pages: a CPU's step is 3 % shorter (a slide's attention would be longer by a fifth).
+        # torch reads this at its first allocation.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         keep_freed_memory()
     entry = importlib.import_module("launch.entry")

@@ -178,7 +178,8 @@ def explain(command: str) -> str:
 
 
 def with_ranges(text: str, allowed: dict[str, str], prefix: str = "") -> str:
-    """A text of YAML with what its values may be behind their comments, unless these say so; keys of ``allowed`` begin with ``prefix``."""
+    """A text of YAML with what its values may be behind their comments, unless these say so; keys of ``allowed`` begin
+    with ``prefix``."""
     lines = text.splitlines()
     for name, place in places(text).items():
         words = allowed.get(f"{prefix}{name}")

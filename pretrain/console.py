@@ -5,7 +5,8 @@ from typing import TextIO
 
 
 class Unfailing:
-    """A stream that drops what it can't write. Its reader may end (``| head``, a viewer, a terminal) and its disk fill up; work goes on."""
+    """A stream that drops what it can't write. Its reader may end (``| head``, a viewer, a terminal) and its disk fill
+    up; work goes on."""
 
     def __init__(self, stream: TextIO) -> None:
         self.stream = stream

@@ -25,7 +25,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def no_address_left_behind() -> Iterator[None]:
-    """A run made inside a test's process leaves the address of its group in the environment, and another process would take it."""
+    """A run made inside a test's process leaves the address of its group in the environment, and another process would
+    take it."""
     yield
     for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE"):
         os.environ.pop(name, None)

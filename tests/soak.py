@@ -2,11 +2,12 @@
 
     python tests/soak.py [kills=30] [preemptions=20] [seed=0]
 
-A tiny tile run is SIGKILLed ``kills`` times, half of them in one process and half in two, every second time aimed into a
-save; then one in two processes gets SIGUSR1, SIGUSR2 or SIGTERM ``preemptions`` times, one in four while it starts. The
-signal goes to one rank or to every process. After every kill the newest published checkpoint must load; after every preemption the
-exit code must be 75 and the checkpoint that of the last step on record. At the end losses and weights are those of an
-uninterrupted run on as many processes, bit for bit. Each line is an event; the last is JSON. Exit code 1 where anything differed.
+A tiny tile run is SIGKILLed ``kills`` times, half of them in one process and half in two, every second time aimed into
+a save; then one in two processes gets SIGUSR1, SIGUSR2 or SIGTERM ``preemptions`` times, one in four while it starts.
+The signal goes to one rank or to every process. After every kill the newest published checkpoint must load; after every
+preemption the exit code must be 75 and the checkpoint that of the last step on record. At the end losses and weights
+are those of an uninterrupted run on as many processes, bit for bit. Each line is an event; the last is JSON. Exit code
+1 where anything differed.
 """
 
 import contextlib
@@ -198,7 +199,8 @@ def soak_kills(run: Run, count: int, draw: random.Random) -> dict[str, float]:
 
 
 def preempt(run: Run, starting: bool, draw: random.Random) -> float:
-    """Start ``run`` and ask it to end, after a few steps or while ``starting``; seconds until it had (0 while starting)."""
+    """Start ``run`` and ask it to end, after a few steps or while ``starting``; seconds until it had (0 while
+    starting)."""
     job, target = run.start(), draw.choice(["first", "one", "all"])
     asking = draw.choice([signal.SIGUSR1, signal.SIGUSR2, signal.SIGTERM])
     more = saved(run.folder) + draw.randint(1, 4)

@@ -54,7 +54,8 @@ def test_imports_point_one_way(package: str) -> None:
 
 
 def room(module: str) -> str:
-    """The folder that a module of ours lies in; a package's own files are above its folders: ``data.slides.tiling`` → ``data.slides``."""
+    """The folder that a module of ours lies in; a package's own files are above its folders: ``data.slides.tiling`` →
+    ``data.slides``."""
     parts = module.split(".")
     return ".".join(parts[:2]) if (ROOT / Path(*parts[:2])).is_dir() else parts[0]
 
@@ -118,8 +119,8 @@ def test_every_package_is_installed() -> None:
     assert there == set(find_packages(str(ROOT), include=patterns))  # which also asks each of them for an __init__.py
 
 
-# Needed without being imported: timm imports torchvision, openslide-python loads openslide-bin's library, fsspec loads the two for URLs,
-# and shards are in webdataset's format, which tests hold to the package itself.
+# Needed without being imported: timm imports torchvision, openslide-python loads openslide-bin's library, fsspec loads
+# the two for URLs, and shards are in webdataset's format, which tests hold to the package itself.
 NOT_IMPORTED = {"torchvision", "openslide-bin", "webdataset", "s3fs", "gcsfs"}
 OPTIONAL = {"flash_attn"}  # a kernel that is taken where somebody has it
 

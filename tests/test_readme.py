@@ -34,7 +34,8 @@ def test_every_line_of_the_bash_blocks_is_a_command_that_is_tested() -> None:
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``slides/`` (three copies of a real one) and ``labelled/{train,test}/`` (two classes of made-up tiles)."""
+    """A folder with ``slides/`` (three copies of a real one) and ``labelled/{train,test}/`` (two classes of made-up
+    tiles)."""
     if not SLIDE.exists():
         pytest.skip(f"the real slide is not at {SLIDE}: 'make setup' brings it")
     folder = tmp_path_factory.mktemp("readme")
@@ -67,8 +68,8 @@ def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
         "        run_command_line(words)\n"
     )
     (workplace / "driver.py").write_text(driver)
-    # Two processes are started by running the whole program again, so those commands go alone; and a plan makes a process group,
-    # of which a training in its process would leave one behind.
+    # Two processes are started by running the whole program again, so those commands go alone; and a plan makes a
+    # process group, of which a training in its process would leave one behind.
     apart = [
         words for words in lines if words[0] == "plan" or any(word.startswith("trainer.devices=") for word in words)
     ]

@@ -1,4 +1,5 @@
-"""Features and coordinates as they lie in the files of other programs: h5, tensors and arrays, with what they say about themselves.
+"""Features and coordinates as they lie in the files of other programs: h5, tensors and arrays, with what they say about
+themselves.
 
     h5    features (TRIDENT, CLAM), feats (STAMP), features/<encoder> (AtlasPatch), beside coords, of two columns or AtlasPatch's five
     pt    a tensor (CLAM, slide2vec), a list of rows, or a dictionary of features and perhaps coords
@@ -35,8 +36,9 @@ NO_FEATURES = "it is not a feature file of TRIDENT, AtlasPatch, CLAM, STAMP or s
 
 @dataclass(frozen=True)
 class Raw:
-    """``features`` (n, D), D = 0 where a slide without tiles doesn't say; ``coords`` (n, 2) or None; attributes by name; ``kind`` is the name of the
-    features' data set, ``encoder`` that of an encoder where they are kept under it."""
+    """``features`` (n, D), D = 0 where a slide without tiles doesn't say; ``coords`` (n, 2) or None; attributes by
+    name; ``kind`` is the name of the features' data set, ``encoder`` that of an encoder where they are kept under
+    it."""
 
     features: np.ndarray
     coords: np.ndarray | None
@@ -83,7 +85,8 @@ class Held:
 
 
 def read_arrays(path: Path, encoder: str | None = None) -> Raw:
-    """The features of a file, of ``encoder`` where it has several's. Raises Fault where there are none, or the file can't be read."""
+    """The features of a file, of ``encoder`` where it has several's. Raises Fault where there are none, or the file
+    can't be read."""
     with held_in(path) as held:
         name = held.features(encoder)
         try:
@@ -103,7 +106,8 @@ def read_arrays(path: Path, encoder: str | None = None) -> Raw:
 
 
 def width_and_encoder(path: Path, encoder: str | None = None) -> tuple[int, str | None, dict[str, Any]]:
-    """How many dimensions the features have (0 where a slide without tiles doesn't say), the encoder under whose name they are kept, and attributes."""
+    """How many dimensions the features have (0 where a slide without tiles doesn't say), the encoder under whose name
+    they are kept, and attributes."""
     with held_in(path) as held:
         name = held.features(encoder)
         shape = held.shapes[name]

@@ -1,8 +1,9 @@
 """Tile features that other programs made, read as slide embeddings: what their files say and what must be told.
 
-What a file doesn't say has to be told: CLAM's features don't say how large a tile is (its ``patches/<slide>.h5`` does, and is used where
-it lies beside), nor does anything of CLAM's say the scale; STAMP counts in µm, and only the slide's own µm per pixel lead back to pixels.
-slide2vec's lie in a folder of their own (`data.embeddings.slide2vec`). The formats are read in `data.embeddings.feature_arrays`; ours are described in `data.embeddings.h5`.
+What a file doesn't say has to be told: CLAM's features don't say how large a tile is (its ``patches/<slide>.h5`` does,
+and is used where it lies beside), nor does anything of CLAM's say the scale; STAMP counts in µm, and only the slide's
+own µm per pixel lead back to pixels. slide2vec's lie in a folder of their own (`data.embeddings.slide2vec`). The
+formats are read in `data.embeddings.feature_arrays`; ours are described in `data.embeddings.h5`.
 """
 
 import warnings
@@ -44,7 +45,8 @@ WAY_OUT = "give features_unit=level0, cells or um."
 
 @dataclass(frozen=True)
 class Imported:
-    """A slide's embeddings, and how many rows of its file were left out of them: not finite in float16, or at a place that had a row already."""
+    """A slide's embeddings, and how many rows of its file were left out of them: not finite in float16, or at a place
+    that had a row already."""
 
     slide: SlideEmbeddings
     not_finite: int = 0
@@ -52,7 +54,8 @@ class Imported:
 
 
 def list_features(folder: Path) -> dict[str, Path]:
-    """The feature files of a folder by their slides' ids: those of the first of `PATTERNS` that there are. Fault where there are none."""
+    """The feature files of a folder by their slides' ids: those of the first of `PATTERNS` that there are. Fault where
+    there are none."""
     folder = Path(folder)
     for pattern in PATTERNS:
         if found := [path for path in sorted(folder.glob(pattern)) if not path.name.startswith(".") and path.is_file()]:
@@ -64,7 +67,8 @@ def list_features(folder: Path) -> dict[str, Path]:
 
 
 def _name_others(folder: Path, taken: list[Path]) -> None:
-    """Say what else looks like features, but for what lies beside those that are taken: coordinates, other forms of the same slides."""
+    """Say what else looks like features, but for what lies beside those that are taken: coordinates, other forms of the
+    same slides."""
     stems = tuple({path.stem for path in taken})
     endings = {Path(pattern).suffix for pattern in PATTERNS}
     others: dict[str, list[str]] = {}
@@ -96,14 +100,16 @@ def _name_others(folder: Path, taken: list[Path]) -> None:
 
 
 def maker(path: Path, encoder: str | None = None) -> tuple[str | None, str | None]:
-    """The name of the encoder that made a file, where it says so (STAMP's, AtlasPatch's and ours do), and the encoder's hash (ours)."""
+    """The name of the encoder that made a file, where it says so (STAMP's, AtlasPatch's and ours do), and the encoder's
+    hash (ours)."""
     _, kept_under, of = width_and_encoder(path, encoder)
     name, hash_ = of.get("extractor", of.get("encoder", kept_under)), of.get("encoder_hash")
     return None if name is None else text(name), None if hash_ is None else text(hash_)
 
 
 def width(path: Path, encoder: str | None = None) -> int:
-    """How many dimensions the features of a file have; 0 of a slide without tiles that doesn't say. Fault where it is not such a file."""
+    """How many dimensions the features of a file have; 0 of a slide without tiles that doesn't say. Fault where it is
+    not such a file."""
     return width_and_encoder(path, encoder)[0]
 
 
@@ -118,9 +124,10 @@ def import_features(
 ) -> Imported:
     """One slide from a feature file, put in row-major order; the slide's id is the file's stem.
 
-    tile_size_level0: a tile's side in level-0 pixels; mpp: µm per delivered pixel; mpp_level0: µm per level-0 pixel; unit: of `UNITS`, what coordinates
-    count. What the file says comes before them. Where nobody says ``mpp``, TRIDENT's nominal 10 / magnification is taken. encoder: whose features, of
-    several. Raises Fault for what is still missing, for overlapping tiles, or when the file is not such a file.
+    tile_size_level0: a tile's side in level-0 pixels; mpp: µm per delivered pixel; mpp_level0: µm per level-0 pixel;
+    unit: of `UNITS`, what coordinates count. What the file says comes before them. Where nobody says ``mpp``, TRIDENT's
+    nominal 10 / magnification is taken. encoder: whose features, of several. Raises Fault for what is still missing,
+    for overlapping tiles, or when the file is not such a file.
     """
     path = Path(path)
     raw = read_arrays(path, encoder)
@@ -233,7 +240,8 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
 
 
 def _usual(said: dict[str, Any], coords: np.ndarray, size: tuple[int, int], wanted: str | None) -> str | None:
-    """The unit that the program which wrote the file counts in; what the user says in its place, where the coordinates can't be in that."""
+    """The unit that the program which wrote the file counts in; what the user says in its place, where the coordinates
+    can't be in that."""
     usual = said.get("usual_unit")
     if usual is None or wanted is None:
         return usual
@@ -260,7 +268,8 @@ def _refuse_sizes(
 
 
 def _refuse_contradiction(path: Path, said: dict[str, Any]) -> None:
-    """Raise Fault where magnifications and sizes can't all be true: a tile's side at level 0 is its pixels times the one over the other."""
+    """Raise Fault where magnifications and sizes can't all be true: a tile's side at level 0 is its pixels times the
+    one over the other."""
     names = ("tile_size_level0", "tile_size", "level0_magnification", "target_magnification")
     if all(said.get(name) for name in names):
         side, pixels, scanned, wanted = (said[name] for name in names)

@@ -4,8 +4,8 @@
     CLAM     h5_files/<slide>.h5   features and coords as above; pt_files/<slide>.pt: features as a tensor
     STAMP    <slide>.h5            feats (n, D) float16, coords (n, 2) float64 µm; unit, tile_size_um, tile_size_px, extractor
 
-Rows are in row-major order. Beside their attributes are ours: ``tile_size_level0`` exact where theirs is truncated, and ``mpp``, so
-that our own files come back as they were.
+Rows are in row-major order. Beside their attributes are ours: ``tile_size_level0`` exact where theirs is truncated, and
+``mpp``, so that our own files come back as they were.
 """
 
 from collections.abc import Callable, Iterator
@@ -40,8 +40,8 @@ def export_trident(store: EmbeddingStore, slide: str, folder: Path) -> None:
 
 
 def export_clam(store: EmbeddingStore, slide: str, folder: Path) -> None:
-    """Write one slide as CLAM's two feature files. ``coords`` has the attributes of CLAM's patches, counted at level 0, where a
-    tile is a whole number of level-0 pixels."""
+    """Write one slide as CLAM's two feature files. ``coords`` has the attributes of CLAM's patches, counted at level 0,
+    where a tile is a whole number of level-0 pixels."""
     found = store.read(slide)
     features = found.embeddings.astype(np.float32)
     tensor = folder / "pt_files" / f"{slide}.pt"

@@ -65,7 +65,8 @@ class PartFacts:
 
 
 def read_entries(folder: Path) -> dict[str, Entry]:
-    """All added slides: the lines of the journals and the rows of the indexes. A line cut short by a kill doesn't count.
+    """All added slides: the lines of the journals and the rows of the indexes. A line cut short by a kill doesn't
+    count.
 
     Journals come first: a writer that closes meanwhile puts its index in place before it empties its journal.
     """

@@ -20,8 +20,8 @@ from data.keyed import rng
 class Packing:
     """Global batches of positions for sequences of ``sizes`` (n,) tiles.
 
-    batch_size, batch_tokens: most sequences and most tiles in a global batch (batch_tokens None: any number), a lane's share of
-    either being a ``lanes``-th. Raises Fault where the numbers don't divide.
+    batch_size, batch_tokens: most sequences and most tiles in a global batch (batch_tokens None: any number), a lane's
+    share of either being a ``lanes``-th. Raises Fault where the numbers don't divide.
     """
 
     def __init__(self, sizes: np.ndarray, *, batch_size: int, batch_tokens: int | None, lanes: int, seed: int) -> None:
@@ -56,8 +56,8 @@ class Packing:
         return range(first, self._after(first, owned))
 
     def start(self, step: int) -> int:
-        """The position at which global batch ``step`` begins. A later step than ever asked for is found by packing up to it: about ten
-        seconds for the twenty thousand steps of a published run."""
+        """The position at which global batch ``step`` begins. A later step than ever asked for is found by packing up
+        to it: about ten seconds for the twenty thousand steps of a published run."""
         if self.room is None:
             return step * self.most * self.lanes
         while len(self._starts) <= step:
@@ -73,7 +73,8 @@ class Packing:
         return position
 
     def _fill(self, position: int, room: int) -> int:
-        """The position after one lane that begins at ``position``: as many sequences as fit into ``room`` tiles, at least one."""
+        """The position after one lane that begins at ``position``: as many sequences as fit into ``room`` tiles, at
+        least one."""
         taken = 0
         while True:
             number, offset = divmod(position + taken, len(self.sizes))

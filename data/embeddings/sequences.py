@@ -1,9 +1,10 @@
-"""Sequences of tile embeddings for the slide stage: what they are, in which order they come, how they are cut and masked.
+"""Sequences of tile embeddings for the slide stage: what they are, in which order they come, how they are cut and
+masked.
 
-A sequence is a slide, or a *field*, a square of ``field_cells`` × ``field_cells`` cells of its tile grid, where there are too few slides
-to learn from. Its tiles are in row-major order. The order of sequences and what a batch holds are in `data.embeddings.packing`; what
-happens to a sequence (crop, shift, flip, mask) is keyed by (seed, position) too. So the only state is the number of steps done, and it
-holds at any world size.
+A sequence is a slide, or a *field*, a square of ``field_cells`` × ``field_cells`` cells of its tile grid, where there
+are too few slides to learn from. Its tiles are in row-major order. The order of sequences and what a batch holds are in
+`data.embeddings.packing`; what happens to a sequence (crop, shift, flip, mask) is keyed by (seed, position) too. So the
+only state is the number of steps done, and it holds at any world size.
 """
 
 from collections.abc import Iterator
@@ -72,8 +73,9 @@ class SlideSequences:
     """The sequences of a store, split into those trained on and those held out, and the batches made of them.
 
     field_cells: side of the squares that sequences are cut to, 0 for whole slides. validation_fraction: share of slides
-    held out, drawn by ``seed``; with a single slide, a band along one of its sides, so that no tile is in both. crop, shift_grid, flip:
-    augmentation, see `augment`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked; block_cells: side of the blocks.
+    held out, drawn by ``seed``; with a single slide, a band along one of its sides, so that no tile is in both. crop,
+    shift_grid, flip: augmentation, see `augment`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted
+    before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked; block_cells: side of the blocks.
 
     Raises Fault where a setting makes no sense or leaves nothing to train on or to hold out.
     """
@@ -139,7 +141,8 @@ class SlideSequences:
             step += 1
 
     def validation_batches(self) -> Iterator[SlideBatch]:
-        """The held-out sequences, a lane's share at a time: not augmented, masked the same way every time, the same on every rank."""
+        """The held-out sequences, a lane's share at a time: not augmented, masked the same way every time, the same on
+        every rank."""
         for batch in self._validation_groups():
             yield self._pack([self._item(self.validation[k], k, "validation") for k in batch])
 
@@ -205,8 +208,8 @@ def split_sequences(
 ) -> tuple[list[Sequence], list[Sequence]]:
     """Training and validation sequences of a store.
 
-    Slides are held out whole, at least one. A single slide is cut into two regions instead, a band along a side drawn by
-    ``seed`` being held out; fields overlap, so holding out fields would leak their tiles into training.
+    Slides are held out whole, at least one. A single slide is cut into two regions instead, a band along a side drawn
+    by ``seed`` being held out; fields overlap, so holding out fields would leak their tiles into training.
     """
     slides = [slide for slide in store.slides if store.rows(slide) >= FEWEST]
     whole = [Sequence(slide, range(store.rows(slide))) for slide in slides]
@@ -247,10 +250,11 @@ def _split_one(
 
 
 def cut_fields(sequence: Sequence, cells: np.ndarray, side: int) -> list[Sequence]:
-    """Cover a sequence with squares of ``side`` cells, half overlapping; those with under a quarter of their cells filled are left out.
+    """Cover a sequence with squares of ``side`` cells, half overlapping; those with under a quarter of their cells
+    filled are left out.
 
-    ``cells``: (tiles of the slide, 2). A sequence smaller than a square gives the one square that holds it. The last square of
-    a row or column is moved back to end at the edge.
+    ``cells``: (tiles of the slide, 2). A sequence smaller than a square gives the one square that holds it. The last
+    square of a row or column is moved back to end at the edge.
     """
     rows = np.asarray(sequence.rows)
     own = cells[rows]

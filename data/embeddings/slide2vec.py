@@ -4,7 +4,8 @@
     3           coordinates/<slide>.tiles.npz       x, y; the rest in <slide>.tiles.meta.json
     4, 5        tiles/<slide>.coordinates.npz       x, y, or coordinates; the rest in <slide>.coordinates.meta.json, by chapters
 
-Corners are in level-0 pixels, and rows are those of the features. A class that was annotated has a folder of its own inside of each.
+Corners are in level-0 pixels, and rows are those of the features. A class that was annotated has a folder of its own
+inside of each.
 """
 
 import json
@@ -37,8 +38,8 @@ def beside(features: Path) -> Path | None:
 
 
 def read_slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
-    """Corners, int64 (n, 2), and what is told of the tiles and the slide. ``nominal_mpp`` is the resolution that was asked for, from which a slide's own
-    may be a few per cent away. Raises Fault where it is not such a file."""
+    """Corners, int64 (n, 2), and what is told of the tiles and the slide. ``nominal_mpp`` is the resolution that was
+    asked for, from which a slide's own may be a few per cent away. Raises Fault where it is not such a file."""
     refuse_pointer(path)
     try:
         loaded = np.load(path, allow_pickle=False)

@@ -1,8 +1,8 @@
 """Where tiles come from to be embedded: a folder of shards, or the slides themselves, without shards in between.
 
 A source knows its slides by name and size; `open` finds one slide's tiles, and their pixels are then read in any order
-from any thread. The same slide gives the same tiles either way: the tissue rule, the grid and the check for empty tiles are those
-of ``pretrain shard``. Only JPEG compression is left out where a slide is read directly.
+from any thread. The same slide gives the same tiles either way: the tissue rule, the grid and the check for empty tiles
+are those of ``pretrain shard``. Only JPEG compression is left out where a slide is read directly.
 """
 
 import heapq
@@ -32,7 +32,8 @@ Pixels = np.ndarray | Fault | None
 
 @dataclass(frozen=True)
 class TilesToEmbed:
-    """One slide's tiles: where they lie, and how to read them. ``read`` takes rows of ``coordinates`` and may run in several threads."""
+    """One slide's tiles: where they lie, and how to read them. ``read`` takes rows of ``coordinates`` and may run in
+    several threads."""
 
     slide: str
     coordinates: np.ndarray  # (n, 2) int64 level-0 pixels (x, y)
@@ -59,7 +60,8 @@ class EmbeddingSource(Protocol):
 
 
 class ShardSource:
-    """The slides of a folder of tile shards, or of a URL of one. Rows are in the order of the tars, so that each is read once through."""
+    """The slides of a folder of tile shards, or of a URL of one. Rows are in the order of the tars, so that each is
+    read once through."""
 
     def __init__(self, folder: Path | str) -> None:
         self.index = ShardIndex.open(folder)
@@ -111,7 +113,8 @@ class SlideSource:
         self.sizes = [_bytes(self._paths[name]) for name in self.slides]
 
     def open(self, slide: str) -> TilesToEmbed:
-        """Find a slide's tissue and its tiles. Raises Fault for a slide that can't be read, or that isn't tiled (see `tile_slide`)."""
+        """Find a slide's tissue and its tiles. Raises Fault for a slide that can't be read, or that isn't tiled (see
+        `tile_slide`)."""
         path = self._paths[slide]
         with Slide(path) as opened:
             mpp = self.slides_mpp.of(path)
@@ -149,7 +152,8 @@ class _Reader:
 
 
 def slides_of_part(source: EmbeddingSource, part: int, parts: int) -> list[str]:
-    """The slides of task ``part`` (from 1) of ``parts``: every slide is one task's, and their sizes add up to about the same.
+    """The slides of task ``part`` (from 1) of ``parts``: every slide is one task's, and their sizes add up to about the
+    same.
 
     The largest slide first goes to whoever has least. A function of the slides and their sizes alone.
     """

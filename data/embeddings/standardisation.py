@@ -1,4 +1,5 @@
-"""The mean and standard deviation of each embedding dimension over a store, to which prediction targets are standardised."""
+"""The mean and standard deviation of each embedding dimension over a store, to which prediction targets are
+standardised."""
 
 import json
 from collections.abc import Callable, Iterable, Iterator
@@ -30,11 +31,12 @@ class Statistics:
     def of(cls, store: EmbeddingStore, watched: Callable[[list[str]], Iterable[str]] = iter) -> "Statistics":
         """One pass over the store, a few thousand tiles at a time, in float64; Fault when it holds no tiles.
 
-        ``watched`` yields the slides that it is given, each when its turn comes: who wants to see how far it is, or to end it.
+        ``watched`` yields the slides that it is given, each when its turn comes: who wants to see how far it is, or to
+        end it.
 
-        Of a store of more than `MOST` tiles, every so-many-th tile of each slide: a published data set is four terabytes.
-        Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not when the mean is
-        large beside the spread.
+        Of a store of more than `MOST` tiles, every so-many-th tile of each slide: a published data set is four
+        terabytes. Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not when
+        the mean is large beside the spread.
         """
         rows, mean, squares = 0, np.zeros(store.width), np.zeros(store.width)
         for chunk in _chunks(store, watched):

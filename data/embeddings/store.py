@@ -1,11 +1,13 @@
-"""The store of slide embeddings: one row-major float16 matrix per slide, packed into large files that are memory-mapped.
+"""The store of slide embeddings: one row-major float16 matrix per slide, packed into large files that are
+memory-mapped.
 
     store.json                        width, encoder and its hash: one store, one encoder
     embeddings-0-000000.bin           slide after slide: (n, width) float16, then (n, 2) int64 level-0 x, y; 64-byte aligned
     journal-0.jsonl, index-0.parquet  which slides there are, and where: see `data.embeddings.index`
 
-A slide counts as added when its line is in the journal, so a kill leaves every added slide readable and nothing half: bytes
-past the last line are cut off when writing goes on. Parts let the tasks of a job array write into one store, each its own.
+A slide counts as added when its line is in the journal, so a kill leaves every added slide readable and nothing half:
+bytes past the last line are cut off when writing goes on. Parts let the tasks of a job array write into one store, each
+its own.
 """
 
 import hashlib
@@ -49,9 +51,9 @@ class SlideEmbeddings:
 class EmbeddingWriter:
     """Adds slides to a store, making it if need be. Use it as a context manager, or `close` it.
 
-    ``part`` of ``parts`` is the number of this writer among those that write into the same folder at once (a job array's
-    task, counted from 1); 0 where it is alone. Raises Fault when the folder holds embeddings of another encoder or width, or
-    another process is writing this part.
+    ``part`` of ``parts`` is the number of this writer among those that write into the same folder at once (a job
+    array's task, counted from 1); 0 where it is alone. Raises Fault when the folder holds embeddings of another encoder
+    or width, or another process is writing this part.
     """
 
     def __init__(
@@ -78,7 +80,8 @@ class EmbeddingWriter:
         return {Path(entry.source): entry.slide for entry in self._entries.values() if entry.source}
 
     def mpp_level0(self, slide: str) -> float | None:
-        """Microns per level-0 pixel that a slide in the store was taken for; None where it isn't there, or its tiles' size in pixels isn't known."""
+        """Microns per level-0 pixel that a slide in the store was taken for; None where it isn't there, or its tiles'
+        size in pixels isn't known."""
         entry = self._entries.get(slide)
         return entry.mpp * entry.tile_size / entry.tile_size_level0 if entry is not None and entry.tile_size else None
 
@@ -95,12 +98,14 @@ class EmbeddingWriter:
         slide_height: int = 0,
         source: str = "",
     ) -> None:
-        """Add one slide: embeddings (n, width) of any float type, coordinates (n, 2) integer level-0 (x, y), in any order.
+        """Add one slide: embeddings (n, width) of any float type, coordinates (n, 2) integer level-0 (x, y), in any
+        order.
 
-        tile_size_level0, tile_size: a tile's side in level-0 and in delivered pixels; mpp: µm per delivered pixel; slide_width,
-        slide_height: of level 0, in pixels; source: the slide's file. Those with a default have it where they aren't known.
-        On return its bytes and its line are on disk. Raises Fault for values that float16 can't hold (NaN, infinity, beyond
-        65504), Refused where the disk does, ValueError for shapes that don't fit or a slide that is there already.
+        tile_size_level0, tile_size: a tile's side in level-0 and in delivered pixels; mpp: µm per delivered pixel;
+        slide_width, slide_height: of level 0, in pixels; source: the slide's file. Those with a default have it where
+        they aren't known. On return its bytes and its line are on disk. Raises Fault for values that float16 can't hold
+        (NaN, infinity, beyond 65504), Refused where the disk does, ValueError for shapes that don't fit or a slide that
+        is there already.
         """
         if slide in self._entries:
             raise ValueError(f"{slide} is in {self.folder} already; ask done() first")
@@ -151,7 +156,8 @@ class EmbeddingWriter:
         self._advance(entry)
 
     def finish(self, without: dict[str, str]) -> None:
-        """Say that every slide of this part was seen to; ``without``: those that gave no embeddings, each with the reason."""
+        """Say that every slide of this part was seen to; ``without``: those that gave no embeddings, each with the
+        reason."""
         self._finished, self._without = True, without
 
     def close(self) -> None:
@@ -230,7 +236,8 @@ class EmbeddingStore:
         return self._entries[slide].rows
 
     def read(self, slide: str) -> SlideEmbeddings:
-        """One slide; nothing is copied until rows are used. Raises Fault for an unknown slide or a data file that is too short."""
+        """One slide; nothing is copied until rows are used. Raises Fault for an unknown slide or a data file that is
+        too short."""
         if slide not in self._entries:
             raise Fault(
                 f"{self.folder} holds no slide {slide!r}; it has {len(self._entries)}, such as {next(iter(self._entries), 'none')!r}."
@@ -267,7 +274,8 @@ class EmbeddingStore:
 
 
 def claim(folder: Path, about: dict[str, object], name: str = "store.json") -> None:
-    """Write what a folder holds (``encoder``, ``encoder_hash``, ``width``) into its file ``name``, or hold it to what it already is.
+    """Write what a folder holds (``encoder``, ``encoder_hash``, ``width``) into its file ``name``, or hold it to what
+    it already is.
 
     Embeddings of two encoders never mix: raises Fault where it is another's.
     """

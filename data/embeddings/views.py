@@ -1,7 +1,7 @@
 """What one training step sees of a slide: its tile grid cropped, flipped and shifted, and most of its tiles masked.
 
-Everything happens on integers, cells of the grid, and ends in row-major order: positions stay exact, and a slide encoder
-that segments its sequence always meets tiles in the order that it will meet at inference.
+Everything happens on integers, cells of the grid, and ends in row-major order: positions stay exact, and a slide
+encoder that segments its sequence always meets tiles in the order that it will meet at inference.
 """
 
 import numpy as np
@@ -14,11 +14,12 @@ FEWEST = 4  # tiles in a sequence: with fewer there is nothing to mask from, nor
 def augment_sequence(
     rows: np.ndarray, cells: np.ndarray, random: np.random.Generator, crop: float, shift_grid: int, flip: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Augment a sequence on its integer grid: crop, flip, shift, and sort again → rows (n,) and cells (n, 2) in row-major order.
+    """Augment a sequence on its integer grid: crop, flip, shift, and sort again → rows (n,) and cells (n, 2) in
+    row-major order.
 
-    crop: side of a window at a random place, as a share of the sequence's width and height (a window with fewer than `FEWEST` tiles
-    is not used: the sequence stays whole). flip: probability of a left-right flip. shift_grid: the sequence, moved as
-    one piece, lands anywhere in a grid of this many cells a side (at its corner when it is larger).
+    crop: side of a window at a random place, as a share of the sequence's width and height (a window with fewer than
+    `FEWEST` tiles is not used: the sequence stays whole). flip: probability of a left-right flip. shift_grid: the
+    sequence, moved as one piece, lands anywhere in a grid of this many cells a side (at its corner when it is larger).
     """
     low, extent = cells.min(axis=0), np.ptp(cells, axis=0) + 1
     window = np.ceil(crop * extent).astype(np.int64)
@@ -41,17 +42,19 @@ def masked_count(n: int, ratio: float) -> int:
 
 
 def random_mask(n: int, ratio: float, random: np.random.Generator) -> np.ndarray:
-    """(n,) bool with `masked_count` tiles masked, uniformly. A mask, not an order: visible tiles stay in row-major order."""
+    """(n,) bool with `masked_count` tiles masked, uniformly. A mask, not an order: visible tiles stay in row-major
+    order."""
     mask = np.zeros(n, dtype=bool)
     mask[random.permutation(n)[: masked_count(n, ratio)]] = True
     return mask
 
 
 def block_mask(cells: np.ndarray, ratio: float, side: int, random: np.random.Generator) -> np.ndarray:
-    """(n,) bool with `masked_count` tiles masked in whole blocks of ``side`` × ``side`` cells, the last of them in part.
+    """(n,) bool with `masked_count` tiles masked in whole blocks of ``side`` × ``side`` cells, the last of them in
+    part.
 
-    The blocks form a grid at a random offset and are masked in random order; a masked tile then has no visible neighbour
-    nearer than its block's edge, which takes interpolation away.
+    The blocks form a grid at a random offset and are masked in random order; a masked tile then has no visible
+    neighbour nearer than its block's edge, which takes interpolation away.
     """
     offset = random.integers(0, side, size=2)
     blocks = (cells - cells.min(axis=0) + offset) // side

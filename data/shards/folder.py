@@ -3,7 +3,8 @@
 plan.json     how tiles are cut, and which tiles go into which shard: what makes a second run continue the first
 slides.csv    one row per slide: its id, its file, what came of it, tiles by verdict, and the reason where it failed
 
-A part of a job array (`data.shards.job_array`) has its own: ``plan-003-of-040.json``. What follows the name is its ``state``.
+A part of a job array (`data.shards.job_array`) has its own: ``plan-003-of-040.json``. What follows the name is its
+``state``.
 """
 
 import csv
@@ -120,5 +121,6 @@ def save_rows(out: Path, rows: dict[str, SlideRow], state: str = "") -> None:
 
 
 def written_by_one(out: Path, state: str = "") -> AbstractContextManager[Lease]:
-    """Hold the folder for this process. Raises Fault where another one is writing to it; ends with the process, however that ends."""
+    """Hold the folder for this process. Raises Fault where another one is writing to it; ends with the process, however
+    that ends."""
     return lease.alone(out, f".lease{state}", "another 'pretrain shard'")

@@ -4,9 +4,9 @@
     <folder>/index/tiles-000000.npz …    one record a shard, written with it: the shard counts once both are there
     <folder>/index.npz                   all of them in one file, columns uncompressed, so that they are memory-mapped
 
-A tile costs 14 bytes in `index.npz` (16 where a JPEG is over 64 KiB, 18 with shards over 4 GiB): byte offset and length in its tar,
-level-0 x and y. Which tar and which slide a tile belongs to is kept as runs. 1.4 billion tiles are 20 GB on disk and
-next to nothing in memory until they are asked for.
+A tile costs 14 bytes in `index.npz` (16 where a JPEG is over 64 KiB, 18 with shards over 4 GiB): byte offset and length
+in its tar, level-0 x and y. Which tar and which slide a tile belongs to is kept as runs. 1.4 billion tiles are 20 GB on
+disk and next to nothing in memory until they are asked for.
 """
 
 import hashlib
@@ -54,14 +54,16 @@ FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "
 class ShardIndex:
     """The tiles of a folder of shards, in the order in which they lie in them.
 
-    ``files`` and ``slides`` are names; slides have ids of ours, fit for files' names, whatever a foreign index calls them
-    (`safe_ids`; the name that they came with is their fact ``slide``). Per tile, (N,) each: ``file`` and ``slide`` (indices into those), ``offset`` and
-    ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels). ``file_start`` (files + 1,) int64 are the
-    rows at which the tars begin. ``digest`` is a hash of names, places and lengths, the same on every machine.
-    ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list for each of `FACTS`.
+    ``files`` and ``slides`` are names; slides have ids of ours, fit for files' names, whatever a foreign index calls
+    them (`safe_ids`; the name that they came with is their fact ``slide``). Per tile, (N,) each: ``file`` and ``slide``
+    (indices into those), ``offset`` and ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels).
+    ``file_start`` (files + 1,) int64 are the rows at which the tars begin. ``digest`` is a hash of names, places and
+    lengths, the same on every machine. ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list
+    for each of `FACTS`.
 
-    The folder may be a URL: then the columns ``offset, length, x, y`` are read from there a page at a time (`RemoteColumn`).
-    An index may lie in another folder than its shards (``meta["location"]``), as that of shards that can't be written to.
+    The folder may be a URL: then the columns ``offset, length, x, y`` are read from there a page at a time
+    (`RemoteColumn`). An index may lie in another folder than its shards (``meta["location"]``), as that of shards that
+    can't be written to.
     """
 
     def __init__(self, folder: Path | str, columns: dict[str, Any], meta: dict[str, Any]) -> None:
@@ -141,8 +143,8 @@ class ShardIndex:
 
     @classmethod
     def open(cls, folder: Path | str, complete: bool = True) -> "ShardIndex":
-        """The index of a folder of shards, memory-mapped or behind a URL. Raises Fault where there are no shards, no index, or (unless
-        ``complete`` is False) a shard is gone (which a remote folder isn't asked)."""
+        """The index of a folder of shards, memory-mapped or behind a URL. Raises Fault where there are no shards, no
+        index, or (unless ``complete`` is False) a shard is gone (which a remote folder isn't asked)."""
         if is_remote(folder):
             meta, columns = _read_remote(str(folder))
             return cls(str(folder), columns, meta)
@@ -205,10 +207,11 @@ def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
 def merge_records(
     folder: Path, names: list[str], made: dict[str, Any], told: Mapping[str, dict[str, Any]] | None = None
 ) -> str:
-    """Write ``index.npz`` from the records of the shards ``names`` and return its digest. Memory stays that of one record.
+    """Write ``index.npz`` from the records of the shards ``names`` and return its digest. Memory stays that of one
+    record.
 
-    ``made`` says how the shards were made and becomes the index's ``meta``. ``told``: the facts of slides, where the first record of each
-    doesn't have them. An index that is up to date is left alone.
+    ``made`` says how the shards were made and becomes the index's ``meta``. ``told``: the facts of slides, where the
+    first record of each doesn't have them. An index that is up to date is left alone.
     """
     records = [json.loads(str(np.load(record_path(folder, name))["facts"])) for name in names]
     slides: dict[str, dict[str, Any]] = {}
@@ -255,7 +258,8 @@ def write_shard_index(
     columns: Mapping[str, Iterable[np.ndarray]],
     runs: dict[str, np.ndarray],
 ) -> None:
-    """Write ``index.npz``: ``columns`` piece by piece, one piece a shard, then ``runs`` and ``meta``; whole or not at all."""
+    """Write ``index.npz``: ``columns`` piece by piece, one piece a shard, then ``runs`` and ``meta``; whole or not at
+    all."""
     path = folder / "index.npz"
     with appearing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
         for name in COLUMNS:
@@ -295,8 +299,9 @@ def recorded_checksums(index: ShardIndex, file: int) -> np.ndarray | None:
 
 
 def _int64(npy: bytes) -> np.ndarray:
-    """The one-dimensional int64 array of a .npy file. numpy's own reader has Python's parser read the header, which threads of
-    Python 3.11 can't do at the same time (SystemError: AST constructor recursion depth mismatch), and tiles are read by threads."""
+    """The one-dimensional int64 array of a .npy file. numpy's own reader has Python's parser read the header, which
+    threads of Python 3.11 can't do at the same time (SystemError: AST constructor recursion depth mismatch), and tiles
+    are read by threads."""
     start = 10 + int.from_bytes(npy[8:10], "little")
     if npy[:8] != b"\x93NUMPY\x01\x00" or b"'descr': '<i8', 'fortran_order': False" not in npy[:start]:
         raise ValueError("its columns are not int64")
@@ -304,8 +309,8 @@ def _int64(npy: bytes) -> np.ndarray:
 
 
 def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
-    """Write a shard's record: its columns, and ``facts`` with ``file, size, longest`` (bytes), ``slides`` (facts of each, in order) and
-    ``counts`` (tiles of each). A digest is added. The record appears only when it is whole."""
+    """Write a shard's record: its columns, and ``facts`` with ``file, size, longest`` (bytes), ``slides`` (facts of
+    each, in order) and ``counts`` (tiles of each). A digest is added. The record appears only when it is whole."""
     digest = hashlib.blake2b(digest_size=16)
     digest.update(
         "\n".join(f"{s['slide']} {count}" for s, count in zip(facts["slides"], facts["counts"], strict=True)).encode(
@@ -346,7 +351,8 @@ def _read_npz(raw: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[np.dtype,
 
 
 def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked for."""
+    """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked
+    for."""
     url = url_within(folder, "index.npz")
     try:
         with RemotePath(url).open() as raw:

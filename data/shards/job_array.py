@@ -1,8 +1,9 @@
 """One folder of shards cut by many jobs, each of which takes a part of the slides, and the merging of what they made.
 
-A part keeps state files of its own (``plan-003-of-040.json``, ``slides-003-of-040.csv``) and names its tars after itself
-(``tiles-003-of-040-000000.tar``), so jobs never write to the same file and never wait for one another. A slide belongs to the part that its id's
-hash names, whatever other slides there are: slides that are added later move nobody else.
+A part keeps state files of its own (``plan-003-of-040.json``, ``slides-003-of-040.csv``) and names its tars after
+itself (``tiles-003-of-040-000000.tar``), so jobs never write to the same file and never wait for one another. A slide
+belongs to the part that its id's hash names, whatever other slides there are: slides that are added later move nobody
+else.
 """
 
 import hashlib

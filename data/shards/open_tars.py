@@ -1,6 +1,8 @@
-"""The JPEGs of shards as they lie in their tars: each tar opened once, a tile one read, held to its header and its checksum.
+"""The JPEGs of shards as they lie in their tars: each tar opened once, a tile one read, held to its header and its
+checksum.
 
-Of shards behind a URL each tile is a request: for looking at some, or at one slide after another; training reads whole blocks (`ShardTiles`).
+Of shards behind a URL each tile is a request: for looking at some, or at one slide after another; training reads whole
+blocks (`ShardTiles`).
 """
 
 import os
@@ -16,7 +18,8 @@ from data.shards.tar_members import BLOCK, is_header_of
 
 
 class OpenTars:
-    """Tars that stay open, those that were opened last, as many as `open_files.share` allows; for any number of threads.
+    """Tars that stay open, those that were opened last, as many as `open_files.share` allows; for any number of
+    threads.
 
     A copy for another process opens its own.
     """
@@ -26,9 +29,9 @@ class OpenTars:
         self._lock = threading.Lock()
 
     def jpeg(self, index: ShardIndex, row: int, check: bool = True) -> memoryview:
-        """The JPEG of a row of an index. Raises OSError where its tar can't be read, Truncated where that ends before, and ValueError
-        where there is something else (`without_header`), or other bytes than were recorded with the shard: of flipped bits four in five
-        leave a JPEG that can be decoded, to another picture."""
+        """The JPEG of a row of an index. Raises OSError where its tar can't be read, Truncated where that ends before,
+        and ValueError where there is something else (`without_header`), or other bytes than were recorded with the
+        shard: of flipped bits four in five leave a JPEG that can be decoded, to another picture."""
         file = index.file_of(row)
         start, length = int(index.offset[row]) - BLOCK, int(index.length[row]) + BLOCK
         if index.remote:  # what comes over a network is checked on its way
@@ -81,10 +84,11 @@ class _Tar:
 
 
 def without_header(data: bytes, index: ShardIndex, row: int) -> memoryview:
-    """The JPEG of a row, of ``data`` that is its member's header and itself. Raises ValueError where the header is another's.
+    """The JPEG of a row, of ``data`` that is its member's header and itself. Raises ValueError where the header is
+    another's.
 
-    A tar that is no longer the one that was indexed must not pass other tiles off as those in the index. (In tars of other
-    programs, whose names are their own, the length must agree.)
+    A tar that is no longer the one that was indexed must not pass other tiles off as those in the index. (In tars of
+    other programs, whose names are their own, the length must agree.)
     """
     name = None if "made_by" in index.meta else f"{index.slide_of(row)}_{index.x[row]}_{index.y[row]}.jpg"
     if not is_header_of(data[:BLOCK], name, int(index.length[row])):

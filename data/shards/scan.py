@@ -1,7 +1,8 @@
 """The index of shards that another program wrote, made in one pass over the tars.
 
-Everything in the folder is read, or left out under a name, counted, with a reason: members that are no tile, tars that are damaged
-or empty, files that are no tar. What is left out is kept in the index (``meta["left_out"]``), so that a second run says it too.
+Everything in the folder is read, or left out under a name, counted, with a reason: members that are no tile, tars that
+are damaged or empty, files that are no tar. What is left out is kept in the index (``meta["left_out"]``), so that a
+second run says it too.
 """
 
 import json
@@ -40,13 +41,16 @@ MOST_NAMED = 5  # kinds of what was left out that the sentence names where nothi
 
 
 def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
-    """Index shards that another program wrote, and keep the index beside them, or in ``out``. `left_out` tells what isn't in it.
+    """Index shards that another program wrote, and keep the index beside them, or in ``out``. `left_out` tells what
+    isn't in it.
 
-    A sample is a tile and its JSON (`data.shards.tile_members`), whose facts are taken where they can be true (`data.shards.tile_facts`);
-    failing a slide or place there, slide and place from a key ``<slide>_<x>_<y>``; failing that, the tar counts as one slide and x and y are -1. Tars that
-    were scanned before and haven't changed are not read again. Raises Fault where there is no tile.
+    A sample is a tile and its JSON (`data.shards.tile_members`), whose facts are taken where they can be true
+    (`data.shards.tile_facts`); failing a slide or place there, slide and place from a key ``<slide>_<x>_<y>``; failing
+    that, the tar counts as one slide and x and y are -1. Tars that were scanned before and haven't changed are not read
+    again. Raises Fault where there is no tile.
 
-    The folder may be a URL, whose index then goes to ``out``: its tars are read once from front to back, a few MB at a time.
+    The folder may be a URL, whose index then goes to ``out``: its tars are read once from front to back, a few MB at a
+    time.
     """
     made: dict[str, Any] = {"made_by": "another program, indexed by a scan"}
     shards, tars, others = folder, list_tars(folder), _no_tars(folder)
@@ -115,7 +119,8 @@ def describe_left_out(index: ShardIndex) -> tuple[list[LeftOut], list[LeftOut]]:
 
 
 def disputed(index: ShardIndex) -> list[LeftOut]:
-    """What is in an index that `scan` made, and can't all be true: facts of a slide that its tiles contradict one another in, places of a slide that have several tiles."""
+    """What is in an index that `scan` made, and can't all be true: facts of a slide that its tiles contradict one
+    another in, places of a slide that have several tiles."""
     return [*(LeftOut(**kind) for kind in index.meta.get("disputed", [])), *_twice(index).values()]
 
 
@@ -214,7 +219,8 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
 
 
 def _known(folder: Path, tar: Path | RemotePath) -> dict[str, Any] | None:
-    """What the record of a tar says, where it describes the tar as it is and was made by these rules; None where there is no such record."""
+    """What the record of a tar says, where it describes the tar as it is and was made by these rules; None where there
+    is no such record."""
     try:
         with np.load(record_path(folder, tar.stem)) as record:
             facts: dict[str, Any] = json.loads(str(record["facts"]))
@@ -232,7 +238,8 @@ def list_tars(folder: Path | str) -> Sequence[Path | RemotePath]:
 
 
 def _no_tars(folder: Path | str) -> dict[str, LeftOut]:
-    """What else is in the folder; behind a URL, where all sorts of things may be listed, only what should have been a tar."""
+    """What else is in the folder; behind a URL, where all sorts of things may be listed, only what should have been a
+    tar."""
     left: dict[str, LeftOut] = {}
     if is_remote(folder):
         entries = [(name, False) for name in list_names(str(folder), "") if COMPRESSED.search(name)]

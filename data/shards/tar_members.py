@@ -1,8 +1,8 @@
 """The members of a tar, strictly: every byte is accounted for, and the first that is wrong is named.
 
-Python's tarfile takes a damaged header in the middle of a tar for its end, and loses everything behind it without a word.
-Here a tar ends with its mark, two blocks of zeros, or exactly where a member ends (as some writers leave it); every
-other end is a fault of the tar.
+Python's tarfile takes a damaged header in the middle of a tar for its end, and loses everything behind it without a
+word. Here a tar ends with its mark, two blocks of zeros, or exactly where a member ends (as some writers leave it);
+every other end is a fault of the tar.
 """
 
 import re
@@ -26,7 +26,8 @@ class DamagedTar(Exception):
 
 @dataclass(frozen=True)
 class Member:
-    """One member: ``size`` bytes of data at ``offset``; ``is_file`` is False for folders and links and what else a tar may hold."""
+    """One member: ``size`` bytes of data at ``offset``; ``is_file`` is False for folders and links and what else a tar
+    may hold."""
 
     name: str
     offset: int
@@ -83,7 +84,8 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
 
 
 def is_header_of(block: bytes, name: str | None, size: int) -> bool:
-    """Whether a header block is that of a member of this size and, where it isn't None, of this name; at the cost of a few comparisons.
+    """Whether a header block is that of a member of this size and, where it isn't None, of this name; at the cost of a
+    few comparisons.
 
     Of a name longer than the block has room for, the beginning is compared.
     """
@@ -98,7 +100,8 @@ def padding(member: Member) -> int:
 
 
 def member_header(name: str, size: int) -> bytes:
-    """The GNU header blocks of a plain file of ``size`` bytes, as tarfile writes them, with nothing of this machine in them."""
+    """The GNU header blocks of a plain file of ``size`` bytes, as tarfile writes them, with nothing of this machine in
+    them."""
     short = name.encode()
     if len(short) > LENGTH_NAME or size >= 8**11:
         member = tarfile.TarInfo(name)

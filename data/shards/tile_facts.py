@@ -1,8 +1,9 @@
 """What the JSON of a tile may say, and what the tiles of one slide say together.
 
-Read are slide, patient, x, y, mpp, mpp_level0, tile_size and tile_size_level0, and nothing else (another program's ``width`` may be
-the tile's). One rule for all of them: a value that can't be so costs its tile, which is counted with the reason. Where tiles of one slide
-contradict one another they are kept, and what they disagree on counts as not known.
+Read are slide, patient, x, y, mpp, mpp_level0, tile_size and tile_size_level0, and nothing else (another program's
+``width`` may be the tile's). One rule for all of them: a value that can't be so costs its tile, which is counted with
+the reason. Where tiles of one slide contradict one another they are kept, and what they disagree on counts as not
+known.
 """
 
 import json
@@ -35,7 +36,8 @@ class Impossible(Exception):
 
 
 def locate_tile(key: str, facts: dict[str, Any] | str | None, tar: str) -> tuple[str, int, int]:
-    """Slide, x and y of the tile ``key`` in the tar called ``tar``, of which its JSON says ``facts`` (`read_facts`; None where it has none). Raises Impossible."""
+    """Slide, x and y of the tile ``key`` in the tar called ``tar``, of which its JSON says ``facts`` (`read_facts`;
+    None where it has none). Raises Impossible."""
     from_key = place_in(key) or (tar, UNKNOWN, UNKNOWN)
     if isinstance(facts, str):
         raise Impossible("tile with an impossible .json", WRONG, facts)
@@ -85,8 +87,8 @@ def _is_whole(value: Any) -> bool:
 
 
 def take_in(slide: dict[str, Any], facts: dict[str, Any]) -> None:
-    """Add to what is known of a slide, ``slide``, what more of its tiles say: what they contradict is None from then on, and
-    ``slide["disputed"]`` has two of the values by the fact's name."""
+    """Add to what is known of a slide, ``slide``, what more of its tiles say: what they contradict is None from then
+    on, and ``slide["disputed"]`` has two of the values by the fact's name."""
     disputed: dict[str, list[Any]] = slide.setdefault("disputed", {})
     disputed |= {name: values for name, values in facts.get("disputed", {}).items() if name not in disputed}
     for name in OF_SLIDE:

@@ -1,8 +1,9 @@
 """Which members of a tar are tiles, which JSON tells about which tile, and what is left out of an index, and why.
 
-A tile is a ``.jpg`` or ``.jpeg``. Its key is its name without that ending, dots and all: ``S12.3456_0_0`` of ``S12.3456_0_0.jpg``. Its
-JSON has the same key, or else the key that WebDataset gives the sample, which ends at the first dot (``a.json`` is also
-that of ``a.image.jpg``). They need not be neighbours: some writers put all pictures first.
+A tile is a ``.jpg`` or ``.jpeg``. Its key is its name without that ending, dots and all: ``S12.3456_0_0`` of
+``S12.3456_0_0.jpg``. Its JSON has the same key, or else the key that WebDataset gives the sample, which ends at the
+first dot (``a.json`` is also that of ``a.image.jpg``). They need not be neighbours: some writers put all pictures
+first.
 """
 
 import re
@@ -24,7 +25,8 @@ Json = TypeVar("Json")
 
 @dataclass
 class LeftOut:
-    """A kind of thing that an index leaves out: ``count`` of it, one of them as an ``example``, and why. ``kind`` is empty for a single file."""
+    """A kind of thing that an index leaves out: ``count`` of it, one of them as an ``example``, and why. ``kind`` is
+    empty for a single file."""
 
     kind: str
     why: str
@@ -52,7 +54,8 @@ def split_member(name: str) -> tuple[str, str]:
 
 
 def place_in(key: str) -> tuple[str, int, int] | None:
-    """Slide, x and y of a key ``<slide>_<x>_<y>``, None of another; a number of any length that no slide has is `FARTHEST`."""
+    """Slide, x and y of a key ``<slide>_<x>_<y>``, None of another; a number of any length that no slide has is
+    `FARTHEST`."""
     if (match := PLACED.fullmatch(key)) is None:
         return None
     x, y = (int(digits) if len(digits) <= 20 else FARTHEST for digits in match.groups()[1:])
@@ -70,7 +73,8 @@ def is_json(member: Member) -> bool:
 
 
 def why_not(member: Member) -> tuple[str, str] | None:
-    """The kind of a member that is neither tile nor JSON, and why it is left out; None of a folder, in which there is nothing."""
+    """The kind of a member that is neither tile nor JSON, and why it is left out; None of a folder, in which there is
+    nothing."""
     if member.is_folder:
         return None
     if not member.is_file:
@@ -85,9 +89,11 @@ def why_not(member: Member) -> tuple[str, str] | None:
 
 
 def json_of_each(keys: Sequence[str], jsons: Mapping[str, Sequence[Json]]) -> list[Json | None]:
-    """The JSON of each tile, by the tiles' ``keys`` in their order in the tar; ``jsons`` has those of each key in theirs.
+    """The JSON of each tile, by the tiles' ``keys`` in their order in the tar; ``jsons`` has those of each key in
+    theirs.
 
-    Where a key comes several times each tile takes the next JSON; where there are several and not one for each, none: whose they are can't be known.
+    Where a key comes several times each tile takes the next JSON; where there are several and not one for each, none:
+    whose they are can't be known.
     """
     times, met = Counter(keys), Counter[str]()
     found: list[Json | None] = []

@@ -1,11 +1,13 @@
 """Is a folder of shards what its index and its records say, to the byte?
 
-Every tar is read once, front to back. Each member's header is held to its checksum, each tile's JPEG and JSON to the CRC-32 that
-was recorded when the shard was written or scanned, each gap to zeros, the members' places to the index; the index to its own
-checksums and to the shards' records. So any change of any byte that a reader could meet is found. What the tars held when they were recorded
-isn't taken on trust either where another program wrote them: there every JPEG is decoded.
+Every tar is read once, front to back. Each member's header is held to its checksum, each tile's JPEG and JSON to the
+CRC-32 that was recorded when the shard was written or scanned, each gap to zeros, the members' places to the index; the
+index to its own checksums and to the shards' records. So any change of any byte that a reader could meet is found. What
+the tars held when they were recorded isn't taken on trust either where another program wrote them: there every JPEG is
+decoded.
 
-The folder may be a URL: then everything is read from there, a few MB at a time. An index may lie in another folder than its tars.
+The folder may be a URL: then everything is read from there, a few MB at a time. An index may lie in another folder than
+its tars.
 """
 
 import json
@@ -34,7 +36,8 @@ MOST_NAMED = 1000  # findings kept for one shard; the rest are counted
 
 @dataclass(frozen=True)
 class Defect:
-    """One thing that is wrong: in which file of the folder, at which member of it (empty: the file as a whole), and what."""
+    """One thing that is wrong: in which file of the folder, at which member of it (empty: the file as a whole), and
+    what."""
 
     shard: str
     member: str
@@ -44,7 +47,8 @@ class Defect:
 
 @dataclass
 class Verified:
-    """What came of one shard. ``tiles`` and ``size`` (bytes) are what was there; ``findings`` is cut at `MOST_NAMED`, ``unnamed`` counts the rest."""
+    """What came of one shard. ``tiles`` and ``size`` (bytes) are what was there; ``findings`` is cut at `MOST_NAMED`,
+    ``unnamed`` counts the rest."""
 
     shard: str
     tiles: int = 0
@@ -64,7 +68,8 @@ Folder = Path | str  # a path, or a URL
 
 
 def list_shards(folder: Folder) -> list[str]:
-    """The tars in the folder and those that its index or records know of, by file name, sorted. Raises Fault where there is nothing."""
+    """The tars in the folder and those that its index or records know of, by file name, sorted. Raises Fault where
+    there is nothing."""
     if isinstance(folder, Path) and not folder.is_dir():
         raise Fault(f"there is no folder {folder}")
     opened = _index(folder)
@@ -78,7 +83,8 @@ def list_shards(folder: Folder) -> list[str]:
 
 
 def verify_folder(folder: Folder) -> Verified:
-    """What belongs to no single shard: ``index.npz`` itself, shards that it lacks, and the slides' h5 files of coordinates."""
+    """What belongs to no single shard: ``index.npz`` itself, shards that it lacks, and the slides' h5 files of
+    coordinates."""
     result = Verified("index.npz")
     opened = _index(folder)
     if isinstance(opened, Defect):
@@ -209,7 +215,8 @@ def _check_jsons(
     result: Verified, tiles: list[tuple[Member, int | None]], jsons: dict[str, list[tuple[str, int, dict[str, Any] | str]]],
     columns: dict[str, np.ndarray] | None, checked: bool, scanned: bool,
 ) -> None:  # fmt: skip
-    """Each JSON that is one, and that of each tile as it was recorded. A tile that a scan leaves out, and says so, is nothing new."""
+    """Each JSON that is one, and that of each tile as it was recorded. A tile that a scan leaves out, and says so, is
+    nothing new."""
     keys = [split_member(member.name)[0] for member, _ in tiles]
     recorded = columns["json_crc32"] if columns is not None and checked else None
     named_by_scan: set[int] = set()
@@ -295,8 +302,8 @@ def _record(folder: Folder, name: str, result: Verified) -> tuple[dict[str, Any]
 
 
 def _index(folder: Folder) -> "tuple[dict[str, int], ShardIndex] | Defect":
-    """The folder's index with the numbers of its shards by name, or what is wrong with it. (Shards that are gone don't count here:
-    they are found one by one.)"""
+    """The folder's index with the numbers of its shards by name, or what is wrong with it. (Shards that are gone don't
+    count here: they are found one by one.)"""
     try:
         stamp = _at(folder, "index.npz").stat()
     except FileNotFoundError:

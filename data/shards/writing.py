@@ -1,10 +1,10 @@
 """Tiles into WebDataset tars: which tiles go into which shard, and writing one.
 
-A shard holds whole slides, up to ``tiles_per_shard`` tiles; a slide with more gets shards of its own, evenly filled. So most
-of a patient's data can be withdrawn by deleting a few files. Which tiles go where is decided once, before the first tile
-is read, and kept in ``plan.json``; each shard is then a job of its own, and the same whoever writes it, in
-whatever order, after whatever interruption. A kill costs the shard that each process was at, which is one large slide or half a
-minute of small ones; slides whose tissue was found are not looked at again.
+A shard holds whole slides, up to ``tiles_per_shard`` tiles; a slide with more gets shards of its own, evenly filled. So
+most of a patient's data can be withdrawn by deleting a few files. Which tiles go where is decided once, before the
+first tile is read, and kept in ``plan.json``; each shard is then a job of its own, and the same whoever writes it, in
+whatever order, after whatever interruption. A kill costs the shard that each process was at, which is one large slide
+or half a minute of small ones; slides whose tissue was found are not looked at again.
 """
 
 import json
@@ -75,7 +75,8 @@ def plan_shards(parts: list[TileRange], limit: int, name: str, first_number: int
 
 
 def is_published(folder: Path, name: str) -> bool:
-    """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar in the size that the record says."""
+    """Whether shard ``name`` is complete: its record is there and, unless it holds no tile, its tar in the size that
+    the record says."""
     try:
         facts = read_shard_facts(folder, name)
     except SPOILT:
@@ -95,12 +96,13 @@ def read_shard_facts(folder: Path, name: str) -> dict[str, Any]:
 def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
     """Cut the tiles of ``shard`` and publish its tar and its record.
 
-    ``sources`` gives each slide's file. Tiles that turn out empty, or whose data is damaged, are left out and
-    recorded in ``facts["rejected"]`` as [slide, x, y, verdict]. A slide that can't be read, or with more than 5 % of
-    its tiles damaged, is taken out of the shard again and recorded in ``facts["failed"]``; where every slide failed nothing is published.
+    ``sources`` gives each slide's file. Tiles that turn out empty, or whose data is damaged, are left out and recorded
+    in ``facts["rejected"]`` as [slide, x, y, verdict]. A slide that can't be read, or with more than 5 % of its tiles
+    damaged, is taken out of the shard again and recorded in ``facts["failed"]``; where every slide failed nothing is
+    published.
 
-    The tar is synced and renamed before its record, and counts from then on; whatever happens earlier leaves only a hidden
-    partial file, removed by the next run. Raises Fault where the disk is full.
+    The tar is synced and renamed before its record, and counts from then on; whatever happens earlier leaves only a
+    hidden partial file, removed by the next run. Raises Fault where the disk is full.
     """
     written = Written(shard.name)
     path = folder / f"{shard.name}.tar"

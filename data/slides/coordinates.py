@@ -105,8 +105,8 @@ def exact_downsamples(dimensions: Sequence[tuple[int, int]]) -> list[float]:
     """Downsample of each pyramid level from the levels' (width, height) in pixels.
 
     Levels have whole numbers of pixels, so the ratio of widths is off by the rounding: 4443 / 2221 = 2.0005 for a level
-    made by halving. Where a whole number explains both sides to within a pixel, it is that number, otherwise the mean of
-    the two ratios as it stands.
+    made by halving. Where a whole number explains both sides to within a pixel, it is that number, otherwise the mean
+    of the two ratios as it stands.
     """
     width, height = dimensions[0]
     downsamples = []
@@ -124,11 +124,12 @@ def plan_grid(
     """Choose the pyramid level and lay the grid for tiles of ``tile_size`` pixels at ``mpp`` microns per pixel.
 
     The level is the coarsest one that is no coarser than asked, within 2 %. If it is within 2 % of the asked scale its
-    pixels are delivered one to one: ``tile_size_level0`` is exactly ``tile_size × downsample`` and the grid's ``mpp`` is the level's
-    own. Otherwise tiles are shrunk from it: ``mpp`` is exactly what was asked and ``tile_size_level0`` is in general not whole.
+    pixels are delivered one to one: ``tile_size_level0`` is exactly ``tile_size × downsample`` and the grid's ``mpp``
+    is the level's own. Otherwise tiles are shrunk from it: ``mpp`` is exactly what was asked and ``tile_size_level0``
+    is in general not whole.
 
-    ``dimensions`` are the (width, height) of each level, ``name`` is for messages. Raises Fault where the slide has no level
-    that fine (tiles are never enlarged).
+    ``dimensions`` are the (width, height) of each level, ``name`` is for messages. Raises Fault where the slide has no
+    level that fine (tiles are never enlarged).
     """
     downsamples = exact_downsamples(dimensions)
     fine_enough = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= mpp * (1 + SAME_SCALE)]

@@ -6,11 +6,12 @@
     share     float16 (rows, cols) share of tissue of every cell
     places    int64 (N, 2)       only where another program chose the tiles: see `data.slides.tiling.Tiling`
 
-TRIDENT's attributes: ``patch_size`` (delivered pixels), ``patch_size_level0``, ``level0_magnification, target_magnification, overlap,
-name, savetodir, level0_width, level0_height``. CLAM's: ``patch_size, patch_level, downsample, downsampled_level_dim,
-level_dim, name, save_path``. Both call something ``patch_size``: for CLAM it counts pixels of ``patch_level``. The two agree where tiles are pixels
-of a level; where tiles are resampled they don't, and CLAM's ``patch_level`` is left out, so that its reader stops instead of
-reading squares of the wrong size. Ours, beside them: ``mpp, mpp_level0, tile_size_level0`` (exact), ``slide, source, patient``.
+TRIDENT's attributes: ``patch_size`` (delivered pixels), ``patch_size_level0``, ``level0_magnification,
+target_magnification, overlap, name, savetodir, level0_width, level0_height``. CLAM's: ``patch_size, patch_level,
+downsample, downsampled_level_dim, level_dim, name, save_path``. Both call something ``patch_size``: for CLAM it counts
+pixels of ``patch_level``. The two agree where tiles are pixels of a level; where tiles are resampled they don't, and
+CLAM's ``patch_level`` is left out, so that its reader stops instead of reading squares of the wrong size. Ours, beside
+them: ``mpp, mpp_level0, tile_size_level0`` (exact), ``slide, source, patient``.
 """
 
 import io
@@ -44,9 +45,10 @@ UNSAID = 0.5 / TOO_NEAR  # tiles apart of a file that doesn't say: those that ar
 
 @dataclass(frozen=True)
 class SlideCoordinates:
-    """Where a slide's tiles are, by whoever found them. ``x, y`` int64 (N,) level-0 pixels, in the file's order; ``mpp`` is None
-    where the file doesn't say (CLAM), ``tile_size_level0`` is exact in our files and truncated in TRIDENT's. ``apart``: the distance of neighbours, in
-    tiles; where the file doesn't say that they overlap (CLAM) half a tile or more is taken for what was meant."""
+    """Where a slide's tiles are, by whoever found them. ``x, y`` int64 (N,) level-0 pixels, in the file's order;
+    ``mpp`` is None where the file doesn't say (CLAM), ``tile_size_level0`` is exact in our files and truncated in
+    TRIDENT's. ``apart``: the distance of neighbours, in tiles; where the file doesn't say that they overlap (CLAM) half
+    a tile or more is taken for what was meant."""
 
     slide: str
     x: np.ndarray
@@ -139,7 +141,8 @@ def _overlap(tiling: Tiling) -> int:
 
 
 def read_coordinates_h5(path: Path) -> SlideCoordinates:
-    """Tile coordinates from an h5 of ours, TRIDENT's, AtlasPatch's or CLAM's. Raises Fault where the tiles' size can't be known from it."""
+    """Tile coordinates from an h5 of ours, TRIDENT's, AtlasPatch's or CLAM's. Raises Fault where the tiles' size can't
+    be known from it."""
     with opened(path) as file:
         if "coords" not in file:
             raise Fault(f"{path} has no data set called coords: it isn't a file of tile coordinates")

@@ -1,9 +1,10 @@
 """A slide's tiles as JPEGs, in an order of reading that decodes each piece of the slide about once.
 
-A slide is stored in compressed squares of its own, which tiles share at their edges. Read row by row over a wide slide, a square
-has left openslide's cache before the row below asks for it, and is decoded twice. So tiles are read square field by square field,
-each field small enough for the cache, and handed on in row-major order all the same: what waits for its turn is
-a band of JPEGs, never pixels. Memory is bounded by the cache and one such band, whatever the slide's size.
+A slide is stored in compressed squares of its own, which tiles share at their edges. Read row by row over a wide slide,
+a square has left openslide's cache before the row below asks for it, and is decoded twice. So tiles are read square
+field by square field, each field small enough for the cache, and handed on in row-major order all the same: what waits
+for its turn is a band of JPEGs, never pixels. Memory is bounded by the cache and one such band, whatever the slide's
+size.
 """
 
 from collections.abc import Iterator
@@ -38,9 +39,11 @@ class CutTile:
 
 
 def cut_tiles(source: Path, tiling: Tiling, first: int, last: int) -> Iterator[CutTile]:
-    """Cut candidates ``first … last − 1`` of the tiling from the slide ``source``, in row-major order, reading each once.
+    """Cut candidates ``first … last − 1`` of the tiling from the slide ``source``, in row-major order, reading each
+    once.
 
-    Raises Fault where the slide can't be opened, isn't the one that was tiled, or more than 5 % of these tiles are damaged.
+    Raises Fault where the slide can't be opened, isn't the one that was tiled, or more than 5 % of these tiles are
+    damaged.
     """
     grid = tiling.grid
     x, y, share = (values[first:last] for values in tiling.tiles(*READ))

@@ -1,4 +1,5 @@
-"""Which slide a DICOM file is of: one slide is one series, its pyramid's levels in a file or several each, and openslide is given any of these."""
+"""Which slide a DICOM file is of: one slide is one series, its pyramid's levels in a file or several each, and
+openslide is given any of these."""
 
 import struct
 from collections.abc import Iterable, Iterator
@@ -17,7 +18,8 @@ MOST_ELEMENTS = 10_000  # in front of the series, of which there are some dozens
 
 
 def one_of_each(files: Iterable[Path]) -> list[Path]:
-    """The first file of each series in each folder, of DICOM files; a file whose series can't be read counts as one of its own."""
+    """The first file of each series in each folder, of DICOM files; a file whose series can't be read counts as one of
+    its own."""
     named = sorted((str(file.parent), series_of(file) or f" {file}", file) for file in files)
     return [next(iter(group))[2] for _, group in groupby(named, key=lambda row: row[:2])]
 
@@ -34,7 +36,8 @@ def series_of(path: Path) -> str | None:
 
 
 def _texts(file: BinaryIO) -> Iterator[tuple[int, str]]:
-    """Tags of the outermost elements up to the series, and the text of the two that matter here. Raises struct.error where the file ends."""
+    """Tags of the outermost elements up to the series, and the text of the two that matter here. Raises struct.error
+    where the file ends."""
     explicit, depth, first_group = True, 0, True
     for _ in range(MOST_ELEMENTS):
         group, element = struct.unpack("<HH", file.read(4))

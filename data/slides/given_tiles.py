@@ -1,4 +1,5 @@
-"""Tiles that another program chose: a slide's tiling from an h5 of coordinates by TRIDENT or CLAM, in place of tissue detection."""
+"""Tiles that another program chose: a slide's tiling from an h5 of coordinates by TRIDENT or CLAM, in place of tissue
+detection."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +26,9 @@ class Left:
 
 
 def find_coordinates(folder: Path, slide: Path, name: str) -> Path:
-    """The h5 for the file ``slide``, called ``name`` by us: ``<slide>_patches.h5`` or ``<slide>.h5`` in ``folder``, in its ``patches/``, or in the
-    ``patches/`` of one folder inside (TRIDENT's ``20x_256px_0px_overlap``). Raises Fault where there is none, or more than one."""
+    """The h5 for the file ``slide``, called ``name`` by us: ``<slide>_patches.h5`` or ``<slide>.h5`` in ``folder``, in
+    its ``patches/``, or in the ``patches/`` of one folder inside (TRIDENT's ``20x_256px_0px_overlap``). Raises Fault
+    where there is none, or more than one."""
     for stem in dict.fromkeys((slide.stem, name)):
         for inside in ("", "patches/", "*/patches/"):
             found = [
@@ -42,10 +44,12 @@ def find_coordinates(folder: Path, slide: Path, name: str) -> Path:
 def given_tiles(
     slide: Slide, name: str, file: Path, settings: TilingSettings, slides_mpp: float | None, patient_pattern: str
 ) -> tuple[Tiling, np.ndarray, Left]:
-    """The tiling that ``file`` asks for on an open slide, the slide's thumbnail (see `tile_slide`), and what was left out.
+    """The tiling that ``file`` asks for on an open slide, the slide's thumbnail (see `tile_slide`), and what was left
+    out.
 
-    Tiles are cut where and as large as the file says. A tile that would hang over the slide's edge is left out: nothing is
-    padded, and nothing is moved. Raises Fault where the file's tiles are not of the asked size or scale (within 12 %), or lie on another slide.
+    Tiles are cut where and as large as the file says. A tile that would hang over the slide's edge is left out: nothing
+    is padded, and nothing is moved. Raises Fault where the file's tiles are not of the asked size or scale (within 12
+    %), or lie on another slide.
     """
     given = read_coordinates_h5(file)
     if (given.width, given.height) not in ((None, None), (slide.width, slide.height)):

@@ -1,4 +1,5 @@
-"""Which files are slides: from paths, folders, globs, lists and tables, links followed under the names that the user gave them."""
+"""Which files are slides: from paths, folders, globs, lists and tables, links followed under the names that the user
+gave them."""
 
 import csv
 import glob
@@ -22,11 +23,12 @@ MARKED = ((b"\xef\xbb\xbf", "utf-8-sig"), (b"\xff\xfe", "utf-16"), (b"\xfe\xff",
 
 
 def list_slides(named: list[str]) -> list[Path]:
-    """Slide files, absolute, sorted and each once, from paths, folders (searched through), globs, ``.txt`` lists of these with one a line, and
-    ``.csv`` tables with a column of paths.
+    """Slide files, absolute, sorted and each once, from paths, folders (searched through), globs, ``.txt`` lists of
+    these with one a line, and ``.csv`` tables with a column of paths.
 
-    In a folder, files with an ending that openslide knows are slides; what else is there is counted in a notice. The ``.dcm`` files of one series
-    in one folder are one slide. Links are followed and keep their own names. Raises Fault for a name that leads to nothing.
+    In a folder, files with an ending that openslide knows are slides; what else is there is counted in a notice. The
+    ``.dcm`` files of one series in one folder are one slide. Links are followed and keep their own names. Raises Fault
+    for a name that leads to nothing.
     """
     found = _each_once(path for name in named for path in _named(Path(name).expanduser()))
     dicom = [path for path in found if path.suffix.lower() == ".dcm"]
@@ -64,7 +66,8 @@ def _named(path: Path, lists: tuple[Path, ...] = ()) -> Iterator[Path]:
 
 
 def read_text(path: Path) -> str:
-    """A list or table as text: UTF-8, or what its byte order mark says. Raises Fault where it is neither, or a pointer of Git LFS."""
+    """A list or table as text: UTF-8, or what its byte order mark says. Raises Fault where it is neither, or a pointer
+    of Git LFS."""
     refuse_pointer(path)
     content = path.read_bytes()
     encoding = next((encoding for mark, encoding in MARKED if content.startswith(mark)), "utf-8")
@@ -80,8 +83,8 @@ def read_text(path: Path) -> str:
 
 
 def read_table(path: Path) -> list[list[str]]:
-    """The rows of a table, its header first, cells stripped; its separator is whichever of comma, semicolon and tab the header has most of. Raises Fault
-    where there is no row."""
+    """The rows of a table, its header first, cells stripped; its separator is whichever of comma, semicolon and tab the
+    header has most of. Raises Fault where there is no row."""
     lines = read_text(path).splitlines()
     separator = max(",;\t", key=lines[0].count) if lines else ","
     reader = csv.reader(lines, delimiter=separator)

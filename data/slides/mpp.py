@@ -1,4 +1,5 @@
-"""What a user says of slides' microns per pixel, ``slides_mpp=``: one value for all, or a table by slide. It overrules what a slide says."""
+"""What a user says of slides' microns per pixel, ``slides_mpp=``: one value for all, or a table by slide. It overrules
+what a slide says."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,7 +16,8 @@ SLIDE_COLUMNS = (*PATH_COLUMNS, "slide_id", "slide_name", "name", "id")
 
 @dataclass(frozen=True)
 class SlidesMpp:
-    """Microns per level-0 pixel: ``one`` for every slide, or ``by_slide``, under a slide's path, its file's name, or that without its ending."""
+    """Microns per level-0 pixel: ``one`` for every slide, or ``by_slide``, under a slide's path, its file's name, or
+    that without its ending."""
 
     said: str = ""
     one: float | None = None
@@ -23,7 +25,8 @@ class SlidesMpp:
 
     @classmethod
     def parse(cls, said: str | float | None) -> "SlidesMpp":
-        """``None``, a number, or the path of a table with a column of slides and one called mpp. Raises Fault for anything else, and for values that no slide has."""
+        """``None``, a number, or the path of a table with a column of slides and one called mpp. Raises Fault for
+        anything else, and for values that no slide has."""
         if said is None:
             return cls()
         if Path(str(said)).suffix.lower() in TABLES:
@@ -36,7 +39,8 @@ class SlidesMpp:
             ) from error
 
     def of(self, slide: Path) -> float | None:
-        """What counts for a slide's file, or None where nothing is said about it. Raises Fault where several values are."""
+        """What counts for a slide's file, or None where nothing is said about it. Raises Fault where several values
+        are."""
         if self.one is not None:
             return self.one
         for name in (str(slide), slide.name, slide.stem):

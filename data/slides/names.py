@@ -1,12 +1,14 @@
-"""A short, safe, unique and lasting name for every slide: of its file, or in place of the one that another program gave it.
+"""A short, safe, unique and lasting name for every slide: of its file, or in place of the one that another program gave
+it.
 
-A slide's id is its file's stem with everything but letters, digits, ``-`` and ``_`` turned into ``-`` (a dot would end the key of
-a WebDataset sample). Where files of several folders share one, the folder's name is put in front, and its parent's, until they
-differ. A short hash of the file's name is appended where files of one folder share one (``S1.2`` beside ``S1-2``, ``a.tif`` beside ``a.tiff``), and
-where letters were lost. A name once given is kept: the ids of an earlier run are passed in as ``known``.
+A slide's id is its file's stem with everything but letters, digits, ``-`` and ``_`` turned into ``-`` (a dot would end
+the key of a WebDataset sample). Where files of several folders share one, the folder's name is put in front, and its
+parent's, until they differ. A short hash of the file's name is appended where files of one folder share one (``S1.2``
+beside ``S1-2``, ``a.tif`` beside ``a.tiff``), and where letters were lost. A name once given is kept: the ids of an
+earlier run are passed in as ``known``.
 
-An id becomes part of files' names, so what a foreign index, tar or file calls a slide (``../../x``, ``/etc/x``, ``a b``) goes through
-the same rule, in `safe_ids`, before anything else sees it.
+An id becomes part of files' names, so what a foreign index, tar or file calls a slide (``../../x``, ``/etc/x``, ``a
+b``) goes through the same rule, in `safe_ids`, before anything else sees it.
 """
 
 import hashlib
@@ -23,8 +25,8 @@ LONGEST = 240  # bytes of an id: a file's name has 255, endings included
 def name_slides(paths: list[Path], known: dict[Path, str]) -> dict[Path, str]:
     """Ids for ``paths``, each unique among them and different from the ids in ``known`` of other files.
 
-    ``known`` maps the files of an earlier run to their ids. A known file keeps its id under another name for it (through a link), and where it
-    has moved (gone from where it was, and the same name now found elsewhere).
+    ``known`` maps the files of an earlier run to their ids. A known file keeps its id under another name for it
+    (through a link), and where it has moved (gone from where it was, and the same name now found elsewhere).
     """
     names = {path: known[path] for path in paths if path in known}
     if known and len(names) < len(paths):
@@ -64,10 +66,12 @@ def _words(path: Path, depth: int) -> str:
 
 
 def safe_ids(names: Sequence[str]) -> list[str]:
-    """Ids for slides that other programs named, in their order; equal names get equal ids, different ones different ids.
+    """Ids for slides that other programs named, in their order; equal names get equal ids, different ones different
+    ids.
 
     A name that is an id stays. A short hash of the name is appended where two would get the same id, or where letters
-    were lost on the way (accents, a script of its own, what is too long), so that ids don't depend on who else is there but in the first case.
+    were lost on the way (accents, a script of its own, what is too long), so that ids don't depend on who else is there
+    but in the first case.
     """
     alike: dict[str, set[str]] = defaultdict(set)
     for name in names:
@@ -98,7 +102,8 @@ def _loses_letters(name: str, plain: str) -> bool:
 
 
 def _hashed(name: str, plain: str, taken: set[str]) -> str:
-    """``plain`` with as many hexadecimal digits of the name's hash as it takes to be like none of ``taken``; eight, but for who tries."""
+    """``plain`` with as many hexadecimal digits of the name's hash as it takes to be like none of ``taken``; eight, but
+    for who tries."""
     digest = hashlib.blake2b(name.encode(errors="surrogatepass"), digest_size=32).hexdigest()
     plain = plain if re.search("[A-Za-z0-9]", plain) else "slide"
     digits = 8

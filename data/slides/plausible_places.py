@@ -1,4 +1,5 @@
-"""Can a file's coordinates be what they are said to be? Coordinates in cells, µm or pixels of another level look like level-0 pixels.
+"""Can a file's coordinates be what they are said to be? Coordinates in cells, µm or pixels of another level look like
+level-0 pixels.
 
 What gives them away: neighbours that share most of their area, tiles beside the slide, numbers that no slide has.
 """
@@ -14,7 +15,8 @@ TOO_NEAR = 0.55  # of the distance that neighbours should have: tiles of a grid 
 
 
 def refuse_impossible(path: Path, coords: np.ndarray) -> None:
-    """Raise Fault where some of ``coords`` (n, 2), in whatever unit, can't be places on a slide: not finite, negative, or farther out than any pixel."""
+    """Raise Fault where some of ``coords`` (n, 2), in whatever unit, can't be places on a slide: not finite, negative,
+    or farther out than any pixel."""
     if not np.isfinite(coords).all():
         raise Fault(f"{path} has coordinates that are not finite.")
     if coords.size and (coords.min() < 0 or coords.max() >= FARTHEST):
@@ -26,10 +28,11 @@ def refuse_impossible(path: Path, coords: np.ndarray) -> None:
 
 
 def misread(coords: np.ndarray, side: float, *, width: int = 0, height: int = 0, apart: float = 1.0) -> str:
-    """Why tiles of ``side`` level-0 pixels can't have their corners at ``coords`` (n, 2), taken for level-0 pixels, as the end of a sentence; or nothing.
+    """Why tiles of ``side`` level-0 pixels can't have their corners at ``coords`` (n, 2), taken for level-0 pixels, as
+    the end of a sentence; or nothing.
 
-    ``width, height``: of the slide, in level-0 pixels; 0 where they aren't known. ``apart``: how far neighbours should be from each other, in tiles: 1
-    of a grid, less of tiles that overlap.
+    ``width, height``: of the slide, in level-0 pixels; 0 where they aren't known. ``apart``: how far neighbours should
+    be from each other, in tiles: 1 of a grid, less of tiles that overlap.
     """
     if width and height and (outside := int(((coords[:, 0] >= width) | (coords[:, 1] >= height)).sum())):
         return (

@@ -26,8 +26,8 @@ FAR = 2.5  # some 20× scanners have pixels of 0.22 µm, a factor of 2.3; centim
 class Slide:
     """One open slide. Use as a context manager; not to be shared between processes.
 
-    ``cache`` is how many bytes of decoded pixels are kept for neighbouring tiles (openslide's own 32 MiB where it isn't given).
-    Raises Fault where openslide cannot open the file.
+    ``cache`` is how many bytes of decoded pixels are kept for neighbouring tiles (openslide's own 32 MiB where it isn't
+    given). Raises Fault where openslide cannot open the file.
     """
 
     def __init__(self, path: Path, cache: int | None = None) -> None:
@@ -59,8 +59,9 @@ class Slide:
     def mpp(self, overrule: float | None = None) -> float:
         """Microns per level-0 pixel: ``overrule`` where the user says so, or else what the file states.
 
-        Raises Fault where there is neither; where x and y differ by more than 1 %; and where no scanner could have made what is stated: finer than
-        0.05, coarser than 10, or far from what the objective's power goes with (10 µm over the power).
+        Raises Fault where there is neither; where x and y differ by more than 1 %; and where no scanner could have made
+        what is stated: finer than 0.05, coarser than 10, or far from what the objective's power goes with (10 µm over
+        the power).
         """
         if overrule is not None:
             return overrule
@@ -100,8 +101,8 @@ class Slide:
     def read_tile(self, grid: TileGrid, x: int, y: int) -> np.ndarray:
         """The tile whose corner is at level-0 ``(x, y)``, uint8 (tile_size, tile_size, 3).
 
-        Untouched pixels of ``grid.level`` where the grid does not resample; otherwise resized with antialiasing from exactly
-        the tile's own (fractional) box. Raises Fault where the slide's data is damaged there.
+        Untouched pixels of ``grid.level`` where the grid does not resample; otherwise resized with antialiasing from
+        exactly the tile's own (fractional) box. Raises Fault where the slide's data is damaged there.
         """
         tile = self.tile_pixels(grid, x, y)
         if tile.shape[2] == 3:
@@ -112,8 +113,8 @@ class Slide:
         return rgb
 
     def tile_pixels(self, grid: TileGrid, x: int, y: int) -> np.ndarray:
-        """`read_tile` for an encoder that takes pixels as openslide has them: where nothing is resized uint8 (tile_size, tile_size, 4),
-        blue, green, red and a byte that says nothing."""
+        """`read_tile` for an encoder that takes pixels as openslide has them: where nothing is resized uint8
+        (tile_size, tile_size, 4), blue, green, red and a byte that says nothing."""
         left, top, side = grid.level_box(x, y)
         first_column, first_row = math.floor(left), math.floor(top)
         width = math.ceil(left + side - 1e-6) - first_column
@@ -128,7 +129,8 @@ class Slide:
     def thumbnail(self, downsample: float) -> np.ndarray:
         """The whole slide, ``downsample`` level-0 pixels to a pixel, area-averaged: uint8 (H, W, 3).
 
-        H and W are ``ceil(height / downsample)`` and ``ceil(width / downsample)``; the last row and column may hang over.
+        H and W are ``ceil(height / downsample)`` and ``ceil(width / downsample)``; the last row and column may hang
+        over.
         """
         level = max((i for i, d in enumerate(self.downsamples) if d <= downsample * 1.001), default=0)
         scale = downsample / self.downsamples[level]  # level pixels per thumbnail pixel
@@ -148,16 +150,17 @@ class Slide:
         return thumbnail
 
     def _read(self, level: int, left: int, top: int, width: int, height: int) -> np.ndarray:
-        """Pixels of one level, ``left`` and ``top`` in that level's pixels: uint8 (height, width, 4), blue, green, red and a byte that says
-        nothing. Where the slide holds nothing, white.
+        """Pixels of one level, ``left`` and ``top`` in that level's pixels: uint8 (height, width, 4), blue, green, red
+        and a byte that says nothing. Where the slide holds nothing, white.
 
-        openslide takes the corner in whole level-0 pixels, so at a level with a fractional downsample the corner may be off by
-        half a level-0 pixel.
+        openslide takes the corner in whole level-0 pixels, so at a level with a fractional downsample the corner may be
+        off by half a level-0 pixel.
         """
         stated = self._stated_downsamples[level]
         pixels = np.empty((height, width), dtype=np.uint32)  # alpha, red, green, blue, premultiplied
         try:
-            # What `OpenSlide.read_region` calls, before it makes a picture of the result, which costs as much as half of a JPEG's encoding.
+            # What `OpenSlide.read_region` calls, before it makes a picture of the result, which costs as much as half
+            # of a JPEG's encoding.
             lowlevel._read_region(
                 self._reader._osr, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)), round(left * stated), round(top * stated),
                 level, width, height,
@@ -171,7 +174,8 @@ class Slide:
 
 
 def _opened(path: Path) -> openslide.OpenSlide:
-    """The slide at a path, or at what a link there leads to: the files that belong to it lie beside the one or the other."""
+    """The slide at a path, or at what a link there leads to: the files that belong to it lie beside the one or the
+    other."""
     try:
         return openslide.OpenSlide(path)
     except openslide.OpenSlideError:

@@ -1,8 +1,8 @@
 """One open slide for several threads, of which none suffers from what another reads.
 
-After an error openslide refuses everything else on the same handle, whoever asks. So what fails on the shared handle says
-nothing yet: the tile is read again through a handle of its own, and counts as damaged only if that fails too. The shared handle is then
-closed and opened anew. Which tiles are damaged is so a property of the slide, not of timing.
+After an error openslide refuses everything else on the same handle, whoever asks. So what fails on the shared handle
+says nothing yet: the tile is read again through a handle of its own, and counts as damaged only if that fails too. The
+shared handle is then closed and opened anew. Which tiles are damaged is so a property of the slide, not of timing.
 """
 
 from pathlib import Path
@@ -16,7 +16,8 @@ from data.slides.reading import Slide
 
 
 class SharedSlide:
-    """The slide at ``path``, opened at once. Raises Fault where that fails, as does `read_tile` for a damaged tile (see `Slide.read_tile`)."""
+    """The slide at ``path``, opened at once. Raises Fault where that fails, as does `read_tile` for a damaged tile (see
+    `Slide.read_tile`)."""
 
     def __init__(self, path: Path) -> None:
         self.path = path

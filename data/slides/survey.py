@@ -4,8 +4,8 @@
     <folder>/coordinates/*_patches.h5    each slide's grid and verdicts
     <folder>/thumbnails/*.jpg            a small picture of each slide
 
-Any number of processes may survey into one folder at the same time: each takes the next slide that has no grid yet, in an
-order of its own, and whoever ends last writes the same ``survey.json``.
+Any number of processes may survey into one folder at the same time: each takes the next slide that has no grid yet, in
+an order of its own, and whoever ends last writes the same ``survey.json``.
 """
 
 import hashlib
@@ -33,7 +33,8 @@ from data.slides.tiling import KEPT, Tiling, TilingSettings, tile_slide, write_t
 
 @dataclass(frozen=True)
 class Look:
-    """What came of looking at one slide: its tiling, what of the tiles given for it was left out, and which of its statements the user overruled."""
+    """What came of looking at one slide: its tiling, what of the tiles given for it was left out, and which of its
+    statements the user overruled."""
 
     tiling: Tiling
     left: Left
@@ -65,8 +66,8 @@ def survey(
     patient_pattern: str = "",
     coordinates: Path | None = None,
 ) -> Look:
-    """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and thumbnail; or read
-    what an earlier run wrote, where that counts as many µm per pixel as the user says now."""
+    """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and
+    thumbnail; or read what an earlier run wrote, where that counts as many µm per pixel as the user says now."""
     path, name = job
     written, left, mpp = coordinates_path(out, name), Left(0, 0), slides_mpp.of(path)
     if written.exists():
@@ -89,7 +90,8 @@ def survey(
 
 
 def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp) -> Surveyed | None:
-    """The survey in a folder, or None where there is none yet. Raises Fault where it is one of other slides or settings."""
+    """The survey in a folder, or None where there is none yet. Raises Fault where it is one of other slides or
+    settings."""
     needs = {"settings", "slides", "files", "tiles", "left_out", "digest"}
     try:
         kept = read_object(folder / "survey.json", needs, "delete it, it is made anew")

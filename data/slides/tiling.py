@@ -1,8 +1,8 @@
 """Which tiles of a slide are worth keeping: one look at a thumbnail, before any tile is read.
 
 The result is a `Tiling`: the grid, and for every cell whether its tile is kept, or why not. It is written as
-`<slide>_patches.h5` (see `data.slides.coordinates_h5`), beside a small JPEG of the slide, so that nothing later has to open the
-slide to show where its tiles are.
+`<slide>_patches.h5` (see `data.slides.coordinates_h5`), beside a small JPEG of the slide, so that nothing later has to
+open the slide to show where its tiles are.
 """
 
 import re
@@ -45,11 +45,11 @@ class TilingSettings:
 
 @dataclass(frozen=True)
 class Tiling:
-    """A slide's tiles, and its cells without one. ``verdict`` (rows, columns) uint8 indexes `VERDICTS`; ``tissue`` (rows, columns)
-    float32 is each cell's share of tissue.
+    """A slide's tiles, and its cells without one. ``verdict`` (rows, columns) uint8 indexes `VERDICTS`; ``tissue``
+    (rows, columns) float32 is each cell's share of tissue.
 
-    Tiles that another program chose needn't lie on the grid: they are ``places`` (N, 2) int64, level-0 x and y in row-major order,
-    ``verdict`` and ``tissue`` are (1, N), and ``tissue`` is NaN, which nobody measured.
+    Tiles that another program chose needn't lie on the grid: they are ``places`` (N, 2) int64, level-0 x and y in
+    row-major order, ``verdict`` and ``tissue`` are (1, N), and ``tissue`` is NaN, which nobody measured.
     """
 
     slide: str
@@ -86,8 +86,9 @@ def tile_slide(
 ) -> tuple[Tiling, np.ndarray]:
     """Find the tissue of an open slide and judge every cell of its grid.
 
-    Returns the tiling and the slide's thumbnail, uint8 (H, W, 3) with a longest side of at most 1024. ``mpp``, of its level 0, overrules what the
-    slide says; the first match of the regular expression ``patient_pattern`` in the file's name is the patient.
+    Returns the tiling and the slide's thumbnail, uint8 (H, W, 3) with a longest side of at most 1024. ``mpp``, of its
+    level 0, overrules what the slide says; the first match of the regular expression ``patient_pattern`` in the file's
+    name is the patient.
 
     Raises Fault for a slide without a plausible mpp, coarser than asked, fluorescent, or smaller than one tile.
     """
@@ -127,8 +128,9 @@ def patient_in(path: Path, pattern: str) -> str:
 
 
 def downsample_for(rule: TissueRule, grid: TileGrid, levels: Sequence[float]) -> float:
-    """Level-0 pixels per pixel of the image that ``rule`` judges, on a slide whose levels have these downsamples: the rule's own scale,
-    finer for tiles that would have fewer than 16 of these pixels a side, or its level; coarser where the image would have more than 4096."""
+    """Level-0 pixels per pixel of the image that ``rule`` judges, on a slide whose levels have these downsamples: the
+    rule's own scale, finer for tiles that would have fewer than 16 of these pixels a side, or its level; coarser where
+    the image would have more than 4096."""
     own = min(rule.mpp / grid.mpp_level0, grid.tile_size_level0 / 16)
     if rule.level is not None:
         own = max(downsample for downsample in levels if downsample <= max(rule.level, levels[0]))
@@ -141,7 +143,8 @@ def write_thumbnail(path: Path, image: np.ndarray) -> None:
 
 
 def _shrunk(image: np.ndarray, factor: float) -> np.ndarray:
-    """Area-averaged by ``factor`` ≥ 1; a pixel of the result covers exactly ``factor`` pixels, the last ones perhaps less."""
+    """Area-averaged by ``factor`` ≥ 1; a pixel of the result covers exactly ``factor`` pixels, the last ones perhaps
+    less."""
     if factor <= 1.0 + 1e-9:
         return image
     height, width = int(np.ceil(image.shape[0] / factor)), int(np.ceil(image.shape[1] / factor))

@@ -1,7 +1,7 @@
 """What on a slide is tissue: rules from an RGB thumbnail to a mask, by name.
 
-Every rule is one function on a thumbnail (H, W, 3) uint8 → bool mask (H, W), True where there is tissue. To add one, write
-the function and put a line in `RULES`. `otsu` is the default: permissive about faint tissue, strict about pen.
+Every rule is one function on a thumbnail (H, W, 3) uint8 → bool mask (H, W), True where there is tissue. To add one,
+write the function and put a line in `RULES`. `otsu` is the default: permissive about faint tissue, strict about pen.
 """
 
 import math
@@ -27,9 +27,10 @@ class TissueRule:
 def otsu(rgb: np.ndarray) -> np.ndarray:
     """Otsu's threshold on luminance, without grey background and without pen.
 
-    Otsu's threshold (1979) splits a histogram in two whatever is in it: on a field without glass it cuts through the tissue,
-    on a nearly empty slide through the glass. So it is held between 88 and 94 % of the glass, taken as the thumbnail's
-    99th percentile. What is neither coloured nor dark (shadows, dust, the seams of a scanner) is background.
+    Otsu's threshold (1979) splits a histogram in two whatever is in it: on a field without glass it cuts through the
+    tissue, on a nearly empty slide through the glass. So it is held between 88 and 94 % of the glass, taken as the
+    thumbnail's 99th percentile. What is neither coloured nor dark (shadows, dust, the seams of a scanner) is
+    background.
     """
     luminance = _mean(rgb)
     glass = float(np.percentile(luminance, 99))
@@ -46,11 +47,12 @@ def gigapath(rgb: np.ndarray) -> np.ndarray:
 
 
 def clam(rgb: np.ndarray) -> np.ndarray:
-    """CLAM's preset (Lu et al. 2021): saturation above 8 after a 7 px median, closed with a 4 px square, on the level that CLAM takes.
+    """CLAM's preset (Lu et al. 2021): saturation above 8 after a 7 px median, closed with a 4 px square, on the level
+    that CLAM takes.
 
-    A tile is kept where any of this touches it. CLAM then drops contours smaller than 100 patches of 512 px, which would drop every
-    biopsy, lays a grid of its own into each contour, and keeps a patch where one of four points around its centre is inside: none
-    of this is done here, as CLAM's own tiles can be had with ``coordinates=``.
+    A tile is kept where any of this touches it. CLAM then drops contours smaller than 100 patches of 512 px, which
+    would drop every biopsy, lays a grid of its own into each contour, and keeps a patch where one of four points around
+    its centre is inside: none of this is done here, as CLAM's own tiles can be had with ``coordinates=``.
     """
     # The median of 49 values is above 8 where most of them are: counting is twenty times faster than sorting.
     above = ndimage.uniform_filter((_hsv(rgb)[..., 1] > 8).astype(np.float32), size=7) > 0.5
@@ -63,8 +65,8 @@ def hsv(rgb: np.ndarray) -> np.ndarray:
     return (hue >= 90) & (saturation >= 8) & (value >= 103)
 
 
-# For rules that their authors apply to the tile's own pixels: the finest that scanners have, so that only a slide of more than
-# `data.slides.tiling.LARGEST_MASK` pixels a side is judged more coarsely.
+# For rules that their authors apply to the tile's own pixels: the finest that scanners have, so that only a slide of
+# more than `data.slides.tiling.LARGEST_MASK` pixels a side is judged more coarsely.
 FULL = 0.1
 
 RULES: dict[str, TissueRule] = {
@@ -78,9 +80,9 @@ RULES: dict[str, TissueRule] = {
 def pen(rgb: np.ndarray) -> np.ndarray:
     """Green, blue, red and black ink, (H, W, 3) uint8 → bool (H, W).
 
-    Haematoxylin and eosin absorb green most: in stained tissue, however dark, the green channel is the lowest (hues from
-    violet through pink). Ink breaks that order. Green and blue ink absorb red most; red ink absorbs blue as much as
-    green, and far more of both than eosin does; black ink is dark without a hue.
+    Haematoxylin and eosin absorb green most: in stained tissue, however dark, the green channel is the lowest (hues
+    from violet through pink). Ink breaks that order. Green and blue ink absorb red most; red ink absorbs blue as much
+    as green, and far more of both than eosin does; black ink is dark without a hue.
     """
     red, green, blue = (ndimage.uniform_filter(channel, size=3, output=np.float32) for channel in _channels(rgb))
     brightest = np.maximum(np.maximum(red, green), blue)
@@ -105,8 +107,8 @@ def is_fluorescence(rgb: np.ndarray) -> bool:
 
 
 def is_empty(tile: np.ndarray) -> bool:
-    """True for a tile (H, W, 3 or more) uint8 with nothing in it: flat (mean standard deviation of the channels under 5), or more
-    than half of it pure black or pure white, as missing data reads. Judged on every fourth pixel.
+    """True for a tile (H, W, 3 or more) uint8 with nothing in it: flat (mean standard deviation of the channels under
+    5), or more than half of it pure black or pure white, as missing data reads. Judged on every fourth pixel.
 
     The limits are those of Prov-GigaPath's empty-tile check.
     """
@@ -122,8 +124,8 @@ def is_empty(tile: np.ndarray) -> bool:
 
 
 def shares(mask: np.ndarray, left: np.ndarray, top: np.ndarray, side: float) -> np.ndarray:
-    """Share of each square that is True in ``mask``: squares with corners at columns ``left`` and rows ``top`` (both float, in
-    mask pixels) and ``side`` mask pixels wide → float32 (len(top), len(left)), from one summed-area table."""
+    """Share of each square that is True in ``mask``: squares with corners at columns ``left`` and rows ``top`` (both
+    float, in mask pixels) and ``side`` mask pixels wide → float32 (len(top), len(left)), from one summed-area table."""
     table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), dtype=np.int64)
     table[1:, 1:] = mask.cumsum(axis=0).cumsum(axis=1)
     x0, x1 = _edges(left, side, mask.shape[1])
@@ -144,7 +146,8 @@ def _threshold(luminance: np.ndarray) -> float:
 
 
 def _channels(rgb: np.ndarray) -> np.ndarray:
-    """(H, W, 3) → (3, H, W), contiguous: on planes everything below is several times faster than along an axis of three."""
+    """(H, W, 3) → (3, H, W), contiguous: on planes everything below is several times faster than along an axis of
+    three."""
     return np.ascontiguousarray(np.moveaxis(rgb, 2, 0))
 
 

@@ -1,8 +1,8 @@
 """Colour, blur and solarisation, batched on the device with parameters of each image's own.
 
-The loader draws the parameters (`data.tiles.augment_parameters`); the device applies them to a whole batch of uint8 crops at once.
-The order is DINOv2's: jitter (its four parts in an order of the image's own), grey, blur, solarise, normalise; stains are
-shifted before them.
+The loader draws the parameters (`data.tiles.augment_parameters`); the device applies them to a whole batch of uint8
+crops at once. The order is DINOv2's: jitter (its four parts in an order of the image's own), grey, blur, solarise,
+normalise; stains are shifted before them.
 """
 
 import math
@@ -43,8 +43,8 @@ Planes = tuple[Tensor, Tensor, Tensor]
 def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """uint8 ``(N, 3, H, W)`` → float32 of the same shape, augmented and normalised by ``mean`` and ``std`` ``(3,)``.
 
-    ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. Raises Fault
-    for images that are too small to be blurred.
+    ``parameters`` ``(N, WIDTH)`` stays on the CPU, so that choosing images costs the device no synchronisation. Raises
+    Fault for images that are too small to be blurred.
     """
     rows = parameters.numpy()
     if min(images.shape[2:]) <= BLUR_TAPS // 2 and (rows[:, SIGMA] > 0).any():
@@ -66,7 +66,8 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
 
 
 def augment_together(images: Tensor, rows: np.ndarray, scale: Tensor, offset: Tensor) -> Tensor:
-    """Images ``(N, 3, H, W)`` in 0..255 by parameters ``(N, WIDTH)`` without the stains, times ``scale`` ``(3,)`` plus ``offset``.
+    """Images ``(N, 3, H, W)`` in 0..255 by parameters ``(N, WIDTH)`` without the stains, times ``scale`` ``(3,)`` plus
+    ``offset``.
 
     Every image goes through the same steps, with weights that make a step of its own order or leave the image as it is:
     nothing is sorted, and how many kernels run does not depend on what was drawn, but for blur and solarisation.
@@ -85,10 +86,11 @@ def augment_together(images: Tensor, rows: np.ndarray, scale: Tensor, offset: Te
 
 
 def _weights(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What an image does before and after its contrast: blends ``(N, 2, 4, 2)`` and turns of the hue ``(N, 2)``, and the contrast ``(N,)``.
+    """What an image does before and after its contrast: blends ``(N, 2, 4, 2)`` and turns of the hue ``(N, 2)``, and
+    the contrast ``(N,)``.
 
-    Brightness and saturation each have a blend of their own among two before the hue and two behind it, the others leave
-    the image as it is: so every order of the four parts is the same steps.
+    Brightness and saturation each have a blend of their own among two before the hue and two behind it, the others
+    leave the image as it is: so every order of the four parts is the same steps.
     """
     images, place = np.arange(len(rows)), rows[:, ORDER].argsort(1)
     factors = np.where(rows[:, JITTER, None] > 0, rows[:, FACTORS], np.array((1, 1, 1, 0), dtype=np.float32))
@@ -135,18 +137,21 @@ def luma(planes: Planes) -> Tensor:
 
 
 def blend(planes: Planes, weights: Tensor) -> Planes:
-    """``factor · x + grey · luma(x)``, clipped to (0, 1): brightness by f is (f, 0), saturation (f, 1 − f); weights ``(N, 2)``."""
+    """``factor · x + grey · luma(x)``, clipped to (0, 1): brightness by f is (f, 0), saturation (f, 1 − f); weights
+    ``(N, 2)``."""
     factor, grey = weights[:, :1], weights[:, 1:] * luma(planes)
     red, green, blue = ((factor * plane + grey).clamp(0, 1) for plane in planes)
     return red, green, blue
 
 
 def hue(planes: Planes, turns: Tensor) -> Planes:
-    """Rotate the hue of HSV by ``turns`` ``(N,)``: exact, and without a choice for each pixel. No turn changes nothing at all.
+    """Rotate the hue of HSV by ``turns`` ``(N,)``: exact, and without a choice for each pixel. No turn changes nothing
+    at all.
 
-    With green and blue sorted, then red and the larger of them, the hue in sixths of a turn is ``|k + (other − smaller) / chroma|``,
-    where k is 0, −6, −2 or 4 as they lay. A channel is then ``value − chroma · f``: f = 1 within a sixth of a turn of the channel's
-    opposite hue, falling to 0 at a third; the distance of two angles a, b on the circle is ``3 − ||a − b| − 3|``.
+    With green and blue sorted, then red and the larger of them, the hue in sixths of a turn is ``|k + (other − smaller)
+    / chroma|``, where k is 0, −6, −2 or 4 as they lay. A channel is then ``value − chroma · f``: f = 1 within a sixth
+    of a turn of the channel's opposite hue, falling to 0 at a third; the distance of two angles a, b on the circle is
+    ``3 − ||a − b| − 3|``.
     """
     red, green, blue = planes
     turn = turns.view(-1, 1)
@@ -164,7 +169,8 @@ def hue(planes: Planes, turns: Tensor) -> Planes:
 
 
 def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
-    """Add ``shift`` ``(N, 3)`` to the amounts of haematoxylin, eosin and DAB: the HED perturbation of Midnight and OpenMidnight.
+    """Add ``shift`` ``(N, 3)`` to the amounts of haematoxylin, eosin and DAB: the HED perturbation of Midnight and
+    OpenMidnight.
 
     Beer-Lambert: ``log x / log 1e-6 = stains · colours``, per pixel; stains are clipped to (0, 1) after the shift, as
     OpenMidnight does (scikit-image's ``rgb2hed`` and ``hed2rgb``, Ruifrok & Johnston 2001).
@@ -177,8 +183,8 @@ def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
 
 
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
-    """Gaussian of nine taps with a sigma (pixels) ``(N, 1, 1, 1)`` per image, reflected at the border: columns, then rows,
-    as sums of shifted images."""
+    """Gaussian of nine taps with a sigma (pixels) ``(N, 1, 1, 1)`` per image, reflected at the border: columns, then
+    rows, as sums of shifted images."""
     reach = BLUR_TAPS // 2
     taps = torch.exp(-0.5 * (torch.arange(reach + 1, device=x.device) / sigma) ** 2)
     middle, *others = (taps / (2 * taps.sum(-1, keepdim=True) - 1)).split(1, -1)  # from the middle outwards

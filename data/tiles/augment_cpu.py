@@ -1,8 +1,9 @@
-"""`data.tiles.augment`'s arithmetic for a CPU: an image at a time, each operation over as many pixels as the nearest cache holds.
+"""`data.tiles.augment`'s arithmetic for a CPU: an image at a time, each operation over as many pixels as the nearest
+cache holds.
 
-On a GPU many images share a kernel; on a CPU what costs is going through memory and calling, and here an image is read and
-written three times (its contrast needs a mean of all of it) and only what its own parameters ask for is computed. numba compiles
-it at the first use, some seconds, and keeps the result beside this file.
+On a GPU many images share a kernel; on a CPU what costs is going through memory and calling, and here an image is read
+and written three times (its contrast needs a mean of all of it) and only what its own parameters ask for is computed.
+numba compiles it at the first use, some seconds, and keeps the result beside this file.
 """
 
 from collections.abc import Callable
@@ -38,8 +39,8 @@ BYTE, BRIGHT, NO_CHROMA = np.float32(1 / 255), np.float32(SOLARISE_FROM), np.flo
 
 def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """numba's loops of a function, kept on disk. Raises Fault where they can't be."""
-    # Nothing that lets a sum or a product be rounded otherwise: numba links what it has just compiled differently from what it
-    # finds on disk, and a run that resumes would differ from itself in the last bit.
+    # Nothing that lets a sum or a product be rounded otherwise: numba links what it has just compiled differently from
+    # what it finds on disk, and a run that resumes would differ from itself in the last bit.
     fast = {"nnan", "ninf", "nsz"}
     try:
         return njit(fastmath=fast, nogil=True, cache=True, error_model="numpy")(function)  # type: ignore[no-any-return]
@@ -62,7 +63,8 @@ def _clip(value):  # type: ignore[no-untyped-def]
 
 @compiled
 def augment_each(images, rows, scale, offset, result):  # type: ignore[no-untyped-def]
-    """Images ``(N, 3, H, W)`` in 0..255 by parameters ``(N, WIDTH)`` without the stains, times ``scale`` ``(3,)`` plus ``offset``, into ``result``."""
+    """Images ``(N, 3, H, W)`` in 0..255 by parameters ``(N, WIDTH)`` without the stains, times ``scale`` ``(3,)`` plus
+    ``offset``, into ``result``."""
     height, width = images.shape[2:]
     plane, line = np.empty((height, width), np.float32), np.empty(width + 2 * REACH, np.float32)
     for n in range(len(images)):
@@ -162,7 +164,8 @@ def _hue(red, green, blue, turns):  # type: ignore[no-untyped-def]
 
 @compiled
 def _blur(image, sigma, plane, line):  # type: ignore[no-untyped-def]
-    """As `data.tiles.augment.blur`, one image ``(3, H, W)`` in place: columns into ``plane``, then rows of it through a reflected ``line``."""
+    """As `data.tiles.augment.blur`, one image ``(3, H, W)`` in place: columns into ``plane``, then rows of it through a
+    reflected ``line``."""
     _, height, width = image.shape
     taps = np.exp(np.float32(-0.5) * (np.arange(REACH + 1).astype(np.float32) / sigma) ** 2)
     taps /= TWO * taps.sum() - ONE

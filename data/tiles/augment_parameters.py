@@ -1,6 +1,7 @@
 """What a view's colour, blur and solarisation are drawn from, and the rows of numbers that are drawn.
 
-The loader draws a row for each view, keyed by the tile's position in the run (`draw`); `data.tiles.augment` applies them on the device.
+The loader draws a row for each view, keyed by the tile's position in the run (`draw`); `data.tiles.augment` applies
+them on the device.
 """
 
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ SOLARISE_FROM = 128 / 255
 
 @dataclass(frozen=True)
 class Colour:
-    """Strengths and probabilities. Stains are shifted by up to ``stain_shift`` either way: see `data.tiles.augment.shift_stains`. Blur and solarisation are given per kind of view: first global, other globals, local.
+    """Strengths and probabilities. Stains are shifted by up to ``stain_shift`` either way: see
+    `data.tiles.augment.shift_stains`. Blur and solarisation are given per kind of view: first global, other globals,
+    local.
 
     DINOv2's configuration gives blur probabilities of 1, .1 and .5, but its code applies ``1 − p``; these are the
     probabilities with which a view *is* blurred: 0, .9 and .5 trained the released models.
@@ -43,8 +46,8 @@ class Colour:
 
 
 def draw_parameters(colour: Colour, kinds: np.ndarray, generator: np.random.Generator) -> np.ndarray:
-    """Parameter rows ``(views, WIDTH)`` float32 of a tile's views, whose ``kinds`` ``(views,)`` are 0 (first global), 1 (other
-    globals) or 2 (local)."""
+    """Parameter rows ``(views, WIDTH)`` float32 of a tile's views, whose ``kinds`` ``(views,)`` are 0 (first global), 1
+    (other globals) or 2 (local)."""
     u = generator.random((len(kinds), 17))
     rows = np.empty((len(kinds), WIDTH), dtype=np.float32)
     rows[:, ORDER] = u[:, :4].argsort(1)

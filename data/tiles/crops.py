@@ -17,8 +17,8 @@ from data.keyed import rng
 
 @dataclass(frozen=True)
 class FurtherViews:
-    """A kind of view that an objective wants beside global and local ones: how many of a tile, their side (pixels), their range of ``scale``
-    as in `CropSizes`. They are coloured as local views are."""
+    """A kind of view that an objective wants beside global and local ones: how many of a tile, their side (pixels),
+    their range of ``scale`` as in `CropSizes`. They are coloured as local views are."""
 
     count: int
     size: int
@@ -29,8 +29,9 @@ class FurtherViews:
 class CropSizes:
     """Numbers, sides (pixels) and ranges of the kinds of crop: global, local, and those that an objective adds.
 
-    A ``scale`` is a range of areas, as shares of the tile's; with ``relative_to="crop"`` it is a range of sides, as multiples
-    of the crop's own: extended-context translation (Virchow2), which moves over a large tile and hardly resizes.
+    A ``scale`` is a range of areas, as shares of the tile's; with ``relative_to="crop"`` it is a range of sides, as
+    multiples of the crop's own: extended-context translation (Virchow2), which moves over a large tile and hardly
+    resizes.
     """
 
     global_count: int
@@ -83,7 +84,8 @@ def box(
     """``(top, left, height, width)`` in pixels of a random resized crop, by torchvision's rule.
 
     Ten tries at an area uniform in ``scale`` and an aspect ratio log-uniform in ``aspect``; failing that, the largest
-    central crop of an allowed aspect. ``u`` are `NUMBERS` numbers uniform in [0, 1), the last three of them not used here.
+    central crop of an allowed aspect. ``u`` are `NUMBERS` numbers uniform in [0, 1), the last three of them not used
+    here.
     """
     low, high = math.log(aspect[0]), math.log(aspect[1])
     for attempt in range(TRIES):
@@ -101,8 +103,9 @@ def box(
 def cut(tile: np.ndarray, sizes: CropSizes, seed: int, sample: int) -> list[Tensor]:
     """Cut every view of one tile: uint8 ``(H, W, 3)`` → a list of uint8 tensors ``(3, side, side)``.
 
-    Boxes, mirroring (half of the views left to right, some top to bottom) and quarter turns after it depend on ``(seed, sample)`` alone; ``sample`` is the tile's
-    position in the run. Bicubic with antialiasing, on bytes, as DINOv2's views are.
+    Boxes, mirroring (half of the views left to right, some top to bottom) and quarter turns after it depend on ``(seed,
+    sample)`` alone; ``sample`` is the tile's position in the run. Bicubic with antialiasing, on bytes, as DINOv2's
+    views are.
     """
     kinds = sizes.views()
     drawn = rng(seed, "crops", sample).random((len(kinds), NUMBERS)).tolist()

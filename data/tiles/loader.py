@@ -32,7 +32,8 @@ ATTEMPTS = 100
 
 @dataclass(frozen=True)
 class Masking:
-    """Block masks on the global crops: the share of crops that are masked, their range of ratios, the patch grid's side."""
+    """Block masks on the global crops: the share of crops that are masked, their range of ratios, the patch grid's
+    side."""
 
     share: float
     low: float
@@ -51,7 +52,8 @@ class MicroBatch:
     masks: Tensor  # bool (global views * tiles, rows, columns)
 
     def __reduce__(self) -> tuple[object, ...]:
-        # As bytes: between processes a tensor travels as a file of shared memory of its own, which costs more than these hold.
+        # As bytes: between processes a tensor travels as a file of shared memory of its own, which costs more than
+        # these hold.
         small = [tensor.numpy() for tensor in (self.numbers, self.masks, *self.parameters)]
         return _unpickled, (self.first, self.views, small)
 
@@ -83,8 +85,9 @@ class RankBatch:
 class TileBatches(IterableDataset["RankBatch"]):
     """A rank's share of the global batches ``start … stop − 1``, each cut into ``accumulate`` micro-batches.
 
-    A tile that can't be read is replaced by the next one of its source that can, is named once, and is counted: the run goes on
-    while the tiles that were bad stay under the trainer's limit, and every rank still takes the same number of tiles.
+    A tile that can't be read is replaced by the next one of its source that can, is named once, and is counted: the run
+    goes on while the tiles that were bad stay under the trainer's limit, and every rank still takes the same number of
+    tiles.
     """
 
     def __init__(
@@ -145,8 +148,8 @@ class TileBatches(IterableDataset["RankBatch"]):
         return views, futures
 
     def _views(self, number: int, sample: int, views: list[Tensor]) -> tuple[int, np.ndarray, list[str]]:
-        """Cut one tile's views into ``views``; its number and colour parameters. ``sample`` is its position in the run, the key of
-        every draw."""
+        """Cut one tile's views into ``views``; its number and colour parameters. ``sample`` is its position in the run,
+        the key of every draw."""
         bad: list[str] = []
         while True:
             try:

@@ -1,4 +1,5 @@
-"""Which patches of which crops the student doesn't see: BEiT's block masks, stratified over the global batch as in DINOv2.
+"""Which patches of which crops the student doesn't see: BEiT's block masks, stratified over the global batch as in
+DINOv2.
 
 DINOv2 masks exactly half of the global crops of a batch and spreads their mask ratios evenly over (.1, .5). Both are
 statements about the batch, so they are drawn for the global batch, and a rank takes its part.

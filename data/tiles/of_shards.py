@@ -18,8 +18,9 @@ from data.tiles.stream import Part
 class ShardTiles(TileSource):
     """The tiles of ``shards``, folders or URLs of folders, as one numbered sequence.
 
-    A block is a stretch of one tar, at most a thousand tiles; with a ``group`` of several tiles (`Stream`'s ``slides_per_lane``) of
-    one slide, too. On a disk a tile is one ``pread``; a remote tar is read a whole block at a time.
+    A block is a stretch of one tar, at most a thousand tiles; with a ``group`` of several tiles (`Stream`'s
+    ``slides_per_lane``) of one slide, too. On a disk a tile is one ``pread``; a remote tar is read a whole block at a
+    time.
     """
 
     def __init__(self, group: int = 1, *, shards: list[str]) -> None:
@@ -55,8 +56,8 @@ class ShardTiles(TileSource):
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
 
     def jpeg(self, number: int, check: bool = False) -> memoryview:
-        """Tile ``number`` as it lies in its shard, held to its header, and with ``check`` to its checksum (on a disk; what comes over
-        a network was checked on its way). Raises UnreadableTile naming it."""
+        """Tile ``number`` as it lies in its shard, held to its header, and with ``check`` to its checksum (on a disk;
+        what comes over a network was checked on its way). Raises UnreadableTile naming it."""
         index, row = self.locate(number)
         try:
             if index.remote:

@@ -1,8 +1,8 @@
 """Tiles read straight from the slides, at random places in their tissue (kaiko's online patching).
 
 A tile number stands for a grid cell that has tissue. Each time it comes, the tile is read at another place around that
-cell: shifted by up to half a tile either way, drawn with the key of the tile's position in the run. So every place in the tissue is
-met, none is met again, and yet a pass covers all of it evenly, which places drawn one by one would not.
+cell: shifted by up to half a tile either way, drawn with the key of the tile's position in the run. So every place in
+the tissue is met, none is met again, and yet a pass covers all of it evenly, which places drawn one by one would not.
 """
 
 import threading
@@ -76,8 +76,8 @@ class SlideTiles(TileSource):
     def place(self, tiling: Tiling, cell: int, seed: int, sample: int) -> tuple[int, int]:
         """Level-0 ``(x, y)`` where a kept cell of a slide (``cell`` counts along its rows) is read for that sample.
 
-        A shifted tile has at least the survey's share of tissue, by the shares of the four cells it lies on, and next to
-        no pen; where ten shifts don't find such a place it is the cell itself.
+        A shifted tile has at least the survey's share of tissue, by the shares of the four cells it lies on, and next
+        to no pen; where ten shifts don't find such a place it is the cell itself.
         """
         row, column = divmod(cell, tiling.verdict.shape[1])
         grid = tiling.grid

@@ -99,7 +99,8 @@ class Passes:
         return Window(number, start, self._grouped(pieces, number * (last - first) + start, draw))
 
     def _grouped(self, pieces: list[np.ndarray], position: int, draw: np.random.Generator) -> np.ndarray:
-        """The tiles of ``pieces`` in groups of one piece each, aligned for a window that begins at the lane's ``position``."""
+        """The tiles of ``pieces`` in groups of one piece each, aligned for a window that begins at the lane's
+        ``position``."""
         groups, left_over = [], []
         for piece in map(draw.permutation, pieces):
             whole = len(piece) // self.group * self.group

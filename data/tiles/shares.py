@@ -21,7 +21,8 @@ class Shares:
     """The sequence of members ``0 … K − 1`` with positive ``weights`` (any scale).
 
     After ``n`` draws a member was drawn ``n · weight / sum`` times, give or take less than K. It is periodic: after
-    ``period`` draws the shares are exact. Raises Fault for weights that aren't positive, or are as fine as parts in a million.
+    ``period`` draws the shares are exact. Raises Fault for weights that aren't positive, or are as fine as parts in a
+    million.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -49,7 +50,8 @@ class Shares:
         return found
 
     def members(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """For draws at ``positions`` ``(n,)`` int64: the member drawn, and how often it was drawn before; ``(n,)`` each."""
+        """For draws at ``positions`` ``(n,)`` int64: the member drawn, and how often it was drawn before; ``(n,)``
+        each."""
         member = np.empty(len(positions), dtype=np.int64)
         before = np.empty(len(positions), dtype=np.int64)
         open_, left_over = np.arange(len(positions)), positions.astype(np.int64)

@@ -1,7 +1,8 @@
 """Where tiles come from, as one interface: numbered tiles, dealt out in blocks, read in any order from any thread.
 
-Shards (`data.tiles.of_shards`), slides read online (`data.tiles.of_slides`) and mixtures of sources (`data.tiles.mixture`) are the ones there are; the
-stream deals in numbers and blocks and knows none of them. A new source is one class with these members.
+Shards (`data.tiles.of_shards`), slides read online (`data.tiles.of_slides`) and mixtures of sources
+(`data.tiles.mixture`) are the ones there are; the stream deals in numbers and blocks and knows none of them. A new
+source is one class with these members.
 """
 
 from abc import ABC, abstractmethod
@@ -27,7 +28,8 @@ class UnreadableTile(Exception):
 
 
 class TileSource(ABC):
-    """Tiles ``0 … len − 1``. ``parts`` says in which blocks the stream deals them out; ``digest`` identifies tiles and order."""
+    """Tiles ``0 … len − 1``. ``parts`` says in which blocks the stream deals them out; ``digest`` identifies tiles and
+    order."""
 
     parts: Sequence[Part]
     digest: str
@@ -49,7 +51,8 @@ class TileSource(ABC):
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``, from any thread. Raises UnreadableTile.
 
-        What the source itself leaves to chance is drawn with the key ``(seed, sample)``; ``sample`` is the position in the run.
+        What the source itself leaves to chance is drawn with the key ``(seed, sample)``; ``sample`` is the position in
+        the run.
         """
 
     def hold(self, blocks: int) -> None:  # noqa: B027  # a source on a disk has nothing to hold
@@ -62,7 +65,8 @@ class TileSource(ABC):
 def cut_blocks(runs: np.ndarray, group: int = 1, most: int = TILES_PER_BLOCK) -> np.ndarray:
     """Cut runs of neighbouring tiles, ``(runs,)`` lengths, into blocks of at most ``most``: their sizes, int64.
 
-    A run's blocks are equal to within a tile; with a ``group`` they are multiples of it instead, but for the run's last.
+    A run's blocks are equal to within a tile; with a ``group`` they are multiples of it instead, but for the run's
+    last.
     """
     runs = np.asarray(runs, dtype=np.int64)
     unit = max(1, most // group) * group

@@ -4,8 +4,8 @@
     lanes     parallel readers, each with an endless sequence of every part      data.tiles.passes says which tile is next
     batch     the same number of tiles from every lane, lane after lane
 
-A lane is a reader with a position: how many tiles it has taken. Counting tells how many of them were of each part, so the
-state of the whole is one integer, the step. Ranks own neighbouring lanes: a rank's share of a global batch is a
+A lane is a reader with a position: how many tiles it has taken. Counting tells how many of them were of each part, so
+the state of the whole is one integer, the step. Ranks own neighbouring lanes: a rank's share of a global batch is a
 contiguous slice of it, and a change of world size changes who reads a tile, never which tile is read.
 """
 

@@ -44,9 +44,11 @@ class Found:
 
 
 def read_checkpoint_file(checkpoint: Mapping[str, Any], place: str = "") -> Published:
-    """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint, of several the one at ``place``.
+    """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint, of several the
+    one at ``place``.
 
-    What MAE keeps beside its encoder, ``decoder_…`` and the decoder's mask token, is left out. Raises ValueError where it holds none, several that nothing tells apart, or one of a format that isn't read.
+    What MAE keeps beside its encoder, ``decoder_…`` and the decoder's mask token, is left out. Raises ValueError where
+    it holds none, several that nothing tells apart, or one of a format that isn't read.
     """
     found, left_out = backbone(checkpoint, place)
     weights = found.weights
@@ -74,7 +76,8 @@ def backbone(checkpoint: Mapping[str, Any], place: str = "") -> tuple[Found, lis
     """The encoder in a checkpoint, at ``place`` where it is given, and the names of the parts that are something else.
 
     DINOv2's training writes ``{"teacher": {"backbone.…", "dino_head.…"}}`` or ``teacher.backbone.…``; of student and
-    teacher the teacher is taken: it is what DINOv2 releases. Raises ValueError where there is none, or which is left open.
+    teacher the teacher is taken: it is what DINOv2 releases. Raises ValueError where there is none, or which is left
+    open.
     """
     parts = list(_parts(checkpoint))
     every = [found for place, weights in parts for found in _encoders(place, weights)]

@@ -68,8 +68,8 @@ def write_timm(network: VisionTransformer, image_size: int) -> Weights:
 def architecture(settings: dict[str, Any], image_size: int) -> tuple[str, dict[str, Any]]:
     """timm's architecture name and its arguments for one of our vision transformers.
 
-    timm registers functions, not sizes: the two ``dinov2`` families differ in the feed-forward, and ``reg4`` in where the
-    class token's position lives; ``model_args`` set every size.
+    timm registers functions, not sizes: the two ``dinov2`` families differ in the feed-forward, and ``reg4`` in where
+    the class token's position lives; ``model_args`` set every size.
     """
     width, hidden, registers = settings["width"], settings["feed_forward_width"], settings["registers"]
     swiglu = settings["feed_forward"] == "swiglu"

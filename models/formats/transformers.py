@@ -13,8 +13,8 @@
     ….mlp.weights_in, weights_out (SwiGLU)        ….mlp.fc1, fc2
     layernorm                                     norm
 
-In memory, version 5 calls some of them otherwise (``attention.q_proj``, ``mlp.gate_proj`` and ``up_proj`` for the halves
-of ``weights_in``); those are read too, and the names in files are written: every version loads them.
+In memory, version 5 calls some of them otherwise (``attention.q_proj``, ``mlp.gate_proj`` and ``up_proj`` for the
+halves of ``weights_in``); those are read too, and the names in files are written: every version loads them.
 """
 
 import re
@@ -91,7 +91,8 @@ def read_transformers(weights: Weights, config: dict[str, Any]) -> Published:
 
 
 def write_transformers(network: VisionTransformer, image_size: int) -> Weights:
-    """A network's weights for transformers, the position grid of ``image_size`` resampled as the network itself does it.
+    """A network's weights for transformers, the position grid of ``image_size`` resampled as the network itself does
+    it.
 
     Without layer scale, which transformers always has, it is written as ones.
     """
@@ -118,8 +119,8 @@ def write_transformers(network: VisionTransformer, image_size: int) -> Weights:
 def config(settings: dict[str, Any], image_size: int) -> dict[str, Any]:
     """``config.json`` for one of our vision transformers.
 
-    transformers knows the feed-forward's width only as a whole ratio of the model's, for SwiGLU two thirds of it rounded
-    up to a multiple of 8. Raises ValueError for a width that no ratio gives.
+    transformers knows the feed-forward's width only as a whole ratio of the model's, for SwiGLU two thirds of it
+    rounded up to a multiple of 8. Raises ValueError for a width that no ratio gives.
     """
     width, hidden, registers = settings["width"], settings["feed_forward_width"], settings["registers"]
     swiglu = settings["feed_forward"] == "swiglu"

@@ -1,16 +1,18 @@
-"""Check a machine, a cluster and the data before a job wastes hours on them. One line each: ok, warn, or FAIL with what to do.
+"""Check a machine, a cluster and the data before a job wastes hours on them. One line each: ok, warn, or FAIL with what
+to do.
 
-It takes the settings of 'pretrain tile' and looks at what such a run would need here; 'pretrain doctor slide' takes those of
-'pretrain slide', and 'pretrain doctor machine' looks at no run at all:
+It takes the settings of 'pretrain tile' and looks at what such a run would need here; 'pretrain doctor slide' takes
+those of 'pretrain slide', and 'pretrain doctor machine' looks at no run at all:
 
     pretrain doctor
     pretrain doctor recipe=midnight data.shards=shards run=runs/midnight trainer.devices=8 tiles_per_second=600
     pretrain doctor slides="slides/a.svs slides/b.mrxs" partition=gpu
 
-Looked at: versions, accelerators, an all-reduce of this machine's processes, writing and renaming in the run's folder (under
-srun, that all nodes see it), openslide, the tiles against their index, the run's lanes and processes, the rate at which
-one process reads and decodes them, W&B, SLURM, disk room for checkpoints. Exit code 1 where anything fails. Under srun one
-process of each node speaks, with the node's name. A process of each node adds up a tensor with the others'.
+Looked at: versions, accelerators, an all-reduce of this machine's processes, writing and renaming in the run's folder
+(under srun, that all nodes see it), openslide, the tiles against their index, the run's lanes and processes, the rate
+at which one process reads and decodes them, W&B, SLURM, disk room for checkpoints. Exit code 1 where anything fails.
+Under srun one process of each node speaks, with the node's name. A process of each node adds up a tensor with the
+others'.
 """
 
 from dataclasses import dataclass, fields
@@ -31,7 +33,8 @@ from pretrain.training.tile_stage import TileData, TileTraining
 
 @dataclass
 class Config(tile.Config):
-    """Types of the settings; values and explanations are in ``configs/``. ``data`` is that of 'pretrain tile', but may lack shards."""
+    """Types of the settings; values and explanations are in ``configs/``. ``data`` is that of 'pretrain tile', but may
+    lack shards."""
 
     data: Annotated[Any, TileData]  # whose shards may be missing
     slides: Annotated[list[str], ON_DISK]

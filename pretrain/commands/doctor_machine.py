@@ -1,4 +1,5 @@
-"""As 'pretrain doctor', for no run in particular: is this machine fit for 'pretrain shard', 'pretrain embed' and the others?
+"""As 'pretrain doctor', for no run in particular: is this machine fit for 'pretrain shard', 'pretrain embed' and the
+others?
 
     pretrain doctor machine
     pretrain doctor machine run=embeddings slides="slides/a.svs slides/b.mrxs" partition=gpu

@@ -3,8 +3,8 @@
     pretrain doctor slide data.embeddings=embeddings run=runs/slide
     pretrain doctor slide recipe=gigapath_slide data.embeddings=embeddings run=runs/slide trainer.devices=8 slides_per_second=40
 
-In place of tiles it looks at the embeddings: slides against their index, sequences against lanes and processes, and the rate at
-which one process reads, cuts and masks them.
+In place of tiles it looks at the embeddings: slides against their index, sequences against lanes and processes, and the
+rate at which one process reads, cuts and masks them.
 """
 
 from dataclasses import dataclass, fields

@@ -1,14 +1,16 @@
 """Turn slides into sequences of tile embeddings, and these into slide embeddings.
 
-stage=tile (the default): every tile of every slide goes through a frozen tile encoder. out= becomes a store with one float16
-matrix per slide, tiles in row-major order, which 'pretrain slide' trains on. Tiles come from shards, or straight from the
-slides. A store belongs to one encoder: another one's embeddings are refused.
+stage=tile (the default): every tile of every slide goes through a frozen tile encoder. out= becomes a store with one
+float16 matrix per slide, tiles in row-major order, which 'pretrain slide' trains on. Tiles come from shards, or
+straight from the slides. A store belongs to one encoder: another one's embeddings are refused.
 
-stage=slide: every slide of such a store goes through a slide encoder. out= becomes a folder of Parquet files, one row per slide:
-pooled, cls, pooled_layers and cls_layers (of all layers, one after another), and mean_tiles, the baseline that needs no slide encoder.
+stage=slide: every slide of such a store goes through a slide encoder. out= becomes a folder of Parquet files, one row
+per slide: pooled, cls, pooled_layers and cls_layers (of all layers, one after another), and mean_tiles, the baseline
+that needs no slide encoder.
 
-Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is named and left
-out, the others go on, and the command ends with an error; run again, it is retried. The last line of output is JSON.
+Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is
+named and left out, the others go on, and the command ends with an error; run again, it is retried. The last line of
+output is JSON.
 
 Examples:
 
@@ -183,7 +185,8 @@ def embed(config: Config, part: int, parts: int) -> None:
 
 
 def import_feature_files(config: Config, part: int, parts: int) -> None:
-    """stage=tile, of features that are there already. Where they don't carry a hash of their encoder, its name stands for it."""
+    """stage=tile, of features that are there already. Where they don't carry a hash of their encoder, its name stands
+    for it."""
     from pretrain.encoders import feature_import
 
     assert config.features is not None

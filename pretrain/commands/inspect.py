@@ -1,12 +1,13 @@
 """Look at a slide before cutting it, or at shards before training on them.
 
-slide=FILE writes which pixels count as tissue, which tiles are kept or rejected and why, and examples of each. It uses the same code
-and settings as 'pretrain shard', so it is the place to try a tissue rule. (Tiles that turn out empty are only found when
-they are cut, and among the examples here.)
+slide=FILE writes which pixels count as tissue, which tiles are kept or rejected and why, and examples of each. It uses
+the same code and settings as 'pretrain shard', so it is the place to try a tissue rule. (Tiles that turn out empty are
+only found when they are cut, and among the examples here.)
 
-shards=FOLDER writes a sheet of randomly drawn tiles with slide and place, what the network sees of some of them after a recipe's crops,
-colours and masks, where the tiles are on the slides, and histograms of resolution and of tiles per slide. With several
-folders, and weights= of the mixture they are to be, it shows each one's share and how often its tiles would come.
+shards=FOLDER writes a sheet of randomly drawn tiles with slide and place, what the network sees of some of them after a
+recipe's crops, colours and masks, where the tiles are on the slides, and histograms of resolution and of tiles per
+slide. With several folders, and weights= of the mixture they are to be, it shows each one's share and how often its
+tiles would come.
 
 Both write PNGs and one index.html over them into out=.
 

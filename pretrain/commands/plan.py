@@ -7,10 +7,11 @@ Give a run's own settings, those of 'pretrain tile' or 'pretrain slide', and the
     pretrain plan recipe=gigapath_slide hardware=a100_80gb launch.nodes=8 trainer.precision=bf16 out=plan.json
     pretrain plan published=true
 
-A step of the real objective in the real sharding is rehearsed on tensors that have shapes and no numbers: its operations are
-counted by torch's formulas, and its memory is followed from one operation to the next. Everything printed is computed; nothing
-was measured on a GPU. Computed for eager execution: torch.compile changes memory, mostly to less. Time supposes a share of
-the peak, which only a run can tell; published runs tell what others got (published=true).
+A step of the real objective in the real sharding is rehearsed on tensors that have shapes and no numbers: its
+operations are counted by torch's formulas, and its memory is followed from one operation to the next. Everything
+printed is computed; nothing was measured on a GPU. Computed for eager execution: torch.compile changes memory, mostly
+to less. Time supposes a share of the peak, which only a run can tell; published runs tell what others got
+(published=true).
 """
 
 import json

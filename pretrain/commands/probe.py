@@ -1,10 +1,10 @@
 """Score a tile encoder on labelled images: nearest neighbours, a linear classifier, and the rank of its features.
 
-The images lie in class folders, DIR/<class>/*.jpg. Without test=, some of train are held out, and tiles of one slide or patient stay on one
-side: as a table says (groups=slides.csv with the columns file and slide, or patient), or the names (TCGA's, <slide>_<x>_<y>, a folder for each
-slide), or else their likeness in glass, stains and texture. Three kinds of features answer the same question: the encoder's, a
-96-bin colour histogram's, and those of the encoder's own architecture with random weights. What counts is the gain over
-the last two: on many tile sets colour alone goes far.
+The images lie in class folders, DIR/<class>/*.jpg. Without test=, some of train are held out, and tiles of one slide or
+patient stay on one side: as a table says (groups=slides.csv with the columns file and slide, or patient), or the names
+(TCGA's, <slide>_<x>_<y>, a folder for each slide), or else their likeness in glass, stains and texture. Three kinds of
+features answer the same question: the encoder's, a 96-bin colour histogram's, and those of the encoder's own
+architecture with random weights. What counts is the gain over the last two: on many tile sets colour alone goes far.
 
 It prints a table, and writes it as JSON to out=. Run again with the same inputs, it shows what it found.
 
@@ -135,7 +135,8 @@ def run(config: Config) -> None:
 
 
 def own_split(images: "LabelledImages", config: Config) -> "tuple[LabelledImages, LabelledImages, str]":
-    """Train and test images of one folder, tiles of one patient or slide kept together where that can be, and how in words."""
+    """Train and test images of one folder, tiles of one patient or slide kept together where that can be, and how in
+    words."""
     from pretrain.encoders import probing
     from pretrain.encoders.ahead import map_ahead
     from pretrain.encoders.slide_groups import groups_of
@@ -195,7 +196,8 @@ def describe_images(images: "LabelledImages", extracted: "Extracted") -> dict[st
 
 
 def read_scores(path: Path) -> dict[str, Any] | None:
-    """The scores that an earlier run wrote, None where there are none. Raises `Fault` for a file that is something else."""
+    """The scores that an earlier run wrote, None where there are none. Raises `Fault` for a file that is something
+    else."""
     if not path.exists():
         return None
     try:

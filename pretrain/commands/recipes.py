@@ -1,7 +1,7 @@
 """List the recipes: what each trains, on what, at what published cost, and what is unknown about it.
 
-A recipe is one file in configs/recipe/; every value in it says where it is from. Numbers of parameters are counted on the
-network itself, the mask token left out, as publishers do.
+A recipe is one file in configs/recipe/; every value in it says where it is from. Numbers of parameters are counted on
+the network itself, the mask token left out, as publishers do.
 
     pretrain recipes
     pretrain recipes name=midnight
@@ -77,7 +77,8 @@ def path(name: str) -> Path:
 
 
 def compose_recipe(name: str) -> Composed:
-    """The configuration of the stage that a recipe is for: the one whose settings it sets. Raises Fault where there is none."""
+    """The configuration of the stage that a recipe is for: the one whose settings it sets. Raises Fault where there is
+    none."""
     path(name)
     problems = []
     for stage in STAGES:

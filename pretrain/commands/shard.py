@@ -8,9 +8,10 @@ Finds the tissue of every slide, cuts it into tiles at the asked microns per pix
     <out>/thumbnails/*.jpg       a small picture of each slide
     <out>/slides.csv             what came of each slide, and why one failed
 
-Any format that openslide reads. A slide whose own statement of its µm per pixel can't be right is refused; slides_mpp=, one value or a
-table with the columns slide and mpp, overrules what slides say. A slide that fails is named and counted, and the others go on; run the same command
-again to continue after an interruption, to retry what failed, or to add slides.
+Any format that openslide reads. A slide whose own statement of its µm per pixel can't be right is refused; slides_mpp=,
+one value or a table with the columns slide and mpp, overrules what slides say. A slide that fails is named and counted,
+and the others go on; run the same command again to continue after an interruption, to retry what failed, or to add
+slides.
 
 Examples:
 
@@ -22,7 +23,8 @@ Examples:
     pretrain shard slides=/slides out=shards part=3/40
 
 The last line is one job of an array of forty, each of which takes its share of the slides; 'pretrain shards index
-shards=shards' merges what they made. With coordinates= the tiles are those that TRIDENT or CLAM chose, and no tissue is looked for.
+shards=shards' merges what they made. With coordinates= the tiles are those that TRIDENT or CLAM chose, and no tissue is
+looked for.
 """
 
 import os
@@ -243,7 +245,8 @@ def _record_rejected(out: Path, shards: list[Shard], rows: dict[str, SlideRow]) 
 def _hold_to_mpp(
     out: Path, plan: list[Shard], rows: dict[str, SlideRow], names: dict[Path, str], slides_mpp: SlidesMpp
 ) -> None:
-    """Where an earlier run took a slide for one of other µm per pixel than the user says now: look at it again if it gave no tile; raises Fault if it is cut."""
+    """Where an earlier run took a slide for one of other µm per pixel than the user says now: look at it again if it
+    gave no tile; raises Fault if it is cut."""
     planned = {part.slide for shard in plan for part in shard.parts}
     for path, slide in names.items():
         looked_at = slide in planned or (slide in rows and rows[slide].outcome == NO_TISSUE)

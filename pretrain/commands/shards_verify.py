@@ -1,12 +1,12 @@
 """Read tile shards whole and find everything that is wrong with them.
 
-Held to checksums, to the index and to each other: tars that are missing, truncated, damaged, empty or not in the index; tiles whose
-bytes have changed or that are no JPEG; JSON that is missing, damaged or says another place; an index or a record that
-doesn't match its shard; coordinates that disagree. Each finding names the shard, the member and what it is.
+Held to checksums, to the index and to each other: tars that are missing, truncated, damaged, empty or not in the index;
+tiles whose bytes have changed or that are no JPEG; JSON that is missing, damaged or says another place; an index or a
+record that doesn't match its shard; coordinates that disagree. Each finding names the shard, the member and what it is.
 
-The findings are listed for a person, and as JSON for a program. The exit code is 0 where nothing is wrong and 1 otherwise.
-Nothing is changed, and the shards may lie behind a URL. 'pretrain shard', run again, makes missing and truncated shards of its own anew; delete a
-damaged one first.
+The findings are listed for a person, and as JSON for a program. The exit code is 0 where nothing is wrong and 1
+otherwise. Nothing is changed, and the shards may lie behind a URL. 'pretrain shard', run again, makes missing and
+truncated shards of its own anew; delete a damaged one first.
 
 Examples:
 

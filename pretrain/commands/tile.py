@@ -8,8 +8,8 @@ Give a run's folder and one or more folders of shards; a recipe sets network, ob
     pretrain tile run=runs/more data.shards=shards init=runs/first optim.frozen_backbone_steps=100
 
 The folder then holds config.yaml (every setting, resolved), provenance.json, metrics.jsonl (a line a step),
-checkpoints/ and samples/ (the crops the network saw). Stopped at any moment, by any means, the same command resumes from
-the newest checkpoint, on the same data in the same order, also on another number of processes.
+checkpoints/ and samples/ (the crops the network saw). Stopped at any moment, by any means, the same command resumes
+from the newest checkpoint, on the same data in the same order, also on another number of processes.
 """
 
 from dataclasses import dataclass

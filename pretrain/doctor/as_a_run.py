@@ -1,4 +1,5 @@
-"""What the run itself would refuse: the doctor builds what it would build, by the same code, and looks where it would look."""
+"""What the run itself would refuse: the doctor builds what it would build, by the same code, and looks where it would
+look."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,8 @@ def check_as_a_run(
 ) -> list[Finding]:
     """Settings of a run ``config`` against each other and against what ``run`` holds.
 
-    ``whole``: the configuration as the run has it, None where its data isn't given; ``build`` makes of that what the run would make.
+    ``whole``: the configuration as the run has it, None where its data isn't given; ``build`` makes of that what the
+    run would make.
     """
     uneven = _refusal(lambda: require_even(config, config.trainer.devices * config.trainer.nodes))
     findings = [

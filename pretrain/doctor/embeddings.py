@@ -1,4 +1,5 @@
-"""Do the embeddings fit the run? Sequences against lanes and ranks, files against their index, and how fast one process delivers."""
+"""Do the embeddings fit the run? Sequences against lanes and ranks, files against their index, and how fast one process
+delivers."""
 
 import time
 from pathlib import Path
@@ -20,7 +21,8 @@ WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 def check_embeddings(
     data: SlideData, processes: int, accumulate: int, needed: float | None, seed: int
 ) -> list[Finding]:
-    """All checks of a slide run's ``data:``; ``needed`` is the slides a second that all its processes together are to get."""
+    """All checks of a slide run's ``data:``; ``needed`` is the slides a second that all its processes together are to
+    get."""
     together = data.processes_per_slide
     try:
         store = EmbeddingStore.open(Path(data.embeddings))
@@ -45,7 +47,8 @@ def check_embeddings(
 
 
 def read_ends_of_store(store: EmbeddingStore) -> None:
-    """Read slides from one end of the store to the other. Raises Fault for one that isn't there, or holds what is no number."""
+    """Read slides from one end of the store to the other. Raises Fault for one that isn't there, or holds what is no
+    number."""
     for number in sorted(set(np.linspace(0, len(store.slides) - 1, SAMPLED).astype(int).tolist())):
         slide = store.slides[number]
         rows = store.read(slide).embeddings

@@ -7,7 +7,8 @@ PASS, WARN, FAIL = "ok", "warn", "FAIL"
 
 @dataclass(frozen=True)
 class Finding:
-    """``status`` is one of `PASS`, `WARN` (a job may start, but see to it) and `FAIL` (it would fail, or waste its hours)."""
+    """``status`` is one of `PASS`, `WARN` (a job may start, but see to it) and `FAIL` (it would fail, or waste its
+    hours)."""
 
     status: str
     about: str

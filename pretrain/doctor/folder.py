@@ -1,4 +1,5 @@
-"""Is the folder that a run writes to fit? Written, renamed, seen by other processes and nodes, and with room for checkpoints."""
+"""Is the folder that a run writes to fit? Written, renamed, seen by other processes and nodes, and with room for
+checkpoints."""
 
 import fcntl
 import os
@@ -49,7 +50,8 @@ def write_and_rename(folder: Path) -> list[Finding]:
 
 
 def links_and_locks(folder: Path) -> list[Finding]:
-    """Which of hard links, symbolic links and locks the file system has: none is needed, and what stands in for it is said."""
+    """Which of hard links, symbolic links and locks the file system has: none is needed, and what stands in for it is
+    said."""
     place, name = existing(folder), f".doctor-{os.getpid()}-{secrets.token_hex(4)}"
     file, link = place / name, place / f"{name}-link"
     lacks = []

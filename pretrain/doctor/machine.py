@@ -29,7 +29,8 @@ def versions(
     installed: Callable[[str], str] = version,
     torchvision: Sequence[str] | None = None,
 ) -> list[Finding]:
-    """Every requirement of pyproject.toml against what is installed; torchvision against its own torch; known bad releases."""
+    """Every requirement of pyproject.toml against what is installed; torchvision against its own torch; known bad
+    releases."""
     from packaging.requirements import Requirement
 
     wrong, seen = [], 0
@@ -116,7 +117,8 @@ def all_reduce(processes: int, gpu: bool, seconds: float = SECONDS) -> list[Find
 
 
 def between_nodes(environment: Mapping[str, str], seconds: float = SECONDS) -> list[Finding]:
-    """On every node of a SLURM job at once: can a process of each add up a tensor with those of the others? Nothing on one node."""
+    """On every node of a SLURM job at once: can a process of each add up a tensor with those of the others? Nothing on
+    one node."""
     nodes, own = int(environment.get("SLURM_NNODES", 1)), int(environment.get("SLURM_NODEID", 0))
     if nodes == 1 or "SLURM_STEP_ID" not in environment:
         return []

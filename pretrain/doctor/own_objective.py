@@ -1,4 +1,5 @@
-"""Can an objective of the user's own be trained? Its networks, and a step of it on tensors without numbers; ours are tested."""
+"""Can an objective of the user's own be trained? Its networks, and a step of it on tensors without numbers; ours are
+tested."""
 
 import sys
 import traceback

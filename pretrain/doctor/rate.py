@@ -4,7 +4,8 @@ from pretrain.doctor.finding import Finding, failed, passed, warned
 
 
 def fast_enough(rate: float, needed: float | None, shares: int, unit: str, does: str, remedy: str) -> Finding:
-    """The ``unit`` a second that one process was seen to deliver, against what the run needs over the processes that share it.
+    """The ``unit`` a second that one process was seen to deliver, against what the run needs over the processes that
+    share it.
 
     ``does``: what it did, "one process reads" say. ``needed`` is None where nobody said it.
     """

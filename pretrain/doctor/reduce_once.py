@@ -1,4 +1,5 @@
-"""One process of `pretrain.doctor.machine.all_reduce`: ``python -m pretrain.doctor.reduce_once RANK WORLD BACKEND MEETING SECONDS``."""
+"""One process of `pretrain.doctor.machine.all_reduce`: ``python -m pretrain.doctor.reduce_once RANK WORLD BACKEND
+MEETING SECONDS``."""
 
 import sys
 import time

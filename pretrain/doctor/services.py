@@ -33,7 +33,8 @@ def wandb(mode: str, logged_in: Callable[[], bool]) -> list[Finding]:
 def slurm(
     environment: Mapping[str, str], partition: str | None, devices: int, nodes: int, ask: Ask = answer, there: Callable[[str], str | None] = shutil.which
 ) -> list[Finding]:  # fmt: skip
-    """Does the cluster answer, is the partition there and up, and is a job around this process what Lightning takes it for?"""
+    """Does the cluster answer, is the partition there and up, and is a job around this process what Lightning takes it
+    for?"""
     if there("sbatch") is None:
         if partition is not None:
             return [failed("slurm", f"partition={partition} is asked for and there is no sbatch here: run this on the cluster's login node")]  # fmt: skip

@@ -1,4 +1,5 @@
-"""Do the tiles fit the run? Blocks against lanes and ranks, tiles against their index, and how fast one process delivers."""
+"""Do the tiles fit the run? Blocks against lanes and ranks, tiles against their index, and how fast one process
+delivers."""
 
 import time
 from collections.abc import Mapping
@@ -22,7 +23,8 @@ WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
 def check_tiles(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, needed: float | None, seed: int, here: int = 1) -> list[Finding]:  # fmt: skip
-    """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get, ``here`` how many run here."""
+    """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get,
+    ``here`` how many run here."""
     try:
         source, stream = open_stream(data, seed)
         tiles_of(data, processes, accumulate, 1)

@@ -11,7 +11,8 @@ Result = TypeVar("Result")
 
 
 def map_ahead(function: Callable[[Item], Result], items: Iterable[Item], threads: int, ahead: int) -> Iterator[Result]:
-    """Yield ``function(item)`` for every item, in their order, computing at most ``ahead`` results before they are asked for.
+    """Yield ``function(item)`` for every item, in their order, computing at most ``ahead`` results before they are
+    asked for.
 
     ``ThreadPoolExecutor.map`` submits everything at once; over a million tiles that holds a million decoded tiles. An
     exception of ``function`` is raised where its result would have come.

@@ -1,4 +1,5 @@
-"""Slides through a frozen tile encoder into a store of embeddings: read ahead in threads, batched across slides, added when whole."""
+"""Slides through a frozen tile encoder into a store of embeddings: read ahead in threads, batched across slides, added
+when whole."""
 
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -55,11 +56,12 @@ def embed_slides(
     pin: bool,
     done: int,
 ) -> dict[str, str]:
-    """Embed the slides ``pending`` in batches that run on from one slide into the next; add each as soon as it is whole.
+    """Embed the slides ``pending`` in batches that run on from one slide into the next; add each as soon as it is
+    whole.
 
-    A tile that can't be read is named and left out of its slide. A slide that can't be opened, or has more such tiles than
-    ``max_bad_fraction``, is named and left out: returns these, each with the reason. ``done``: slides that were there before.
-    ``pin``: put pixels in page-locked memory, for copies to a GPU that don't wait.
+    A tile that can't be read is named and left out of its slide. A slide that can't be opened, or has more such tiles
+    than ``max_bad_fraction``, is named and left out: returns these, each with the reason. ``done``: slides that were
+    there before. ``pin``: put pixels in page-locked memory, for copies to a GPU that don't wait.
     """
     progress = Progress(done + len(pending), "embed", "slides", done=done)
     failed: dict[str, str] = {}

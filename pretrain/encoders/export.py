@@ -73,7 +73,8 @@ def timm_config(
 
 
 def timm_features(folder: Path, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Class token, pooled output and patches, loaded as a stranger would: timm raises for a tensor missing, unexpected or misshapen."""
+    """Class token, pooled output and patches, loaded as a stranger would: timm raises for a tensor missing, unexpected
+    or misshapen."""
     import timm
 
     loaded = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
@@ -82,7 +83,8 @@ def timm_features(folder: Path, images: Tensor) -> tuple[Tensor, Tensor, Tensor]
 
 
 def transformers_features(folder: Path, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Class token, pooled output and patches, loaded as a stranger would. Raises `Fault` where weights are missing or left over."""
+    """Class token, pooled output and patches, loaded as a stranger would. Raises `Fault` where weights are missing or
+    left over."""
     transformers = import_transformers()
     config = json.loads((folder / "config.json").read_text())
     model = getattr(transformers, config["architectures"][0])
@@ -121,7 +123,8 @@ def largest_difference(
 
 
 def publish(out: Path, fill: Callable[[Path], None]) -> bool:
-    """Let ``fill`` write a folder beside ``out`` and give it that name when it is whole; a kill leaves ``out`` as it was.
+    """Let ``fill`` write a folder beside ``out`` and give it that name when it is whole; a kill leaves ``out`` as it
+    was.
 
     False when ``out`` already holds the very same files. Raises `Fault` when it holds anything else.
     """
@@ -149,8 +152,8 @@ def publish(out: Path, fill: Callable[[Path], None]) -> bool:
 def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> tuple[bool, float]:
     """Write a tile run's teacher as a timm folder, unless it is there already.
 
-    ``plugins`` are the packages whose classes the run may name beside ours. Returns whether it was written now, and the check's
-    `largest_difference`. Raises `Fault` when that is above 1e-5.
+    ``plugins`` are the packages whose classes the run may name beside ours. Returns whether it was written now, and the
+    check's `largest_difference`. Raises `Fault` when that is above 1e-5.
     """
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)

@@ -15,7 +15,8 @@ MOST_SAID = 20
 
 
 def made_by(files: dict[str, Path], encoder: str | None) -> tuple[tuple[str | None, str | None], int]:
-    """What the first file that can be read and has tiles says of its encoder (`maker`), and the width of its features. Raises Fault where there is none."""
+    """What the first file that can be read and has tiles says of its encoder (`maker`), and the width of its features.
+    Raises Fault where there is none."""
     faults = []
     for path in files.values():
         try:
@@ -44,12 +45,15 @@ def add_slides(
     encoder: str | None,
     max_bad_fraction: float,
 ) -> tuple[dict[str, str], dict[str, str]]:
-    """Add the slides ``pending`` from their feature ``files``; returns what became of each that was, and why each of the others was left out, by slide; both are said.
+    """Add the slides ``pending`` from their feature ``files``; returns what became of each that was, and why each of
+    the others was left out, by slide; both are said.
 
-    Rows that aren't finite in float16, or whose place has a row already, are left out and counted, up to ``max_bad_fraction`` of a slide's and in any case one.
+    Rows that aren't finite in float16, or whose place has a row already, are left out and counted, up to
+    ``max_bad_fraction`` of a slide's and in any case one.
 
-    slides: the slides' own files by their stems, as far as they are at hand, for their µm per pixel; slides_mpp: what overrules these, and tells of the others;
-    tile_size_level0, mpp, unit: of files that don't say it; encoder: whose features are taken, where a file has several's.
+    slides: the slides' own files by their stems, as far as they are at hand, for their µm per pixel; slides_mpp: what
+    overrules these, and tells of the others; tile_size_level0, mpp, unit: of files that don't say it; encoder: whose
+    features are taken, where a file has several's.
     """
     results: dict[str, str] = {}
     failed: dict[str, str] = {}

@@ -21,10 +21,12 @@ from pretrain.objectives.interface import Objective
 
 
 def find_encoder(source: str, plugins: Collection[str] = ()) -> Published:
-    """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain export`` or
-    transformers wrote, a weight file with DINOv2's or timm's names (of several encoders in it, the one at ``FILE::PLACE``), or a model that timm has weights for.
+    """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain
+    export`` or transformers wrote, a weight file with DINOv2's or timm's names (of several encoders in it, the one at
+    ``FILE::PLACE``), or a model that timm has weights for.
 
-    ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` where it names nothing or holds no vision transformer.
+    ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` where it names nothing or
+    holds no vision transformer.
     """
     path, (file, _, place) = Path(source), source.partition("::")
     if Path(file).is_file():

@@ -90,7 +90,8 @@ class TileEncoder:
 
     @torch.inference_mode()
     def start(self, images: Tensor) -> Callable[[], Tensor]:
-        """Begin to embed images of one size, uint8 (B, H, W, 3); call what it returns for the features, float32 (B, width) on the CPU.
+        """Begin to embed images of one size, uint8 (B, H, W, 3); call what it returns for the features, float32 (B,
+        width) on the CPU.
 
         On a GPU this returns at once, so that the next images can be brought meanwhile.
         """
@@ -153,11 +154,11 @@ def load_encoder(
 ) -> TileEncoder:
     """The encoder that ``checkpoint`` names: frozen, in evaluation mode, on ``device`` (a GPU where there is one).
 
-    ``checkpoint`` is a tile run's folder (the newest checkpoint's teacher), one of its checkpoint folders, a folder that
-    ``pretrain export`` wrote (format timm or transformers), a folder of a transformers Dinov2 model, or the name of a
-    model that timm has pretrained weights for (``hf-hub:…`` included). ``precision`` is ``float32`` or ``bfloat16`` (autocast); ``plugins`` are the packages
-    whose classes a run may name beside ours. Raises `Fault` when it names nothing, or the
-    weights can't be had, or aren't finite.
+    ``checkpoint`` is a tile run's folder (the newest checkpoint's teacher), one of its checkpoint folders, a folder
+    that ``pretrain export`` wrote (format timm or transformers), a folder of a transformers Dinov2 model, or the name
+    of a model that timm has pretrained weights for (``hf-hub:…`` included). ``precision`` is ``float32`` or
+    ``bfloat16`` (autocast); ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` when
+    it names nothing, or the weights can't be had, or aren't finite.
     """
     encoder = _load(checkpoint, device, precision, plugins)
     try:
@@ -168,7 +169,8 @@ def load_encoder(
 
 
 def device_of(name: str) -> torch.device:
-    """The device of that name, a GPU or else the CPU where there is none given. Raises `Fault` where this machine hasn't it."""
+    """The device of that name, a GPU or else the CPU where there is none given. Raises `Fault` where this machine
+    hasn't it."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).cpu()
@@ -199,10 +201,11 @@ def _load(checkpoint: str, device: str, precision: str, plugins: Collection[str]
 
 
 def find_checkpoint(folder: Path, plugins: Collection[str] = ()) -> RunCheckpoint:
-    """The checkpoint that a run's folder (its newest) or a checkpoint folder stands for, with the run's configuration, which may
-    name classes of ours and of ``plugins``.
+    """The checkpoint that a run's folder (its newest) or a checkpoint folder stands for, with the run's configuration,
+    which may name classes of ours and of ``plugins``.
 
-    A run's newest checkpoint that is damaged is passed over, and said. Raises `Fault` where there is none that is whole.
+    A run's newest checkpoint that is damaged is passed over, and said. Raises `Fault` where there is none that is
+    whole.
     """
     folder = checkpoints.resolved(folder)
     if (folder / CONFIG).is_file():
@@ -349,7 +352,8 @@ def timm_module(name: str) -> nn.Module:
 
 
 def transformers_encoder(folder: Path, device: torch.device, precision: str) -> TileEncoder:
-    """A transformers Dinov2 model in a folder as a `TileEncoder`: its pooled output, the class token after the last norm."""
+    """A transformers Dinov2 model in a folder as a `TileEncoder`: its pooled output, the class token after the last
+    norm."""
     published = read_transformers_folder(folder)
     preprocessing = transformers_preprocessing(folder)
     network = VisionTransformer(**published.settings())
@@ -380,7 +384,8 @@ def transformers_encoder(folder: Path, device: torch.device, precision: str) -> 
 
 
 def transformers_preprocessing(folder: Path) -> Preprocessing:
-    """The preprocessing in a transformers folder's ``preprocessor_config.json``. Raises `Fault` for one that we don't do."""
+    """The preprocessing in a transformers folder's ``preprocessor_config.json``. Raises `Fault` for one that we don't
+    do."""
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise Fault(

@@ -82,7 +82,8 @@ def require_same_classes(train: LabelledImages, test: LabelledImages) -> None:
 
 
 def stratified_split(images: LabelledImages, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Positions of train and test images, the same share of every class in each, drawn from (seed, class) and nothing else.
+    """Positions of train and test images, the same share of every class in each, drawn from (seed, class) and nothing
+    else.
 
     Raises `Fault` when a class has a single image.
     """
@@ -106,8 +107,8 @@ def grouped_split(
 ) -> tuple[np.ndarray, np.ndarray] | None:
     """Positions of train and test images, no group on both sides, drawn from (seed) and nothing else.
 
-    Of 50 draws of whole groups the one in which the share of every class is nearest to ``test_fraction``. None where no draw
-    leaves every class on both sides.
+    Of 50 draws of whole groups the one in which the share of every class is nearest to ``test_fraction``. None where no
+    draw leaves every class on both sides.
     """
     classes = len(images.classes)
     table = np.zeros((groups.max() + 1, classes), dtype=np.int64)  # images of each group and class
@@ -152,7 +153,8 @@ def image_or_fault(path: Path) -> np.ndarray | Fault:
 
 @dataclass(frozen=True)
 class Extracted:
-    """Features of those images that could be read: by extractor name float32 (n, width), their labels (n,), and the rest."""
+    """Features of those images that could be read: by extractor name float32 (n, width), their labels (n,), and the
+    rest."""
 
     features: dict[str, np.ndarray]
     labels: np.ndarray

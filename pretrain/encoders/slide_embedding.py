@@ -1,4 +1,5 @@
-"""Slides of a store of tile embeddings through a frozen slide encoder, several slides at a time, packed to a number of tiles."""
+"""Slides of a store of tile embeddings through a frozen slide encoder, several slides at a time, packed to a number of
+tiles."""
 
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ def embed_store(
 ) -> int:
     """Add the slides of the store, or of this part of it, that ``out`` doesn't hold yet; returns how many.
 
-    Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds another one's.
+    Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds another
+    one's.
     """
     if encoder.tile_encoder_hash not in (None, store.encoder_hash):
         raise Fault(

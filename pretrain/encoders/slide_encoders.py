@@ -36,8 +36,8 @@ class SlideEncoder:
 
 
 def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[str] = ()) -> SlideEncoder:
-    """The slide encoder that ``checkpoint`` names, on ``device`` (a GPU where there is one); ``plugins`` are the packages whose classes a run
-    may name beside ours. Raises Fault where there is none."""
+    """The slide encoder that ``checkpoint`` names, on ``device`` (a GPU where there is one); ``plugins`` are the
+    packages whose classes a run may name beside ours. Raises Fault where there is none."""
     place = device_of(device)
     path = Path(checkpoint)
     if (path / "slide_encoder.pth").is_file():
@@ -73,7 +73,8 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
 
 
 def _released(path: Path, device: torch.device) -> SlideEncoder:
-    """A file in the released format, whose sizes are read off its tensors and whose heads and segments are the published ones."""
+    """A file in the released format, whose sizes are read off its tensors and whose heads and segments are the
+    published ones."""
     try:
         state: dict[str, Any] = read_file(path)["model"]
         input_width, width = state["patch_embed.proj.weight"].shape[1], state["cls_token"].shape[-1]

@@ -1,10 +1,10 @@
 """Which labelled images are of one patient or slide, so that a split keeps them together.
 
-Tiles of one slide are alike in stain, scanner and focus. With some of them on each side of a split, recognising the slide passes for
-recognising the tissue, and of two encoders the one that learned slides looks better.
+Tiles of one slide are alike in stain, scanner and focus. With some of them on each side of a split, recognising the
+slide passes for recognising the tissue, and of two encoders the one that learned slides looks better.
 
-What says it, in this order: a table of the user's; the files' names; and where both are silent, likeness in what a slide lends to
-all its tiles, whatever they show:
+What says it, in this order: a table of the user's; the files' names; and where both are silent, likeness in what a
+slide lends to all its tiles, whatever they show:
 
     glass      the colour of the brightest pixels
     stains     the directions of the two stains in optical density (Macenko 2009)
@@ -43,8 +43,8 @@ class Groups:
 
 
 def groups_of(files: list[Path], folder: Path, table: Path | None, images: Iterable[np.ndarray | Fault]) -> Groups:
-    """Groups of the image files below ``folder``. ``images``: their pixels, uint8 (height, width, 3), or why they can't be had; gone
-    through only where nothing else tells.
+    """Groups of the image files below ``folder``. ``images``: their pixels, uint8 (height, width, 3), or why they can't
+    be had; gone through only where nothing else tells.
 
     Raises Fault where ``table`` lacks a file, or a column.
     """
@@ -54,7 +54,8 @@ def groups_of(files: list[Path], folder: Path, table: Path | None, images: Itera
 
 
 def by_table(files: list[Path], folder: Path, table: Path) -> Groups:
-    """By a CSV with a column ``file`` (a path below ``folder``, or a name) and one or both of ``patient`` and ``slide``."""
+    """By a CSV with a column ``file`` (a path below ``folder``, or a name) and one or both of ``patient`` and
+    ``slide``."""
     try:
         with table.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines)
@@ -79,7 +80,8 @@ def by_table(files: list[Path], folder: Path, table: Path) -> Groups:
 
 
 def by_name(files: list[Path], folder: Path) -> Groups | None:
-    """By what every one of the names says: a TCGA patient, ``<slide>_<x>_<y>``, or a folder for each slide inside of the classes."""
+    """By what every one of the names says: a TCGA patient, ``<slide>_<x>_<y>``, or a folder for each slide inside of
+    the classes."""
     found = [TCGA.search(str(file.relative_to(folder))) for file in files]
     if all(found):
         return Groups(_numbered(match[0] for match in found if match), "TCGA's patients, by the names", known=True)
@@ -93,7 +95,8 @@ def by_name(files: list[Path], folder: Path) -> Groups | None:
 
 
 def by_likeness(images: Iterable[np.ndarray | Fault], count: int) -> Groups:
-    """By what a slide lends to its tiles: k-means over n images' `traits`, one group for each 48 images and at least ten."""
+    """By what a slide lends to its tiles: k-means over n images' `traits`, one group for each 48 images and at least
+    ten."""
     looked_at = track(images, count, "looking for slides", "images")
     return by_traits(np.stack([np.zeros(TRAITS) if isinstance(one, Fault) else traits_of(one) for one in looked_at]))
 
@@ -112,7 +115,8 @@ def by_traits(traits: np.ndarray) -> Groups:
 
 
 def traits_of(image: np.ndarray) -> np.ndarray:
-    """What a slide lends to a tile, whatever it shows: uint8 (height, width, 3) → float64 (13,); zeros for less than 3 pixels a side."""
+    """What a slide lends to a tile, whatever it shows: uint8 (height, width, 3) → float64 (13,); zeros for less than 3
+    pixels a side."""
     if min(image.shape[:2]) < 3:
         return np.zeros(TRAITS)
     pixels = image.astype(np.float64)
@@ -131,10 +135,11 @@ def traits_of(image: np.ndarray) -> np.ndarray:
 
 
 def stains_of(pixels: np.ndarray) -> np.ndarray:
-    """The two stains' directions in optical density, float64 (2, 3), the one that absorbs more red first (Macenko 2009).
+    """The two stains' directions in optical density, float64 (2, 3), the one that absorbs more red first (Macenko
+    2009).
 
-    The plane of the two largest principal components of the stained pixels (n, 3), and in it the 2nd and the 98th percentile of
-    the angles. Zeros where hardly anything is stained.
+    The plane of the two largest principal components of the stained pixels (n, 3), and in it the 2nd and the 98th
+    percentile of the angles. Zeros where hardly anything is stained.
     """
     density = -np.log((pixels + 1) / 256)
     stained = density[density.sum(1) > TISSUE]

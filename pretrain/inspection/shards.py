@@ -1,4 +1,5 @@
-"""What folders of tile shards consist of, and what a network would see of them: the pages of 'pretrain inspect shards=…'."""
+"""What folders of tile shards consist of, and what a network would see of them: the pages of 'pretrain inspect
+shards=…'."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -28,9 +29,9 @@ MEASURED = 100_000  # tiles whose lengths make the mean; of a larger index so ma
 def shards_page(
     folders: Sequence[Path | str], weights: Sequence[float] | None, recipe: str | None, tiles: int, maps: int, seed: int
 ) -> Page:
-    """Sheets of ``tiles`` tiles, the views that ``recipe`` makes of some (None: none), ``maps`` tile maps, histograms, and the shares of a
-    mixture by ``weights`` (any scale; None: by their tiles). Tiles that can't be read are named. Raises Fault for weights that don't fit the
-    folders, and where not one tile can be read."""
+    """Sheets of ``tiles`` tiles, the views that ``recipe`` makes of some (None: none), ``maps`` tile maps, histograms,
+    and the shares of a mixture by ``weights`` (any scale; None: by their tiles). Tiles that can't be read are named.
+    Raises Fault for weights that don't fit the folders, and where not one tile can be read."""
     indices = [ShardIndex.open(folder) for folder in folders]
     counts = np.array([len(index) for index in indices])
     shares = counts / counts.sum() if weights is None else _shares(weights, len(folders))

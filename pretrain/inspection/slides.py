@@ -24,7 +24,8 @@ MARGIN = 16
 
 
 def tile_map(thumbnail: np.ndarray, tiling: Tiling, longest: int = 1200) -> Image.Image:
-    """The slide with its grid: kept cells outlined green, rejected ones tinted by the reason, and a legend that counts them.
+    """The slide with its grid: kept cells outlined green, rejected ones tinted by the reason, and a legend that counts
+    them.
 
     ``thumbnail`` is uint8 (H, W, 3), with ``tiling.thumbnail_downsample`` level-0 pixels to one of its own.
     """
@@ -54,7 +55,8 @@ def tile_map(thumbnail: np.ndarray, tiling: Tiling, longest: int = 1200) -> Imag
 def tissue_overlay(
     image: np.ndarray, tissue: np.ndarray, ink: np.ndarray, caption: str, longest: int = 1200
 ) -> Image.Image:
-    """Which pixels of ``image`` (H, W, 3) uint8 count as ``tissue`` and which as ``ink`` (pen), bool (H, W); the rest is washed out."""
+    """Which pixels of ``image`` (H, W, 3) uint8 count as ``tissue`` and which as ``ink`` (pen), bool (H, W); the rest
+    is washed out."""
     shown = image.astype(np.float32)
     other = ~(tissue | ink)
     shown[other] = 0.35 * shown[other] + 0.65 * 255
@@ -111,8 +113,8 @@ def histogram(values: np.ndarray, title: str, label: str, bins: int = 40) -> Ima
 
 
 def mixture(names: Sequence[str], tiles: np.ndarray, shares: np.ndarray) -> Image.Image:
-    """Each data set's share of the tiles that there are and of those that are drawn, and how often each of its tiles comes
-    while the whole is passed through once. ``tiles`` (n,) counts, ``shares`` (n,) sum to 1."""
+    """Each data set's share of the tiles that there are and of those that are drawn, and how often each of its tiles
+    comes while the whole is passed through once. ``tiles`` (n,) counts, ``shares`` (n,) sum to 1."""
     figure = Figure(figsize=(6.4, 1.3 + 0.55 * len(names)), dpi=110, layout="constrained")
     axes = figure.subplots()
     places = np.arange(len(names))

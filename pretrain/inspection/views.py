@@ -25,8 +25,8 @@ def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
 def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
     """A row for each of ``tiles``, uint8 (H, W, 3): its global views, masked patches greyed, then its local ones.
 
-    ``config`` are the settings of 'pretrain tile'. The views are made by the functions that make them in training; the colours are those
-    after augmentation, before they are normalised.
+    ``config`` are the settings of 'pretrain tile'. The views are made by the functions that make them in training; the
+    colours are those after augmentation, before they are normalised.
     """
     patch = config.model["patch_size"]
     sizes = crop_sizes(config.data.crops, further_views(config.objective, patch))

@@ -1,4 +1,5 @@
-"""What an objective gives, held to what the trainer can use: a user's own one that gives something else is told so by its class's name."""
+"""What an objective gives, held to what the trainer can use: a user's own one that gives something else is told so by
+its class's name."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,7 +14,8 @@ from pretrain.settings.plugins import own_trace
 
 
 def require_trainable(objective: Objective) -> None:
-    """Raise Fault for networks that can't be sharded, trained or filled with first values, before anything is done with them."""
+    """Raise Fault for networks that can't be sharded, trained or filled with first values, before anything is done with
+    them."""
     who = type(objective).__name__
     trained, frozen = objective.trained(), objective.frozen()
     for method, networks in (("trained", trained), ("frozen", frozen)):
@@ -56,7 +58,8 @@ def require_trainable(objective: Objective) -> None:
 
 
 def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
-    """The objective's loss of a micro-batch and its figures, scalars on the loss's device. Raises Fault where it gives something else."""
+    """The objective's loss of a micro-batch and its figures, scalars on the loss's device. Raises Fault where it gives
+    something else."""
     who = type(objective).__name__
     try:
         given = objective.loss(part, moment)

@@ -1,8 +1,8 @@
 """DINO (Caron et al. 2021): a student's class tokens predict the teacher's, across views. No masks, no regulariser.
 
-Set against the public code (facebookresearch/dino): its stochastic depth rises linearly over the blocks and scales single
-samples, here all blocks share one rate and samples are skipped, as in DINOv2; it clips each tensor's gradient by itself,
-here each network's; gradients are otherwise those of its loss.
+Set against the public code (facebookresearch/dino): its stochastic depth rises linearly over the blocks and scales
+single samples, here all blocks share one rate and samples are skipped, as in DINOv2; it clips each tensor's gradient by
+itself, here each network's; gradients are otherwise those of its loss.
 """
 
 from collections.abc import Callable

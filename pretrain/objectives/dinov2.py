@@ -101,7 +101,8 @@ class DINOv2(SelfDistillation):
         return self.loss_of(self.student_tokens(batch, moment, batch.masks.flatten(1)), batch, moment)
 
     def loss_of(self, tokens: list[Tokens], batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch whose student's tokens are there, and its figures; a subclass adds terms of the same tokens to it."""
+        """The loss of a micro-batch whose student's tokens are there, and its figures; a subclass adds terms of the
+        same tokens to it."""
         assert batch.targets is not None
         masks, global_views = batch.masks.flatten(1), batch.crops[0][1]  # (global_views * tiles, patches)
         scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))

@@ -1,4 +1,5 @@
-"""Figures of what a network has learned, which are looked at now and then: do features spread, and does the teacher use its prototypes?
+"""Figures of what a network has learned, which are looked at now and then: do features spread, and does the teacher use
+its prototypes?
 
 A look takes the step's own tiles, so it is a function of (seed, step) like everything else, on any number of processes,
 and it costs a pass or two of the encoder without gradients. `pretrain.run.alarms` says in words what its figures mean.
@@ -32,7 +33,8 @@ def class_tokens(encoder: nn.Module, images: Tensor) -> Tensor:
 
 
 def features_of(encoder: nn.Module, parts: Sequence[TileBatch]) -> Tensor:
-    """Features ``(n, width)`` of the global crops of all ranks' micro-batches, view after view, at most `MOST_FEATURES`.
+    """Features ``(n, width)`` of the global crops of all ranks' micro-batches, view after view, at most
+    `MOST_FEATURES`.
 
     Every rank calls it with its own parts; all get the same, in the order of the global batch.
     """
@@ -45,9 +47,9 @@ def features_of(encoder: nn.Module, parts: Sequence[TileBatch]) -> Tensor:
 def spread(features: Tensor) -> dict[str, float]:
     """How far apart features ``(n, width)`` lie.
 
-    ``rankme``: the number of directions in use, 1 in collapse, at most min(n, width). ``feature_cosine``: mean cosine of two
-    different samples, 1 in collapse. ``feature_std``: standard deviation of the unit-length features times √width, 0 in
-    collapse and near 1 where they are spread over the sphere.
+    ``rankme``: the number of directions in use, 1 in collapse, at most min(n, width). ``feature_cosine``: mean cosine
+    of two different samples, 1 in collapse. ``feature_std``: standard deviation of the unit-length features times
+    √width, 0 in collapse and near 1 where they are spread over the sphere.
     """
     x = features.detach().cpu().double()
     unit = F.normalize(x, dim=1)
@@ -75,10 +77,10 @@ def rankme(features: np.ndarray, epsilon: float = 1e-7) -> float:
 def assignment_figures(targets: Iterable[Tensor], kind: str) -> dict[str, float]:
     """How prototypes are used by the targets of all ranks together; ``targets`` are probabilities ``(n, K)``, in parts.
 
-    ``teacher_entropy``: mean −Σ p log p of a target, nats; 0: one prototype each, log K: any.
-    ``prototype_perplexity``: exp of the entropy of the mean target, the number of prototypes in use.
-    ``prototype_use``: prototypes that are the first choice of a target, out of min(n, K) that could be.
-    ``teacher_information``: entropy of the mean target − mean entropy, nats: what a target tells about its tile; 0 in every collapse.
+    ``teacher_entropy``: mean −Σ p log p of a target, nats; 0: one prototype each, log K: any. ``prototype_perplexity``:
+    exp of the entropy of the mean target, the number of prototypes in use. ``prototype_use``: prototypes that are the
+    first choice of a target, out of min(n, K) that could be. ``teacher_information``: entropy of the mean target − mean
+    entropy, nats: what a target tells about its tile; 0 in every collapse.
     """
     entropy, rows, mass, first = None, 0, None, None
     for p in targets:

@@ -1,6 +1,8 @@
-"""What the stages ask of an objective. A new one is one file, in ``pretrain/objectives/`` or in a user's folder, with such a class.
+"""What the stages ask of an objective. A new one is one file, in ``pretrain/objectives/`` or in a user's folder, with
+such a class.
 
-`Objective` is all that the tile stage, plan and doctor know of one, and `SlideObjective` all that the slide stage knows beside it.
+`Objective` is all that the tile stage, plan and doctor know of one, and `SlideObjective` all that the slide stage knows
+beside it.
 """
 
 from abc import ABC, abstractmethod
@@ -31,20 +33,22 @@ class Objective(nn.Module, ABC):
 
     @classmethod
     def further_views(cls, settings: Mapping[str, Any]) -> Sequence[FurtherViews]:
-        """Kinds of view that the tile stage cuts beside global and local ones, by the objective's ``settings``. They follow in
-        ``TileBatch.crops``, in this order."""
+        """Kinds of view that the tile stage cuts beside global and local ones, by the objective's ``settings``. They
+        follow in ``TileBatch.crops``, in this order."""
         return ()
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Module]:
-        """The networks that the optimiser updates, by name, ``encoder`` among them; gradients are clipped for each by itself."""
+        """The networks that the optimiser updates, by name, ``encoder`` among them; gradients are clipped for each by
+        itself."""
 
     def frozen(self) -> dict[str, nn.Module]:
         """The networks that are sharded like the trained ones but never see a gradient (a teacher)."""
         return {}
 
     def prototype_counts(self) -> Mapping[str, int]:
-        """Of each kind of target that `look` gives figures of, ``teacher_entropy/<kind>`` and so on, its number of prototypes."""
+        """Of each kind of target that `look` gives figures of, ``teacher_entropy/<kind>`` and so on, its number of
+        prototypes."""
         return {}
 
     def prepare(self, parts: Sequence[Any], moment: Moment) -> Sequence[Any]:
@@ -56,7 +60,8 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def loss(self, batch: Any, moment: Moment) -> tuple[Tensor, Mapping[str, Tensor | float]]:
-        """The loss of one micro-batch, a scalar whose mean over equal micro-batches and ranks is optimised, and figures to log.
+        """The loss of one micro-batch, a scalar whose mean over equal micro-batches and ranks is optimised, and figures
+        to log.
 
         A network is called as a whole, ``self.projector(x)``: its parameters are gathered for the call, and only then.
         """
@@ -84,10 +89,12 @@ class SlideObjective(Objective):
     """How often `evaluate` passes a held-out slide forward, for the plan."""
 
     def share_slides(self, group: Group) -> None:
-        """Let the processes of ``group`` share every slide's tokens; they get the same batches. Raises ValueError where that can't be."""
+        """Let the processes of ``group`` share every slide's tokens; they get the same batches. Raises ValueError where
+        that can't be."""
         if group is not None:
             raise ValueError(f"{type(self).__name__} can't share a slide over processes")
 
     def evaluate(self, batches: Iterable[Any]) -> Mapping[str, float]:
-        """Figures of held-out slides. Every rank passes the same batches; called without gradients and outside of a step."""
+        """Figures of held-out slides. Every rank passes the same batches; called without gradients and outside of a
+        step."""
         return {}

@@ -3,8 +3,8 @@
     visible patches ──encoder──▶ tokens ──decoder, mask tokens at the other places──▶ pixels of all patches
                                                                                         │ mean squared error on the masked
 
-One network, no teacher. Set against the public code (facebookresearch/mae): the encoder starts from the initial values of
-`VisionTransformer`, the decoder from MAE's.
+One network, no teacher. Set against the public code (facebookresearch/mae): the encoder starts from the initial values
+of `VisionTransformer`, the decoder from MAE's.
 """
 
 from collections.abc import Callable
@@ -74,7 +74,8 @@ class MAE(Objective):
         return (error * mask).sum() / mask.sum(), prediction, mask
 
     def loss(self, batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch of one global crop a tile; what is masked depends on (seed, step, the tile's place)."""
+        """The loss of a micro-batch of one global crop a tile; what is masked depends on (seed, step, the tile's
+        place)."""
         if len(batch.crops) != 1 or batch.crops[0][1] != 1:
             raise Fault("MAE sees one crop of each tile: set data.crops.global_count=1 and data.crops.local_count=0.")
         images = batch.crops[0][0]

@@ -6,7 +6,8 @@ import math
 def cosine(
     step: int, *, peak: float, final: float, total: int, warmup: int = 0, start: float = 0.0, frozen: int = 0
 ) -> float:
-    """Zero for ``frozen`` steps, linear from ``start`` to ``peak`` in ``warmup`` steps, then a half cosine to ``final``.
+    """Zero for ``frozen`` steps, linear from ``start`` to ``peak`` in ``warmup`` steps, then a half cosine to
+    ``final``.
 
     The warm-up reaches ``peak`` on its last step, and from ``total`` on the value stays ``final`` (DINOv2's
     ``CosineScheduler``).

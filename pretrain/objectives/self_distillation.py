@@ -118,8 +118,8 @@ class SelfDistillation(Objective):
     def prepare(self, parts: Sequence[TileBatch], moment: Moment) -> list[TileBatch]:
         """The teacher sees all micro-batches before the student sees the first: its targets belong to the global batch.
 
-        Its scores of several micro-batches are too many to hold (n × K numbers each, gigabytes for 131,072 prototypes). They
-        are computed anew from its tokens wherever they are wanted, which costs a head's pass and no encoder's.
+        Its scores of several micro-batches are too many to hold (n × K numbers each, gigabytes for 131,072 prototypes).
+        They are computed anew from its tokens wherever they are wanted, which costs a head's pass and no encoder's.
         """
         temperature = self.teacher_temperature(moment)
         tokens = [self.teacher_tokens(part) for part in parts]
@@ -160,8 +160,8 @@ class SelfDistillation(Objective):
     def student_tokens(self, batch: TileBatch, moment: Moment, masks: Tensor | None = None) -> list[Tokens]:
         """The student's tokens of all crops in one packed pass, with stochastic depth: class tokens and masked patches.
 
-        ``masks`` ``(global crops, patches)`` are replaced by the mask token, and are the patches that come back; where `all_patches` is set,
-        those of all crops do, ``(crops, patches, width)``.
+        ``masks`` ``(global crops, patches)`` are replaced by the mask token, and are the patches that come back; where
+        `all_patches` is set, those of all crops do, ``(crops, patches, width)``.
 
         Raises Fault where there are not two views to compare.
         """

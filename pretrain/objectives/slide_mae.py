@@ -5,8 +5,9 @@
     all tiles ──standardised over the data set──▶ targets of the masked tiles
 
 He et al. 2022 (MAE) with Xu et al. 2024's slide encoder (Prov-GigaPath). The published system names neither its decoder
-nor its loss, beyond having adapted MAE; what is chosen here is in ``configs/recipe/gigapath_slide.yaml``. The target is data: the frozen
-encoder's embedding, standardised by fixed statistics. Nothing trainable is ever in it, so it can't collapse.
+nor its loss, beyond having adapted MAE; what is chosen here is in ``configs/recipe/gigapath_slide.yaml``. The target is
+data: the frozen encoder's embedding, standardised by fixed statistics. Nothing trainable is ever in it, so it can't
+collapse.
 """
 
 from collections import defaultdict
@@ -38,9 +39,9 @@ DISTANCES = 2**22  # computed at a time
 class SlideMAE(SlideObjective):
     """The slide stage's objective. Keyword arguments are its settings.
 
-    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its attention schedule and its
-    initial residual.
-    weighting: "slide" (each slide counts the same) or "token" (each masked tile does). decoder_start: see `SlideDecoder`.
+    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its attention schedule
+    and its initial residual. weighting: "slide" (each slide counts the same) or "token" (each masked tile does).
+    decoder_start: see `SlideDecoder`.
     """
 
     score = "r2"
@@ -82,16 +83,18 @@ class SlideMAE(SlideObjective):
         return {"encoder": self.encoder, "decoder": self.decoder}
 
     def share_slides(self, group: Group) -> None:
-        """Let the processes of ``group`` share every slide's tokens; they get the same batches. ValueError unless the heads divide."""
+        """Let the processes of ``group`` share every slide's tokens; they get the same batches. ValueError unless the
+        heads divide."""
         self.encoder.encoder.share_slides(group)
         self.decoder.decoder.share_slides(group)
 
     def forward(self, batch: SlideBatch, step_seed: int | None) -> dict[str, Tensor]:
         """Loss and predictions of a batch.
 
-        ``sum`` and ``count``: over any number of ranks or micro-batches the loss is Σ sum / Σ count, the mean over dimensions of the squared
-        error, averaged over slides or over masked tiles. ``prediction``: (M, D), standardised. ``pooled``: (B, width), the encoder's
-        view of the visible tiles. Dropout is drawn from (step_seed, the sequence's position); None switches it off.
+        ``sum`` and ``count``: over any number of ranks or micro-batches the loss is Σ sum / Σ count, the mean over
+        dimensions of the squared error, averaged over slides or over masked tiles. ``prediction``: (M, D),
+        standardised. ``pooled``: (B, width), the encoder's view of the visible tiles. Dropout is drawn from (step_seed,
+        the sequence's position); None switches it off.
         """
         seeds = None
         if step_seed is not None:
@@ -115,7 +118,8 @@ class SlideMAE(SlideObjective):
         }
 
     def prepare(self, parts: Sequence[SlideBatch], moment: Moment) -> list[tuple[SlideBatch, float]]:
-        """Each micro-batch with what its sum is multiplied by, so that the mean over micro-batches and ranks is the global Σ sum / Σ count."""
+        """Each micro-batch with what its sum is multiplied by, so that the mean over micro-batches and ranks is the
+        global Σ sum / Σ count."""
         counts = [len(part.lengths) if self.weighting == "slide" else len(part.masked) for part in parts]
         everywhere = total(torch.tensor(float(sum(counts)), device=parts[0].embeddings.device)).item()
         return [(part, world_size() * len(parts) / everywhere) for part in parts]
@@ -129,11 +133,13 @@ class SlideMAE(SlideObjective):
     def evaluate(self, batches: Iterable[SlideBatch]) -> dict[str, float]:
         """How well masked tiles are predicted, against what needs no learning. Every rank passes the same batches.
 
-        ``r2`` = 1 - Σ (prediction - target)² / Σ (data-set mean - target)², over masked tiles and dimensions: the data-set mean
-        has 0 by definition. ``r2_slide_mean``: of the mean of the slide's visible tiles. ``r2_neighbours``: of the mean of the k nearest
-        visible tiles, for the best k of `NEIGHBOURS`; beating it is learning. ``shuffled_rise``: relative rise of the error when the visible
-        tiles' places are shuffled within each slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled
-        slide embeddings (at most the number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared error, unweighted. Raises ValueError without batches.
+        ``r2`` = 1 - Σ (prediction - target)² / Σ (data-set mean - target)², over masked tiles and dimensions: the
+        data-set mean has 0 by definition. ``r2_slide_mean``: of the mean of the slide's visible tiles.
+        ``r2_neighbours``: of the mean of the k nearest visible tiles, for the best k of `NEIGHBOURS`; beating it is
+        learning. ``shuffled_rise``: relative rise of the error when the visible tiles' places are shuffled within each
+        slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled slide embeddings (at most the
+        number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared error,
+        unweighted. Raises ValueError without batches.
         """
         errors: dict[str, float] = defaultdict(float)
         pooled, tiles, width = [], 0, 0
@@ -167,7 +173,8 @@ class SlideMAE(SlideObjective):
 
 
 def baselines(batch: SlideBatch, targets: Tensor) -> list[tuple[str, Tensor]]:
-    """Predictions (M, D) for the masked tiles that need no learning: the slide's visible mean, and means of nearest visible tiles."""
+    """Predictions (M, D) for the masked tiles that need no learning: the slide's visible mean, and means of nearest
+    visible tiles."""
     found: dict[str, list[Tensor]] = defaultdict(list)
     visible, masked = batch.visible.split(batch.visible_lengths), batch.masked.split(batch.masked_lengths)
     for seen, wanted in zip(visible, masked, strict=True):

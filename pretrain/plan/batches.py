@@ -52,7 +52,8 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
 
 
 def masked_patches(crops: int, grid: int, share: float, low: float, high: float) -> int:
-    """Masked patches of so many global crops: the mean ratio of the masked ones, on each crop's own whole number of patches."""
+    """Masked patches of so many global crops: the mean ratio of the masked ones, on each crop's own whole number of
+    patches."""
     return round(int(crops * share) * grid * grid * (low + high) / 2)
 
 
@@ -66,7 +67,8 @@ def lane(slides: Slides, most: int, room: int | None, field_cells: int, largest:
 
 
 def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool) -> RehearsedBatch:
-    """Micro-batches of ``lanes`` lanes for the slide stage; ``data`` as in `SlideData`. ``largest``: one holds the largest slide."""
+    """Micro-batches of ``lanes`` lanes for the slide stage; ``data`` as in `SlideData`. ``largest``: one holds the
+    largest slide."""
     most = data.batch_size // data.lanes
     room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
     sizes = [n for i in range(lanes) for n in lane(slides, most, room, data.field_cells, largest and i == 0)]

@@ -1,6 +1,8 @@
-"""Which tensors of a rehearsal have known numbers: those made of nothing but shapes, such as a diagonal that is left out of all pairs.
+"""Which tensors of a rehearsal have known numbers: those made of nothing but shapes, such as a diagonal that is left
+out of all pairs.
 
-Fake tensors hold none. How many elements such a mask chooses is a shape that follows, so these are computed for real, beside.
+Fake tensors hold none. How many elements such a mask chooses is a shape that follows, so these are computed for real,
+beside.
 """
 
 from typing import Any
@@ -31,7 +33,8 @@ def sum_of(tensor: Tensor) -> float | None:
 
 
 def follow(function: Any, args: Any, kwargs: Any, result: Any) -> None:
-    """Note the numbers of an operation's ``result`` where those of all its arguments are known; forget those that it overwrites with others."""
+    """Note the numbers of an operation's ``result`` where those of all its arguments are known; forget those that it
+    overwrites with others."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor) and leaf.numel() <= MOST]
     drawn = torch.Tag.nondeterministic_seeded in function.tags or "empty" in function._opname

@@ -1,8 +1,8 @@
 """From rehearsals to the bill of one process: operations by part, and memory by part at the step's highest moment.
 
-A network of many equal blocks is rehearsed with few: two blocks, and a third, tell about forty. Operations grow by exactly the same
-amount with each further block, memory nearly (where its highest moment lies elsewhere in the shallower network, by some of a
-block's); a test holds both to whole rehearsals.
+A network of many equal blocks is rehearsed with few: two blocks, and a third, tell about forty. Operations grow by
+exactly the same amount with each further block, memory nearly (where its highest moment lies elsewhere in the shallower
+network, by some of a block's); a test holds both to whole rehearsals.
 """
 
 from collections import Counter

@@ -4,9 +4,9 @@ The slide stage: at every checkpoint each process passes all held-out slides for
 (`SlideObjective.evaluation_passes`). The slides are whole, and nothing is kept for a backward; dropout costs no
 operations of those that are counted.
 
-The tile stage: at every checkpoint the labelled tiles of ``watch.probe`` go forward once, shared by all processes; at every look (``watch.every``)
-so do a sample of the data's slides (`pretrain.training.slide_sample`) and the batch's global crops, these twice at most: for their features, and by a teacher.
-A look's heads aren't counted.
+The tile stage: at every checkpoint the labelled tiles of ``watch.probe`` go forward once, shared by all processes; at
+every look (``watch.every``) so do a sample of the data's slides (`pretrain.training.slide_sample`) and the batch's
+global crops, these twice at most: for their features, and by a teacher. A look's heads aren't counted.
 """
 
 from dataclasses import dataclass, replace

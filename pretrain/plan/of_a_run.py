@@ -21,7 +21,8 @@ def set_run_words_aside(overrides: list[str], config_dirs: list[Path]) -> list[s
 
 @of_the_command_line()
 def compose_run(settings: list[str], config_dirs: list[str]) -> Composed:
-    """The configuration of the run that these settings describe, of the stage that its recipe is for. Raises Fault for what it refuses."""
+    """The configuration of the run that these settings describe, of the stage that its recipe is for. Raises Fault for
+    what it refuses."""
     folders = [Path(folder) for folder in config_dirs]
     recipe = [word for word in settings if _first(word) in ("recipe", "scale")]
     refused = []

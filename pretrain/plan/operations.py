@@ -1,7 +1,9 @@
-"""Floating-point operations that a tile costs a run, for its record's ``flop_utilisation``: the plan's count, on the run's own data.
+"""Floating-point operations that a tile costs a run, for its record's ``flop_utilisation``: the plan's count, on the
+run's own data.
 
-Counted without numbers, before the processes join: a count of a real step would have to run it uncompiled, which rounds otherwise and
-may need more memory. What activation checkpointing computes anew is among them, as in the utilisation that a plan supposes.
+Counted without numbers, before the processes join: a count of a real step would have to run it uncompiled, which rounds
+otherwise and may need more memory. What activation checkpointing computes anew is among them, as in the utilisation
+that a plan supposes.
 """
 
 from collections.abc import Sequence
@@ -22,11 +24,11 @@ def of_a_tile(config: Any, fused_attention: bool) -> float:
 
 
 def of_an_embedding(config: Any, width: int, sizes: Sequence[int], fused_attention: bool) -> float:
-    """Of the slide stage, of each tile that is left of a slide after the crop. ``config``: that of 'pretrain slide'; ``sizes``: tiles of its
-    slides before the crop, each of a ``width``.
+    """Of the slide stage, of each tile that is left of a slide after the crop. ``config``: that of 'pretrain slide';
+    ``sizes``: tiles of its slides before the crop, each of a ``width``.
 
-    A slide costs a part in proportion to its tiles, and a part to their square. Rehearsed is the one slide whose tiles cost what tiles do on
-    average over all, which the mean slide's don't.
+    A slide costs a part in proportion to its tiles, and a part to their square. Rehearsed is the one slide whose tiles
+    cost what tiles do on average over all, which the mean slide's don't.
     """
     typical = round(sum(n * n for n in sizes) / sum(sizes))
     data = replace(config.data, batch_size=1, lanes=1, batch_tokens=None, field_cells=0)

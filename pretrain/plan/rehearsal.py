@@ -1,9 +1,10 @@
 """A step of the real objective, in the real sharding, without numbers: what it computes and what memory it holds when.
 
-Tensors are torch's *fake* ones: they know shape, type and device, and hold nothing, so a step of a ViT-g on 256 processes
-is rehearsed on a laptop. Nothing about a network is written down here; what runs is `pretrain.training.sharding.shard`,
-`pretrain.training.gradients` and the objective itself, a plug-in of the user's too. All that a shape doesn't say is how many
-elements of a mask are true; that comes with the batch (`RehearsedBatch.true`), or is counted where a mask is made of shapes (`constants`).
+Tensors are torch's *fake* ones: they know shape, type and device, and hold nothing, so a step of a ViT-g on 256
+processes is rehearsed on a laptop. Nothing about a network is written down here; what runs is
+`pretrain.training.sharding.shard`, `pretrain.training.gradients` and the objective itself, a plug-in of the user's too.
+All that a shape doesn't say is how many elements of a mask are true; that comes with the batch (`RehearsedBatch.true`),
+or is counted where a mask is made of shapes (`constants`).
 """
 
 import math
@@ -46,7 +47,8 @@ LARGEST_CELL = 999  # of a slide's grid; what depends on it is a table of positi
 class RehearsedBatch:
     """A process's micro-batches without numbers.
 
-    ``make`` builds one; it is called while tensors are fake. ``true``: how many elements of a bool tensor of so many elements are true.
+    ``make`` builds one; it is called while tensors are fake. ``true``: how many elements of a bool tensor of so many
+    elements are true.
     """
 
     make: Callable[[], Any]
@@ -78,8 +80,9 @@ def rehearse(
 ) -> Rehearsal:
     """Rehearse the gradients of a step on the first of ``processes``.
 
-    ``fused_attention``: attention by a kernel that keeps no matrix of pairs, as on a GPU; else as on a CPU. ``together``: processes that
-    share each slide of the slide stage. Raises RuntimeError inside a process group, since it makes one of its own.
+    ``fused_attention``: attention by a kernel that keeps no matrix of pairs, as on a GPU; else as on a CPU.
+    ``together``: processes that share each slide of the slide stage. Raises RuntimeError inside a process group, since
+    it makes one of its own.
     """
     if dist.is_initialized():
         raise RuntimeError("a rehearsal makes a process group of its own, and there is one already")
@@ -143,7 +146,8 @@ def _laid_out(_: int, *arguments: Any) -> dilated_attention.Branch:
 
 
 class OperationWatch(TorchDispatchMode):
-    """Makes tensors fake, and follows every operation: whose it is, what it computes, which memory it takes and gives back."""
+    """Makes tensors fake, and follows every operation: whose it is, what it computes, which memory it takes and gives
+    back."""
 
     def __init__(self, objective: Objective, true: dict[int, int]) -> None:
         super().__init__()
@@ -261,7 +265,8 @@ class OperationWatch(TorchDispatchMode):
         return [index.new_empty(count, dtype=torch.int64) for _ in range(index.ndim)]
 
     def _true(self, mask: Tensor) -> int:
-        """How many elements of a mask are true: counted where they are known, said by the batch, or else at most all of them."""
+        """How many elements of a mask are true: counted where they are known, said by the batch, or else at most all of
+        them."""
         known = constants.sum_of(mask)
         if known is not None:
             return int(known)
@@ -334,7 +339,8 @@ def _is_mask(index: Tensor | None) -> bool:
 
 
 def named_parts(objective: Objective) -> Iterator[tuple[nn.Module, str]]:
-    """Every module of an objective's networks, with the part that it belongs to: ``teacher.encoder blocks``, ``decoder``, …"""
+    """Every module of an objective's networks, with the part that it belongs to: ``teacher.encoder blocks``,
+    ``decoder``, …"""
     for name, network in {**objective.trained(), **objective.frozen()}.items():
         blocks = {module for unit in units_of(network) for module in unit.modules()}
         for path, module in network.named_modules():

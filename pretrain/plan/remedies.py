@@ -24,7 +24,8 @@ def remedies(
     gpu: bool,
     slides: bool = False,
 ) -> Iterator[Remedy]:
-    """Changes that keep the step what it is (the global batch stays), the cheapest first; the last one fits, unless none does.
+    """Changes that keep the step what it is (the global batch stays), the cheapest first; the last one fits, unless
+    none does.
 
     ``slides``: whether it is a run of the slide stage, whose processes can share a slide.
     """

@@ -44,10 +44,11 @@ class RunShape:
         return lambda: plugins.build(objective, lambda: plugins.build(model, *width))
 
     def batch(self, processes: int, accumulate: int, largest: bool = True, together: int = 1) -> RehearsedBatch:
-        """A process's micro-batches, two at most: each further one is like the second. Raises Fault where the settings don't divide.
+        """A process's micro-batches, two at most: each further one is like the second. Raises Fault where the settings
+        don't divide.
 
-        ``largest``: for the slide stage, with the largest slide among them, instead of mean slides alone. Processes that share slides
-        (``together``) have the same batch.
+        ``largest``: for the slide stage, with the largest slide among them, instead of mean slides alone. Processes
+        that share slides (``together``) have the same batch.
         """
         parts, mine = min(accumulate, 2), micro_batch_share(self, processes, accumulate, together)
         if self.stage == "slide":

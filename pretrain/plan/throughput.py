@@ -55,8 +55,9 @@ def pace(
     sample: tuple[float, float],
     evaluation: float = 0.0,
 ) -> Pace:
-    """``found``: a process's step; ``peak``: its device's operations a second; ``sample``: MB and core-seconds of a tile or slide, of all
-    processes that read it; ``evaluation``: a process's operations of judging, all through the run."""
+    """``found``: a process's step; ``peak``: its device's operations a second; ``sample``: MB and core-seconds of a
+    tile or slide, of all processes that read it; ``evaluation``: a process's operations of judging, all through the
+    run."""
     step = sum(found.flops.values()) / (peak * utilisation)
     processes = nodes * processes_per_node
     of_node = found.samples * processes_per_node / step
@@ -68,7 +69,8 @@ def pace(
 
 
 def tile_cost(data: Any, further: Sequence[FurtherViews], cost: Input) -> tuple[float, float]:
-    """MB and core-seconds of a tile: decoded from a shard, or read from its slide. ``further``: views beside global and local ones."""
+    """MB and core-seconds of a tile: decoded from a shard, or read from its slide. ``further``: views beside global and
+    local ones."""
     crops = data.crops
     pixels = crops.global_count * crops.global_size**2 + crops.local_count * crops.local_size**2
     pixels += sum(views.count * views.size**2 for views in further)

@@ -24,7 +24,8 @@ def build_page(
     probe: Path | None,
     plugins: Collection[str] = (),
 ) -> None:
-    """Write the page about ``folder`` to ``out``, whole or not at all; ``plugins`` are the packages whose classes its runs may name. Raises `Fault` when there is nothing to report."""
+    """Write the page about ``folder`` to ``out``, whole or not at all; ``plugins`` are the packages whose classes its
+    runs may name. Raises `Fault` when there is nothing to report."""
     parts = find_parts(folder, shards, embeddings, probe)
     sections = [section for section in found_sections(parts) if section is not None]
     if wants := wanted(parts):

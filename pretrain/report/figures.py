@@ -1,6 +1,7 @@
 """Charts as inline SVG that follows the page: its fonts, and its colours in light, in dark and in print.
 
-matplotlib draws in placeholder colours; each is replaced by a CSS variable of the page, so one drawing serves all themes.
+matplotlib draws in placeholder colours; each is replaced by a CSS variable of the page, so one drawing serves all
+themes.
 """
 
 import hashlib
@@ -86,8 +87,8 @@ def superscript(exponent: int) -> str:
 def dots(rows: Sequence[str], panels: dict[str, list[tuple[float, float]]], marks: dict[str, float]) -> str:
     """Values with error bars, one row each, one panel a kind, as SVG.
 
-    ``panels[kind][i]`` is (value, standard error) of ``rows[i]``; ``marks`` are values to compare with, dashed. The bars
-    are two standard errors to each side. The first row is the one that is judged.
+    ``panels[kind][i]`` is (value, standard error) of ``rows[i]``; ``marks`` are values to compare with, dashed. The
+    bars are two standard errors to each side. The first row is the one that is judged.
     """
     plt = pyplot()
     height = 0.55 + 0.36 * len(rows)

@@ -26,7 +26,8 @@ class Tiles:
 
 
 def blank(corners: np.ndarray, side: float, longest: int = 1024) -> tuple[Image.Image, float]:
-    """White paper that holds all tiles, at most ``longest`` pixels a side, and its downsample: for a slide without thumbnail."""
+    """White paper that holds all tiles, at most ``longest`` pixels a side, and its downsample: for a slide without
+    thumbnail."""
     extent = corners.max(axis=0) + side
     downsample = max(1.0, float(extent.max()) / longest)
     width, height = np.ceil(extent / downsample).astype(int)

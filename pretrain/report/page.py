@@ -171,7 +171,8 @@ def pair(*pictures: str) -> str:
 
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", ours: int | None = None) -> str:
-    """A table whose first column names its rows and whose other columns hold numbers; ``ours`` is the row that is judged."""
+    """A table whose first column names its rows and whose other columns hold numbers; ``ours`` is the row that is
+    judged."""
     cells = "".join(f'<th scope="col"{number_class(i)}>{escape(name)}</th>' for i, name in enumerate(head))
     body = []
     for index, row in enumerate(rows):

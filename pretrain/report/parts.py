@@ -109,7 +109,8 @@ def _read_provenance(path: Path) -> dict[str, Any]:
 
 
 def series(records: list[dict[str, Any]]) -> Series:
-    """The records of ``metrics.jsonl`` by metric, in order of steps; of a step that was recorded twice the later one counts."""
+    """The records of ``metrics.jsonl`` by metric, in order of steps; of a step that was recorded twice the later one
+    counts."""
     by_name: dict[str, dict[int, float]] = {}
     for record in records:
         for name, value in record.items():

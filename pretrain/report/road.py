@@ -1,4 +1,5 @@
-"""The whole road as one picture: tiles found on a slide, the crops the network saw, its loss, what it sees in the slide."""
+"""The whole road as one picture: tiles found on a slide, the crops the network saw, its loss, what it sees in the
+slide."""
 
 from io import BytesIO
 from pathlib import Path

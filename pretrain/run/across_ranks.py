@@ -1,4 +1,5 @@
-"""A tensor's part on this rank, and sums over a run's ranks for what belongs to the global batch. Without a process group they are no-ops."""
+"""A tensor's part on this rank, and sums over a run's ranks for what belongs to the global batch. Without a process
+group they are no-ops."""
 
 import torch
 import torch.distributed as dist

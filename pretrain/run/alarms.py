@@ -1,8 +1,9 @@
 """Collapse and stall in words: what a run's record shows, since which step, and what usually helps.
 
-Every rule is a function of the record alone (`History`) and of a few facts of the configuration (`Facts`), so it can be tried
-on made-up curves, and the same record always raises the same alarms. A rule speaks only of what still holds at the
-end of the record, but for a jump of the loss. Limits are wide on purpose: an alarm that cries early is switched off.
+Every rule is a function of the record alone (`History`) and of a few facts of the configuration (`Facts`), so it can be
+tried on made-up curves, and the same record always raises the same alarms. A rule speaks only of what still holds at
+the end of the record, but for a jump of the loss. Limits are wide on purpose: an alarm that cries early is switched
+off.
 """
 
 import math
@@ -204,7 +205,8 @@ def slides_recognised(history: History, known: Facts) -> Alarm | None:
 
 
 def flat_loss(history: History, known: Facts) -> Alarm | None:
-    """The class-token loss stays at the logarithm of the number of prototypes: the student's guess is no better than any."""
+    """The class-token loss stays at the logarithm of the number of prototypes: the student's guess is no better than
+    any."""
     steps, values = history.of("dino_global")
     more_steps, more = history.of("dino_local")
     count = known.prototypes.get("dino")

@@ -51,7 +51,8 @@ def mark(run: Path, scored: Scores) -> None:
 
 
 def _unlink_copy(copy: Path) -> None:
-    """A run's folder that was copied with links followed holds the best checkpoint twice, or once more, under this name: give it its own."""
+    """A run's folder that was copied with links followed holds the best checkpoint twice, or once more, under this
+    name: give it its own."""
     own = (
         copy.with_name(f"step-{checkpoints.read_state(copy)['step']:08d}") if checkpoints.damage(copy) is None else None
     )

@@ -51,7 +51,8 @@ def folder(run: Path) -> Path:
 
 
 def published(run: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first. What people call otherwise is theirs: a copy, ``step-00000004.bak``."""
+    """The complete checkpoints of a run, oldest first. What people call otherwise is theirs: a copy,
+    ``step-00000004.bak``."""
     found = [
         path for path in folder(run).glob("step-*") if NAME.fullmatch(path.name) and (path / "state.json").exists()
     ]
@@ -81,7 +82,8 @@ def resolved(checkpoint: Path) -> Path:
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a published checkpoint as far as names and sizes tell, in words that name the file; None where it is whole."""
+    """What is wrong with a published checkpoint as far as names and sizes tell, in words that name the file; None where
+    it is whole."""
     state, metadata = checkpoint / "state.json", checkpoint / ".metadata"
     try:
         found = json.loads(state.read_text())
@@ -131,7 +133,8 @@ def whole_before(checkpoint: Path) -> str:
 
 
 def set_damaged_aside(run: Path) -> list[Path]:
-    """Take damaged checkpoints, newer than the newest whole one, out of the row: as ``damaged-step-…``. What they are called now."""
+    """Take damaged checkpoints, newer than the newest whole one, out of the row: as ``damaged-step-…``. What they are
+    called now."""
     whole = newest_whole(run)
     moved = []
     for path in published(run):
@@ -154,9 +157,9 @@ def newest(run: Path) -> Path | None:
 class Writer(dcp.FileSystemWriter):
     """Writes one checkpoint into its partial folder; when all ranks have written, the first one publishes it.
 
-    It sweeps, publishes and removes in what torch runs on the first rank between two exchanges of all of them, so an error
-    of any rank is an error on every rank, and an end without error means published. The newest ``keep`` published ones remain
-    (0: all), those of every ``milestones``-th step, and the best one.
+    It sweeps, publishes and removes in what torch runs on the first rank between two exchanges of all of them, so an
+    error of any rank is an error on every rank, and an end without error means published. The newest ``keep`` published
+    ones remain (0: all), those of every ``milestones``-th step, and the best one.
     """
 
     def __init__(self, run: Path, step: int, state: dict[str, Any], keep: int, milestones: int | None = None) -> None:
@@ -223,8 +226,8 @@ def save(
 ) -> Path:
     """Write and publish a checkpoint, and wait for it; every rank calls it.
 
-    ``state`` is what else a resumed run needs, plain JSON values; see `Writer` for what is kept. Raises Fault where the disk refuses; the checkpoints
-    published before stay whole.
+    ``state`` is what else a resumed run needs, plain JSON values; see `Writer` for what is kept. Raises Fault where the
+    disk refuses; the checkpoints published before stay whole.
     """
     writer = Writer(run, step, state, keep, milestones)
     try:
@@ -278,7 +281,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def read_network(checkpoint: Path, *prefixes: str) -> dict[str, Tensor]:
-    """The tensors of one network, named without its prefix (``"teacher.encoder."``), on the CPU: of the first of ``prefixes`` that there is.
+    """The tensors of one network, named without its prefix (``"teacher.encoder."``), on the CPU: of the first of
+    ``prefixes`` that there is.
 
     Needs neither a model nor a process group. Raises Fault where the checkpoint holds nothing under any of them.
     """

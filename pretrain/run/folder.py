@@ -4,7 +4,8 @@
 
 Running the same command on it resumes it. Settings other than those of its newest checkpoint are refused with the
 difference, because a run that silently went on under others could never be explained; ``allow_changes=true`` lets them
-through, and provenance.json keeps what changed. The folders of the data may be others, if its digest says that it is the same.
+through, and provenance.json keeps what changed. The folders of the data may be others, if its digest says that it is
+the same.
 
 What is private in a URL is written nowhere (`data.redaction`), and compared without it: a new token is not a change.
 """
@@ -58,8 +59,8 @@ def held(run: Path) -> Iterator[Lease | None]:
 def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
     """Create or reopen a run's folder for ``config`` (a dataclass); returns the configuration's hash.
 
-    Rank 0 writes ``config.yaml`` and adds a start, on the data of this digest, to ``provenance.json``. Raises Fault where
-    the folder holds a run of another configuration, with what differs, unless ``config.allow_changes``.
+    Rank 0 writes ``config.yaml`` and adds a start, on the data of this digest, to ``provenance.json``. Raises Fault
+    where the folder holds a run of another configuration, with what differs, unless ``config.allow_changes``.
     """
     settings = redacted_settings(asdict(config))
     changes, shown = allowed_changes(run, config, data)
@@ -74,7 +75,8 @@ def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
 
 
 def allowed_changes(run: Path, config: Any, data: str | None) -> tuple[dict[str, tuple[Any, Any]], str]:
-    """What ``config`` changes of the run in a folder, and the same in words. Raises Fault unless ``config.allow_changes``.
+    """What ``config`` changes of the run in a folder, and the same in words. Raises Fault unless
+    ``config.allow_changes``.
 
     ``data``: the digest of its data; None where nobody read it, and then its place isn't judged.
     """
@@ -90,7 +92,8 @@ def allowed_changes(run: Path, config: Any, data: str | None) -> tuple[dict[str,
 
 
 def _changes(run: Path, settings: dict[str, Any], data: str | None) -> dict[str, tuple[Any, Any]]:
-    """What differs between the settings of a run's newest checkpoint (or its ``config.yaml``) and ``settings``: before and now.
+    """What differs between the settings of a run's newest checkpoint (or its ``config.yaml``) and ``settings``: before
+    and now.
 
     Where the data lies is no difference, if that was of the digest ``data`` too.
     """
@@ -111,7 +114,8 @@ def _changes(run: Path, settings: dict[str, Any], data: str | None) -> dict[str,
 
 
 def digest(settings: dict[str, Any]) -> str:
-    """A hash of everything in a configuration that changes what a run computes, but for its data, which has a digest of its own."""
+    """A hash of everything in a configuration that changes what a run computes, but for its data, which has a digest of
+    its own."""
     kept = {key: value for key, value in flat(settings).items() if not FREE.match(key) and not PLACES.match(key)}
     bound = dict(sorted(kept.items()))
     return hashlib.blake2b(json.dumps(bound).encode(), digest_size=12).hexdigest()
@@ -129,7 +133,8 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def read_config(run: Path) -> dict[str, Any]:
-    """A run's resolved configuration. Raises Fault where ``run`` is no run's folder. It may be anybody's: see `plugins.locate`."""
+    """A run's resolved configuration. Raises Fault where ``run`` is no run's folder. It may be anybody's: see
+    `plugins.locate`."""
     path = run / "config.yaml"
     if not path.exists():
         raise Fault(f"{run} is not a run's folder: it has no config.yaml.")

@@ -1,7 +1,8 @@
-"""``metrics.jsonl`` of a run: one JSON object a line, in order of steps; read whole, from its end, or thinned while it is read.
+"""``metrics.jsonl`` of a run: one JSON object a line, in order of steps; read whole, from its end, or thinned while it
+is read.
 
-A run of a million steps has half a gigabyte of it. What a resumed run needs is at its end, and what a page shows is a sample of its lines:
-neither takes longer, or more memory, for a longer run than reading the bytes does.
+A run of a million steps has half a gigabyte of it. What a resumed run needs is at its end, and what a page shows is a
+sample of its lines: neither takes longer, or more memory, for a longer run than reading the bytes does.
 """
 
 import json
@@ -57,7 +58,8 @@ def thinned(run: Path) -> list[dict[str, Any]]:
 
 
 def rewind(run: Path, step: int) -> None:
-    """Cut off what was recorded after ``step``, the steps that are about to be taken again, and a line that a kill cut short."""
+    """Cut off what was recorded after ``step``, the steps that are about to be taken again, and a line that a kill cut
+    short."""
     path = path_of(run)
     if not path.exists():
         return

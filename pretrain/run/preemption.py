@@ -26,7 +26,8 @@ from pretrain.run.progress import say
 
 EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed.
 INTERRUPTED = 128 + signal.SIGINT
-# A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues it.
+# A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues
+# it.
 REQUEUED_FROM = ("RUNNING", "TIMEOUT")
 ASKING_SLURM = 120.0  # seconds that it may take at the most
 NOT, REQUEUED, IN_VAIN = range(3)  # whether SLURM starts a job again
@@ -47,8 +48,8 @@ class Preemption:
     def requeue(self, first_rank: bool, in_vain: bool = False) -> bool:
         """Have SLURM start this job again, where one is and will; the same answer on every rank.
 
-        ``in_vain``: no checkpoint was made since this start, so the next one would begin at the same place. Raises Fault then, on every
-        rank, unless SLURM has decided by itself: with the same time limit it would be so for ever.
+        ``in_vain``: no checkpoint was made since this start, so the next one would begin at the same place. Raises
+        Fault then, on every rank, unless SLURM has decided by itself: with the same time limit it would be so for ever.
         """
         if not _slurm_starts_again():
             return False

@@ -57,7 +57,8 @@ class OfARun(Logger):
 class RunRecord(OfARun):
     """``metrics.jsonl``: one JSON object a line, on disk at once; a resumed run first drops the steps it will retake.
 
-    Lines that the disk refuses are kept, said once, and written before the next one that it takes. ``history``: what alarms look back on.
+    Lines that the disk refuses are kept, said once, and written before the next one that it takes. ``history``: what
+    alarms look back on.
     """
 
     @rank_zero_only
@@ -137,7 +138,8 @@ def logged_in() -> bool:
 
 
 class WandbMirror(OfARun):
-    """A mirror of the record in Weights & Biases; the run's id is kept in its folder, so that a resumed run goes on there.
+    """A mirror of the record in Weights & Biases; the run's id is kept in its folder, so that a resumed run goes on
+    there.
 
     ``online`` needs a login and, without one, writes offline and says so. An offline run can't be resumed in place:
     each start writes a segment of its own, steps disjoint, for ``wandb sync`` to join.
@@ -183,7 +185,8 @@ class WandbMirror(OfARun):
         self._ask(lambda run: run.finish())
 
     def _ask(self, act: Callable[[Any], None]) -> None:
-        """A mirror that breaks is no reason to stop: W&B's own process ends by the SIGTERM with which a cluster asks for a checkpoint."""
+        """A mirror that breaks is no reason to stop: W&B's own process ends by the SIGTERM with which a cluster asks
+        for a checkpoint."""
         if self.run is None:
             return
         try:

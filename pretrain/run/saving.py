@@ -43,7 +43,8 @@ class Saver:
         self.under_way: tuple[Writer, Future[Any]] | None = None
 
     def begin(self, step: int, model: nn.Module, optimiser: torch.optim.Optimizer, state: dict[str, Any]) -> str | None:
-        """Have a checkpoint of this moment written while training goes on, after `wait`; or say that there is no room for it."""
+        """Have a checkpoint of this moment written while training goes on, after `wait`; or say that there is no room
+        for it."""
         assert self.under_way is None
         if refusal := self._no_room(step, model, optimiser):
             return refusal

@@ -1,9 +1,9 @@
 """Signals that ask a run to end, noted and nothing more: what to do about one is decided at the end of a batch.
 
 SLURM sends whichever it was told to (USR1, USR2) before a time limit, and TERM when it preempts or cancels; all three
-mean the same here, and so do a person's Ctrl-C and a terminal that is closed (HUP); who presses it twice doesn't want to wait.
-Work inside a handler deadlocks a sharded run, whose ranks are then at different places. This module
-imports nothing heavy, so that it can listen before PyTorch's import, which takes seconds.
+mean the same here, and so do a person's Ctrl-C and a terminal that is closed (HUP); who presses it twice doesn't want
+to wait. Work inside a handler deadlocks a sharded run, whose ranks are then at different places. This module imports
+nothing heavy, so that it can listen before PyTorch's import, which takes seconds.
 """
 
 import os
@@ -39,7 +39,8 @@ def listen() -> None:
 
 
 def ignore() -> None:
-    """From now on the signals do nothing: what is left is to exit, and one of them would make a failure of a run that is done.
+    """From now on the signals do nothing: what is left is to exit, and one of them would make a failure of a run that
+    is done.
 
     Python itself puts every handler back to the default before it ends, which takes seconds with PyTorch.
     """

@@ -3,9 +3,9 @@
     step, batch of an evaluation ── beat ──▶ the clock begins anew
     nothing for so long          ──▶ stack traces of all threads, exit code 70
 
-A rank that waits for another which will never answer, for a disk or for a source of data holds its machines until somebody looks. The thread
-that watches needs Python's lock; where the stalled one never gives that back, faulthandler's own timer, which needs none, ends the process a
-little later, with the traces on the console and exit code 1.
+A rank that waits for another which will never answer, for a disk or for a source of data holds its machines until
+somebody looks. The thread that watches needs Python's lock; where the stalled one never gives that back, faulthandler's
+own timer, which needs none, ends the process a little later, with the traces on the console and exit code 1.
 """
 
 import faulthandler

@@ -40,7 +40,8 @@ class _MetadataUnpickler(pickle.Unpickler):
 
 
 class WeightsOnlyReader(FileSystemReader):
-    """Reads a checkpoint's folder. `read_metadata` raises pickle.UnpicklingError where the file is anything but metadata."""
+    """Reads a checkpoint's folder. `read_metadata` raises pickle.UnpicklingError where the file is anything but
+    metadata."""
 
     def read_metadata(self, *_: Any, **__: Any) -> Metadata:
         metadata = _MetadataUnpickler(io.BytesIO((self.path / ".metadata").read_bytes())).load()  # type: ignore[operator]

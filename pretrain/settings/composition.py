@@ -4,7 +4,8 @@
 ``pretrain/commands/<command>.py`` gives their types. What the schema doesn't know is refused and the nearest name is
 suggested, ``+key=`` included, which Hydra alone would let pass.
 
-The group ``launch`` belongs to every command and to no command's ``Config``: where something is computed doesn't change what.
+The group ``launch`` belongs to every command and to no command's ``Config``: where something is computed doesn't change
+what.
 """
 
 import dataclasses
@@ -163,7 +164,8 @@ def _leave_out(
     values: DictConfig,
     choices: dict[str, str],
 ) -> list[str]:
-    """Give an objective that the user chose its own values, where the recipe sets those of another one; returns the recipe's that are left out."""
+    """Give an objective that the user chose its own values, where the recipe sets those of another one; returns the
+    recipe's that are left out."""
     recipe = choices.get("recipe", "None")
     if recipe == "None" or not any(word.startswith("objective=") for word in words):
         return []
@@ -180,7 +182,8 @@ def _leave_out(
 def _with_launch(command: str, overrides: list[str]) -> list[str]:
     """The overrides with the group ``launch`` added to a command's own: ``launch=local`` unless another is chosen.
 
-    A command whose own settings have that name (it computes something about a cluster) runs here. Raises Fault where it is to run elsewhere.
+    A command whose own settings have that name (it computes something about a cluster) runs here. Raises Fault where it
+    is to run elsewhere.
     """
     if "launch" in _hints(command):
         for word in overrides:
@@ -201,7 +204,8 @@ def _hints(command: str) -> dict[str, Any]:
 
 
 def _as_typed(word: str, values: DictConfig) -> str:
-    """A word of the command line, in quotes where Hydra would read a number, and its plug-in's setting is text; which plug-in, composing said."""
+    """A word of the command line, in quotes where Hydra would read a number, and its plug-in's setting is text; which
+    plug-in, composing said."""
     node, dot, rest = _key(word).partition(".")
     target = OmegaConf.select(values, f"{node}._target_") if dot else None
     if not isinstance(target, str):
@@ -255,7 +259,8 @@ def _typed(command: str, values: DictConfig) -> DictConfig:
 
 
 def _merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> DictConfig:
-    """The values, typed by a schema of these fields. Raises Fault for what it doesn't know, and for values of another type."""
+    """The values, typed by a schema of these fields. Raises Fault for what it doesn't know, and for values of another
+    type."""
     try:
         tree = OmegaConf.structured(dataclasses.make_dataclass("Config", fields))
         _spread_lists(dict(fields), values)
@@ -315,7 +320,8 @@ def _expand_home(values: DictConfig) -> None:
 
 
 def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -> None:
-    """Let one value stand for a list of one, and words for a list of words: ``slides="a.svs b.svs"``. Raises Fault for an open quote."""
+    """Let one value stand for a list of one, and words for a list of words: ``slides="a.svs b.svs"``. Raises Fault for
+    an open quote."""
     for name, kind in kinds.items():
         value = None if name not in values or OmegaConf.is_missing(values, name) else values[name]
         if list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
@@ -386,7 +392,8 @@ def _keys(tree: DictConfig, prefix: str = "") -> set[str]:
 
 
 def nearest(key: str, known: set[str]) -> str:
-    """The end of a sentence: ``; did you mean 'optim.lr'?``, by the whole dotted name or else by its last part, or a full stop."""
+    """The end of a sentence: ``; did you mean 'optim.lr'?``, by the whole dotted name or else by its last part, or a
+    full stop."""
     close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     if not close:
         leaf = key.rpartition(".")[2]

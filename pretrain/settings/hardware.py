@@ -1,4 +1,5 @@
-"""What a machine has: memory, arithmetic, price. The descriptions are in ``configs/hardware/``, each number with its source."""
+"""What a machine has: memory, arithmetic, price. The descriptions are in ``configs/hardware/``, each number with its
+source."""
 
 from dataclasses import dataclass, field
 from typing import Annotated
@@ -32,7 +33,8 @@ class Machine:
         return {"bf16": self.bf16_tflops * 1e12, "float32": self.float32_tflops * 1e12}
 
     def peak(self, precision: str) -> float:
-        """Floating-point operations a second at the precision that a run computes in. Raises Fault for one it isn't known at."""
+        """Floating-point operations a second at the precision that a run computes in. Raises Fault for one it isn't
+        known at."""
         if precision not in self.peaks:
             raise Fault(f"trainer.precision={precision} can't be planned: what {self.name} does of it is not known.")
         return self.peaks[precision]
@@ -44,7 +46,8 @@ def described(name: str) -> Machine:
 
 
 def peak_of(device: torch.device, precision: str) -> float | None:
-    """Floating-point operations a second that a process's device can do, known by its name; None for one that isn't described."""
+    """Floating-point operations a second that a process's device can do, known by its name; None for one that isn't
+    described."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)

@@ -1,10 +1,12 @@
-"""Networks, objectives and sources of tiles are plug-ins: a class named by ``_target_``, whose keyword-only arguments are its settings.
+"""Networks, objectives and sources of tiles are plug-ins: a class named by ``_target_``, whose keyword-only arguments
+are its settings.
 
-A new model, objective or source is one new file with such a class and one YAML file that names it; nothing else is edited. The
-schema that Hydra's values are checked against is read off the constructor.
+A new model, objective or source is one new file with such a class and one YAML file that names it; nothing else is
+edited. The schema that Hydra's values are checked against is read off the constructor.
 
-What a person writes on the command line or in a file of theirs may name any class. What is read from a run's folder may be anybody's: it names
-classes of this project, or of packages that the command allows by name (``allow_plugins=[package]``).
+What a person writes on the command line or in a file of theirs may name any class. What is read from a run's folder may
+be anybody's: it names classes of this project, or of packages that the command allows by name
+(``allow_plugins=[package]``).
 """
 
 import dataclasses
@@ -33,8 +35,8 @@ OURS = ("data", "models", "pretrain", "launch")
 def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
     """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``.
 
-    Where the path is from a run's folder, ``allowed`` are the packages and modules that may be imported beside ours; None: it is the user's own.
-    Those are not looked for in the current folder, unless PYTHONPATH names it.
+    Where the path is from a run's folder, ``allowed`` are the packages and modules that may be imported beside ours;
+    None: it is the user's own. Those are not looked for in the current folder, unless PYTHONPATH names it.
     """
     if not isinstance(target, str):
         raise Fault(f"_target_: {target} names no class: give the dotted path of one, as models.vit.VisionTransformer.")
@@ -68,7 +70,8 @@ def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] |
 
 @contextmanager
 def _without_current_folder() -> Iterator[None]:
-    """While the folder that somebody happens to be in is no place to import from: an empty entry of PYTHONPATH, or ``python -m``, makes it one."""
+    """While the folder that somebody happens to be in is no place to import from: an empty entry of PYTHONPATH, or
+    ``python -m``, makes it one."""
     here, before = Path.cwd(), list(sys.path)
     named = {Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry}
     if here not in (named | {Path(__file__).resolve().parents[2]}):
@@ -90,7 +93,8 @@ def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
 
 
 def why_unknown(target: str, name: str) -> str | None:
-    """Why ``name`` is no setting of the class that ``target`` names although its constructor takes it, or None where it doesn't."""
+    """Why ``name`` is no setting of the class that ``target`` names although its constructor takes it, or None where it
+    doesn't."""
     parameters = inspect.signature(locate_class(target, object).__init__).parameters  # type: ignore[misc]
     by_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     if name in parameters or by_name:
@@ -108,7 +112,8 @@ def has_default(target: str, name: str) -> bool:
 
 
 def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
-    """The types of a dataclass's fields or a constructor's arguments. Raises Fault for one whose name isn't there when the program runs."""
+    """The types of a dataclass's fields or a constructor's arguments. Raises Fault for one whose name isn't there when
+    the program runs."""
     try:
         return get_type_hints(kind, include_extras=include_extras)
     except NameError as error:
@@ -130,7 +135,8 @@ def has_plugin_beside(kind: Any) -> bool:
 
 
 def schema_beside(common: type, target: str, optional: bool = False) -> type:
-    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields; ``optional`` ones may be null."""
+    """The dataclass ``common``, which names its plug-in's ``base``, with the plug-in's own settings beside its fields;
+    ``optional`` ones may be null."""
     own = [(name, kind | None if optional else kind) for name, kind in settings_of(target, common.base).items()]  # type: ignore[attr-defined]
     return dataclasses.make_dataclass(common.__name__, own, bases=(common,))
 
@@ -138,10 +144,11 @@ def schema_beside(common: type, target: str, optional: bool = False) -> type:
 def build(
     settings: Mapping[str, Any], *arguments: Any, base: type = nn.Module, allowed: Collection[str] | None = None
 ) -> Any:
-    """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings; see `locate`.
+    """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings;
+    see `locate`.
 
-    A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so does any error of a
-    class that isn't ours, with its traceback.
+    A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so
+    does any error of a class that isn't ours, with its traceback.
     """
     target = locate_class(settings["_target_"], base, allowed)
     try:

@@ -1,7 +1,8 @@
 """Hold settings to what is declared beside their types (`models.allowed`), and say it in one sentence where they don't.
 
-`pretrain.settings.composition.load` holds every value to it: those of a command, of the dataclasses inside, of plug-ins, and of ``launch``. ``null`` is
-always allowed where the type allows it; in a list, each of its items is looked at.
+`pretrain.settings.composition.load` holds every value to it: those of a command, of the dataclasses inside, of
+plug-ins, and of ``launch``. ``null`` is always allowed where the type allows it; in a list, each of its items is looked
+at.
 """
 
 import dataclasses
@@ -83,7 +84,8 @@ def _check(name: str, value: Any, kind: Any) -> None:
 
 
 def apart(kind: Any) -> tuple[Any, list[Allowed]]:
-    """A type, and what is declared beside it. A dataclass beside ``Any`` is the type of values that may lack some of its own."""
+    """A type, and what is declared beside it. A dataclass beside ``Any`` is the type of values that may lack some of
+    its own."""
     if get_origin(kind) is not Annotated:
         return kind, []
     kind, *extras = get_args(kind)

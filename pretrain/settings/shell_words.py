@@ -21,7 +21,8 @@ LISTED = re.compile(r"launch\.(after|exclude)=[\w.-]+(,[\w.-]+)+")
 def readable(word: str, text: bool) -> str:
     """A word that Hydra reads as it is meant; ``text``: its setting is text, whatever the value looks like.
 
-    Raises Fault for a sweep, for Python's None and for settings of Hydra's own. What can't be read at all, as a list that isn't closed, is left as it is.
+    Raises Fault for a sweep, for Python's None and for settings of Hydra's own. What can't be read at all, as a list
+    that isn't closed, is left as it is.
     """
     found = WORD.fullmatch(word)
     if found is None:
@@ -60,8 +61,8 @@ def readable(word: str, text: bool) -> str:
 
 
 def _kept(table: str) -> str:
-    """A table in braces, in which numbers that aren't written as they are read are in quotes: 2024_01 is a name, and 1e3 in quotes a number all the
-    same, where a number is wanted."""
+    """A table in braces, in which numbers that aren't written as they are read are in quotes: 2024_01 is a name, and
+    1e3 in quotes a number all the same, where a number is wanted."""
     if "'" in table or '"' in table:
         return table
 
@@ -75,7 +76,8 @@ def _kept(table: str) -> str:
 
 
 def _as_words(inside: str, count: int) -> list[str]:
-    """The items of a list as they are written, those in quotes too where nothing else could be meant; Fault where commas don't tell."""
+    """The items of a list as they are written, those in quotes too where nothing else could be meant; Fault where
+    commas don't tell."""
     parts = [part.strip() for part in inside.split(",")]
     if len(parts) != count:
         raise Fault(f"[{inside}]: put each of its names that looks like a number in quotes.")

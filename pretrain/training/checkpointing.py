@@ -1,4 +1,5 @@
-"""Checkpoints as a run goes: written beside training when they are due, waited for where the run ends, the best one marked."""
+"""Checkpoints as a run goes: written beside training when they are due, waited for where the run ends, the best one
+marked."""
 
 from typing import Any
 
@@ -14,8 +15,9 @@ from pretrain.training.module import Training
 
 
 class Checkpoints(L.Callback):
-    """Saves; see `Saver`. None is written while steps are skipped, or of numbers that aren't finite: it would push out one that can be gone on
-    from. A save that fails is said and counted, and the run goes on, since the next one may succeed."""
+    """Saves; see `Saver`. None is written while steps are skipped, or of numbers that aren't finite: it would push out
+    one that can be gone on from. A save that fails is said and counted, and the run goes on, since the next one may
+    succeed."""
 
     def __init__(self) -> None:
         self.failed = 0
@@ -35,8 +37,8 @@ class Checkpoints(L.Callback):
                 )
 
     def save(self, training: Training, wait: bool) -> None:
-        """Have a checkpoint of this moment written, beside training or waited for; the best one there is, is marked before it could be swept
-        away. Every rank calls it."""
+        """Have a checkpoint of this moment written, beside training or waited for; the best one there is, is marked
+        before it could be swept away. Every rank calls it."""
         self.heed(training, self.saver.wait())
         mark_best(training)
         if why := unfit(training):

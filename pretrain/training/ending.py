@@ -1,4 +1,5 @@
-"""A run that is asked to end saves and ends: after a batch, before anything that takes time, since there may be half a minute."""
+"""A run that is asked to end saves and ends: after a batch, before anything that takes time, since there may be half a
+minute."""
 
 import signal
 from typing import Any
@@ -31,7 +32,8 @@ class EndWhenAsked(L.Callback):
         self.end(training, asked)
 
     def end(self, training: Training, asked: signal.Signals) -> None:
-        """Let Lightning end the run after this batch, and have SLURM start it again where it does; what there is to save is saved."""
+        """Let Lightning end the run after this batch, and have SLURM start it again where it does; what there is to
+        save is saved."""
         training.asked = asked
         training.trainer.should_stop = True
         newest = checkpoints.newest(training.run)

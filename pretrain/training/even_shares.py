@@ -1,4 +1,5 @@
-"""What must divide so that a run's processes share its work evenly; decided here once, for the command line, for jobs, plan, doctor and the run."""
+"""What must divide so that a run's processes share its work evenly; decided here once, for the command line, for jobs,
+plan, doctor and the run."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -15,15 +16,15 @@ HEADS = (("model", "heads"), ("objective", "decoder_heads"))
 
 
 def require_even(run: Any, processes: int) -> None:
-    """Raise Fault where so many processes can't share ``run`` evenly, which has model, objective, data and trainer: a command's ``Config``,
-    or its tree."""
+    """Raise Fault where so many processes can't share ``run`` evenly, which has model, objective, data and trainer: a
+    command's ``Config``, or its tree."""
     processes_a_copy(processes, run.trainer.shard_size)
     micro_batch_share(run, processes, run.trainer.accumulate, settings(run.data).get("processes_per_slide", 1))
 
 
 def micro_batch_share(run: Any, processes: int, accumulate: int, together: int = 1) -> int:
-    """Of a process's micro-batch: tiles, or lanes of slides where ``together`` processes share each slide. Raises Fault where the settings of
-    ``run``, as of `require_even`, don't divide."""
+    """Of a process's micro-batch: tiles, or lanes of slides where ``together`` processes share each slide. Raises Fault
+    where the settings of ``run``, as of `require_even`, don't divide."""
     data = settings(run.data)
     if "processes_per_slide" not in data:
         return tiles_of(data, processes, accumulate, run.objective.get("group_size", 1))
@@ -37,7 +38,8 @@ def micro_batch_share(run: Any, processes: int, accumulate: int, together: int =
 
 
 def tiles_of(data: Mapping[str, Any], processes: int, accumulate: int, group: int) -> int:
-    """Tiles of a micro-batch, in groups that losses compare. Raises Fault where lanes or batch don't divide, with what would."""
+    """Tiles of a micro-batch, in groups that losses compare. Raises Fault where lanes or batch don't divide, with what
+    would."""
     batch_size, lanes = data["batch_size"], data["lanes"]
     if lanes % processes:
         raise Fault(f"data.lanes={lanes} can't be shared evenly by {processes} processes; make it a multiple.")
@@ -58,7 +60,8 @@ def tiles_of(data: Mapping[str, Any], processes: int, accumulate: int, group: in
 
 
 def lanes_of(data: Mapping[str, Any], processes: int, accumulate: int, together: int) -> int:
-    """Lanes of slides of a micro-batch, where ``together`` processes share each slide. Raises Fault where they don't divide."""
+    """Lanes of slides of a micro-batch, where ``together`` processes share each slide. Raises Fault where they don't
+    divide."""
     lanes = data["lanes"]
     groups, rest = divmod(processes, together)
     if rest or not groups:

@@ -42,8 +42,9 @@ TRACED = {
 def fit(training: Training, lease: Lease | None, count_operations: Callable[[bool], float]) -> None:
     """Run ``training`` to its last step, resuming from its newest checkpoint; says so where nothing is left to do.
 
-    ``lease`` is that of the run's folder, in its first process. ``count_operations`` gives the floating-point operations that a tile of a step
-    costs, by whether attention is fused; it is called before the processes have joined.
+    ``lease`` is that of the run's folder, in its first process. ``count_operations`` gives the floating-point
+    operations that a tile of a step costs, by whether attention is fused; it is called before the processes have
+    joined.
     """
     training.lease = lease
     pass_over_damaged(training.run, training.config.resume, first=lease is not None or not rank())

@@ -1,7 +1,7 @@
 """Images that a run looks at again and again: read once, by all ranks, and their features by all ranks together.
 
-Every rank reads its share at the start and runs it through the sharded encoder, in the same number of passes as all the others, since
-each pass gathers parameters from all of them.
+Every rank reads its share at the start and runs it through the sharded encoder, in the same number of passes as all the
+others, since each pass gathers parameters from all of them.
 """
 
 from collections.abc import Callable, Iterable
@@ -19,7 +19,8 @@ Walk = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
 
 
 class FixedImages:
-    """``count`` images, each uint8 (height, width, 3) as ``read(i)`` has it, of which this rank holds its share as the network gets them."""
+    """``count`` images, each uint8 (height, width, 3) as ``read(i)`` has it, of which this rank holds its share as the
+    network gets them."""
 
     def __init__(
         self, count: int, read: Callable[[int], np.ndarray], preprocessing: Preprocessing, rank: int, world_size: int
@@ -38,7 +39,8 @@ class FixedImages:
         self.images = (torch.cat(images) * 255).round().byte()  # (share, 3, S, S)
 
     def features(self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches) -> Tensor:
-        """Features ``(count, width)`` of all images, on every rank; ``walk`` hands on the batches, told how many there are."""
+        """Features ``(count, width)`` of all images, on every rank; ``walk`` hands on the batches, told how many there
+        are."""
         mean, std = (
             torch.tensor(values, device=device).view(3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
@@ -53,6 +55,7 @@ class FixedImages:
 
 
 def agreed(figures: dict[str, float], device: torch.device) -> dict[str, float]:
-    """The first rank's figures, on every rank: processors round differently, and a run must not end on one of them alone."""
+    """The first rank's figures, on every rank: processors round differently, and a run must not end on one of them
+    alone."""
     first = gathered(torch.tensor(list(figures.values()), dtype=torch.float64, device=device))[0]
     return dict(zip(figures, first.tolist(), strict=True))

@@ -1,4 +1,5 @@
-"""Held-out data judge a run at every checkpoint: the best one is kept, and a run that waits for better ones in vain ends, ``watch.patience``."""
+"""Held-out data judge a run at every checkpoint: the best one is kept, and a run that waits for better ones in vain
+ends, ``watch.patience``."""
 
 import math
 from pathlib import Path

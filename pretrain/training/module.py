@@ -3,8 +3,9 @@
     for each micro-batch: objective.loss → backward
     clip each network → (skip the step if anything is not finite) → AdamW → teacher, centre → record
 
-What happens around a step lies in callbacks, in this order after each: a signal is heeded (`ending`), features are looked at (`looking`),
-held-out data judge (`judging`), alarms are raised (`alarming`), a checkpoint is written (`checkpointing`), and progress is shown (`showing`).
+What happens around a step lies in callbacks, in this order after each: a signal is heeded (`ending`), features are
+looked at (`looking`), held-out data judge (`judging`), alarms are raised (`alarming`), a checkpoint is written
+(`checkpointing`), and progress is shown (`showing`).
 
 All a resumed run needs beside networks and optimiser is the number of steps taken: data, schedules and random draws are
 functions of it.
@@ -78,7 +79,8 @@ class Training(L.LightningModule, ABC):
 
     @abstractmethod
     def batches(self, start: int, stop: int) -> LoaderProcess:
-        """A process that makes this rank's share of the global batches ``start … stop − 1``; an item that is a Fault is raised."""
+        """A process that makes this rank's share of the global batches ``start … stop − 1``; an item that is a Fault is
+        raised."""
 
     @abstractmethod
     def micro_batches(self, batch: Any) -> Iterable[tuple[Any, int]]:
@@ -225,7 +227,8 @@ class Training(L.LightningModule, ABC):
         }
 
     def heeding(self, batches: Iterable[T], total: int) -> Iterator[T]:
-        """``batches`` of an evaluation, as many on every rank, with progress shown; a signal ends it with `signals.Asked`."""
+        """``batches`` of an evaluation, as many on every rank, with progress shown; a signal ends it with
+        `signals.Asked`."""
         progress = (
             Progress(total, f"{self.run.name}: evaluation at step {self.step}", "batches")
             if self.global_rank == 0

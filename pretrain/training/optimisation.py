@@ -72,7 +72,8 @@ class Multipliers:
 
 
 def multipliers(name: str, dimensions: int, depth: int, layer_decay: float, patch_embed_lr: float) -> Multipliers:
-    """DINOv2's rule (``get_params_groups_with_decay``) for a parameter of so many dimensions, by its name in its network.
+    """DINOv2's rule (``get_params_groups_with_decay``) for a parameter of so many dimensions, by its name in its
+    network.
 
     lr: ``layer_decay^(depth + 1 − id)`` with id 0 for tokens, positions and the patch embedding (times
     ``patch_embed_lr``), ``i + 1`` for block i, ``depth + 1`` for everything else. Weight decay: none for vectors, which
@@ -115,7 +116,8 @@ def set_rates(
     last_layer_frozen: bool,
     backbone_frozen: bool = False,
 ) -> None:
-    """Put the schedule's learning rate and weight decay into every group, times its multipliers; zeros where it is frozen.
+    """Put the schedule's learning rate and weight decay into every group, times its multipliers; zeros where it is
+    frozen.
 
     A frozen parameter doesn't move, but AdamW's moments go on, so that it starts with an estimate of its own.
     """
@@ -128,10 +130,11 @@ def set_rates(
 
 
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients so that their joint norm is at most ``limit`` (0: only measure); returns the norm before, a scalar.
+    """Scale gradients so that their joint norm is at most ``limit`` (0: only measure); returns the norm before, a
+    scalar.
 
-    The norm is over the shards of all ranks; working on local shards, it costs one small all-reduce. Parameters without a
-    gradient count as zeros.
+    The norm is over the shards of all ranks; working on local shards, it costs one small all-reduce. Parameters without
+    a gradient count as zeros.
     """
     everything = list(parameters)
     gradients = [local_shard(p.grad) for p in everything if p.grad is not None]

@@ -1,7 +1,9 @@
-"""k-NN accuracy of the encoder in training on a small labelled set: one number, at every checkpoint, by all ranks together.
+"""k-NN accuracy of the encoder in training on a small labelled set: one number, at every checkpoint, by all ranks
+together.
 
-Where the set is split here, tiles of one slide stay on one side (`pretrain.encoders.slide_groups`), and the accuracy with tiles of the same slides on
-both sides is recorded beside it: a run that learns to recognise slides gains in that one alone.
+Where the set is split here, tiles of one slide stay on one side (`pretrain.encoders.slide_groups`), and the accuracy
+with tiles of the same slides on both sides is recorded beside it: a run that learns to recognise slides gains in that
+one alone.
 """
 
 from pathlib import Path
@@ -32,7 +34,8 @@ Side = tuple[np.ndarray, np.ndarray]
 
 
 class ProbeSet:
-    """Labelled images below ``folder``, at most ``most`` of them: class folders, or ``train/`` and ``test/`` that hold class folders.
+    """Labelled images below ``folder``, at most ``most`` of them: class folders, or ``train/`` and ``test/`` that hold
+    class folders.
 
     Without ``test/``, each half of the images classifies the other, so that all of them are judged. Raises Fault as
     `read_class_folders` does.
@@ -53,7 +56,8 @@ class ProbeSet:
             self.mixed = stratified_split(self.set, 0.5, seed=0)  # without a look at slides
 
     def load(self, preprocessing: Preprocessing, rank: int, world_size: int, device: torch.device) -> str:
-        """Read this rank's share of the images, and split them; returns in words how. Raises Fault for an image that can't be read."""
+        """Read this rank's share of the images, and split them; returns in words how. Raises Fault for an image that
+        can't be read."""
         files, named = self.set.files, by_name(self.set.files, self.set.folder)
         looks_alike = self.given is None and named is None
         traits: list[np.ndarray] = []
@@ -80,8 +84,8 @@ class ProbeSet:
     def score(
         self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches
     ) -> dict[str, float]:
-        """``probe_knn`` with its binomial standard error, ``probe_knn_same_slides`` where it is another, and ``probe_rankme``; every rank
-        calls it and gets the same numbers."""
+        """``probe_knn`` with its binomial standard error, ``probe_knn_same_slides`` where it is another, and
+        ``probe_rankme``; every rank calls it and gets the same numbers."""
         features = self.images.features(encoder, device, walk).cpu().numpy()
         correct = self._correct(features, self.across)
         figures = {
@@ -109,7 +113,8 @@ def both_ways(side: Side) -> list[Side]:
 
 
 def fewer(images: LabelledImages, most: int) -> LabelledImages:
-    """At most about ``most`` of the images, the same share of every class and at least two of each, always the same ones."""
+    """At most about ``most`` of the images, the same share of every class and at least two of each, always the same
+    ones."""
     if len(images.files) <= most:
         return images
     chosen: list[int] = []

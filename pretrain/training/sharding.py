@@ -26,7 +26,8 @@ from pretrain.run.across_ranks import local_shard, total
 
 
 class Precision(NamedTuple):
-    """``masters``: parameters, the optimiser's moments, and gradients from where they are summed. ``compute``: the networks' arithmetic."""
+    """``masters``: parameters, the optimiser's moments, and gradients from where they are summed. ``compute``: the
+    networks' arithmetic."""
 
     masters: torch.dtype
     compute: torch.dtype
@@ -74,7 +75,8 @@ def processes_a_copy(world_size: int, shard_size: int | None) -> int:
 
 
 def lay_mesh(device: str, world_size: int, shard_size: int | None) -> DeviceMesh:
-    """The mesh of a run's processes: one dimension ``shard``, after one ``replicate`` where copies are fewer than processes."""
+    """The mesh of a run's processes: one dimension ``shard``, after one ``replicate`` where copies are fewer than
+    processes."""
     shard = processes_a_copy(world_size, shard_size)
     if shard == world_size:
         return init_device_mesh(device, (shard,), mesh_dim_names=("shard",))
@@ -86,9 +88,10 @@ def shard(
 ) -> None:
     """Wrap every network of an objective that was built on the meta device: blocks first, then the network.
 
-    ``checkpointing``: see `CHECKPOINTING`. ``compiled`` blocks go through torch.compile, each by itself: all blocks of a
-    network share one compilation, and what gathers and frees their parameters stays outside of it. One process has nothing to
-    gather, so a network is one unit there: a unit a block would take a small network's step on a CPU 5 % longer.
+    ``checkpointing``: see `CHECKPOINTING`. ``compiled`` blocks go through torch.compile, each by itself: all blocks of
+    a network share one compilation, and what gathers and frees their parameters stays outside of it. One process has
+    nothing to gather, so a network is one unit there: a unit a block would take a small network's step on a CPU 5 %
+    longer.
     """
     masters, compute = PRECISIONS[precision]
     inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters)
@@ -114,8 +117,8 @@ def shard(
 
 
 def units_of(network: nn.Module) -> list[nn.Module]:
-    """What a network says is gathered, recomputed and compiled by itself: the ``units()`` of the modules in it that have such a method. A network
-    that says nothing is one unit."""
+    """What a network says is gathered, recomputed and compiled by itself: the ``units()`` of the modules in it that
+    have such a method. A network that says nothing is one unit."""
     stacks = [units for module in network.modules() if callable(units := getattr(module, "units", None))]
     return [unit for units in stacks for unit in units()]
 
@@ -152,10 +155,12 @@ def materialise(
     begin: Callable[[Objective], None] | None = None,
     make_objective: Callable[[], Objective] | None = None,
 ) -> None:
-    """Give an objective on the meta device memory and first values. Raises Fault naming a tensor left without, on all ranks.
+    """Give an objective on the meta device memory and first values. Raises Fault naming a tensor left without, on all
+    ranks.
 
-    ``begin`` may put other values into the trained networks before a teacher is copied from them. ``make_objective`` builds the same
-    objective anew: what no network's ``initialise`` gives a value has the one that its constructor gives it there.
+    ``begin`` may put other values into the trained networks before a teacher is copied from them. ``make_objective``
+    builds the same objective anew: what no network's ``initialise`` gives a value has the one that its constructor
+    gives it there.
     """
     objective.to_empty(device=device)
     named = [*objective.named_parameters(), *objective.named_buffers()]
@@ -176,7 +181,8 @@ def materialise(
     if begin is not None:
         begin(objective)
     objective.start()
-    # A rank sees its own shards only, which may be empty: all must come to one answer, or those that go on wait forever.
+    # A rank sees its own shards only, which may be empty: all must come to one answer, or those that go on wait
+    # forever.
     unset = _unset(tensors)
     if unset and make_objective is not None:
         constructed = constructed or as_constructed(make_objective, seed)
@@ -194,7 +200,8 @@ def materialise(
 
 
 def as_constructed(make_objective: Callable[[], Objective], seed: int) -> Objective:
-    """An objective with the values that its constructors draw, by ``seed`` alone; what is built on the meta device, an encoder say, has none."""
+    """An objective with the values that its constructors draw, by ``seed`` alone; what is built on the meta device, an
+    encoder say, has none."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(key(seed, "objective"))
         return make_objective()

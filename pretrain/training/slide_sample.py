@@ -1,8 +1,10 @@
-"""Do features recognise slides rather than tissue? Some tiles of some slides of the run's own data, looked at again and again.
+"""Do features recognise slides rather than tissue? Some tiles of some slides of the run's own data, looked at again and
+again.
 
-``slide_knn``: the accuracy with which the neighbours of a tile, itself left out, tell its slide. It needs no labels. Stain, scanner and focus are
-the same all over a slide, so it is high where features keep them: ``slide_chance`` is that of a guess. It never falls to that,
-since a slide's tissue is alike too; what matters is whether it rises, and how recipes differ on the same tiles.
+``slide_knn``: the accuracy with which the neighbours of a tile, itself left out, tell its slide. It needs no labels.
+Stain, scanner and focus are the same all over a slide, so it is high where features keep them: ``slide_chance`` is that
+of a guess. It never falls to that, since a slide's tissue is alike too; what matters is whether it rises, and how
+recipes differ on the same tiles.
 """
 
 from collections import defaultdict
@@ -26,7 +28,8 @@ TRIES = 8
 
 
 class SlideSample:
-    """Tiles of ``source``, drawn from the seed; `chosen` holds none where fewer than two slides have enough tiles, or none is known."""
+    """Tiles of ``source``, drawn from the seed; `chosen` holds none where fewer than two slides have enough tiles, or
+    none is known."""
 
     def __init__(self, source: TileSource, seed: int) -> None:
         self.source, self.chosen = source, choose(source, seed)
@@ -59,8 +62,8 @@ def recognised(features: Tensor, slides: np.ndarray) -> dict[str, float]:
 
 
 def choose(source: TileSource, seed: int) -> list[int]:
-    """Tile numbers, `TILES` of each of `SLIDES` slides where there are so many: of the runs in which slides lie one after the other, or
-    of tiles drawn at random where they lie mixed."""
+    """Tile numbers, `TILES` of each of `SLIDES` slides where there are so many: of the runs in which slides lie one
+    after the other, or of tiles drawn at random where they lie mixed."""
     draw, count = rng(seed, "slide sample"), len(source)
     chosen: dict[str, list[int]] = {}
     for anchor in draw.integers(count, size=8 * SLIDES):
@@ -82,7 +85,8 @@ def choose(source: TileSource, seed: int) -> list[int]:
 
 
 def run_of(source: TileSource, number: int, most: int = 20_000) -> tuple[int, int]:
-    """The first tile of the run of one slide that ``number`` lies in, and the first behind it, looked for at most so far away."""
+    """The first tile of the run of one slide that ``number`` lies in, and the first behind it, looked for at most so
+    far away."""
     name = source.slide(number)
 
     def edge(step: int) -> int:

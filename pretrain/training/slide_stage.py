@@ -141,8 +141,9 @@ class SlideTraining(Training):
             say(f"{len(cells.store.slides)} slides, {what}: {sequences}")
 
     def batches(self, start: int, stop: int) -> LoaderProcess:
-        # Processes that share slides get the same ones. Each counts their loss once, and so does the sum over all of the
-        # numbers that it is divided by; gradients, summed over tokens by sharing and averaged over processes, come out the same.
+        # Processes that share slides get the same ones. Each counts their loss once, and so does the sum over all of
+        # the numbers that it is divided by; gradients, summed over tokens by sharing and averaged over processes, come
+        # out the same.
         together = self.config.data.processes_per_slide
         rank, groups = self.global_rank // together, self.trainer.world_size // together
         batches = SlideBatches(self.sequences, start, stop, rank, groups, self.settings.accumulate)

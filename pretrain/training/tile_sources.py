@@ -1,4 +1,5 @@
-"""Sources of tiles as settings name them: slides read online, and weighted mixtures. Shards need nothing more: `data.tiles.of_shards`."""
+"""Sources of tiles as settings name them: slides read online, and weighted mixtures. Shards need nothing more:
+`data.tiles.of_shards`."""
 
 import os
 from collections.abc import Mapping
@@ -35,10 +36,11 @@ NAMED = 10  # slides left out that are said one by one
 
 
 class OnlineSlides(Mixture):
-    """Tiles at random places in the tissue of slides, at one or several ``mpp`` in equal shares (kaiko); see `SlideTiles`.
+    """Tiles at random places in the tissue of slides, at one or several ``mpp`` in equal shares (kaiko); see
+    `SlideTiles`.
 
-    Where the tissue is is looked up once, in parallel processes, and kept in ``grids``. Slides that can't be used are named and
-    left out; raises Fault where none is left at some resolution.
+    Where the tissue is is looked up once, in parallel processes, and kept in ``grids``. Slides that can't be used are
+    named and left out; raises Fault where none is left at some resolution.
     """
 
     reads_slides = True
@@ -76,7 +78,8 @@ class OnlineSlides(Mixture):
 
 
 def check_members(members: Mapping[str, Any] | None) -> None:
-    """Raise Fault for members of a mixture that name no source, or have settings that it hasn't; None: the doctor looks at none."""
+    """Raise Fault for members of a mixture that name no source, or have settings that it hasn't; None: the doctor looks
+    at none."""
     if members is None:
         return
     if not members:
@@ -86,8 +89,9 @@ def check_members(members: Mapping[str, Any] | None) -> None:
 
 
 class WeightedMixture(Mixture):
-    """Several sources with a weight each, exact in the long run. A member is ``{weight: …}`` and the settings of its kind:
-    ``shards`` as in ``data=tiles``, ``slides`` and the like as in ``data=online``, or any class that its ``_target_`` names."""
+    """Several sources with a weight each, exact in the long run. A member is ``{weight: …}`` and the settings of its
+    kind: ``shards`` as in ``data=tiles``, ``slides`` and the like as in ``data=online``, or any class that its
+    ``_target_`` names."""
 
     agreements: ClassVar[Agreements] = {("members",): check_members}
 
@@ -103,8 +107,8 @@ class WeightedMixture(Mixture):
 
 
 def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
-    """A member's settings, with the class that they are of, and its weight. Raises Fault for what it lacks, for settings that its kind doesn't
-    have, and for values of another type or out of their range."""
+    """A member's settings, with the class that they are of, and its weight. Raises Fault for what it lacks, for
+    settings that its kind doesn't have, and for values of another type or out of their range."""
     prefix = f"data.members.{name}."
     if not isinstance(given, Mapping):
         raise Fault(f"data.members.{name}={given} is no source: give its settings, {{shards:…,weight:1}}.")

@@ -102,7 +102,8 @@ class MaskSettings:
 
 @dataclass
 class TileData:
-    """The settings under ``data:``, explained in ``configs/data/``; beside them lie those of the source that ``_target_`` names."""
+    """The settings under ``data:``, explained in ``configs/data/``; beside them lie those of the source that
+    ``_target_`` names."""
 
     base: ClassVar[type] = TileSource
     agreements: ClassVar[Agreements] = {("batch_size", "lanes", "slides_per_lane"): group_size}
@@ -144,7 +145,8 @@ def check_crop_patches(size: int, count: int, patch_size: int) -> None:
 
 
 def further_views(objective: Mapping[str, Any], patch_size: int) -> tuple[FurtherViews, ...]:
-    """The kinds of view that an objective's settings ask for beside global and local ones. Raises Fault for a size that patches don't fill."""
+    """The kinds of view that an objective's settings ask for beside global and local ones. Raises Fault for a size that
+    patches don't fill."""
     kind: type[Objective] = plugins.locate_class(objective["_target_"], Objective)
     found = tuple(kind.further_views({name: value for name, value in objective.items() if name != "_target_"}))
     for views in found:
@@ -265,7 +267,8 @@ class TileTraining(Training):
         return TileBatch(crops, part.masks.to(self.device, non_blocking=True))
 
     def save_samples(self, batch: TileBatch) -> None:
-        """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile. Where there is no room, training goes on."""
+        """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile. Where
+        there is no room, training goes on."""
         path = self.run / "samples" / f"step-{self.step:08d}.png"
         try:
             with appearing(path) as partial:

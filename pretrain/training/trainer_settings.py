@@ -1,4 +1,5 @@
-"""The settings under ``trainer:``: machines, precision, memory for time, how often what is done, and what a user hangs into Lightning's trainer."""
+"""The settings under ``trainer:``: machines, precision, memory for time, how often what is done, and what a user hangs
+into Lightning's trainer."""
 
 from dataclasses import dataclass
 from typing import Annotated, ClassVar

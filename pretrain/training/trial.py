@@ -14,8 +14,9 @@ from pretrain.run.progress import say
 
 @contextmanager
 def run_or_trial(config: Any) -> Iterator[Path]:
-    """The folder of the run that ``config`` describes; of a trial, beside it and gone afterwards, and ``config`` is changed to one step with a
-    look, a checkpoint and an evaluation, which nobody else hears of. Raises Fault where one that was killed is still there."""
+    """The folder of the run that ``config`` describes; of a trial, beside it and gone afterwards, and ``config`` is
+    changed to one step with a look, a checkpoint and an evaluation, which nobody else hears of. Raises Fault where one
+    that was killed is still there."""
     run = Path(config.run)
     if not config.trainer.fast_dev_run:
         yield run

@@ -29,7 +29,8 @@ def find_utilisation(
 ) -> Utilisation | None:
     """What ``flop_utilisation`` is computed from, where a device's peak is known.
 
-    ``count_operations`` counts those of a tile, by whether attention is fused. Where it can't, that is said, unless ``who`` is empty, and there is none.
+    ``count_operations`` counts those of a tile, by whether attention is fused. Where it can't, that is said, unless
+    ``who`` is empty, and there is none.
     """
     peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_of(device, settings.precision)
     if peak is None:

@@ -2,10 +2,11 @@
 
     python tests/bench/checkpoint.py [folder]
 
-A student of 24 million parameters with AdamW and its teacher, sharded as in training: 385 MB a checkpoint. Steps alternate
-with saves of both kinds, on the same disk. Ends with one JSON line: medians in seconds of ``step``, ``waiting`` (a save that training
-waits for) and ``beside`` (the stall of one that is written beside it); ``ratio``, beside over waiting; ``first_beside``, which also
-takes the memory of the copy; ``slowdown``, what the steps taken during one such write lost to it; and ``megabytes`` a checkpoint.
+A student of 24 million parameters with AdamW and its teacher, sharded as in training: 385 MB a checkpoint. Steps
+alternate with saves of both kinds, on the same disk. Ends with one JSON line: medians in seconds of ``step``,
+``waiting`` (a save that training waits for) and ``beside`` (the stall of one that is written beside it); ``ratio``,
+beside over waiting; ``first_beside``, which also takes the memory of the copy; ``slowdown``, what the steps taken
+during one such write lost to it; and ``megabytes`` a checkpoint.
 """
 
 import json

@@ -1,12 +1,14 @@
-"""How fast tiles get from shards and slides to the network, beside how it is usually done: CPU time a tile, on one core.
+"""How fast tiles get from shards and slides to the network, beside how it is usually done: CPU time a tile, on one
+core.
 
     python tests/bench/data_path.py [SHARED]      SHARED: a folder with slides/whole/*.svs and tiles/**/*.jpg; about four minutes
 
-Both ways make two crops of 224 px and eight of 98 px, with DINOv2's settings, from the same JPEG tiles in the same tars, in a
-DataLoader with one worker. *Usual* is WebDataset, PIL, and torchvision's v2 transforms for each tile. *Ours* is the
-product's own loader, which ends at uint8 crops, and then its batched augmentation. Clocks count the CPU time of every process
-and thread that takes part, from the second batch on. Rounds of all of them alternate, and the fastest round of each counts,
-since other work on the machine only ever adds. Without SHARED the tiles are cut from the slide that 'make setup' fetched.
+Both ways make two crops of 224 px and eight of 98 px, with DINOv2's settings, from the same JPEG tiles in the same
+tars, in a DataLoader with one worker. *Usual* is WebDataset, PIL, and torchvision's v2 transforms for each tile. *Ours*
+is the product's own loader, which ends at uint8 crops, and then its batched augmentation. Clocks count the CPU time of
+every process and thread that takes part, from the second batch on. Rounds of all of them alternate, and the fastest
+round of each counts, since other work on the machine only ever adds. Without SHARED the tiles are cut from the slide
+that 'make setup' fetched.
 
     loader_ratio      usual loader / our loader (ours is without colour, which the device adds)
     end_to_end_ratio  usual loader / (our loader + our augmentation on the same core)
@@ -158,7 +160,8 @@ class Timed(IterableDataset[tuple[float, Any]]):
 
 
 def in_a_loader(batches: Callable[[], Iterator[Any]], count: int) -> float:
-    """CPU seconds a tile of worker and main process together, over ``count`` batches after the first, each let go for the next."""
+    """CPU seconds a tile of worker and main process together, over ``count`` batches after the first, each let go for
+    the next."""
     found = iter(DataLoader(Timed(batches), batch_size=None, num_workers=1, prefetch_factor=2))
     first, _ = next(found)
     began = time.process_time()

@@ -1,14 +1,17 @@
-"""What ``pretrain embed`` costs beside the bare forward pass, and what a random quarter of a slide costs beside a row-chunked h5.
+"""What ``pretrain embed`` costs beside the bare forward pass, and what a random quarter of a slide costs beside a
+row-chunked h5.
 
     make bench-embed
 
-embed_ratio: tiles a second of the whole of `embed_slides` (read, decode, prepare, forward, store) over those of the network alone on a
-batch that is ready in memory, in alternating rounds of one run. The tiles are 256-pixel JPEGs in shards; the network is a ViT-S/16 at
-224 pixels with random weights. It is given for wall time and for the process's CPU time, which other work on the machine disturbs less.
+embed_ratio: tiles a second of the whole of `embed_slides` (read, decode, prepare, forward, store) over those of the
+network alone on a batch that is ready in memory, in alternating rounds of one run. The tiles are 256-pixel JPEGs in
+shards; the network is a ViT-S/16 at 224 pixels with random weights. It is given for wall time and for the process's CPU
+time, which other work on the machine disturbs less.
 
-quarter_ratio: reading a random quarter of a slide of 8,089 tiles with 1,536 numbers each, from an h5 with one chunk a row, as TRIDENT's
-files have it, over reading it from the store as the slide stage does: float32 from the one, float16 from the other, both as stored and
-both from the page cache. quarter_ratio_float32: with the rows of the store made float32 as well, which the slide stage leaves to its device.
+quarter_ratio: reading a random quarter of a slide of 8,089 tiles with 1,536 numbers each, from an h5 with one chunk a
+row, as TRIDENT's files have it, over reading it from the store as the slide stage does: float32 from the one, float16
+from the other, both as stored and both from the page cache. quarter_ratio_float32: with the rows of the store made
+float32 as well, which the slide stage leaves to its device.
 """
 
 import io
@@ -22,8 +25,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-# Before torch loads OpenMP: a thread that waits for another then sleeps. It would spin, and on a busy machine the reading
-# threads would wait behind it and processor seconds would count it.
+# Before torch loads OpenMP: a thread that waits for another then sleeps. It would spin, and on a busy machine the
+# reading threads would wait behind it and processor seconds would count it.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
@@ -132,7 +135,8 @@ def embed_ratios(folder: Path, threads: int) -> tuple[float, float]:
 
 
 def quarter_ratios(folder: Path) -> tuple[float, float, float]:
-    """(ratio, ratio with float32, milliseconds from the store): medians of CPU time, which is all there is to reading from the page cache."""
+    """(ratio, ratio with float32, milliseconds from the store): medians of CPU time, which is all there is to reading
+    from the page cache."""
     values = rng("values").normal(size=(ROWS, WIDTH)).astype(np.float32)
     places = np.stack([np.arange(ROWS) % 100, np.arange(ROWS) // 100], axis=1) * 256
     with EmbeddingWriter(folder / "store", WIDTH, "any", "any") as writer:

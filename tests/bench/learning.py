@@ -5,17 +5,20 @@
     python tests/bench/learning.py dinov2:optim.lr=5e-4             settings of one objective, as 'pretrain tile' takes them
     python tests/bench/learning.py TILES=mine OTHER=mine_test       class folders of your own, and those of other slides
 
-Training: the unlabelled pixels of TILES (``../shared/tiles/crc5``) from random weights, by ``recipe=small``, ``small_dino`` and
-``small_mae`` in bfloat16 with compiled blocks: a ViT of width 192, depth 6, patch 16, on 2 × 96 + 4 × 48 pixels. A run is a
-process of one thread, the seeds side by side. Finished runs are kept in OUT; the same command goes on where it was stopped.
+Training: the unlabelled pixels of TILES (``../shared/tiles/crc5``) from random weights, by ``recipe=small``,
+``small_dino`` and ``small_mae`` in bfloat16 with compiled blocks: a ViT of width 192, depth 6, patch 16, on 2 × 96 + 4
+× 48 pixels. A run is a process of one thread, the seeds side by side. Finished runs are kept in OUT; the same command
+goes on where it was stopped.
 
-Judging, the same for all features: TILES classify OTHER (``../shared/tiles/crc5_other``), whose slides no run has seen, whole images
-scaled to 96 pixels: 20 nearest neighbours by cosine, weighted as DINO weights them, and a linear classifier; class token of the teacher
-(MAE: of its encoder). Where there is no OTHER, a fifth of TILES is held out, tiles that look like one slide's together, which is a guess and said.
-*Same slides* is what a random split of TILES would say: a fifth of them classified by the rest. It rewards recognising slides, and is no measure of
-what was learned of tissue. Random weights are each run's own.
+Judging, the same for all features: TILES classify OTHER (``../shared/tiles/crc5_other``), whose slides no run has seen,
+whole images scaled to 96 pixels: 20 nearest neighbours by cosine, weighted as DINO weights them, and a linear
+classifier; class token of the teacher (MAE: of its encoder). Where there is no OTHER, a fifth of TILES is held out,
+tiles that look like one slide's together, which is a guess and said. *Same slides* is what a random split of TILES
+would say: a fifth of them classified by the rest. It rewards recognising slides, and is no measure of what was learned
+of tissue. Random weights are each run's own.
 
-Speed is printed and not compared: machines and hours differ more than trainers. ``make bench-peers`` compares, in turns.
+Speed is printed and not compared: machines and hours differ more than trainers. ``make bench-peers`` compares, in
+turns.
 """
 
 import json

@@ -1,10 +1,11 @@
-"""LightlyTrain's DINOv2 on the network, crops, batch and heads of ``recipe=small``; run by `peers.py` in an environment of its own.
+"""LightlyTrain's DINOv2 on the network, crops, batch and heads of ``recipe=small``; run by `peers.py` in an environment
+of its own.
 
     .venv-peers/bin/python tests/bench/lightly_peer.py '{"tiles": folder, "out": folder, "steps": 80, …}'
 
-What isn't asked for is LightlyTrain's default, its colour above all. Warm-ups are shortened to the recipe's, since its own are longer than the run.
-Ends with one JSON line: processor seconds of this process and its workers. With ``judge``, a list of folders of class folders, it leaves the class
-tokens of their images before and after training in ``out``.
+What isn't asked for is LightlyTrain's default, its colour above all. Warm-ups are shortened to the recipe's, since its
+own are longer than the run. Ends with one JSON line: processor seconds of this process and its workers. With ``judge``,
+a list of folders of class folders, it leaves the class tokens of their images before and after training in ``out``.
 """
 
 import json
@@ -52,7 +53,8 @@ def main(asked: dict) -> None:
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(one.ru_utime + one.ru_stime for one in used)
     if asked.get("judge"):
-        # The network that was given is the student's or the teacher's, as the version has it; the export is the teacher's.
+        # The network that was given is the student's or the teacher's, as the version has it; the export is the
+        # teacher's.
         exported = torch.load(out / "exported_models" / "exported_last.pt", map_location="cpu", weights_only=False)
         network.load_state_dict(exported if isinstance(exported, dict) else exported.state_dict())
         for folder in asked["judge"]:

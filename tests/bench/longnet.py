@@ -1,12 +1,14 @@
-"""What dilated attention costs: against the padded formulation, the bare kernel, its own FLOPs, and with a million tokens.
+"""What dilated attention costs: against the padded formulation, the bare kernel, its own FLOPs, and with a million
+tokens.
 
     python tests/bench/longnet.py                  2 threads, eight minutes on two quiet cores, 18 GiB of memory
     python tests/bench/longnet.py THREADS=4
 
 Attention of the released slide encoder (16 heads of 48, its schedule) in float32, forward and backward, on one slide of
-random numbers; then one whole layer forward. Times are processor seconds of this process, not of the clock, the least of
-some rounds in which the ways take turns; still, other work on the same cores spoils the caches, which is said when there
-is some. Memory is the growth of the resident set's peak in a process of its own (Linux), beyond what the inputs take.
+random numbers; then one whole layer forward. Times are processor seconds of this process, not of the clock, the least
+of some rounds in which the ways take turns; still, other work on the same cores spoils the caches, which is said when
+there is some. Memory is the growth of the resident set's peak in a process of its own (Linux), beyond what the inputs
+take.
 
     time_ratio_16k       forward + backward over the padded formulation's, at 16,384 tokens, same kernel
     memory_ratio_16k     the same for memory: output, gradients and everything in between
@@ -114,7 +116,8 @@ def product_rate() -> float:
 
 
 def least(ways: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Processor seconds of each way at their least over the rounds, in which they take turns: other work only ever adds to them."""
+    """Processor seconds of each way at their least over the rounds, in which they take turns: other work only ever adds
+    to them."""
     taken = [{name: seconds(work) for name, work in ways.items()} for _ in range(rounds)]
     return {name: min(each[name] for each in taken) for name in ways}
 

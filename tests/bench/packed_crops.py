@@ -5,8 +5,8 @@
 
 Whole DINOv2 steps (teacher, student, losses, backward, clipping, AdamW, moving average) on random images, without data
 loading and augmentation, in float32. *Unpacked* is the same network called once for each crop size. Rounds of both
-alternate, and the fastest step of each counts; still, another process on the same cores spoils the figures (threads then
-wait for each other), which is said when it happens.
+alternate, and the fastest step of each counts; still, another process on the same cores spoils the figures (threads
+then wait for each other), which is said when it happens.
 """
 
 import json
@@ -109,7 +109,8 @@ def fastest(steps: dict[str, Step]) -> dict[str, float]:
 
 
 def where_time_goes(step: Step) -> dict[str, float]:
-    """The shares of a step's operator time: matrix products, attention kernels, and the others; of the fastest of some steps."""
+    """The shares of a step's operator time: matrix products, attention kernels, and the others; of the fastest of some
+    steps."""
     profiles = []
     for _ in range(PROFILED):
         with profile(activities=[ProfilerActivity.CPU]) as recorded:

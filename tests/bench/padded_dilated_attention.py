@@ -1,9 +1,10 @@
 """Dilated attention in the padded formulation that public code uses, written plainly: what the benchmark compares with.
 
-Per branch (w, r): pad the sequence to whole segments of w tokens and every segment to a multiple of r, give each of r groups of
-heads the tokens of its offset, attend, scatter outputs and log-sum-exps into dense arrays of all tokens and heads, cut
-the padding off. Then merge the branches' dense outputs by softmax weights, constants in the backward, and leave the
-rest to autograd. One slide, as public code takes one length a batch. The attention kernel is the project's own.
+Per branch (w, r): pad the sequence to whole segments of w tokens and every segment to a multiple of r, give each of r
+groups of heads the tokens of its offset, attend, scatter outputs and log-sum-exps into dense arrays of all tokens and
+heads, cut the padding off. Then merge the branches' dense outputs by softmax weights, constants in the backward, and
+leave the rest to autograd. One slide, as public code takes one length a batch. The attention kernel is the project's
+own.
 """
 
 from collections.abc import Sequence
@@ -43,7 +44,8 @@ def sparsify(x: Tensor, w: int, r: int) -> Tensor:
 
 
 def densify(x: Tensor, n: int, w: int, r: int, absent: float) -> Tensor:
-    """The inverse of `sparsify`: (segments, places, heads, width) → (N, heads, width), ``absent`` where a head has no token."""
+    """The inverse of `sparsify`: (segments, places, heads, width) → (N, heads, width), ``absent`` where a head has no
+    token."""
     segments, places, heads, width = x.shape
     dense = x.new_full((segments, places, r, r, heads // r, width), absent)
     torch.diagonal(dense, dim1=2, dim2=3).copy_(x.unflatten(2, (r, -1)).permute(0, 1, 3, 4, 2))

@@ -3,9 +3,9 @@
     make bench-peers                            three turns of 20 and 80 steps each, then 64,000 tiles each (about 40 minutes)
     make bench-peers ARGS="SEEN=16000 TURNS=1"  less of it
 
-Speed: tiles for each processor second, workers included, of 80 less 20 steps: what starts a run isn't counted. Both in bfloat16, ours with
-compiled blocks (LightlyTrain doesn't compile this method). Learned: 20 nearest neighbours on tiles of other slides, as in
-`learning.py`, at equal tiles; each beside its own random weights.
+Speed: tiles for each processor second, workers included, of 80 less 20 steps: what starts a run isn't counted. Both in
+bfloat16, ours with compiled blocks (LightlyTrain doesn't compile this method). Learned: 20 nearest neighbours on tiles
+of other slides, as in `learning.py`, at equal tiles; each beside its own random weights.
 """
 
 import json

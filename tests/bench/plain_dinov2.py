@@ -2,8 +2,8 @@
 
     python tests/bench/plain_dinov2.py      the network, crops and batch of ``recipe=small``, one thread
 
-Eager, under bfloat16 autocast; a pass for each crop size; all tokens through all blocks; a plain AdamW. Random images: no reading,
-decoding or augmentation. Ends with the tiles that a processor second trains, one JSON line.
+Eager, under bfloat16 autocast; a pass for each crop size; all tokens through all blocks; a plain AdamW. Random images:
+no reading, decoding or augmentation. Ends with the tiles that a processor second trains, one JSON line.
 """
 
 import json

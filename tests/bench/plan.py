@@ -2,10 +2,11 @@
 
     python tests/bench/plan.py [folder]
 
-Writes an index of that size (some 20 GB, removed at the end) with shards of no bytes beside it. Then, in a process of its own: opens
-the index, plans the stream, and finds positions from the first step to the billionth, as a resumed rank does. Ends with one JSON line:
-``plan_seconds`` (index to stream), ``find_position_seconds`` (the slowest of the positions, its tiles' places in the tars included),
-``peak_gib`` (of that process, the interpreter and its libraries included) and ``index_bytes_per_tile``.
+Writes an index of that size (some 20 GB, removed at the end) with shards of no bytes beside it. Then, in a process of
+its own: opens the index, plans the stream, and finds positions from the first step to the billionth, as a resumed rank
+does. Ends with one JSON line: ``plan_seconds`` (index to stream), ``find_position_seconds`` (the slowest of the
+positions, its tiles' places in the tars included), ``peak_gib`` (of that process, the interpreter and its libraries
+included) and ``index_bytes_per_tile``.
 """
 
 import json

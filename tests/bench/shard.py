@@ -1,10 +1,12 @@
 """What cutting a slide into a shard costs over reading its tiles bare and encoding them: ``make bench-shard``.
 
-Bare is a loop over the same tiles in row-major order: openslide's ``read_region``, ``convert("RGB")``, a resize where the scale asks for it,
-simplejpeg. Ours is `write_shard`, all of it: order of reading, empty tiles, tar, JSON, checksums, record, syncs. Both in this process, one thread,
-turn about, in CPU time; the least of each counts, since other programs only ever add. Finding the tissue is a step of its own
-and is given beside it. ``over_bare`` is all of it; ``over_bare_per_tile`` leaves out on both sides what the first tile costs (opening the slide; and ours
-coordinates, record, syncs), which a whole slide of thousands of tiles pays once. With slides: ``python tests/bench/shard.py a.svs b.svs``.
+Bare is a loop over the same tiles in row-major order: openslide's ``read_region``, ``convert("RGB")``, a resize where
+the scale asks for it, simplejpeg. Ours is `write_shard`, all of it: order of reading, empty tiles, tar, JSON,
+checksums, record, syncs. Both in this process, one thread, turn about, in CPU time; the least of each counts, since
+other programs only ever add. Finding the tissue is a step of its own and is given beside it. ``over_bare`` is all of
+it; ``over_bare_per_tile`` leaves out on both sides what the first tile costs (opening the slide; and ours coordinates,
+record, syncs), which a whole slide of thousands of tiles pays once. With slides: ``python tests/bench/shard.py a.svs
+b.svs``.
 """
 
 import json
@@ -31,7 +33,8 @@ MOST_TILES = 1248
 
 
 def wide_slide(path: Path) -> Path:
-    """40,000 × 2,560 pixels of texture in JPEG squares of 240 pixels, as scanners write them: a row of these is more than openslide's cache holds."""
+    """40,000 × 2,560 pixels of texture in JPEG squares of 240 pixels, as scanners write them: a row of these is more
+    than openslide's cache holds."""
     return write_enormous(path, 40_000, 2_560, (0, 0, 999, 999), mpp=0.5, square=240)
 
 

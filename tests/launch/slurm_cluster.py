@@ -1,4 +1,5 @@
-"""A real SLURM with two nodes on this machine, in a folder of its own: Debian's packages, no system service, no cgroups."""
+"""A real SLURM with two nodes on this machine, in a folder of its own: Debian's packages, no system service, no
+cgroups."""
 
 import fcntl
 import os
@@ -37,7 +38,8 @@ def install() -> None:
 
 
 def settings(folder: Path, ports: list[int]) -> str:
-    """slurm.conf: two nodes of six cores, whatever this machine has, and two partitions, of which jobs in ``high`` preempt those in ``low``."""
+    """slurm.conf: two nodes of six cores, whatever this machine has, and two partitions, of which jobs in ``high``
+    preempt those in ``low``."""
     host = socket.gethostname()
     return f"""\
 ClusterName=test

@@ -87,7 +87,8 @@ def test_torchrun_starts_all_again_where_one_is_killed(tmp_path: Path) -> None:
 def test_torchrun_is_told_once_and_only_what_its_ranks_answer_with_a_checkpoint(
     number: signal.Signals, tmp_path: Path
 ) -> None:
-    # In torchrun's place a process that notes what it is sent and ends on its own time; it signals who started it, twice.
+    # In torchrun's place a process that notes what it is sent and ends on its own time; it signals who started it,
+    # twice.
     program = f"""
 import os, signal, time
 came = []

@@ -198,17 +198,19 @@ def test_what_the_doctor_fails_on_any_node_keeps_the_job_from_starting(cluster: 
     assert not list((tmp_path / "run" / "logs" / job).glob("rank-*"))
 
 
-# Stopped and put back into the queue ------------------------------------------------------------------------------------
+# Stopped and put back into the queue
+# ------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def stopped(cluster: Cluster, shards: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Slow jobs side by side on two nodes, and what stops each of them. The folders of their runs, and of two that nothing stops."""
+    """Slow jobs side by side on two nodes, and what stops each of them. The folders of their runs, and of two that
+    nothing stops."""
     folder = tmp_path_factory.mktemp("stopped")
     runs = {name: folder / name for name in ("limit", "requeue", "priority", "slide on two nodes", "slide on one node")}
     slowly = "objective._target_=tests.launch.slow_steps.SlowDINOv2"
-    # Of six cores a node these two leave three at most, which is what each of those below needs.
-    # SLURM looks at time limits twice a minute and tells a job up to half a minute early: here, within its second half minute.
+    # Of six cores a node these two leave three at most, which is what each of those below needs. SLURM looks at time
+    # limits twice a minute and tells a job up to half a minute early: here, within its second half minute.
     limit = ["launch.time=2", "launch.signal_seconds=60", "launch.partition=high"]
     submit(cluster, *command(shards, runs["limit"], slowly), *nodes(2, 1), *limit)
     (job,) = submit(cluster, *command(shards, runs["requeue"], slowly), *nodes(1, 2), "launch.partition=high")

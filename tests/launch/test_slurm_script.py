@@ -1,4 +1,5 @@
-"""What ``launch=`` makes of its settings, without a cluster: the script's text, torchrun's command, and what is refused."""
+"""What ``launch=`` makes of its settings, without a cluster: the script's text, torchrun's command, and what is
+refused."""
 
 import os
 import re

@@ -1,4 +1,5 @@
-"""Attention kernels: the stock ones against plain products, those of CUDA by their index logic, with a naive stand-in for the kernel."""
+"""Attention kernels: the stock ones against plain products, those of CUDA by their index logic, with a naive stand-in
+for the kernel."""
 
 import pytest
 import torch

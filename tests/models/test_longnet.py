@@ -133,7 +133,8 @@ def test_packed_slides_equal_each_slide_alone_with_dropout_on(compatible, dtype,
             (packed.pooled_layers[:, i], alone.pooled_layers[:, 0]),
             (packed.tiles.split(lengths)[i], alone.tiles),
         ):
-            # In norm: a single number of float32 may be off by a rounding more, since products of other shapes are summed in another order.
+            # In norm: a single number of float32 may be off by a rounding more, since products of other shapes are
+            # summed in another order.
             assert (one - other).norm() <= tolerance * other.norm()
 
 

@@ -71,7 +71,8 @@ def test_fixed_positions_are_not_trained_and_learned_ones_are() -> None:
 
 
 def test_the_decoder_puts_every_visible_patch_back_at_its_place() -> None:
-    """With layers that do nothing, a place's prediction depends on its own token alone: the visible patch's, or the mask token's."""
+    """With layers that do nothing, a place's prediction depends on its own token alone: the visible patch's, or the
+    mask token's."""
     decoder = PixelDecoder(encoder_width=WIDTH, patch_size=PATCH, width=8, depth=1, heads=2)
     initialise(decoder, 0)
     with torch.no_grad():

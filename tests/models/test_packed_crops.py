@@ -1,4 +1,5 @@
-"""Crops of several sizes in one sequence, stochastic depth on: the numbers of one pass for each size, forward and backward."""
+"""Crops of several sizes in one sequence, stochastic depth on: the numbers of one pass for each size, forward and
+backward."""
 
 import pytest
 import torch

@@ -163,8 +163,8 @@ def test_timm_loads_the_weights_strictly_and_gives_the_same_features(
     torch.testing.assert_close(patches, expected[:, vit.prefix :], atol=1e-5, rtol=1e-5)
 
 
-# name: settings, published parameters, and the tokens that we count beside our mask token: timm's DINOv2 register models have no position
-# for the class token, Virchow2 has one for each of its four registers too.
+# name: settings, published parameters, and the tokens that we count beside our mask token: timm's DINOv2 register
+# models have no position for the class token, Virchow2 has one for each of its four registers too.
 PUBLISHED = {
     "Prov-GigaPath ViT-g/16": (
         dict(patch_size=16, width=1536, depth=40, heads=24, feed_forward="swiglu", feed_forward_width=4096),

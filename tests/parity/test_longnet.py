@@ -13,7 +13,8 @@ from models.longnet import LongNet
 
 def encoder(meta: dict[str, str], longest: int, compatible: bool = True) -> LongNet:
     ratios = json.loads(meta["dilated_ratios"])
-    # The released 185,363 is no multiple of its 8, which is refused; nor does it matter to slides that are shorter than both.
+    # The released 185,363 is no multiple of its 8, which is refused; nor does it matter to slides that are shorter than
+    # both.
     segments = [
         w if longest >= w else w - w % r for w, r in zip(json.loads(meta["segment_lengths"]), ratios, strict=True)
     ]

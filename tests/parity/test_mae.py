@@ -59,8 +59,9 @@ def objective(norm_pix: bool, meta: dict[str, str], tensors: dict[str, Tensor]) 
     }
     unused = {"encoder.mask_token": torch.zeros(1, int(meta["dim"]))}
     model.load_state_dict(weights | unused, strict=True)
-    # The goldens come from the class MaskedAutoencoderViT with its own default norm, nn.LayerNorm with eps 1e-5; its named
-    # models (mae_vit_large_patch16 …) pass 1e-6, which ours has. It is the only thing about them that isn't in the weights.
+    # The goldens come from the class MaskedAutoencoderViT with its own default norm, nn.LayerNorm with eps 1e-5; its
+    # named models (mae_vit_large_patch16 …) pass 1e-6, which ours has. It is the only thing about them that isn't in
+    # the weights.
     for module in model.modules():
         if isinstance(module, nn.LayerNorm):
             module.eps = float(meta.get("eps", 1e-5))

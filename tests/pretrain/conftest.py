@@ -97,7 +97,8 @@ def index(shards: Path) -> ShardIndex:
 
 
 def write_tile_run(run: Path, shards: Path, seed: int = 0, **model: object) -> VisionTransformer:
-    """A tile run's configuration and a published checkpoint whose teacher has random weights; returns the teacher's encoder."""
+    """A tile run's configuration and a published checkpoint whose teacher has random weights; returns the teacher's
+    encoder."""
     settings = MODEL | model
     encoder = VisionTransformer(**settings).eval()  # type: ignore[arg-type]
     initialise(encoder, seed)

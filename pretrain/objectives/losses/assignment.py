@@ -33,12 +33,14 @@ def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, 
 
     Starting from ``Q = exp(logits / temperature)``, each iteration divides the columns (prototypes) by their sums over
     the samples, then the rows (samples) by their sums over prototypes (Caron et al. 2020, SwAV, §3.1). Normalising Q as
-    a whole and the constants 1/K and 1/N in the reference cancel, so with L = logits / temperature all there is to it is
+    a whole and the constants 1/K and 1/N in the reference cancel, so with L = logits / temperature all there is to it
+    is
 
         v ← log Σ_samples exp(L − u),   u ← log Σ_prototypes exp(L − v),   Q = exp(L − u − v) = softmax(L − v)
 
-    and v alone is kept. ``scores()`` gives the logits, ``(n, K)`` a micro-batch, anew for each iteration: a sum over samples
-    doesn't need them all at once. In the log domain nothing overflows: the reference is infinite at a logit of 7 with temperature 0.07.
+    and v alone is kept. ``scores()`` gives the logits, ``(n, K)`` a micro-batch, anew for each iteration: a sum over
+    samples doesn't need them all at once. In the log domain nothing overflows: the reference is infinite at a logit of
+    7 with temperature 0.07.
     """
     v: Tensor | None = None
     for _ in range(iterations):
@@ -62,5 +64,6 @@ def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, 
 
 @torch.no_grad()
 def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
-    """Assignments of ``(N, K)`` logits in which the prototypes are used equally often over all ranks' samples: `sinkhorn_centre`."""
+    """Assignments of ``(N, K)`` logits in which the prototypes are used equally often over all ranks' samples:
+    `sinkhorn_centre`."""
     return centred_softmax(logits, sinkhorn_centre(lambda: [logits], temperature, iterations), temperature)

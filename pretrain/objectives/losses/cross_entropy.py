@@ -24,11 +24,12 @@ def dino_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
 
 def cross_view_entropy(student: Sequence[Tensor], teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    """DINO's loss over crossed views: a global view predicts the other global ones, a local view predicts all global ones.
+    """DINO's loss over crossed views: a global view predicts the other global ones, a local view predicts all global
+    ones.
 
-    ``student``: logits per crop size ``(views, B, K)``, the V global views first; ``teacher``: probabilities ``(V, B, K)``.
-    Returns the shares of global and local views, whose sum is the mean over all V (V − 1) + V · locals pairs (Caron et al.
-    2021, eq. 3).
+    ``student``: logits per crop size ``(views, B, K)``, the V global views first; ``teacher``: probabilities ``(V, B,
+    K)``. Returns the shares of global and local views, whose sum is the mean over all V (V − 1) + V · locals pairs
+    (Caron et al. 2021, eq. 3).
     """
     views = len(teacher)
     wide_views, *narrow = student

@@ -20,7 +20,8 @@ def koleo(x: Tensor, group: int, eps: float = 1e-8) -> Tensor:
         similarity.diagonal(dim1=1, dim2=2).fill_(-2.0)
         nearest = similarity.argmax(dim=2)  # (groups, group)
     neighbour = torch.gather(x, 1, nearest.unsqueeze(-1).expand_as(x))
-    # The reference adds eps to every coordinate of the difference; under the root it doesn't give duplicates a gradient.
+    # The reference adds eps to every coordinate of the difference; under the root it doesn't give duplicates a
+    # gradient.
     distance = ((x - neighbour).square().sum(-1) + eps**2).sqrt()
     return -torch.log(distance + eps).mean()
 
@@ -42,7 +43,8 @@ def kde(x: Tensor, group: int, concentration: float = 5.0) -> Tensor:
 def kde_as_published(x: Tensor, group: int, concentration: float = 5.0) -> Tensor:
     """``− mean_i log Σ_j exp(κ x_i·x_j)``, self-pairs included: the term that OpenMidnight minimises.
 
-    Its sign is the opposite of `kde`'s, so minimising it pulls features together; it is here to reproduce that run only.
+    Its sign is the opposite of `kde`'s, so minimising it pulls features together; it is here to reproduce that run
+    only.
     """
     x = F.normalize(wide(x), dim=-1, eps=1e-8).unflatten(0, (-1, group))
     return -torch.logsumexp(concentration * (x @ x.transpose(1, 2)), dim=2).mean()

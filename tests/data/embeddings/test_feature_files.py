@@ -1,4 +1,5 @@
-"""Features of TRIDENT, CLAM and STAMP: ours are read as their programs read theirs, and theirs, written by hand, come in whole."""
+"""Features of TRIDENT, CLAM and STAMP: ours are read as their programs read theirs, and theirs, written by hand, come
+in whole."""
 
 import json
 from collections.abc import Callable

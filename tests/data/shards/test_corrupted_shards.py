@@ -1,4 +1,5 @@
-"""Shards spoilt in every way that disks, networks and people have: verify names each, and training neither crashes, hangs nor says nothing."""
+"""Shards spoilt in every way that disks, networks and people have: verify names each, and training neither crashes,
+hangs nor says nothing."""
 
 import io
 import os
@@ -32,7 +33,8 @@ VICTIM = "tiles-000001.tar"
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A folder as 'pretrain shard' makes it, and one of another program's shards, indexed by a scan: three tars of eight tiles each."""
+    """A folder as 'pretrain shard' makes it, and one of another program's shards, indexed by a scan: three tars of
+    eight tiles each."""
     theirs = write_tiles(tmp_path_factory.mktemp("theirs"), [8, 8, 8])
     ours = tmp_path_factory.mktemp("ours")
     for folder in ("coordinates", "index"):
@@ -58,7 +60,8 @@ def verify(folder: Path) -> list[Defect]:
 
 
 def read_all(folder: Path) -> tuple[list[int], list[str]] | Fault:
-    """Numbers of the tiles that training can read, and the messages about the others; or the Fault that stops it at once."""
+    """Numbers of the tiles that training can read, and the messages about the others; or the Fault that stops it at
+    once."""
     try:
         tiles = ShardTiles(shards=[str(folder)])
     except Fault as fault:
@@ -222,7 +225,8 @@ def test_every_spoilt_shard_is_found_and_named_and_costs_the_others_nothing(
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} != before
         findings = verify(folder)
         if kind in ("a record spoilt", "the index spoilt") and not findings:
-            # Some bytes of a zip say nothing: times of day, the room for comments. What is read must be what was written.
+            # Some bytes of a zip say nothing: times of day, the room for comments. What is read must be what was
+            # written.
             assert contents(folder) == contents(originals[whose])
             shutil.rmtree(folder)
             continue

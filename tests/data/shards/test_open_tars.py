@@ -1,4 +1,5 @@
-"""One reader of tars: the same bytes in any order, few files open, and no other tile passed off as the one that was asked for."""
+"""One reader of tars: the same bytes in any order, few files open, and no other tile passed off as the one that was
+asked for."""
 
 import shutil
 from pathlib import Path

@@ -159,7 +159,8 @@ def test_an_index_that_points_out_of_its_folder_is_refused(tmp_path: Path, key: 
 
 
 def test_threads_read_checksums_without_pythons_parser(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Threads of Python 3.11 that parse at the same time end in a SystemError, once in some thousand shards that a run opens."""
+    """Threads of Python 3.11 that parse at the same time end in a SystemError, once in some thousand shards that a run
+    opens."""
     write_tar(tmp_path / "a.tar", [("s_0_0.jpg", b"one"), ("s_1_0.jpg", b"two")])
     index = scan(tmp_path)
     monkeypatch.delattr(ast, "parse")

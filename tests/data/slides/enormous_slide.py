@@ -1,4 +1,5 @@
-"""A slide of any logical size in a few megabytes: a tiled BigTIFF pyramid in which most tiles are one and the same piece of glass."""
+"""A slide of any logical size in a few megabytes: a tiled BigTIFF pyramid in which most tiles are one and the same
+piece of glass."""
 
 import struct
 from pathlib import Path
@@ -12,8 +13,8 @@ from tests.data.slides.synthetic_slides import stained
 def write_enormous(
     path: Path, width: int, height: int, tissue: tuple[int, int, int, int], mpp: float, step: int = 4, square: int = 512
 ) -> Path:
-    """Write a pyramid of ``width`` × ``height`` pixels, each level ``1 / step`` of the last, in JPEG squares of ``square`` pixels, with tissue
-    on the level-0 squares ``left, top, right, bottom`` (right and bottom excluded)."""
+    """Write a pyramid of ``width`` × ``height`` pixels, each level ``1 / step`` of the last, in JPEG squares of
+    ``square`` pixels, with tissue on the level-0 squares ``left, top, right, bottom`` (right and bottom excluded)."""
     pictures = [stained(square, square, [(0, 0, 9999)] if seed else [], seed) for seed in range(5)]
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("wb") as file:

@@ -114,7 +114,8 @@ def test_cell_pixel_and_micron_lead_back_to_each_other_at_any_downsample(
     x = grid.origin(cells)
     back = np.round(grid.level0(grid.microns(x))).astype(np.int64)
     assert back.tolist() == x.tolist() and grid.cell(back).tolist() == cells.tolist()
-    # Distances in µm are what the delivered pixels say they are: n cells are n · tile · mpp, but for the rounding up of a corner.
+    # Distances in µm are what the delivered pixels say they are: n cells are n · tile · mpp, but for the rounding up of
+    # a corner.
     np.testing.assert_allclose(grid.microns(x), cells * tile * grid.mpp, atol=mpp0 * (1 + 1e-6))
 
 

@@ -168,7 +168,8 @@ def test_a_file_that_is_no_slide_is_named(tmp_path: Path) -> None:
 
 
 def dicom_header(series: str, implicit: bool = False) -> bytes:
-    """The first elements of a DICOM file, among them a sequence whose length isn't said, with a series of its own inside."""
+    """The first elements of a DICOM file, among them a sequence whose length isn't said, with a series of its own
+    inside."""
 
     def element(tag: int, kind: str, value: bytes, plain: bool = implicit) -> bytes:
         start, value = struct.pack("<HH", tag >> 16, tag & 0xFFFF), value + b"\0" * (len(value) % 2)

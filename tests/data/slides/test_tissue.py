@@ -135,9 +135,9 @@ def test_tiles_kept_on_a_real_slide_are_the_systems_own_counts(shared: Path, rul
 
 @pytest.mark.parametrize(("rule", "published"), [("gigapath", 170), ("hsv", 152), ("clam", 184)])
 def test_tiles_kept_on_a_frozen_section_are_the_systems_own_counts(shared: Path, rule: str, published: int) -> None:
-    """The slide doesn't say its scale: 238 cells means that tiles of 256 pixels at 0.5 µm were cut at about 0.504 µm a pixel. The counts were
-    made on its second level, as Prov-GigaPath and CLAM judge a slide; the HSV rule, which `RULES` applies to a tile's own pixels as its authors
-    do, keeps two tiles fewer there, of .591 and .596."""
+    """The slide doesn't say its scale: 238 cells means that tiles of 256 pixels at 0.5 µm were cut at about 0.504 µm a
+    pixel. The counts were made on its second level, as Prov-GigaPath and CLAM judge a slide; the HSV rule, which
+    `RULES` applies to a tile's own pixels as its authors do, keeps two tiles fewer there, of .591 and .596."""
     with Slide(shared / "slides/whole/TCGA-CR-7395-01A-01-TS1.svs") as slide:
         side, image = 254.0, slide.thumbnail(2.0)
         left, top = (np.ceil(np.arange(int(length / side)) * side) / 2 for length in (slide.width, slide.height))

@@ -134,7 +134,8 @@ def in_order(image: Tensor, row: Tensor, order: list[str]) -> Tensor:
 
 
 def test_a_drawn_batch_is_augmented_in_dinov2s_order_and_in_no_other(bytes_: Tensor) -> None:
-    """jitter (its parts in an order of the image's own), grey, blur, solarise, normalise: as facebookresearch/dinov2's augmentations.py."""
+    """jitter (its parts in an order of the image's own), grey, blur, solarise, normalise: as facebookresearch/dinov2's
+    augmentations.py."""
     colour = Colour(blur_probability=(0.6,) * 3, solarise_probability=(0.6,) * 3, grey_probability=0.5)
     images = bytes_.repeat(6, 1, 1, 1)
     table = torch.from_numpy(draw_parameters(colour, np.ones(len(images), dtype=int), rng(4)))

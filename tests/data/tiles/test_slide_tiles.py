@@ -1,4 +1,5 @@
-"""Slides read online: random places in the tissue, the same for whoever reads them, and a slide that fails costs only itself."""
+"""Slides read online: random places in the tissue, the same for whoever reads them, and a slide that fails costs only
+itself."""
 
 import json
 from dataclasses import replace

@@ -1,4 +1,5 @@
-"""A slide of 100,000 × 100,000 pixels, mostly glass: memory stays bounded, and every tile is read once, from the best level."""
+"""A slide of 100,000 × 100,000 pixels, mostly glass: memory stays bounded, and every tile is read once, from the best
+level."""
 
 import json
 import subprocess

@@ -277,7 +277,8 @@ except Fault as fault:
 def test_files_that_cannot_grow_end_in_one_sentence_and_the_run_goes_on_when_there_is_room(
     whole: tuple[Path, Path], tmp_path: Path, room: int, workers: int
 ) -> None:
-    """The kernel refuses every write past ``room`` bytes of a file: slides.csv, then the thumbnails and h5, then the tars."""
+    """The kernel refuses every write past ``room`` bytes of a file: slides.csv, then the thumbnails and h5, then the
+    tars."""
     source, reference = whole
     some = [str(source / f"{name}.tiff") for name in "abc"]
     settings = DEFAULTS | {"slides": some, "out": str(tmp_path / "out"), "workers": workers}

@@ -69,7 +69,8 @@ def test_transformers_loads_the_folder_whole_and_gives_the_teachers_features(mak
     images = torch.from_numpy(rng(1, "check").normal(size=(2, 3, 32, 32))).float()
     with torch.no_grad():
         torch.testing.assert_close(loaded(images).pooler_output, teacher.features(images)[0], atol=1e-5, rtol=1e-5)
-    # Loaded here, the folder has the run's preprocessing, and transformers' own image processor prepares images the same way.
+    # Loaded here, the folder has the run's preprocessing, and transformers' own image processor prepares images the
+    # same way.
     ours, theirs = load_encoder(str(folder)), load_encoder(str(tmp_path / "encoder"))
     assert theirs.preprocessing == ours.preprocessing and theirs.width == ours.width
     pixels = torch.from_numpy(rng(2, "check").integers(0, 256, size=(2, 32, 32, 3), dtype=np.uint8))

@@ -30,7 +30,8 @@ def tile(slide: int, klass: int, number: int) -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def of_slides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path, int]]:
-    """Tiles of two classes from 20 slides, each of them mostly of one class, and of which slide each is. Their names say nothing."""
+    """Tiles of two classes from 20 slides, each of them mostly of one class, and of which slide each is. Their names
+    say nothing."""
     folder, slides = tmp_path_factory.mktemp("of_slides"), {}
     number = 0
     for slide in range(20):

@@ -1,4 +1,5 @@
-"""An objective as a user writes one: a projector of its own without ``initialise()``, and patch tokens compared in pairs."""
+"""An objective as a user writes one: a projector of its own without ``initialise()``, and patch tokens compared in
+pairs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,8 @@ from pretrain.objectives.interface import Moment, Objective
 
 
 def off_diagonal(similar: Tensor, way: str) -> Tensor:
-    """``(B, n, n)`` → ``(B, n, n - 1)``: all pairs of a sample but each with itself, in one of the ways in which people write it."""
+    """``(B, n, n)`` → ``(B, n, n - 1)``: all pairs of a sample but each with itself, in one of the ways in which people
+    write it."""
     n = similar.shape[1]
     apart = ~torch.eye(n, dtype=torch.bool, device=similar.device)
     if way == "index":

@@ -22,7 +22,8 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 
 def test_dino_cross_entropy_of_a_case_done_by_hand() -> None:
-    # One tile, one student view with logits (0, log 3) at temperature 1: probabilities (1/4, 3/4). Targets (1, 0) and (1/2, 1/2).
+    # One tile, one student view with logits (0, log 3) at temperature 1: probabilities (1/4, 3/4). Targets (1, 0) and
+    # (1/2, 1/2).
     student = torch.tensor([[[0.0, math.log(3)]]])
     teacher = torch.tensor([[[1.0, 0.0]], [[0.5, 0.5]]])
     by_hand = (math.log(4) + (math.log(4) + math.log(4 / 3)) / 2) / 2
@@ -36,7 +37,8 @@ def test_dino_cross_entropy_is_the_mean_over_every_pair_of_views() -> None:
 
 
 def test_masked_cross_entropy_counts_every_crop_the_same() -> None:
-    # Three crops: one with a single masked patch, one with three, one with none. Each patch's own cross-entropy is log 2.
+    # Three crops: one with a single masked patch, one with three, one with none. Each patch's own cross-entropy is log
+    # 2.
     weight = torch.tensor([1.0, 1 / 3, 1 / 3, 1 / 3])
     teacher = torch.tensor([[1.0, 0.0]] * 4)
     assert float(masked_cross_entropy(torch.zeros(4, 2), teacher, weight, 3, 0.1)) == pytest.approx(

@@ -1,4 +1,5 @@
-"""MAE as an objective: what it masks depends on (seed, step, the tile's place), and it learns to fill in what it doesn't see."""
+"""MAE as an objective: what it masks depends on (seed, step, the tile's place), and it learns to fill in what it
+doesn't see."""
 
 import pytest
 import torch
@@ -49,7 +50,8 @@ def test_several_views_and_stochastic_depth_are_refused() -> None:
 
 
 def test_it_learns_to_continue_stripes_that_it_sees_a_quarter_of() -> None:
-    """Images of one brightness each: the masked patches follow from any visible one, and predicting the mean leaves an error of 1."""
+    """Images of one brightness each: the masked patches follow from any visible one, and predicting the mean leaves an
+    error of 1."""
     model = mae(norm_pix=False)
     optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=3e-3)
     draw, losses = torch.Generator().manual_seed(0), []

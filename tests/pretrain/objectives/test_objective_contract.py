@@ -1,4 +1,5 @@
-"""What somebody's own objective gets wrong is one sentence with its class's name: by the doctor, and by the run before its first step where it can be."""
+"""What somebody's own objective gets wrong is one sentence with its class's name: by the doctor, and by the run before
+its first step where it can be."""
 
 from collections.abc import Callable
 from pathlib import Path

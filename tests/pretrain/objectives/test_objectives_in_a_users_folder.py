@@ -1,4 +1,5 @@
-"""A second slide objective, and a tile objective with a third kind of view: each one Python file and one YAML file in a folder of a user's."""
+"""A second slide objective, and a tile objective with a third kind of view: each one Python file and one YAML file in a
+folder of a user's."""
 
 from pathlib import Path
 

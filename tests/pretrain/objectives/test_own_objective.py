@@ -1,4 +1,5 @@
-"""An objective of a user's is one class and one YAML file: it starts from its constructor's values, beside any recipe, and can be planned."""
+"""An objective of a user's is one class and one YAML file: it starts from its constructor's values, beside any recipe,
+and can be planned."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""The slide stage's objective: exact sums, honest baselines, and a training run that learns what neighbours can't explain."""
+"""The slide stage's objective: exact sums, honest baselines, and a training run that learns what neighbours can't
+explain."""
 
 import inspect
 import re
@@ -24,8 +25,8 @@ WIDTH = 16
 def waves(folder: Path, slides: int, side: int = 12) -> EmbeddingStore:
     """Slides that carry one pattern of short waves over the grid, each with a sign and an offset of its own, and noise.
 
-    The waves are 6.3 cells long: the nearest visible tiles, about a cell away, explain part of them. The sign and the offset can only
-    be read off the visible tiles together with their places. Noise is 0.09 of about 1.3.
+    The waves are 6.3 cells long: the nearest visible tiles, about a cell away, explain part of them. The sign and the
+    offset can only be read off the visible tiles together with their places. Noise is 0.09 of about 1.3.
     """
     y, x = (a.ravel() for a in np.mgrid[:side, :side])
     pattern = np.stack([np.cos(x), np.sin(x), np.cos(y), np.sin(y)], axis=1) @ rng("waves").normal(size=(4, WIDTH))

@@ -15,7 +15,8 @@ Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 def healthy(steps: int = 2000, every: int = 100) -> Curves:
-    """A run that learns: the loss falls, gradients and throughput scatter, features spread a little more from look to look."""
+    """A run that learns: the loss falls, gradients and throughput scatter, features spread a little more from look to
+    look."""
     draw, step, look = rng(0, "healthy"), np.arange(1, steps + 1), np.arange(every, steps + 1, every)
     fall = np.exp(-step / 800)
     return {

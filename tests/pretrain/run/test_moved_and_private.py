@@ -1,4 +1,5 @@
-"""Runs go on where only the place of their data changed, or the token with which it is reached, which stands in no file of theirs."""
+"""Runs go on where only the place of their data changed, or the token with which it is reached, which stands in no file
+of theirs."""
 
 import shutil
 import sys

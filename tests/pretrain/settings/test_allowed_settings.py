@@ -1,4 +1,5 @@
-"""Every setting of every command is declared with what it may be, and what it may not be is one sentence, before any work."""
+"""Every setting of every command is declared with what it may be, and what it may not be is one sentence, before any
+work."""
 
 import dataclasses
 import json

@@ -1,4 +1,5 @@
-"""Whose code is run: anybody's that the user names, and of what a run's folder names, this project's and what the user allows."""
+"""Whose code is run: anybody's that the user names, and of what a run's folder names, this project's and what the user
+allows."""
 
 import os
 import sys

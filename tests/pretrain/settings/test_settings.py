@@ -41,7 +41,8 @@ CHOICES = [(group, choice) for group in GROUPS for choice in choices_of(group, [
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_file_of_every_group_fits_the_schema_of_a_command(group: str, choice: str) -> None:
-    """Whoever offers the group must take the file: with its recipe left out where a recipe for another network would clash."""
+    """Whoever offers the group must take the file: with its recipe left out where a recipe for another network would
+    clash."""
     refusals = []
     for command in commands():
         if uses(command, group):

@@ -1,4 +1,5 @@
-"""The command line takes words as a shell hands them over, and says in one sentence what to write instead of what it doesn't take."""
+"""The command line takes words as a shell hands them over, and says in one sentence what to write instead of what it
+doesn't take."""
 
 from pathlib import Path
 

@@ -1,4 +1,5 @@
-"""Steps that are really taken, to hold a plan against: their operations, and the memory that torch's CPU allocator gave out."""
+"""Steps that are really taken, to hold a plan against: their operations, and the memory that torch's CPU allocator gave
+out."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -68,7 +69,8 @@ def one_process() -> Iterator[None]:
 
 
 def peak_of_sharing(rank: int, folder: Path, together: int, settings: tuple[str, ...], slides: Slides) -> None:
-    """As one of ``together`` processes that share every slide: take a step, and leave its peak in a file named by the rank."""
+    """As one of ``together`` processes that share every slide: take a step, and leave its peak in a file named by the
+    rank."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", store=dist.FileStore(str(folder / "store"), together), rank=rank, world_size=together

@@ -1,4 +1,5 @@
-"""One process of a test: load the newest checkpoint, check every number in it, change all of them, save beside training.
+"""One process of a test: load the newest checkpoint, check every number in it, change all of them, save beside
+training.
 
     RANK=… WORLD_SIZE=… python sharded_saving.py FOLDER STEP REPLICAS
 

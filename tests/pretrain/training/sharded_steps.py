@@ -1,7 +1,8 @@
 """What the processes of `test_sharding` do: whole training steps of both stages, on any number of processes.
 
-``python -m tests.pretrain.training.sharded_steps FOLDER`` imports everything once, forks into four processes, and has them work off
-``FOLDER/tasks.pkl``. For each task as many of them as it needs form a group of their own, and each writes what it found.
+``python -m tests.pretrain.training.sharded_steps FOLDER`` imports everything once, forks into four processes, and has
+them work off ``FOLDER/tasks.pkl``. For each task as many of them as it needs form a group of their own, and each writes
+what it found.
 """
 
 import pickle
@@ -118,7 +119,8 @@ def backward(loss: Tensor) -> None:
     loss.backward()
 
 
-# Tasks: each is called on every process of its group, with the folder --------------------------------------------------
+# Tasks: each is called on every process of its group, with the folder
+# --------------------------------------------------
 
 
 @dataclass(frozen=True)

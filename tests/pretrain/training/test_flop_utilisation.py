@@ -1,4 +1,5 @@
-"""``flop_utilisation`` in a run's record: operations that steps really take, over what the devices can do in the time they took."""
+"""``flop_utilisation`` in a run's record: operations that steps really take, over what the devices can do in the time
+they took."""
 
 import os
 import subprocess

@@ -1,5 +1,5 @@
-"""One training step, however it is spread: any number of processes, sharded or with replicas, micro-batches, recomputed,
-compiled. Four processes are started once and do everything that needs more than one (`sharded_steps`)."""
+"""One training step, however it is spread: any number of processes, sharded or with replicas, micro-batches,
+recomputed, compiled. Four processes are started once and do everything that needs more than one (`sharded_steps`)."""
 
 import dataclasses
 import os
@@ -38,7 +38,8 @@ from tests.pretrain.training.wavy_slides import write_wavy_slides
 ROOT = Path(__file__).resolve().parents[3]
 BF16 = 0.004  # of a loss over the steps (seen: .0008): other batches per process make other roundings, which feed back
 
-# Quick: every number of processes, and every setting at least once, both stages. Settings that could hide each other are apart below.
+# Quick: every number of processes, and every setting at least once, both stages. Settings that could hide each other
+# are apart below.
 QUICK = [
     Run(objective, **where)
     for objective in ("dinov2", "slide_mae")

@@ -106,7 +106,8 @@ def scanned(pixels: np.ndarray, scanner: int) -> np.ndarray:
 
 
 def write_halves(regions: Path, folder: Path, side: int = 100) -> Path:
-    """Each region (1000 × 1000) as two slides: its left half as one scanner shows it, its right half as another. One tar a slide."""
+    """Each region (1000 × 1000) as two slides: its left half as one scanner shows it, its right half as another. One
+    tar a slide."""
     folder.mkdir()
     for path in sorted(regions.glob("*.tiff")):
         with openslide.OpenSlide(path) as opened:
@@ -129,7 +130,8 @@ def write_halves(regions: Path, folder: Path, side: int = 100) -> Path:
 
 @pytest.mark.slow
 def test_what_dinov2_s_colour_trains_tells_slides_less_than_what_no_colour_trains(shared: Path, tmp_path: Path) -> None:
-    """Published recipes differ in colour, and the logged figure shows it: both halves of a region are alike but for the scanner."""
+    """Published recipes differ in colour, and the logged figure shows it: both halves of a region are alike but for the
+    scanner."""
     tiles = write_halves(shared / "slides" / "regions", tmp_path / "tiles")
     weak = [f"data.colour.{part}=0" for part in ("brightness", "contrast", "saturation", "hue", "grey_probability")]
     found: dict[str, list[float]] = {"strong": [], "weak": []}

@@ -108,8 +108,9 @@ def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else() -> None:
 
 
 def test_the_small_recipe_as_it_stands_beats_the_nearest_neighbours_on_slides_it_has_not_seen(tmp_path: Path) -> None:
-    """40 slides with waves 6.3 tiles long, in phases of each slide's own: half a wave away the opposite lies, which no mean of
-    neighbours knows. Cut to fields, cropped, mirrored and shifted as the recipe says, in a quarter of its steps."""
+    """40 slides with waves 6.3 tiles long, in phases of each slide's own: half a wave away the opposite lies, which no
+    mean of neighbours knows. Cut to fields, cropped, mirrored and shifted as the recipe says, in a quarter of its
+    steps."""
     x, y = np.stack(np.meshgrid(np.arange(16), np.arange(16))).reshape(2, -1)
     mixed = rng("waves").normal(size=(4, 16)) / np.sqrt(2)
     with EmbeddingWriter(tmp_path / "store", 16, "made up", "0" * 16) as writer:
@@ -127,7 +128,8 @@ def test_the_small_recipe_as_it_stands_beats_the_nearest_neighbours_on_slides_it
 
 @pytest.mark.slow
 def test_a_run_beats_the_nearest_neighbours_on_slides_whose_pattern_they_cannot_know(tmp_path: Path) -> None:
-    """64 slides of one pattern of waves 6.3 tiles long, with a sign of each slide's own: what lies where has to be learned."""
+    """64 slides of one pattern of waves 6.3 tiles long, with a sign of each slide's own: what lies where has to be
+    learned."""
     cells = np.stack(np.meshgrid(np.arange(12), np.arange(12)), axis=-1).reshape(-1, 2)
     pattern = np.concatenate([np.cos(cells), np.sin(cells)], axis=1) @ rng("waves").normal(size=(4, 16))
     with EmbeddingWriter(tmp_path / "store", 16, "made up", "0" * 16) as writer:

@@ -1,4 +1,5 @@
-"""Every source of tiles trains: shards, slides online, mixtures, one slide a lane; and says what is wrong with its settings."""
+"""Every source of tiles trains: shards, slides online, mixtures, one slide a lane; and says what is wrong with its
+settings."""
 
 import os
 import re

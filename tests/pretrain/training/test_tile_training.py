@@ -1,7 +1,7 @@
 """The tile stage, run for real on a tiny encoder: shared, killed, resumed, spoilt, and always the same run.
 
-Most runs are made in this process through `launch.entry.run_command_line`, which saves six seconds of imports; those that are
-about processes (several of them, or a killed one) are real commands.
+Most runs are made in this process through `launch.entry.run_command_line`, which saves six seconds of imports; those
+that are about processes (several of them, or a killed one) are real commands.
 """
 
 import errno
@@ -40,7 +40,8 @@ TINY = [
     "data.batch_size=16", "data.lanes=4", "data.threads=1", "data.crops.global_size=32", "data.crops.local_size=16", "data.crops.local_count=2",
     f"optim.steps={STEPS}", "optim.warmup_steps=2", "optim.frozen_last_layer_steps=1", "trainer.checkpoint_every=2", "trainer.accelerator=cpu",
 ]  # fmt: skip
-# The two ways through the objective: Sinkhorn over all ranks, and everything else that depends on how samples are split.
+# The two ways through the objective: Sinkhorn over all ranks, and everything else that depends on how samples are
+# split.
 WAYS = {
     "sinkhorn": ["objective.separate_ibot_head=true"],
     "everything": [
@@ -155,7 +156,8 @@ def test_micro_batches_change_nothing_that_belongs_to_the_global_batch(
 def kill_after(
     process: subprocess.Popen[str], run: Path, steps: int, number: int = signal.SIGKILL, of: str = "first"
 ) -> None:
-    """Signal the first or second rank or all processes, once so many steps are on record and, for SIGKILL, a checkpoint is published."""
+    """Signal the first or second rank or all processes, once so many steps are on record and, for SIGKILL, a checkpoint
+    is published."""
     deadline = time.monotonic() + 240
     while (number == signal.SIGKILL and checkpoints.newest(run) is None) or len(read_metrics(run)) < steps:
         assert process.poll() is None and time.monotonic() < deadline, process.communicate()[0]

@@ -1,4 +1,5 @@
-"""Whole runs that are watched: a collapsing one is noticed and a healthy one isn't, the best checkpoint stays, waiting ends."""
+"""Whole runs that are watched: a collapsing one is noticed and a healthy one isn't, the best checkpoint stays, waiting
+ends."""
 
 import json
 import os

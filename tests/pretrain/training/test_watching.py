@@ -97,7 +97,8 @@ def test_the_encoder_that_an_export_takes_is_watched_and_its_features_lie_in_the
 
 
 def write_classes(folder: Path, counts: dict[str, int], gap: int = 90) -> Path:
-    """Class folders of noise, as many images of 24 pixels as ``counts`` says, each class ``gap`` lighter than the one before."""
+    """Class folders of noise, as many images of 24 pixels as ``counts`` says, each class ``gap`` lighter than the one
+    before."""
     for number, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True)
         for i in range(count):

@@ -9,8 +9,8 @@ from data.keyed import rng
 
 
 def write_wavy_slides(folder: Path, slides: int, columns: int, rows: int, fewer: int = 0) -> Path:
-    """``slides`` slides of ``columns`` × ``rows`` tiles, each ``fewer`` tiles less than the one before; 16-wide embeddings that
-    vary smoothly over the slide."""
+    """``slides`` slides of ``columns`` × ``rows`` tiles, each ``fewer`` tiles less than the one before; 16-wide
+    embeddings that vary smoothly over the slide."""
     cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), axis=-1).reshape(-1, 2)
     with EmbeddingWriter(folder, 16, "made up", "0" * 16) as writer:
         for number in range(slides):
