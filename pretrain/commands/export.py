@@ -26,6 +26,7 @@ from typing import Annotated
 from data.fault import Fault
 from data.files import require_writable
 from models.allowed import ON_DISK, one_of
+from pretrain.encoders.export.formats import ENCODER_EXPORTS
 from pretrain.run.progress import say
 
 
@@ -33,34 +34,17 @@ from pretrain.run.progress import say
 class Config:
     checkpoint: Annotated[str, ON_DISK]
     out: Annotated[str, ON_DISK]
-    format: Annotated[str, one_of("timm", "transformers", "gigapath")]
+    format: Annotated[str, one_of(*ENCODER_EXPORTS)]
     license: str
     allow_plugins: list[str]
 
 
 def run(config: Config) -> None:
     """Write the export, or say that it is there already."""
-    from pretrain.encoders.export import export_gigapath, export_timm, export_transformers
-
     checkpoint, out = Path(config.checkpoint), Path(config.out)
     if not checkpoint.is_dir():
         raise Fault(f"there is no folder {checkpoint}: give a run's folder or one of its checkpoint folders")
     require_writable(out / "config.json")
-    if config.format == "timm":
-        new, difference = export_timm(checkpoint, out, config.license, config.allow_plugins)
-        said = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
-        use = f'timm.create_model("local-dir:{out}", pretrained=True)'
-    elif config.format == "transformers":
-        new, difference = export_transformers(checkpoint, out, config.license, config.allow_plugins)
-        said = f"{out}: loads whole in transformers, features within {difference:.1g} of the teacher's"
-        use = f'transformers.AutoModel.from_pretrained("{out}")'
-    elif config.format == "gigapath":
-        new = export_gigapath(checkpoint, out, config.license)
-        said, use = (
-            f"{out}/slide_encoder.pth: the released key names",
-            f'torch.load("{out}/slide_encoder.pth")["model"]',
-        )
-    else:
-        raise Fault(f"format is timm, transformers or gigapath, not {config.format!r}")
-    say(said if new else f"{said}; it was there already, nothing to do")
-    print(use)
+    exported = ENCODER_EXPORTS[config.format](checkpoint, out, config.license, config.allow_plugins)
+    say(exported.said if exported.new else f"{exported.said}; it was there already, nothing to do")
+    print(exported.use)

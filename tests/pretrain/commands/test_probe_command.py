@@ -33,7 +33,7 @@ def test_scores_and_baselines_are_printed_and_written(make_tile_run, class_folde
 
 
 def test_train_and_test_can_be_given_and_an_exported_folder_scores_like_its_run(make_tile_run, class_folders, tmp_path):
-    from pretrain.encoders.export import export_timm
+    from pretrain.encoders.export.timm import export_timm
 
     folder, _ = make_tile_run()
     export_timm(folder, tmp_path / "encoder", "mit")

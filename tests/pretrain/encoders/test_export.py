@@ -13,9 +13,12 @@ from data.fault import Fault
 from data.files import Refused
 from data.keyed import rng
 from pretrain.commands.export import Config, run
-from pretrain.encoders import export
+from pretrain.encoders.export import timm as timm_export
+from pretrain.encoders.export.timm import export_timm
+from pretrain.encoders.export.transformers import export_transformers
 from pretrain.encoders.loading import load_encoder
 from pretrain.run import checkpoints
+from pretrain.settings.composition import load
 
 ARCHITECTURES = [
     {},
@@ -30,8 +33,8 @@ ARCHITECTURES = [
 @pytest.mark.parametrize("model", ARCHITECTURES, ids=str)
 def test_timm_loads_the_folder_strictly_and_gives_the_teachers_features(make_tile_run, tmp_path, model):
     folder, teacher = make_tile_run(**model)
-    written, difference = export.export_timm(folder, tmp_path / "encoder", "mit")
-    assert written and difference <= 1e-5
+    exported = export_timm(folder, tmp_path / "encoder", "mit")
+    assert exported.new and exported.difference <= 1e-5
     loaded = timm.create_model(f"local-dir:{tmp_path / 'encoder'}", pretrained=True).eval()
     images = torch.from_numpy(rng(1, "check").normal(size=(2, 3, 32, 32))).float()
     with torch.no_grad():
@@ -41,7 +44,7 @@ def test_timm_loads_the_folder_strictly_and_gives_the_teachers_features(make_til
 
 def test_an_exported_encoder_and_its_run_embed_alike(make_tile_run, tmp_path):
     folder, _ = make_tile_run(registers=2)
-    export.export_timm(folder, tmp_path / "encoder", "mit")
+    export_timm(folder, tmp_path / "encoder", "mit")
     images = torch.from_numpy(rng(2, "check").integers(0, 256, size=(2, 40, 50, 3), dtype=np.uint8))
     ours, theirs = load_encoder(str(folder)), load_encoder(str(tmp_path / "encoder"))
     assert theirs.preprocessing == ours.preprocessing
@@ -88,10 +91,10 @@ def test_a_width_that_transformers_cannot_express_and_a_folder_without_preproces
     pytest.importorskip("transformers", reason="transformers isn't installed: pip install 'slidewright[test]'")
     folder, _ = make_tile_run(feed_forward_width=50)
     with pytest.raises(Fault, match="no mlp_ratio for feed_forward_width=50"):
-        export.export_transformers(folder, tmp_path / "encoder", "mit")
+        export_transformers(folder, tmp_path / "encoder", "mit")
     assert not (tmp_path / "encoder").exists()
     folder, _ = make_tile_run("other")
-    export.export_transformers(folder, tmp_path / "encoder", "mit")
+    export_transformers(folder, tmp_path / "encoder", "mit")
     (tmp_path / "encoder" / "preprocessor_config.json").unlink()
     with pytest.raises(Fault, match="nothing says how images are prepared"):
         load_encoder(str(tmp_path / "encoder"))
@@ -100,28 +103,28 @@ def test_a_width_that_transformers_cannot_express_and_a_folder_without_preproces
 def test_exporting_again_changes_nothing_and_another_export_is_refused(make_tile_run, tmp_path):
     folder, _ = make_tile_run()
     out = tmp_path / "encoder"
-    assert export.export_timm(folder, out, "mit")[0]
+    assert export_timm(folder, out, "mit").new
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    assert not export.export_timm(folder, out, "mit")[0]
+    assert not export_timm(folder, out, "mit").new
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
     other, _ = make_tile_run("other", seed=1)
     with pytest.raises(Fault, match="holds something else"):
-        export.export_timm(other, out, "mit")
+        export_timm(other, out, "mit")
     assert {path.name: path.stat().st_mtime_ns for path in out.iterdir()} == before
 
 
 def test_an_export_whose_features_differ_is_not_published(make_tile_run, tmp_path, monkeypatch):
     folder, _ = make_tile_run()
-    correct = export.timm_format.write_timm
+    correct = timm_export.timm_format.write_timm
 
     def wrong(network, image_size):
         weights = correct(network, image_size)
         weights["blocks.0.norm1.weight"] += 0.01
         return weights
 
-    monkeypatch.setattr(export.timm_format, "write_timm", wrong)
+    monkeypatch.setattr(timm_export.timm_format, "write_timm", wrong)
     with pytest.raises(Fault, match="nothing was published"):
-        export.export_timm(folder, tmp_path / "encoder", "mit")
+        export_timm(folder, tmp_path / "encoder", "mit")
     assert not (tmp_path / "encoder").exists()
     assert not list(tmp_path.glob(".encoder*"))
 
@@ -134,15 +137,15 @@ def test_a_full_disk_is_a_sentence_and_leaves_nothing(make_tile_run, tmp_path, m
         raise error
 
     run, _ = make_tile_run()
-    monkeypatch.setattr(export, "save_file", full)
+    monkeypatch.setattr("pretrain.encoders.export.tiles.save_file", full)
     with pytest.raises(Refused, match=r"/encoder can't be written \(No space left on device\): make room there"):
-        export.export_timm(run, tmp_path / "encoder", "cc0-1.0")
+        export_timm(run, tmp_path / "encoder", "cc0-1.0")
     assert not [path.name for path in tmp_path.iterdir() if "encoder" in path.name]
 
 
 def test_a_missing_tensor_stops_a_stranger_from_loading(make_tile_run, tmp_path):
     folder, _ = make_tile_run()
-    export.export_timm(folder, tmp_path / "encoder", "mit")
+    export_timm(folder, tmp_path / "encoder", "mit")
     weights = load_file(tmp_path / "encoder" / "model.safetensors")
     del weights["blocks.1.mlp.fc2.bias"]
     save_file(weights, tmp_path / "encoder" / "model.safetensors", metadata={"format": "pt"})
@@ -152,7 +155,7 @@ def test_a_missing_tensor_stops_a_stranger_from_loading(make_tile_run, tmp_path)
 
 def test_the_card_and_the_configuration_carry_what_a_user_needs(make_tile_run, tmp_path):
     folder, _ = make_tile_run()
-    export.export_timm(folder, tmp_path / "encoder", "cc-by-4.0")
+    export_timm(folder, tmp_path / "encoder", "cc-by-4.0")
     card = (tmp_path / "encoder" / "README.md").read_text()
     assert card.startswith("---\nlicense: cc-by-4.0\n") and "feed_forward_width: 48" in card and "step-00000003" in card
     config = json.loads((tmp_path / "encoder" / "config.json").read_text())
@@ -165,7 +168,7 @@ def test_timms_truncated_ratio_gives_the_exact_hidden_width():
     settings = {"patch_size": 16, "depth": 1, "heads": 1, "feed_forward": "mlp", "registers": 0, "layer_scale": 1.0}
     for width in range(1, 400, 7):
         for hidden in (width - 1 or 1, 3 * width + 1, 8 * width // 3):
-            _, arguments = export.timm_format.architecture(
+            _, arguments = timm_export.timm_format.architecture(
                 settings | {"width": width, "feed_forward_width": hidden}, 16
             )
             assert int(width * arguments["mlp_ratio"]) == hidden
@@ -209,6 +212,6 @@ def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_ru
     write_slide_run(tmp_path / "slide", nn.Linear(2, 2))
     with pytest.raises(Fault, match="not a tile run"):
         run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "timm", "mit", []))
-    with pytest.raises(Fault, match="format is timm, transformers or gigapath"):
-        run(Config(str(folder), str(tmp_path / "out"), "onnx", "mit", []))
+    with pytest.raises(Fault, match="format=onnx is not allowed: it must be timm, transformers or gigapath"):
+        load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}", "format=onnx"])
     assert not (tmp_path / "out").exists()

@@ -21,7 +21,9 @@ from models.formats import dinov2
 from models.formats import timm as timm_format
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.encoders import export, init
+from pretrain.encoders import init
+from pretrain.encoders.export.timm import export_timm
+from pretrain.encoders.export.transformers import export_transformers
 from pretrain.encoders.loading import load_encoder
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints
@@ -115,8 +117,8 @@ def test_exported_folders_of_both_libraries_give_the_runs_features(
     make_tile_run, tmp_path: Path, registers: int
 ) -> None:
     run, encoder = make_tile_run(registers=registers)
-    export.export_timm(run, tmp_path / "timm", "mit")
-    export.export_transformers(run, tmp_path / "transformers", "mit")
+    export_timm(run, tmp_path / "timm", "mit")
+    export_transformers(run, tmp_path / "transformers", "mit")
     images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     for name in ("timm", "transformers"):
         started, said = begun(tmp_path / name, registers=registers)

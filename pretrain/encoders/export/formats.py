@@ -1,0 +1,16 @@
+"""The forms in which ``pretrain export`` writes an encoder. A new one is a file beside this one, and a line here."""
+
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+from pretrain.encoders.export.gigapath import export_gigapath
+from pretrain.encoders.export.publishing import Exported
+from pretrain.encoders.export.timm import export_timm
+from pretrain.encoders.export.transformers import export_transformers
+
+ENCODER_EXPORTS: dict[str, Callable[[Path, Path, str, Collection[str]], Exported]] = {
+    "timm": export_timm,
+    "transformers": export_transformers,
+    "gigapath": export_gigapath,
+}
+"""By name: from a run or checkpoint into a folder, with a licence; the packages whose classes the run may name beside ours."""

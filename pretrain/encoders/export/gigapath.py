@@ -1,0 +1,62 @@
+"""``format=gigapath``: a slide run's encoder as Prov-GigaPath's own code loads it.
+
+<out>/
+    slide_encoder.pth         {"model": state dict with the released key names}
+    README.md
+"""
+
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.fault import Fault
+from data.redaction import redacted
+from pretrain.encoders.export.publishing import Exported, provenance, publish
+from pretrain.encoders.loading import CONFIG, RunCheckpoint, find_checkpoint
+from pretrain.run import checkpoints
+
+SLIDE_ENCODER = "encoder."
+
+
+def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
+    """Write a slide run's encoder as ``slide_encoder.pth`` with the released key names, unless it is there already."""
+    found = find_checkpoint(checkpoint, plugins)
+    weights = checkpoints.read_network(found.folder, SLIDE_ENCODER)
+
+    def fill(folder: Path) -> None:
+        path = folder / "slide_encoder.pth"
+        torch.save({"model": {name: tensor.contiguous().clone() for name, tensor in weights.items()}}, path)
+        loaded = torch.load(path, weights_only=True)["model"]
+        if list(loaded) != list(weights) or not all(torch.equal(loaded[name], weights[name]) for name in weights):
+            raise Fault(f"{path} read back differs from what was written: check the disk, and export again")
+        (folder / "README.md").write_text(slide_card(found, weights, license))
+
+    use = f'torch.load("{out}/slide_encoder.pth")["model"]'
+    return Exported(publish(out, fill), f"{out}/slide_encoder.pth: the released key names", use)
+
+
+def slide_card(found: RunCheckpoint, weights: dict[str, Tensor], license: str) -> str:
+    """The model card of an exported slide encoder."""
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    return f"""\
+---
+license: {license}
+tags: [pathology, histology, longnet, whole-slide]
+---
+
+# {found.run.resolve().name}: a pathology slide encoder
+
+A LongNet encoder of {parameters / 1e6:.1f} M parameters, trained with Slidewright as a masked autoencoder over frozen tile embeddings.
+`slide_encoder.pth` holds `{{"model": state_dict}}` with the key names of Prov-GigaPath's release.
+
+It was trained with exact attention gradients and without attended padding. Code that follows the released model attends to
+zero padding, so for segments that a slide doesn't fill its outputs differ from those seen in training.
+
+## Training
+
+```yaml
+{redacted((found.run / CONFIG).read_text().strip())}
+```
+{provenance(found.run)}"""

@@ -1,0 +1,114 @@
+"""What all exports of a tile encoder share: the teacher, the check of what was written, the model card."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from data.fault import Fault
+from data.keyed import rng
+from data.redaction import redacted
+from models.vit import VisionTransformer
+from pretrain.encoders.export.publishing import provenance, publish
+from pretrain.encoders.loading import CONFIG, Preprocessing, RunCheckpoint, teacher
+
+FEATURE_TOLERANCE = 1e-5
+
+
+def vision_transformer(found: RunCheckpoint) -> tuple[VisionTransformer, Preprocessing]:
+    """A tile run's teacher. Raises `Fault` for a network of another kind, which no format here describes."""
+    network, preprocessing = teacher(found)
+    if not isinstance(network, VisionTransformer):
+        raise Fault(
+            f"{found.run} trains a {type(network).__name__}, and only models.vit.VisionTransformer can be exported"
+        )
+    return network, preprocessing
+
+
+def export_tiles(
+    out: Path,
+    found: RunCheckpoint,
+    network: VisionTransformer,
+    preprocessing: Preprocessing,
+    files: dict[str, dict[str, Any]],
+    weights: dict[str, Tensor],
+    card: str,
+    features: Callable[[Path, Tensor], tuple[Tensor, Tensor, Tensor]],
+) -> tuple[bool, float]:
+    """Publish configuration ``files``, ``weights`` and ``card``, once ``features`` loaded from them are the network's."""
+    difference = 0.0
+
+    def fill(folder: Path) -> None:
+        nonlocal difference
+        for name, config in files.items():
+            (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+        (folder / "README.md").write_text(card)
+        difference = largest_difference(network, preprocessing.image_size, lambda images: features(folder, images))
+        if not difference <= FEATURE_TOLERANCE:
+            raise Fault(
+                f"the exported folder's features differ from the teacher's by {difference:.2g} of the largest, more than {FEATURE_TOLERANCE:g}, "
+                f"so nothing was published: please report this with {found.run / CONFIG}"
+            )
+
+    return publish(out, fill), difference
+
+
+def largest_difference(
+    network: VisionTransformer, image_size: int, load: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+) -> float:
+    """Compare what ``load`` says about random images with the teacher: max |theirs − ours| / max |ours|."""
+    pixels = rng(0, "export check").normal(size=(4, 3, image_size, image_size))
+    images = torch.from_numpy(pixels).float()
+    with torch.inference_mode():
+        cls, patches = network.eval().features(images)
+        theirs = load(images)
+    return max(float((a - b).abs().max() / a.abs().max()) for a, b in zip((cls, cls, patches), theirs, strict=True))
+
+
+def tile_card(
+    found: RunCheckpoint, network: nn.Module, preprocessing: Preprocessing, license: str, library: str, use: str
+) -> str:
+    """The model card of an exported tile encoder; ``use`` is code that ends with the features of ``images``."""
+    model, config = found.config["model"], found.config
+    parameters = sum(p.numel() for name, p in network.named_parameters() if name != "mask_token")
+    mean, std = list(preprocessing.mean), list(preprocessing.std)
+    return f"""\
+---
+license: {license}
+library_name: {library}
+pipeline_tag: image-feature-extraction
+tags: [pathology, histology]
+---
+
+# {found.run.resolve().name}: a pathology tile encoder
+
+A vision transformer of {parameters / 1e6:.1f} M parameters (width {model["width"]}, {model["depth"]} blocks, {model["heads"]} heads,
+patch {model["patch_size"]}, {model["feed_forward"]}, {model["registers"]} registers), trained with Slidewright by self-supervision:
+no label was used. The weights are those of {found.folder.name}: the moving-average teacher's where the objective has one.
+
+## Use
+
+```python
+{use}  # images (B, 3, {preprocessing.image_size}, {preprocessing.image_size}) → (B, {model["width"]}): the class token
+```
+
+Input: {preprocessing}. In numbers: mean {mean}, std {std}.
+
+## Training
+
+Tiles: {config["data"].get("shards", "not recorded")}. The whole configuration:
+
+```yaml
+{redacted((found.run / CONFIG).read_text().strip())}
+```
+{provenance(found.run)}
+## Limits
+
+It has seen the tissue, stains and scanners of its training slides and no others. Measure it on your task (`pretrain probe`) before you
+rely on it. Not a medical device.
+"""
