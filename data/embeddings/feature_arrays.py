@@ -23,7 +23,7 @@ import torch
 from data.fault import Fault
 from data.git_lfs import refuse_pointer
 from data.h5_files import opened
-from data.shards.index import SPOILT
+from data.npz_files import SPOILT
 from data.torch_files import why_unreadable
 
 FEATURES = ("features", "feats", "embeddings")

@@ -16,8 +16,8 @@ import numpy as np
 
 from data.fault import Fault
 from data.git_lfs import refuse_pointer
+from data.npz_files import SPOILT
 from data.said_numbers import said_number
-from data.shards.index import SPOILT
 
 FOLDERS = ("coordinates", "tiles")
 ENDINGS = (".npy", ".npz", ".coordinates.npz", ".tiles.npz")

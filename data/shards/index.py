@@ -9,46 +9,19 @@ in its tar, level-0 x and y. Which tar and which slide a tile belongs to is kept
 disk and next to nothing in memory until they are asked for.
 """
 
-import hashlib
-import json
 import os
-import tokenize
-import zipfile
-import zlib
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from data.fault import Fault
-from data.files import appearing
+from data.npz_files import SPOILT
 from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, url_within
+from data.shards.layout import COLUMNS, RUNS, places_in
 from data.slides.names import safe_ids
-
-COLUMNS = ("offset", "length", "x", "y")
-CHECKSUMS = (
-    "crc32",
-    "json_crc32",
-)  # of each tile's JPEG and JSON: in the shards' records, for `recorded_checksums` and verify
-# What reading an npz raises where its bytes were changed: zipfile, json, and numpy's way of reading a header.
-SPOILT = (
-    zipfile.BadZipFile,
-    ValueError,
-    KeyError,
-    EOFError,
-    OSError,
-    SyntaxError,
-    tokenize.TokenError,
-    NotImplementedError,
-    zlib.error,
-)
-RUNS = ("file_start", "run_start", "run_slide")
-# Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
-FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
-         "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
 
 
 class ShardIndex:
@@ -163,7 +136,7 @@ class ShardIndex:
             )
         try:
             with path.open("rb") as file:
-                meta, places = _read_npz(file)
+                meta, places = places_in(file)
                 columns = {
                     # As plain arrays: looking up one row is three times as quick as in a memmap.
                     name: np.asarray(np.memmap(path, dtype, "r", start, (rows,))) if rows else np.empty(0, dtype)
@@ -204,159 +177,13 @@ def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
     return data
 
 
-def merge_records(
-    folder: Path, names: list[str], made: dict[str, Any], told: Mapping[str, dict[str, Any]] | None = None
-) -> str:
-    """Write ``index.npz`` from the records of the shards ``names`` and return its digest. Memory stays that of one
-    record.
-
-    ``made`` says how the shards were made and becomes the index's ``meta``. ``told``: the facts of slides, where the
-    first record of each doesn't have them. An index that is up to date is left alone.
-    """
-    records = [json.loads(str(np.load(record_path(folder, name))["facts"])) for name in names]
-    slides: dict[str, dict[str, Any]] = {}
-    tiles: dict[str, int] = {}
-    for record in records:
-        for facts, count in zip(record["slides"], record["counts"], strict=True):
-            slides.setdefault(facts["slide"], facts if told is None else told[facts["slide"]])
-            tiles[facts["slide"]] = tiles.get(facts["slide"], 0) + count
-    kept = [slide for slide in slides if tiles[slide]]
-    table: dict[str, list[Any]] = {name: [slides[slide].get(name) for slide in kept] for name in FACTS}
-    table["tiles"] = [tiles[slide] for slide in kept]
-    full = [record for record in records if sum(record["counts"])]
-    digest = hashlib.blake2b(digest_size=16)
-    for record in full:
-        digest.update(f"{record['file']} {record['digest']}\n".encode())
-    meta = made | {"files": [record["file"] for record in full], "sizes": [record["size"] for record in full],
-                   "digest": digest.hexdigest(), "slides": table}  # fmt: skip
-    path = folder / "index.npz"
-    if path.exists() and _same(path, meta):
-        return meta["digest"]
-
-    number = {slide: position for position, slide in enumerate(kept)}
-    file_start = np.cumsum([0] + [sum(record["counts"]) for record in full], dtype=np.int64)
-    runs = [(number[facts["slide"]], count) for record in full
-            for facts, count in zip(record["slides"], record["counts"], strict=True) if count]  # fmt: skip
-    run_start = np.cumsum([0] + [count for _, count in runs], dtype=np.int64)
-    dtypes = {
-        "offset": np.dtype(np.uint32 if max(meta["sizes"], default=0) < 2**32 else np.int64),
-        "length": np.dtype(np.uint16 if max((record["longest"] for record in full), default=0) < 2**16 else np.uint32),
-        "x": np.dtype(np.int32),
-        "y": np.dtype(np.int32),
-    }
-    columns = {name: _recorded(folder, full, name) for name in COLUMNS}
-    run_slide = np.array([n for n, _ in runs], dtype=np.int32)
-    bounds: dict[str, np.ndarray] = {"file_start": file_start, "run_start": run_start, "run_slide": run_slide}
-    write_shard_index(folder, meta, dtypes, columns, bounds)
-    return meta["digest"]
-
-
-def write_shard_index(
-    folder: Path,
-    meta: dict[str, Any],
-    dtypes: dict[str, np.dtype],
-    columns: Mapping[str, Iterable[np.ndarray]],
-    runs: dict[str, np.ndarray],
-) -> None:
-    """Write ``index.npz``: ``columns`` piece by piece, one piece a shard, then ``runs`` and ``meta``; whole or not at
-    all."""
-    path = folder / "index.npz"
-    with appearing(path) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
-        for name in COLUMNS:
-            _write_column(archive, name, dtypes[name], int(runs["file_start"][-1]), columns[name])
-        for name in RUNS:
-            _write_column(archive, name, runs[name].dtype, len(runs[name]), [runs[name]])
-        archive.writestr("meta.json", json.dumps(meta))
-
-
-def _recorded(folder: Path, records: list[dict[str, Any]], column: str) -> Iterator[np.ndarray]:
-    return (np.load(record_path(folder, Path(record["file"]).stem))[column] for record in records)
-
-
-def record_path(folder: Path, name: str) -> Path:
-    """The record that is written with shard ``name``."""
-    return folder / "index" / f"{name}.npz"
-
-
-def recorded_checksums(index: ShardIndex, file: int) -> np.ndarray | None:
-    """CRC-32 of each JPEG of tar number ``file``, uint32, as they were recorded with it; None where nobody did.
-
-    Raises ValueError where the record is damaged or isn't this shard's.
-    """
-    path = record_path(index.folder, index.files[file].removesuffix(".tar"))
-    try:
-        with zipfile.ZipFile(path) as record:
-            if f"{CHECKSUMS[0]}.npy" not in record.namelist():
-                return None
-            found = _int64(record.read(f"{CHECKSUMS[0]}.npy")).astype(np.uint32)
-    except FileNotFoundError:
-        return None
-    except SPOILT as error:
-        raise ValueError(f"its record {path} is damaged: {error}") from error
-    if len(found) != index.file_start[file + 1] - index.file_start[file]:
-        raise ValueError(f"its record {path} is of other tiles than the index")
-    return found
-
-
-def _int64(npy: bytes) -> np.ndarray:
-    """The one-dimensional int64 array of a .npy file. numpy's own reader has Python's parser read the header, which
-    threads of Python 3.11 can't do at the same time (SystemError: AST constructor recursion depth mismatch), and tiles
-    are read by threads."""
-    start = 10 + int.from_bytes(npy[8:10], "little")
-    if npy[:8] != b"\x93NUMPY\x01\x00" or b"'descr': '<i8', 'fortran_order': False" not in npy[:start]:
-        raise ValueError("its columns are not int64")
-    return np.frombuffer(npy, "<i8", offset=start)
-
-
-def write_record(folder: Path, name: str, facts: dict[str, Any], columns: dict[str, np.ndarray]) -> None:
-    """Write a shard's record: its columns, and ``facts`` with ``file, size, longest`` (bytes), ``slides`` (facts of
-    each, in order) and ``counts`` (tiles of each). A digest is added. The record appears only when it is whole."""
-    digest = hashlib.blake2b(digest_size=16)
-    digest.update(
-        "\n".join(f"{s['slide']} {count}" for s, count in zip(facts["slides"], facts["counts"], strict=True)).encode(
-            errors="surrogatepass"
-        )
-    )
-    for column in COLUMNS:
-        digest.update(columns[column].astype("<i8").tobytes())
-    path = record_path(folder, name)
-    with appearing(path) as partial, partial.open("wb") as file:
-        np.savez(file, facts=np.array(json.dumps(facts | {"digest": digest.hexdigest()})), **columns)  # type: ignore[arg-type]
-
-
-def _write_column(
-    archive: zipfile.ZipFile, name: str, dtype: np.dtype, rows: int, pieces: Iterable[np.ndarray]
-) -> None:
-    with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
-        header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (rows,)}
-        np.lib.format.write_array_header_1_0(member, header)
-        for piece in pieces:
-            member.write(piece.astype(dtype).tobytes())
-
-
-def _read_npz(raw: IO[bytes]) -> tuple[dict[str, Any], dict[str, tuple[np.dtype, int, int]]]:
-    """``meta.json``, and where each column lies in the uncompressed npz: its dtype, first byte and number of rows."""
-    places: dict[str, tuple[np.dtype, int, int]] = {}
-    with zipfile.ZipFile(raw) as archive:
-        meta = json.loads(archive.read("meta.json"))
-        for name in (*COLUMNS, *RUNS):
-            # A zip member's data begins behind its local header: 30 bytes, then the name and the extra field.
-            start = archive.getinfo(f"{name}.npy").header_offset
-            raw.seek(start + 26)
-            raw.seek(start + 30 + sum(int.from_bytes(raw.read(2), "little") for _ in range(2)))
-            np.lib.format.read_magic(raw)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(raw)
-            places[name] = dtype, raw.tell(), shape[0]
-    return meta, places
-
-
 def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
     """``meta`` and columns of the index in a remote folder: runs are read now, the columns of tiles when they are asked
     for."""
     url = url_within(folder, "index.npz")
     try:
         with RemotePath(url).open() as raw:
-            meta, places = _read_npz(raw)
+            meta, places = places_in(raw)
     except FileNotFoundError as error:
         raise Fault(
             f"there is no {url}: make an index of those shards with 'pretrain shards index shards={folder} out=FOLDER', and train on FOLDER"
@@ -369,11 +196,3 @@ def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
         if name in RUNS:
             columns[name] = columns[name][:]
     return meta, columns
-
-
-def _same(path: Path, meta: dict[str, Any]) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return json.loads(archive.read("meta.json")) == meta
-    except (zipfile.BadZipFile, KeyError, ValueError):
-        return False

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.shards.folder import FAILED, PENDING, SlideRow, load_plan, load_rows, save_rows, sweep, written_by_one
-from data.shards.index import merge_records
+from data.shards.records import merge_records
 from data.shards.writing import is_published
 
 

@@ -13,7 +13,8 @@ import numpy as np
 
 from data import open_files
 from data.remote import read_range
-from data.shards.index import ShardIndex, read_jpeg, recorded_checksums
+from data.shards.index import ShardIndex, read_jpeg
+from data.shards.records import recorded_checksums
 from data.shards.tar_members import BLOCK, is_header_of
 
 

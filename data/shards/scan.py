@@ -19,9 +19,12 @@ import numpy as np
 from data.fault import Fault
 from data.files import Refused, make_folder, require_writable
 from data.git_lfs import refuse_pointer
+from data.npz_files import SPOILT
 from data.redaction import is_private
 from data.remote import RemotePath, is_remote, list_names, url_within
-from data.shards.index import CHECKSUMS, COLUMNS, FACTS, SPOILT, ShardIndex, merge_records, record_path, write_record
+from data.shards.index import ShardIndex
+from data.shards.layout import COLUMNS, FACTS
+from data.shards.records import CHECKSUMS, merge_records, record_path, write_record
 from data.shards.tar_members import DamagedTar, members
 from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts, take_in
 from data.shards.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split_member, why_not

@@ -23,8 +23,11 @@ import numpy as np
 import simplejpeg
 
 from data.fault import Fault
+from data.npz_files import SPOILT
 from data.remote import RemotePath, Truncated, is_remote, list_names, url_within
-from data.shards.index import CHECKSUMS, COLUMNS, RUNS, SPOILT, ShardIndex
+from data.shards.index import ShardIndex
+from data.shards.layout import COLUMNS, RUNS
+from data.shards.records import CHECKSUMS
 from data.shards.tar_members import DamagedTar, Member, members, padding
 from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts
 from data.shards.tile_members import is_json, is_tile, json_of_each, place_in, split_member

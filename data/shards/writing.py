@@ -20,7 +20,9 @@ import numpy as np
 
 from data.fault import Fault
 from data.files import appearing
-from data.shards.index import CHECKSUMS, COLUMNS, SPOILT, record_path, write_record
+from data.npz_files import SPOILT
+from data.shards.layout import COLUMNS
+from data.shards.records import CHECKSUMS, record_path, write_record
 from data.shards.tar_members import BLOCK, member_header
 from data.slides.coordinates_h5 import coordinates_path, read_tiling
 from data.slides.cutting import cut_tiles

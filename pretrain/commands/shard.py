@@ -49,8 +49,9 @@ from data.shards.folder import (
     save_rows,
     written_by_one,
 )
-from data.shards.index import ShardIndex, merge_records
+from data.shards.index import ShardIndex
 from data.shards.job_array import JobPart, check_division, known_slides
+from data.shards.records import merge_records
 from data.shards.writing import Shard, TileRange, is_published, plan_shards, read_shard_facts, write_shard
 from data.slides.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from data.slides.cutting import JPEG_QUALITY

@@ -25,8 +25,9 @@ from typing import Annotated
 
 from data.fault import Fault
 from data.shards.folder import FAILED, NO_TISSUE, TILED, load_plan, written_by_one
-from data.shards.index import ShardIndex, merge_records, record_path
+from data.shards.index import ShardIndex
 from data.shards.job_array import merge_parts, parts_in
+from data.shards.records import merge_records, record_path
 from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.tile_members import LeftOut
 from data.shards.writing import is_published

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.keyed import rng
-from data.shards.index import FACTS, write_shard_index
+from data.shards.layout import FACTS, write_shard_index
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
 

@@ -14,7 +14,8 @@ import simplejpeg
 
 from data.fault import Fault
 from data.keyed import rng
-from data.shards.index import ShardIndex, merge_records
+from data.shards.index import ShardIndex
+from data.shards.records import merge_records
 from data.shards.verify import Defect, list_shards, verify_folder, verify_shard
 from data.shards.writing import Shard, TileRange, write_shard
 from data.slides.coordinates_h5 import read_tiling, write_tiling

@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 
 from data.fault import Fault
-from data.shards.index import COLUMNS, ShardIndex, merge_records, read_jpeg, recorded_checksums, write_record
+from data.shards.index import ShardIndex, read_jpeg
+from data.shards.layout import COLUMNS
+from data.shards.records import merge_records, recorded_checksums, write_record
 from data.shards.scan import scan
 from tests.data.shards.foreign_tars import write_tar
 

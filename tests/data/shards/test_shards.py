@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from data.fault import Fault
 from data.keyed import rng
-from data.shards.index import ShardIndex, merge_records, read_jpeg
+from data.shards.index import ShardIndex, read_jpeg
+from data.shards.records import merge_records
 from data.shards.writing import Shard, TileRange, is_published, plan_shards, read_shard_facts, write_shard
 from data.slides import cutting
 from data.slides.coordinates_h5 import write_tiling

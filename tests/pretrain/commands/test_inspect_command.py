@@ -10,7 +10,8 @@ import pytest
 from PIL import Image
 
 from data.fault import Fault
-from data.shards.index import COLUMNS, ShardIndex
+from data.shards.index import ShardIndex
+from data.shards.layout import COLUMNS
 from launch.entry import run_command_line
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
