@@ -27,7 +27,7 @@ class JobPart:
     @classmethod
     def parse(cls, text: str) -> "JobPart":
         """``"3/40"`` → the third of forty. Raises Fault for anything else."""
-        match = re.fullmatch(r"\s*([0-9]{1,9})\s*/\s*([0-9]{1,9})\s*", text)
+        match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
         if not match or not 1 <= int(match[1]) <= int(match[2]):
             raise Fault(f"part={text} is not a part: part=3/40 is the third of forty, and they are counted from 1")
         return cls(int(match[1]), int(match[2]))

@@ -23,7 +23,6 @@ Examples:
 """
 
 import json
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +35,7 @@ from data.embeddings.slide_features import slides_in
 from data.embeddings.sources import EmbeddingSource, ShardSource, SlideSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
+from data.shards.job_array import JobPart
 from data.slides.lists import list_slides
 from data.slides.mpp import ISOTROPIC, SAME_MPP, SlidesMpp
 from data.slides.names import name_slides
@@ -93,7 +93,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Embed what isn't embedded yet. Raises Fault where a slide was left out, at the end."""
-    part, parts = parse_part(config.part)
+    job = JobPart.parse(config.part) if config.part else None
+    part, parts = (job.number, job.of) if job else (0, 1)
     require_consistent(config)
     if config.merge:
         merge_job_indexes(Path(config.out))
@@ -107,16 +108,6 @@ def run(config: Config) -> None:
 
 
 @of_the_command_line()
-def parse_part(text: str | None) -> tuple[int, int]:
-    """``3/40`` → (3, 40); (0, 1) where there is one process. Raises Fault for anything else."""
-    if text is None:
-        return 0, 1
-    match = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-    if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise Fault(f"part={text} is not one of a number of parts: write part=3/40 for the third of 40.")
-    return int(match[1]), int(match[2])
-
-
 @of_the_command_line()
 def require_consistent(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
