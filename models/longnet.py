@@ -10,6 +10,7 @@ Sources: Ding et al. 2023 (LongNet), Wang et al. 2022 (sub-LayerNorm), Xu et al.
 
 import hashlib
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple
 
@@ -80,18 +81,10 @@ class LongNet(nn.Module):
         self.attention, self.initial_residual = attention, initial_residual
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(input_width, width)})
-        self.encoder = Layers(
-            width=width,
-            depth=depth,
-            heads=heads,
-            feed_forward_width=feed_forward_width,
-            segment_lengths=segment_lengths,
-            dilated_ratios=dilated_ratios,
-            dropout=dropout,
-            drop_path=drop_path,
-            compatible=compatible,
-            attention=attention,
-        )
+        layers = LayerSettings(
+            width, heads, feed_forward_width, tuple(segment_lengths), tuple(dilated_ratios), attention, dropout, drop_path, compatible
+        )  # fmt: skip
+        self.encoder = Layers(layers, depth)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if not self.cls_token.is_meta:
             nn.init.normal_(self.cls_token, std=0.02)
@@ -164,44 +157,34 @@ class LongNet(nn.Module):
         )
 
 
+@dataclass(frozen=True)
+class LayerSettings:
+    """What the layers of a stack have in common. ``drop_path`` is the last layer's rate; it grows linearly from 0 at the
+    first."""
+
+    width: int
+    heads: int
+    feed_forward_width: int
+    segment_lengths: tuple[int, ...]
+    dilated_ratios: tuple[int, ...]
+    attention: str = "sdpa"
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    compatible: bool = False
+
+
 class Layers(nn.Module):
     """A stack of pre-norm layers and a final norm: the body of the encoder, and of the decoder in `models.slide_mae`."""
 
-    def __init__(
-        self,
-        *,
-        width: int,
-        depth: int,
-        heads: int,
-        feed_forward_width: int,
-        segment_lengths: list[int],
-        dilated_ratios: list[int],
-        dropout: float,
-        drop_path: float,
-        compatible: bool,
-        attention: str,
-    ) -> None:
+    def __init__(self, settings: LayerSettings, depth: int) -> None:
         super().__init__()
-        check_heads(width, heads)
-        check_schedule(segment_lengths, dilated_ratios)
-        self.heads, self.dropout = heads, dropout
+        check_heads(settings.width, settings.heads)
+        check_schedule(settings.segment_lengths, settings.dilated_ratios)
+        self.heads, self.dropout = settings.heads, settings.dropout
         self.group: Group = None
-        self.layers = nn.ModuleList(
-            Layer(
-                index=index,
-                width=width,
-                heads=heads,
-                feed_forward_width=feed_forward_width,
-                segment_lengths=tuple(segment_lengths),
-                dilated_ratios=tuple(dilated_ratios),
-                dropout=dropout,
-                drop_path=drop_path * index / max(1, depth - 1),
-                compatible=compatible,
-                attention=attention,
-            )
-            for index in range(depth)
-        )
-        self.layer_norm = nn.LayerNorm(width)
+        rates = (settings.drop_path * index / max(1, depth - 1) for index in range(depth))
+        self.layers = nn.ModuleList(Layer(replace(settings, drop_path=rate), index) for index, rate in enumerate(rates))
+        self.layer_norm = nn.LayerNorm(settings.width)
 
     def units(self) -> list[nn.Module]:
         """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
@@ -240,26 +223,13 @@ class Layers(nn.Module):
 class Layer(nn.Module):
     """``x + attention(norm(x))``, then ``x + ffn(norm(x))``, each with dropout and per-slide stochastic depth."""
 
-    def __init__(
-        self,
-        *,
-        index: int,
-        width: int,
-        heads: int,
-        feed_forward_width: int,
-        segment_lengths: tuple[int, ...],
-        dilated_ratios: tuple[int, ...],
-        dropout: float,
-        drop_path: float,
-        compatible: bool,
-        attention: str,
-    ) -> None:
+    def __init__(self, settings: LayerSettings, index: int) -> None:
         super().__init__()
-        self.index, self.dropout, self.drop_path = index, dropout, drop_path
-        self.self_attn = DilatedSelfAttention(width, heads, segment_lengths, dilated_ratios, compatible, attention)
-        self.self_attn_layer_norm = nn.LayerNorm(width)
-        self.ffn = FeedForward(width, feed_forward_width)
-        self.final_layer_norm = nn.LayerNorm(width)
+        self.index, self.dropout, self.drop_path = index, settings.dropout, settings.drop_path
+        self.self_attn = DilatedSelfAttention(settings)
+        self.self_attn_layer_norm = nn.LayerNorm(settings.width)
+        self.ffn = FeedForward(settings.width, settings.feed_forward_width)
+        self.final_layer_norm = nn.LayerNorm(settings.width)
 
     def forward(self, x: Tensor, share: Share, seeds: Sequence[int] | None) -> Tensor:
         """(t, width) → (t, width), the share's tokens. Without gradients and dropout, a piece of the tokens at a time."""
@@ -290,18 +260,11 @@ class DilatedSelfAttention(nn.Module):
     What comes before and after attention looks at one token at a time, and can therefore be done in pieces.
     """
 
-    def __init__(
-        self,
-        width: int,
-        heads: int,
-        segment_lengths: tuple[int, ...],
-        dilated_ratios: tuple[int, ...],
-        compatible: bool,
-        attention: str,
-    ) -> None:
+    def __init__(self, settings: LayerSettings) -> None:
         super().__init__()
-        self.heads, self.segment_lengths, self.dilated_ratios = heads, segment_lengths, dilated_ratios
-        self.compatible, self.kernel = compatible, kernel(attention)
+        self.segment_lengths, self.dilated_ratios = settings.segment_lengths, settings.dilated_ratios
+        self.heads, self.compatible, self.kernel = settings.heads, settings.compatible, kernel(settings.attention)
+        width = settings.width
         self.q_proj = nn.Linear(width, width)
         self.k_proj = nn.Linear(width, width)
         self.v_proj = nn.Linear(width, width)

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.longnet import Layers, fill_as_released, summarise
+from models.longnet import Layers, LayerSettings, fill_as_released, summarise
 from models.nearby import Nearby, first_reaches
 from models.positions import check_sines, position_embedding
 
@@ -50,18 +50,10 @@ class SlideDecoder(nn.Module):
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
         self.nearby = Nearby(heads) if start == "nearby" else None
-        self.decoder = Layers(
-            width=width,
-            depth=depth,
-            heads=heads,
-            feed_forward_width=feed_forward_width,
-            segment_lengths=segment_lengths,
-            dilated_ratios=dilated_ratios,
-            dropout=0.0,
-            drop_path=0.0,
-            compatible=False,
-            attention=attention,
+        layers = LayerSettings(
+            width, heads, feed_forward_width, tuple(segment_lengths), tuple(dilated_ratios), attention
         )
+        self.decoder = Layers(layers, depth)
         self.head = nn.Linear(width, output_width)
         if not self.mask_token.is_meta:
             nn.init.normal_(self.mask_token, std=0.02)

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from models.attention_statistics import stock, stock_backward
 from models.dilated_attention import Branch, dilated_attention, lay_out
-from models.longnet import Layer
+from models.longnet import Layer, LayerSettings
 from models.sequence_parallel import Share
 
 HEADS, HEAD_WIDTH, FEED_FORWARD = 16, 48, 3072
@@ -141,10 +141,7 @@ def resident(peak: bool) -> int:
 def child(way: str) -> None:
     """What a process of its own measures: prints bytes, and for the longest slide also seconds."""
     if way == "layer":
-        layer = Layer(
-            index=0, width=HEADS * HEAD_WIDTH, heads=HEADS, feed_forward_width=FEED_FORWARD, segment_lengths=SEGMENTS,
-            dilated_ratios=RATIOS, dropout=0.0, drop_path=0.0, compatible=False, attention="sdpa",
-        )  # fmt: skip
+        layer = Layer(LayerSettings(HEADS * HEAD_WIDTH, HEADS, FEED_FORWARD, SEGMENTS, RATIOS), 0)
         x = torch.randn(LONGEST, HEADS * HEAD_WIDTH)
         with torch.inference_mode():
             spent = seconds(lambda: layer(x, Share((LONGEST,)), None))

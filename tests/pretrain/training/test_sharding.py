@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.fault import Fault
-from models.longnet import Layer
+from models.longnet import Layer, LayerSettings
 from models.sequence_parallel import Share
 from models.vit import MLP, Block
 from pretrain.settings.composition import load
@@ -227,10 +227,7 @@ def vit_block() -> tuple[Callable[..., Tensor], Tensor]:
 
 
 def longnet_layer() -> tuple[Callable[..., Tensor], Tensor]:
-    layer = Layer(
-        index=0, width=16, heads=2, feed_forward_width=32, segment_lengths=(16, 32), dilated_ratios=(1, 2), dropout=0.5, drop_path=0.0,
-        compatible=False, attention="sdpa",
-    )  # fmt: skip
+    layer = Layer(LayerSettings(16, 2, 32, (16, 32), (1, 2), dropout=0.5), 0)
     return lambda x: layer(x, Share((50,)), [3]), torch.randn(50, 16)
 
 
