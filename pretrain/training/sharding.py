@@ -4,7 +4,7 @@ Order, stated once:  build on the meta device → every block: recompute → com
 
 Each network (an encoder, a head) is a root of its own. A teacher is wrapped exactly as its student is, so the moving
 average runs shard by shard; it keeps nothing for a backward, so there is nothing to recompute. One code path serves one
-process and many, CPU (gloo) and GPU (NCCL); only blocks are not units of their own at one process.
+process and many, CPU (gloo) and GPU (NCCL).
 """
 
 import re
@@ -90,8 +90,7 @@ def shard(
 
     ``checkpointing``: see `CHECKPOINTING`. ``compiled`` blocks go through torch.compile, each by itself: all blocks of
     a network share one compilation, and what gathers and frees their parameters stays outside of it. One process has
-    nothing to gather, so a network is one unit there: a unit a block would take a small network's step on a CPU 5 %
-    longer.
+    nothing to gather, and pays a few per cent of a small network's step for the units all the same.
     """
     masters, compute = PRECISIONS[precision]
     inside = MixedPrecisionPolicy(param_dtype=compute, reduce_dtype=masters)
@@ -104,8 +103,7 @@ def shard(
                 block.forward = recomputed(block.forward, checkpointing == "selective")
             if compiled:
                 block.forward = torch.compile(block.forward)
-            if mesh.size() > 1:
-                fully_shard(block, mesh=mesh, mp_policy=inside)
+            fully_shard(block, mesh=mesh, mp_policy=inside)
         # A teacher has no backward, so nothing but this would free its root's gathered parameters; at one process the
         # mistake goes unnoticed.
         try:
