@@ -18,6 +18,7 @@ from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints, preemption, signals
 from pretrain.run.preemption import EXIT_CODE, Preemption, ending_when_asked
 from pretrain.training import fixed_images
+from pretrain.training.ending import EndWhenAsked
 from pretrain.training.module import Training
 from tests.pretrain.training.test_tile_training import (
     ROOT,
@@ -212,13 +213,13 @@ def test_a_job_of_a_chain_leaves_the_rest_to_the_next(slurm: Path, capsys: pytes
 def test_a_job_whose_time_is_over_before_its_first_step_ends_with_a_sentence(
     tile_shards: Path, slurm: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    began = Training.on_train_start
+    began = EndWhenAsked.on_train_start
 
-    def late(self: Training) -> None:
+    def late(self: EndWhenAsked, trainer: Any, training: Training) -> None:
         os.kill(os.getpid(), signal.SIGUSR1)
-        began(self)
+        began(self, trainer, training)
 
-    monkeypatch.setattr(Training, "on_train_start", late)
+    monkeypatch.setattr(EndWhenAsked, "on_train_start", late)
     with pytest.raises(SystemExit) as ended:
         run_command_line(command(tile_shards, tmp_path / "run"))
     assert ended.value.code == 1 and "requeue 42" not in (slurm / "asked").read_text()
