@@ -31,13 +31,6 @@ from pretrain.training.sharding import ShardedStrategy
 from pretrain.training.showing import ShownProgress
 from pretrain.training.utilisation import find_utilisation
 
-TRACED = {
-    "wait": 1,
-    "warmup": 1,
-    "active": 3,
-    "repeat": 1,
-}  # steps: the first compiles, and a trace of more is too large to open
-
 
 def fit(training: Training, lease: Lease | None, count_operations: Callable[[bool], float]) -> None:
     """Run ``training`` to its last step, resuming from its newest checkpoint; says so where nothing is left to do.
@@ -58,6 +51,7 @@ def fit(training: Training, lease: Lease | None, count_operations: Callable[[boo
     _quieten_lightning()
     record, mirror, saving = RunRecord(run), WandbMirror(run, training.config), Checkpoints()
     ending = EndWhenAsked(saving)
+    judgement = Judgement(ending)
     trainer = L.Trainer(
         accelerator=settings.accelerator,
         devices=settings.devices,
@@ -66,7 +60,7 @@ def fit(training: Training, lease: Lease | None, count_operations: Callable[[boo
         max_epochs=1,
         # After each step in this order: what a checkpoint holds must have happened before it.
         callbacks=[
-            Recording(record, mirror), ending, Looks(), Judgement(ending), Alarms(record, mirror), saving, ShownProgress(),
+            Recording(record, mirror), ending, Looks(), judgement, Alarms(record, mirror, judgement), saving, ShownProgress(),
             *(plugins.build(one, base=L.Callback) for one in settings.callbacks),
         ],
         logger=[record, mirror, *(plugins.build(one, base=Logger) for one in settings.loggers)],
@@ -122,7 +116,9 @@ def profiler(name: str | None, run: Path) -> Profiler | None:
     if name == "simple":
         return SimpleProfiler(folder, "profile")
     if name == "pytorch":
-        return PyTorchProfiler(folder, "trace", schedule=torch.profiler.schedule(**TRACED), export_to_chrome=True)
+        # The first step compiles, and a trace of many steps is too large to open.
+        three = torch.profiler.schedule(wait=1, warmup=1, active=3, repeat=1)
+        return PyTorchProfiler(folder, "trace", schedule=three, export_to_chrome=True)
     return None
 
 

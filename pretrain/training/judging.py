@@ -20,6 +20,7 @@ class Judgement(L.Callback):
 
     def __init__(self, ending: EndWhenAsked) -> None:
         self.ending = ending
+        self.cut_short = False  # whether a signal ended an evaluation: the checkpoint of that step is written
 
     def on_train_batch_end(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
         if not training.is_due or training.asked is not None:
@@ -28,6 +29,7 @@ class Judgement(L.Callback):
             figures = training.evaluate()
         except signals.Asked as during:
             self.ending.save_and_end(training, during.signal)
+            self.cut_short = True
             return
         if figures:
             training.record(figures)

@@ -1,6 +1,5 @@
 """The slide of a tile, told by its neighbours: which tiles are looked at, and what the figure says."""
 
-import io
 import json
 import tarfile
 from pathlib import Path
@@ -22,6 +21,7 @@ from launch.entry import run_command_line
 from pretrain.encoders.loading import Preprocessing
 from pretrain.run.metrics import read_metrics
 from pretrain.training.slide_sample import FEWEST, SLIDES, TILES, SlideSample, choose, recognised, run_of
+from tests.pretrain.conftest import add
 
 
 class Made(TileSource):
@@ -121,9 +121,7 @@ def write_halves(regions: Path, folder: Path, side: int = 100) -> Path:
                         tile = np.ascontiguousarray(scanned(pixels[y : y + side, x : x + side], half))
                         jpeg = simplejpeg.encode_jpeg(tile, quality=95)
                         for suffix, content in (("jpg", jpeg), ("json", json.dumps(facts).encode())):
-                            member = tarfile.TarInfo(f"{slide}_{x}_{y}.{suffix}")
-                            member.size = len(content)
-                            tar.addfile(member, io.BytesIO(content))
+                            add(tar, f"{slide}_{x}_{y}.{suffix}", content)
     scan(folder)
     return folder
 
