@@ -7,7 +7,8 @@ import importlib
 from abc import ABC, abstractmethod
 from pathlib import Path
 
-from pretrain.settings.composition import Composed, stem
+from pretrain.settings.command_schema import file_stem
+from pretrain.settings.composition import Composed
 
 # Commands that go on in the folder out=, which may hold other things beside; in others out= is a file, or appears when
 # it is whole.
@@ -24,7 +25,7 @@ class Launcher(ABC):
 
 def run_here(composed: Composed) -> None:
     """Run the command in this process."""
-    importlib.import_module(f"pretrain.commands.{stem(composed.command)}").run(composed.object())
+    importlib.import_module(f"pretrain.commands.{file_stem(composed.command)}").run(composed.object())
 
 
 def folder_of(composed: Composed) -> Path:
@@ -35,7 +36,7 @@ def folder_of(composed: Composed) -> Path:
         return Path(tree.run)
     if composed.command in WORK_IN_OUT and tree.get("out"):
         return Path(tree.out)
-    return Path("launched") / stem(composed.command)
+    return Path("launched") / file_stem(composed.command)
 
 
 def python_arguments(composed: Composed, words: list[str]) -> list[str]:

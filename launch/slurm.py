@@ -22,7 +22,8 @@ from launch.processes import Processes, arrange, refuse_uneven, trains
 from launch.submit import announce, announce_chain, submit
 from pretrain.run.preemption import EXIT_CODE
 from pretrain.run.progress import say
-from pretrain.settings.composition import Composed, of_the_command_line, stem
+from pretrain.settings.command_schema import file_stem
+from pretrain.settings.composition import Composed, of_the_command_line
 from pretrain.settings.ranges import matching, within
 
 
@@ -119,7 +120,7 @@ class Slurm(Launcher):
             arguments=python_arguments(composed, words),
             processes=processes,
             trains=trains(composed),
-            name=self.name or f"{stem(composed.command)}-{folder.name}",
+            name=self.name or f"{file_stem(composed.command)}-{folder.name}",
             logs=folder.resolve() / "logs",
             directory=Path.cwd(),
             doctor=_doctors_arguments(composed, words, folder) if self.doctor else [],
@@ -135,7 +136,7 @@ class Slurm(Launcher):
             say(
                 "launch.cpus_per_task isn't given: on many clusters a process then has one core to feed its GPU; give it what a node has for each"
             )
-        text, path = script(self, job), folder / f"{stem(composed.command)}.sbatch"
+        text, path = script(self, job), folder / f"{file_stem(composed.command)}.sbatch"
         if self.dry_run:
             print(text, end="")
             for _ in range(1, self.chain or 1):

@@ -11,19 +11,11 @@ from data.redaction import redacted
 from pretrain.plan import of_a_run
 from pretrain.run.launched import rank
 from pretrain.run.progress import say
-from pretrain.settings.composition import (
-    CONFIGS,
-    Composed,
-    annotated,
-    choices_of,
-    load,
-    nearest,
-    of_the_command_line,
-    places,
-    ranges_of,
-    stem,
-    with_parents,
-)
+from pretrain.settings.annotation import annotated, ranges_of
+from pretrain.settings.command_schema import file_stem
+from pretrain.settings.composition import Composed, load, of_the_command_line
+from pretrain.settings.config_files import CONFIGS, choices_of, places, with_parents
+from pretrain.settings.refusals import nearest
 
 COMMANDS = {
     "shard": "slides → tile shards",
@@ -153,7 +145,7 @@ Start with 'pretrain demo'."""
 
 def explain(command: str) -> str:
     """The text of ``pretrain <command> --help``: its module's docstring, its settings, its groups."""
-    name = stem(command)
+    name = file_stem(command)
     source = Path(__file__).parent / "commands" / f"{name}.py"
     text = ast.get_docstring(ast.parse(source.read_text())) or ""
     body = (CONFIGS / f"{name}.yaml").read_text()

@@ -38,7 +38,7 @@ def test_a_wheel_brings_its_configs_and_trains(tmp_path: Path) -> None:
     assert pretrain("--version").split()[0] == "slidewright"
     pretrain("tile", "run=run", f"data.shards={shards}", *TINY, "optim.steps=3")
     assert (empty / "run" / "checkpoints" / "step-00000003").is_dir()
-    where = "import pretrain.settings.composition, configs; print(pretrain.settings.composition.CONFIGS)"
+    where = "import pretrain.settings.config_files, configs; print(pretrain.settings.config_files.CONFIGS)"
     done = subprocess.run(
         [sys.executable, "-P", "-c", where], cwd=empty, env=environment, capture_output=True, text=True
     )

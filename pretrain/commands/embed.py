@@ -108,7 +108,6 @@ def run(config: Config) -> None:
 
 
 @of_the_command_line()
-@of_the_command_line()
 def require_consistent(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
     if config.stage == "slide" and config.merge:

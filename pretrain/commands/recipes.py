@@ -15,16 +15,10 @@ import torch
 
 from data.fault import Fault
 from pretrain.settings import plugins
-from pretrain.settings.composition import (
-    CONFIGS,
-    Composed,
-    annotated,
-    as_dictionary,
-    choices_of,
-    comments,
-    load,
-    nearest,
-)
+from pretrain.settings.annotation import annotated, as_dictionary
+from pretrain.settings.composition import Composed, load
+from pretrain.settings.config_files import CONFIGS, choices_of, comments
+from pretrain.settings.refusals import nearest
 
 STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's

@@ -16,7 +16,7 @@ from models.longnet import LongNet
 from pretrain.encoders.loading import device_of, find_checkpoint, freeze
 from pretrain.encoders.weight_files import read_file
 from pretrain.run import checkpoints
-from pretrain.settings.composition import CONFIGS
+from pretrain.settings.config_files import CONFIGS
 from pretrain.settings.plugins import build
 
 RELEASED = {(768, 12), (1024, 24), (1536, 12)}  # width and depth of the published configurations, all with 16 heads

@@ -13,13 +13,13 @@ from data.tiles.augment import augment
 from data.tiles.augment_parameters import draw_parameters
 from data.tiles.crops import cut
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.settings import composition as settings
+from pretrain.settings.composition import load
 from pretrain.training.tile_stage import colour, crop_sizes, further_views, view_sheet
 
 
 def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
     """The settings of 'pretrain tile' under a recipe. Raises Fault for a recipe that there isn't."""
-    return settings.load("tile", ["run=none", "data.shards=none", f"recipe={recipe}", *overrides]).object()
+    return load("tile", ["run=none", "data.shards=none", f"recipe={recipe}", *overrides]).object()
 
 
 def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:

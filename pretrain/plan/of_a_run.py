@@ -6,7 +6,8 @@ import yaml
 
 from data.fault import Fault
 from pretrain.run.progress import say
-from pretrain.settings.composition import CONFIGS, Composed, load, of_the_command_line
+from pretrain.settings.composition import Composed, load, of_the_command_line
+from pretrain.settings.config_files import CONFIGS
 
 STAGES = ("tile", "slide")
 

@@ -10,7 +10,8 @@ from pretrain.objectives.interface import Objective
 from pretrain.plan.batches import Slides, slide_batch, tile_batch
 from pretrain.plan.rehearsal import RehearsedBatch
 from pretrain.settings import plugins
-from pretrain.settings.composition import Composed, as_dictionary
+from pretrain.settings.annotation import as_dictionary
+from pretrain.settings.composition import Composed
 from pretrain.training.even_shares import micro_batch_share
 
 DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))

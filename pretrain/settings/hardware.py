@@ -8,7 +8,7 @@ import torch
 import yaml
 
 from data.fault import Fault
-from pretrain.settings.composition import CONFIGS
+from pretrain.settings.config_files import CONFIGS
 from pretrain.settings.ranges import one_of, within
 
 FOLDER = CONFIGS / "hardware"

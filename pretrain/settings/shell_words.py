@@ -100,3 +100,8 @@ def quoted(value: str) -> str:
 def of_home(value: str) -> bool:
     """Whether a text begins with the home folder's sign, which a shell leaves as it is behind ``=``."""
     return value == "~" or value.startswith("~/")
+
+
+def key_of(override: str) -> str:
+    """The dotted key, or the group, that a word of the command line sets."""
+    return override.split("=", 1)[0].lstrip("+~")

@@ -26,7 +26,8 @@ from models.allowed import ON_DISK, SHARE, SOME, TILE, Agreements, one_of, withi
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heed, heeding
 from pretrain.settings import plugins, ranges
-from pretrain.settings.composition import CONFIGS, nearest
+from pretrain.settings.config_files import CONFIGS
+from pretrain.settings.refusals import nearest
 
 KINDS = {
     "shards": "tiles",

@@ -24,8 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from models.vit import Kept, Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.settings import composition as settings
 from pretrain.settings import plugins
+from pretrain.settings.composition import load
 from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import clip, parameter_groups, set_rates
 from pretrain.training.sharding import materialise
@@ -133,7 +133,7 @@ def main() -> None:
     threads, busy = int((given or ["2"])[0]), os.getloadavg()[0]
     torch.set_num_threads(threads)
     overrides = [argument for argument in sys.argv[1:] if not argument.startswith("THREADS=")]
-    config = settings.load("tile", ["run=none", "data.shards=none", *overrides]).object()
+    config = load("tile", ["run=none", "data.shards=none", *overrides]).object()
     steps = {"packed": Step(config, VisionTransformer), "unpacked": Step(config, Unpacked)}
     seconds = fastest(steps)
     shares = {name: where_time_goes(step) for name, step in steps.items()}

@@ -20,7 +20,7 @@ from timm.layers import set_fused_attn
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
-from pretrain.settings import composition as settings
+from pretrain.settings.composition import load
 
 STEPS, WARMUP = 16, 3
 
@@ -29,7 +29,7 @@ class Trainer:
     """Student, teacher and optimiser, and one step on random images."""
 
     def __init__(self) -> None:
-        config = settings.load("tile", ["run=none", "data.shards=none", "recipe=small"]).object()
+        config = load("tile", ["run=none", "data.shards=none", "recipe=small"]).object()
         set_fused_attn(False)  # the kernel's backward in bfloat16 is slow on a CPU: the better for this trainer
         model, head, crops = config.model, config.objective, config.data.crops
         self.tiles, self.views = config.data.batch_size, (crops.global_count, crops.local_count)

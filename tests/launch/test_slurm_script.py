@@ -15,7 +15,9 @@ from launch.entry import run_command_line
 from launch.processes import Processes, arrange
 from launch.slurm import seconds
 from launch.submit import submit
-from pretrain.settings.composition import CONFIGS, annotated, load
+from pretrain.settings.annotation import annotated
+from pretrain.settings.composition import load
+from pretrain.settings.config_files import CONFIGS
 
 TILE = ["tile", "run=runs/first", "data.shards=shards"]
 

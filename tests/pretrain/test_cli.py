@@ -7,7 +7,8 @@ import pytest
 from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain import cli
-from pretrain.settings.composition import CONFIGS, stem
+from pretrain.settings.command_schema import file_stem
+from pretrain.settings.config_files import CONFIGS
 
 
 def said(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -23,8 +24,10 @@ def test_the_overview_names_every_command(arguments: list[str], capsys: pytest.C
 
 def test_every_command_has_its_module_and_its_configuration() -> None:
     folder = Path(cli.__file__).parent / "commands"
-    assert {stem(command) for command in cli.COMMANDS} == {file.stem for file in folder.glob("*.py")} - {"__init__"}
-    assert {stem(command) for command in cli.COMMANDS} == {file.stem for file in CONFIGS.glob("*.yaml")}
+    assert {file_stem(command) for command in cli.COMMANDS} == {file.stem for file in folder.glob("*.py")} - {
+        "__init__"
+    }
+    assert {file_stem(command) for command in cli.COMMANDS} == {file.stem for file in CONFIGS.glob("*.yaml")}
 
 
 @pytest.mark.parametrize("command", cli.COMMANDS)
@@ -33,7 +36,7 @@ def test_help_shows_examples_and_every_setting_with_its_comment(
 ) -> None:
     text = said([*command.split(), "--help"], capsys)
     assert f"pretrain {command} " in text.partition("Settings (")[0]
-    for line in (CONFIGS / f"{stem(command)}.yaml").read_text().splitlines():
+    for line in (CONFIGS / f"{file_stem(command)}.yaml").read_text().splitlines():
         if " # " in line and not line.startswith(("#", "  -")):
             assert line.strip() in text
 

@@ -19,8 +19,8 @@ from pretrain.doctor import embeddings, folder, machine, services, tiles
 from pretrain.doctor.finding import Finding
 from pretrain.doctor.rate import fast_enough
 from pretrain.inspection.views import recipe_settings
-from pretrain.settings import composition as settings
 from pretrain.settings import plugins
+from pretrain.settings.composition import load
 from pretrain.training.slide_stage import SlideData
 from tests.data.shards.tile_folders import spoil, write_tiles
 from tests.pretrain.training.test_slide_training import SMALL
@@ -174,7 +174,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_tensors_in_a_real_one(shards: P
     stored = FileSystemReader(tmp_path / "run" / "checkpoints" / "step-00000001").read_metadata().state_dict_metadata
     tensors = [entry for entry in stored.values() if isinstance(entry, TensorStorageMetadata)]
     real = sum(entry.size.numel() * entry.properties.dtype.itemsize for entry in tensors)
-    config = settings.load("doctor", words).object()
+    config = load("doctor", words).object()
     objective = folder.built(lambda: plugins.build(config.objective, lambda: plugins.build(config.model)))
     assert folder.checkpoint_bytes(objective) == pytest.approx(
         real, rel=1e-3
@@ -186,7 +186,7 @@ def test_the_size_of_a_checkpoint_is_that_of_the_tensors_in_a_real_one(shards: P
 
 def data(shards: Path, *words: str) -> dict[str, Any]:
     small = ["data.batch_size=8", "data.lanes=2", "data.threads=1", *words]
-    return settings.load("doctor", [f"data.shards={shards}", *small]).object().data
+    return load("doctor", [f"data.shards={shards}", *small]).object().data
 
 
 def test_tiles_that_fit_are_read_and_timed(shards: Path) -> None:
@@ -242,7 +242,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def slide_data(store: Path, *words: str) -> SlideData:
     small = ["data.batch_size=4", "data.batch_tokens=null", "data.lanes=2", "data.field_cells=0", *words]
-    return settings.load("doctor slide", [f"data.embeddings={store}", *small]).object().data
+    return load("doctor slide", [f"data.embeddings={store}", *small]).object().data
 
 
 def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
@@ -481,7 +481,7 @@ def test_a_machine_is_looked_at_without_a_run(
 
 
 def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
-    config = settings.load("doctor", ["recipe=midnight", "data.shards=none"]).object()
+    config = load("doctor", ["recipe=midnight", "data.shards=none"]).object()
     run = recipe_settings("midnight")
     assert config.model == run.model and config.objective == run.objective and config.optim == run.optim
     assert config.data["crops"] == vars(run.data.crops) and config.data["batch_size"] == run.data.batch_size
@@ -492,7 +492,7 @@ def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
     [("tile", "doctor", "data.shards=any"), ("slide", "doctor slide", "data.embeddings=any")],
 )
 def test_every_setting_of_a_run_is_taken_and_means_the_same(command: str, doctor: str, source: str) -> None:
-    ours, runs = (settings.load(name, ["run=any", source]).object() for name in (doctor, command))
+    ours, runs = (load(name, ["run=any", source]).object() for name in (doctor, command))
     for name, value in vars(runs).items():
         if (command, name) != ("tile", "data"):  # which may lack shards, and has no type for that
             assert getattr(ours, name) == value
@@ -500,7 +500,7 @@ def test_every_setting_of_a_run_is_taken_and_means_the_same(command: str, doctor
 
 def test_an_unknown_setting_is_refused() -> None:
     with pytest.raises(Fault, match=r"there is no setting 'optim\.lrr'"):
-        settings.load("doctor", ["+optim.lrr=1"])
+        load("doctor", ["+optim.lrr=1"])
 
 
 @pytest.mark.parametrize("source", ["mixture", "nothing"])

@@ -27,7 +27,7 @@ from pretrain.encoders.export.transformers import export_transformers
 from pretrain.encoders.loading import load_encoder
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints
-from pretrain.settings import composition as settings
+from pretrain.settings.composition import load
 from pretrain.training.sharding import materialise
 from tests.data.shards.tile_folders import write_tiles
 
@@ -182,7 +182,7 @@ FROM_TIMM = [name for name, recipe in RECIPES.items() if timm.is_model(str(recip
 
 @pytest.mark.parametrize("recipe", FROM_TIMM)
 def test_a_recipe_that_continues_from_a_timm_model_has_the_network_that_its_weights_fit(recipe: str) -> None:
-    config = settings.load("tile", [f"recipe={recipe}", "run=none", "data.shards=none"]).object()
+    config = load("tile", [f"recipe={recipe}", "run=none", "data.shards=none"]).object()
     assert timm.models.is_model_pretrained(config.init)
     with torch.device("meta"):
         theirs = timm.create_model(config.init, pretrained=False, num_classes=0)

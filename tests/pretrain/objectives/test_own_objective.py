@@ -9,7 +9,8 @@ import torch
 from launch.entry import run_command_line
 from pretrain.plan.rehearsal import RehearsedBatch, rehearse
 from pretrain.settings import plugins
-from pretrain.settings.composition import annotated, load
+from pretrain.settings.annotation import annotated
+from pretrain.settings.composition import load
 from pretrain.training.sharding import materialise
 from tests.pretrain.objectives.pairwise_objective import Pairwise
 from tests.pretrain.objectives.tile_objectives import batch, encoder

@@ -19,9 +19,11 @@ from data.fault import Fault
 from launch.entry import run_command_line
 from models.allowed import Allowed
 from pretrain import cli
-from pretrain.settings import composition as settings
 from pretrain.settings import plugins, ranges
-from pretrain.settings.composition import CONFIGS, Composed, load, stem
+from pretrain.settings.annotation import ranges_of
+from pretrain.settings.command_schema import config_class, file_stem
+from pretrain.settings.composition import Composed, load
+from pretrain.settings.config_files import CONFIGS
 from pretrain.training.trainer_settings import require_devices
 
 MORE = [  # compositions of the plug-ins that no command has by default
@@ -31,7 +33,7 @@ MORE = [  # compositions of the plug-ins that no command has by default
     ("tile", ["launch=slurm"]),
     ("tile", ["launch=torchrun"]),
 ]
-COMPOSITIONS = [(name, []) for name in cli.COMMANDS if (CONFIGS / f"{stem(name)}.yaml").exists()] + MORE
+COMPOSITIONS = [(name, []) for name in cli.COMMANDS if (CONFIGS / f"{file_stem(name)}.yaml").exists()] + MORE
 NAMES = [" ".join([command, *words]) for command, words in COMPOSITIONS]
 WORDS = r"(at least|more than|at most|less than) ([-\d.e+]+)"
 
@@ -52,7 +54,7 @@ def whole(*words: str) -> dict[str, Any]:
 
 
 def kinds_of(one: Composed) -> dict[str, Any]:
-    return {"launch": plugins.Plugin, **ranges.hints(settings._config(one.command))}
+    return {"launch": plugins.Plugin, **ranges.hints(config_class(one.command))}
 
 
 def around(allowed: Allowed, value: Any) -> Iterator[Any]:
@@ -86,7 +88,7 @@ def refusal(one: Composed, name: str, value: Any) -> str | None:
     (inner(values, before) if before else values)[key] = value
     try:
         ranges.require_allowed(values, kinds_of(one))
-        ranges.check_whole(values, settings._config(one.command))
+        ranges.check_whole(values, config_class(one.command))
     except Fault as fault:
         return str(fault)
     return None
@@ -278,7 +280,7 @@ def test_help_shows_the_ranges() -> None:
         r"  seed: 0 +# .*\[at least 0\]",
     ):
         assert re.search(f"^{line}$", text, flags=re.M), line
-    assert "launch" in json.dumps(settings.ranges_of(load("plan", [])))
+    assert "launch" in json.dumps(ranges_of(load("plan", [])))
 
 
 class Own(torch.nn.Module):

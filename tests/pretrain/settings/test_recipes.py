@@ -19,7 +19,8 @@ from pretrain.encoders.loading import load_encoder
 from pretrain.objectives.interface import Objective
 from pretrain.run.folder import flat
 from pretrain.settings import plugins
-from pretrain.settings.composition import CONFIGS, comments, load
+from pretrain.settings.composition import load
+from pretrain.settings.config_files import CONFIGS, comments
 
 ROOT = Path(__file__).resolve().parents[3]
 # Encoder parameters as published (mask token left out), and what their count has more or less than ours and why.

@@ -9,20 +9,23 @@ from omegaconf import OmegaConf
 
 from data.fault import Fault
 from pretrain import cli
-from pretrain.settings import composition as settings
-from pretrain.settings.composition import CONFIGS, annotated, choices_of, comments, load, stem
+from pretrain.settings.annotation import annotated
+from pretrain.settings.command_schema import file_stem
+from pretrain.settings.composition import load
+from pretrain.settings.config_files import CONFIGS, choices_of, comments
+from pretrain.settings.refusals import nearest
 
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 
 
 def commands() -> list[str]:
-    return [name for name in cli.COMMANDS if (CONFIGS / f"{stem(name)}.yaml").exists()]
+    return [name for name in cli.COMMANDS if (CONFIGS / f"{file_stem(name)}.yaml").exists()]
 
 
 @pytest.mark.parametrize("command", commands())
 def test_every_command_composes_and_only_its_required_keys_are_missing(command: str) -> None:
     composed = load(command, [])
-    required = set(re.findall(r"^(\w+): +\?\?\?", (CONFIGS / f"{stem(command)}.yaml").read_text(), flags=re.M))
+    required = set(re.findall(r"^(\w+): +\?\?\?", (CONFIGS / f"{file_stem(command)}.yaml").read_text(), flags=re.M))
     inner = set()
     for prefix, file in composed.files:
         inner |= {prefix + key for key in re.findall(r"^(\w+): +\?\?\?", file.read_text(), flags=re.M)}
@@ -32,7 +35,7 @@ def test_every_command_composes_and_only_its_required_keys_are_missing(command: 
 
 def uses(command: str, group: str) -> bool:
     return group == "launch" or bool(
-        re.search(rf"^  - (?:override )?/?{group}: ", (CONFIGS / f"{stem(command)}.yaml").read_text(), flags=re.M)
+        re.search(rf"^  - (?:override )?/?{group}: ", (CONFIGS / f"{file_stem(command)}.yaml").read_text(), flags=re.M)
     )
 
 
@@ -190,5 +193,5 @@ def test_comments_are_read_from_values_not_from_strings(tmp_path: Path) -> None:
 
 
 def test_nearest_finds_a_name_by_its_last_part() -> None:
-    assert settings.nearest("lerning", {"optim.learning", "data.threads"}) == "; did you mean 'optim.learning'?"
-    assert settings.nearest("qqq", {"optim.lr"}) == "."
+    assert nearest("lerning", {"optim.learning", "data.threads"}) == "; did you mean 'optim.learning'?"
+    assert nearest("qqq", {"optim.lr"}) == "."

@@ -1,0 +1,80 @@
+"""Why a word of the command line can't be taken, in one sentence, with the nearest name that is known."""
+
+import difflib
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from pretrain.settings.command_schema import file_stem, with_launch
+from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
+
+
+def why_refused(
+    command: str, overrides: list[str], search: list[str], directories: list[Path], error: Exception
+) -> str:
+    """One sentence for Hydra's refusal: the first override whose key or choice is unknown, with the nearest known one."""
+    launch = [
+        word for word in overrides if word in {f"launch={choice}" for choice in choices_of("launch", directories)}
+    ]
+    with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=file_stem(command)):
+        known = dotted_keys(compose(file_stem(command), with_launch(command, launch) + search))
+    groups = {folder.name for directory in directories for folder in directory.iterdir() if folder.is_dir()}
+    for text in overrides:
+        try:
+            override = OverridesParser.create().parse_override(text)
+        except HydraException as problem:
+            first = str(problem).splitlines()[0]
+            return f"{text!r} can't be read as key=value ({first}); quote values that hold spaces, commas or braces."
+        key, value = override.key_or_group, override.value()
+        if key in groups and value is None and not override.is_delete():
+            return f"{key}=null is not a choice; '~{key}' leaves the group {key} out."
+        if key in groups and isinstance(value, str):
+            options = choices_of(key, directories)
+            if value not in options:
+                return f"there is no {key} {value!r}{nearest(value, set(options))} There are: {', '.join(options)}."
+        elif not launch and (others := _launches_with(key, directories)):
+            return (
+                f"{key} is a setting of {' and of '.join(others)}: give that too, as without it the command runs here."
+            )
+        elif key not in known and not override.is_add():
+            return f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, known)}"
+        elif key in known and override.is_add() and not override.is_force_add():
+            return f"{key} is a setting already, and + adds one: write {text.lstrip('+')}."
+    return " ".join(str(error).split())
+
+
+def _launches_with(key: str, directories: list[Path]) -> list[str]:
+    """The choices of ``launch=`` that have the setting ``key``."""
+    found = []
+    for choice in choices_of("launch", directories):
+        keys = {
+            prefix + name for prefix, file in with_parents("launch", choice, directories) for name in comments(file)
+        }
+        found += [f"launch={choice}"] if key in keys else []
+    return found
+
+
+def dotted_keys(tree: DictConfig, prefix: str = "") -> set[str]:
+    """All dotted keys of a configuration, inner ones included."""
+    found = set()
+    for key in map(str, tree):
+        found.add(f"{prefix}{key}")
+        if not OmegaConf.is_missing(tree, key) and isinstance(tree[key], DictConfig):
+            found |= dotted_keys(tree[key], f"{prefix}{key}.")
+    return found
+
+
+def nearest(key: str, known: set[str]) -> str:
+    """The end of a sentence: ``; did you mean 'optim.lr'?``, by the whole dotted name or else by its last part, or a
+    full stop."""
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    if not close:
+        leaf = key.rpartition(".")[2]
+        by_leaf: dict[str, str] = {}
+        for name in sorted(known):
+            by_leaf.setdefault(name.rpartition(".")[2], name)
+        close = [by_leaf[name] for name in difflib.get_close_matches(leaf, by_leaf, n=1, cutoff=0.5)]
+    return f"; did you mean {close[0]!r}?" if close else "."
