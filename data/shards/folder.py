@@ -18,7 +18,7 @@ from data import lease
 from data.fault import Fault
 from data.files import appearing, write_whole
 from data.lease import Lease
-from data.shards.writing import Shard, TileRange
+from data.shards.writing import Shard, TileRange, is_published
 from data.slides.tiling import Tiling
 
 PENDING, TILED, NO_TISSUE, FAILED = "pending", "tiled", "no tissue", "failed"
@@ -48,6 +48,40 @@ class SlideRow:
             setattr(self, name, count)
         self.mpp, self.width, self.height = tiling.grid.mpp, tiling.grid.width, tiling.grid.height
         self.patient = tiling.patient
+
+
+@dataclass
+class ShardFolder:
+    """A folder of shards in the making. ``plan`` and ``rows`` are in memory until they are saved."""
+
+    out: Path
+    made: dict[str, Any]  # how tiles are cut
+    state: str  # "", or that of a part of a job array
+    plan: list[Shard]
+    rows: dict[str, SlideRow]  # by slide id
+
+    @classmethod
+    def take_up(cls, out: Path, made: dict[str, Any], state: str = "") -> "ShardFolder":
+        """A new one, or an earlier run's to go on with. Raises Fault where the folder's tiles were cut differently."""
+        return cls(out, made, state, prepare(out, made, state), load_rows(out, state))
+
+    @property
+    def planned(self) -> set[str]:
+        """The slides whose tiles have a place in a shard."""
+        return {part.slide for shard in self.plan for part in shard.parts}
+
+    @property
+    def published(self) -> list[Shard]:
+        """The shards that are there, whole."""
+        return [shard for shard in self.plan if is_published(self.out, shard.name)]
+
+    def save_rows(self) -> None:
+        """Write ``slides.csv``, whole or not at all."""
+        save_rows(self.out, self.rows, self.state)
+
+    def save_plan(self) -> None:
+        """Write ``plan.json``, whole or not at all."""
+        save_plan(self.out, self.made, self.plan, self.state)
 
 
 def prepare(out: Path, settings: dict[str, Any], state: str = "") -> list[Shard]:

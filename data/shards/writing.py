@@ -50,7 +50,7 @@ class Shard:
 
 
 @dataclass
-class Written:
+class WrittenShard:
     """What came of a shard: kept tiles, bytes, and slides that failed with the reason why."""
 
     name: str
@@ -95,7 +95,7 @@ def read_shard_facts(folder: Path, name: str) -> dict[str, Any]:
         return json.loads(str(record["facts"]))
 
 
-def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
+def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> WrittenShard:
     """Cut the tiles of ``shard`` and publish its tar and its record.
 
     ``sources`` gives each slide's file. Tiles that turn out empty, or whose data is damaged, are left out and recorded
@@ -106,7 +106,7 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> Written:
     The tar is synced and renamed before its record, and counts from then on; whatever happens earlier leaves only a
     hidden partial file, removed by the next run. Raises Fault where the disk is full.
     """
-    written = Written(shard.name)
+    written = WrittenShard(shard.name)
     path = folder / f"{shard.name}.tar"
     rows: list[tuple[int, ...]] = []
     slides: list[dict[str, Any]] = []

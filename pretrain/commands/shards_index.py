@@ -32,7 +32,7 @@ from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.tile_members import LeftOut
 from data.shards.writing import is_published
 from models.allowed import ON_DISK, SOME
-from pretrain.commands.shard import counted_as, holdings
+from pretrain.cutting.summary import counted_as, holdings
 from pretrain.run.progress import say
 
 MOST_SAID = 20  # kinds of what was left out

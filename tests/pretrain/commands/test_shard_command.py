@@ -187,10 +187,10 @@ def test_only_bad_slides_end_in_a_fault(tmp_path: Path) -> None:
 def test_a_slide_that_breaks_between_tissue_and_tiles_is_retried(
     done: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pretrain.commands import shard as command
+    from pretrain.cutting import tissue
 
     source, reference = slides(tmp_path / "slides"), done[1]
-    survey = command.survey
+    survey = tissue.survey
 
     def then_break(job: tuple[Path, str], **settings: Any) -> Any:
         tiling = survey(job, **settings)
@@ -198,7 +198,7 @@ def test_a_slide_that_breaks_between_tissue_and_tiles_is_retried(
             job[0].rename(job[0].with_suffix(".gone"))
         return tiling
 
-    monkeypatch.setattr(command, "survey", then_break)
+    monkeypatch.setattr(tissue, "survey", then_break)
     shard(slides=source, out=tmp_path / "out")
     assert load_rows(tmp_path / "out")["b"].outcome == "failed"
     assert contents(tmp_path / "out") == {
