@@ -26,23 +26,24 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from data.embeddings.feature_files import UNITS, list_features
-from data.embeddings.h5 import EXPORTS, exported
+from data.embeddings.h5 import EXPORTS
 from data.embeddings.index import merge_job_indexes
 from data.embeddings.slide_features import slides_in
-from data.embeddings.sources import EmbeddingSource, ShardSource, SlideSource, slides_of_part
+from data.embeddings.sources import EmbeddingSource, ShardSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.shards.job_array import JobPart
 from data.slides.lists import list_slides
-from data.slides.mpp import ISOTROPIC, SAME_MPP, SlidesMpp
-from data.slides.names import name_slides
+from data.slides.mpp import ISOTROPIC, SlidesMpp
 from data.slides.tiling import TilingSettings
 from data.slides.tissue import RULES
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
-from pretrain.run.progress import say, track
+from pretrain.embedding.named_slides import hold_to_embedded_mpp, named_slides
+from pretrain.embedding.result import say_embedded, write_exports
+from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
 
 USED_BY = {
@@ -98,13 +99,13 @@ def run(config: Config) -> None:
     require_consistent(config)
     if config.merge:
         merge_job_indexes(Path(config.out))
-        say_result(config, EmbeddingStore.open(Path(config.out)), {}, 0, time.monotonic())
+        say_embedded(config.out, EmbeddingStore.open(Path(config.out)), {}, None, time.monotonic(), {})
     elif config.stage == "slide":
-        embed_slides_whole(config, part, parts)
+        _embed_slides_whole(config, part, parts)
     elif config.features:
-        import_feature_files(config, part, parts)
+        _import_features(config, part, parts)
     else:
-        embed(config, part, parts)
+        _embed_tiles(config, part, parts)
 
 
 @of_the_command_line()
@@ -141,17 +142,19 @@ def refuse_idle(config: Config, work: str) -> None:
         raise Fault(f"{work} {what}, and {' and '.join(idle)} {have} no effect there: leave {'it' if len(idle) == 1 else 'them'} out, or {work}.")  # fmt: skip
 
 
-def embed(config: Config, part: int, parts: int) -> None:
+def _embed_tiles(config: Config, part: int, parts: int) -> None:
     """stage=tile, by an encoder."""
-    from pretrain.encoders.embedding import embed_slides
+    from pretrain.embedding.tiles import embed_slides
     from pretrain.encoders.loading import load_encoder
 
     assert config.checkpoint is not None
-    began = time.monotonic()
+    began, out = time.monotonic(), Path(config.out)
     shards = ShardSource(config.shards) if config.shards else None
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
-    with EmbeddingWriter(Path(config.out), encoder.width, encoder.name, encoder.hash, part, parts) as writer:
-        source: EmbeddingSource = shards or slide_source(config, writer)
+    with EmbeddingWriter(out, encoder.width, encoder.name, encoder.hash, part, parts) as writer:
+        source: EmbeddingSource = shards or named_slides(
+            config.slides or [], _tiling(config), SlidesMpp.parse(config.slides_mpp), writer
+        )
         mine = slides_of_part(source, part, parts) if part else source.slides
         pending = [slide for slide in mine if not writer.done(slide)]
         failed: dict[str, str] = {}
@@ -169,51 +172,57 @@ def embed(config: Config, part: int, parts: int) -> None:
                 done=len(mine) - len(pending),
             )
         writer.finish(failed)
-    store = EmbeddingStore.open(Path(config.out))
-    write_exports(config, store, [slide for slide in mine if slide not in failed])
-    say_result(config, store, failed, len(pending) - len(failed), began)
+    store = EmbeddingStore.open(out)
+    write_exports(config.export, out, store, [slide for slide in mine if slide not in failed])
+    say_embedded(config.out, store, failed, len(pending) - len(failed), began, {})
 
 
-def import_feature_files(config: Config, part: int, parts: int) -> None:
+def _tiling(config: Config) -> TilingSettings:
+    min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
+    return TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
+
+
+def _import_features(config: Config, part: int, parts: int) -> None:
     """stage=tile, of features that are there already. Where they don't carry a hash of their encoder, its name stands
     for it."""
-    from pretrain.encoders import feature_import
+    from pretrain.embedding import features
 
     assert config.features is not None
-    began = time.monotonic()
+    began, out = time.monotonic(), Path(config.out)
     files = list_features(Path(config.features))
-    (said, hash_), dimensions = feature_import.made_by(files, config.encoder)
-    name = config.encoder or said
+    (stated, hash_), dimensions = features.made_by(files, config.encoder)
+    name = config.encoder or stated
     if name is None:
         raise Fault(f"the files in {config.features} don't say which encoder made them: give its name, encoder=….")
     mine = sorted(files)[part - 1 :: parts] if part else sorted(files)
-    with EmbeddingWriter(
-        Path(config.out), dimensions, name, feature_import.hash_of(name, hash_), part, parts
-    ) as writer:
-        # A name once given is kept: stores that were made before ids were safe have the files' stems.
-        files |= {path.stem: path for path in files.values() if writer.done(path.stem)}
-        mine = [files[slide].stem if files[slide].stem in files else slide for slide in mine]
-        for slide in mine:
-            if slide != files[slide].stem:
-                say(f"called {slide}: {files[slide]}")
+    with EmbeddingWriter(out, dimensions, name, features.hash_of(name, hash_), part, parts) as writer:
+        files, mine = features.under_kept_names(files, mine, writer)
         pending = [slide for slide in mine if not writer.done(slide)]
         slides = {path.stem: path for path in list_slides(config.slides or [])}
         slides_mpp = SlidesMpp.parse(config.slides_mpp)
         done = {slides.get(files[slide].stem, files[slide]): slide for slide in mine if writer.done(slide)}
-        hold_to_mpp(config, writer, done, slides_mpp, ISOTROPIC)
-        results, failed = feature_import.add_slides(
-            files, pending, writer, slides=slides, slides_mpp=slides_mpp, tile_size_level0=config.features_tile,
-            mpp=config.features_mpp, unit=config.features_unit, encoder=config.encoder, max_bad_fraction=config.max_bad_fraction,
-        )  # fmt: skip
+        hold_to_embedded_mpp(writer, done, slides_mpp, ISOTROPIC)
+        results, failed = features.add_slides(
+            files,
+            pending,
+            writer,
+            slides=slides,
+            slides_mpp=slides_mpp,
+            tile_size_level0=config.features_tile,
+            mpp=config.features_mpp,
+            unit=config.features_unit,
+            encoder=config.encoder,
+            max_bad_fraction=config.max_bad_fraction,
+        )
         writer.finish(failed)
-    store = EmbeddingStore.open(Path(config.out))
-    write_exports(config, store, [slide for slide in mine if slide not in failed])
-    say_result(config, store, failed, len(pending) - len(failed), began, results)
+    store = EmbeddingStore.open(out)
+    write_exports(config.export, out, store, [slide for slide in mine if slide not in failed])
+    say_embedded(config.out, store, failed, len(pending) - len(failed), began, {"results": results})
 
 
-def embed_slides_whole(config: Config, part: int, parts: int) -> None:
+def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
     """stage=slide."""
-    from pretrain.encoders.slide_embedding import embed_store
+    from pretrain.embedding.slides import embed_store
     from pretrain.encoders.slide_encoders import load_slide_encoder
 
     assert config.checkpoint is not None and config.embeddings is not None
@@ -230,72 +239,3 @@ def embed_slides_whole(config: Config, part: int, parts: int) -> None:
         "tile_encoder_hash": store.encoder_hash, "new_slides": new, "seconds": round(time.monotonic() - began, 1),
     }  # fmt: skip
     print(json.dumps(facts), flush=True)
-
-
-def slide_source(config: Config, writer: EmbeddingWriter) -> SlideSource:
-    """The slides that ``slides=`` names; those embedded before keep their ids."""
-    min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
-    settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
-    paths, slides_mpp = list_slides(config.slides or []), SlidesMpp.parse(config.slides_mpp)
-    if some := slides_mpp.tells_of(paths):
-        say(some)
-    names = name_slides(paths, writer.sources())
-    hold_to_mpp(config, writer, names, slides_mpp)
-    for path, slide in names.items():
-        if slide != path.stem:
-            say(f"called {slide}: {path}")
-    return SlideSource(names, settings, slides_mpp)
-
-
-def hold_to_mpp(
-    config: Config, writer: EmbeddingWriter, names: dict[Path, str], slides_mpp: SlidesMpp, same: float = SAME_MPP
-) -> None:
-    """Raise Fault where a slide was embedded before as one of other µm per pixel than the user says now."""
-    for path, slide in names.items():
-        mpp, then = slides_mpp.of(path), writer.mpp_level0(slide)
-        if mpp is not None and then is not None and abs(then / mpp - 1) > same:
-            raise Fault(
-                f"{path} was embedded as one of {then:.4g} µm per pixel, and slides_mpp= says {mpp:g} now: choose another folder than out={config.out}"
-            )
-
-
-def write_exports(config: Config, store: EmbeddingStore, slides: list[str]) -> None:
-    """For each asked format the files of the slides that have none yet."""
-    for kind in config.export:
-        folder = Path(config.out) / kind
-        absent = [slide for slide in slides if not exported(kind, slide, folder)]
-        for slide in track(absent, len(absent), kind, "slides"):
-            EXPORTS[kind](store, slide, folder)
-
-
-def say_result(
-    config: Config,
-    store: EmbeddingStore,
-    failed: dict[str, str],
-    new: int,
-    began: float,
-    results: dict[str, str] | None = None,
-) -> None:
-    """Say what is there, print it as JSON, and raise Fault where a slide was left out."""
-    tiles, seconds = sum(store.rows(slide) for slide in store.slides), time.monotonic() - began
-    empty = sum(not store.rows(slide) for slide in store.slides)
-    said = f"{config.out}: {len(store.slides)} slides, {tiles} tiles, {store.width} wide"
-    said += f", {empty} of the slides without tissue" if empty else ""
-    say(said if new or failed or config.merge else f"{said}; all were there already, nothing to do")
-    facts: dict[str, Any] = {
-        "out": config.out, "slides": len(store.slides), "tiles": tiles, "width": store.width, "encoder": store.encoder,
-        "encoder_hash": store.encoder_hash, "new_slides": new, "failed": failed, "seconds": round(seconds, 1),
-    }  # fmt: skip
-    if results is not None:
-        facts["results"] = results
-    print(json.dumps(facts), flush=True)
-    require_none_left_out(failed)
-
-
-def require_none_left_out(failed: dict[str, str]) -> None:
-    """End with an error where slides were left out."""
-    if failed:
-        first = next(iter(failed.values()))
-        count = "a slide was" if len(failed) == 1 else f"{len(failed)} slides were"
-        because = first if len(failed) == 1 else f"of the first, {first}"
-        raise Fault(f"{count} left out, and will be tried again by the same command: {because}")

@@ -137,8 +137,8 @@ def run(config: Config) -> None:
 def own_split(images: "LabelledImages", config: Config) -> "tuple[LabelledImages, LabelledImages, str]":
     """Train and test images of one folder, tiles of one patient or slide kept together where that can be, and how in
     words."""
+    from data.ahead import map_ahead
     from pretrain.encoders import probing
-    from pretrain.encoders.ahead import map_ahead
     from pretrain.encoders.slide_groups import groups_of
 
     pixels = map_ahead(probing.image_or_fault, images.files, config.threads, ahead=2 * config.batch)

@@ -15,9 +15,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
+from data.ahead import map_ahead
 from data.fault import Fault
 from data.keyed import rng
-from pretrain.encoders.ahead import map_ahead
 from pretrain.objectives.figures import rankme
 from pretrain.run.progress import say, track
 

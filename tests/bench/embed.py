@@ -42,7 +42,7 @@ from data.keyed import rng
 from data.shards.scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.encoders.embedding import embed_slides
+from pretrain.embedding.tiles import embed_slides
 from pretrain.encoders.loading import Preprocessing, TileEncoder, class_token, freeze
 
 BATCH, TILES, ROUNDS = 16, 64, 5

@@ -20,7 +20,7 @@ from data.shards.scan import scan
 from launch.entry import run_command_line
 from pretrain.commands import shard
 from pretrain.commands.embed import Config, run
-from pretrain.encoders import embedding
+from pretrain.embedding import tiles as tile_embedding
 from pretrain.encoders.loading import load_encoder
 from pretrain.settings.composition import load
 from tests.data.slides.synthetic_slides import stained, write_slide
@@ -81,7 +81,7 @@ def test_an_interrupted_command_goes_on_with_the_first_slide_that_is_not_whole(m
         return encoder.start(tiles)
 
     with pytest.raises(Killed), EmbeddingWriter(tmp_path / "out", encoder.width, encoder.name, encoder.hash) as writer:
-        embedding.embed_slides(
+        tile_embedding.embed_slides(
             dies_in_the_second_slide, ShardSource(shards), ["slide0", "slide1"], writer, batch=4, threads=2, max_bad_fraction=0, pin=False, done=0
         )  # fmt: skip
     assert EmbeddingStore.open(tmp_path / "out").slides == ["slide0"]
@@ -96,7 +96,7 @@ def test_an_interrupted_command_goes_on_with_the_first_slide_that_is_not_whole(m
 def test_a_second_run_computes_nothing_and_says_so(make_tile_run, shards, tmp_path, capsys, monkeypatch):
     folder, _ = make_tile_run()
     run(settings(folder, shards, tmp_path / "out"))
-    monkeypatch.setattr(embedding, "embed_slides", lambda *_, **__: pytest.fail("embedded again"))
+    monkeypatch.setattr(tile_embedding, "embed_slides", lambda *_, **__: pytest.fail("embedded again"))
     capsys.readouterr()
     run(settings(folder, shards, tmp_path / "out"))
     said = capsys.readouterr()

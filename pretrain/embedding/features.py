@@ -11,7 +11,7 @@ from data.slides.mpp import ISOTROPIC, SlidesMpp
 from data.slides.reading import Slide
 from pretrain.run.progress import say, track
 
-MOST_SAID = 20
+SHORT_ONE_BY_ONE = 20  # slides with rows left out that are said one by one
 
 
 def made_by(files: dict[str, Path], encoder: str | None) -> tuple[tuple[str | None, str | None], int]:
@@ -30,6 +30,19 @@ def made_by(files: dict[str, Path], encoder: str | None) -> tuple[tuple[str | No
 def hash_of(encoder: str, said: str | None) -> str:
     """An encoder's hash, as a feature file says it; where it doesn't, its name stands for it."""
     return said or f"imported {encoder}"
+
+
+def under_kept_names(
+    files: dict[str, Path], mine: list[str], writer: EmbeddingWriter
+) -> tuple[dict[str, Path], list[str]]:
+    """The files by their slides' ids, and this job's ids. A name once given is kept: stores that were made before ids
+    were safe have the files' stems. A name that isn't the file's is said."""
+    files = files | {path.stem: path for path in files.values() if writer.done(path.stem)}
+    mine = [files[slide].stem if files[slide].stem in files else slide for slide in mine]
+    for slide in mine:
+        if slide != files[slide].stem:
+            say(f"called {slide}: {files[slide]}")
+    return files, mine
 
 
 def add_slides(
@@ -95,13 +108,13 @@ def add_slides(
             results[slide] = f"{rows - bad} tiles" + (f"; left out: {left}" if bad else "")
             if bad:
                 short += 1
-                if short <= MOST_SAID:
+                if short <= SHORT_ONE_BY_ONE:
                     say(f"{path}: left out {left}")
         except Refused:
             raise
         except Fault as fault:
             failed[slide] = str(fault)
             say(f"left out: {fault}")
-    if short > MOST_SAID:
-        say(f"… and rows of {short - MOST_SAID} more slides; the last line of output has them all")
+    if short > SHORT_ONE_BY_ONE:
+        say(f"… and rows of {short - SHORT_ONE_BY_ONE} more slides; the last line of output has them all")
     return results, failed
