@@ -19,7 +19,7 @@ URL = re.compile(
 )
 # A password may hold what should have been escaped; a number behind a colon is a port.
 USER = re.compile(r"^(?:[^/?#]*|[^/?#@]*:(?!\d+/)[^@]*)@")
-VARIABLES = re.compile(r"(?:\$\{[^}]*\}|[:&=@])*")
+VARIABLE_PARTS = re.compile(r"(?:\$\{[^}]*\}|[:&=@])*")
 
 Settings = TypeVar("Settings")
 
@@ -51,7 +51,11 @@ def _redacted_url(match: re.Match[str]) -> str:
     behind = user.end() if user else 0
     place, mark, query = re.fullmatch(r"([^?#]*)([?#]?)(.*)", rest[behind:], flags=re.DOTALL).groups()  # type: ignore[union-attr]
     # In other schemes than http a name before @ is no secret: the container of abfs://container@account.
-    if user and (":" in user[0] or match["scheme"].lower().startswith("http")) and not VARIABLES.fullmatch(user[0]):
+    if (
+        user
+        and (":" in user[0] or match["scheme"].lower().startswith("http"))
+        and not VARIABLE_PARTS.fullmatch(user[0])
+    ):
         place = f"{HIDDEN}@{place}"
     else:
         place = f"{rest[:behind]}{place}"
@@ -66,4 +70,4 @@ def _redacted_parameter(parameter: str) -> str:
     name, equals, value = parameter.partition("=")
     if not equals:  # ?abcdef: a token alone
         name, value = "", name
-    return f"{name}{equals}{value if VARIABLES.fullmatch(value) else HIDDEN}"
+    return f"{name}{equals}{value if VARIABLE_PARTS.fullmatch(value) else HIDDEN}"

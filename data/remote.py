@@ -25,10 +25,10 @@ from fsspec.asyn import AsyncFileSystem, sync
 
 from data.fault import Fault
 
-ATTEMPTS = 5
+READ_ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
-PATIENCE = 30.0  # seconds without a byte after which a read counts as stalled
-PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # fmt: skip
+STALLED_AFTER = 30.0  # seconds without a byte after which a read counts as stalled
+FILE_SYSTEM_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # fmt: skip
 HOPELESS = (FileNotFoundError, Fault)
 READ_AHEAD = 4 << 20  # bytes, where a file is read from front to back
 FETCHED_AT_ONCE = 8  # blocks, beside those that somebody waits for
@@ -196,7 +196,7 @@ def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
     """The result of ``attempt(file system, path)``, tried again and again while there is hope."""
     system, path = _file_system(url)
     began = time.monotonic()
-    for number in range(1, ATTEMPTS + 1):
+    for number in range(1, READ_ATTEMPTS + 1):
         try:
             return attempt(system, path)
         except Exception as raised:  # every file system of fsspec has errors of its own
@@ -214,11 +214,11 @@ def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
                 raise Truncated(f"{url} ends before the bytes that its index says it has") from error
             if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
                 raise Fault(f"{url} is refused (HTTP {status} {getattr(error, 'message', '')}): check the address and who may read it.") from error  # fmt: skip
-            if number == ATTEMPTS:
+            if number == READ_ATTEMPTS:
                 if isinstance(error, Truncated):
                     raise
                 raise Fault(
-                    f"{url} can't be read ({str(error) or type(error).__name__}), tried {ATTEMPTS} times over "
+                    f"{url} can't be read ({str(error) or type(error).__name__}), tried {READ_ATTEMPTS} times over "
                     f"{time.monotonic() - began:.0f} s: check the server and the network, then run the same command again."
                 ) from error
             time.sleep(PAUSE * 2 ** (number - 1))
@@ -229,7 +229,7 @@ def _file_system(url: str) -> tuple[Any, str]:
     # fsspec keeps one instance a process for the same arguments, and makes a new one after a fork.
     protocol = url.partition("://")[0]
     options: dict[str, Any] = {}
-    patience = aiohttp.ClientTimeout(total=None, sock_connect=PATIENCE, sock_read=PATIENCE)
+    patience = aiohttp.ClientTimeout(total=None, sock_connect=STALLED_AFTER, sock_read=STALLED_AFTER)
     if protocol in ("http", "https"):
         theirs = [fsspec.config.conf.get(name, {}).get("client_kwargs", {}) for name in ("http", "https")]
         options["client_kwargs"] = theirs[0] | theirs[1] | {"timeout": patience}
@@ -238,17 +238,17 @@ def _file_system(url: str) -> tuple[Any, str]:
     try:
         return fsspec.url_to_fs(url, **options)
     except ImportError as error:
-        package = PACKAGES.get(protocol, str(error))
+        package = FILE_SYSTEM_PACKAGES.get(protocol, str(error))
         raise Fault(f"reading {url} takes the package {package}: pip install {package}.") from error
     except ValueError as error:
         raise Fault(f"{url} can't be read: {error}.") from error
 
 
 def _waited_for(system: Any, function: Any, *arguments: Any, **named: Any) -> Any:
-    """Call a file system's function; where it is asynchronous, wait for it a multiple of `PATIENCE` and no longer."""
+    """Call a file system's function; where it is asynchronous, wait for it a multiple of `STALLED_AFTER` and no longer."""
     if not isinstance(system, AsyncFileSystem):
         return function(*arguments, **named)
-    return sync(system.loop, function, *arguments, timeout=10 * PATIENCE, **named)
+    return sync(system.loop, function, *arguments, timeout=10 * STALLED_AFTER, **named)
 
 
 class BlockCache:

@@ -9,7 +9,7 @@ import numpy as np
 from data.fault import Fault
 
 DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
-SAME = 0.01  # by how much the numbers of two axes may differ: levels have whole numbers of pixels
+SAME_AXES = 0.01  # by how much the numbers of two axes may differ: levels have whole numbers of pixels
 
 
 def said_number(path: Path, name: str, value: Any) -> float | None:
@@ -19,7 +19,7 @@ def said_number(path: Path, name: str, value: Any) -> float | None:
         return None
     values = np.atleast_1d(np.asarray(value)).ravel()
     if len({str(item) for item in values}) > 1 and not (
-        values.dtype.kind in "fiu" and np.isclose(values, values[0], rtol=SAME, atol=0).all()
+        values.dtype.kind in "fiu" and np.isclose(values, values[0], rtol=SAME_AXES, atol=0).all()
     ):
         raise Fault(f"{path} says {name} = {values.tolist()}, where one number belongs.")
     if not len(values):

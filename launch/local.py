@@ -20,13 +20,13 @@ from launch.launcher import Launcher, folder_of, python_arguments, run_here
 from launch.processes import refuse_uneven
 from pretrain.run import signals
 from pretrain.run.launched import environment_number
-from pretrain.run.preemption import EXIT_CODE
+from pretrain.run.preemption import TRY_AGAIN
 from pretrain.settings.composition import Composed
 
 PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERACTIVE = ("bash", "interactive")  # names of jobs that Lightning takes for a person's shell
 TRAINING = ("tile", "slide")  # the doctor and plan take their settings, and are one process
-PATIENCE = 5.0  # seconds that the other ranks have to end by themselves after one has failed
+GRACE_AFTER_A_FAILURE = 5.0  # seconds that the other ranks have to end by themselves after one has failed
 
 
 @dataclass(kw_only=True)
@@ -128,7 +128,7 @@ def run_together(composed: Composed, logs: Path) -> None:
     if signal.SIGINT in told:
         raise KeyboardInterrupt
     if code:
-        if code != EXIT_CODE and not told:
+        if code != TRY_AGAIN and not told:
             say_first_error(logs, began, culprit + node * count, code)
         sys.exit(code if code > 0 else 128 - code)
 
@@ -145,7 +145,7 @@ def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]
         codes = [process.poll() for process in processes]
         if deadline == float("inf") and (any(codes) or told.count(signal.SIGINT) > 1):
             failed = next((i for i, code in enumerate(codes) if code), 0)
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + GRACE_AFTER_A_FAILURE
         if time.monotonic() > deadline:
             for process in processes:
                 process.kill()

@@ -20,7 +20,7 @@ from launch.launcher import Launcher, folder_of, python_arguments
 from launch.local import TRAINING
 from launch.processes import Processes, arrange, refuse_uneven, trains
 from launch.submit import announce, announce_chain, submit
-from pretrain.run.preemption import EXIT_CODE
+from pretrain.run.preemption import TRY_AGAIN
 from pretrain.run.progress import say
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import Composed, of_the_command_line
@@ -339,7 +339,7 @@ def _run(settings: Slurm, job: Job) -> str:
     if job.chained:
         return f"""\
 # The time is nearly over: the next job of the chain goes on.
-trap 'echo "pretrain: out of time, the next job of the chain goes on"; kill $!; exit {EXIT_CODE}' USR1
+trap 'echo "pretrain: out of time, the next job of the chain goes on"; kill $!; exit {TRY_AGAIN}' USR1
 {line} &
 wait $!
 code=$?"""

@@ -17,11 +17,11 @@ from launch.launcher import Launcher, folder_of, python_arguments
 from launch.local import PASSED_ON
 from launch.processes import arrange, refuse_uneven, trains
 from pretrain.run import signals
-from pretrain.run.preemption import EXIT_CODE
+from pretrain.run.preemption import TRY_AGAIN
 from pretrain.settings.composition import Composed, of_the_command_line
 from pretrain.settings.ranges import matching, within
 
-PATIENCE = 600  # seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner
+GRACE_TO_SAVE = 600  # seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner
 
 
 @dataclass(kw_only=True)
@@ -49,7 +49,7 @@ class Torchrun(Launcher):
         if signal.SIGINT in told:
             raise KeyboardInterrupt
         if told and code:
-            sys.exit(EXIT_CODE)  # torchrun's own code doesn't say what its ranks ended with
+            sys.exit(TRY_AGAIN)  # torchrun's own code doesn't say what its ranks ended with
         if code:
             if (file := failures.first(logs, since=began)) is not None:
                 print(file.read_text(), end="", file=sys.stderr)
@@ -72,7 +72,7 @@ class Torchrun(Launcher):
         )
         return [
             sys.executable, "-m", "launch.torchrun_agent", f"--nnodes={self.nodes}", f"--nproc-per-node={processes.each}",
-            f"--max-restarts={self.max_restarts}", f"--shutdown-timeout={PATIENCE}", *meeting, *python_arguments(composed, words)[1:],
+            f"--max-restarts={self.max_restarts}", f"--shutdown-timeout={GRACE_TO_SAVE}", *meeting, *python_arguments(composed, words)[1:],
         ]  # fmt: skip
 
 

@@ -102,7 +102,7 @@ def _is_pattern(value: Any) -> bool:
 PATTERN = Allowed("a regular expression, as Python has them", _is_pattern)
 """What a part of a name is found by."""
 
-PIXELS = within(least=1, most=16_384)
+PIXEL_COUNT = within(least=1, most=16_384)
 """A view's pixels a side; a larger one is no mistake of memory but of typing."""
 
 PROTOTYPES = within(least=1, most=10_000_000)

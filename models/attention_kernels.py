@@ -10,17 +10,17 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from models.attention_statistics import SDPA, Batched, Kernel, VariableLength
+from models.attention_statistics import SDPA, Batched, StatisticsKernel, VariableLength
 
-NAMES = ("sdpa", "varlen", "flash_attn", "xformers")
+ATTENTION_KERNELS = ("sdpa", "varlen", "flash_attn", "xformers")
 
 
-def kernel(name: str) -> Kernel:
+def kernel(name: str) -> StatisticsKernel:
     """The kernel of that name. Raises ValueError for an unknown one, and for one that can't run on this machine."""
     if name == "sdpa":
         return SDPA
-    if name not in NAMES:
-        raise ValueError(f"attention is {', '.join(NAMES[:-1])} or {NAMES[-1]}, not {name!r}")
+    if name not in ATTENTION_KERNELS:
+        raise ValueError(f"attention is {', '.join(ATTENTION_KERNELS[:-1])} or {ATTENTION_KERNELS[-1]}, not {name!r}")
     if not torch.cuda.is_available():
         raise ValueError(
             f"attention={name} needs a CUDA device and there is none here: use attention=sdpa, which computes the same"
@@ -29,7 +29,7 @@ def kernel(name: str) -> Kernel:
 
 
 @lru_cache
-def _varlen() -> Kernel:
+def _varlen() -> StatisticsKernel:
     """torch's FlashAttention for runs of many lengths, beneath `torch.nn.attention.varlen`."""
     return VariableLength(varlen_attend, varlen_attend_backward)
 
@@ -56,7 +56,7 @@ def varlen_attend_backward(
 
 
 @lru_cache
-def _flash_attn() -> Kernel:
+def _flash_attn() -> StatisticsKernel:
     """The package flash-attn, from version 2.7 on."""
     try:
         from flash_attn.flash_attn_interface import _flash_attn_varlen_backward, _flash_attn_varlen_forward
@@ -85,7 +85,7 @@ def _flash_attn() -> Kernel:
 
 
 @lru_cache
-def _xformers() -> Kernel:
+def _xformers() -> StatisticsKernel:
     """The package xformers, runs of one length at a time: its statistics of many lengths have changed shape over
     versions."""
     try:

@@ -24,22 +24,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Shape = tuple[int, int]
+EqualRuns = tuple[int, int]
 """``(runs, tokens in each)``."""
 
-BLOCK = 1024  # queries at a time on the plain path: bounds its scores to BLOCK x tokens
+QUERIES_A_BLOCK = 1024  # queries at a time on the plain path: bounds its scores to so many x tokens
 ALIGNED = 32  # the memory-efficient kernel's LSE comes and goes padded to a multiple of this
 
 
-class Kernel(Protocol):
+class StatisticsKernel(Protocol):
     """Attention inside runs, and its share of the gradient of a softmax that may be larger."""
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[EqualRuns]) -> tuple[Tensor, Tensor]:
         """``out = softmax(s) v``, shaped and typed as ``q``, and ``lse = log Σ_keys exp(s)``, (rows, heads), at least
         float32."""
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[Shape]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[EqualRuns]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of ``q, k, v`` for the gradient ``grad`` of the output, given ``out`` and ``lse`` of any softmax
         they are part of.
@@ -60,19 +60,19 @@ class Batched:
     def __init__(self, attend: Callable[..., tuple[Tensor, ...]], attend_backward: Callable[..., tuple[Tensor, ...]]):
         self.attend, self.attend_backward = attend, attend_backward
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[EqualRuns]) -> tuple[Tensor, Tensor]:
         out, lse = self._each(self.attend, (q, k, v), shapes)
         return out, lse
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[Shape]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[EqualRuns]
     ) -> tuple[Tensor, Tensor, Tensor]:
         dq, dk, dv = self._each(self.attend_backward, (grad, q, k, v, out, lse), shapes)
         return dq, dk, dv
 
     @staticmethod
     def _each(
-        function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], shapes: Sequence[Shape]
+        function: Callable[..., tuple[Tensor, ...]], tensors: Sequence[Tensor], shapes: Sequence[EqualRuns]
     ) -> list[Tensor]:
         sizes = [runs * length for runs, length in shapes]
         whole: list[Tensor] = []
@@ -103,12 +103,12 @@ class VariableLength:
     ):
         self.attend, self.attend_backward = attend, attend_backward
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[Shape]) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[EqualRuns]) -> tuple[Tensor, Tensor]:
         out, lse = self.attend(q.contiguous(), k.contiguous(), v.contiguous(), *run_starts(tuple(shapes), q.device))
         return out, lse.mT
 
     def backward(
-        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[Shape]
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[EqualRuns]
     ) -> tuple[Tensor, Tensor, Tensor]:
         tensors = (x.contiguous() for x in (grad, q, k, v, out, lse.mT))
         dq, dk, dv = self.attend_backward(*tensors, *run_starts(tuple(shapes), q.device))
@@ -116,7 +116,7 @@ class VariableLength:
 
 
 @lru_cache(maxsize=64)
-def run_starts(shapes: tuple[Shape, ...], device: torch.device) -> tuple[Tensor, int]:
+def run_starts(shapes: tuple[EqualRuns, ...], device: torch.device) -> tuple[Tensor, int]:
     """The rows at which runs begin, (runs + 1,) int32 with the total last, and the longest run. Cached: every layer
     asks again."""
     lengths = torch.tensor([0, *(length for runs, length in shapes for _ in range(runs))], dtype=torch.int32)
@@ -173,7 +173,7 @@ def matrix_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """`stock` in plain matrix products, a block of queries at a time: any device, any floating type."""
     precise = torch.promote_types(q.dtype, torch.float32)
     outs, lses = [], []
-    for queries in q.split(BLOCK, dim=2):
+    for queries in q.split(QUERIES_A_BLOCK, dim=2):
         scores = (queries @ k.mT).to(precise) * q.shape[-1] ** -0.5
         lse = scores.logsumexp(dim=-1)
         outs.append((scores - lse[..., None]).exp().to(q.dtype) @ v)
@@ -189,7 +189,13 @@ def plain_backward(
     scale = q.shape[-1] ** -0.5
     dk, dv = torch.zeros_like(k, dtype=precise), torch.zeros_like(v, dtype=precise)
     dqs = []
-    blocks = zip(q.split(BLOCK, 2), grad.split(BLOCK, 2), out.split(BLOCK, 2), lse.split(BLOCK, 2), strict=True)
+    blocks = zip(
+        q.split(QUERIES_A_BLOCK, 2),
+        grad.split(QUERIES_A_BLOCK, 2),
+        out.split(QUERIES_A_BLOCK, 2),
+        lse.split(QUERIES_A_BLOCK, 2),
+        strict=True,
+    )
     for queries, gradient, output, statistic in blocks:
         p = ((queries @ k.mT).to(precise) * scale - statistic[..., None]).exp()
         dv += p.mT @ gradient.to(precise)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from models.attention_statistics import SDPA, Kernel, Shape
+from models.attention_statistics import SDPA, EqualRuns, StatisticsKernel
 
 CALL_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 """Elements of q in one call of a branch with gaps, unless one run is more: bounds what is copied out at a time."""
@@ -46,7 +46,7 @@ class Call:
     """Runs that go through attention in one call."""
 
     rows: Tensor | None  # which rows of the branch's view, run by run; None for all of them in order
-    shapes: tuple[Shape, ...]  # (runs, tokens in each), in the order of the rows
+    shapes: tuple[EqualRuns, ...]  # (runs, tokens in each), in the order of the rows
     padding: (
         Tensor | None
     )  # (rows, 1) log of the number of zero keys the public code adds to a run; None where it adds none
@@ -89,7 +89,7 @@ def dilated_attention(
     segment_lengths: Sequence[int],
     dilated_ratios: Sequence[int],
     compatible: bool = False,
-    kernel: Kernel = SDPA,
+    kernel: StatisticsKernel = SDPA,
     of_heads: tuple[int, int] | None = None,
 ) -> Tensor:
     """Dilated attention of packed sequences: (tokens, heads, head_width) each → (tokens, heads, head_width).
@@ -157,7 +157,7 @@ def lay_out(
 
 def _permutation(
     segments: list[tuple[int, int, int, int]], r: int, phase: Tensor
-) -> tuple[Tensor, list[Shape], Tensor]:
+) -> tuple[Tensor, list[EqualRuns], Tensor]:
     """Ratio r > 1: a run is (segment, head), its tokens r apart. All rows by run length, shapes, missing tokens of each
     row."""
     found: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # run length → rows (runs, length), missing
@@ -179,10 +179,10 @@ def _permutation(
     return torch.cat([rows.flatten() for rows, _ in parts]), shapes, zeros
 
 
-def _cut(shapes: list[Shape], per_call: int, together: int) -> Iterator[list[Shape]]:
+def _cut(shapes: list[EqualRuns], per_call: int, together: int) -> Iterator[list[EqualRuns]]:
     """Runs in order, cut into calls of at most ``per_call`` tokens and `MOST_RUNS`, or of ``together`` runs where their
     tokens are more."""
-    call: list[Shape] = []
+    call: list[EqualRuns] = []
     room = per_call
     for count, length in shapes:
         cost = max(length, ceil(per_call / MOST_RUNS))  # short runs count for more: a full call never has too many
@@ -227,7 +227,7 @@ class _DilatedAttention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, branches: list[Branch], compatible: bool, kernel: Kernel
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, branches: list[Branch], compatible: bool, kernel: StatisticsKernel
     ) -> Tensor:
         tokens, heads, width = q.shape
         precise = torch.promote_types(q.dtype, torch.float32)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from models.allowed import SOME, Agreements, one_of, within
 from models.attention import check_heads
-from models.attention_kernels import NAMES, kernel
+from models.attention_kernels import ATTENTION_KERNELS, kernel
 from models.dilated_attention import check_schedule, dilated_attention
 from models.positions import check_sines, position_embedding
 from models.sequence_parallel import Group, Share, check_sharing, gather, heads_at_hand, scatter, to_heads, to_tokens
@@ -71,7 +71,7 @@ class LongNet(nn.Module):
         dropout: Annotated[float, within(least=0, below=1)],
         drop_path: Annotated[float, within(least=0, below=1)],
         compatible: bool,
-        attention: Annotated[str, one_of(*NAMES)] = "sdpa",
+        attention: Annotated[str, one_of(*ATTENTION_KERNELS)] = "sdpa",
         initial_residual: Annotated[float, within()] = 1.0,
     ) -> None:
         super().__init__()

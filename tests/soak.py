@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from pretrain.run import checkpoints
 from pretrain.run.metrics import read_metrics
-from pretrain.run.preemption import EXIT_CODE
+from pretrain.run.preemption import TRY_AGAIN
 from tests.data.shards.tile_folders import write_tiles
 from tests.pretrain.training.test_tile_training import CLOCK, TINY
 
@@ -216,7 +216,7 @@ def preempt(run: Run, starting: bool, draw: random.Random) -> float:
     took = time.monotonic() - began
     when = "while starting" if starting else f"at step {steps(run.folder)}"
     say(f"{asking.name} to {target} {when}: exit code {code} after {took:.1f} s, newest step-{saved(run.folder):08d}")
-    assert code == EXIT_CODE, f"see {run.folder}.log"
+    assert code == TRY_AGAIN, f"see {run.folder}.log"
     assert saved(run.folder) == steps(run.folder)
     return 0.0 if starting else took
 

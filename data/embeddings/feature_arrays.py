@@ -28,7 +28,7 @@ from data.torch_files import why_unreadable
 
 FEATURES = ("features", "feats", "embeddings")
 COORDS = ("coords", "coordinates")
-ENDINGS = (".h5", ".hdf5", ".pt", ".pth", ".npz", ".npy")
+ARRAY_ENDINGS = (".h5", ".hdf5", ".pt", ".pth", ".npz", ".npy")
 MOST_COMPRESSED = 1000  # times that an array may be larger than the file that it comes from
 SMALL = 64 << 20  # bytes, of which nobody runs out
 NO_FEATURES = "it is not a feature file of TRIDENT, AtlasPatch, CLAM, STAMP or slide2vec."

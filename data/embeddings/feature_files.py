@@ -190,7 +190,7 @@ def import_features(
     return Imported(found, int((kept & ~finite).sum()), double)
 
 
-NUMBERS = (
+FEATURE_NUMBERS = (
     "tile_size_level0", "tile_size", "mpp", "mpp_level0", "tile_size_um", "tile_size_px", "overlap", "target_magnification", "level0_magnification", "level0_width", "level0_height",
     "patch_size_level0", "patch_size", "downsample",
 )  # fmt: skip
@@ -199,7 +199,9 @@ NUMBERS = (
 def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
     """Coordinates (n, 2) as they are counted, and what the file, or one beside it, says."""
     said: dict[str, Any] = {
-        name: value for name in NUMBERS if (value := said_number(path, name, raw.attributes.get(name))) is not None
+        name: value
+        for name in FEATURE_NUMBERS
+        if (value := said_number(path, name, raw.attributes.get(name))) is not None
     }
     if (unit := raw.attributes.get("unit", raw.attributes.get("coords_unit"))) is not None:
         if text(unit).lower() not in SAID_AS:

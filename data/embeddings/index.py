@@ -20,7 +20,7 @@ from data.fault import Fault
 from data.files import appearing
 
 ALIGNMENT = 64
-FACTS = b"slidewright"  # the key of an index's own facts in its schema's metadata
+FACTS_KEY = b"slidewright"  # the key of an index's own facts in its schema's metadata
 MERGED = "index.parquet"
 DATA_FILE = re.compile(r"embeddings-\d+-\d+\.bin")
 
@@ -102,7 +102,7 @@ def write_embedding_index(path: Path, entries: list[Entry], facts: PartFacts | N
     kinds: dict[Any, pa.DataType] = {str: pa.string(), int: pa.int64(), float: pa.float64()}
     schema = pa.schema([(field.name, kinds[field.type]) for field in fields(Entry)])
     if facts is not None:
-        schema = schema.with_metadata({FACTS: json.dumps(asdict(facts)).encode()})
+        schema = schema.with_metadata({FACTS_KEY: json.dumps(asdict(facts)).encode()})
     with appearing(path) as partial:
         pq.write_table(pa.Table.from_pylist([asdict(entry) for entry in entries], schema=schema), partial)
 
@@ -111,7 +111,7 @@ def read_part_facts(folder: Path) -> dict[int, PartFacts]:
     """What the index of each closed part says about it, by its number."""
     found = {}
     for path in folder.glob("index-*.parquet"):
-        said = (pq.read_schema(path).metadata or {}).get(FACTS)
+        said = (pq.read_schema(path).metadata or {}).get(FACTS_KEY)
         if said is not None:
             facts = PartFacts(**json.loads(said))
             found[facts.part] = facts

@@ -17,7 +17,7 @@ from torch import Tensor
 from data.embeddings.packing import Packing
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings
-from data.embeddings.views import FEWEST, augment_sequence, block_mask, random_mask
+from data.embeddings.views import FEWEST_VISIBLE, augment_sequence, block_mask, random_mask
 from data.fault import Fault
 from data.keyed import rng
 
@@ -116,7 +116,9 @@ class SlideSequences:
         self.mask, self.mask_ratio, self.block_cells = mask, mask_ratio, block_cells
         self.training, self.validation = split_sequences(store, field_cells, validation_fraction, seed)
         if not self.training:
-            raise Fault(f"{store.folder} has no slide with at least {FEWEST} tiles to train on; embed more slides.")
+            raise Fault(
+                f"{store.folder} has no slide with at least {FEWEST_VISIBLE} tiles to train on; embed more slides."
+            )
         if validation_fraction and not self.validation:
             raise Fault(
                 f"{store.folder} is too small to hold out validation_fraction={validation_fraction} of it; raise the fraction, "
@@ -211,7 +213,7 @@ def split_sequences(
     Slides are held out whole, at least one. A single slide is cut into two regions instead, a band along a side drawn
     by ``seed`` being held out; fields overlap, so holding out fields would leak their tiles into training.
     """
-    slides = [slide for slide in store.slides if store.rows(slide) >= FEWEST]
+    slides = [slide for slide in store.slides if store.rows(slide) >= FEWEST_VISIBLE]
     whole = [Sequence(slide, range(store.rows(slide))) for slide in slides]
     held_out: list[Sequence] = []
     if not validation_fraction:
@@ -244,7 +246,7 @@ def _split_one(
         order[len(order) - max(1, round(fraction * len(order)))]
     ]  # whole columns or rows: the band's inner edge
     parts = [np.flatnonzero(along < edge), np.flatnonzero(along >= edge)]
-    if min(map(len, parts)) < FEWEST:
+    if min(map(len, parts)) < FEWEST_VISIBLE:
         return [sequence], []
     return [Sequence(sequence.slide, parts[0])], [Sequence(sequence.slide, parts[1])]
 
@@ -268,6 +270,6 @@ def cut_fields(sequence: Sequence, cells: np.ndarray, side: int) -> list[Sequenc
     for row in starts[1]:
         for column in starts[0]:
             inside = ((own >= (column, row)) & (own < (column + side, row + side))).all(axis=1)
-            if inside.sum() >= max(FEWEST, area / 4):
+            if inside.sum() >= max(FEWEST_VISIBLE, area / 4):
                 fields.append(Sequence(sequence.slide, rows[inside]))
     return fields

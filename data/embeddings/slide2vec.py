@@ -20,10 +20,10 @@ from data.npz_files import SPOILT
 from data.said_numbers import said_number
 
 FOLDERS = ("coordinates", "tiles")
-ENDINGS = (".npy", ".npz", ".coordinates.npz", ".tiles.npz")
+SLIDE2VEC_ENDINGS = (".npy", ".npz", ".coordinates.npz", ".tiles.npz")
 # What is told under several names, the newest first.
 SPACING = ("requested_spacing_um", "target_spacing_um", "target_spacing")
-PIXELS = ("requested_tile_size_px", "target_tile_size_px", "target_tile_size")
+PIXEL_FACTS = ("requested_tile_size_px", "target_tile_size_px", "target_tile_size")
 
 
 def beside(features: Path) -> Path | None:
@@ -33,7 +33,7 @@ def beside(features: Path) -> Path | None:
         *(folder.parent / name for name in FOLDERS),
         *(folder.parent.parent / name / folder.name for name in FOLDERS),
     ]
-    named = [place / f"{features.stem}{ending}" for place in places for ending in ENDINGS]
+    named = [place / f"{features.stem}{ending}" for place in places for ending in SLIDE2VEC_ENDINGS]
     return next((path for path in named if path.is_file()), None)
 
 
@@ -59,7 +59,7 @@ def read_slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
     width, height = told["dimensions"] if len(np.ravel(told.get("dimensions", 0))) == 2 else (None, None)
     said = {
-        "tile_size_level0": first("tile_size_lv0"), "tile_size": first(*PIXELS), "nominal_mpp": first(*SPACING), "overlap": first("overlap"),
+        "tile_size_level0": first("tile_size_lv0"), "tile_size": first(*PIXEL_FACTS), "nominal_mpp": first(*SPACING), "overlap": first("overlap"),
         "mpp_level0": first("base_spacing_um"), "level0_width": said_number(path, "dimensions", width), "level0_height": said_number(path, "dimensions", height),
     }  # fmt: skip
     return corners, {name: value for name, value in said.items() if value is not None}

@@ -20,7 +20,7 @@ from data.fault import Fault
 from data.files import appearing
 
 ABOUT = "slide_store.json"
-KINDS = ("mean_tiles", "pooled", "cls", "pooled_layers", "cls_layers")
+SLIDE_VECTORS = ("mean_tiles", "pooled", "cls", "pooled_layers", "cls_layers")
 
 
 def slides_in(folder: Path) -> set[str]:
@@ -29,14 +29,14 @@ def slides_in(folder: Path) -> set[str]:
 
 
 def add_rows(folder: Path, part: int, rows: list[dict[str, object]]) -> None:
-    """Publish some slides' rows, each with ``slide``, ``tiles`` and the arrays of `KINDS`, in a file of their own."""
+    """Publish some slides' rows, each with ``slide``, ``tiles`` and the arrays of `SLIDE_VECTORS`, in a file of their own."""
     number = len(list(folder.glob(f"slides-{part}-*.parquet")))
     path = folder / f"slides-{part}-{number:06d}.parquet"
     columns: dict[str, pa.Array] = {
         "slide": pa.array([row["slide"] for row in rows]),
         "tiles": pa.array([row["tiles"] for row in rows], pa.int64()),
     }
-    for kind in KINDS:
+    for kind in SLIDE_VECTORS:
         values = np.stack([np.asarray(row[kind], np.float32).ravel() for row in rows])
         columns[kind] = pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
     with appearing(path) as partial:
@@ -44,13 +44,13 @@ def add_rows(folder: Path, part: int, rows: list[dict[str, object]]) -> None:
 
 
 def read_slide_features(folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Slides, sorted, and an array (slides, dimensions) float32 for each of `KINDS`. Fault where there are none."""
+    """Slides, sorted, and an array (slides, dimensions) float32 for each of `SLIDE_VECTORS`. Fault where there are none."""
     files = _files(Path(folder))
     if not files:
         raise Fault(f"{folder} holds no slide embeddings: make them with 'pretrain embed stage=slide'.")
     table = pa.concat_tables([pq.read_table(file) for file in files]).sort_by("slide")
     n = table.num_rows
-    arrays = {kind: table[kind].combine_chunks().flatten().to_numpy().reshape(n, -1) for kind in KINDS}
+    arrays = {kind: table[kind].combine_chunks().flatten().to_numpy().reshape(n, -1) for kind in SLIDE_VECTORS}
     return table["slide"].to_pylist(), arrays
 
 

@@ -19,7 +19,7 @@ from data.fault import Fault
 from data.remote import Truncated
 from data.shards.index import ShardIndex
 from data.shards.open_tars import OpenTars
-from data.slides.coordinates import UNKNOWN, TileGrid
+from data.slides.coordinates import UNKNOWN_PLACE, TileGrid
 from data.slides.mpp import SlidesMpp
 from data.slides.reading import Slide
 from data.slides.shared import SharedSlide
@@ -75,7 +75,7 @@ class ShardSource:
         index, number = self.index, self._numbers[slide]
         rows, facts = index.rows_of(number), index.facts(number)
         places = np.stack([index.x[rows], index.y[rows]], axis=1).astype(np.int64)
-        if not facts["tile_size_level0"] or (places == UNKNOWN).any():
+        if not facts["tile_size_level0"] or (places == UNKNOWN_PLACE).any():
             raise Fault(
                 f"{index.folder} doesn't say where the tiles of {slide} lie (x, y and tile_size_level0 in each tile's .json), "
                 "and a slide's sequence needs their places: make the shards with 'pretrain shard'"

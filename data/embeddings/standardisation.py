@@ -14,7 +14,7 @@ from data.files import write_whole
 from data.json_files import read_object
 
 ROWS = 4096  # read at a time
-MOST = (
+MOST_TILES_READ = (
     2**22
 )  # tiles looked at: their mean is within 0.0005 standard deviations of that of all of them, if slides were alike
 
@@ -34,7 +34,7 @@ class Statistics:
         ``watched`` yields the slides that it is given, each when its turn comes: who wants to see how far it is, or to
         end it.
 
-        Of a store of more than `MOST` tiles, every so-many-th tile of each slide: a published data set is four
+        Of a store of more than `MOST_TILES_READ` tiles, every so-many-th tile of each slide: a published data set is four
         terabytes. Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not when
         the mean is large beside the spread.
         """
@@ -64,7 +64,7 @@ class Statistics:
 
 
 def _chunks(store: EmbeddingStore, watched: Callable[[list[str]], Iterable[str]]) -> Iterator[np.ndarray]:
-    stride = max(1, -(-sum(store.rows(slide) for slide in store.slides) // MOST))
+    stride = max(1, -(-sum(store.rows(slide) for slide in store.slides) // MOST_TILES_READ))
     for slide in watched(store.slides):
         embeddings = store.read(slide).embeddings[::stride]
         for first in range(0, len(embeddings), ROWS):

@@ -8,7 +8,7 @@ import numpy as np
 
 from data.slides.coordinates import row_major
 
-FEWEST = 4  # tiles in a sequence: with fewer there is nothing to mask from, nor to predict
+FEWEST_VISIBLE = 4  # tiles in a sequence: with fewer there is nothing to mask from, nor to predict
 
 
 def augment_sequence(
@@ -18,14 +18,14 @@ def augment_sequence(
     row-major order.
 
     crop: side of a window at a random place, as a share of the sequence's width and height (a window with fewer than
-    `FEWEST` tiles is not used: the sequence stays whole). flip: probability of a left-right flip. shift_grid: the
+    `FEWEST_VISIBLE` tiles is not used: the sequence stays whole). flip: probability of a left-right flip. shift_grid: the
     sequence, moved as one piece, lands anywhere in a grid of this many cells a side (at its corner when it is larger).
     """
     low, extent = cells.min(axis=0), np.ptp(cells, axis=0) + 1
     window = np.ceil(crop * extent).astype(np.int64)
     corner = low + random.integers(0, extent - window + 1)
     inside = ((cells >= corner) & (cells < corner + window)).all(axis=1)
-    if inside.sum() >= FEWEST:
+    if inside.sum() >= FEWEST_VISIBLE:
         rows, cells = rows[inside], cells[inside]
     low, extent = cells.min(axis=0), np.ptp(cells, axis=0) + 1
     cells = cells - low

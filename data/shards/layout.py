@@ -13,7 +13,7 @@ from data.files import appearing
 COLUMNS = ("offset", "length", "x", "y")
 RUNS = ("file_start", "run_start", "run_slide")
 # Facts about each slide, one list each in ``meta["slides"]``. None where a shard of another program doesn't tell.
-FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
+SLIDE_FACTS = ("slide", "source", "patient", "width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0",
          "level", "downsample", "thumbnail_downsample", "tiles", "coordinates")  # fmt: skip
 
 

@@ -15,7 +15,7 @@ from data import open_files
 from data.remote import read_range
 from data.shards.index import ShardIndex, read_jpeg
 from data.shards.records import recorded_checksums
-from data.shards.tar_members import BLOCK, is_header_of
+from data.shards.tar_members import TAR_BLOCK, is_header_of
 
 
 class OpenTars:
@@ -34,7 +34,7 @@ class OpenTars:
         and ValueError where there is something else (`without_header`), or other bytes than were recorded with the
         shard: of flipped bits four in five leave a JPEG that can be decoded, to another picture."""
         file = index.file_of(row)
-        start, length = int(index.offset[row]) - BLOCK, int(index.length[row]) + BLOCK
+        start, length = int(index.offset[row]) - TAR_BLOCK, int(index.length[row]) + TAR_BLOCK
         if index.remote:  # what comes over a network is checked on its way
             return without_header(read_range(index.url(file), start, start + length), index, row)
         tar = self._tar(index, file)
@@ -92,6 +92,6 @@ def without_header(data: bytes, index: ShardIndex, row: int) -> memoryview:
     other programs, whose names are their own, the length must agree.)
     """
     name = None if "made_by" in index.meta else f"{index.slide_of(row)}_{index.x[row]}_{index.y[row]}.jpg"
-    if not is_header_of(data[:BLOCK], name, int(index.length[row])):
+    if not is_header_of(data[:TAR_BLOCK], name, int(index.length[row])):
         raise ValueError("the shard holds something else there: its index is of another file")
-    return memoryview(data)[BLOCK:]
+    return memoryview(data)[TAR_BLOCK:]

@@ -12,7 +12,7 @@ import numpy as np
 from data.files import appearing
 from data.npz_files import SPOILT, read_int64
 from data.shards.index import ShardIndex
-from data.shards.layout import COLUMNS, FACTS, write_shard_index
+from data.shards.layout import COLUMNS, SLIDE_FACTS, write_shard_index
 
 CHECKSUMS = (
     "crc32",
@@ -78,7 +78,7 @@ def merge_records(
             slides.setdefault(facts["slide"], facts if told is None else told[facts["slide"]])
             tiles[facts["slide"]] = tiles.get(facts["slide"], 0) + count
     kept = [slide for slide in slides if tiles[slide]]
-    table: dict[str, list[Any]] = {name: [slides[slide].get(name) for slide in kept] for name in FACTS}
+    table: dict[str, list[Any]] = {name: [slides[slide].get(name) for slide in kept] for name in SLIDE_FACTS}
     table["tiles"] = [tiles[slide] for slide in kept]
     full = [record for record in records if sum(record["counts"])]
     digest = hashlib.blake2b(digest_size=16)

@@ -23,16 +23,16 @@ from data.npz_files import SPOILT
 from data.redaction import is_private
 from data.remote import RemotePath, is_remote, list_names, url_within
 from data.shards.index import ShardIndex
-from data.shards.layout import COLUMNS, FACTS
+from data.shards.layout import COLUMNS, SLIDE_FACTS
 from data.shards.records import CHECKSUMS, merge_records, record_path, write_record
 from data.shards.tar_members import DamagedTar, members
 from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts, take_in
 from data.shards.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split_member, why_not
-from data.slides.coordinates import FARTHEST, UNKNOWN
+from data.slides.coordinates import FARTHEST, UNKNOWN_PLACE
 
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip's, bzip2's, xz's and zstd's files begin
 COMPRESSED = re.compile(r"\.(tar\.\w+|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
-OURS = (
+OUR_FILES = (
     "index",
     "index.npz",
     "coordinates",
@@ -40,7 +40,7 @@ OURS = (
     "plan.json",
     "slides.csv",
 )  # what lies beside shards of ours, or is made by a scan
-MOST_NAMED = 5  # kinds of what was left out that the sentence names where nothing else is there
+KINDS_NAMED = 5  # kinds of what was left out that the sentence names where nothing else is there
 
 
 def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
@@ -134,7 +134,7 @@ def _twice(index: ShardIndex) -> dict[str, LeftOut]:
     for of_slide in np.split(runs, np.nonzero(np.diff(index.run_slide[runs]))[0] + 1):
         rows = np.concatenate([np.arange(index.run_start[run], index.run_start[run + 1]) for run in of_slide])
         x, y = index.x[rows].astype(np.int64), index.y[rows].astype(np.int64)
-        rows, places = rows[x != UNKNOWN], (x * FARTHEST + y)[x != UNKNOWN]
+        rows, places = rows[x != UNKNOWN_PLACE], (x * FARTHEST + y)[x != UNKNOWN_PLACE]
         order = np.argsort(places, kind="stable")
         again = np.nonzero(np.diff(places[order]) == 0)[0]
         if len(again):
@@ -204,7 +204,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         assert not isinstance(facts, str)
         if not slides or slides[-1]["slide"] != slide:
             # Files beside the tars are ours to name, and not a tile's.
-            slides.append(dict.fromkeys(FACTS) | {"slide": slide})
+            slides.append(dict.fromkeys(SLIDE_FACTS) | {"slide": slide})
             counts.append(0)
         take_in(slides[-1], facts or {})
         counts[-1] += 1
@@ -251,7 +251,7 @@ def _no_tars(folder: Path | str) -> dict[str, LeftOut]:
     else:
         return left
     for name, is_folder in entries:
-        if name.endswith(".tar") or name.startswith(".") or name in OURS:
+        if name.endswith(".tar") or name.startswith(".") or name in OUR_FILES:
             continue
         if name.lower().endswith(".tar"):
             leave_out(left, "", f"its ending is in capitals: rename it to {name[:-4]}.tar", name)
@@ -268,5 +268,5 @@ def _no_tars(folder: Path | str) -> dict[str, LeftOut]:
 
 def _beside(left: dict[str, LeftOut]) -> str:
     named = [str(kind) for kind in left.values()]
-    more = f"; and {len(named) - MOST_NAMED} more" if len(named) > MOST_NAMED else ""
-    return f" ({'; '.join(named[:MOST_NAMED])}{more})" if named else ""
+    more = f"; and {len(named) - KINDS_NAMED} more" if len(named) > KINDS_NAMED else ""
+    return f" ({'; '.join(named[:KINDS_NAMED])}{more})" if named else ""

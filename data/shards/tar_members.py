@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import BinaryIO
 
-BLOCK = tarfile.BLOCKSIZE
+TAR_BLOCK = tarfile.BLOCKSIZE
 LENGTH_NAME = tarfile.LENGTH_NAME
 CHECKSUM_FIELD = re.compile(
     rb"[0-7 ]{6}(\0 | \0)|[0-7]{7}\0"
@@ -46,10 +46,10 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
     extended: dict[str, str] = {}
     while position < length:
         file.seek(position)
-        block = file.read(BLOCK)
-        if len(block) < BLOCK:
+        block = file.read(TAR_BLOCK)
+        if len(block) < TAR_BLOCK:
             raise DamagedTar(f"it is truncated: it ends after {len(block)} bytes of the header at byte {position}")
-        if block.count(0) == BLOCK:
+        if block.count(0) == TAR_BLOCK:
             _must_be_zero(file, position, length)
             return
         try:
@@ -62,13 +62,13 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
             )
         if block[257:262] != b"ustar" and block[156:157] not in (b"\0", b"0"):
             raise DamagedTar(f"the header at byte {position} is damaged (a member of unknown kind)")
-        data = position + BLOCK
+        data = position + TAR_BLOCK
         size = header.size
         if "size" in extended and header.type not in (*LONG_NAMES, *PAX):
             size = int(extended["size"]) if re.fullmatch("[0-9]{1,20}", extended["size"]) else -1
         if size < 0:
             raise DamagedTar(f"the header at byte {position} is damaged (its member has no possible size)")
-        position = data + -(-size // BLOCK) * BLOCK
+        position = data + -(-size // TAR_BLOCK) * TAR_BLOCK
         if position > length:
             raise DamagedTar(f"it is truncated: {data + size - length} bytes of the member {header.name} at byte {data} are missing")  # fmt: skip
         if header.type in LONG_NAMES:
@@ -96,7 +96,7 @@ def is_header_of(block: bytes, name: str | None, size: int) -> bool:
 
 def padding(member: Member) -> int:
     """How many bytes of zeros follow a member's data."""
-    return -member.size % BLOCK
+    return -member.size % TAR_BLOCK
 
 
 def member_header(name: str, size: int) -> bytes:
@@ -132,7 +132,7 @@ def _must_be_zero(file: BinaryIO, position: int, length: int) -> None:
             raise DamagedTar(f"something lies behind its end mark at byte {position}, out of every reader's sight")
         if len(piece) < 1 << 20:
             break
-    if length - position < 2 * BLOCK:
+    if length - position < 2 * TAR_BLOCK:
         raise DamagedTar(f"it is truncated: its end mark at byte {position} is cut short")
 
 

@@ -12,15 +12,15 @@ from typing import Any
 
 from data.said_numbers import decimal
 from data.shards.tile_members import place_in
-from data.slides.coordinates import FARTHEST, UNKNOWN
+from data.slides.coordinates import FARTHEST, UNKNOWN_PLACE
 
-PLACES = ("x", "y")
-NUMBERS = ("mpp", "mpp_level0", "tile_size", "tile_size_level0")
-NAMES = ("slide", "patient")
-OF_SLIDE = ("patient", *NUMBERS)  # what all tiles of a slide have in common
-SAME = 1e-3  # but for rounding
+PLACE_FACTS = ("x", "y")
+NUMBER_FACTS = ("mpp", "mpp_level0", "tile_size", "tile_size_level0")
+NAME_FACTS = ("slide", "patient")
+OF_SLIDE = ("patient", *NUMBER_FACTS)  # what all tiles of a slide have in common
+SAME_FACT = 1e-3  # but for rounding
 WRONG = "it would be taken for another tile, or one of another size"
-LONGEST_SAID = 60  # letters of a value, in a message
+LONGEST_VALUE = 60  # letters of a value, in a message
 
 
 def read_tile_facts(member: str, content: bytes) -> dict[str, Any] | str:
@@ -38,13 +38,13 @@ class Impossible(Exception):
 def locate_tile(key: str, facts: dict[str, Any] | str | None, tar: str) -> tuple[str, int, int]:
     """Slide, x and y of the tile ``key`` in the tar called ``tar``, of which its JSON says ``facts`` (`read_facts`;
     None where it has none). Raises Impossible."""
-    from_key = place_in(key) or (tar, UNKNOWN, UNKNOWN)
+    from_key = place_in(key) or (tar, UNKNOWN_PLACE, UNKNOWN_PLACE)
     if isinstance(facts, str):
         raise Impossible("tile with an impossible .json", WRONG, facts)
     facts = facts or {}
-    slide, x, y = (facts.get(name, value) for name, value in zip(("slide", *PLACES), from_key, strict=True))
-    if (x == UNKNOWN) != (y == UNKNOWN):
-        only, no = PLACES if y == UNKNOWN else PLACES[::-1]
+    slide, x, y = (facts.get(name, value) for name, value in zip(("slide", *PLACE_FACTS), from_key, strict=True))
+    if (x == UNKNOWN_PLACE) != (y == UNKNOWN_PLACE):
+        only, no = PLACE_FACTS if y == UNKNOWN_PLACE else PLACE_FACTS[::-1]
         raise Impossible("tile with an impossible .json", WRONG, f"{key}.json says {only} and no {no}")
     if max(x, y) >= FARTHEST:
         raise Impossible("tile at an impossible place", "no slide has pixels there", key)
@@ -55,22 +55,22 @@ def _facts(member: str, content: bytes) -> dict[str, Any]:
     said = json.loads(content)
     if not isinstance(said, dict):
         raise ValueError(f"{member} is no JSON object")
-    facts = {name: said[name] for name in (*PLACES, *NUMBERS, *NAMES) if said.get(name) is not None}
+    facts = {name: said[name] for name in (*PLACE_FACTS, *NUMBER_FACTS, *NAME_FACTS) if said.get(name) is not None}
     for name, value in facts.items():
         wrong = ""
-        if name in PLACES and not _is_place(value):
+        if name in PLACE_FACTS and not _is_place(value):
             wrong = "a whole number of pixels, 0 or more,"
-        elif name in NUMBERS and not (_is_number(value) and 0 < value < FARTHEST):
+        elif name in NUMBER_FACTS and not (_is_number(value) and 0 < value < FARTHEST):
             wrong = "a positive number"
-        elif name in NAMES and not (isinstance(value, str) or _is_whole(value)):
+        elif name in NAME_FACTS and not (isinstance(value, str) or _is_whole(value)):
             wrong = "a name"
         if wrong:
             text = repr(value)
             raise ValueError(
-                f"{member} says {name} = {text[:LONGEST_SAID]}{'…' if len(text) > LONGEST_SAID else ''}, where {wrong} belongs"
+                f"{member} says {name} = {text[:LONGEST_VALUE]}{'…' if len(text) > LONGEST_VALUE else ''}, where {wrong} belongs"
             )
-    facts |= {name: int(float(facts[name])) for name in PLACES if name in facts}
-    return facts | {name: str(facts[name]) for name in NAMES if name in facts}
+    facts |= {name: int(float(facts[name])) for name in PLACE_FACTS if name in facts}
+    return facts | {name: str(facts[name]) for name in NAME_FACTS if name in facts}
 
 
 def _is_place(value: Any) -> bool:
@@ -97,5 +97,7 @@ def take_in(slide: dict[str, Any], facts: dict[str, Any]) -> None:
             slide[name] = None
         elif known is None:
             slide[name] = new
-        elif new is not None and new != known and not (_is_number(known) and math.isclose(new, known, rel_tol=SAME)):
+        elif (
+            new is not None and new != known and not (_is_number(known) and math.isclose(new, known, rel_tol=SAME_FACT))
+        ):
             disputed[name], slide[name] = [known, new], None

@@ -16,8 +16,8 @@ from data.shards.tar_members import Member
 from data.slides.coordinates import FARTHEST
 
 JPEGS = ("jpg", "jpeg")
-PLACED = re.compile(r"(.+)_([0-9]+)_([0-9]+)", re.DOTALL)  # a key that says slide, x and y
-LONGEST_SAID = 200  # letters of an example
+PLACED_KEY = re.compile(r"(.+)_([0-9]+)_([0-9]+)", re.DOTALL)  # a key that says slide, x and y
+LONGEST_EXAMPLE = 200  # letters of an example
 PICTURES = ("png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "jxl", "avif")
 
 Json = TypeVar("Json")
@@ -42,7 +42,7 @@ class LeftOut:
 
 def leave_out(left: dict[str, LeftOut], kind: str, why: str, example: str, count: int = 1) -> None:
     """Count ``count`` things of a kind in a table of kinds; the first of them is its example."""
-    example = example if len(example) <= LONGEST_SAID else f"{example[:LONGEST_SAID]}…"
+    example = example if len(example) <= LONGEST_EXAMPLE else f"{example[:LONGEST_EXAMPLE]}…"
     left.setdefault(kind or example, LeftOut(kind, why, 0, example)).count += count
 
 
@@ -56,7 +56,7 @@ def split_member(name: str) -> tuple[str, str]:
 def place_in(key: str) -> tuple[str, int, int] | None:
     """Slide, x and y of a key ``<slide>_<x>_<y>``, None of another; a number of any length that no slide has is
     `FARTHEST`."""
-    if (match := PLACED.fullmatch(key)) is None:
+    if (match := PLACED_KEY.fullmatch(key)) is None:
         return None
     x, y = (int(digits) if len(digits) <= 20 else FARTHEST for digits in match.groups()[1:])
     return match[1], min(x, FARTHEST), min(y, FARTHEST)

@@ -33,8 +33,8 @@ from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts
 from data.shards.tile_members import is_json, is_tile, json_of_each, place_in, split_member
 from data.slides.coordinates_h5 import read_tiling
 
-GRID = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
-MOST_NAMED = 1000  # findings kept for one shard; the rest are counted
+GRID_FACTS = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
+MOST_FINDINGS = 1000  # findings kept for one shard; the rest are counted
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Defect:
 
 @dataclass
 class Verified:
-    """What came of one shard. ``tiles`` and ``size`` (bytes) are what was there; ``findings`` is cut at `MOST_NAMED`,
+    """What came of one shard. ``tiles`` and ``size`` (bytes) are what was there; ``findings`` is cut at `MOST_FINDINGS`,
     ``unnamed`` counts the rest."""
 
     shard: str
@@ -61,7 +61,7 @@ class Verified:
 
     def find(self, member: str, kind: str, what: str) -> None:
         """Add a finding."""
-        if len(self.findings) < MOST_NAMED:
+        if len(self.findings) < MOST_FINDINGS:
             self.findings.append(Defect(self.shard, member, kind, what))
         else:
             self.unnamed += 1
@@ -110,7 +110,7 @@ def verify_folder(folder: Folder) -> Verified:
             result.find(str(facts["coordinates"]), "damaged coordinates", str(fault))
             continue
         kept = tiling.counts()["kept"]
-        for name in GRID:
+        for name in GRID_FACTS:
             if (said := getattr(tiling.grid, name)) != facts[name]:
                 result.find(str(facts["coordinates"]), "coordinates differ", f"it says {name} = {said}, the index {facts[name]}")  # fmt: skip
         if kept != facts["tiles"]:

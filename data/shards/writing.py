@@ -23,7 +23,7 @@ from data.files import appearing
 from data.npz_files import SPOILT
 from data.shards.layout import COLUMNS
 from data.shards.records import CHECKSUMS, record_path, write_record
-from data.shards.tar_members import BLOCK, member_header
+from data.shards.tar_members import TAR_BLOCK, member_header
 from data.slides.coordinates_h5 import coordinates_path, read_tiling
 from data.slides.cutting import cut_tiles
 from data.slides.tiling import KEPT, Tiling
@@ -163,9 +163,9 @@ class TarWriter:
     def add(self, name: str, data: bytes) -> int:
         """Append a member and return the offset of its data."""
         header = member_header(name, len(data))
-        self.file.write(header + data + bytes(-len(data) % BLOCK))
+        self.file.write(header + data + bytes(-len(data) % TAR_BLOCK))
         offset = self.offset + len(header)
-        self.offset = offset + len(data) + -len(data) % BLOCK
+        self.offset = offset + len(data) + -len(data) % TAR_BLOCK
         return offset
 
     def rewind(self, offset: int) -> None:
@@ -176,7 +176,7 @@ class TarWriter:
 
     def finish(self) -> None:
         """Write the end mark, and fill the last record as tar programs do."""
-        end = self.offset + 2 * BLOCK
+        end = self.offset + 2 * TAR_BLOCK
         self.file.write(bytes(end - self.offset + -end % tarfile.RECORDSIZE))
 
 

@@ -21,7 +21,7 @@ from data.fault import Fault
 # A level this close to the asked scale is delivered as it is. Scanners say 0.499 or 0.2527 where 0.5 and 0.25 are
 # meant, and resampling 256.5 pixels to 256 would blur every tile to correct the scale by less than a stain varies.
 SAME_SCALE = 0.02
-UNKNOWN = -1  # x and y of a tile whose place on a slide nobody recorded
+UNKNOWN_PLACE = -1  # x and y of a tile whose place on a slide nobody recorded
 FARTHEST = 2**31  # level-0 pixels, which no slide has: x and y are int32 where many are kept
 
 

@@ -30,7 +30,7 @@ from data.slides.coordinates import TileGrid
 from data.slides.plausible_places import TOO_NEAR, refuse_impossible
 from data.slides.tiling import KEPT, VERDICTS, Tiling
 
-NUMBERS = (
+COORDINATE_NUMBERS = (
     "patch_size",
     "tile_size_level0",
     "patch_size_level0",
@@ -155,7 +155,7 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
         refuse_impossible(path, coords)
         coords = coords.astype(np.int64)
         of = {**file.attrs, **file["coords"].attrs}
-        told = {name: said_number(path, name, of.get(name)) for name in NUMBERS}
+        told = {name: said_number(path, name, of.get(name)) for name in COORDINATE_NUMBERS}
         if (size := told["patch_size"]) is None:
             raise Fault(f"{path} does not say how large its tiles are (no attribute patch_size)")
         side = told["tile_size_level0"] or told["patch_size_level0"] or (told["downsample"] or 0) * size

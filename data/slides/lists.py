@@ -13,7 +13,7 @@ from data.fault import Fault, Notice
 from data.git_lfs import refuse_pointer
 from data.slides.dicom_series import one_of_each
 
-SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
+SLIDE_SUFFIXES = {".svs", ".tif", ".tiff", ".ndpi", ".vms", ".vmu", ".scn", ".mrxs", ".svslide", ".bif", ".czi", ".dcm"}
 TABLES = {".csv", ".tsv"}
 # What a table's column of files may be called; where none is, it is the column whose every entry is a file.
 PATH_COLUMNS = ("path", "slide_path", "wsi_path", "file_path", "filepath", "file", "filename", "wsi", "slide", "image")
@@ -53,7 +53,7 @@ def _named(path: Path, lists: tuple[Path, ...] = ()) -> Iterator[Path]:
     elif path.is_dir():
         inside = _slides_in(path)
         if not inside:
-            endings = " ".join(sorted(SUFFIXES))
+            endings = " ".join(sorted(SLIDE_SUFFIXES))
             raise Fault(f"the folder {path} holds no slide (files ending in {endings})")
         yield from inside
     elif path.is_file():
@@ -152,7 +152,7 @@ def _slides_in(folder: Path) -> list[Path]:
             if not name.startswith(".") and os.path.realpath(os.path.join(inside, name)) not in seen
         ]
         files = [name for name in sorted(files) if not name.startswith(".")]
-        names = [name for name in files if Path(name).suffix.lower() in SUFFIXES]
+        names = [name for name in files if Path(name).suffix.lower() in SLIDE_SUFFIXES]
         if not os.path.isfile(f"{inside}.mrxs"):  # the files that belong to that slide
             others += [name for name in files if name not in names]
         for name in [name for name in names if not _may_be_opened(os.path.join(inside, name))]:

@@ -18,7 +18,7 @@ from data.fault import Fault
 from data.files import write_whole
 from data.slides.coordinates import TileGrid, plan_grid
 from data.slides.reading import Slide
-from data.slides.tissue import RULES, TissueRule, is_fluorescence, pen, shares
+from data.slides.tissue import TISSUE_RULES, TissueRule, is_fluorescence, pen, shares
 
 BACKGROUND, KEPT, PEN, EMPTY, DAMAGED = range(5)
 VERDICTS = ("background", "kept", "pen", "empty", "damaged")
@@ -93,7 +93,7 @@ def tile_slide(
     Raises Fault for a slide without a plausible mpp, coarser than asked, fluorescent, or smaller than one tile.
     """
     grid = plan_grid(slide.dimensions, slide.mpp(mpp), settings.mpp, settings.tile_size, str(slide.path))
-    rule = RULES[settings.tissue]
+    rule = TISSUE_RULES[settings.tissue]
     mask_downsample = downsample_for(rule, grid, slide.downsamples)
     thumbnail_downsample = max(1.0, max(slide.width, slide.height) / THUMBNAIL)
     finest = min(mask_downsample, thumbnail_downsample)

@@ -1,7 +1,7 @@
 """What on a slide is tissue: rules from an RGB thumbnail to a mask, by name.
 
 Every rule is one function on a thumbnail (H, W, 3) uint8 → bool mask (H, W), True where there is tissue. To add one,
-write the function and put a line in `RULES`. `otsu` is the default: permissive about faint tissue, strict about pen.
+write the function and put a line in `TISSUE_RULES`. `otsu` is the default: permissive about faint tissue, strict about pen.
 """
 
 import math
@@ -69,7 +69,7 @@ def hsv(rgb: np.ndarray) -> np.ndarray:
 # more than `data.slides.tiling.LARGEST_MASK` pixels a side is judged more coarsely.
 FULL = 0.1
 
-RULES: dict[str, TissueRule] = {
+TISSUE_RULES: dict[str, TissueRule] = {
     "otsu": TissueRule(otsu, mpp=8.0, min_tissue=0.25, rejects_pen=True),
     "gigapath": TissueRule(gigapath, mpp=2.0, min_tissue=0.1, rejects_pen=False),
     "clam": TissueRule(clam, mpp=FULL, min_tissue=1e-6, rejects_pen=False, level=64),

@@ -28,7 +28,7 @@ from data.tiles.augment_parameters import (
     SOLARISE_FROM,
 )
 
-BLOCK = 2048  # pixels whose three channels stay in the nearest cache
+PIXELS_A_BLOCK = 2048  # pixels whose three channels stay in the nearest cache
 REACH = BLUR_TAPS // 2
 FIRST_FACTOR = FACTORS.start
 # Numbers of Python's would make numba compute in double precision.
@@ -90,8 +90,8 @@ def _jitter(image, row, x):  # type: ignore[no-untyped-def]
     while row[contrast_at] != CONTRAST:
         contrast_at += 1
     total = 0.0
-    for start in range(0, pixels, BLOCK):
-        stop = min(start + BLOCK, pixels)
+    for start in range(0, pixels, PIXELS_A_BLOCK):
+        stop = min(start + PIXELS_A_BLOCK, pixels)
         red, green, blue = x[0, start:stop], x[1, start:stop], x[2, start:stop]
         for i in range(stop - start):
             red[i] = image[0, start + i] * BYTE
@@ -108,8 +108,8 @@ def _jitter(image, row, x):  # type: ignore[no-untyped-def]
         return
     factor = row[FIRST_FACTOR + CONTRAST]
     rest = (ONE - factor) * np.float32(total / pixels)
-    for start in range(0, pixels, BLOCK):
-        stop = min(start + BLOCK, pixels)
+    for start in range(0, pixels, PIXELS_A_BLOCK):
+        stop = min(start + PIXELS_A_BLOCK, pixels)
         red, green, blue = x[0, start:stop], x[1, start:stop], x[2, start:stop]
         if row[JITTER] > 0:
             _blend(red, green, blue, factor, ZERO, rest)

@@ -72,9 +72,9 @@ class CropSizes:
         return found
 
 
-TRIES = 10
-NUMBERS = (
-    2 * TRIES + 5
+CROP_TRIES = 10
+NUMBERS_A_CROP = (
+    2 * CROP_TRIES + 5
 )  # drawn for a view: for each try an area and an aspect, then two for the place, two for mirroring, a turn
 
 
@@ -84,13 +84,13 @@ def box(
     """``(top, left, height, width)`` in pixels of a random resized crop, by torchvision's rule.
 
     Ten tries at an area uniform in ``scale`` and an aspect ratio log-uniform in ``aspect``; failing that, the largest
-    central crop of an allowed aspect. ``u`` are `NUMBERS` numbers uniform in [0, 1), the last three of them not used
+    central crop of an allowed aspect. ``u`` are `NUMBERS_A_CROP` numbers uniform in [0, 1), the last three of them not used
     here.
     """
     low, high = math.log(aspect[0]), math.log(aspect[1])
-    for attempt in range(TRIES):
+    for attempt in range(CROP_TRIES):
         area = height * width * (scale[0] + u[attempt] * (scale[1] - scale[0]))
-        ratio = math.exp(low + u[TRIES + attempt] * (high - low))
+        ratio = math.exp(low + u[CROP_TRIES + attempt] * (high - low))
         w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
         if 0 < w <= width and 0 < h <= height:
             return int(u[-5] * (height - h + 1)), int(u[-4] * (width - w + 1)), h, w
@@ -108,7 +108,7 @@ def cut(tile: np.ndarray, sizes: CropSizes, seed: int, sample: int) -> list[Tens
     views are.
     """
     kinds = sizes.views()
-    drawn = rng(seed, "crops", sample).random((len(kinds), NUMBERS)).tolist()
+    drawn = rng(seed, "crops", sample).random((len(kinds), NUMBERS_A_CROP)).tolist()
     image = torch.from_numpy(tile).permute(2, 0, 1).unsqueeze(0)  # channels-last bytes: torch's fast path
     height, width = tile.shape[:2]
     views = []

@@ -27,7 +27,7 @@ from data.tiles.stream import Stream
 
 STEPS_AHEAD = 3
 EXPECTED_AHEAD = 24  # steps; a source that fetches from afar begins that early
-ATTEMPTS = 100
+REPLACEMENTS_TRIED = 100
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class TileBatches(IterableDataset["RankBatch"]):
             except UnreadableTile as error:
                 bad.append(str(error))
                 number = error.next % len(self.tiles)
-            if len(bad) == ATTEMPTS:
+            if len(bad) == REPLACEMENTS_TRIED:
                 raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
         generator = rng(self.seed, "colour", sample)
         rows = draw_parameters(self.colour, self.sizes.kinds(), generator)

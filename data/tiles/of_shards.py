@@ -10,7 +10,7 @@ from data.fault import Fault
 from data.remote import BlockCache, Truncated, read_range
 from data.shards.index import ShardIndex
 from data.shards.open_tars import OpenTars, without_header
-from data.shards.tar_members import BLOCK
+from data.shards.tar_members import TAR_BLOCK
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
 
@@ -85,7 +85,7 @@ class ShardTiles(TileSource):
         block = int(np.searchsorted(self._ends, number, side="right"))
         first = int(self._ends[block - 1]) if block else 0
         url, start, stop = self._range(block, index, row - (number - first))
-        offset, length = int(index.offset[row]) - BLOCK - start, int(index.length[row]) + BLOCK
+        offset, length = int(index.offset[row]) - TAR_BLOCK - start, int(index.length[row]) + TAR_BLOCK
         data = self._fetched.get(url, start, stop)[offset : offset + length]
         if len(data) < length:
             raise Truncated(f"{url} is truncated")
@@ -94,7 +94,7 @@ class ShardTiles(TileSource):
     def _range(self, block: int, index: ShardIndex, row: int) -> tuple[str, int, int]:
         """URL and bytes of a block whose first tile is ``row`` of ``index``, that tile's header included."""
         last = row + int(self.parts[0].block_sizes[block]) - 1
-        start, stop = int(index.offset[row]) - BLOCK, int(index.offset[last]) + int(index.length[last])
+        start, stop = int(index.offset[row]) - TAR_BLOCK, int(index.offset[last]) + int(index.length[last])
         return index.url(index.file_of(row)), start, stop
 
     def __getstate__(self) -> dict[str, object]:

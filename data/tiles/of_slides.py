@@ -22,9 +22,9 @@ from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
 
 TILES_PER_SLIDE_BLOCK = 100  # a slide is open anyway: shorter blocks mix more slides for the same windows
-TRIES = 10
-SOME_PEN = 0.15  # share of a tile that may lie in cells with pen
-FEWEST_OPEN = 16  # slides of a process
+PLACE_TRIES = 10
+PEN_ALLOWED = 0.15  # share of a tile that may lie in cells with pen
+FEWEST_SLIDES_OPEN = 16  # slides of a process
 
 Kept = TypeVar("Kept")
 
@@ -83,17 +83,17 @@ class SlideTiles(TileSource):
         grid = tiling.grid
         if self.shifted:
             side = grid.tile_size_level0
-            for down, right in rng(seed, "place", sample).uniform(-0.5, 0.5, (TRIES, 2)).tolist():
+            for down, right in rng(seed, "place", sample).uniform(-0.5, 0.5, (PLACE_TRIES, 2)).tolist():
                 x = round(min(max(0.0, (column + right) * side), grid.width - side))
                 y = round(min(max(0.0, (row + down) * side), grid.height - side))
                 tissue, ink = _beneath(tiling, y / side, x / side)
-                if tissue >= self.surveyed.settings.min_tissue and ink <= SOME_PEN:
+                if tissue >= self.surveyed.settings.min_tissue and ink <= PEN_ALLOWED:
                     return x, y
         return int(grid.origin(column)), int(grid.origin(row))
 
     def hold(self, blocks: int) -> None:
         self._slides.capacity = self._tilings.capacity = min(
-            max(2 * blocks, FEWEST_OPEN), open_files.share_of_open_files(self)
+            max(2 * blocks, FEWEST_SLIDES_OPEN), open_files.share_of_open_files(self)
         )
 
     def _grid(self, which: int) -> tuple[Tiling, np.ndarray]:
@@ -129,7 +129,7 @@ class _Latest(Generic[Kept]):
     """What was made for the last few keys, for many threads; what is dropped goes when its last user lets go of it."""
 
     def __init__(self, make: Callable[[int], Kept]) -> None:
-        self.make, self.capacity = make, FEWEST_OPEN
+        self.make, self.capacity = make, FEWEST_SLIDES_OPEN
         self._kept: dict[int, Kept] = {}
         self._lock = threading.Lock()
 

@@ -20,7 +20,7 @@ from models.formats.published import Published, Weights, listed
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 CLASS_TOKEN, MASK_TOKEN = "cls_token", "mask_token"
 DECODER = "decoder_"  # of MAE's own code, in one state dict with the encoder
-NUMBERS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+NUMBER_TYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 DEEPEST = 20  # dictionaries inside of each other
 TRANSFORMERS = "embeddings."
 AVERAGED = re.compile(r"(?:^|[._])(?:teacher|ema|momentum|target)(?:[._]|$)")
@@ -56,7 +56,7 @@ def read_checkpoint_file(checkpoint: Mapping[str, Any], place: str = "") -> Publ
         weights = {name: t for name, t in weights.items() if not name.startswith(DECODER) and name != MASK_TOKEN}
         left_out.append("decoder")
     for name, tensor in weights.items():
-        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NUMBERS:
+        if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta or tensor.dtype not in NUMBER_TYPES:
             raise ValueError(
                 f"{name} is of {tensor.dtype} and layout {tensor.layout}: save the weights as ordinary floats"
             )

@@ -14,7 +14,7 @@ from models.vit import VisionTransformer
 
 RELEASED_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}  # by width; the published files don't say
 REGISTERS = (("register_tokens", "reg_token"),)
-SWIGLU = (("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."))
+DINOV2_SWIGLU = (("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."))
 
 
 def read_dinov2(weights: Weights) -> Published:
@@ -22,7 +22,7 @@ def read_dinov2(weights: Weights) -> Published:
     ours: Weights = {}
     for name, tensor in weights.items():
         name = re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", name)
-        for theirs, mine in (*REGISTERS, *SWIGLU):
+        for theirs, mine in (*REGISTERS, *DINOV2_SWIGLU):
             name = name.replace(theirs, mine)
         ours[name] = tensor
     if lacking := [name for name in ("cls_token", "pos_embed") if name not in ours]:
@@ -34,7 +34,7 @@ def read_dinov2(weights: Weights) -> Published:
 
 def write_dinov2(network: VisionTransformer) -> Weights:
     """A network's weights under DINOv2's names, unchunked, positions on the network's own grid."""
-    pairs = (*REGISTERS, *SWIGLU) if network.feed_forward == "swiglu" else REGISTERS
+    pairs = (*REGISTERS, *DINOV2_SWIGLU) if network.feed_forward == "swiglu" else REGISTERS
     theirs: Weights = {}
     for name, tensor in network.state_dict().items():
         for other, mine in pairs:

@@ -27,7 +27,7 @@ from models.vit import VisionTransformer
 
 PREFIXES = ("dinov2.", "dinov2_with_registers.")  # of a model with a head on top
 MODELS = {"dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
-NAMES = (
+TRANSFORMERS_NAMES = (
     ("embeddings.cls_token", "cls_token"),
     ("embeddings.mask_token", "mask_token"),
     ("embeddings.register_tokens", "reg_token"),
@@ -39,7 +39,7 @@ NAMES = (
     (".layer_scale2.lambda1", ".ls2.gamma"),
     ("layernorm.", "norm."),
 )
-SWIGLU = ((".mlp.weights_in.", ".mlp.fc1."), (".mlp.weights_out.", ".mlp.fc2."))
+TRANSFORMERS_SWIGLU = ((".mlp.weights_in.", ".mlp.fc1."), (".mlp.weights_out.", ".mlp.fc2."))
 IN_MEMORY = (
     (".attention.q_proj.", ".attention.attention.query."),
     (".attention.k_proj.", ".attention.attention.key."),
@@ -75,12 +75,12 @@ def read_transformers(weights: Weights, config: dict[str, Any]) -> Published:
         if packed != name:
             parts.setdefault(packed, {})[name.split(".")[-2]] = tensor
         else:
-            ours[renamed(name, (*NAMES, *SWIGLU))] = tensor
+            ours[renamed(name, (*TRANSFORMERS_NAMES, *TRANSFORMERS_SWIGLU))] = tensor
     for name, found in parts.items():
         order = THREE if ".attn.qkv." in name else ("gate_proj", "up_proj")
         if lacking := [part for part in order if part not in found]:
-            raise ValueError(f"missing: {', '.join(lacking)} of {renamed(name, NAMES)}")
-        ours[renamed(name, NAMES)] = torch.cat([found[part] for part in order])
+            raise ValueError(f"missing: {', '.join(lacking)} of {renamed(name, TRANSFORMERS_NAMES)}")
+        ours[renamed(name, TRANSFORMERS_NAMES)] = torch.cat([found[part] for part in order])
     if lacking := [name for name in ("cls_token", "pos_embed") if name not in ours]:
         raise ValueError(f"missing: {', '.join(lacking)}")
     if "reg_token" in ours and not ours["reg_token"].shape[1]:
@@ -99,8 +99,8 @@ def write_transformers(network: VisionTransformer, image_size: int) -> Weights:
     grid = image_size // network.patch_size
     with torch.no_grad():
         ours = network.state_dict() | {"pos_embed": torch.cat(network.positions(grid, grid), dim=1)}
-    swiglu = SWIGLU if network.feed_forward == "swiglu" else ()
-    back = [(mine, theirs) for theirs, mine in (*NAMES, *swiglu)]
+    swiglu = TRANSFORMERS_SWIGLU if network.feed_forward == "swiglu" else ()
+    back = [(mine, theirs) for theirs, mine in (*TRANSFORMERS_NAMES, *swiglu)]
     theirs: Weights = {}
     for name, tensor in ours.items():
         tensor = tensor.detach()

@@ -39,7 +39,7 @@ from data.shards.job_array import JobPart
 from data.slides.lists import list_slides
 from data.slides.mpp import ISOTROPIC, SlidesMpp
 from data.slides.tiling import TilingSettings
-from data.slides.tissue import RULES
+from data.slides.tissue import TISSUE_RULES
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.embedding.named_slides import hold_to_embedded_mpp, named_slides
 from pretrain.embedding.result import say_embedded, write_exports
@@ -82,7 +82,7 @@ class Config:
     export: Annotated[list[str], one_of(*EXPORTS)]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
-    tissue: Annotated[str, one_of(*RULES)]
+    tissue: Annotated[str, one_of(*TISSUE_RULES)]
     min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
     encoder: str | None
@@ -178,7 +178,7 @@ def _embed_tiles(config: Config, part: int, parts: int) -> None:
 
 
 def _tiling(config: Config) -> TilingSettings:
-    min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
+    min_tissue = TISSUE_RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
     return TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
 
 

@@ -32,7 +32,7 @@ from data.keyed import rng
 from data.slides.mpp import SlidesMpp
 from data.slides.reading import Slide
 from data.slides.tiling import BACKGROUND, KEPT, PEN, VERDICTS, Tiling, TilingSettings, downsample_for, tile_slide
-from data.slides.tissue import RULES, is_empty, pen
+from data.slides.tissue import TISSUE_RULES, is_empty, pen
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.inspection.page import Page, write_page
 from pretrain.inspection.shards import shards_page
@@ -49,7 +49,7 @@ class Config:
     out: Annotated[str, ON_DISK]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
-    tissue: Annotated[str, one_of(*RULES)]
+    tissue: Annotated[str, one_of(*TISSUE_RULES)]
     min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
     tiles: Annotated[int, within(least=1)]
@@ -79,7 +79,7 @@ def run(config: Config) -> None:
 
 def slide_page(config: Config, path: Path) -> Page:
     """Tissue mask and tile map of one slide. Raises Fault where 'pretrain shard' would refuse the slide."""
-    rule = RULES[config.tissue]
+    rule = TISSUE_RULES[config.tissue]
     min_tissue = rule.min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
     mpp = SlidesMpp.parse(config.slides_mpp).of(path)

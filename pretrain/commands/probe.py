@@ -106,7 +106,7 @@ def run(config: Config) -> None:
         **({"histogram_same_slides": within} if within is not None else {}),
         "chance": float(np.bincount(tested.labels).max() / len(tested.labels)),
         "method": {
-            "knn": f"{min(probing.NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine / {probing.TEMPERATURE})",
+            "knn": f"{min(probing.KNN_NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine / {probing.TEMPERATURE})",
             "linear": f"logistic regression on standardised features, L2, C = {probing.INVERSE_REGULARISATION:g}, up to 1000 iterations",
             "rankme": "of the test features, not centred (Garrido 2023)",
             "standard_error": "binomial over test images; of a gain, paired over test images",

@@ -20,9 +20,9 @@ from pretrain.settings.composition import Composed, load
 from pretrain.settings.config_files import CONFIGS, choices_of, comments
 from pretrain.settings.refusals import nearest
 
-STAGES = ("tile", "slide")
+RECIPE_STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
-UNKNOWN = "?:"  # how a recipe marks a value that is our choice
+OUR_CHOICE = "?:"  # how a recipe marks a value that is our choice
 
 
 @dataclass
@@ -75,7 +75,7 @@ def compose_recipe(name: str) -> Composed:
     none."""
     path(name)
     problems = []
-    for stage in STAGES:
+    for stage in RECIPE_STAGES:
         try:
             return load(stage, [f"recipe={name}"])
         except Fault as fault:
@@ -112,7 +112,7 @@ def describe_recipe(name: str) -> Recipe:
         steps=tree.optim.steps,
         data=facts.get("Data", ""),
         cost=facts.get("Cost", ""),
-        unknown=sorted(key for key, comment in said.items() if UNKNOWN in comment),
+        unknown=sorted(key for key, comment in said.items() if OUR_CHOICE in comment),
     )
 
 

@@ -43,7 +43,7 @@ from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.names import name_slides
 from data.slides.tiling import TilingSettings
-from data.slides.tissue import RULES
+from data.slides.tissue import TISSUE_RULES
 from models.allowed import FILE_STEM, ON_DISK, PATTERN, SHARE, SOME, TILE, one_of, within
 from pretrain.cutting.summary import counted_as, say_outcomes, say_renamed
 from pretrain.cutting.tiles import cut_shards, failed_parts, record_outcomes
@@ -57,7 +57,7 @@ class Config:
     out: Annotated[str, ON_DISK]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
-    tissue: Annotated[str, one_of(*RULES)]
+    tissue: Annotated[str, one_of(*TISSUE_RULES)]
     min_tissue: Annotated[float | None, SHARE]
     slides_mpp: str | None
     patient_pattern: Annotated[str, PATTERN]
@@ -84,7 +84,7 @@ def run(config: Config) -> None:
 
 def _shard(config: Config, out: Path, paths: list[Path], part: JobPart | None, slides_mpp: SlidesMpp) -> None:
     workers = config.workers or len(os.sched_getaffinity(0))
-    min_tissue = RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
+    min_tissue = TISSUE_RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
     settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
     made = asdict(settings) | {"jpeg_quality": JPEG_QUALITY}
     if config.coordinates is not None:

@@ -35,7 +35,7 @@ from models.allowed import ON_DISK, SOME
 from pretrain.cutting.summary import counted_as, holdings
 from pretrain.run.progress import say
 
-MOST_SAID = 20  # kinds of what was left out
+KINDS_SAID = 20  # kinds of what was left out
 MOST_TARS = 5  # that the last line names
 
 
@@ -88,10 +88,10 @@ def _said_left_out(index: ShardIndex) -> str:
     if "made_by" not in index.meta:
         files = [LeftOut("", "'pretrain shard' has no record of it: move shards of others into a folder of their own", 1, tar.name)
                  for tar in sorted(index.folder.glob("*.tar")) if not record_path(index.folder, tar.stem).exists()]  # fmt: skip
-    for kind in [*members, *files][:MOST_SAID]:
+    for kind in [*members, *files][:KINDS_SAID]:
         say(f"left out: {kind}")
-    if (kinds := len(members) + len(files)) > MOST_SAID:
-        say(f"… and {kinds - MOST_SAID} more; {index.folder}/index.npz has them all, in its meta.json")
+    if (kinds := len(members) + len(files)) > KINDS_SAID:
+        say(f"… and {kinds - KINDS_SAID} more; {index.folder}/index.npz has them all, in its meta.json")
     for kind in disputed(index) if "made_by" in index.meta else ():
         say(f"to look at: {kind}")
     tars = [kind.example for kind in files if not kind.kind and kind.example.lower().endswith(".tar")]

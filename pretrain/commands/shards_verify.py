@@ -33,7 +33,7 @@ from data.shards.verify import Defect, Folder, Verified, list_shards, verify_fol
 from models.allowed import ON_DISK, SOME, within
 from pretrain.run.progress import Progress, say
 
-MOST_SAID = 20  # findings of a folder that are said one by one; the report has them all
+FINDINGS_SAID = 20  # findings of a folder that are said one by one; the report has them all
 
 
 @dataclass
@@ -95,9 +95,9 @@ def verify(folder: Folder, workers: int) -> dict[str, Any]:
 
 
 def _say(finding: Defect, said: int) -> int:
-    if said < MOST_SAID:
+    if said < FINDINGS_SAID:
         member = f" {finding.member}:" if finding.member else ""
         say(f"{finding.shard}:{member} {finding.what}")
-    elif said == MOST_SAID:
+    elif said == FINDINGS_SAID:
         say("… and more, which are counted and in the report")
     return said + 1

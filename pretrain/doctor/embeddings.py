@@ -14,7 +14,7 @@ from pretrain.doctor.rate import fast_enough
 from pretrain.training.even_shares import lanes_of
 from pretrain.training.slide_stage import SlideBatches, SlideData, sequences_of
 
-SAMPLED = 64  # slides that are read beside those of the rate
+SAMPLED_SLIDES = 64  # slides that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
@@ -41,7 +41,7 @@ def check_embeddings(
     if len(sequences.training) < data.batch_size:
         found = warned("embeddings", f"{what}; a step takes up to {data.batch_size}, so it sees a sequence more than once: embed more slides, or set data.field_cells, or data.batch_size lower")  # fmt: skip
     else:
-        found = passed("embeddings", f"{what}; {min(SAMPLED, len(tiles))} slides are there as the index says")
+        found = passed("embeddings", f"{what}; {min(SAMPLED_SLIDES, len(tiles))} slides are there as the index says")
     does, remedy = "one process reads, cuts and masks", "put the embeddings on faster storage"
     return [found, fast_enough(rate, needed, processes // together, "slides", does, remedy)]
 
@@ -49,10 +49,10 @@ def check_embeddings(
 def read_ends_of_store(store: EmbeddingStore) -> None:
     """Read slides from one end of the store to the other. Raises Fault for one that isn't there, or holds what is no
     number."""
-    for number in sorted(set(np.linspace(0, len(store.slides) - 1, SAMPLED).astype(int).tolist())):
+    for number in sorted(set(np.linspace(0, len(store.slides) - 1, SAMPLED_SLIDES).astype(int).tolist())):
         slide = store.slides[number]
         rows = store.read(slide).embeddings
-        if not np.isfinite(rows[:: max(1, len(rows) // SAMPLED)]).all():
+        if not np.isfinite(rows[:: max(1, len(rows) // SAMPLED_SLIDES)]).all():
             raise Fault(f"{store.folder}: embeddings of {slide} are not finite: embed it again into a new folder, with trainer.precision=float32 if its encoder overflows")  # fmt: skip
 
 

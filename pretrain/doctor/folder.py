@@ -17,7 +17,9 @@ from data.files import remove
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.objectives.interface import Objective
 
-SECONDS = 60  # that another node's file may take to appear; caches of network file systems hold names for some seconds
+FILE_APPEARS_WITHIN = (
+    60  # that another node's file may take to appear; caches of network file systems hold names for some seconds
+)
 
 
 def existing(folder: Path) -> Path:
@@ -81,7 +83,9 @@ def _lock(file: Path) -> None:
         fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-def seen_by_all_nodes(folder: Path, environment: Mapping[str, str], seconds: float = SECONDS) -> list[Finding]:
+def seen_by_all_nodes(
+    folder: Path, environment: Mapping[str, str], seconds: float = FILE_APPEARS_WITHIN
+) -> list[Finding]:
     """On every node of a SLURM job at once: do the nodes see each other's files? Nothing on one node."""
     nodes, own = int(environment.get("SLURM_NNODES", 1)), int(environment.get("SLURM_NODEID", 0))
     if nodes == 1:

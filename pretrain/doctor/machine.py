@@ -17,7 +17,7 @@ from data.slides.reading import Slide
 from pretrain.doctor.finding import Finding, failed, passed, warned
 
 COMPROMISED = {"lightning": {"2.6.2", "2.6.3"}}  # releases that carried malicious code
-SECONDS = (
+PROCESSES_TIMEOUT = (
     120  # that processes may take to find each other; starting Python and torch on a busy shared disk is most of it
 )
 VALUES = 2**20
@@ -85,7 +85,7 @@ def accelerators(accelerator: str, devices: int, precision: str) -> list[Finding
     return found or [passed("accelerators", f"{devices} of {count} × {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")]  # fmt: skip
 
 
-def all_reduce(processes: int, gpu: bool, seconds: float = SECONDS) -> list[Finding]:
+def all_reduce(processes: int, gpu: bool, seconds: float = PROCESSES_TIMEOUT) -> list[Finding]:
     """Start so many processes here and let them add up a megabyte-sized tensor: gloo on CPUs, NCCL on GPUs."""
     backend = "nccl" if gpu else "gloo"
     with tempfile.TemporaryDirectory() as folder:
@@ -116,7 +116,7 @@ def all_reduce(processes: int, gpu: bool, seconds: float = SECONDS) -> list[Find
     return [passed("all-reduce", f"{processes} processes, {backend}: {4 * VALUES / 1e6 / slowest:,.0f} MB/s on this machine")]  # fmt: skip
 
 
-def between_nodes(environment: Mapping[str, str], seconds: float = SECONDS) -> list[Finding]:
+def between_nodes(environment: Mapping[str, str], seconds: float = PROCESSES_TIMEOUT) -> list[Finding]:
     """On every node of a SLURM job at once: can a process of each add up a tensor with those of the others? Nothing on
     one node."""
     nodes, own = int(environment.get("SLURM_NNODES", 1)), int(environment.get("SLURM_NODEID", 0))

@@ -18,7 +18,7 @@ from pretrain.settings import plugins
 from pretrain.training.even_shares import tiles_of
 from pretrain.training.tile_stage import ColourSettings, Crops, colour, crop_sizes
 
-SAMPLED = 64  # tiles that are read beside those of the rate
+SAMPLED_TILES = 64  # tiles that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
@@ -35,7 +35,7 @@ def check_tiles(data: Mapping[str, Any], processes: int, accumulate: int, patch_
         rate = tiles_per_second(batches)
     except Fault as fault:
         return [failed("tiles", str(fault))]
-    found = [passed("tiles", f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes; {SAMPLED} of them read as the index says")]  # fmt: skip
+    found = [passed("tiles", f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes; {SAMPLED_TILES} of them read as the index says")]  # fmt: skip
     if blocks < 2 * data["lanes"]:
         found = [warned("tiles", f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a multiple of the {processes} processes), or take more shards")]  # fmt: skip
     does = f"one process with data.threads={data['threads']} reads, decodes and cuts"
@@ -56,7 +56,7 @@ def open_stream(data: Mapping[str, Any], seed: int) -> tuple[TileSource, Stream]
 
 def read_ends_of_source(source: TileSource) -> None:
     """Read tiles from one end of the source to the other. Raises Fault for one that isn't what the index says."""
-    for number in np.linspace(0, len(source) - 1, SAMPLED).astype(int).tolist():
+    for number in np.linspace(0, len(source) - 1, SAMPLED_TILES).astype(int).tolist():
         try:
             source.read(number)
         except UnreadableTile as error:

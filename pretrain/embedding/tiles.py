@@ -18,7 +18,7 @@ from data.files import Refused
 from pretrain.run.progress import Progress, say
 
 OPENED_AHEAD = 2  # slides whose tissue is found while others are embedded
-NAMED_BAD_TILES = 20  # of a slide, said one by one; the rest are counted
+BAD_TILES_OF_A_SLIDE_SAID = 20  # of a slide, said one by one; the rest are counted
 
 Start = Callable[[Tensor], Callable[[], Tensor]]
 """Begin to embed uint8 (n, H, W, 3); what it returns waits for the embeddings, float32 (n, width) on the CPU."""
@@ -41,7 +41,7 @@ class SlideUnderway:
         for tile in pixels:
             if isinstance(tile, Fault):
                 self.bad += 1
-                if self.bad <= NAMED_BAD_TILES:
+                if self.bad <= BAD_TILES_OF_A_SLIDE_SAID:
                     say(f"left out: {tile}")
 
     def add_to(self, writer: EmbeddingWriter, max_bad_fraction: float) -> None:

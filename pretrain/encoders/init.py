@@ -16,7 +16,7 @@ from models.formats.published import Published, require_finite
 from models.initialise import assign
 from models.vit import VisionTransformer
 from pretrain.encoders.loading import find_checkpoint, teacher, timm_module
-from pretrain.encoders.weight_files import CONFIG, is_transformers, read_file, read_transformers_folder
+from pretrain.encoders.weight_files import TRANSFORMERS_CONFIG, is_transformers, read_file, read_transformers_folder
 from pretrain.objectives.interface import Objective
 
 
@@ -38,7 +38,7 @@ def find_encoder(source: str, plugins: Collection[str] = ()) -> Published:
         return from_timm(source, source)
     if is_transformers(path):
         return read_transformers_folder(path)
-    if (path / CONFIG).is_file():
+    if (path / TRANSFORMERS_CONFIG).is_file():
         return from_timm(f"local-dir:{path}", source)
     network, _ = teacher(find_checkpoint(path, plugins))
     if not isinstance(network, VisionTransformer):

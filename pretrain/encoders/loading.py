@@ -24,14 +24,14 @@ from data.keyed import rng
 from models.formats.published import require_finite
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.encoders.weight_files import SUFFIXES, is_transformers, read_json, read_transformers_folder
+from pretrain.encoders.weight_files import WEIGHT_SUFFIXES, is_transformers, read_json, read_transformers_folder
 from pretrain.run import checkpoints
 from pretrain.run.folder import read_config
 from pretrain.run.progress import say
 from pretrain.settings.plugins import build
 
 TEACHER, STUDENT = "teacher.encoder.", "encoder."  # MAE's runs have one network and no teacher
-CONFIG = "config.yaml"
+RUN_CONFIG = "config.yaml"
 EMBEDDING_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -186,7 +186,7 @@ def _load(checkpoint: str, device: str, precision: str, plugins: Collection[str]
         raise Fault(f"precision is {' or '.join(EMBEDDING_PRECISIONS)}, not {precision!r}")
     place = device_of(device)
     folder = checkpoints.resolved(Path(checkpoint))
-    if folder.is_file() and folder.suffix in SUFFIXES:
+    if folder.is_file() and folder.suffix in WEIGHT_SUFFIXES:
         raise Fault(
             f"{folder} holds weights and doesn't say how images are prepared for them: start a run from it with 'pretrain tile init=', "
             "or give a folder with its configuration"
@@ -208,7 +208,7 @@ def find_checkpoint(folder: Path, plugins: Collection[str] = ()) -> RunCheckpoin
     whole.
     """
     folder = checkpoints.resolved(folder)
-    if (folder / CONFIG).is_file():
+    if (folder / RUN_CONFIG).is_file():
         newest, whole = checkpoints.newest(folder), checkpoints.newest_whole(folder)
         if newest is None:
             raise Fault(f"{folder} has no checkpoint yet: run the same training command again until it has saved one")
@@ -218,11 +218,11 @@ def find_checkpoint(folder: Path, plugins: Collection[str] = ()) -> RunCheckpoin
             say(f"{checkpoints.damage(newest)}, so the one before it is taken: {whole}")
         return RunCheckpoint(whole, folder, read_config(folder), plugins)
     for run in folder.resolve().parents[:2]:
-        if (run / CONFIG).is_file():
+        if (run / RUN_CONFIG).is_file():
             if wrong := checkpoints.damage(folder):
                 raise Fault(f"{wrong}: give another checkpoint of {run}{checkpoints.whole_before(folder)}.")
             return RunCheckpoint(folder, run, read_config(run), plugins)
-    inside = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    inside = sorted(path.parent.name for path in folder.glob(f"*/{RUN_CONFIG}"))
     hint = (
         f": did you mean {folder / inside[0]}?"
         if inside
@@ -236,7 +236,7 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
     settings, data = found.config.get("model"), found.config.get("data") or {}
     if not isinstance(settings, dict) or not {"mean", "std", "crops"} <= data.keys():
         raise Fault(
-            f"{found.run} is not a tile run (its {CONFIG} lacks model, or data.mean, std or crops): give a run of 'pretrain tile'"
+            f"{found.run} is not a tile run (its {RUN_CONFIG} lacks model, or data.mean, std or crops): give a run of 'pretrain tile'"
         )
     weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
     # Whatever kernel it was trained with: any machine can run this one, and a single crop size needs no other.
@@ -245,7 +245,7 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
-        raise Fault(f"{found.folder} doesn't fit the model in {found.run / CONFIG} ({error})") from error
+        raise Fault(f"{found.folder} doesn't fit the model in {found.run / RUN_CONFIG} ({error})") from error
     size = evaluation_size(found.config)
     return network, Preprocessing(size, size, tuple(data["mean"]), tuple(data["std"]))
 
@@ -321,7 +321,7 @@ def timm_module(name: str) -> nn.Module:
     local = name.startswith("local-dir:")
     if local:
         for path in sorted(Path(name.removeprefix("local-dir:")).iterdir()):
-            if path.suffix in SUFFIXES:
+            if path.suffix in WEIGHT_SUFFIXES:
                 refuse_pointer(path)
     base = name.partition(".")[0]
     if not local and not name.startswith("hf-hub:"):

@@ -22,7 +22,7 @@ from pretrain.objectives.figures import rankme
 from pretrain.run.progress import say, track
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
-NEIGHBOURS = 20
+KNN_NEIGHBOURS = 20
 TEMPERATURE = 0.07
 INVERSE_REGULARISATION = 1.0
 HISTOGRAM_BINS = 32
@@ -222,7 +222,7 @@ def knn_predict(
     train_labels: np.ndarray,
     test: np.ndarray,
     classes: int,
-    k: int = NEIGHBOURS,
+    k: int = KNN_NEIGHBOURS,
     chunk: int = 1024,
     itself: bool = True,
 ) -> np.ndarray:

@@ -25,7 +25,7 @@ from data.fault import Fault
 from pretrain.run.progress import track
 
 TCGA = re.compile(r"TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}(?![A-Z0-9])")
-PLACED = re.compile(r"^(?P<slide>.+?)[_-]+[xX]?-?\d+[_-]+[yY]?-?\d+$")
+PLACED_NAME = re.compile(r"^(?P<slide>.+?)[_-]+[xX]?-?\d+[_-]+[yY]?-?\d+$")
 TRAITS = 13
 TILES_PER_GROUP = 48
 FEWEST_GROUPS = 10
@@ -85,7 +85,7 @@ def by_name(files: list[Path], folder: Path) -> Groups | None:
     found = [TCGA.search(str(file.relative_to(folder))) for file in files]
     if all(found):
         return Groups(_numbered(match[0] for match in found if match), "TCGA's patients, by the names", known=True)
-    placed = [PLACED.match(file.stem) for file in files]
+    placed = [PLACED_NAME.match(file.stem) for file in files]
     if all(placed):
         return Groups(_numbered(match["slide"] for match in placed if match), "slides, by the names", known=True)
     inside = [file.relative_to(folder).parts[1:-1] for file in files]

@@ -20,8 +20,8 @@ from data.torch_files import why_unreadable
 from models.formats import transformers
 from models.formats.published import Published
 
-CONFIG = "config.json"
-SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+TRANSFORMERS_CONFIG = "config.json"
+WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
 
 def read_file(path: Path) -> dict[str, Any]:
@@ -49,14 +49,14 @@ def zipped(path: Path) -> bool:
 
 def read_transformers_folder(folder: Path) -> Published:
     """The encoder in a folder that transformers' ``save_pretrained`` wrote, in one file or several."""
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / TRANSFORMERS_CONFIG)
     weights: dict[str, Tensor] = {}
     for path in _weight_files(folder):
         weights |= read_file(path)
     try:
         return transformers.read_transformers(weights, config)
     except KeyError as error:
-        raise Fault(f"{folder / CONFIG} lacks {error}: download it again") from error
+        raise Fault(f"{folder / TRANSFORMERS_CONFIG} lacks {error}: download it again") from error
     except ValueError as error:
         raise Fault(f"{folder}: {error}") from error
 
@@ -76,7 +76,9 @@ def _weight_files(folder: Path) -> list[Path]:
                     f"{folder} lacks {', '.join(lacking)}, which {index.name} names: download its weights whole"
                 )
             return paths
-    raise Fault(f"{folder} has a {CONFIG} but no model.safetensors or pytorch_model.bin: download its weights too")
+    raise Fault(
+        f"{folder} has a {TRANSFORMERS_CONFIG} but no model.safetensors or pytorch_model.bin: download its weights too"
+    )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -93,7 +95,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def is_transformers(folder: Path) -> bool:
     """Whether a folder's ``config.json`` is transformers' (it names a model type) and not timm's (an architecture)."""
-    if not (folder / CONFIG).is_file():
+    if not (folder / TRANSFORMERS_CONFIG).is_file():
         return False
-    config = read_json(folder / CONFIG)
+    config = read_json(folder / TRANSFORMERS_CONFIG)
     return "model_type" in config and "architecture" not in config

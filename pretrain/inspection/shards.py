@@ -15,7 +15,7 @@ from data.redaction import redacted
 from data.remote import Truncated
 from data.shards.index import ShardIndex
 from data.shards.open_tars import OpenTars
-from data.slides.coordinates import UNKNOWN
+from data.slides.coordinates import UNKNOWN_PLACE
 from data.slides.coordinates_h5 import read_tiling
 from pretrain.inspection.page import Page
 from pretrain.inspection.slides import contact_sheet, histogram, mixture, tile_map
@@ -99,7 +99,7 @@ def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], l
         except (OSError, ValueError, Truncated) as error:
             bad.append(f"{redacted(index.place(index.file_of(row)))}: the tile at byte {index.offset[row]} is no readable JPEG ({error})")  # fmt: skip
             continue
-        place = "place unknown" if index.x[row] == UNKNOWN else f"{index.x[row]}, {index.y[row]}"
+        place = "place unknown" if index.x[row] == UNKNOWN_PLACE else f"{index.x[row]}, {index.y[row]}"
         captions.append(f"{index.slide_of(row)}\n{place}")
     return tiles, captions, bad
 

@@ -13,13 +13,13 @@ from PIL import Image, ImageDraw, ImageFont
 
 from data.slides.tiling import BACKGROUND, DAMAGED, EMPTY, KEPT, PEN, VERDICTS, Tiling
 
-Colour = tuple[int, int, int]
+Rgb = tuple[int, int, int]
 
-COLOURS: dict[int, Colour] = {
+COLOURS: dict[int, Rgb] = {
     KEPT: (23, 135, 84), PEN: (230, 126, 16), EMPTY: (52, 120, 219), DAMAGED: (200, 30, 60), BACKGROUND: (150, 150, 150),
 }  # fmt: skip
-INK: Colour = (40, 44, 52)
-PAPER: Colour = (255, 255, 255)
+INK: Rgb = (40, 44, 52)
+PAPER: Rgb = (255, 255, 255)
 MARGIN = 16
 
 
@@ -153,7 +153,7 @@ def _enlarged(
     ), zoom
 
 
-def _with_legend(picture: Image.Image, caption: str, entries: Sequence[tuple[Colour, str]]) -> Image.Image:
+def _with_legend(picture: Image.Image, caption: str, entries: Sequence[tuple[Rgb, str]]) -> Image.Image:
     """The picture on paper, with the caption above, and a coloured square and words for each entry below."""
     font, bold = _font(15), _font(17)
     words = [int(font.getlength(text)) + 52 for _, text in entries]

@@ -32,7 +32,13 @@ from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.precision import wide
 from pretrain.run.across_ranks import total, world_size
 
-NEIGHBOURS = (1, 4, 8, 16, 32)  # the baseline is the best of these: the bar is as high as neighbours can make it
+BASELINE_NEIGHBOURS = (
+    1,
+    4,
+    8,
+    16,
+    32,
+)  # the baseline is the best of these: the bar is as high as neighbours can make it
 DISTANCES = 2**22  # computed at a time
 
 
@@ -135,7 +141,7 @@ class SlideMAE(SlideObjective):
 
         ``r2`` = 1 - Σ (prediction - target)² / Σ (data-set mean - target)², over masked tiles and dimensions: the
         data-set mean has 0 by definition. ``r2_slide_mean``: of the mean of the slide's visible tiles.
-        ``r2_neighbours``: of the mean of the k nearest visible tiles, for the best k of `NEIGHBOURS`; beating it is
+        ``r2_neighbours``: of the mean of the k nearest visible tiles, for the best k of `BASELINE_NEIGHBOURS`; beating it is
         learning. ``shuffled_rise``: relative rise of the error when the visible tiles' places are shuffled within each
         slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled slide embeddings (at most the
         number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared error,
@@ -180,13 +186,13 @@ def baselines(batch: SlideBatch, targets: Tensor) -> list[tuple[str, Tensor]]:
     for seen, wanted in zip(visible, masked, strict=True):
         values, places = targets[seen], batch.cells[seen].double()
         found["slide_mean"].append(values.mean(dim=0).expand(len(wanted), -1))
-        most = min(max(NEIGHBOURS), len(seen))
+        most = min(max(BASELINE_NEIGHBOURS), len(seen))
         rows = [
             torch.cdist(some.double(), places).topk(most, largest=False, sorted=True).indices
             for some in batch.cells[wanted].split(max(1, DISTANCES // len(seen)))
         ]
         nearest = torch.cat(rows)  # (masked tiles, most)
-        for k in NEIGHBOURS:
+        for k in BASELINE_NEIGHBOURS:
             found[f"neighbours {k}"].append(values[nearest[:, :k]].mean(dim=1))
     return [(name, torch.cat(parts)) for name, parts in found.items()]
 

@@ -13,14 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
-MOST = 2**22  # elements: more are too slow to compute for the sake of a number
+LARGEST_COMPUTED = 2**22  # elements: more are too slow to compute for the sake of a number
 
 
 def value_of(tensor: Tensor) -> Tensor | None:
     """A tensor's real numbers, or None where they aren't known."""
     if isinstance(tensor, FakeTensor):
         return getattr(tensor, "rehearsed_value", None)
-    return tensor if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.numel() <= MOST else None
+    return (
+        tensor
+        if type(tensor) is Tensor and tensor.device.type == "cpu" and tensor.numel() <= LARGEST_COMPUTED
+        else None
+    )
 
 
 def sum_of(tensor: Tensor) -> float | None:
@@ -36,7 +40,9 @@ def follow(function: Any, args: Any, kwargs: Any, result: Any) -> None:
     """Note the numbers of an operation's ``result`` where those of all its arguments are known; forget those that it
     overwrites with others."""
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    results = [leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor) and leaf.numel() <= MOST]
+    results = [
+        leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor) and leaf.numel() <= LARGEST_COMPUTED
+    ]
     drawn = torch.Tag.nondeterministic_seeded in function.tags or "empty" in function._opname
     values = [value_of(tensor) for tensor in given]
     if function.namespace != "aten" or not results or drawn or any(value is None for value in values):

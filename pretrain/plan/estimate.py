@@ -13,7 +13,7 @@ from math import ceil, prod
 import torch
 from torch import nn
 
-from pretrain.plan.rehearsal import BATCH, Rehearsal, rehearse
+from pretrain.plan.rehearsal import OF_THE_BATCH, Rehearsal, rehearse
 from pretrain.plan.run_shape import RunShape
 from pretrain.training.sharding import PRECISIONS
 
@@ -65,11 +65,13 @@ def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: 
 
     seen = _deepened(run, of)
     flops = Counter({key: count * settings.accumulate // batch.parts for key, count in seen.flops.items()})
-    waiting = (settings.accumulate - batch.parts) * seen.phases[0].get(BATCH, 0) // batch.parts
+    waiting = (settings.accumulate - batch.parts) * seen.phases[0].get(OF_THE_BATCH, 0) // batch.parts
     held = held_all_the_time(run, settings)
     gradients = held.pop("gradients")
     # What grows through a step, beside the moment at which it is over and the optimiser has all gradients.
-    moments = [phase | {BATCH: phase.get(BATCH, 0) + waiting} for phase in seen.phases] + [{"gradients": gradients}]
+    moments = [phase | {OF_THE_BATCH: phase.get(OF_THE_BATCH, 0) + waiting} for phase in seen.phases] + [
+        {"gradients": gradients}
+    ]
     highest = max(moments, key=lambda phase: sum(phase.values()))
     named = {name: size for name, size in (held | highest).items() if size}
     return Estimate(

@@ -39,7 +39,7 @@ from pretrain.training.sharding import lay_mesh, shard, units_of
 aten = torch.ops.aten
 ATTENTION = {"bmm", "baddbmm"}  # products between tokens, beside the fused kernels that have attention in their names
 LAY_OUT = dilated_attention.lay_out.__wrapped__  # without its memory
-BATCH = "the batch"
+OF_THE_BATCH = "the batch"
 LARGEST_CELL = 999  # of a slide's grid; what depends on it is a table of positions
 
 
@@ -203,7 +203,7 @@ class OperationWatch(TorchDispatchMode):
             self.see(local_shard(tensor).untyped_storage(), "parameters")
         self.events.clear()  # views of these are no new memory, and these are counted elsewhere
         for tensor in tensors_in(parts):
-            self.see(tensor.untyped_storage(), BATCH)
+            self.see(tensor.untyped_storage(), OF_THE_BATCH)
 
     def end(self) -> Rehearsal:
         """What was seen."""

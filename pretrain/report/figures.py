@@ -16,7 +16,7 @@ import numpy as np
 
 # Placeholder → CSS variable. The page defines them (page.py): violet and pink are haematoxylin's and eosin's.
 INK, FAINT, VIOLET, PINK, TEAL, OCHRE = "#010101", "#020202", "#030303", "#040404", "#050505", "#060606"
-VARIABLES = {INK: "ink", FAINT: "faint", VIOLET: "violet", PINK: "pink", TEAL: "teal", OCHRE: "ochre"}
+STYLE_VARIABLES = {INK: "ink", FAINT: "faint", VIOLET: "violet", PINK: "pink", TEAL: "teal", OCHRE: "ochre"}
 LINE_COLOURS = (VIOLET, PINK, TEAL, OCHRE)
 WIDTH = 9.6  # inches; the page scales the drawing to its column
 MOST_POINTS = 600
@@ -205,7 +205,7 @@ def svg(figure: Any) -> str:
     text = re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", text, count=1)
     text = re.sub(r'\s*xmlns:\w+="[^"]*"', "", text).replace("xlink:href", "href")
     text = re.sub(r"font: ([^;\"]*?)(\d[\d.]*px) [^;\"]*", r"font: \1\2 var(--sans)", text)
-    for colour, variable in VARIABLES.items():
+    for colour, variable in STYLE_VARIABLES.items():
         text = text.replace(colour, f"var(--{variable})")
     return own_ids(text)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw, ImageEnhance
 
-GRID = (0, 122, 128)  # teal: neither of the two stains
+GRID_COLOUR = (0, 122, 128)  # teal: neither of the two stains
 MOST_ROWS = 20_000
 
 
@@ -48,7 +48,7 @@ def grid(tiles: Tiles) -> Image.Image:
     if side >= 8:
         draw = ImageDraw.Draw(picture)
         for left, top, right, bottom in boxes:
-            draw.rectangle((left, top, right, bottom), outline=GRID, width=2 if side >= 40 else 1)
+            draw.rectangle((left, top, right, bottom), outline=GRID_COLOUR, width=2 if side >= 40 else 1)
     return picture
 
 

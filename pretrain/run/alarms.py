@@ -74,7 +74,7 @@ class History:
 
 def find_alarms(history: History, known: Facts) -> list[Alarm]:
     """The alarms that the record raises, in the order of the rules."""
-    return [alarm for rule in RULES if (alarm := rule(history, known)) is not None]
+    return [alarm for rule in ALARM_RULES if (alarm := rule(history, known)) is not None]
 
 
 def since(steps: np.ndarray, bad: np.ndarray, least: int) -> int | None:
@@ -294,6 +294,6 @@ def waiting_for_data(history: History, known: Facts) -> Alarm | None:
 
 
 Rule = Callable[[History, Facts], Alarm | None]
-RULES: tuple[Rule, ...] = (
+ALARM_RULES: tuple[Rule, ...] = (
     same_target, uniform_teacher, certain_teacher, few_prototypes, low_rank, parallel_features, slides_recognised, flat_loss, jump, growing_gradient, slow, waiting_for_data,
 )  # fmt: skip

@@ -32,11 +32,10 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from torch.distributed.checkpoint.storage import WriteResult
 
 from data.fault import Fault
-from data.files import flush, is_the_disks
+from data.files import PARTIAL, flush, is_the_disks
 from pretrain.run.across_ranks import local_shard
 from pretrain.run.weights_only import WeightsOnlyPlanner, WeightsOnlyReader
 
-PARTIAL = ".partial"
 NAME = re.compile(r"step-\d+")
 BEST = "best"
 AROUND = 2000  # bytes: an archive of one tensor, and its place in the list of all

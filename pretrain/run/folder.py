@@ -39,8 +39,17 @@ FREE = re.compile(
     r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_(changes|plugins)$|resume$|data\.(threads|processes_per_slide)$|model\.attention$"
 )
 # Where the data lies. What it is, its digest says.
-PLACES = re.compile(r"data\.(members\.[^.]+\.)?(shards|slides|grids|embeddings)$")
-PACKAGES = ("slidewright", "torch", "torchvision", "lightning", "timm", "webdataset", "openslide-python", "numpy")
+PLACE_SETTINGS = re.compile(r"data\.(members\.[^.]+\.)?(shards|slides|grids|embeddings)$")
+RECORDED_PACKAGES = (
+    "slidewright",
+    "torch",
+    "torchvision",
+    "lightning",
+    "timm",
+    "webdataset",
+    "openslide-python",
+    "numpy",
+)
 
 
 @contextmanager
@@ -109,14 +118,16 @@ def _changes(run: Path, settings: dict[str, Any], data: str | None) -> dict[str,
     same_data = data is None or (data != "" and data_before == data)
     before, now = flat(redacted_settings(last)), flat(settings)
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    free = [key for key in differing if FREE.match(key) or (same_data and PLACES.match(key))]
+    free = [key for key in differing if FREE.match(key) or (same_data and PLACE_SETTINGS.match(key))]
     return {key: (before.get(key), now.get(key)) for key in differing if key not in free}
 
 
 def digest(settings: dict[str, Any]) -> str:
     """A hash of everything in a configuration that changes what a run computes, but for its data, which has a digest of
     its own."""
-    kept = {key: value for key, value in flat(settings).items() if not FREE.match(key) and not PLACES.match(key)}
+    kept = {
+        key: value for key, value in flat(settings).items() if not FREE.match(key) and not PLACE_SETTINGS.match(key)
+    }
     bound = dict(sorted(kept.items()))
     return hashlib.blake2b(json.dumps(bound).encode(), digest_size=12).hexdigest()
 
@@ -186,7 +197,7 @@ def software() -> dict[str, Any]:
     """What computes: the versions of Python and of the packages that matter, and this checkout's revision."""
     return {
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in PACKAGES},
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
         "git": _git_revision(),
     }
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-BLOCK = 2**20  # bytes read at a time
+BYTES_A_READ = 2**20  # bytes read at a time
 TAIL = 2**23  # bytes that a resumed run looks back on: some 15,000 steps
 SHOWN = 8192  # ordinary lines that `thinned` gives at most
 
@@ -79,7 +79,7 @@ def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
     """The lines of a file from the last to the first, each with the place where it ends."""
     position, held = file.seek(0, 2), b""  # held: the end of a line that begins further up
     while position:
-        begin = max(0, position - BLOCK)
+        begin = max(0, position - BYTES_A_READ)
         file.seek(begin)
         block = file.read(position - begin) + held
         lines, end = block.splitlines(keepends=True), begin + len(block)
@@ -99,7 +99,7 @@ def _step(line: bytes) -> int | None:
 
 def _lines(path: Path, begin: int = 0) -> Iterator[bytes]:
     if path.exists():
-        with path.open("rb", buffering=BLOCK) as file:
+        with path.open("rb", buffering=BYTES_A_READ) as file:
             file.seek(begin)
             yield from file
 

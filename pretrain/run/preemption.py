@@ -24,7 +24,7 @@ from pretrain.run.across_ranks import gloo_group, world_size
 from pretrain.run.launched import rank
 from pretrain.run.progress import say
 
-EXIT_CODE = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed.
+TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed.
 INTERRUPTED = 128 + signal.SIGINT
 # A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues
 # it.
@@ -94,7 +94,7 @@ def leave(requeued: bool, local_rank: int, asked: int = signal.SIGTERM) -> None:
     """
     while requeued and not signals.noted():
         time.sleep(0.5)
-    code = INTERRUPTED if asked == signal.SIGINT else EXIT_CODE
+    code = INTERRUPTED if asked == signal.SIGINT else TRY_AGAIN
     sys.exit(code if local_rank == 0 else 0)
 
 

@@ -15,8 +15,10 @@ import threading
 import time
 import traceback
 
-EXIT_CODE = 70  # EX_SOFTWARE of sysexits.h
-PATIENCE = 30.0  # seconds for which the watching thread may be kept from running before faulthandler's timer takes over
+HUNG = 70  # EX_SOFTWARE of sysexits.h
+THREAD_PATIENCE = (
+    30.0  # seconds for which the watching thread may be kept from running before faulthandler's timer takes over
+)
 
 
 class Watchdog:
@@ -46,10 +48,10 @@ class Watchdog:
             left = self._last + limit - time.monotonic()
             if left <= 0:
                 self._end()
-            faulthandler.dump_traceback_later(left + PATIENCE, exit=True, file=sys.__stderr__ or sys.stderr)
+            faulthandler.dump_traceback_later(left + THREAD_PATIENCE, exit=True, file=sys.__stderr__ or sys.stderr)
             if self._over.is_set():  # between the two lines above
                 faulthandler.cancel_dump_traceback_later()
-            self._over.wait(min(left, PATIENCE / 2))
+            self._over.wait(min(left, THREAD_PATIENCE / 2))
 
     def _end(self) -> None:
         sys.stderr.write(
@@ -57,7 +59,7 @@ class Watchdog:
             "threads stood, and the same command continues from the newest checkpoint\n"
         )
         sys.stderr.flush()
-        os._exit(EXIT_CODE)
+        os._exit(HUNG)
 
 
 def thread_stacks() -> str:

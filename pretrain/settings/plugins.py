@@ -29,7 +29,7 @@ Plugin = dict[str, Any]
 """The type of a configuration node that holds a plug-in: ``_target_`` and the settings of that class."""
 
 
-OURS = ("data", "models", "pretrain", "launch")
+OUR_PACKAGES = ("data", "models", "pretrain", "launch")
 
 
 def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
@@ -40,7 +40,7 @@ def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] |
     """
     if not isinstance(target, str):
         raise Fault(f"_target_: {target} names no class: give the dotted path of one, as models.vit.VisionTransformer.")
-    if allowed is not None and not any(target.startswith(f"{package}.") for package in (*OURS, *allowed)):
+    if allowed is not None and not any(target.startswith(f"{package}.") for package in (*OUR_PACKAGES, *allowed)):
         package = target.partition(".")[0]
         raise Fault(
             f"_target_: {target} was read from a run's folder, and is no class of this project: allow_plugins=[{package}] lets the code of {package} be "
@@ -164,7 +164,7 @@ def build(
 
 def is_ours(kind: type) -> bool:
     """Whether a class is of this project, and its errors are defects of ours."""
-    return kind.__module__.partition(".")[0] in OURS
+    return kind.__module__.partition(".")[0] in OUR_PACKAGES
 
 
 def own_trace(error: BaseException) -> str:

@@ -14,7 +14,7 @@ from pretrain.encoders.loading import Preprocessing
 from pretrain.objectives.figures import class_tokens
 from pretrain.run.across_ranks import gathered
 
-BATCH = 64  # images a pass
+IMAGES_A_PASS = 64  # images a pass
 Walk = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
 
 
@@ -45,7 +45,7 @@ class FixedImages:
             torch.tensor(values, device=device).view(3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
-        parts = self.images.split(BATCH)
+        parts = self.images.split(IMAGES_A_PASS)
         own = [class_tokens(encoder, (part.to(device).float() / 255 - mean) / std) for part in walk(parts, len(parts))]
         return self.of_all(torch.cat(own))
 

@@ -21,10 +21,10 @@ from pretrain.encoders.probing import knn_predict
 from pretrain.training.fixed_images import FixedImages, agreed
 
 SLIDES, TILES = 16, 16  # at most so many slides, and of each so many tiles
-FEWEST = 4  # tiles of a slide that is looked at
-NEIGHBOURS = 10
+FEWEST_OF_A_SLIDE = 4  # tiles of a slide that is looked at
+NEIGHBOURS_ASKED = 10
 CANDIDATES = 4096
-TRIES = 8
+DRAWS_TRIED = 8
 
 
 class SlideSample:
@@ -42,12 +42,12 @@ class SlideSample:
 
     def _read(self, which: int) -> np.ndarray:
         number = self.chosen[which]
-        for _ in range(TRIES):
+        for _ in range(DRAWS_TRIED):
             try:
                 return self.source.read(number)
             except UnreadableTile as error:
                 said, number = str(error), error.next % len(self.source)
-        raise Fault(f"{said}, nor can {TRIES - 1} others that were tried in its place")
+        raise Fault(f"{said}, nor can {DRAWS_TRIED - 1} others that were tried in its place")
 
     def score(self, encoder: nn.Module, device: torch.device) -> dict[str, float]:
         """``slide_knn`` and ``slide_chance``; every rank calls it and gets the same numbers."""
@@ -57,7 +57,7 @@ class SlideSample:
 def recognised(features: Tensor, slides: np.ndarray) -> dict[str, float]:
     """Whether the ten nearest of the others tell the slide of each of n tiles: features (n, width), slides (n,) from 0."""
     values, counts = features.cpu().numpy(), np.bincount(slides)
-    found = knn_predict(values, slides, values, len(counts), k=NEIGHBOURS, itself=False)
+    found = knn_predict(values, slides, values, len(counts), k=NEIGHBOURS_ASKED, itself=False)
     return {"slide_knn": float((found == slides).mean()), "slide_chance": float(counts.max() / counts.sum())}
 
 
@@ -72,7 +72,7 @@ def choose(source: TileSource, seed: int) -> list[int]:
             continue
         first, last = run_of(source, int(anchor))
         tiles = first + draw.permutation(last - first)[:TILES]
-        if len(tiles) >= FEWEST:
+        if len(tiles) >= FEWEST_OF_A_SLIDE:
             chosen[name] = tiles.tolist()
     if len(chosen) < 2:
         drawn: dict[str, set[int]] = defaultdict(set)
@@ -80,7 +80,7 @@ def choose(source: TileSource, seed: int) -> list[int]:
             if (name := source.slide(int(number))) is not None:
                 drawn[name].add(int(number))
         most = sorted(drawn, key=lambda name: (-len(drawn[name]), name))[:SLIDES]
-        chosen = {name: sorted(drawn[name])[:TILES] for name in most if len(drawn[name]) >= FEWEST}
+        chosen = {name: sorted(drawn[name])[:TILES] for name in most if len(drawn[name]) >= FEWEST_OF_A_SLIDE}
     return sorted(number for tiles in chosen.values() for number in tiles) if len(chosen) > 1 else []
 
 

@@ -30,7 +30,7 @@ from pretrain.run.signals import heeding
 from pretrain.settings.plugins import locate_class
 from pretrain.training.module import Training
 
-STEPS_ON_THE_WAY = 4
+SLIDE_STEPS_ON_THE_WAY = 4
 
 
 def check_packing(batch_size: int, batch_tokens: int | None, lanes: int) -> None:
@@ -156,7 +156,7 @@ class SlideTraining(Training):
         """The most shared memory that this machine's processes need for batches that are filled, prefetched and in use."""
         sizes, data = self.sequences.packing.sizes, self.config.data
         tokens = data.batch_tokens or int(sizes.max()) * min(data.batch_size, len(sizes))
-        return STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * self.store.width + 32)
+        return SLIDE_STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * self.store.width + 32)
 
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start

@@ -18,7 +18,7 @@ from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.survey import known_survey, survey_slides
 from data.slides.tiling import TilingSettings
-from data.slides.tissue import RULES
+from data.slides.tissue import TISSUE_RULES
 from data.tiles.mixture import Mixture
 from data.tiles.of_slides import SlideTiles
 from data.tiles.source import TileSource
@@ -29,7 +29,7 @@ from pretrain.settings import plugins, ranges
 from pretrain.settings.config_files import CONFIGS
 from pretrain.settings.refusals import nearest
 
-KINDS = {
+DATA_CONFIGS = {
     "shards": "tiles",
     "slides": "online",
 }  # the setting that only one kind of member has → its file in configs/data
@@ -54,14 +54,14 @@ class OnlineSlides(Mixture):
         grids: Annotated[str, ON_DISK],
         mpp: Annotated[list[float], SOME, within(above=0)],
         tile_size: Annotated[int, TILE],
-        tissue: Annotated[str, one_of(*RULES)],
+        tissue: Annotated[str, one_of(*TISSUE_RULES)],
         min_tissue: Annotated[float | None, SHARE],
         slides_mpp: str | None,
         workers: Annotated[int | None, within(least=1)],
     ) -> None:
         paths, said_mpp = list_slides(slides), SlidesMpp.parse(slides_mpp)
         said_mpp.tells_of(paths)
-        least = RULES[tissue].min_tissue if min_tissue is None else min_tissue
+        least = TISSUE_RULES[tissue].min_tissue if min_tissue is None else min_tissue
         members: dict[str, tuple[TileSource, float]] = {}
         for scale in mpp:
             settings = TilingSettings(scale, tile_size, tissue, least)
@@ -147,12 +147,12 @@ def _typed(name: str, kind: Any, value: Any) -> Any:
 def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     if "_target_" in given:
         return {"_target_": given["_target_"]}
-    kinds = [key for key in KINDS if key in given]
+    kinds = [key for key in DATA_CONFIGS if key in given]
     if len(kinds) > 1:
         raise Fault(
             f"data.members.{name} has {' and '.join(f'{key}=…' for key in kinds)}: a member is one source; make it two."
         )
-    for key, file in KINDS.items():
+    for key, file in DATA_CONFIGS.items():
         if key in given:
             return yaml.safe_load((CONFIGS / "data" / f"{file}.yaml").read_text())
     raise Fault(f"data.members.{name} says no source: give it shards=… or slides=….")

@@ -18,7 +18,7 @@ from data.tiles.crops import CropSizes, FurtherViews
 from data.tiles.loader import Masking, MicroBatch, RankBatch, TileBatches, loader_of
 from data.tiles.source import TileSource
 from data.tiles.stream import Stream, group_size
-from models.allowed import ON_DISK, PIXELS, RANGE, SHARE, Agreements, numbers, one_of, within
+from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbers, one_of, within
 from pretrain.encoders import init
 from pretrain.encoders.loading import Preprocessing, evaluation_size
 from pretrain.objectives.contract import look_of
@@ -33,7 +33,7 @@ from pretrain.training.probe_set import ProbeSet
 from pretrain.training.slide_sample import SlideSample
 from pretrain.training.watching import Watch
 
-NAMED_BAD_TILES = 20  # said one by one; the rest are counted
+BAD_TILES_SAID = 20  # said one by one; the rest are counted
 JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
 SAMPLE_TILES = 8
 KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
@@ -50,10 +50,10 @@ class Crops:
     """``data.crops``: numbers, sizes and scales of the views."""
 
     global_count: Annotated[int, within(least=1)]
-    global_size: Annotated[int, PIXELS]
+    global_size: Annotated[int, PIXEL_COUNT]
     global_scale: Annotated[list[float], RANGE, within(above=0)]
     local_count: Annotated[int, within(least=0)]
-    local_size: Annotated[int, PIXELS]
+    local_size: Annotated[int, PIXEL_COUNT]
     local_scale: Annotated[list[float], RANGE, within(above=0)]
     relative_to: Annotated[str, one_of("tile", "crop")]
     aspect: Annotated[list[float], RANGE, within(above=0)]
@@ -234,11 +234,11 @@ class TileTraining(Training):
         return loader_of(batches, self.device.type == "cuda", here=self.settings.devices)
 
     def before_step(self, batch: RankBatch) -> dict[str, float]:
-        for message in batch.bad[: max(0, NAMED_BAD_TILES - self.bad)]:
+        for message in batch.bad[: max(0, BAD_TILES_SAID - self.bad)]:
             say(f"skipped: {message}")
         # The count is the same on every rank, so all of them stop or none does, and nobody waits for one that has gone.
         bad = int(total(torch.tensor(len(batch.bad), device=self.device)))
-        if self.bad <= NAMED_BAD_TILES < self.bad + bad and self.global_rank == 0:
+        if self.bad <= BAD_TILES_SAID < self.bad + bad and self.global_rank == 0:
             say("more tiles can't be read; they are counted and no longer named")
         self.bad += bad
         self.seen += self.stream.batch_size

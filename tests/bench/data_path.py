@@ -46,7 +46,7 @@ from data.slides.coordinates import plan_grid
 from data.slides.reading import Slide
 from data.tiles.augment import augment
 from data.tiles.augment_parameters import Colour
-from data.tiles.crops import NUMBERS, CropSizes, box
+from data.tiles.crops import NUMBERS_A_CROP, CropSizes, box
 from data.tiles.loader import Masking, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
@@ -197,7 +197,7 @@ def floor(tiles: list[bytes]) -> float:
     boxes = []
     for number in range(len(tiles)):
         header = simplejpeg.decode_jpeg_header(tiles[number])
-        drawn = rng(0, "floor", number).random((10, NUMBERS)).tolist()
+        drawn = rng(0, "floor", number).random((10, NUMBERS_A_CROP)).tolist()
         boxes.append([
             (side, box(header[0], header[1], scale, SIZES.aspect, u)) for (side, scale), u in zip(SIZES.views(), drawn, strict=True)
         ])  # fmt: skip

@@ -23,7 +23,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from data.keyed import rng
-from data.shards.layout import FACTS, write_shard_index
+from data.shards.layout import SLIDE_FACTS, write_shard_index
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
 
@@ -50,7 +50,7 @@ def generate(folder: Path) -> None:
         "downsample": [1.0] * SLIDES, "thumbnail_downsample": [96.0] * SLIDES, "tiles": per_slide.tolist(),
         "coordinates": [f"coordinates/{name}_patches.h5" for name in names],
     }  # fmt: skip
-    assert set(values) == set(FACTS)
+    assert set(values) == set(SLIDE_FACTS)
     meta = {"mpp": 0.5, "tile_size": 256, "files": files, "sizes": [140_000_000] * SHARDS, "digest": "0" * 32, "slides": values}  # fmt: skip
     counts = np.diff(file_start)
     dtypes = {"offset": np.dtype(np.uint32), "length": np.dtype(np.uint16), "x": np.dtype(np.int32), "y": np.dtype(np.int32)}  # fmt: skip

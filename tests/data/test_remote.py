@@ -32,7 +32,7 @@ CONTENT = bytes(range(256)) * 40
 @pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    monkeypatch.setattr(remote, "PATIENCE", 0.4)
+    monkeypatch.setattr(remote, "STALLED_AFTER", 0.4)
     (tmp_path / "bytes").write_bytes(CONTENT)
     with serving(tmp_path) as running:
         yield running
@@ -382,6 +382,6 @@ def test_what_google_cloud_lacks_or_forbids_is_named_at_once(folder: Path, gcs: 
 
 
 def test_a_google_cloud_that_stalls_is_asked_again(folder: Path, gcs: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
-    monkeypatch.setattr(remote, "PATIENCE", 0.4)
+    monkeypatch.setattr(remote, "STALLED_AFTER", 0.4)
     gcs.misbehave.append(STALL)
     assert read_range("gs://shards/index.npz", 0, 100) == (folder / "index.npz").read_bytes()[:100]

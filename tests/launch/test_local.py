@@ -16,7 +16,7 @@ from launch.local import watch
 from launch.torchrun import run_and_tell
 from pretrain.run import checkpoints
 from pretrain.run.metrics import read_metrics
-from pretrain.run.preemption import EXIT_CODE
+from pretrain.run.preemption import TRY_AGAIN
 from tests.data.shards.tile_folders import write_tiles
 from tests.pretrain.training.test_tile_training import ROOT, assert_close, command, start
 
@@ -113,7 +113,7 @@ def test_a_signal_to_torchrun_ends_its_ranks_with_a_checkpoint_and_starts_none_a
     run_command_line(command(shards, tmp_path / "here"))
     run = tmp_path / "run"
     words = command(shards, run, "launch=torchrun", "launch.processes_per_node=2", "trainer.checkpoint_every=100")
-    for number, code, steps in ((signal.SIGUSR1, EXIT_CODE, 1), (signal.SIGINT, 130, 3)):
+    for number, code, steps in ((signal.SIGUSR1, TRY_AGAIN, 1), (signal.SIGINT, 130, 3)):
         process = start(words)
         while len(read_metrics(run)) < steps:
             assert process.poll() is None, process.communicate()[0]

@@ -63,7 +63,7 @@ NAIVE = VariableLength(naive_attend, naive_backward)
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_the_plain_path_agrees_with_the_stock_kernel_forward_and_backward(dtype, monkeypatch):
-    monkeypatch.setattr(attention_statistics, "BLOCK", 7)  # several blocks of queries, the last one short
+    monkeypatch.setattr(attention_statistics, "QUERIES_A_BLOCK", 7)  # several blocks of queries, the last one short
     q, k, v, grad = (normal(3, 2, 17, 8, seed=i, dtype=dtype) for i in range(4))
     tolerance = 1e-12 if dtype == torch.float64 else 1e-5
     for one, other in zip(stock(q, k, v), matrix_products(q, k, v), strict=True):

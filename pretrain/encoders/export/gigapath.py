@@ -14,7 +14,7 @@ from torch import Tensor
 from data.fault import Fault
 from data.redaction import redacted
 from pretrain.encoders.export.publishing import Exported, provenance, publish
-from pretrain.encoders.loading import CONFIG, RunCheckpoint, find_checkpoint
+from pretrain.encoders.loading import RUN_CONFIG, RunCheckpoint, find_checkpoint
 from pretrain.run import checkpoints
 
 SLIDE_ENCODER = "encoder."
@@ -57,6 +57,6 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 ## Training
 
 ```yaml
-{redacted((found.run / CONFIG).read_text().strip())}
+{redacted((found.run / RUN_CONFIG).read_text().strip())}
 ```
 {provenance(found.run)}"""

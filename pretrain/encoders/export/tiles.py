@@ -14,7 +14,7 @@ from data.keyed import rng
 from data.redaction import redacted
 from models.vit import VisionTransformer
 from pretrain.encoders.export.publishing import provenance, publish
-from pretrain.encoders.loading import CONFIG, Preprocessing, RunCheckpoint, teacher
+from pretrain.encoders.loading import RUN_CONFIG, Preprocessing, RunCheckpoint, teacher
 
 FEATURE_TOLERANCE = 1e-5
 
@@ -52,7 +52,7 @@ def export_tiles(
         if not difference <= FEATURE_TOLERANCE:
             raise Fault(
                 f"the exported folder's features differ from the teacher's by {difference:.2g} of the largest, more than {FEATURE_TOLERANCE:g}, "
-                f"so nothing was published: please report this with {found.run / CONFIG}"
+                f"so nothing was published: please report this with {found.run / RUN_CONFIG}"
             )
 
     return publish(out, fill), difference
@@ -104,7 +104,7 @@ Input: {preprocessing}. In numbers: mean {mean}, std {std}.
 Tiles: {config["data"].get("shards", "not recorded")}. The whole configuration:
 
 ```yaml
-{redacted((found.run / CONFIG).read_text().strip())}
+{redacted((found.run / RUN_CONFIG).read_text().strip())}
 ```
 {provenance(found.run)}
 ## Limits

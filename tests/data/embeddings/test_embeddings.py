@@ -269,7 +269,7 @@ def test_statistics_equal_those_of_all_tiles_at_once_also_far_from_zero(tmp_path
 
 
 def test_statistics_of_a_large_store_are_those_of_every_so_many_th_tile_of_each_slide(tmp_path, monkeypatch):
-    monkeypatch.setattr("data.embeddings.standardisation.MOST", 25)
+    monkeypatch.setattr("data.embeddings.standardisation.MOST_TILES_READ", 25)
     with writer(tmp_path) as out:
         for slide, n in (("a", 20), ("b", 50), ("empty", 0)):
             out.add(slide, *tiles(slide, n), 512.0, 0.5)

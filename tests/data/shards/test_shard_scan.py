@@ -12,7 +12,7 @@ from data.fault import Fault
 from data.shards.index import ShardIndex, read_jpeg
 from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.verify import verify_shard
-from data.slides.coordinates import UNKNOWN
+from data.slides.coordinates import UNKNOWN_PLACE
 from launch.entry import run_command_line
 from tests.data.shards.foreign_tars import write_tar
 
@@ -27,7 +27,7 @@ def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
     index = scan(tmp_path)
     assert len(index) == 4
     assert [index.slides[slide] for slide in index.slide] == ["s", "s", "d-slide_1", "two"]
-    assert index.x.tolist() == [7, 7, 256, UNKNOWN] and index.y.tolist() == [9, 9, 512, UNKNOWN]
+    assert index.x.tolist() == [7, 7, 256, UNKNOWN_PLACE] and index.y.tolist() == [9, 9, 512, UNKNOWN_PLACE]
     assert index.facts(0)["mpp"] == 0.25 and index.facts(1)["mpp"] is None
     contents = []
     for row in range(4):
@@ -104,7 +104,7 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
             assert f"left out: {line}" in said
     index = ShardIndex.open(tmp_path)
     places = {(index.meta["slides"]["slide"][index.slide[row]], int(index.x[row])) for row in range(20)}
-    assert places == {*((f"s{n % 4}", n) for n in range(8)), *(("dot", n) for n in range(4)), ("mixed", UNKNOWN)}
+    assert places == {*((f"s{n % 4}", n) for n in range(8)), *(("dot", n) for n in range(4)), ("mixed", UNKNOWN_PLACE)}
     assert {finding.kind for finding in verify_shard(tmp_path, "apart.tar").findings} == {"undecodable tile"}
 
 
@@ -115,7 +115,7 @@ def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(t
     write_tar(tmp_path / "a.tar", [("0.jpg", b"j"), ("0.json", of(1)), ("0.jpg", b"j"), ("0.json", of(2)),
                                    ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.json", of(3)), ("1.json", of(4))])  # fmt: skip
     index = scan(tmp_path)
-    assert index.x.tolist() == [1, 2, UNKNOWN, UNKNOWN, UNKNOWN]
+    assert index.x.tolist() == [1, 2, UNKNOWN_PLACE, UNKNOWN_PLACE, UNKNOWN_PLACE]
     assert [kind.count for kind in describe_left_out(index)[0]] == [2]
 
 

@@ -11,7 +11,7 @@ from data.slides.coordinates import plan_grid
 from data.slides.coordinates_h5 import coordinates_path, read_coordinates_h5, read_tiling, write_tiling
 from data.slides.reading import Slide
 from data.slides.tiling import BACKGROUND, KEPT, PEN, Tiling, TilingSettings, downsample_for, tile_slide
-from data.slides.tissue import RULES
+from data.slides.tissue import TISSUE_RULES
 from tests.data.slides.synthetic_slides import stained, write_slide
 
 SETTINGS = TilingSettings(mpp=0.5, tile_size=64, tissue="otsu", min_tissue=0.25)
@@ -63,7 +63,7 @@ def test_a_thumbnail_has_at_most_1024_pixels_a_side_and_says_its_scale(tmp_path:
 
 
 def test_the_image_that_a_rule_judges_stays_small_and_fine_enough() -> None:
-    for rule in RULES.values():
+    for rule in TISSUE_RULES.values():
         huge = plan_grid([(400_000, 300_000)], 0.25, 0.5, 256, "huge")
         assert huge.width / downsample_for(rule, huge, [1.0, 4.0, 16.0]) <= 4096.5
         small = plan_grid([(5_000, 4_000)], 0.25, 0.25, 224, "small")

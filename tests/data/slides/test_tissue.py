@@ -12,7 +12,7 @@ from data.keyed import rng
 from data.slides.coordinates import plan_grid
 from data.slides.reading import Slide
 from data.slides.tiling import TilingSettings, downsample_for, tile_slide
-from data.slides.tissue import RULES, _closed, _hsv, is_empty, is_fluorescence, otsu, pen, shares
+from data.slides.tissue import TISSUE_RULES, _closed, _hsv, is_empty, is_fluorescence, otsu, pen, shares
 from tests.data.slides.synthetic_slides import stained
 
 INKS = {"green": (40, 130, 110), "blue": (40, 80, 190), "red": (205, 25, 30), "black": (35, 33, 36)}
@@ -23,10 +23,10 @@ def disc(shape: tuple[int, int], x: int, y: int, radius: int) -> np.ndarray:
     return (columns - x) ** 2 + (rows - y) ** 2 < radius**2
 
 
-@pytest.mark.parametrize("rule", list(RULES))
+@pytest.mark.parametrize("rule", list(TISSUE_RULES))
 def test_every_rule_finds_the_disc_and_leaves_the_glass(rule: str) -> None:
     image = stained(120, 160, [(60, 60, 35)])
-    mask, truth = RULES[rule].mask(image), disc((120, 160), 60, 60, 35)
+    mask, truth = TISSUE_RULES[rule].mask(image), disc((120, 160), 60, 60, 35)
     assert mask.shape == (120, 160) and mask.dtype == bool
     assert mask[disc((120, 160), 60, 60, 30)].mean() > 0.97
     assert mask[~disc((120, 160), 60, 60, 40)].mean() < 0.01
@@ -97,7 +97,7 @@ def test_counting_is_clams_median() -> None:
     image = rng(7, "grain").integers(200, 214, (60, 80, 3), dtype=np.uint8)  # saturation around 8
     sorted_out = ndimage.median_filter(_hsv(image)[..., 1], size=7) > 8
     assert 0.2 < sorted_out.mean() < 0.8
-    np.testing.assert_array_equal(RULES["clam"].mask(image), _closed(sorted_out, np.ones((4, 4))))
+    np.testing.assert_array_equal(TISSUE_RULES["clam"].mask(image), _closed(sorted_out, np.ones((4, 4))))
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_no_real_tissue_is_called_pen(shared: Path) -> None:
 
 @pytest.mark.parametrize(("rule", "published"), [("gigapath", 48), ("hsv", 23), ("clam", 72), ("otsu", None)])
 def test_tiles_kept_on_a_real_slide_are_the_systems_own_counts(shared: Path, rule: str, published: int | None) -> None:
-    settings = TilingSettings(0.5, 256, rule, RULES[rule].min_tissue)
+    settings = TilingSettings(0.5, 256, rule, TISSUE_RULES[rule].min_tissue)
     with Slide(shared / "slides/whole/CMU-1-Small-Region.svs") as slide:
         tiling, _ = tile_slide(slide, "CMU", settings, None, "")
     assert tiling.verdict.size == 88
@@ -137,11 +137,11 @@ def test_tiles_kept_on_a_real_slide_are_the_systems_own_counts(shared: Path, rul
 def test_tiles_kept_on_a_frozen_section_are_the_systems_own_counts(shared: Path, rule: str, published: int) -> None:
     """The slide doesn't say its scale: 238 cells means that tiles of 256 pixels at 0.5 µm were cut at about 0.504 µm a
     pixel. The counts were made on its second level, as Prov-GigaPath and CLAM judge a slide; the HSV rule, which
-    `RULES` applies to a tile's own pixels as its authors do, keeps two tiles fewer there, of .591 and .596."""
+    `TISSUE_RULES` applies to a tile's own pixels as its authors do, keeps two tiles fewer there, of .591 and .596."""
     with Slide(shared / "slides/whole/TCGA-CR-7395-01A-01-TS1.svs") as slide:
         side, image = 254.0, slide.thumbnail(2.0)
         left, top = (np.ceil(np.arange(int(length / side)) * side) / 2 for length in (slide.width, slide.height))
         grid = plan_grid(slide.dimensions, 0.504, 0.5, 256, "TCGA-CR")
-        assert downsample_for(RULES["clam"], grid, slide.downsamples) == 2.0
-    share = shares(RULES[rule].mask(image), left, top, side / 2)
-    assert share.size == 238 and int((share >= RULES[rule].min_tissue).sum()) == published
+        assert downsample_for(TISSUE_RULES["clam"], grid, slide.downsamples) == 2.0
+    share = shares(TISSUE_RULES[rule].mask(image), left, top, side / 2)
+    assert share.size == 238 and int((share >= TISSUE_RULES[rule].min_tissue).sum()) == published

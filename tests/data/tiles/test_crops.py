@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as reference
 
 from data.keyed import rng
-from data.tiles.crops import NUMBERS, CropSizes, box, cut
+from data.tiles.crops import NUMBERS_A_CROP, CropSizes, box, cut
 from tests.data.shards.tile_folders import picture
 
 SIZES = CropSizes(2, 32, (0.32, 1.0), 3, 16, (0.05, 0.32))
@@ -21,14 +21,14 @@ SIZES = CropSizes(2, 32, (0.32, 1.0), 3, 16, (0.05, 0.32))
 @given(st.integers(1, 400), st.integers(1, 400), st.floats(0.01, 1.0), st.floats(0.01, 1.0), st.integers(0, 10**6))
 def test_every_box_lies_inside_the_tile(height: int, width: int, a: float, b: float, sample: int) -> None:
     top, left, h, w = box(
-        height, width, (min(a, b), max(a, b)), (3 / 4, 4 / 3), rng(0, sample).random(NUMBERS).tolist()
+        height, width, (min(a, b), max(a, b)), (3 / 4, 4 / 3), rng(0, sample).random(NUMBERS_A_CROP).tolist()
     )
     assert h > 0 and w > 0 and top >= 0 and left >= 0
     assert top + h <= height and left + w <= width
 
 
 def test_areas_and_aspects_stay_in_their_ranges_and_fill_them() -> None:
-    drawn = rng(0, "boxes").random((2000, NUMBERS)).tolist()
+    drawn = rng(0, "boxes").random((2000, NUMBERS_A_CROP)).tolist()
     boxes = np.array([box(256, 256, (0.05, 0.32), (3 / 4, 4 / 3), u) for u in drawn])
     areas, aspects = boxes[:, 2] * boxes[:, 3] / 256**2, boxes[:, 3] / boxes[:, 2]
     assert 0.048 < areas.min() < 0.06 and 0.31 < areas.max() < 0.325  # sides are rounded to pixels
@@ -38,7 +38,7 @@ def test_areas_and_aspects_stay_in_their_ranges_and_fill_them() -> None:
 
 
 def test_places_are_uniform_and_reach_both_edges() -> None:
-    drawn = rng(1, "boxes").random((2000, NUMBERS)).tolist()
+    drawn = rng(1, "boxes").random((2000, NUMBERS_A_CROP)).tolist()
     places = np.array([box(20, 14, (0.36, 0.36), (1.0, 1.0), u)[:2] for u in drawn])  # 10 × 10 of 20 × 14
     for values, count in zip(places.T, (11, 5), strict=True):
         often = np.bincount(values, minlength=count)
@@ -52,7 +52,7 @@ def test_places_are_uniform_and_reach_both_edges() -> None:
 def test_where_no_box_fits_the_largest_central_one_is_taken(
     height: int, width: int, expected: tuple[int, int, int, int]
 ) -> None:
-    assert box(height, width, (4.0, 5.0), (3 / 4, 4 / 3), rng(0).random(NUMBERS).tolist()) == expected
+    assert box(height, width, (4.0, 5.0), (3 / 4, 4 / 3), rng(0).random(NUMBERS_A_CROP).tolist()) == expected
 
 
 TURNING = replace(SIZES, vertical_flip=0.5, quarter_turns=0.75)
@@ -65,7 +65,7 @@ def test_views_are_torchvisions_antialiased_bicubic_crops_flips_and_turns(sizes:
     image = torch.from_numpy(tile).permute(2, 0, 1)
     turns = set()
     for sample in range(10):
-        drawn = rng(5, "crops", sample).random((5, NUMBERS)).tolist()
+        drawn = rng(5, "crops", sample).random((5, NUMBERS_A_CROP)).tolist()
         for view, (side, scale), u in zip(cut(tile, sizes, 5, sample), sizes.views(), drawn, strict=True):
             top, left, h, w = box(96, 96, sizes.areas(side, scale, 96, 96), sizes.aspect, u)
             expected = reference.resized_crop(

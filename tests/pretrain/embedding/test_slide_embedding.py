@@ -9,7 +9,7 @@ import torch
 import yaml
 from torch import nn
 
-from data.embeddings.slide_features import KINDS, read_slide_features
+from data.embeddings.slide_features import SLIDE_VECTORS, read_slide_features
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
@@ -71,7 +71,7 @@ def test_each_slide_has_its_own_embedding_whatever_it_is_packed_with(store, enco
             "mean_tiles": x.mean(0), "pooled": alone.pooled, "cls": alone.cls,
             "pooled_layers": alone.pooled_layers.flatten(), "cls_layers": alone.cls_layers.flatten(),
         }  # fmt: skip
-        for kind in KINDS:
+        for kind in SLIDE_VECTORS:
             np.testing.assert_allclose(found[kind][row], expected[kind].numpy().ravel(), atol=2e-6)
     assert found["pooled_layers"].shape == (4, 3 * 32)
     said = capsys.readouterr()
@@ -85,7 +85,7 @@ def test_it_goes_on_where_it_stopped_and_parts_hold_what_one_process_writes(stor
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 0
     (slides, one), (others, several) = read_slide_features(tmp_path / "out"), read_slide_features(tmp_path / "parts")
     assert slides == others
-    for kind in KINDS:
+    for kind in SLIDE_VECTORS:
         np.testing.assert_allclose(one[kind], several[kind], atol=2e-6)
 
 

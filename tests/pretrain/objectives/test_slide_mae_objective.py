@@ -17,7 +17,7 @@ from data.keyed import rng
 from models.initialise import initialise
 from models.longnet import LongNet
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.slide_mae import NEIGHBOURS, SlideMAE, baselines
+from pretrain.objectives.slide_mae import BASELINE_NEIGHBOURS, SlideMAE, baselines
 
 WIDTH = 16
 
@@ -131,7 +131,7 @@ def test_baselines_equal_a_search_by_hand(sequences):
     batch = next(iter(sequences.validation_batches()))
     targets = batch.targets()
     found = dict(baselines(batch, targets))
-    assert set(found) == {"slide_mean", *(f"neighbours {k}" for k in NEIGHBOURS)}
+    assert set(found) == {"slide_mean", *(f"neighbours {k}" for k in BASELINE_NEIGHBOURS)}
     visible = batch.visible[: batch.visible_lengths[0]]
     for row in range(3):
         place = batch.cells[batch.masked[row]]

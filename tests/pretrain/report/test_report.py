@@ -193,7 +193,7 @@ def test_alarms_and_what_the_looks_saw_are_on_the_page(road):
 
 def test_charts_take_their_colours_from_the_page(road):
     text = written(road)
-    assert "var(--violet)" in text and not any(placeholder in text for placeholder in figures.VARIABLES)
+    assert "var(--violet)" in text and not any(placeholder in text for placeholder in figures.STYLE_VARIABLES)
 
 
 def test_a_bare_run_says_which_command_makes_what_is_missing(make_tile_run, tmp_path):

@@ -28,7 +28,7 @@ def write(run: Path, steps: int, ending: str = "") -> list[str]:
 def test_rewinding_keeps_the_bytes_up_to_a_step(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, step: int, ending: str
 ) -> None:
-    monkeypatch.setattr(metrics_file, "BLOCK", block)
+    monkeypatch.setattr(metrics_file, "BYTES_A_READ", block)
     lines = write(tmp_path, 250, ending)
     metrics_file.rewind(tmp_path, step)
     kept = [line for line in lines if json.loads(line)["step"] <= step]
@@ -63,7 +63,7 @@ def test_what_a_resumed_run_reads_does_not_grow_with_its_length(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(metrics_file, "TAIL", 2**14)
-    monkeypatch.setattr(metrics_file, "BLOCK", 2**14)
+    monkeypatch.setattr(metrics_file, "BYTES_A_READ", 2**14)
     peaks = []
     for steps in (1000, 20_000):
         write(tmp_path, steps)

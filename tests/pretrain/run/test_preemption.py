@@ -16,7 +16,7 @@ from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints, preemption, signals
-from pretrain.run.preemption import EXIT_CODE, Preemption, ending_when_asked
+from pretrain.run.preemption import TRY_AGAIN, Preemption, ending_when_asked
 from pretrain.training import fixed_images
 from pretrain.training.ending import EndWhenAsked
 from pretrain.training.module import Training
@@ -72,7 +72,7 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_noth
         signal_inside(patch, number, step=2)  # between two checkpoints
         run_command_line(command(tile_shards, run, *SETTINGS))
     said = capsys.readouterr().err
-    assert ended.value.code == EXIT_CODE == 75, said
+    assert ended.value.code == TRY_AGAIN == 75, said
     assert f"stopped by {number.name} after step 3 of {STEPS}" in said
     assert "step-00000003; the same command continues" in said
     assert checkpoints.read_state(checkpoints.newest(run))["step"] == 3 and not list(run.glob("checkpoints/*.partial"))  # type: ignore[arg-type]
@@ -98,9 +98,9 @@ def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_t
 
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.setattr(fixed_images, "class_tokens", interrupted)
-        patch.setattr(fixed_images, "BATCH", 8)
+        patch.setattr(fixed_images, "IMAGES_A_PASS", 8)
         run_command_line(command(tile_shards, run, *watched))
-    assert ended.value.code == EXIT_CODE and len(judged) == 1
+    assert ended.value.code == TRY_AGAIN and len(judged) == 1
     newest = checkpoints.newest(run)
     assert newest is not None and "stopped by SIGTERM after step" in capsys.readouterr().err
     run_command_line(command(tile_shards, run, *watched))
@@ -122,7 +122,7 @@ def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_nothing(
     process = start(two)
     kill_after(process, run, 1, signal.SIGUSR1, of="second")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_CODE and "stopped by SIGUSR1 after step" in output, output
+    assert process.returncode == TRY_AGAIN and "stopped by SIGUSR1 after step" in output, output
     step = checkpoints.read_state(checkpoints.newest(run))["step"]  # type: ignore[arg-type]
     assert step == metrics(run)[-1]["step"] < STEPS
     run_command_line(command(tile_shards, run, *SETTINGS))
@@ -137,7 +137,7 @@ def test_a_signal_during_the_imports_is_answered_before_the_first_step(tile_shar
         time.sleep(0.002)
     process.send_signal(signal.SIGUSR2)
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_CODE, output
+    assert process.returncode == TRY_AGAIN, output
     assert "stopped by SIGUSR2 before its first step; the same command continues" in output
     assert not (tmp_path / "run" / "metrics.jsonl").exists()
 
@@ -152,7 +152,7 @@ def test_a_job_that_is_signalled_whole_ends_as_if_one_process_had_been(
     process = start(command(tile_shards, run, *SETTINGS, "trainer.devices=2"))
     kill_after(process, run, 2, number, of="all")
     output, _ = process.communicate(timeout=120)
-    assert process.returncode == EXIT_CODE, output
+    assert process.returncode == TRY_AGAIN, output
     run_command_line(command(tile_shards, run, *SETTINGS))
     assert_close(run, uninterrupted)
 
@@ -237,7 +237,7 @@ def test_a_job_asked_to_end_before_its_ranks_met_is_started_again_if_that_comes_
         os.kill(os.getpid(), signal.SIGUSR1)
         signals.heed(kept)
     assert ("requeue 42" in (slurm / "asked").read_text()) is kept
-    assert ended.value.code == EXIT_CODE if kept else "no checkpoint made" in str(ended.value)  # type: ignore[attr-defined]
+    assert ended.value.code == TRY_AGAIN if kept else "no checkpoint made" in str(ended.value)  # type: ignore[attr-defined]
     assert "stopped by SIGUSR1 before its first step" in capsys.readouterr().err
     monkeypatch.setenv("RANK", "3")
     (slurm / "asked").unlink()
@@ -274,7 +274,7 @@ def test_a_requeued_rank_stays_until_slurm_ends_it_and_others_tell_with_one_exit
             preemption.leave(requeued=True, local_rank=0)
         assert time.monotonic() - began >= 1
         ender.wait()
-    for local_rank, code in ((0, EXIT_CODE), (1, 0)):
+    for local_rank, code in ((0, TRY_AGAIN), (1, 0)):
         with pytest.raises(SystemExit) as ended:
             preemption.leave(requeued=False, local_rank=local_rank)
         assert ended.value.code == code

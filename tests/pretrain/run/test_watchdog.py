@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.entry import run_command_line
-from pretrain.run.watchdog import EXIT_CODE, Watchdog
+from pretrain.run.watchdog import HUNG, Watchdog
 from tests.pretrain.training.test_tile_training import ROOT, STEPS, command
 
 
@@ -25,7 +25,7 @@ threading.Thread(target=waits_for_ever, name="loader", daemon=True).start()
 with watchdog.Watchdog(0.005):
     waits_for_ever()
 """)
-    assert done.returncode == EXIT_CODE == 70
+    assert done.returncode == HUNG == 70
     assert "Thread loader:" in done.stderr and "Thread MainThread:" in done.stderr
     assert done.stderr.count("in waits_for_ever") >= 2
     assert done.stderr.splitlines()[-1].startswith(
@@ -36,7 +36,7 @@ with watchdog.Watchdog(0.005):
 def test_a_process_that_never_gives_pythons_lock_back_ends_too() -> None:
     done = ended("""
 import ctypes
-watchdog.PATIENCE = 0.5
+watchdog.THREAD_PATIENCE = 0.5
 with watchdog.Watchdog(0.01):
     time.sleep(0.2)
     ctypes.PyDLL(None).sleep(60)  # holds the lock, as a deadlock in a library would

@@ -20,7 +20,7 @@ from data.tiles.stream import Part
 from launch.entry import run_command_line
 from pretrain.encoders.loading import Preprocessing
 from pretrain.run.metrics import read_metrics
-from pretrain.training.slide_sample import FEWEST, SLIDES, TILES, SlideSample, choose, recognised, run_of
+from pretrain.training.slide_sample import FEWEST_OF_A_SLIDE, SLIDES, TILES, SlideSample, choose, recognised, run_of
 from tests.pretrain.conftest import add
 
 
@@ -72,7 +72,7 @@ def test_nothing_is_chosen_of_one_slide_of_small_ones_or_where_no_slide_is_known
     both = Mixture({"a": (Made([0] * 20), 1.0), "b": (Made([1] * 30), 1.0)})
     assert len(choose(both, 0)) == 2 * TILES
     found = choose(ShardTiles(shards=[str(tile_shards)]), 0)
-    assert len(found) == 2 * TILES and sum(number < 40 for number in found) == TILES >= FEWEST
+    assert len(found) == 2 * TILES and sum(number < 40 for number in found) == TILES >= FEWEST_OF_A_SLIDE
 
 
 def test_slides_that_colour_tells_apart_are_recognised_and_noise_is_a_guess() -> None:

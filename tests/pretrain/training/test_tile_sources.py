@@ -90,7 +90,7 @@ def test_a_signal_while_tissue_is_looked_for_is_heeded_after_the_slide_and_the_n
     monkeypatch.setattr(slide_survey, "survey", looking)
     with signals.listening(), pytest.raises(SystemExit) as ended:
         run_command_line(["tile", *words, f"run={tmp_path / 'run'}"])
-    assert ended.value.code == (130 if number == signal.SIGINT else preemption.EXIT_CODE) and len(looked) == 1
+    assert ended.value.code == (130 if number == signal.SIGINT else preemption.TRY_AGAIN) and len(looked) == 1
     assert f"stopped by {number.name} before its first step; the same command continues" in capsys.readouterr().err
     assert [path.name for path in (tmp_path / "run").iterdir()] == []  # the lease is given up
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.h5")}
