@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._python_dispatch import _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+
+from pretrain.plan.torch_internals import FakeTensor, tree_leaves, tree_map, without_modes
 
 LARGEST_COMPUTED = 2**22  # elements: more are too slow to compute for the sake of a number
 
@@ -32,7 +31,7 @@ def sum_of(tensor: Tensor) -> float | None:
     value = value_of(tensor)
     if value is None:
         return None
-    with _disable_current_modes():
+    with without_modes():
         return value.sum().item() if value.numel() != 1 else value.item()
 
 
@@ -53,7 +52,7 @@ def follow(function: Any, args: Any, kwargs: Any, result: Any) -> None:
         return
     known = {id(tensor): value for tensor, value in zip(given, values, strict=True)}
     args, kwargs = tree_map(lambda leaf: known.get(id(leaf), leaf), (args, kwargs))
-    with _disable_current_modes(), torch.no_grad():
+    with without_modes(), torch.no_grad():
         computed = function(*args, **kwargs)
     for leaf, value in zip(tree_leaves(result), tree_leaves(computed), strict=True):
         if isinstance(leaf, FakeTensor):

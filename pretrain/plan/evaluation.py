@@ -12,7 +12,6 @@ global crops, these twice at most: for their features, and by a teacher. A look'
 from dataclasses import dataclass, replace
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.objectives.figures import class_tokens
@@ -20,6 +19,7 @@ from pretrain.objectives.interface import SlideObjective
 from pretrain.plan.estimate import Settings, estimate
 from pretrain.plan.rehearsal import CPU_ATTENTION
 from pretrain.plan.run_shape import RunShape
+from pretrain.plan.torch_internals import FakeTensorMode
 from pretrain.settings import plugins
 from pretrain.training import slide_sample
 

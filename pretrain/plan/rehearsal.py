@@ -20,11 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
 from models import dilated_attention
@@ -32,6 +28,17 @@ from models.attention import Attention, attend
 from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan import constants
+from pretrain.plan.torch_internals import (
+    FakeStore,
+    FakeTensor,
+    FakeTensorMode,
+    TorchDispatchMode,
+    backward_node,
+    in_backward,
+    newest_node,
+    tree_leaves,
+    without_modes,
+)
 from pretrain.run.across_ranks import local_shard
 from pretrain.training.gradients import gradients
 from pretrain.training.sharding import lay_mesh, shard, units_of
@@ -141,7 +148,7 @@ def real_plans() -> Iterator[None]:
 
 @lru_cache(maxsize=64)
 def _laid_out(_: int, *arguments: Any) -> dilated_attention.Branch:
-    with _disable_current_modes():
+    with without_modes():
         return LAY_OUT(*arguments)
 
 
@@ -273,8 +280,7 @@ class OperationWatch(TorchDispatchMode):
         return self.true.get(mask.numel(), mask.numel())
 
     def _follow(self, function: Any, args: Any, kwargs: Any, result: Any) -> None:
-        backward = torch._C._current_graph_task_id() != -1
-        node = torch._C._current_autograd_node()
+        backward, node = in_backward(), backward_node()
         if backward:
             self._enter("backward")
         elif torch.is_grad_enabled():
@@ -289,7 +295,7 @@ class OperationWatch(TorchDispatchMode):
             part = ""
         if torch.is_grad_enabled() and (self.running or not backward):
             # The newest node; operations that make none come after it and change nothing.
-            self.made_by.setdefault(torch.autograd._get_sequence_nr() - 1, part)  # type: ignore[attr-defined]
+            self.made_by.setdefault(newest_node(), part)
         count = FLOPS.get(function._overloadpacket)
         if count is not None:
             direction = "again" if backward and self.running else "backward" if backward else "forward"
