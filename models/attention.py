@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.operations import Operations, attention_products, total_operations
+
 Shape = tuple[int, int]
 """``(crops, tokens per crop)`` of one crop size inside a packed sequence."""
 
@@ -117,3 +119,12 @@ class Attention(nn.Module):
         alone."""
         attended = self.attend(self.qkv(x), shapes, self.heads)
         return self.proj(attended if rows is None else attended.index_select(0, rows))
+
+    def products(self, shapes: Sequence[Shape]) -> Operations:
+        """Operations between the tokens of crops of ``shapes``."""
+        weight = self.proj.weight
+        plain = self.attend is attend and weight.device.type == "cpu"
+        return total_operations(
+            attention_products(crops * tokens**2, weight.shape[0], fused=not (plain and tokens <= FEW_TOKENS))
+            for crops, tokens in shapes
+        )

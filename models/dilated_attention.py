@@ -21,7 +21,7 @@ The public code treats the weights ``exp(lse_b - LSE)`` as constants in the back
 zero padding of incomplete segments. A model trained that way needs both to give the same numbers: ``compatible=True``.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -114,6 +114,20 @@ def dilated_attention(
         for w, r in zip(segment_lengths, dilated_ratios, strict=True)
     ]
     return _DilatedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), branches, compatible, kernel)
+
+
+def attended_pairs(
+    lengths: Sequence[int], segment_lengths: Sequence[int], dilated_ratios: Sequence[int], heads: int
+) -> int:
+    """Pairs of a query and a key in all runs of all branches and ``heads``, for slides of ``lengths``."""
+    pairs = 0
+    for w, r in zip(segment_lengths, dilated_ratios, strict=True):
+        phases = Counter(head // ceil(heads / r) for head in range(heads))
+        for n in lengths:
+            for segments, size in ((n // min(w, n), min(w, n)), (1, n % min(w, n))):
+                runs = (count * max(0, ceil((size - phase) / r)) ** 2 for phase, count in phases.items())
+                pairs += segments * sum(runs)
+    return pairs
 
 
 @lru_cache(maxsize=20)  # a few batches: rows of long ones are tens of megabytes

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.operations import Operations, linear_maps
+
 
 class WeightNormLinear(nn.Module):
     """A bias-free linear whose row ``k`` is ``g_k * v_k / |v_k|``.
@@ -36,6 +38,10 @@ class PrototypeHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
+
+    def operations(self, rows: float) -> Operations:
+        """Of so many tokens' scores."""
+        return linear_maps(rows, self)
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """DINOv2's initial values: see `models.initialise`."""

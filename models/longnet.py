@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from models.allowed import SOME, Agreements, one_of, within
 from models.attention import check_heads
 from models.attention_kernels import ATTENTION_KERNELS, kernel
-from models.dilated_attention import check_schedule, dilated_attention
+from models.dilated_attention import attended_pairs, check_schedule, dilated_attention
+from models.operations import Operations, attention_products, linear_maps, total_operations
 from models.positions import check_sines, position_embedding
 from models.sequence_parallel import Group, Share, check_sharing, gather, heads_at_hand, scatter, to_heads, to_tokens
 
@@ -118,6 +119,11 @@ class LongNet(nn.Module):
             (torch.stack(rows) for rows in zip(*layers, strict=True)) if layers else (None, None)
         )
         return SlideFeatures(self.norm(tiles), self.norm(cls), self.norm(means), cls_layers, pooled_layers)
+
+    def operations(self, lengths: Sequence[int]) -> Operations:
+        """Of a pass over slides of ``lengths`` tiles."""
+        embedded = linear_maps(sum(lengths), self.patch_embed, of_data=True)
+        return embedded + self.encoder.operations([n + 1 for n in lengths])
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
@@ -219,6 +225,10 @@ class Layers(nn.Module):
                 states.append(summarise(gather(x, share), lengths)[1:])
         return gather(self.layer_norm(x), share), states
 
+    def operations(self, lengths: Sequence[int]) -> Operations:
+        """Of a pass over sequences of ``lengths`` tokens, of all processes that share them."""
+        return total_operations(layer.operations(lengths) for layer in self.layers if isinstance(layer, Layer))
+
 
 class Layer(nn.Module):
     """``x + attention(norm(x))``, then ``x + ffn(norm(x))``, each with dropout and per-slide stochastic depth."""
@@ -247,6 +257,16 @@ class Layer(nn.Module):
             return (some + self.ffn(self.final_layer_norm(some)),)
 
         return in_pieces(rest, x, attended)[0]
+
+    def operations(self, lengths: Sequence[int]) -> Operations:
+        """Of a pass over sequences of ``lengths`` tokens."""
+        attention, tokens = self.self_attn, sum(lengths)
+        pairs = attended_pairs(lengths, attention.segment_lengths, attention.dilated_ratios, attention.heads)
+        head_width = attention.out_proj.out_features // attention.heads
+        found = linear_maps(tokens, self) + attention_products(pairs, head_width)
+        # A checkpointed layer is computed anew up to what its backward last asks for: a drawn scale, or fc2's input.
+        last = 0.0 if self.dropout or self.drop_path else linear_maps(tokens, self.ffn.fc2).forward
+        return replace(found, full=found.forward - last)
 
     def _regularised(self, x: Tensor, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
         x = dropout(x, self.dropout, share, seeds, f"{site} {self.index}")

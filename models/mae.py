@@ -4,19 +4,25 @@ import torch
 from torch import Tensor, nn
 
 from models.attention import check_heads
+from models.operations import Operations, linear_maps, total_operations
 from models.positions import check_sines, grid_embedding
 from models.vit import MLP, Block
 
 
+def kept_patches(patches: int, ratio: float) -> int:
+    """How many of an image's ``patches`` are kept where the share ``ratio`` is masked."""
+    return int(patches * (1 - ratio))
+
+
 def random_masking(noise: Tensor, ratio: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Which patches are kept: those with the least ``noise`` ``(B, L)``, ``int(L · (1 − ratio))`` of them.
+    """Which patches are kept: those with the least ``noise`` ``(B, L)``, `kept_patches` of them.
 
     Returns the kept ones ``(B, n)`` int64 in ascending order of noise, every patch's rank in that order ``(B, L)``
     int64, and the mask ``(B, L)`` bool, true where a patch is removed.
     """
     order = noise.argsort(dim=1)
     rank = order.argsort(dim=1)
-    keep = int(noise.shape[1] * (1 - ratio))
+    keep = kept_patches(noise.shape[1], ratio)
     return order[:, :keep], rank, rank >= keep
 
 
@@ -71,6 +77,12 @@ class PixelDecoder(nn.Module):
         for layer in self.layers:
             x = layer(x, [(b, length + 1)])
         return self.head(self.norm(x)).view(b, length + 1, -1)[:, 1:]
+
+    def operations(self, images: int, visible: int, patches: int) -> Operations:
+        """Of so many ``images``, each of ``patches`` patches, ``visible`` of them seen by the encoder."""
+        blocks = (layer.operations([(images, patches + 1)]) for layer in self.layers if isinstance(layer, Block))
+        around = linear_maps(images * (visible + 1), self.embed) + linear_maps(images * (patches + 1), self.head)
+        return around + total_operations(blocks)
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """MAE's initial values: see `models.initialise`."""

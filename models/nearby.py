@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.operations import Operations, attention_products
+
 SHORTEST, LONGEST = 0.5, 4.0  # reaches that are begun with, in cells
 
 
@@ -56,6 +58,11 @@ class Nearby(nn.Module):
                 near = F.scaled_dot_product_attention(q, k, v, scale=1.0)[0, ..., : values.shape[2]]
             found.append(near.transpose(0, 1).flatten(1))
         return torch.cat(found).to(x.dtype)
+
+    def operations(self, width: int, lengths: Sequence[int], visible_lengths: Sequence[int]) -> Operations:
+        """Of a pass over slides of ``lengths`` tiles, ``visible_lengths`` of them visible."""
+        pairs = sum(seen * (n - seen) for n, seen in zip(lengths, visible_lengths, strict=True))
+        return attention_products(pairs, width)
 
 
 def first_reaches(log_reach: Tensor) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.longnet import Layers, LayerSettings, fill_as_released, summarise
 from models.nearby import Nearby, first_reaches
+from models.operations import Operations, linear_maps
 from models.positions import check_sines, position_embedding
 
 
@@ -87,6 +88,14 @@ class SlideDecoder(nn.Module):
         with_cls = [n + 1 for n in lengths]
         x, _ = self.decoder(x, with_cls, None)
         return self.head(summarise(x, with_cls)[0][masked])
+
+    def operations(self, lengths: Sequence[int], visible_lengths: Sequence[int]) -> Operations:
+        """Of a pass over slides of ``lengths`` tiles, ``visible_lengths`` of them visible."""
+        seen = sum(visible_lengths)
+        found = linear_maps(seen + len(lengths), self.embed) + linear_maps(sum(lengths) - seen, self.head)
+        if self.nearby is not None:
+            found += self.nearby.operations(self.width, lengths, visible_lengths)
+        return found + self.decoder.operations([n + 1 for n in lengths])
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
         """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""

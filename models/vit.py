@@ -8,7 +8,7 @@ multiplying them by zero.
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, ClassVar, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from models.allowed import Agreements, one_of, within
 from models.attention import Attention, Shape, backend, check_heads
+from models.operations import Operations, linear_maps, total_operations
 from models.positions import check_sines, grid_embedding
 
 
@@ -121,6 +122,21 @@ class Block(nn.Module):
         x = x.index_add(0, first.results, part * first.scale.to(part.dtype))
         part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.results))))
         return x.index_add(0, second.results, part * second.scale.to(part.dtype))
+
+    def operations(self, shapes: Sequence[Shape], rows: float | None = None, skipped: bool = False) -> Operations:
+        """Of a pass over crops of ``shapes``, of which the results of so many ``rows`` are wanted (None: all);
+        ``skipped``: whether other samples skip its branches."""
+        tokens = sum(crops * length for crops, length in shapes)
+        rows = tokens if rows is None else rows
+        found = (
+            linear_maps(tokens, self.attn.qkv)
+            + self.attn.products(shapes)
+            + linear_maps(rows, self.attn.proj, self.mlp)
+        )
+        # A checkpointed block is computed anew up to what its backward last asks for: any scale comes after all of it.
+        scaled = skipped or isinstance(self.ls2, LayerScale)
+        last = 0.0 if scaled else linear_maps(rows, self.mlp.fc2).forward
+        return replace(found, full=found.forward - last)
 
 
 class PatchEmbedding(nn.Module):
@@ -288,6 +304,28 @@ class VisionTransformer(nn.Module):
             ]
         parts = x.split([count * tokens for count, tokens in shapes])
         return [self._split(part.view(*shape, -1)) for part, shape in zip(parts, shapes, strict=True)]
+
+    def operations(
+        self,
+        shapes: Sequence[Shape],
+        kept: Sequence[Shape] | None = None,
+        wanted: Sequence[float] | None = None,
+        patches: int | None = None,
+    ) -> Operations:
+        """Of a pass over crops of ``shapes``, class token and registers included.
+
+        ``kept``: of each shape, what a residual branch runs on; ``wanted``: how many of its tokens are wanted of the
+        last block; ``patches``: how many are embedded, where not all of them are encoded. None: all.
+        """
+        embedded = sum(crops * (tokens - self.prefix) for crops, tokens in shapes) if patches is None else patches
+        run = shapes if kept is None else kept
+        rows = None
+        if wanted is not None:
+            rows = sum(n * some / every for n, (some, _), (every, _) in zip(wanted, run, shapes, strict=True))
+        *before, last = (block for block in self.blocks if isinstance(block, Block))
+        blocks = total_operations(block.operations(run, skipped=kept is not None) for block in before)
+        blocks += last.operations(run, rows, skipped=kept is not None)
+        return linear_maps(embedded, self.patch_embed, of_data=True) + blocks
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """``(B, 3, H, W)`` normalised images → class token ``(B, width)`` and patch tokens ``(B, patches, width)``."""

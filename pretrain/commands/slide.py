@@ -11,14 +11,12 @@ The folder is like that of a tile run, and the same command resumes it.
 """
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Annotated
 
 from data.embeddings.store import EmbeddingStore
 from models.allowed import ON_DISK, within
 from pretrain.objectives.interface import SlideObjective
-from pretrain.plan import operations
 from pretrain.run.folder import held
 from pretrain.run.preemption import ending_when_asked
 from pretrain.run.record import WandbSettings
@@ -58,6 +56,4 @@ def run(config: Config) -> None:
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
     with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease:
-        training = SlideTraining(folder, config, objective, store)
-        sizes = training.sequences.packing.sizes.tolist()
-        fit(training, lease, partial(operations.of_an_embedding, config, store.width, sizes))
+        fit(SlideTraining(folder, config, objective, store), lease)

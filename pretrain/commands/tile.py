@@ -13,12 +13,10 @@ from the newest checkpoint, on the same data in the same order, also on another 
 """
 
 from dataclasses import dataclass
-from functools import partial
 from typing import Annotated, ClassVar
 
 from models.allowed import ON_DISK, Agreements, within
 from pretrain.objectives.interface import Objective
-from pretrain.plan import operations
 from pretrain.run.folder import held
 from pretrain.run.preemption import ending_when_asked
 from pretrain.run.record import WandbSettings
@@ -63,5 +61,4 @@ def run(config: Config) -> None:
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
 
     with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease:
-        training = TileTraining(folder, config, objective)
-        fit(training, lease, partial(operations.of_a_tile, config))
+        fit(TileTraining(folder, config, objective), lease)

@@ -5,7 +5,7 @@ single samples, here all blocks share one rate and samples are skipped, as in DI
 itself, here each network's; gradients are otherwise those of its loss.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from models.allowed import PROTOTYPES, SHARE, one_of, within
 from models.heads import PrototypeHead
+from models.operations import Operations, total_operations
 from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy
@@ -86,3 +87,12 @@ class DINO(SelfDistillation):
             "dino_local": dino_local,
             **self.schedules(moment),
         }
+
+    def operations(self, parts: Sequence[TileBatch]) -> Operations:
+        return total_operations(
+            self.encoder_operations(part, masked=0)
+            + self.head_operations(
+                "dino_head", sum(len(images) for images, _ in part.crops), len(part.crops[0][0]), len(parts)
+            )
+            for part in parts
+        )

@@ -8,7 +8,7 @@ cls, patches    cls, masked patches  ──heads──▶ prototype scores
    └─ centring ────┴─ cross-entropies
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from models.allowed import PROTOTYPES, SHARE, one_of, within
 from models.heads import PrototypeHead
+from models.operations import Operations, total_operations
 from models.vit import Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
@@ -129,3 +130,15 @@ class DINOv2(SelfDistillation):
             "spread": spread,
             **self.schedules(moment),
         }
+
+    def operations(self, parts: Sequence[TileBatch]) -> Operations:
+        return total_operations(self._operations(part, int(part.masks.sum()), len(parts)) for part in parts)
+
+    def _operations(self, batch: TileBatch, masked: int, parts: int) -> Operations:
+        tiles, (crops, _) = sum(len(images) for images, _ in batch.crops), batch.crops[0]
+        patches = self.head_operations("ibot_head" if self.student.ibot_head else "dino_head", masked, masked, parts)
+        return (
+            self.encoder_operations(batch, masked)
+            + self.head_operations("dino_head", tiles, len(crops), parts)
+            + patches
+        )

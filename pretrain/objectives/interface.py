@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from data.tiles.crops import FurtherViews
+from models.operations import Operations
 from models.sequence_parallel import Group
 
 BACKBONE = "encoder"  # what every objective calls the network that a run is for
@@ -65,6 +66,15 @@ class Objective(nn.Module, ABC):
 
         A network is called as a whole, ``self.projector(x)``: its parameters are gathered for the call, and only then.
         """
+
+    def operations(self, parts: Sequence[Any]) -> Operations:
+        """Floating-point operations of a step on these micro-batches, for the record's ``flop_utilisation``: sums of
+        what its networks say of their passes.
+
+        Optional, and not inherited: a subclass may compute more than its parent says, so it says so itself (by
+        ``operations = DINOv2.operations`` where nothing is added), as do subclasses of our networks.
+        """
+        raise NotImplementedError
 
     def look(self, parts: Sequence[Any], moment: Moment) -> dict[str, float]:
         """Figures of all ranks' micro-batches that are too costly for every step, asked for now and then, after a step."""

@@ -7,7 +7,7 @@ One network, no teacher. Set against the public code (facebookresearch/mae): the
 of `VisionTransformer`, the decoder from MAE's.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar
 
 import numpy as np
@@ -18,7 +18,8 @@ from data.fault import Fault
 from data.keyed import rng
 from models.allowed import Agreements, within
 from models.attention import check_heads
-from models.mae import PixelDecoder, normalised, pixels, random_masking
+from models.mae import PixelDecoder, kept_patches, normalised, pixels, random_masking
+from models.operations import Operations, total_operations
 from models.positions import check_sines
 from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment, Objective
@@ -88,3 +89,11 @@ class MAE(Objective):
         )
         loss, _, _ = self(images, torch.from_numpy(noise).to(images.device, non_blocking=True))
         return loss, {}
+
+    def operations(self, parts: Sequence[TileBatch]) -> Operations:
+        return total_operations(self._operations(*part.masks.flatten(1).shape) for part in parts)
+
+    def _operations(self, images: int, patches: int) -> Operations:
+        seen = kept_patches(patches, self.mask_ratio)
+        encoded = self.encoder.operations([(images, self.encoder.prefix + seen)], patches=images * patches)
+        return encoded + self.decoder.operations(images, seen, patches)

@@ -16,14 +16,15 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from models.heads import PrototypeHead
+from models.operations import Operations
 from models.vit import Tokens, VisionTransformer
 from pretrain.objectives import teacher as ema
 from pretrain.objectives.figures import assignment_figures
 from pretrain.objectives.interface import Moment, Objective
-from pretrain.objectives.losses.assignment import centred_softmax, moved_centre, sinkhorn_centre
+from pretrain.objectives.losses.assignment import ITERATIONS, centred_softmax, moved_centre, sinkhorn_centre
 from pretrain.objectives.losses.precision import wide
 from pretrain.objectives.schedules import cosine
-from pretrain.objectives.stochastic_depth import kept_samples
+from pretrain.objectives.stochastic_depth import kept_of, kept_samples
 from pretrain.objectives.tile_batch import Target, TileBatch
 
 
@@ -177,6 +178,26 @@ class SelfDistillation(Objective):
         )  # fmt: skip
         of_each = [masks, *[None] * (len(batch.crops) - 1)]
         return encoder([crops for crops, _ in batch.crops], of_each, kept, wanted=None if self.all_patches else of_each)
+
+    def encoder_operations(self, batch: TileBatch, masked: int) -> Operations:
+        """Of both encoders on a micro-batch whose loss is given ``masked`` patches."""
+        encoder = self.student.encoder
+        shapes = [(len(images), encoder.tokens_per_crop(images.shape[-1])) for images, _ in batch.crops]
+        wanted = [crops + (0 if i else masked) for i, (crops, _) in enumerate(shapes)]
+        group, rate = self.group_size, encoder.drop_path
+        kept = [
+            (kept_of(views * group, rate) * crops // (views * group), tokens)
+            for (crops, tokens), (_, views) in zip(shapes, batch.crops, strict=True)
+        ]
+        student = encoder.operations(shapes, kept if rate else None, None if self.all_patches else wanted)
+        return student + self.teacher.encoder.operations(shapes[:1], wanted=wanted[:1]).without_gradients
+
+    def head_operations(self, head: str, student: int, teacher: int, parts: int) -> Operations:
+        """Of both networks' ``head`` on so many tokens of a micro-batch; the teacher's scores of several are computed
+        anew wherever `prepare` or a target asks for them."""
+        asked = 1 if parts == 1 else 1 + (ITERATIONS if self.centring == "sinkhorn" else 1)
+        own, targets = getattr(self.student, head), getattr(self.teacher, head)
+        return own.operations(student) + targets.operations(asked * teacher).without_gradients
 
     def after_step(self, moment: Moment) -> None:
         # A centre moves once the step has been taken, so it is one step late, as DINO's and DINOv2's are.

@@ -24,6 +24,7 @@ from data.keyed import rng
 from models.allowed import Agreements, one_of, within
 from models.attention import check_heads
 from models.longnet import LongNet
+from models.operations import Operations, total_operations
 from models.positions import check_sines
 from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
@@ -134,6 +135,12 @@ class SlideMAE(SlideObjective):
         """The loss of a micro-batch as `prepare` gives it."""
         part, factor = batch
         return self(part, moment.seed)["sum"] * factor, {}
+
+    def operations(self, parts: Sequence[SlideBatch]) -> Operations:
+        return total_operations(
+            self.encoder.operations(part.visible_lengths) + self.decoder.operations(part.lengths, part.visible_lengths)
+            for part in parts
+        )
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[SlideBatch]) -> dict[str, float]:

@@ -14,6 +14,11 @@ from data.keyed import rng
 from models.vit import Kept
 
 
+def kept_of(crops: int, rate: float) -> int:
+    """How many ``crops`` of a group a branch runs on."""
+    return max(1, int(crops * (1 - rate)))
+
+
 def kept_samples(
     views: Sequence[tuple[int, int]],
     tiles: int,
@@ -30,7 +35,7 @@ def kept_samples(
 
     ``views``: per crop size ``(views, tokens per crop)``; the packed sequence holds, per crop size, view after view of
     ``tiles`` tiles each, of which ``first`` is the number of the first in the global batch. Of the ``views * group``
-    crops of a group ``max(1, int(views * group * (1 − rate)))`` are kept.
+    crops of a group `kept_of` are kept.
     """
     if rate == 0:
         return None
@@ -38,7 +43,7 @@ def kept_samples(
     offset, parts = 0, []
     for count, tokens in views:
         crops = count * group
-        keep = max(1, int(crops * (1 - rate)))
+        keep = kept_of(crops, rate)
         chosen = [np.sort(draw.random((depth, 2, crops)).argsort(-1)[..., :keep], -1) for draw in draws]
         # Crop c of a group is view c // group of its tile c % group; in the batch, views lie `tiles` apart.
         samples = [c // group * tiles + g * group + c % group for g, c in enumerate(chosen)]

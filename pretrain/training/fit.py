@@ -3,7 +3,6 @@
 import logging
 import time
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 
 import lightning as L
@@ -29,15 +28,13 @@ from pretrain.training.module import Training
 from pretrain.training.recording import Recording
 from pretrain.training.sharding import ShardedStrategy
 from pretrain.training.showing import ShownProgress
-from pretrain.training.utilisation import find_utilisation
+from pretrain.training.utilisation import device_peak
 
 
-def fit(training: Training, lease: Lease | None, count_operations: Callable[[bool], float]) -> None:
+def fit(training: Training, lease: Lease | None) -> None:
     """Run ``training`` to its last step, resuming from its newest checkpoint; says so where nothing is left to do.
 
-    ``lease`` is that of the run's folder, in its first process. ``count_operations`` gives the floating-point
-    operations that a tile of a step costs, by whether attention is fused; it is called before the processes have
-    joined.
+    ``lease`` is that of the run's folder, in its first process.
     """
     training.lease = lease
     pass_over_damaged(training.run, training.config.resume, first=lease is not None or not rank())
@@ -76,9 +73,7 @@ def fit(training: Training, lease: Lease | None, count_operations: Callable[[boo
         say(f"{run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
     # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    training.utilisation = find_utilisation(
-        settings, trainer.strategy.root_device, trainer.world_size, count_operations, str(run) if trainer.is_global_zero else ""
-    )  # fmt: skip
+    training.peak = device_peak(settings, trainer.strategy.root_device)
     began = time.monotonic()
     open_more_files()
     with signals.listening(), training.watchdog:

@@ -41,7 +41,7 @@ from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
 from pretrain.training.sharding import materialise, shard
 from pretrain.training.trainer_settings import TrainerSettings
-from pretrain.training.utilisation import Utilisation, peak_memory
+from pretrain.training.utilisation import operations_of_step, peak_memory, silent_about_operations
 from pretrain.training.watching import Watch
 
 T = TypeVar("T")
@@ -66,9 +66,10 @@ class Training(L.LightningModule, ABC):
         self.loader: LoaderProcess | None = None
         self.lease: Lease | None = None
         self.objective: Objective = None  # type: ignore[assignment]  # configure_model builds it, in the run's processes
-        # Samples in the present step, and tiles of all processes; a stage whose steps differ says so in before_step.
-        self.taken = self.tiles_taken = batch_size
-        self.utilisation: Utilisation | None = None
+        self.taken = batch_size  # samples in the present step; a stage whose steps differ says so in before_step
+        self.sharing = 1  # processes that share a sample
+        self.peak: float | None = None  # operations a second of a process's device, where they are to be recorded
+        self.operations = 0.0  # of the present step, the mean over processes
         self.facts = alarms.known_facts({}, 0)  # until the objective is there
         self.raised: set[str] = set()  # names of alarms: each is said once in the run's life
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
@@ -117,6 +118,10 @@ class Training(L.LightningModule, ABC):
         with torch.device("meta"):
             objective = self.make_objective()
         require_trainable(objective)
+        if self.peak and (silent := silent_about_operations(objective)):
+            self.peak = None
+            if self.global_rank == 0:
+                say(f"{self.run}: no flop_utilisation, since {', '.join(silent)} has no method operations() of its own")
         assert self.device_mesh is not None
         settings = self.settings
         shard(objective, self.device_mesh, settings.precision, settings.activation_checkpointing, settings.compile)
@@ -169,8 +174,8 @@ class Training(L.LightningModule, ABC):
             "data_wait": (began - self._ended) / (now - self._ended),
             "peak_memory_gib": peak_memory(self.device) / 2**30,
         }
-        if self.utilisation:
-            figures["flop_utilisation"] = self.utilisation.share(self.tiles_taken, now - self._ended)
+        if self.peak:
+            figures["flop_utilisation"] = self.operations / (now - self._ended) / self.peak
         self._ended = now
         self.watchdog.beat()
         if self.step % self.settings.log_every == 0 or self.is_last or not took_step:
@@ -279,7 +284,14 @@ class Training(L.LightningModule, ABC):
         )
         optimiser.zero_grad()
         moment = Moment(self.step, steps, self.config.seed)
-        sums = gradients(objective, list(self.micro_batches(batch)), moment, self.manual_backward)
+        parts = list(self.micro_batches(batch))
+        sums = gradients(objective, parts, moment, self.manual_backward)
+        if self.peak:
+            operations = operations_of_step(
+                objective, [part for part, _ in parts], self.settings.activation_checkpointing
+            )
+            everywhere = total(torch.tensor(operations / self.sharing, device=self.device)).item()
+            self.operations = everywhere / world_size()
         norms = {
             f"grad_norm/{name}": clip(network.parameters(), optim.clip) for name, network in objective.trained().items()
         }

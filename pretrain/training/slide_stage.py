@@ -93,6 +93,7 @@ class SlideTraining(Training):
 
     def __init__(self, run: Path, config: Any, make_objective: Any, store: EmbeddingStore) -> None:
         super().__init__(run, config, make_objective, config.data.batch_size)
+        self.sharing = config.data.processes_per_slide
         self.score = locate_class(config.objective["_target_"], SlideObjective).score  # type: ignore[attr-defined]
         if config.watch.patience and not self.score:
             raise Fault(
@@ -122,7 +123,7 @@ class SlideTraining(Training):
         super().configure_model()
         assert isinstance(self.objective, SlideObjective)
         try:
-            self.objective.share_slides(process_group(self.config.data.processes_per_slide))
+            self.objective.share_slides(process_group(self.sharing))
         except ValueError as error:
             raise Fault(f"data.processes_per_slide={self.config.data.processes_per_slide}: {error}.") from error
 
@@ -144,8 +145,7 @@ class SlideTraining(Training):
         # Processes that share slides get the same ones. Each counts their loss once, and so does the sum over all of
         # the numbers that it is divided by; gradients, summed over tokens by sharing and averaged over processes, come
         # out the same.
-        together = self.config.data.processes_per_slide
-        rank, groups = self.global_rank // together, self.trainer.world_size // together
+        rank, groups = self.global_rank // self.sharing, self.trainer.world_size // self.sharing
         batches = SlideBatches(self.sequences, start, stop, rank, groups, self.settings.accumulate)
         room = shared_memory_room()
         return LoaderProcess(
@@ -162,8 +162,7 @@ class SlideTraining(Training):
         start = self.sequences.packing.start
         self.taken = start(self.step + 1) - start(self.step)
         mine = torch.tensor(sum(len(part.embeddings) for part in batch), device=self.device)
-        self.tiles_taken = int(total(mine)) // self.config.data.processes_per_slide
-        return {"slides": self.taken, "tiles": self.tiles_taken}
+        return {"slides": self.taken, "tiles": int(total(mine)) // self.sharing}
 
     def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:
         for part in batch:

@@ -1,46 +1,40 @@
-"""What a step uses of its machine: the most memory, and operations as a share of the devices' peak."""
+"""What a step uses of its machine: the most memory, and operations as a share of the device's peak."""
 
 import resource
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from pretrain.run.progress import say
+from pretrain.objectives.interface import Objective
 from pretrain.settings.hardware import peak_of
 from pretrain.training.trainer_settings import TrainerSettings
 
 
-@dataclass(frozen=True)
-class Utilisation:
-    """``peak``: operations a second that all devices together can do; ``of_a_tile``: those that a tile costs."""
-
-    peak: float
-    of_a_tile: float
-
-    def share(self, tiles: int, seconds: float) -> float:
-        """The share of the peak that ``tiles`` of all processes took in so many seconds."""
-        return self.of_a_tile * tiles / seconds / self.peak
+def device_peak(settings: TrainerSettings, device: torch.device) -> float | None:
+    """Floating-point operations a second that a process's device can do; None where nobody says."""
+    return settings.peak_tflops * 1e12 if settings.peak_tflops else peak_of(device, settings.precision)
 
 
-def find_utilisation(
-    settings: TrainerSettings, device: torch.device, processes: int, count_operations: Callable[[bool], float], who: str
-) -> Utilisation | None:
-    """What ``flop_utilisation`` is computed from, where a device's peak is known.
+def silent_about_operations(objective: Objective) -> list[str]:
+    """The classes of an objective, not sharded yet, and of its networks that don't say their operations themselves.
 
-    ``count_operations`` counts those of a tile, by whether attention is fused. Where it can't, that is said, unless
-    ``who`` is empty, and there is none.
+    What a class inherits is of what its parent computes, and it may compute more. torch's own layers say nothing:
+    the objective counts them by their matrices.
     """
-    peak = settings.peak_tflops * 1e12 if settings.peak_tflops else peak_of(device, settings.precision)
-    if peak is None:
-        return None
-    try:
-        return Utilisation(peak * processes, count_operations(device.type == "cuda"))
-    except Exception as error:  # a plug-in may do what tensors without numbers can't: no reason not to train
-        if who:
-            say(f"{who}: no flop_utilisation, since a step's operations can't be counted ({error!r})")
-        return None
+    networks = [*objective.trained().values(), *objective.frozen().values()]
+    kinds = [type(objective), *(kind for kind in map(type, networks) if not kind.__module__.startswith("torch.nn."))]
+    return sorted({kind.__name__ for kind in kinds if "operations" not in vars(kind)})
+
+
+def operations_of_step(objective: Objective, parts: Sequence[Any], checkpointing: str) -> float:
+    """Floating-point operations of a step on these micro-batches; ``checkpointing``: see
+    `pretrain.training.sharding.CHECKPOINTING`."""
+    found = objective.operations(parts)
+    return (
+        found.forward + found.backward + {"none": 0.0, "full": found.full, "selective": found.selective}[checkpointing]
+    )
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,6 +10,8 @@ from torch import Tensor
 from pretrain.objectives.losses.precision import wide
 from pretrain.run.across_ranks import log_total_exp, total
 
+ITERATIONS = 3  # of Sinkhorn-Knopp
+
 
 @torch.no_grad()
 def centred_softmax(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
@@ -28,7 +30,7 @@ def moved_centre(centre: Tensor, sums: Tensor, rows: int, momentum: float = 0.9)
 
 
 @torch.no_grad()
-def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, iterations: int = ITERATIONS) -> Tensor:
     """The centre ``(1, K)`` with which `centred_softmax` is Sinkhorn-Knopp's assignment over all ranks' samples.
 
     Starting from ``Q = exp(logits / temperature)``, each iteration divides the columns (prototypes) by their sums over
@@ -63,7 +65,7 @@ def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, 
 
 
 @torch.no_grad()
-def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = 3) -> Tensor:
+def sinkhorn_knopp(logits: Tensor, temperature: float, iterations: int = ITERATIONS) -> Tensor:
     """Assignments of ``(N, K)`` logits in which the prototypes are used equally often over all ranks' samples:
     `sinkhorn_centre`."""
     return centred_softmax(logits, sinkhorn_centre(lambda: [logits], temperature, iterations), temperature)
