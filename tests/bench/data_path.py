@@ -15,11 +15,14 @@ that 'make setup' fetched.
     raw_read_ratio    webdataset, shuffled, bytes only / our reads of the same tiles at random
     online_ratio      our reading of random tiles of a slide / openslide's read_region alone
     floor_share       (JPEG decoding + resampling alone) / our loader: 1 would be no overhead at all
+    colour_ratio      colour by torch, as on a GPU / by numba, as on a CPU, of these crops; the median of paired turns
+    colour_ratio_small  the same of the small recipe's crops, two of 96 px and four of 48 px, 64 tiles at a time
 """
 
 import io
 import itertools
 import json
+import statistics
 import sys
 import tarfile
 import tempfile
@@ -44,8 +47,8 @@ from data.keyed import rng
 from data.shards.scan import scan
 from data.slides.coordinates import plan_grid
 from data.slides.reading import Slide
-from data.tiles.augment import augment
-from data.tiles.augment_parameters import Colour
+from data.tiles.augment import augment, augment_together
+from data.tiles.augment_parameters import Colour, draw_parameters
 from data.tiles.crops import NUMBERS_A_CROP, CropSizes, box
 from data.tiles.loader import Masking, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles
@@ -55,6 +58,8 @@ ROUNDS = 5
 BATCH = 16  # tiles
 BATCHES, USUAL_BATCHES = 12, 4  # measured in a round, after one that isn't
 SIZES = CropSizes(2, 224, (0.32, 1.0), 8, 98, (0.05, 0.32))
+SMALL, SMALL_BATCH = CropSizes(2, 96, (0.32, 1.0), 4, 48, (0.05, 0.32)), 64  # recipe=small's
+COLOUR_TURNS = 15
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ONLINE_TILES = 40
 TILES_A_TAR = 1000
@@ -192,6 +197,31 @@ def colour(batches: list[RankBatch]) -> float:
     return seconds(all_of_them) / (len(parts) * BATCH)
 
 
+def colour_paths(sizes: CropSizes, tiles: int) -> tuple[float, float]:
+    """CPU seconds a tile of colour by torch's kernels for a whole batch, and by numba, an image at a time: medians of
+    turns, on noise with parameters as training draws them."""
+    draw = rng(0, "colour paths")
+    rows = np.stack([draw_parameters(Colour(), sizes.kinds(), draw) for _ in range(tiles)], 1)  # (views, tiles, WIDTH)
+    groups, first = [], 0
+    for count, side in sizes.sides():
+        images = torch.from_numpy(draw.integers(0, 256, (count * tiles, 3, side, side), np.uint8))
+        groups.append((images, torch.from_numpy(rows[first : first + count].reshape(count * tiles, -1))))
+        first += count
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+
+    def by_torch() -> None:
+        for images, parameters in groups:
+            augment_together(images, parameters.numpy(), 1 / std, -mean / std)
+
+    def by_numba() -> None:
+        for images, parameters in groups:
+            augment(images, parameters, mean, std)
+
+    turns = [(seconds(by_torch), seconds(by_numba)) for _ in range(COLOUR_TURNS + 1)][1:]  # the first one compiles
+    torch_median, numba_median = (statistics.median(times) / tiles for times in zip(*turns, strict=True))
+    return torch_median, numba_median
+
+
 def floor(tiles: list[bytes]) -> float:
     """Only decoding, and only resampling of the same boxes: no reading, drawing, mirroring or collecting."""
     boxes = []
@@ -289,12 +319,18 @@ def main() -> None:
     }  # fmt: skip
     for key, meaning in words.items():
         print(f"{meaning:<34} {fastest[key] * 1e3:8.4f} ms a tile")
+    ratios = {}
+    for name, sizes, together in (("colour_ratio", SIZES, BATCH), ("colour_ratio_small", SMALL, SMALL_BATCH)):
+        by_torch, by_numba = colour_paths(sizes, together)
+        print(f"{name}: colour by torch {by_torch * 1e3:.3f} ms a tile, by numba {by_numba * 1e3:.3f}")
+        ratios[name] = round(by_torch / by_numba, 2)
     print(json.dumps({
         "loader_ratio": round(fastest["usual"] / fastest["loader"], 2),
         "end_to_end_ratio": round(fastest["usual"] / (fastest["loader"] + fastest["colour"]), 2),
         "raw_read_ratio": round(fastest["usual_raw"] / fastest["raw"], 2),
         "online_ratio": round(fastest["online"] / fastest["bare"], 3),
         "floor_share": round(fastest["floor"] / fastest["loader"], 3),
+        **ratios,
     }))  # fmt: skip
 
 
