@@ -44,6 +44,7 @@ STEPS = {
     "dinov2": ("none", 1, DINOV2),
     "dinov2 wider, checkpointed": ("full", 1, (*DINOV2, *WIDER)),
     "dinov2 of long crops, checkpointed in part": ("selective", 1, (*DINOV2, "data.crops.global_size=192")),
+    "dinov2 of crops that attend by a kernel": ("full", 1, (*DINOV2, "model.depth=2", "data.crops.global_size=368", "data.crops.local_count=0")),
     "dinov2 with another head and more views": ("none", 1, (*DINOV2, "objective.separate_ibot_head=true", "objective.ibot_prototypes=2048", "data.crops.local_count=8")),
     "dinov2 with stochastic depth": ("full", 1, (*DINOV2, "data.batch_size=16", "model.drop_path=0.4")),
     "dinov2 with stochastic depth and no layer scale": ("full", 1, (*DINOV2, "data.batch_size=16", "model.drop_path=0.4", "model.layer_scale=0")),
