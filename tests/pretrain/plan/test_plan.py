@@ -11,7 +11,7 @@ from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain import cli
 from pretrain.commands import recipes
-from pretrain.commands.plan import Config, make_plan, plan_table
+from pretrain.commands.plan import Config
 from pretrain.plan.batches import Slides, lane
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
 from pretrain.plan.of_a_run import compose_run, set_run_words_aside
@@ -19,7 +19,9 @@ from pretrain.plan.published import implied
 from pretrain.plan.rehearsal import rehearse
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
+from pretrain.plan.table import plan_table
 from pretrain.plan.throughput import pace
+from pretrain.plan.whole import make_plan
 from pretrain.settings.composition import load
 from pretrain.training.even_shares import micro_batch_share, tiles_of
 from tests.pretrain.training.real_steps import Step, one_process, peak_of_sharing, shape_of

@@ -1,0 +1,123 @@
+"""A plan, and what published runs imply, as text for a person."""
+
+from typing import Any
+
+from pretrain.plan.published import Implied
+from pretrain.plan.whole import GIB
+
+
+def plan_table(found: dict[str, Any]) -> str:
+    """The plan as text for a person."""
+    run, machine, speed = found["run"], found["machine"], found["pace"]
+    unit, one = speed["unit"], speed["unit"].removesuffix("s")
+    flops = found["flops_per_sample"]
+    total = sum(flops.values())
+    again = sum(count for name, count in flops.items() if name.endswith("again"))
+    lines = [
+        f"Plan, computed and not measured: {' '.join(found['settings']) or 'the default recipe'}",
+        f"  {found['processes']} × {machine['name']}, trainer.precision={run['precision']}, "
+        f"trainer.activation_checkpointing={run['checkpointing']}, trainer.accumulate={run['accumulate']}, "
+        f"sharded over {run['shard_size']}" + (f", {run['together']} processes a slide" if run["together"] > 1 else ""),
+        f"  {run['steps']:,} steps of at most {run['batch']:,} {unit}, {found['samples_per_step_and_process']:g} on each process",
+    ]
+    if found["slides"]:
+        about = found["slides"]
+        lines.append(
+            f"  supposing {about['tiles']:,} tiles a mean slide, and {about['largest']:,} the largest, which memory has to hold"
+        )
+    lines += ["", "Parameters (computed)"]
+    lines += [f"  {name:<46}{count:>18,}" for name, count in found["parameters"].items()]
+    lines += ["", f"Operations a {one} in GFLOP (computed), forward + backward" + (", + again for checkpointing" if again else "")]  # fmt: skip
+    parts: dict[str, float] = {}
+    for name, count in flops.items():
+        part = name.rpartition(", ")[0]
+        parts[part] = parts.get(part, 0) + count
+    lines += [f"  {name:<46}{count / 1e9:>14,.2f}  {count / total:>6.1%}" for name, count in parts.items() if count]
+    lines.append(f"  {'all':<46}{total / 1e9:>14,.2f}")
+    lines += ["", "Memory of the first GPU at a step's highest moment, in GiB (computed)"]
+    lines += [f"  {name:<46}{size / GIB:>14,.2f}" for name, size in found["peak_bytes_by_part"].items()]
+    lines.append(f"  {'all':<46}{found['peak_bytes'] / GIB:>14,.2f}")
+    lines.append(
+        f"  {'gradients, all held when the optimiser steps':<46}{found['held_bytes']['gradients'] / GIB:>14,.2f}"
+    )
+    for kind, size in found["peak_bytes_by_activation_checkpointing"].items():
+        lines.append(f"  {f'all, with trainer.activation_checkpointing={kind}':<46}{size / GIB:>14,.2f}")
+    room = found["room_bytes"] / GIB
+    said = f"{machine['memory_gib']} GiB less the reserve leave {room:.1f}"
+    if found["fits"]:
+        lines += ["", f"It fits: {said}."]
+    else:
+        lines += ["", f"It doesn't fit: {said}. What to change (computed):"]
+        lines += [
+            f"  {one['words']:<66}{one['peak'] / GIB:>8,.2f} GiB, {'fits' if one['fits'] else 'not enough'}"
+            for one in found["remedies"]
+        ]
+        if not any(one["fits"] for one in found["remedies"]):
+            lines.append("  none of these suffices: a smaller model, batch or crop, or hardware with more memory")
+    if run["precision"] == "float32" and machine["accelerator"] == "gpu" and found["fits"]:
+        ratio = machine["bf16_tflops"] / machine["float32_tflops"]
+        lines.append(f"trainer.precision=bf16 has {ratio:.0f} times the peak, and most GPU runs use it.")
+    lines += [
+        "",
+        f"Time and money (computed), supposing {found['utilisation']:.0%} of the peak of {found['peak_tflops']:g} TFLOP/s: a choice (utilisation=), not a measurement",
+        f"  {speed['per_second']:,.1f} {unit}/s, {speed['per_second'] / found['processes']:,.2f} on each process, {speed['step_seconds']:.3g} s a step",
+        f"  {speed['hours']:,.1f} hours, {speed['gpu_hours']:,.0f} GPU-hours, {speed['dollars']:,.0f} dollars at {found['dollars_per_hour']:g} an hour and GPU (dollars_per_hour=)",
+        _of_evaluation(found),
+        *(OF_SLIDES if found["slides"] else []),
+        "",
+        "Input of each node (computed from costs measured on two shared cores; input= has them)",
+        f"  {speed['megabytes_per_second']:,.2f} MB/s to read, {speed['cores']:.2g} cores to {'decode and cut crops' if found['stage'] == 'tile' else 'read embeddings'}",
+    ]
+    return "\n".join(lines)
+
+
+def _of_evaluation(found: dict[str, Any]) -> str:
+    """What judging itself takes of a run's time, and by which settings."""
+    judged, speed = found["evaluation"], found["pace"]
+    samples, times, looks = judged["samples"], judged["times"], judged["looks"]
+    at_checkpoints = f"{times:,} checkpoints (trainer.checkpoint_every=), at each "
+    if found["slides"] and not samples:
+        return "  no evaluation: data.validation_fraction=0 holds no slides out"
+    if found["slides"]:
+        what = (
+            f"{at_checkpoints}two forwards on every process of {samples:,} slides "
+            f"(data.validation_fraction= of slides.count={found['slides']['count']:,})"
+        )
+    elif not samples and not looks:
+        return "  no evaluation: neither watch.probe nor watch.every is given"
+    else:
+        probe = (
+            f"{at_checkpoints}a forward of {samples:,} labelled tiles (watch.probe_images=)"
+            if samples
+            else "no watch.probe"
+        )
+        what = f"{probe}; {looks:,} looks (watch.every=)"
+    share = speed["evaluation_hours"] / speed["hours"]
+    return f"  of these {speed['evaluation_hours']:,.1f} hours ({share:.1%}) are evaluation: {what}"
+
+
+OF_SLIDES = [
+    "  Prov-GigaPath published 3,072 A100-hours, which by this count are about half a percent of the peak (published=true): its arithmetic doesn't",
+    "  explain them, and what else took the time is not published; what is planned here is arithmetic alone, so expect more until a run of yours",
+    "  has recorded its flop_utilisation",
+]
+"""Why the hours that are planned for the slide stage are not to be trusted."""
+
+
+def published_table(rows: list[Implied]) -> str:
+    """Published runs as text for a person."""
+    lines = [
+        "What published GPU hours imply, computed: operations of our plan over the peak (bf16, dense) in those hours",
+        f"{'recipe':<22}{'encoder':>15}{'GFLOP each':>13}{'samples':>16}{'GPU-hours':>11}  {'hardware':<12}{'share of peak':>14}",
+    ]
+    lines += [
+        f"{row.recipe:<22}{row.parameters:>15,}{row.gflops:>13,.1f}{row.samples:>16,}{row.gpu_hours:>11,.0f}  {row.machine:<12}{row.utilisation:>14.1%}"
+        for row in rows
+    ]
+    return "\n".join(
+        [
+            *lines,
+            "samples: tiles; slides for the slide stage. Hours and samples: configs/plan.yaml. Training alone is counted: what the hours of the lowest",
+            "shares went into besides (reading, evaluation, small or padded kernels, waiting) is not published.",
+        ]
+    )

@@ -1,0 +1,107 @@
+"""Everything that is known of a run before it starts: parameters, operations, memory, time, money, input."""
+
+from dataclasses import asdict, replace
+from typing import Any
+
+from data.fault import Fault
+from data.redaction import redacted_settings
+from pretrain.plan import evaluation
+from pretrain.plan.estimate import Estimate, Settings, estimate, parameter_counts
+from pretrain.plan.of_a_run import compose_run
+from pretrain.plan.remedies import remedies
+from pretrain.plan.run_shape import RunShape, run_shape
+from pretrain.plan.throughput import pace, slide_cost, tile_cost
+from pretrain.settings.composition import of_the_command_line
+from pretrain.training.even_shares import require_even
+from pretrain.training.sharding import CHECKPOINTING
+from pretrain.training.tile_stage import further_views
+
+GIB = 2**30
+GPUS = 8  # of a node, unless launch.gpus_per_node says so
+
+
+def make_plan(config: Any) -> dict[str, Any]:
+    """The plan for the settings ``config`` of 'pretrain plan'. Raises Fault where the run's settings don't divide."""
+    machine, launch, slides = config.hardware, config.launch, config.slides
+    if slides.largest < slides.tiles:
+        raise Fault(
+            f"slides.largest={slides.largest} is less than slides.tiles={slides.tiles}, those of a mean slide: raise it."
+        )
+    gpu = machine.accelerator == "gpu"
+    shape = run_shape(compose_run(config.settings, config.config_dirs), slides)
+    each = launch.gpus_per_node or (GPUS if gpu else 1)
+    settings = _settings(shape, launch.nodes * each)
+    with of_the_command_line():
+        require_even(shape, settings.processes)
+    known: dict[tuple, Estimate] = {}
+
+    def of(wanted: Settings) -> Estimate:
+        key = tuple(vars(wanted).values())
+        if key not in known:
+            known[key] = estimate(shape, wanted, gpu)
+        return known[key]
+
+    found = of(settings)
+    room = int(machine.memory_gib * GIB * (1 - config.reserve))
+    fits = found.peak <= room
+    slide_stage = shape.stage == "slide"
+    tried = [] if fits else list(remedies(settings, launch.nodes, of, lambda one: one.peak <= room, gpu, slide_stage))
+    usual = estimate(shape, settings, gpu, largest=False) if slide_stage else found
+    judged = evaluation.of_slides(shape, settings, gpu) if slide_stage else evaluation.of_tiles(shape, settings)
+    peak = machine.peak(settings.precision)
+    utilisation = machine.utilisation if config.utilisation is None else config.utilisation
+    price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
+    megabytes, seconds = _reading_cost(shape, config)
+    speed = pace(
+        usual,
+        peak=peak,
+        utilisation=utilisation,
+        dollars_per_hour=price,
+        steps=shape.steps,
+        nodes=launch.nodes,
+        processes_per_node=each,
+        sample=(settings.together * megabytes, settings.together * seconds),
+        evaluation=judged.flops,
+    )
+    return {
+        "settings": redacted_settings(config.settings),
+        "stage": shape.stage,
+        "machine": asdict(machine),
+        "processes": settings.processes,
+        "run": asdict(settings) | {"steps": shape.steps, "batch": shape.data.batch_size},
+        "parameters": parameter_counts(shape),
+        "flops_per_sample": {f"{part}, {way}": n / usual.samples for (part, way), n in sorted(usual.flops.items())},
+        "samples_per_step_and_process": usual.samples,
+        "held_bytes": found.held,
+        "peak_bytes": found.peak,
+        "peak_bytes_by_part": found.highest,
+        "peak_bytes_by_activation_checkpointing": {
+            kind: of(replace(settings, checkpointing=kind)).peak for kind in CHECKPOINTING if kind != "selective"
+        },
+        "room_bytes": room,
+        "fits": fits,
+        "remedies": [asdict(remedy) for remedy in tried],
+        "utilisation": utilisation,
+        "peak_tflops": peak / 1e12,
+        "dollars_per_hour": price,
+        "pace": asdict(replace(speed, unit=f"{shape.stage}s")),
+        "slides": asdict(slides) if slide_stage else None,
+        "evaluation": asdict(judged),
+    }
+
+
+def _settings(shape: RunShape, processes: int) -> Settings:
+    """What of a run's settings decides its memory and operations, on so many processes."""
+    trainer = shape.trainer
+    together = shape.data.processes_per_slide if shape.stage == "slide" else 1
+    shard_size = trainer.shard_size or processes
+    return Settings(
+        processes, shard_size, trainer.precision, trainer.activation_checkpointing, trainer.accumulate, together
+    )
+
+
+def _reading_cost(shape: RunShape, config: Any) -> tuple[float, float]:
+    """Megabytes and core-seconds of a tile or slide."""
+    if shape.stage == "slide":
+        return slide_cost(config.slides, config.input)
+    return tile_cost(shape.data, further_views(shape.objective, shape.model["patch_size"]), config.input)
