@@ -25,16 +25,13 @@ import numpy as np
 
 from data.fault import Fault
 from data.files import require_writable, write_whole
-from data.keyed import rng
 from models.allowed import ON_DISK, one_of, within
+from pretrain.probing.table import score_table
 from pretrain.run.progress import say
 
 if TYPE_CHECKING:
-    from pretrain.encoders.probing import Extracted, LabelledImages, Score
-
-
-SAME_SLIDES, LIKELY, OTHER_SLIDES = "same slides", "likely other slides", "other slides"
-"""What a split of the images' own is: tiles of one slide may be on both sides, hardly, or can't."""
+    from pretrain.probing.features import Extracted
+    from pretrain.probing.images import LabelledImages
 
 
 @dataclass
@@ -55,18 +52,25 @@ class Config:
 
 def run(config: Config) -> None:
     """Probe, print the table and write the JSON."""
-    from pretrain.encoders import probing
     from pretrain.encoders.loading import load_encoder
+    from pretrain.probing import features, images, scores, splits
 
     out = Path(config.out) if config.out else None
     if out is not None:
         require_writable(out)
-    train = probing.read_class_folders(Path(config.train))
+    train = images.read_class_folders(Path(config.train))
     if config.test is None:
-        train, test, split = own_split(train, config)
+        train, test, split = splits.own_split(
+            train,
+            Path(config.groups) if config.groups else None,
+            config.test_fraction,
+            config.seed,
+            config.threads,
+            ahead=2 * config.batch,
+        )
     else:
-        test = probing.read_class_folders(Path(config.test))
-        probing.require_same_classes(train, test)
+        test = images.read_class_folders(Path(config.test))
+        images.require_same_classes(train, test)
         split = "train and test given"
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     question = question_hash([encoder.hash, str(config.seed)], train, test)
@@ -75,16 +79,16 @@ def run(config: Config) -> None:
         print(score_table(earlier))
         return
     random = encoder.random_twin(config.seed)
-    extractors: dict[str, probing.Extractor] = {
+    extractors: dict[str, features.Extractor] = {
         "encoder": encoder.embed_each,
         "random weights": random.embed_each,
-        "colour histogram": probing.colour_histogram,
+        "colour histogram": features.colour_histogram,
     }
-    fitted = probing.extract(train, extractors, config.batch, config.threads, "train")
-    tested = probing.extract(test, extractors, config.batch, config.threads, "test")
-    within = None if config.test is not None else histogram_within(train, fitted, tested, config)
-    scores = {
-        name: probing.score(
+    fitted = features.extract(train, extractors, config.batch, config.threads, "train")
+    tested = features.extract(test, extractors, config.batch, config.threads, "test")
+    colours = [part.features["colour histogram"] for part in (fitted, tested)]
+    found = {
+        name: scores.score(
             fitted.features[name], fitted.labels, tested.features[name], tested.labels, len(train.classes)
         )
         for name in extractors
@@ -103,11 +107,19 @@ def run(config: Config) -> None:
         "test": describe_images(test, tested),
         "classes": train.classes,
         "split": split,
-        **({"histogram_same_slides": within} if within is not None else {}),
+        **(
+            {}
+            if config.test
+            else {
+                "histogram_same_slides": scores.knn_within(
+                    colours[0], fitted.labels, colours[1], tested.labels, len(train.classes), config.seed
+                )
+            }
+        ),
         "chance": float(np.bincount(tested.labels).max() / len(tested.labels)),
         "method": {
-            "knn": f"{min(probing.KNN_NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine / {probing.TEMPERATURE})",
-            "linear": f"logistic regression on standardised features, L2, C = {probing.INVERSE_REGULARISATION:g}, up to 1000 iterations",
+            "knn": f"{min(scores.KNN_NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine / {scores.TEMPERATURE})",
+            "linear": f"logistic regression on standardised features, L2, C = {scores.INVERSE_REGULARISATION:g}, up to 1000 iterations",
             "rankme": "of the test features, not centred (Garrido 2023)",
             "standard_error": "binomial over test images; of a gain, paired over test images",
         },
@@ -121,10 +133,11 @@ def run(config: Config) -> None:
                 "rankme": got.rankme,
                 "width": fitted.features[name].shape[1],
             }
-            for name, got in scores.items()
+            for name, got in found.items()
         },
         "gains": {
-            baseline: gains(scores["encoder"], scores[baseline]) for baseline in ("random weights", "colour histogram")
+            baseline: scores.gains(found["encoder"], found[baseline])
+            for baseline in ("random weights", "colour histogram")
         },
     }
     if out is not None:
@@ -132,52 +145,6 @@ def run(config: Config) -> None:
     print(score_table(result))
     if out is not None:
         say(f"written to {out}")
-
-
-def own_split(images: "LabelledImages", config: Config) -> "tuple[LabelledImages, LabelledImages, str]":
-    """Train and test images of one folder, tiles of one patient or slide kept together where that can be, and how in
-    words."""
-    from data.ahead import map_ahead
-    from pretrain.encoders import probing
-    from pretrain.encoders.slide_groups import groups_of
-
-    pixels = map_ahead(probing.image_or_fault, images.files, config.threads, ahead=2 * config.batch)
-    groups = groups_of(images.files, images.folder, Path(config.groups) if config.groups else None, pixels)
-    found = probing.grouped_split(images, groups.of, config.test_fraction, config.seed)
-    if found is None:
-        train, test = map(images.subset, probing.stratified_split(images, config.test_fraction, config.seed))
-        said = f"{SAME_SLIDES}: {config.test_fraction:g} of every class held out, seed {config.seed}; by {groups.how} no class is on both sides"
-        return train, test, said
-    train, test = (images.subset(part) for part in found)
-    kind = OTHER_SLIDES if groups.known else LIKELY
-    return (
-        train,
-        test,
-        f"{kind}: {len(test.files) / len(images.files):.2g} held out by {groups.how}, seed {config.seed}",
-    )
-
-
-def histogram_within(train: "LabelledImages", fitted: "Extracted", tested: "Extracted", config: Config) -> float:
-    """k-NN accuracy of the colour histogram where tiles of one slide are on both sides, on as many test images."""
-    from pretrain.encoders import probing
-
-    features = np.concatenate([part.features["colour histogram"] for part in (fitted, tested)])
-    labels = np.concatenate([fitted.labels, tested.labels])
-    order = rng(config.seed, "same slides").permutation(len(labels))
-    asked, bank = order[: len(tested.labels)], order[len(tested.labels) :]
-    predicted = probing.knn_predict(features[bank], labels[bank], features[asked], len(train.classes))
-    return float((predicted == labels[asked]).mean())
-
-
-def gains(ours: "Score", baseline: "Score") -> dict[str, dict[str, float]]:
-    """How much more accurate than a baseline, with each classifier."""
-    from pretrain.encoders.probing import gain
-
-    pairs = {
-        "knn": (ours.knn_correct, baseline.knn_correct),
-        "linear": (ours.linear_correct, baseline.linear_correct),
-    }
-    return {kind: dict(zip(("gain", "se"), gain(*pair), strict=True)) for kind, pair in pairs.items()}
 
 
 def question_hash(parts: list[str], *folders: "LabelledImages") -> str:
@@ -212,56 +179,3 @@ def read_scores(path: Path) -> dict[str, Any] | None:
 def write_scores(path: Path, result: dict[str, Any]) -> None:
     """Write the JSON whole or not at all."""
     write_whole(path, json.dumps(result, indent=2) + "\n")
-
-
-def score_table(result: dict[str, Any]) -> str:
-    """The scores as lines for a terminal."""
-    train, test = result["train"], result["test"]
-    lines = [
-        f"{result['encoder']['name']}: {train['images']} training and {test['images']} test images "
-        f"in {len(result['classes'])} classes ({result['split']})",
-        f"input: {result['encoder']['input']}",
-        "",
-        f"{'features':<18}{'width':>7}{'k-NN':>16}{'linear':>16}{'RankMe':>9}",
-    ]
-    for name, got in result["scores"].items():
-        linear = accuracy(got["linear"], got["linear_se"]) + (" " if got["linear_converged"] else "*")
-        lines.append(
-            f"{name:<18}{got['width']:>7}{accuracy(got['knn'], got['knn_se']):>16}{linear:>17}{got['rankme']:>8.1f}"
-        )
-    lines.append(f"{'largest class':<18}{'':>7}{result['chance']:>8.3f}        {result['chance']:>8.3f}")
-    lines.append("")
-    for baseline, kinds in result["gains"].items():
-        k, linear = kinds["knn"], kinds["linear"]
-        lines.append(
-            f"gain over {baseline:<18}{k['gain']:>+8.3f} ± {k['se']:.3f}{linear['gain']:>+8.3f} ± {linear['se']:.3f}"
-        )
-    lines += ["", f"k-NN: {result['method']['knn']}", f"linear: {result['method']['linear']}"]
-    lines.append(f"±: one standard error ({result['method']['standard_error']})")
-    if result["split"].startswith(SAME_SLIDES):
-        lines.append(
-            "same slides: tiles of one patient may be on both sides, which flatters every row; give test=, or groups= with their slides"
-        )
-    if result["split"].startswith(LIKELY):
-        lines.append("likely other slides: a guess; give test=, or groups= with their slides, to be sure")
-    within, across = result.get("histogram_same_slides"), result["scores"]["colour histogram"]
-    if (
-        within is not None
-        and not result["split"].startswith(SAME_SLIDES)
-        and within - across["knn"] > max(0.1, 3 * across["knn_se"])
-    ):
-        lines.append(
-            f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others {across['knn']:.3f}: a random split of "
-            "these images measures how well slides are recognised"
-        )
-    if not all(got["linear_converged"] for got in result["scores"].values()):
-        lines.append("*: the linear fit stopped at 1000 iterations before it converged")
-    unreadable = len(train["unreadable"]) + len(test["unreadable"])
-    if unreadable:
-        lines.append(f"{unreadable} images could not be read and were left out; the JSON names them")
-    return "\n".join(lines)
-
-
-def accuracy(value: float, error: float) -> str:
-    """``0.613 ± 0.022``."""
-    return f"{value:.3f} ± {error:.3f}"

@@ -1,7 +1,7 @@
 """k-NN accuracy of the encoder in training on a small labelled set: one number, at every checkpoint, by all ranks
 together.
 
-Where the set is split here, tiles of one slide stay on one side (`pretrain.encoders.slide_groups`), and the accuracy
+Where the set is split here, tiles of one slide stay on one side (`pretrain.probing.slide_groups`), and the accuracy
 with tiles of the same slides on both sides is recorded beside it: a run that learns to recognise slides gains in that
 one alone.
 """
@@ -14,18 +14,11 @@ from torch import nn
 
 from data.keyed import rng
 from pretrain.encoders.loading import Preprocessing
-from pretrain.encoders.probing import (
-    LabelledImages,
-    grouped_split,
-    knn_predict,
-    read_class_folders,
-    read_image,
-    require_same_classes,
-    standard_error,
-    stratified_split,
-)
-from pretrain.encoders.slide_groups import TRAITS, by_name, by_traits, traits_of
 from pretrain.objectives.figures import rankme
+from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
+from pretrain.probing.scores import knn_predict, standard_error
+from pretrain.probing.slide_groups import TRAITS, by_name, by_traits, traits_of
+from pretrain.probing.splits import grouped_split, stratified_split
 from pretrain.run.across_ranks import gathered
 from pretrain.training.fixed_images import FixedImages, Walk, agreed
 

@@ -17,7 +17,7 @@ from data.fault import Fault
 from data.keyed import rng
 from data.tiles.source import TileSource, UnreadableTile
 from pretrain.encoders.loading import Preprocessing
-from pretrain.encoders.probing import knn_predict
+from pretrain.probing.scores import knn_predict
 from pretrain.training.fixed_images import FixedImages, agreed
 
 SLIDES, TILES = 16, 16  # at most so many slides, and of each so many tiles

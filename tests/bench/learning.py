@@ -39,20 +39,11 @@ import numpy as np
 from data.keyed import rng
 from data.shards.scan import scan
 from pretrain.encoders.loading import TileEncoder, load_encoder
-from pretrain.encoders.probing import (
-    Extractor,
-    LabelledImages,
-    Score,
-    colour_histogram,
-    extract,
-    grouped_split,
-    knn_predict,
-    read_class_folders,
-    read_image,
-    require_same_classes,
-    score,
-)
-from pretrain.encoders.slide_groups import groups_of
+from pretrain.probing.features import Extractor, colour_histogram, extract
+from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
+from pretrain.probing.scores import Score, knn_predict, score
+from pretrain.probing.slide_groups import groups_of
+from pretrain.probing.splits import grouped_split
 from pretrain.settings.composition import load
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -19,7 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 
-from pretrain.encoders.probing import LabelledImages, knn_predict
+from pretrain.probing.images import LabelledImages
+from pretrain.probing.scores import knn_predict
 from pretrain.settings.composition import load
 from tests.bench.learning import Asked, Judge, Run, images, write_shards
 

@@ -56,7 +56,7 @@ def test_a_second_run_shows_the_same_table_without_computing(
     config = settings(folder, class_folders, out=str(tmp_path / "probe.json"))
     run(config)
     first = capsys.readouterr().out
-    monkeypatch.setattr("pretrain.encoders.probing.extract", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("pretrain.probing.features.extract", lambda *_: pytest.fail("computed again"))
     run(config)
     again = capsys.readouterr()
     assert again.out == first and "nothing to do" in again.err

@@ -15,9 +15,10 @@ from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
 from pretrain.encoders.loading import Preprocessing
-from pretrain.encoders.probing import knn_predict, read_image
 from pretrain.objectives.figures import assignment_figures, features_of, rankme, spread, watched_encoder
 from pretrain.objectives.interface import Moment
+from pretrain.probing.images import read_image
+from pretrain.probing.scores import knn_predict
 from pretrain.run import best, checkpoints
 from pretrain.training.fixed_images import FixedImages
 from pretrain.training.probe_set import ProbeSet

@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 from openslide import OpenSlide
 from PIL import Image
+from tests.pretrain.encoders.test_probing import write_class_folders
 
 from data.fault import Fault
 from data.keyed import rng
 from pretrain.commands.probe import Config, run
-from pretrain.encoders import probing, slide_groups
-from tests.pretrain.encoders.test_probing import write_class_folders
+from pretrain.probing import slide_groups, splits
+from pretrain.probing.images import LabelledImages, read_class_folders, read_image
 
 
 def tile(slide: int, klass: int, number: int) -> np.ndarray:
@@ -45,9 +46,7 @@ def of_slides(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[Path
     return folder, slides
 
 
-def shared_slides(
-    images: probing.LabelledImages, slides: dict[Path, int], split: tuple[np.ndarray, np.ndarray]
-) -> float:
+def shared_slides(images: LabelledImages, slides: dict[Path, int], split: tuple[np.ndarray, np.ndarray]) -> float:
     """The share of test images whose slide is among the training images."""
     train, test = ([slides[images.files[i]] for i in part] for part in split)
     return float(np.isin(test, train).mean())
@@ -55,13 +54,13 @@ def shared_slides(
 
 def test_groups_by_likeness_keep_most_tiles_of_a_slide_on_one_side(of_slides: tuple[Path, dict[Path, int]]) -> None:
     folder, slides = of_slides
-    images = probing.read_class_folders(folder)
-    groups = slide_groups.groups_of(images.files, folder, None, map(probing.read_image, images.files))
+    images = read_class_folders(folder)
+    groups = slide_groups.groups_of(images.files, folder, None, map(read_image, images.files))
     assert not groups.known and "likely one slide" in groups.how
     own = np.array([slides[path] for path in images.files])
     assert np.mean([np.bincount(groups.of[own == slide]).max() / 12 for slide in range(20)]) > 0.8
     for seed in range(3):
-        split = probing.grouped_split(images, groups.of, 0.25, seed)
+        split = splits.grouped_split(images, groups.of, 0.25, seed)
         assert split is not None and sorted(np.concatenate(split)) == list(range(len(images.files)))
         assert shared_slides(images, slides, split) < 0.25
         assert 0.15 < len(split[1]) / len(images.files) < 0.35
@@ -113,9 +112,9 @@ def test_a_table_tells_by_path_or_name_and_names_what_it_lacks(tmp_path: Path) -
 
 
 def test_a_class_of_one_group_cannot_be_split_by_groups(tmp_path: Path) -> None:
-    images = probing.read_class_folders(write_class_folders(tmp_path / "set", {"a": 6, "b": 6}))
-    assert probing.grouped_split(images, np.array([0] * 6 + [1, 1, 1, 2, 2, 2]), 0.5, 0) is None
-    split = probing.grouped_split(images, np.array([0, 0, 0, 1, 1, 1] * 2), 0.5, 0)
+    images = read_class_folders(write_class_folders(tmp_path / "set", {"a": 6, "b": 6}))
+    assert splits.grouped_split(images, np.array([0] * 6 + [1, 1, 1, 2, 2, 2]), 0.5, 0) is None
+    split = splits.grouped_split(images, np.array([0, 0, 0, 1, 1, 1] * 2), 0.5, 0)
     assert split is not None and len(split[0]) == len(split[1]) == 6
     assert (split[1] % 6 // 3).std() == 0
 

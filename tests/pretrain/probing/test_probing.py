@@ -9,8 +9,9 @@ from PIL import Image
 
 from data.fault import Fault
 from data.keyed import rng
-from pretrain.encoders import probing
 from pretrain.objectives.figures import rankme
+from pretrain.probing import features, scores, splits
+from pretrain.probing.images import read_class_folders, read_image, require_same_classes
 
 
 def write_class_folders(folder: Path, counts: dict[str, int], size: tuple[int, int] = (24, 32)) -> Path:
@@ -25,7 +26,7 @@ def write_class_folders(folder: Path, counts: dict[str, int], size: tuple[int, i
 
 
 def test_class_folders_are_read_in_one_order_with_their_labels(tmp_path):
-    images = probing.read_class_folders(write_class_folders(tmp_path / "set", {"b": 2, "a": 3}))
+    images = read_class_folders(write_class_folders(tmp_path / "set", {"b": 2, "a": 3}))
     assert images.classes == ["a", "b"]
     assert images.labels.tolist() == [0, 0, 0, 1, 1]
     assert [path.name for path in images.files] == ["0.png", "1.png", "2.png", "0.png", "1.png"]
@@ -38,44 +39,44 @@ def test_a_folder_that_cannot_be_probed_is_refused_by_name(tmp_path, counts, mes
     (tmp_path / "set").mkdir()
     write_class_folders(tmp_path / "set", counts)
     with pytest.raises(Fault, match=message) as refused:
-        probing.read_class_folders(tmp_path / "set")
+        read_class_folders(tmp_path / "set")
     assert str(tmp_path / "set") in str(refused.value)
 
 
 def test_a_missing_folder_is_refused_by_name(tmp_path):
     with pytest.raises(Fault, match="nowhere is not a folder"):
-        probing.read_class_folders(tmp_path / "nowhere")
+        read_class_folders(tmp_path / "nowhere")
 
 
 def test_a_class_missing_on_either_side_is_named(tmp_path):
-    both = probing.read_class_folders(write_class_folders(tmp_path / "both", {"a": 1, "b": 1, "c": 1}))
-    fewer = probing.read_class_folders(write_class_folders(tmp_path / "fewer", {"a": 1, "b": 1}))
+    both = read_class_folders(write_class_folders(tmp_path / "both", {"a": 1, "b": 1, "c": 1}))
+    fewer = read_class_folders(write_class_folders(tmp_path / "fewer", {"a": 1, "b": 1}))
     with pytest.raises(Fault, match="fewer has no class folder c"):
-        probing.require_same_classes(both, fewer)
+        require_same_classes(both, fewer)
     with pytest.raises(Fault, match="fewer has no class folder c"):
-        probing.require_same_classes(fewer, both)
+        require_same_classes(fewer, both)
 
 
 def test_a_split_is_stratified_disjoint_complete_and_keyed_by_its_seed(tmp_path):
-    images = probing.read_class_folders(write_class_folders(tmp_path / "set", {"a": 40, "b": 10}))
-    train, test = map(images.subset, probing.stratified_split(images, 0.2, seed=1))
+    images = read_class_folders(write_class_folders(tmp_path / "set", {"a": 40, "b": 10}))
+    train, test = map(images.subset, splits.stratified_split(images, 0.2, seed=1))
     assert np.bincount(test.labels).tolist() == [8, 2]
     assert sorted(train.files + test.files) == sorted(images.files)
-    assert images.subset(probing.stratified_split(images, 0.2, seed=1)[1]).files == test.files
-    assert images.subset(probing.stratified_split(images, 0.2, seed=2)[1]).files != test.files
+    assert images.subset(splits.stratified_split(images, 0.2, seed=1)[1]).files == test.files
+    assert images.subset(splits.stratified_split(images, 0.2, seed=2)[1]).files != test.files
 
 
 def test_a_class_with_one_image_cannot_be_split(tmp_path):
-    images = probing.read_class_folders(write_class_folders(tmp_path / "set", {"a": 1, "b": 4}))
+    images = read_class_folders(write_class_folders(tmp_path / "set", {"a": 1, "b": 4}))
     with pytest.raises(Fault, match="single image"):
-        probing.stratified_split(images, 0.2, seed=0)
+        splits.stratified_split(images, 0.2, seed=0)
 
 
 def test_an_unreadable_image_is_named_counted_and_left_out(tmp_path, capsys):
     folder = write_class_folders(tmp_path / "set", {"a": 3, "b": 3})
     (folder / "a" / "1.png").write_bytes(b"not an image")
-    got = probing.extract(
-        probing.read_class_folders(folder), {"colour": probing.colour_histogram}, batch=2, threads=2, label="train"
+    got = features.extract(
+        read_class_folders(folder), {"colour": features.colour_histogram}, batch=2, threads=2, label="train"
     )
     assert got.features["colour"].shape == (5, 96)
     assert got.labels.tolist() == [0, 0, 1, 1, 1]
@@ -88,20 +89,20 @@ def test_a_class_that_has_no_readable_image_stops_the_probe(tmp_path):
     folder = write_class_folders(tmp_path / "set", {"a": 1, "b": 1})
     (folder / "a" / "0.png").write_bytes(b"")
     with pytest.raises(Fault, match="no image of class folder"):
-        probing.extract(probing.read_class_folders(folder), {"c": probing.colour_histogram}, 2, 1, "train")
+        features.extract(read_class_folders(folder), {"c": features.colour_histogram}, 2, 1, "train")
 
 
 def test_a_sixteen_bit_image_is_refused_instead_of_clipped(tmp_path):
     Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(tmp_path / "deep.png")
     with pytest.raises(Fault, match="8 bits"):
-        probing.read_image(tmp_path / "deep.png")
+        read_image(tmp_path / "deep.png")
 
 
 def test_a_colour_histogram_counts_each_channel_in_bins_of_eight_values():
     image = np.zeros((1, 4, 3), dtype=np.uint8)
     image[0, :, 0] = [0, 7, 8, 255]
     image[0, :, 2] = 16
-    histogram = probing.colour_histogram([image])[0]
+    histogram = features.colour_histogram([image])[0]
     assert histogram.dtype == np.float32
     expected = np.zeros(96)
     expected[[0, 1, 31]] = [0.5, 0.25, 0.25]  # red
@@ -115,11 +116,11 @@ def test_nearest_neighbours_vote_with_the_exponential_of_their_similarity():
     angle = math.acos(0.9)
     train = np.array([[5.0, 0.0], [math.cos(angle), math.sin(angle)], [math.cos(angle), -math.sin(angle)]])
     labels = np.array([0, 1, 1])
-    assert probing.knn_predict(train, labels, np.array([[1.0, 0.0]]), classes=2, k=3).tolist() == [0]
+    assert scores.knn_predict(train, labels, np.array([[1.0, 0.0]]), classes=2, k=3).tolist() == [0]
     # At 0.98 the near one has 1.33 against 2: the majority wins.
     angle = math.acos(0.98)
     train[1:] = [[math.cos(angle), math.sin(angle)], [math.cos(angle), -math.sin(angle)]]
-    assert probing.knn_predict(train, labels, np.array([[1.0, 0.0]]), classes=2, k=3).tolist() == [1]
+    assert scores.knn_predict(train, labels, np.array([[1.0, 0.0]]), classes=2, k=3).tolist() == [1]
 
 
 def test_nearest_neighbours_equal_a_second_computation_across_chunks():
@@ -133,7 +134,7 @@ def test_nearest_neighbours_equal_a_second_computation_across_chunks():
         expected.append(
             int(np.argmax([sum(math.exp(cosine[i] / 0.07) for i in best if labels[i] == c) for c in range(3)]))
         )
-    assert probing.knn_predict(train, labels, test, classes=3, chunk=7).tolist() == expected
+    assert scores.knn_predict(train, labels, test, classes=3, chunk=7).tolist() == expected
 
 
 def test_linear_accuracy_does_not_depend_on_the_scale_of_a_feature():
@@ -141,8 +142,8 @@ def test_linear_accuracy_does_not_depend_on_the_scale_of_a_feature():
     labels = generator.integers(0, 2, 200)
     features = np.stack([labels + 0.1 * generator.normal(size=200), generator.normal(size=200)], axis=1)
     scaled = features * [1e-4, 1e4] + [3.0, -7.0]
-    got = probing.score(features[:150], labels[:150], features[150:], labels[150:], classes=2)
-    same = probing.score(scaled[:150], labels[:150], scaled[150:], labels[150:], classes=2)
+    got = scores.score(features[:150], labels[:150], features[150:], labels[150:], classes=2)
+    same = scores.score(scaled[:150], labels[:150], scaled[150:], labels[150:], classes=2)
     assert got.linear == same.linear == 1.0
     assert got.linear_converged
 
@@ -158,9 +159,9 @@ def test_rankme_counts_equal_directions_and_sees_collapse():
 
 def test_standard_errors_are_binomial_and_gains_are_paired():
     correct = np.array([True] * 60 + [False] * 40)
-    assert probing.standard_error(correct) == pytest.approx(math.sqrt(0.6 * 0.4 / 100))
+    assert scores.standard_error(correct) == pytest.approx(math.sqrt(0.6 * 0.4 / 100))
     better = np.array([True] * 70 + [False] * 30)
-    difference, error = probing.gain(better, correct)
+    difference, error = scores.gain(better, correct)
     assert difference == pytest.approx(0.1)
     assert error == pytest.approx(np.array([1.0] * 10 + [0.0] * 90).std(ddof=1) / 10)
-    assert error < math.hypot(probing.standard_error(correct), probing.standard_error(better))
+    assert error < math.hypot(scores.standard_error(correct), scores.standard_error(better))

@@ -1,0 +1,58 @@
+"""The scores of a probe as lines for a terminal, with what flatters them said below."""
+
+from typing import Any
+
+from pretrain.probing.splits import LIKELY, SAME_SLIDES
+
+
+def score_table(result: dict[str, Any]) -> str:
+    """The scores as lines for a terminal."""
+    train, test = result["train"], result["test"]
+    lines = [
+        f"{result['encoder']['name']}: {train['images']} training and {test['images']} test images "
+        f"in {len(result['classes'])} classes ({result['split']})",
+        f"input: {result['encoder']['input']}",
+        "",
+        f"{'features':<18}{'width':>7}{'k-NN':>16}{'linear':>16}{'RankMe':>9}",
+    ]
+    for name, got in result["scores"].items():
+        linear = accuracy(got["linear"], got["linear_se"]) + (" " if got["linear_converged"] else "*")
+        lines.append(
+            f"{name:<18}{got['width']:>7}{accuracy(got['knn'], got['knn_se']):>16}{linear:>17}{got['rankme']:>8.1f}"
+        )
+    lines.append(f"{'largest class':<18}{'':>7}{result['chance']:>8.3f}        {result['chance']:>8.3f}")
+    lines.append("")
+    for baseline, kinds in result["gains"].items():
+        k, linear = kinds["knn"], kinds["linear"]
+        lines.append(
+            f"gain over {baseline:<18}{k['gain']:>+8.3f} ± {k['se']:.3f}{linear['gain']:>+8.3f} ± {linear['se']:.3f}"
+        )
+    lines += ["", f"k-NN: {result['method']['knn']}", f"linear: {result['method']['linear']}"]
+    lines.append(f"±: one standard error ({result['method']['standard_error']})")
+    if result["split"].startswith(SAME_SLIDES):
+        lines.append(
+            "same slides: tiles of one patient may be on both sides, which flatters every row; give test=, or groups= with their slides"
+        )
+    if result["split"].startswith(LIKELY):
+        lines.append("likely other slides: a guess; give test=, or groups= with their slides, to be sure")
+    within, across = result.get("histogram_same_slides"), result["scores"]["colour histogram"]
+    if (
+        within is not None
+        and not result["split"].startswith(SAME_SLIDES)
+        and within - across["knn"] > max(0.1, 3 * across["knn_se"])
+    ):
+        lines.append(
+            f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others {across['knn']:.3f}: a random split of "
+            "these images measures how well slides are recognised"
+        )
+    if not all(got["linear_converged"] for got in result["scores"].values()):
+        lines.append("*: the linear fit stopped at 1000 iterations before it converged")
+    unreadable = len(train["unreadable"]) + len(test["unreadable"])
+    if unreadable:
+        lines.append(f"{unreadable} images could not be read and were left out; the JSON names them")
+    return "\n".join(lines)
+
+
+def accuracy(value: float, error: float) -> str:
+    """``0.613 ± 0.022``."""
+    return f"{value:.3f} ± {error:.3f}"
