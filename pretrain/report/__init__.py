@@ -1,4 +1,4 @@
 """A run as one HTML page.
 
-`parts` finds what there is, `figures` and `maps` draw, `sections` say what each part shows, `page` puts them on paper.
+`parts` finds what there is, `figures` and `maps` draw, `sections` say what each part shows, `pretrain.pages` is the paper.
 """

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from data.files import write_whole
-from pretrain.report import page
-from pretrain.report.page import Section
+from pretrain.pages import page
+from pretrain.pages.page import Section
 from pretrain.report.parts import Parts, Run, find_parts
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section

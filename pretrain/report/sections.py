@@ -12,8 +12,9 @@ from PIL import Image
 
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings
 from data.shards.index import ShardIndex
-from pretrain.report import maps, page
-from pretrain.report.page import Section
+from pretrain.pages import page
+from pretrain.pages.page import Section
+from pretrain.report import maps
 from pretrain.report.parts import Parts, Run
 
 MOST_SLIDES = 6

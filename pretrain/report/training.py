@@ -5,9 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from pretrain.report import page
+from pretrain.pages import page
+from pretrain.pages.page import Section
 from pretrain.report.figures import Panel, curves, dots
-from pretrain.report.page import Section
 from pretrain.report.parts import Run, Series
 
 TILE_LOSSES = [

@@ -18,6 +18,7 @@ from pretrain.commands import shard as shard_command
 from pretrain.inspection.shards import _draw, _facts
 from pretrain.inspection.slides import COLOURS, contact_sheet, histogram
 from pretrain.inspection.views import recipe_settings, seen
+from pretrain.pages.page import STYLE
 from tests.data.shards.tile_folders import picture, spoil, write_tiles
 from tests.data.slides.synthetic_slides import stained, write_slide
 
@@ -53,6 +54,7 @@ def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: py
     page = (tmp_path / "index.html").read_text()
     for stem in ("tiles", "tissue", "examples", "thumbnail"):
         assert f'src="{stem}.png"' in page
+    assert STYLE in page, "the report's paper"
     tiles = Image.open(tmp_path / "tiles.png")
     zoom = 1200 / 704  # the map is drawn 1200 pixels wide, 16 from the left and 46 from the top
     kept = near(tiles.crop((16, 46, 16 + 1200, 46 + 1090)), COLOURS[1])

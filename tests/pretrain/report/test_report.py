@@ -15,7 +15,8 @@ from data.fault import Fault
 from data.keyed import rng
 from pretrain.commands import embed, probe
 from pretrain.commands.report import Config, run
-from pretrain.report import figures, maps, page, parts, training
+from pretrain.pages import page
+from pretrain.report import figures, maps, parts, training
 from pretrain.settings.composition import load
 
 

@@ -1,6 +1,7 @@
-"""The paper: one HTML document with its style inside, and the few elements that sections are made of.
+"""The paper of every page: one HTML document with its style inside, and the few elements that sections are made of.
 
-Nothing is fetched: pictures are data URIs, charts are inline SVG, fonts are the reader's own.
+Nothing is fetched: a report's pictures are data URIs, an inspection's lie beside its page; charts are inline SVG, fonts
+are the reader's own.
 """
 
 import base64
@@ -100,7 +101,9 @@ class Section:
 
 
 def document(title: str, kicker: str, lead: str, opening: str, sections: Sequence[Section], footer: str) -> str:
-    """The whole page. ``title``, ``kicker`` and ``lead`` are text; ``opening``, sections and footer are HTML."""
+    """The whole page. ``title``, ``kicker`` and ``lead``, which may be empty, are text; ``opening``, sections and
+    footer are HTML."""
+    first = f'<p class="lead">{escape(lead)}</p>\n' if lead else ""
     links = " ".join(f'<a href="#{section.anchor}">{escape(section.heading)}</a>' for section in sections)
     body = "\n".join(
         f'<section id="{section.anchor}">\n<h2>{escape(section.heading)}</h2>\n{section.body}\n</section>'
@@ -118,8 +121,7 @@ def document(title: str, kicker: str, lead: str, opening: str, sections: Sequenc
 <header>
 <p class="kicker">{escape(kicker)}</p>
 <h1>{escape(title)}</h1>
-<p class="lead">{escape(lead)}</p>
-{opening}
+{first}{opening}
 <nav aria-label="Sections">{links}</nav>
 </header>
 <main>
@@ -147,9 +149,10 @@ def paragraph(text: str) -> str:
 
 
 def figure(content: str, caption: str, lead: str = "") -> str:
-    """A figure: HTML content, and a caption whose first words ``lead`` stand out."""
+    """A figure: HTML content, and a caption, if any, whose first words ``lead`` stand out."""
     head = f"<b>{prose(lead)}</b> " if lead else ""
-    return f"<figure>{content}<figcaption>{head}{prose(caption)}</figcaption></figure>"
+    words = f"<figcaption>{head}{prose(caption)}</figcaption>" if head or caption else ""
+    return f"<figure>{content}{words}</figure>"
 
 
 def picture_tag(image: Image.Image, alternative: str, crisp: bool = False) -> str:
@@ -161,8 +164,17 @@ def picture_tag(image: Image.Image, alternative: str, crisp: bool = False) -> st
         image.convert("RGB").save(buffer, format="JPEG", quality=88)
     kind = "png" if crisp else "jpeg"
     data = base64.b64encode(buffer.getvalue()).decode("ascii")
-    marks = ' class="crisp"' if crisp else ""
-    return f'<img{marks} src="data:image/{kind};base64,{data}" width="{image.width}" height="{image.height}" alt="{escape(alternative)}">'
+    return _img(f"data:image/{kind};base64,{data}", image, alternative, ' class="crisp"' if crisp else "")
+
+
+def linked_picture(file: str, image: Image.Image, alternative: str) -> str:
+    """A picture in a file beside the page, which leads to it in its full size."""
+    return f'<a href="{escape(file)}">{_img(escape(file), image, alternative)}</a>'
+
+
+def _img(source: str, image: Image.Image, alternative: str, marks: str = "") -> str:
+    size = f'width="{image.width}" height="{image.height}"'
+    return f'<img{marks} src="{source}" {size} alt="{escape(alternative)}">'
 
 
 def pair(*pictures: str) -> str:
