@@ -9,12 +9,11 @@ what a rank holds at once is bounded by the lanes that it owns. A sequence large
 Nothing is padded, so a lane that isn't full costs nothing.
 """
 
-from collections import OrderedDict
-
 import numpy as np
 
 from data.fault import Fault
 from data.keyed import rng
+from data.recently_made import RecentlyMade
 
 
 class Packing:
@@ -35,12 +34,12 @@ class Packing:
         self.most = batch_size // lanes
         self.room = None if batch_tokens is None else batch_tokens // lanes
         self._starts = [0]  # the position at which each global batch begins, as far as it was asked for
-        self._passes: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._passes = RecentlyMade(self._pass, 2)
 
     def sequence_at(self, position: int) -> int:
         """The sequence at a position of the stream: ``position // n`` is its pass, each pass holds each sequence once."""
         number, offset = divmod(position, len(self.sizes))
-        return int(self._pass(number)[0][offset])
+        return int(self._passes.get(number)[0][offset])
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> range:
         """The positions of a rank's share of global batch ``step`` (both count from 0). Fault unless the lanes divide.
@@ -78,7 +77,7 @@ class Packing:
         taken = 0
         while True:
             number, offset = divmod(position + taken, len(self.sizes))
-            ends = self._pass(number)[1]
+            ends = self._passes.get(number)[1]
             fits = int(np.searchsorted(ends, ends[offset] + room, side="right")) - 1
             last = max(min(fits, offset + self.most - taken), offset if taken else offset + 1)
             room -= int(ends[last] - ends[offset])
@@ -88,9 +87,5 @@ class Packing:
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """A pass's permuted sequences (n,), and how many tiles lie before each and before the end (n + 1,)."""
-        if number not in self._passes:
-            order = rng(self.seed, "slide order", number).permutation(len(self.sizes))
-            self._passes[number] = order, np.concatenate([[0], np.cumsum(self.sizes[order])])
-            if len(self._passes) > 2:
-                self._passes.popitem(last=False)
-        return self._passes[number]
+        order = rng(self.seed, "slide order", number).permutation(len(self.sizes))
+        return order, np.concatenate([[0], np.cumsum(self.sizes[order])])

@@ -9,7 +9,6 @@ import heapq
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from threading import Lock
 from typing import Protocol
 
 import numpy as np
@@ -122,33 +121,19 @@ class SlideSource:
             tiling, _ = tile_slide(opened, slide, self.settings, mpp, "")
         x, y, _ = tiling.tiles(KEPT)
         grid, places = tiling.grid, np.stack([x, y], axis=1)
-        reader = _Reader(path, grid)
+        shared = SharedSlide(path)
         return TilesToEmbed(
-            slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [reader.read(*places[row].tolist()) for row in rows],
-            grid.tile_size, grid.width, grid.height, str(path), reader.close, overruled,
+            slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [_pixels(shared, grid, *places[row].tolist()) for row in rows],
+            grid.tile_size, grid.width, grid.height, str(path), shared.close, overruled,
         )  # fmt: skip
 
 
-class _Reader:
-    """The tiles of one slide by place, for several threads; the slide is opened when the first is read."""
-
-    def __init__(self, path: Path, grid: TileGrid) -> None:
-        self.path, self.grid = path, grid
-        self._slide: SharedSlide | None = None
-        self._lock = Lock()
-
-    def read(self, x: int, y: int) -> Pixels:
-        with self._lock:
-            slide = self._slide = self._slide or SharedSlide(self.path)
-        try:
-            tile = slide.read_tile(self.grid, x, y)
-        except Fault as fault:
-            return Fault(f"the tile at ({x}, {y}) of {self.path} can't be read ({fault})")
-        return None if is_empty(tile) else tile
-
-    def close(self) -> None:
-        with self._lock:
-            self._slide = None
+def _pixels(slide: SharedSlide, grid: TileGrid, x: int, y: int) -> Pixels:
+    try:
+        tile = slide.read_tile(grid, x, y)
+    except Fault as fault:
+        return Fault(f"the tile at ({x}, {y}) of {slide.path} can't be read ({fault})")
+    return None if is_empty(tile) else tile
 
 
 def slides_of_part(source: EmbeddingSource, part: int, parts: int) -> list[str]:

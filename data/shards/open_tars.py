@@ -6,12 +6,12 @@ blocks (`ShardTiles`).
 """
 
 import os
-import threading
 import zlib
 
 import numpy as np
 
 from data import open_files
+from data.recently_made import RecentlyMade
 from data.remote import read_range
 from data.shards.index import ShardIndex, read_jpeg
 from data.shards.records import recorded_checksums
@@ -26,8 +26,7 @@ class OpenTars:
     """
 
     def __init__(self) -> None:
-        self._open: dict[tuple[ShardIndex, int], _Tar] = {}
-        self._lock = threading.Lock()
+        self._open = RecentlyMade(_Tar, open_files.FEWEST_OPEN)
 
     def jpeg(self, index: ShardIndex, row: int, check: bool = True) -> memoryview:
         """The JPEG of a row of an index. Raises OSError where its tar can't be read, Truncated where that ends before,
@@ -47,28 +46,19 @@ class OpenTars:
         return jpeg
 
     def _tar(self, index: ShardIndex, file: int) -> "_Tar":
-        tar = self._open.get((index, file))
-        if tar is None:
-            most = open_files.share_of_open_files(self)
-            with self._lock:
-                tar = self._open.get((index, file))
-                if tar is None:
-                    tar = self._open[index, file] = _Tar(index, file)
-                while len(self._open) > most:
-                    self._open.pop(next(iter(self._open)))  # closed once the last thread is through with it
-        return tar
+        if (index, file) not in self._open:
+            self._open.capacity = open_files.share_of_open_files(self)
+        return self._open.get((index, file))
 
     def __len__(self) -> int:
         return len(self._open)
-
-    def __reduce__(self) -> tuple[type["OpenTars"], tuple[()]]:
-        return OpenTars, ()
 
 
 class _Tar:
     """An open tar, closed with the last reference to it."""
 
-    def __init__(self, index: ShardIndex, file: int) -> None:
+    def __init__(self, place: tuple[ShardIndex, int]) -> None:
+        index, file = place
         self.descriptor = -1
         self.descriptor = os.open(index.path(file), os.O_RDONLY)
         self._checksums: list[np.ndarray | None] = []

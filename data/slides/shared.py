@@ -16,18 +16,30 @@ from data.slides.reading import Slide
 
 
 class SharedSlide:
-    """The slide at ``path``, opened at once. Raises Fault where that fails, as does `read_tile` for a damaged tile (see
-    `Slide.read_tile`)."""
+    """The slide at ``path``, opened by `open` or else when its first tile is read, and again after `close`.
+
+    Raises Fault where it can't be opened, as `read_tile` does for a damaged tile (see `Slide.read_tile`).
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._slide: Slide | None = Slide(path)
+        self._slide: Slide | None = None
         self._lock = Lock()
+
+    def open(self) -> Slide:
+        """The handle that the threads share."""
+        with self._lock:
+            self._slide = self._slide or Slide(self.path)
+            return self._slide
+
+    def close(self) -> None:
+        """Let go of the slide; it is closed when the last thread lets go of it."""
+        with self._lock:
+            self._slide = None
 
     def read_tile(self, grid: TileGrid, x: int, y: int) -> np.ndarray:
         """The tile whose corner is at level-0 ``(x, y)``: uint8 (tile_size, tile_size, 3)."""
-        with self._lock:
-            slide = self._slide = self._slide or Slide(self.path)
+        slide = self.open()
         try:
             return slide.read_tile(grid, x, y)
         except Fault:

@@ -5,16 +5,14 @@ cell: shifted by up to half a tile either way, drawn with the key of the tile's 
 the tissue is met, none is met again, and yet a pass covers all of it evenly, which places drawn one by one would not.
 """
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
-from typing import Generic, TypeVar
 
 import numpy as np
 
 from data import open_files
 from data.fault import Fault
 from data.keyed import rng
+from data.recently_made import RecentlyMade
 from data.slides.shared import SharedSlide
 from data.slides.survey import Surveyed
 from data.slides.tiling import KEPT, PEN, Tiling
@@ -25,8 +23,6 @@ TILES_PER_SLIDE_BLOCK = 100  # a slide is open anyway: shorter blocks mix more s
 PLACE_TRIES = 10
 PEN_ALLOWED = 0.15  # share of a tile that may lie in cells with pen
 FEWEST_SLIDES_OPEN = 16  # slides of a process
-
-Kept = TypeVar("Kept")
 
 
 class SlideTiles(TileSource):
@@ -43,7 +39,8 @@ class SlideTiles(TileSource):
             Part(cut_blocks(tiles, group, most=TILES_PER_SLIDE_BLOCK), name=f"the slides in {surveyed.folder}")
         ]
         self.digest = surveyed.digest
-        self._make_caches()
+        self._tilings = RecentlyMade(self._grid, FEWEST_SLIDES_OPEN)
+        self._slides = RecentlyMade(self._opened, FEWEST_SLIDES_OPEN)
 
     def name(self, number: int) -> str:
         slide, cell = self.locate(number)
@@ -101,16 +98,10 @@ class SlideTiles(TileSource):
         tiling = self.surveyed.tiling(which)
         return tiling, np.flatnonzero(tiling.verdict == KEPT)
 
-    def _make_caches(self) -> None:
-        self._tilings: _Latest[tuple[Tiling, np.ndarray]] = _Latest(self._grid)
-        self._slides: _Latest[SharedSlide] = _Latest(lambda which: SharedSlide(Path(self.surveyed.files[which])))
-
-    def __getstate__(self) -> dict[str, object]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_tilings", "_slides")}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._make_caches()
+    def _opened(self, which: int) -> SharedSlide:
+        slide = SharedSlide(Path(self.surveyed.files[which]))
+        slide.open()
+        return slide
 
 
 def _beneath(tiling: Tiling, row: float, column: float) -> tuple[float, float]:
@@ -123,26 +114,3 @@ def _beneath(tiling: Tiling, row: float, column: float) -> tuple[float, float]:
                 tissue += down * right * float(tiling.tissue[r, c])
                 ink += down * right * float(tiling.verdict[r, c] == PEN)
     return tissue, ink
-
-
-class _Latest(Generic[Kept]):
-    """What was made for the last few keys, for many threads; what is dropped goes when its last user lets go of it."""
-
-    def __init__(self, make: Callable[[int], Kept]) -> None:
-        self.make, self.capacity = make, FEWEST_SLIDES_OPEN
-        self._kept: dict[int, Kept] = {}
-        self._lock = threading.Lock()
-
-    def get(self, key: int) -> Kept:
-        found = self._kept.get(key)
-        if found is None:
-            found = self.make(key)  # two threads may both make it; one is kept
-            with self._lock:
-                found = self._kept.setdefault(key, found)
-                while len(self._kept) > self.capacity:
-                    self._kept.pop(next(iter(self._kept)))
-        return found
-
-    def drop(self, key: int) -> None:
-        with self._lock:
-            self._kept.pop(key, None)

@@ -11,12 +11,12 @@ it lies: there is no state but the position. Within a pass of a lane every tile 
 holds every tile of the source exactly once.
 """
 
-from collections import OrderedDict
 from dataclasses import dataclass
 
 import numpy as np
 
 from data.keyed import rng
+from data.recently_made import RecentlyMade
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Passes:
         self.tiles = int(self.sizes.sum())
         self.starts = np.cumsum(self.sizes) - self.sizes + first  # each block's first tile number
         self.lanes, self.window, self.group, self.seed, self.key = lanes, window, group, seed, key
-        self._open: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
+        self._passes = RecentlyMade(self._pass, 2)  # lanes differ by a tile a pass: no more are open at once
         self._windows: dict[int, Window] = {}
 
     def tile_numbers(self, lane: int, position: int, count: int) -> np.ndarray:
@@ -70,16 +70,12 @@ class Passes:
 
     def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """A pass's permuted blocks and where each ends in the pass: ``(blocks,)`` twice."""
-        if number not in self._open:
-            order = rng(self.seed, "blocks", self.key, number).permutation(len(self.sizes))
-            self._open[number] = order, np.cumsum(self.sizes[order])
-            if len(self._open) > 2:  # lanes differ by a tile a pass, so at most two passes are open at once
-                self._open.popitem(last=False)
-        return self._open[number]
+        order = rng(self.seed, "blocks", self.key, number).permutation(len(self.sizes))
+        return order, np.cumsum(self.sizes[order])
 
     def _mix(self, lane: int, number: int, offset: int) -> Window:
         """The window of this lane's pass ``number`` that holds ``offset``."""
-        order, ends = self._pass(number)
+        order, ends = self._passes.get(number)
         first, last = self._stretch(lane)
         first_block = int(np.searchsorted(ends, first, side="right"))
         here = int(np.searchsorted(ends, first + offset, side="right"))

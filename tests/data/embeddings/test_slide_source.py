@@ -1,0 +1,22 @@
+"""Slides read directly for embedding."""
+
+from pathlib import Path
+
+import numpy as np
+
+from data.embeddings.sources import SlideSource
+from data.fault import Fault
+from data.slides.mpp import SlidesMpp
+from data.slides.tiling import TilingSettings
+from tests.data.slides.synthetic_slides import stained, write_slide
+
+
+def test_a_slide_that_vanishes_once_its_tissue_is_found_is_a_fault_of_each_of_its_tiles(tmp_path: Path) -> None:
+    path = write_slide(tmp_path / "s.tiff", stained(512, 512, [(256, 256, 200)]), 0.5)
+    source = SlideSource({path: "s"}, TilingSettings(0.5, 128, "otsu", 0.1), SlidesMpp())
+    tiles = source.open("s")
+    assert all(isinstance(tile, np.ndarray) for tile in tiles.read(np.arange(3)))
+    tiles.close()
+    path.unlink()
+    gone = tiles.read(np.arange(3))
+    assert all(isinstance(tile, Fault) and "no such file" in str(tile) for tile in gone)
