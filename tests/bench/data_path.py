@@ -53,6 +53,7 @@ from data.tiles.crops import NUMBERS_A_CROP, CropSizes, box
 from data.tiles.loader import Masking, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
+from tests.data.shards.tars import write_tar
 
 ROUNDS = 5
 BATCH = 16  # tiles
@@ -84,12 +85,9 @@ def write_shards(folder: Path, tiles: list[bytes]) -> None:
     """The tiles in tars, in a random order, as 'pretrain shard' writes them, with their index."""
     order = rng(0, "order").permutation(len(tiles))
     for which, first in enumerate(range(0, len(tiles), TILES_A_TAR)):
-        with tarfile.open(folder / f"tiles-{which:06d}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-            for number in order[first : first + TILES_A_TAR].tolist():
-                for name, data in ((f"s_{number}_0.jpg", tiles[number]), (f"s_{number}_0.json", b"{}")):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
+        numbers = order[first : first + TILES_A_TAR].tolist()
+        pairs = [((f"s_{number}_0.jpg", tiles[number]), (f"s_{number}_0.json", b"{}")) for number in numbers]
+        write_tar(folder / f"tiles-{which:06d}.tar", itertools.chain(*pairs), tarfile.GNU_FORMAT)
     scan(folder)
 
 

@@ -14,12 +14,10 @@ from the other, both as stored and both from the page cache. quarter_ratio_float
 float32 as well, which the slide stage leaves to its device.
 """
 
-import io
 import json
 import os
 import statistics
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Callable
@@ -44,6 +42,7 @@ from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.embedding.tiles import embed_slides
 from pretrain.encoders.loading import Preprocessing, TileEncoder, class_token, freeze
+from tests.data.shards.tars import tile_members, write_tar
 
 BATCH, TILES, ROUNDS = 16, 64, 5
 ROWS, WIDTH = 8089, 1536
@@ -69,27 +68,13 @@ def encoder() -> TileEncoder:
 
 def write_shards(folder: Path) -> None:
     """Two slides of smooth noise, cut into JPEGs of about the size that tissue has."""
-    folder.mkdir()
-    with tarfile.open(folder / "tiles-000000.tar", "w") as tar:
-        for i in range(TILES):
-            coarse = rng("tile", i).normal(0, 40, (64, 64, 3)).repeat(4, 0).repeat(4, 1)
-            pixels = (coarse + np.array([190, 130, 180])).clip(0, 255).astype(np.uint8)
-            x, y = i % 12 * 256, i // 12 * 256
-            facts = {
-                "slide": f"s{i * 2 // TILES}",
-                "x": x,
-                "y": y,
-                "mpp": 0.5,
-                "tile_size": 256,
-                "tile_size_level0": 256.0,
-            }
-            for suffix, data in (
-                ("jpg", simplejpeg.encode_jpeg(pixels, quality=90)),
-                ("json", json.dumps(facts).encode()),
-            ):
-                member = tarfile.TarInfo(f"{facts['slide']}_{x}_{y}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    members = []
+    for i in range(TILES):
+        coarse = rng("tile", i).normal(0, 40, (64, 64, 3)).repeat(4, 0).repeat(4, 1)
+        pixels = (coarse + np.array([190, 130, 180])).clip(0, 255).astype(np.uint8)
+        jpeg = simplejpeg.encode_jpeg(pixels, quality=90)
+        members += tile_members(jpeg, f"s{i * 2 // TILES}", i % 12 * 256, i // 12 * 256, 256)
+    write_tar(folder / "tiles-000000.tar", members)
     scan(folder)
 
 

@@ -25,11 +25,9 @@ import json
 import os
 import subprocess
 import sys
-import tarfile
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
-from io import BytesIO
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -45,6 +43,7 @@ from pretrain.probing.scores import Score, knn_predict, score
 from pretrain.probing.slide_groups import groups_of
 from pretrain.probing.splits import grouped_split
 from pretrain.settings.composition import load
+from tests.data.shards.tars import tile_members, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae"}
@@ -114,23 +113,12 @@ def write_shards(images: LabelledImages, folder: Path) -> None:
     """The images' files as they are into WebDataset tars, without their labels, in an order of their own."""
     if (folder / "index.npz").exists():
         return
-    folder.mkdir(parents=True, exist_ok=True)
     order = rng(0, "shards").permutation(len(images.files))
     for start in range(0, len(order), TILES_PER_SHARD):
-        with tarfile.open(folder / f"tiles-{start // TILES_PER_SHARD:06d}.tar", "w") as tar:
-            for i in order[start : start + TILES_PER_SHARD]:
-                facts = {
-                    "slide": "unknown",
-                    "x": int(i),
-                    "y": 0,
-                    "mpp": 1.0,
-                    "tile_size": 224,
-                    "tile_size_level0": 224.0,
-                }
-                for suffix, content in (("jpg", images.files[i].read_bytes()), ("json", json.dumps(facts).encode())):
-                    member = tarfile.TarInfo(f"{i:06d}.{suffix}")
-                    member.size = len(content)
-                    tar.addfile(member, BytesIO(content))
+        members = []
+        for i in order[start : start + TILES_PER_SHARD].tolist():
+            members += tile_members(images.files[i].read_bytes(), "unknown", i, 0, 224, mpp=1.0, key=f"{i:06d}")
+        write_tar(folder / f"tiles-{start // TILES_PER_SHARD:06d}.tar", members)
     scan(folder)
 
 

@@ -1,8 +1,5 @@
 """A small road on disk, each part really computed: shards, a tile run with a checkpoint, class folders."""
 
-import io
-import json
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,6 +19,7 @@ from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.doctor import machine, tiles
 from pretrain.run import checkpoints
+from tests.data.shards.tars import tile_members, write_tar
 from tests.data.shards.tile_folders import write_tiles
 
 TILE, COLUMNS, ROWS = 40, 4, 3
@@ -35,12 +33,6 @@ def tile_pixels(slide: int, x: int, y: int) -> np.ndarray:
     """A tile whose colour depends on its place."""
     noise = rng(slide, "tile", x, y).integers(0, 40, size=(TILE, TILE, 3))
     return (noise + np.array([150 + x // 4, 90 + 40 * slide, 120 + y // 2])).clip(0, 255).astype(np.uint8)
-
-
-def add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
-    member = tarfile.TarInfo(name)
-    member.size = len(data)
-    tar.addfile(member, io.BytesIO(data))
 
 
 @pytest.fixture(autouse=True)
@@ -72,15 +64,13 @@ def shards(tmp_path: Path) -> Path:
     folder = tmp_path / "shards"
     (folder / "thumbnails").mkdir(parents=True)
     tiles = [(slide, x * TILE, y * TILE) for slide in range(2) for y in range(ROWS) for x in range(COLUMNS)]
+    whole_slide = {"width": TILE * COLUMNS + 8, "height": TILE * ROWS + 8, "thumbnail_downsample": 2.0}
     for number, part in enumerate((tiles[:7], tiles[7:])):
-        with tarfile.open(folder / f"tiles-{number:06d}.tar", "w") as tar:
-            for slide, x, y in part:
-                facts = {
-                    "slide": f"slide{slide}", "x": x, "y": y, "mpp": 0.5, "tile_size": TILE, "tile_size_level0": float(TILE),
-                    "width": TILE * COLUMNS + 8, "height": TILE * ROWS + 8, "thumbnail_downsample": 2.0,
-                }  # fmt: skip
-                add(tar, f"slide{slide}_{x}_{y}.jpg", simplejpeg.encode_jpeg(tile_pixels(slide, x, y), quality=95))
-                add(tar, f"slide{slide}_{x}_{y}.json", json.dumps(facts).encode())
+        members = []
+        for slide, x, y in part:
+            jpeg = simplejpeg.encode_jpeg(tile_pixels(slide, x, y), quality=95)
+            members += tile_members(jpeg, f"slide{slide}", x, y, TILE, **whole_slide)
+        write_tar(folder / f"tiles-{number:06d}.tar", members)
     for slide in range(2):
         whole = np.full((TILE * ROWS + 8, TILE * COLUMNS + 8, 3), 255, dtype=np.uint8)
         for which, x, y in tiles:

@@ -26,6 +26,7 @@ from data.tiles.crops import CropSizes
 from data.tiles.loader import Masking, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles, UnreadableTile
 from data.tiles.stream import Stream
+from tests.data.shards.tars import write_tar
 from tests.data.shards.tile_folders import write_tiles
 from tests.data.slides.synthetic_slides import stained, write_slide
 
@@ -122,12 +123,8 @@ def zero_a_sector(tar: Path, draw: np.random.Generator) -> None:
 def rewrite(tar: Path, keep: Callable[[int, str, bytes], tuple[str, bytes] | None]) -> None:
     with tarfile.open(tar) as archive:
         old = [(member.name, archive.extractfile(member).read()) for member in archive]  # type: ignore[union-attr]
-    with tarfile.open(tar, "w", format=tarfile.GNU_FORMAT) as archive:
-        for number, (name, data) in enumerate(old):
-            if kept := keep(number, name, data):
-                member = tarfile.TarInfo(kept[0])
-                member.size = len(kept[1])
-                archive.addfile(member, io.BytesIO(kept[1]))
+    kept = [keep(number, name, data) for number, (name, data) in enumerate(old)]
+    write_tar(tar, filter(None, kept), tarfile.GNU_FORMAT)
 
 
 def drop_a_member(suffix: str) -> Spoil:

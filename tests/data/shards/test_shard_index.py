@@ -13,7 +13,7 @@ from data.shards.index import ShardIndex, read_jpeg
 from data.shards.layout import COLUMNS
 from data.shards.records import merge_records, recorded_checksums, write_record
 from data.shards.scan import scan
-from tests.data.shards.foreign_tars import write_tar
+from tests.data.shards.tars import write_tar
 
 
 def make(

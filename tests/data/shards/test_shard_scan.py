@@ -14,7 +14,7 @@ from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.verify import verify_shard
 from data.slides.coordinates import UNKNOWN_PLACE
 from launch.entry import run_command_line
-from tests.data.shards.foreign_tars import write_tar
+from tests.data.shards.tars import write_tar
 
 
 def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:

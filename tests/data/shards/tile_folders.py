@@ -1,7 +1,6 @@
 """Small folders of tile shards, written as any WebDataset tool writes them and indexed by a scan."""
 
-import io
-import json
+import itertools
 import tarfile
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import simplejpeg
 
 from data.keyed import rng
 from data.shards.scan import scan
+from tests.data.shards.tars import tile_members, write_tar
 
 SIDE = 48
 
@@ -24,29 +24,13 @@ def picture(number: int, side: int = SIDE) -> np.ndarray:
 
 def write_tiles(folder: Path, tiles_per_tar: list[int], side: int = SIDE) -> Path:
     """Shards of so many tiles each, tile ``n`` being ``picture(n)``, with their index."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 0
+    numbers = itertools.count()
     for which, tiles in enumerate(tiles_per_tar):
-        with tarfile.open(folder / f"tiles-{which:06d}.tar", "w", format=tarfile.GNU_FORMAT) as tar:
-            for _ in range(tiles):
-                x, y = number % 8 * side, number // 8 * side
-                facts = {
-                    "slide": f"slide{which}",
-                    "x": x,
-                    "y": y,
-                    "mpp": 0.5,
-                    "tile_size": side,
-                    "tile_size_level0": float(side),
-                }
-                jpeg = simplejpeg.encode_jpeg(picture(number, side), quality=95)
-                for name, content in (
-                    (f"slide{which}_{x}_{y}.jpg", jpeg),
-                    (f"slide{which}_{x}_{y}.json", json.dumps(facts).encode()),
-                ):
-                    member = tarfile.TarInfo(name)
-                    member.size = len(content)
-                    tar.addfile(member, io.BytesIO(content))
-                number += 1
+        members = []
+        for number in itertools.islice(numbers, tiles):
+            jpeg = simplejpeg.encode_jpeg(picture(number, side), quality=95)
+            members += tile_members(jpeg, f"slide{which}", number % 8 * side, number // 8 * side, side)
+        write_tar(folder / f"tiles-{which:06d}.tar", members, tarfile.GNU_FORMAT)
     scan(folder)
     return folder
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import tarfile
 from pathlib import Path
 
 import h5py
@@ -23,8 +22,9 @@ from pretrain.commands.embed import Config, run
 from pretrain.embedding import tiles as tile_embedding
 from pretrain.encoders.loading import load_encoder
 from pretrain.settings.composition import load
+from tests.data.shards.tars import tile_members, write_tar
 from tests.data.slides.synthetic_slides import stained, write_slide
-from tests.pretrain.conftest import add, tile_pixels
+from tests.pretrain.conftest import tile_pixels
 
 
 def settings(checkpoint, shards, out, *overrides: str) -> Config:
@@ -321,14 +321,12 @@ def test_no_name_of_a_foreign_slide_makes_anything_be_written_out_of_the_folder(
         tmp_path / "in" / "out",
         simplejpeg.encode_jpeg(tile_pixels(0, 0, 0)),
     )
-    shards.mkdir(parents=True)
     facts = {"x": 0, "y": 0, "mpp": 0.5, "tile_size": 40, "tile_size_level0": 40.0}
-    with tarfile.open(shards / "a.tar", "w") as tar:
-        for number, name in enumerate(("../../../up", f"{tmp_path}/absolute")):
-            add(tar, f"{number}.jpg", jpeg)
-            add(tar, f"{number}.json", json.dumps(facts | {"slide": name}).encode())
-        add(tar, "../../../key_0_0.jpg", jpeg)
-        add(tar, "../../../key_0_0.json", json.dumps(facts).encode())
+    by_key = "../../../key_0_0"
+    members = [(f"{by_key}.jpg", jpeg), (f"{by_key}.json", json.dumps(facts).encode())]
+    for number, name in enumerate(("../../../up", f"{tmp_path}/absolute")):
+        members += tile_members(jpeg, name, 0, 0, 40, key=str(number))
+    write_tar(shards / "a.tar", members)
     scan(shards)
     before = {path for path in tmp_path.rglob("*") if not path.is_relative_to(out)}
     run(settings(run_folder, shards, out, "export=[trident,clam,stamp]"))

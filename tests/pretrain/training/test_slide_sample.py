@@ -1,7 +1,5 @@
 """The slide of a tile, told by its neighbours: which tiles are looked at, and what the figure says."""
 
-import json
-import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +19,7 @@ from launch.entry import run_command_line
 from pretrain.encoders.loading import Preprocessing
 from pretrain.run.metrics import read_metrics
 from pretrain.training.slide_sample import FEWEST_OF_A_SLIDE, SLIDES, TILES, SlideSample, choose, recognised, run_of
-from tests.pretrain.conftest import add
+from tests.data.shards.tars import tile_members, write_tar
 
 
 class Made(TileSource):
@@ -108,20 +106,17 @@ def scanned(pixels: np.ndarray, scanner: int) -> np.ndarray:
 def write_halves(regions: Path, folder: Path, side: int = 100) -> Path:
     """Each region (1000 × 1000) as two slides: its left half as one scanner shows it, its right half as another. One
     tar a slide."""
-    folder.mkdir()
     for path in sorted(regions.glob("*.tiff")):
         with openslide.OpenSlide(path) as opened:
             pixels = np.array(opened.read_region((0, 0), 0, (1000, 1000)).convert("RGB"))
         for half in (0, 1):
             slide = f"{path.stem}-{half}"
-            with tarfile.open(folder / f"{slide}.tar", "w") as tar:
-                for x in range(500 * half, 500 * half + 500, side):
-                    for y in range(0, 1000, side):
-                        facts = {"slide": slide, "x": x, "y": y, "mpp": 0.25, "tile_size": side, "tile_size_level0": float(side)}  # fmt: skip
-                        tile = np.ascontiguousarray(scanned(pixels[y : y + side, x : x + side], half))
-                        jpeg = simplejpeg.encode_jpeg(tile, quality=95)
-                        for suffix, content in (("jpg", jpeg), ("json", json.dumps(facts).encode())):
-                            add(tar, f"{slide}_{x}_{y}.{suffix}", content)
+            members = []
+            for x in range(500 * half, 500 * half + 500, side):
+                for y in range(0, 1000, side):
+                    tile = np.ascontiguousarray(scanned(pixels[y : y + side, x : x + side], half))
+                    members += tile_members(simplejpeg.encode_jpeg(tile, quality=95), slide, x, y, side, mpp=0.25)
+            write_tar(folder / f"{slide}.tar", members)
     scan(folder)
     return folder
 
