@@ -3,7 +3,6 @@ tiles."""
 
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +13,7 @@ from data.embeddings.slide_features import ABOUT, add_rows, slides_in
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
 from data.fault import Fault
 from data.files import make_folder
-from pretrain.encoders.loading import EMBEDDING_PRECISIONS
+from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import say, track
 
@@ -70,11 +69,7 @@ def _rows(
         cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(encoder.device)
         lengths = [len(slide.embeddings) for slide in batch]
         x = torch.from_numpy(np.concatenate([slide.embeddings for slide in batch])).to(encoder.device).float()
-        low = precision != "float32"
-        with (
-            torch.inference_mode(),
-            torch.autocast(encoder.device.type, EMBEDDING_PRECISIONS[precision]) if low else nullcontext(),
-        ):
+        with torch.inference_mode(), computing_in(precision, encoder.device):
             found = encoder.network(x, cells, lengths, all_layers=True)
         layers = {"pooled_layers": found.pooled_layers, "cls_layers": found.cls_layers}
         by_slide = {name: tensor.transpose(0, 1).float().cpu().numpy() for name, tensor in layers.items()}

@@ -15,7 +15,8 @@ from models.formats import checkpoint_file, timm
 from models.formats.published import Published, require_finite
 from models.initialise import assign
 from models.vit import VisionTransformer
-from pretrain.encoders.loading import find_checkpoint, teacher, timm_module
+from pretrain.encoders.run_checkpoint import find_checkpoint, teacher
+from pretrain.encoders.timm_models import timm_module
 from pretrain.encoders.weight_files import TRANSFORMERS_CONFIG, is_transformers, read_file, read_transformers_folder
 from pretrain.objectives.interface import Objective
 

@@ -1,6 +1,5 @@
 """A frozen slide encoder from a slide run, one of its checkpoints, or a released ``slide_encoder.pth``."""
 
-import hashlib
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,8 @@ from torch import nn
 from data.fault import Fault
 from data.json_files import read_object
 from models.longnet import LongNet
-from pretrain.encoders.loading import device_of, find_checkpoint, freeze
+from pretrain.encoders.frozen import device_of, fingerprint, freeze
+from pretrain.encoders.run_checkpoint import find_checkpoint
 from pretrain.encoders.weight_files import read_file
 from pretrain.run import checkpoints
 from pretrain.settings.config_files import CONFIGS
@@ -105,9 +105,5 @@ def _frozen(
 ) -> SlideEncoder:
     if not isinstance(network, LongNet):
         raise Fault(f"{name} is a {type(network).__name__}, and only models.longnet.LongNet embeds slides.")
-    digest = hashlib.sha256()
-    for key, tensor in sorted(network.state_dict().items()):
-        digest.update(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     freeze(network, device)
-    return SlideEncoder(network, name, digest.hexdigest()[:16], tile_hash, said, device)
+    return SlideEncoder(network, name, fingerprint(network), tile_hash, said, device)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from pretrain.encoders.loading import Preprocessing
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.objectives.figures import class_tokens
 from pretrain.run.across_ranks import gathered
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from data.keyed import rng
-from pretrain.encoders.loading import Preprocessing
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.objectives.figures import rankme
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
 from pretrain.probing.scores import knn_predict, standard_error

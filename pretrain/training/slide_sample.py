@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from data.fault import Fault
 from data.keyed import rng
 from data.tiles.source import TileSource, UnreadableTile
-from pretrain.encoders.loading import Preprocessing
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.probing.scores import knn_predict
 from pretrain.training.fixed_images import FixedImages, agreed
 

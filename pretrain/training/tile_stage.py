@@ -20,7 +20,8 @@ from data.tiles.source import TileSource
 from data.tiles.stream import Stream, group_size
 from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbers, one_of, within
 from pretrain.encoders import init
-from pretrain.encoders.loading import Preprocessing, evaluation_size
+from pretrain.encoders.preprocessing import Preprocessing
+from pretrain.encoders.run_checkpoint import evaluation_size
 from pretrain.objectives.contract import look_of
 from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective

@@ -32,7 +32,6 @@ import h5py
 import numpy as np
 import simplejpeg
 import torch
-from torch import Tensor, nn
 
 from data.embeddings.sources import ShardSource
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
@@ -41,7 +40,8 @@ from data.shards.scan import scan
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.embedding.tiles import embed_slides
-from pretrain.encoders.loading import Preprocessing, TileEncoder, class_token, freeze
+from pretrain.encoders.preprocessing import Preprocessing
+from pretrain.encoders.tile_encoder import TileEncoder, class_token
 from tests.data.shards.tars import tile_members, write_tar
 
 BATCH, TILES, ROUNDS = 16, 64, 5
@@ -55,14 +55,9 @@ def encoder() -> TileEncoder:
     )  # fmt: skip
     initialise(network, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    freeze(network, device)
-
-    def no_twin(_: int) -> tuple[nn.Module, Callable[[Tensor], Tensor]]:
-        raise NotImplementedError
-
     preprocessing = Preprocessing(224, 224, (0.7, 0.5, 0.6), (0.2, 0.2, 0.2))
     return TileEncoder(
-        class_token(network), network, preprocessing, "ViT-S/16", "random", 384, "random", device, "float32", no_twin
+        network, class_token, preprocessing, "ViT-S/16", "random", 384, device, "float32", lambda _: network
     )
 
 
@@ -94,7 +89,7 @@ def embed_ratios(folder: Path, threads: int) -> tuple[float, float]:
     def bare() -> None:
         with torch.inference_mode():
             for _ in range(TILES // BATCH):
-                features = network.network(ready)
+                features = network.features(network.module, ready)
             features.cpu()
 
     def whole(number: int) -> Callable[[], None]:

@@ -36,7 +36,8 @@ import numpy as np
 
 from data.keyed import rng
 from data.shards.scan import scan
-from pretrain.encoders.loading import TileEncoder, load_encoder
+from pretrain.encoders.loading import load_encoder
+from pretrain.encoders.tile_encoder import TileEncoder
 from pretrain.probing.features import Extractor, colour_histogram, extract
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
 from pretrain.probing.scores import Score, knn_predict, score

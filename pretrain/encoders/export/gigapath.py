@@ -14,7 +14,7 @@ from torch import Tensor
 from data.fault import Fault
 from data.redaction import redacted
 from pretrain.encoders.export.publishing import Exported, provenance, publish
-from pretrain.encoders.loading import RUN_CONFIG, RunCheckpoint, find_checkpoint
+from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, find_checkpoint
 from pretrain.run import checkpoints
 
 SLIDE_ENCODER = "encoder."

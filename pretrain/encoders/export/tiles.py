@@ -14,7 +14,8 @@ from data.keyed import rng
 from data.redaction import redacted
 from models.vit import VisionTransformer
 from pretrain.encoders.export.publishing import provenance, publish
-from pretrain.encoders.loading import RUN_CONFIG, Preprocessing, RunCheckpoint, teacher
+from pretrain.encoders.preprocessing import Preprocessing
+from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, teacher
 
 FEATURE_TOLERANCE = 1e-5
 

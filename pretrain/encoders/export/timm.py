@@ -15,7 +15,8 @@ from torch import Tensor
 from models.formats import timm as timm_format
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.export.tiles import export_tiles, tile_card, vision_transformer
-from pretrain.encoders.loading import Preprocessing, find_checkpoint
+from pretrain.encoders.preprocessing import Preprocessing
+from pretrain.encoders.run_checkpoint import find_checkpoint
 
 
 def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:

@@ -16,7 +16,8 @@ from data.fault import Fault
 from models.formats import transformers as transformers_format
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.export.tiles import export_tiles, tile_card, vision_transformer
-from pretrain.encoders.loading import Preprocessing, find_checkpoint
+from pretrain.encoders.preprocessing import Preprocessing
+from pretrain.encoders.run_checkpoint import find_checkpoint
 
 
 def export_transformers(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:

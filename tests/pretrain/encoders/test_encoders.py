@@ -7,7 +7,9 @@ from PIL import Image
 
 from data.fault import Fault
 from data.keyed import rng
-from pretrain.encoders.loading import Preprocessing, device_of, load_encoder
+from pretrain.encoders.frozen import device_of
+from pretrain.encoders.loading import load_encoder
+from pretrain.encoders.preprocessing import Preprocessing
 
 IMAGES = torch.from_numpy(rng(0, "images").integers(0, 256, size=(3, 32, 32, 3), dtype=np.uint8))
 

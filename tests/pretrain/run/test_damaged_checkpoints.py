@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from launch.entry import run_command_line
-from pretrain.encoders.loading import find_checkpoint
+from pretrain.encoders.run_checkpoint import find_checkpoint
 from pretrain.run import checkpoints
 from tests.pretrain.training.test_tile_training import STEPS, command, metrics, refused
 

@@ -16,7 +16,7 @@ from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Part
 from launch.entry import run_command_line
-from pretrain.encoders.loading import Preprocessing
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.run.metrics import read_metrics
 from pretrain.training.slide_sample import FEWEST_OF_A_SLIDE, SLIDES, TILES, SlideSample, choose, recognised, run_of
 from tests.data.shards.tars import tile_members, write_tar

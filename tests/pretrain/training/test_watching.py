@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
-from pretrain.encoders.loading import Preprocessing
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.objectives.figures import assignment_figures, features_of, rankme, spread, watched_encoder
 from pretrain.objectives.interface import Moment
 from pretrain.probing.images import read_image

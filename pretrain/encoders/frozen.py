@@ -1,0 +1,45 @@
+"""What every frozen encoder has: a device, a precision, no gradients, and a fingerprint of its weights."""
+
+import hashlib
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+
+from data.fault import Fault
+
+EMBEDDING_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def device_of(name: str) -> torch.device:
+    """The device of that name, a GPU or else the CPU where there is none given. Raises `Fault` where this machine
+    hasn't it."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.zeros(1, device=device).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise Fault(
+            f"device={name} is not on this machine: it is cpu, or cuda or cuda:1 where PyTorch finds GPUs, and it finds {torch.cuda.device_count()}."
+        ) from error
+    return device
+
+
+def computing_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
+    """A context in which networks compute in one of `EMBEDDING_PRECISIONS`."""
+    if precision == "float32":
+        return nullcontext()
+    return torch.autocast(device.type, EMBEDDING_PRECISIONS[precision])
+
+
+def freeze(module: nn.Module, device: torch.device) -> nn.Module:
+    """``module`` on ``device``, in evaluation mode, without gradients."""
+    return module.to(device).eval().requires_grad_(False)
+
+
+def fingerprint(module: nn.Module, beside: str = "") -> str:
+    """16 hexadecimal digits over what counts ``beside`` the weights, and every weight (name, type, shape, bytes)."""
+    digest = hashlib.sha256(beside.encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
