@@ -30,7 +30,7 @@ class Tokens(NamedTuple):
 
 
 @dataclass
-class Kept:
+class KeptSamples:
     """The samples that one residual branch runs on; all the others pass it by (stochastic depth)."""
 
     rows: Tensor  # (T',) int64: the kept samples' tokens in the packed sequence
@@ -39,7 +39,7 @@ class Kept:
     results: Tensor  # (S,) int64: the rows that the branch's results are added to
     chosen: Tensor | None = None  # (S,) int64: which of the T' tokens have results; None: all
 
-    def among(self, wanted: Tensor, length: int) -> "Kept":
+    def among(self, wanted: Tensor, length: int) -> "KeptSamples":
         """The same samples, but results for the ``wanted`` rows ``(R,)`` alone, counted among these.
 
         The packed sequence has ``length`` rows. How many are both kept and wanted depends on the draw: a compiled block
@@ -49,7 +49,7 @@ class Kept:
         place[wanted] = torch.arange(len(wanted), device=wanted.device)
         places = place[self.rows]
         chosen = torch.nonzero(places >= 0).flatten()
-        return Kept(self.rows, self.shapes, self.scale[chosen], places[chosen], chosen)
+        return KeptSamples(self.rows, self.shapes, self.scale[chosen], places[chosen], chosen)
 
 
 class MLP(nn.Module):
@@ -103,12 +103,16 @@ class Block(nn.Module):
         self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
     def forward(
-        self, x: Tensor, shapes: list[Shape], kept: tuple[Kept, Kept] | None = None, wanted: Tensor | None = None
+        self,
+        x: Tensor,
+        shapes: list[Shape],
+        kept: tuple[KeptSamples, KeptSamples] | None = None,
+        wanted: Tensor | None = None,
     ) -> Tensor:
         """``(T, width)`` → ``(T, width)``; ``kept`` names the samples that see each of the two branches (None: all).
 
         ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then, and ``kept`` is among them
-        (`Kept.among`). The others are keys and values, and nothing more of them is computed.
+        (`KeptSamples.among`). The others are keys and values, and nothing more of them is computed.
         """
         if kept is None:
             attended = self.attn(self.norm1(x), shapes, wanted)
@@ -265,7 +269,7 @@ class VisionTransformer(nn.Module):
         self,
         crops: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None = None,
-        kept: Sequence[tuple[Kept, Kept]] | None = None,
+        kept: Sequence[tuple[KeptSamples, KeptSamples]] | None = None,
         visible: Sequence[Tensor | None] | None = None,
         wanted: Sequence[Tensor | None] | None = None,
     ) -> list[Tokens]:
@@ -273,7 +277,7 @@ class VisionTransformer(nn.Module):
 
         ``crops``: normalised images, each ``(B_i, 3, H_i, W_i)``. ``masks``: per batch a bool ``(B_i, patches)`` whose
         true patches are replaced by the mask token, or None. ``kept``: per block, the samples that its two branches run
-        on (see `Kept`); None runs them all. ``visible``: per batch an int64 ``(B_i, n)`` of the patches that are
+        on (see `KeptSamples`); None runs them all. ``visible``: per batch an int64 ``(B_i, n)`` of the patches that are
         encoded at all (MAE's), in that order, or None for all. ``wanted``: per batch a bool ``(B_i, patches)`` of the
         patches whose tokens the caller reads beside the class tokens', or None for no patch at all; the last block then
         computes no more than these, with the same result, and `Tokens.patches` holds them one behind the other, ``(M,

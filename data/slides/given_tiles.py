@@ -18,7 +18,7 @@ SAME_MAGNIFICATION = 0.12
 
 
 @dataclass(frozen=True)
-class Left:
+class LeftOutTiles:
     """How many of the file's tiles were left out: over the slide's edge, or given twice."""
 
     outside: int
@@ -43,7 +43,7 @@ def find_coordinates(folder: Path, slide: Path, name: str) -> Path:
 
 def given_tiles(
     slide: Slide, name: str, file: Path, settings: TilingSettings, slides_mpp: float | None, patient_pattern: str
-) -> tuple[Tiling, np.ndarray, Left]:
+) -> tuple[Tiling, np.ndarray, LeftOutTiles]:
     """The tiling that ``file`` asks for on an open slide, the slide's thumbnail (see `tile_slide`), and what was left
     out.
 
@@ -68,14 +68,16 @@ def given_tiles(
     return tiling, slide.thumbnail(thumbnail_downsample), left
 
 
-def _usable(given: SlideCoordinates, file: Path, side: float, width: int, height: int) -> tuple[np.ndarray, Left]:
+def _usable(
+    given: SlideCoordinates, file: Path, side: float, width: int, height: int
+) -> tuple[np.ndarray, LeftOutTiles]:
     places = np.stack([given.x, given.y], axis=1)
     if wrong := misread(places, side, width=width, height=height, apart=given.apart):
         raise Fault(f"{file} {wrong}: give coordinates in level-0 pixels, or leave this slide out")
     inside = (given.x + side < width + 1) & (given.y + side < height + 1)
     unique = np.unique(places[inside], axis=0)
     unique = unique[row_major(unique[:, 0], unique[:, 1])]
-    return unique, Left(int((~inside).sum()), int(inside.sum()) - len(unique))
+    return unique, LeftOutTiles(int((~inside).sum()), int(inside.sum()) - len(unique))
 
 
 def _literal(stem: str) -> str:

@@ -17,25 +17,25 @@ SLIDE_COLUMNS = (*PATH_COLUMNS, "slide_id", "slide_name", "name", "id")
 @dataclass(frozen=True)
 class SlidesMpp:
     """Microns per level-0 pixel: ``one`` for every slide, or ``by_slide``, under a slide's path, its file's name, or
-    that without its ending."""
+    that without its ending; ``given`` is the setting as the user gave it, empty where that is nothing."""
 
-    said: str = ""
+    given: str = ""
     one: float | None = None
     by_slide: dict[str, frozenset[float]] = field(default_factory=dict)
 
     @classmethod
-    def parse(cls, said: str | float | None) -> "SlidesMpp":
+    def parse(cls, given: str | float | None) -> "SlidesMpp":
         """``None``, a number, or the path of a table with a column of slides and one called mpp. Raises Fault for
         anything else, and for values that no slide has."""
-        if said is None:
+        if given is None:
             return cls()
-        if Path(str(said)).suffix.lower() in TABLES:
-            return cls(str(said), by_slide=_by_slide(Path(str(said)).expanduser()))
+        if Path(str(given)).suffix.lower() in TABLES:
+            return cls(str(given), by_slide=_by_slide(Path(str(given)).expanduser()))
         try:
-            return cls(f"{decimal(str(said)):g}", _plausible(decimal(str(said)), "slides_mpp="))
+            return cls(f"{decimal(str(given)):g}", _plausible(decimal(str(given)), "slides_mpp="))
         except ValueError as error:
             raise Fault(
-                f"slides_mpp={said} is neither a number of microns nor a table (.csv) with the columns slide and mpp"
+                f"slides_mpp={given} is neither a number of microns nor a table (.csv) with the columns slide and mpp"
             ) from error
 
     def of(self, slide: Path) -> float | None:
@@ -47,7 +47,7 @@ class SlidesMpp:
             if found := self.by_slide.get(name):
                 if len(found) > 1:
                     raise Fault(
-                        f"{self.said} gives {slide} several µm per pixel ({', '.join(f'{value:g}' for value in sorted(found))}): name it by its path"
+                        f"{self.given} gives {slide} several µm per pixel ({', '.join(f'{value:g}' for value in sorted(found))}): name it by its path"
                     )
                 return next(iter(found))
         return None
@@ -55,12 +55,12 @@ class SlidesMpp:
     def tells_of(self, slides: list[Path]) -> str:
         """A sentence where a table tells of some of the slides only, or nothing. Raises Fault where it tells of none."""
         told = sum(self.of(slide) is not None for slide in slides) if self.by_slide else len(slides)
-        if slides and self.said and not told:
+        if slides and self.given and not told:
             raise Fault(
-                f"slides_mpp={self.said} tells of none of the slides: its column of slides holds their names or paths"
+                f"slides_mpp={self.given} tells of none of the slides: its column of slides holds their names or paths"
             )
         return (
-            f"{self.said} tells of {told} of {len(slides)} slides; the rest is taken as it says itself"
+            f"{self.given} tells of {told} of {len(slides)} slides; the rest is taken as it says itself"
             if told < len(slides)
             else ""
         )

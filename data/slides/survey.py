@@ -24,7 +24,7 @@ from data.json_files import read_object
 from data.keyed import rng
 from data.parallel import in_processes
 from data.slides.coordinates_h5 import coordinates_path, read_tiling, write_tiling
-from data.slides.given_tiles import Left, find_coordinates, given_tiles
+from data.slides.given_tiles import LeftOutTiles, find_coordinates, given_tiles
 from data.slides.mpp import SlidesMpp
 from data.slides.names import name_slides
 from data.slides.reading import Slide
@@ -37,7 +37,7 @@ class Look:
     statements the user overruled."""
 
     tiling: Tiling
-    left: Left
+    left: LeftOutTiles
     overruled: str
 
 
@@ -69,7 +69,7 @@ def survey(
     """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and
     thumbnail; or read what an earlier run wrote, where that counts as many µm per pixel as the user says now."""
     path, name = job
-    written, left, mpp = coordinates_path(out, name), Left(0, 0), slides_mpp.of(path)
+    written, left, mpp = coordinates_path(out, name), LeftOutTiles(0, 0), slides_mpp.of(path)
     if written.exists():
         try:
             tiling = read_tiling(written)
@@ -98,9 +98,9 @@ def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slid
     except FileNotFoundError:
         return None
     changed = [f"{key} {kept['settings'].get(key)} then, {value} now" for key, value in asdict(settings).items() if kept["settings"].get(key) != value]  # fmt: skip
-    then = kept["settings"].get("slides_mpp", slides_mpp.said)
-    if then != slides_mpp.said:
-        changed.append(f"slides_mpp {then or 'null'} then, {slides_mpp.said or 'null'} now")
+    then = kept["settings"].get("slides_mpp", slides_mpp.given)
+    if then != slides_mpp.given:
+        changed.append(f"slides_mpp {then or 'null'} then, {slides_mpp.given or 'null'} now")
     files = [*kept["files"], *kept["left_out"]]
     if sorted(map(str, paths)) != sorted(files) and {*map(os.path.realpath, paths)} != {*map(os.path.realpath, files)}:
         changed.append("other slides")
@@ -150,6 +150,6 @@ def _write(
         # The slide and where its tiles are, not where its file lies: the same on every machine.
         digest.update(f"{slide} {tiling.grid.tile_size_level0} {tiling.verdict.shape}".encode())
         digest.update((tiling.verdict == KEPT).tobytes())
-    kept: dict[str, Any] = {"settings": asdict(settings) | {"slides_mpp": slides_mpp.said}, "slides": slides, "files": files, "tiles": tiles,
+    kept: dict[str, Any] = {"settings": asdict(settings) | {"slides_mpp": slides_mpp.given}, "slides": slides, "files": files, "tiles": tiles,
                             "left_out": left_out, "digest": digest.hexdigest()}  # fmt: skip
     write_whole(folder / "survey.json", json.dumps(kept, indent=1, ensure_ascii=False))

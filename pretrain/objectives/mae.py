@@ -23,7 +23,7 @@ from models.operations import Operations, total_operations
 from models.positions import check_sines
 from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment, Objective
-from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.tile_batch import TileBatch
 
 
@@ -70,8 +70,8 @@ class MAE(Objective):
         kept, rank, mask = random_masking(noise, self.mask_ratio)
         (tokens,) = self.encoder([images], visible=[kept])
         prediction = self.decoder(tokens.cls, tokens.patches, rank, images.shape[-2] // self.encoder.patch_size)
-        target = pixels(wide(images), self.encoder.patch_size)
-        error = (wide(prediction) - (normalised(target) if self.norm_pix else target)).square().mean(dim=-1)
+        target = pixels(at_least_float32(images), self.encoder.patch_size)
+        error = (at_least_float32(prediction) - (normalised(target) if self.norm_pix else target)).square().mean(dim=-1)
         return (error * mask).sum() / mask.sum(), prediction, mask
 
     def loss(self, batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:

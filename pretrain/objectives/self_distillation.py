@@ -22,7 +22,7 @@ from pretrain.objectives import teacher as ema
 from pretrain.objectives.figures import assignment_figures
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import ITERATIONS, centred_softmax, moved_centre, sinkhorn_centre
-from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.schedules import cosine
 from pretrain.objectives.stochastic_depth import kept_of, kept_samples
 from pretrain.objectives.tile_batch import Target, TileBatch
@@ -131,7 +131,9 @@ class SelfDistillation(Objective):
                 centre = sinkhorn_centre(lambda scores=scores: (score() for score in scores), temperature)  # type: ignore[misc]
             else:
                 centre = getattr(self, f"{kind}_centre").clone()
-                sums = torch.cat([wide(score()).sum(0, keepdim=True) for score in scores]).sum(0, keepdim=True)
+                sums = torch.cat([at_least_float32(score()).sum(0, keepdim=True) for score in scores]).sum(
+                    0, keepdim=True
+                )
                 self._logits[kind] = sums, sum(len(part[kind]) for part in tokens)
             for target, score in zip(targets, scores, strict=True):
                 target[kind] = lambda score=score, centre=centre: centred_softmax(score(), centre, temperature)  # type: ignore[misc]

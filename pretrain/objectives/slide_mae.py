@@ -30,7 +30,7 @@ from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
 from pretrain.objectives.figures import spread
 from pretrain.objectives.interface import Moment, SlideObjective
-from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.run.across_ranks import total, world_size
 
 BASELINE_NEIGHBOURS = (
@@ -106,12 +106,12 @@ class SlideMAE(SlideObjective):
         seeds = None
         if step_seed is not None:
             seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
-        visible = wide(batch.embeddings[batch.visible])
+        visible = at_least_float32(batch.embeddings[batch.visible])
         seen = self.encoder(visible, batch.cells[batch.visible], batch.visible_lengths, seeds)
         prediction = self.decoder(
             seen.tiles, seen.cls, batch.visible, batch.masked, batch.cells, batch.lengths, batch.visible_lengths
         )
-        error = (wide(prediction) - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
+        error = (at_least_float32(prediction) - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
         if self.weighting == "slide":
             slides = torch.stack([slide.mean() for slide in error.split(batch.masked_lengths)])
             loss, count = slides.sum(), len(slides)

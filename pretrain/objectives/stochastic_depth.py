@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.keyed import rng
-from models.vit import Kept
+from models.vit import KeptSamples
 
 
 def kept_of(crops: int, rate: float) -> int:
@@ -30,7 +30,7 @@ def kept_samples(
     step: int,
     first: int,
     device: torch.device,
-) -> list[tuple[Kept, Kept]] | None:
+) -> list[tuple[KeptSamples, KeptSamples]] | None:
     """The kept samples of both branches of each of ``depth`` blocks, or None where ``rate`` is 0.
 
     ``views``: per crop size ``(views, tokens per crop)``; the packed sequence holds, per crop size, view after view of
@@ -55,6 +55,6 @@ def kept_samples(
     scale = torch.cat([torch.full((part[0].shape[2], 1), part[2], device=device) for part in parts])
     shapes = [part[1] for part in parts]
     return [
-        (Kept(first, shapes, scale, results=first), Kept(second, shapes, scale, results=second))
+        (KeptSamples(first, shapes, scale, results=first), KeptSamples(second, shapes, scale, results=second))
         for first, second in rows
     ]

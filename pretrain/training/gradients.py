@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pretrain.objectives.contract import loss_of
 from pretrain.objectives.interface import Moment, Objective
-from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.losses.precision import at_least_float32 as wide
 
 
 def gradients(

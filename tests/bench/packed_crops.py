@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from models.vit import Kept, Tokens, VisionTransformer
+from models.vit import KeptSamples, Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.settings import plugins
@@ -42,7 +42,7 @@ class Unpacked(VisionTransformer):
         self,
         crops: list[Tensor],
         masks: list[Tensor | None] | None = None,
-        kept: list[tuple[Kept, Kept]] | None = None,
+        kept: list[tuple[KeptSamples, KeptSamples]] | None = None,
         visible: None = None,
         wanted: list[Tensor | None] | None = None,
     ) -> list[Tokens]:

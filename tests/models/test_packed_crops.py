@@ -7,7 +7,7 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from models.initialise import initialise
-from models.vit import Kept, Tokens, VisionTransformer
+from models.vit import KeptSamples, Tokens, VisionTransformer
 from pretrain.objectives.stochastic_depth import kept_samples
 
 TILES, GROUP, DEPTH = 4, 2, 3
@@ -25,14 +25,16 @@ def network(feed_forward: str, registers: int) -> VisionTransformer:
     return vit
 
 
-def of_one_size(kept: list[tuple[Kept, Kept]], which: int, start: int, length: int) -> list[tuple[Kept, Kept]]:
+def of_one_size(
+    kept: list[tuple[KeptSamples, KeptSamples]], which: int, start: int, length: int
+) -> list[tuple[KeptSamples, KeptSamples]]:
     """The part of a packed plan that concerns one crop size, for a sequence of its own."""
 
-    def part(branch: Kept) -> Kept:
+    def part(branch: KeptSamples) -> KeptSamples:
         own = (branch.rows >= start) & (branch.rows < start + length)
         assert own.sum() == branch.shapes[which][0] * branch.shapes[which][1]
         rows = branch.rows[own] - start
-        return Kept(rows, [branch.shapes[which]], branch.scale[own], results=rows)
+        return KeptSamples(rows, [branch.shapes[which]], branch.scale[own], results=rows)
 
     return [(part(first), part(second)) for first, second in kept]
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.run.across_ranks import log_total_exp, total
 
 ITERATIONS = 3  # of Sinkhorn-Knopp
@@ -16,7 +16,7 @@ ITERATIONS = 3  # of Sinkhorn-Knopp
 @torch.no_grad()
 def centred_softmax(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
     """``softmax((logits − centre) / temperature)``: ``(N, K)`` probabilities in float32 (Caron et al. 2021, §3.1)."""
-    return F.softmax((wide(logits) - centre) / temperature, dim=-1)
+    return F.softmax((at_least_float32(logits) - centre) / temperature, dim=-1)
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, 
     for _ in range(iterations):
         column: Tensor | None = None
         for logits in scores():
-            scaled = wide(logits) / temperature
+            scaled = at_least_float32(logits) / temperature
             if v is not None:
                 scaled = scaled - torch.logsumexp(scaled - v, dim=1, keepdim=True)
             # A micro-batch or rank with no sample of its own contributes exp(−∞) = 0.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.losses.precision import at_least_float32
 
 
 def dino_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
@@ -17,10 +17,10 @@ def dino_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
     (Caron et al. 2021, eq. 2, with the mean in place of the sum over pairs), in float32.
     """
-    log_p = F.log_softmax(wide(student) / temperature, dim=-1)
+    log_p = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
     views, batch = student.shape[0], student.shape[1]
     # Σ_s Σ_v t·log p = (Σ_v t) · (Σ_s log p): one product per tile instead of one per pair.
-    return -(wide(teacher).sum(0) * log_p.sum(0)).sum() / (views * teacher.shape[0] * batch)
+    return -(at_least_float32(teacher).sum(0) * log_p.sum(0)).sum() / (views * teacher.shape[0] * batch)
 
 
 def cross_view_entropy(student: Sequence[Tensor], teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -52,5 +52,5 @@ def masked_cross_entropy(student: Tensor, teacher: Tensor, weight: Tensor, crops
 
         1 / crops · Σ_m weight[m] · (− Σ_k teacher[m, k] · log softmax(student[m] / temperature)[k])
     """
-    log_p = F.log_softmax(wide(student) / temperature, dim=-1)
-    return -((wide(teacher) * log_p).sum(-1) * weight).sum() / crops
+    log_p = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
+    return -((at_least_float32(teacher) * log_p).sum(-1) * weight).sum() / crops

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pretrain.objectives.losses.precision import wide
+from pretrain.objectives.losses.precision import at_least_float32
 
 
 def koleo(x: Tensor, group: int, eps: float = 1e-8) -> Tensor:
@@ -14,7 +14,7 @@ def koleo(x: Tensor, group: int, eps: float = 1e-8) -> Tensor:
     them on one GPU. float32 throughout, and the distance as ``sqrt(|d|² + tiny)``: duplicate tiles, routine in
     pathology, give a finite value and a zero gradient where a plain norm gives NaN.
     """
-    x = F.normalize(wide(x), dim=-1, eps=eps).unflatten(0, (-1, group))  # (groups, group, D)
+    x = F.normalize(at_least_float32(x), dim=-1, eps=eps).unflatten(0, (-1, group))  # (groups, group, D)
     with torch.no_grad():
         similarity = x @ x.transpose(1, 2)
         similarity.diagonal(dim1=1, dim2=2).fill_(-2.0)
@@ -33,7 +33,7 @@ def kde(x: Tensor, group: int, concentration: float = 5.0) -> Tensor:
     (Wang & Isola 2020's uniformity with a vMF kernel; Virchow2 uses it in place of KoLeo with κ = 5). Minimising it
     spreads features; it is smooth, so identical tiles are no special case.
     """
-    x = F.normalize(wide(x), dim=-1, eps=1e-8).unflatten(0, (-1, group))
+    x = F.normalize(at_least_float32(x), dim=-1, eps=1e-8).unflatten(0, (-1, group))
     similarity = concentration * (x @ x.transpose(1, 2))
     own = torch.eye(group, dtype=torch.bool, device=x.device)
     density = torch.logsumexp(similarity.masked_fill(own, -torch.inf), dim=2)
@@ -46,7 +46,7 @@ def kde_as_published(x: Tensor, group: int, concentration: float = 5.0) -> Tenso
     Its sign is the opposite of `kde`'s, so minimising it pulls features together; it is here to reproduce that run
     only.
     """
-    x = F.normalize(wide(x), dim=-1, eps=1e-8).unflatten(0, (-1, group))
+    x = F.normalize(at_least_float32(x), dim=-1, eps=1e-8).unflatten(0, (-1, group))
     return -torch.logsumexp(concentration * (x @ x.transpose(1, 2)), dim=2).mean()
 
 
