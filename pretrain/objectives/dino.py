@@ -6,18 +6,18 @@ itself, here each network's; gradients are otherwise those of its loss.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import torch
 from torch import Tensor
 
-from models.allowed import PROTOTYPES, SHARE, one_of, within
+from models.allowed import PROTOTYPES, within
 from models.heads import PrototypeHead
 from models.operations import Operations, total_operations
 from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy
-from pretrain.objectives.self_distillation import Network, SelfDistillation, by_view
+from pretrain.objectives.self_distillation import Network, SelfDistillation, Teaching, by_view
 from pretrain.objectives.tile_batch import TileBatch
 
 
@@ -37,13 +37,7 @@ class DINO(SelfDistillation):
         hidden: Annotated[int, within(least=1)],
         head_layers: Annotated[int, within(least=1)],
         frozen_prototype_norms: bool,
-        centring: Annotated[str, one_of("centre", "sinkhorn")],
-        student_temperature: Annotated[float, within(above=0)],
-        teacher_temperature: Annotated[float, within(above=0)],
-        teacher_temperature_start: Annotated[float, within(above=0)],
-        teacher_temperature_warmup: Annotated[int, within(least=0)],
-        teacher_momentum: Annotated[float, SHARE],
-        teacher_momentum_final: Annotated[float, SHARE],
+        **teaching: Unpack[Teaching],
     ) -> None:
         def network() -> Network:
             encoder = make_encoder()
@@ -58,13 +52,7 @@ class DINO(SelfDistillation):
             network,
             {"dino": prototypes},
             group_size=group_size,
-            centring=centring,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            teacher_temperature_start=teacher_temperature_start,
-            teacher_temperature_warmup=teacher_temperature_warmup,
-            teacher_momentum=teacher_momentum,
-            teacher_momentum_final=teacher_momentum_final,
+            **teaching,
         )
 
     def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:

@@ -9,19 +9,19 @@ cls, patches    cls, masked patches  ──heads──▶ prototype scores
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated
+from typing import Annotated, Unpack
 
 import torch
 from torch import Tensor
 
-from models.allowed import PROTOTYPES, SHARE, one_of, within
+from models.allowed import PROTOTYPES, one_of, within
 from models.heads import PrototypeHead
 from models.operations import Operations, total_operations
 from models.vit import Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
 from pretrain.objectives.losses.spread import SPREADS
-from pretrain.objectives.self_distillation import Network, SelfDistillation, by_view
+from pretrain.objectives.self_distillation import Network, SelfDistillation, Teaching, by_view
 from pretrain.objectives.tile_batch import TileBatch
 
 
@@ -47,13 +47,7 @@ class DINOv2(SelfDistillation):
         ibot_weight: Annotated[float, within(least=0)],
         spread: Annotated[str, one_of(*SPREADS)],
         spread_weight: Annotated[float, within(least=0)],
-        centring: Annotated[str, one_of("centre", "sinkhorn")],
-        student_temperature: Annotated[float, within(above=0)],
-        teacher_temperature: Annotated[float, within(above=0)],
-        teacher_temperature_start: Annotated[float, within(above=0)],
-        teacher_temperature_warmup: Annotated[int, within(least=0)],
-        teacher_momentum: Annotated[float, SHARE],
-        teacher_momentum_final: Annotated[float, SHARE],
+        **teaching: Unpack[Teaching],
     ) -> None:
         def network() -> Network:
             encoder = make_encoder()
@@ -77,13 +71,7 @@ class DINOv2(SelfDistillation):
             network,
             {"dino": prototypes, "ibot": ibot_prototypes if separate_ibot_head else prototypes},
             group_size=group_size,
-            centring=centring,
-            student_temperature=student_temperature,
-            teacher_temperature=teacher_temperature,
-            teacher_temperature_start=teacher_temperature_start,
-            teacher_temperature_warmup=teacher_temperature_warmup,
-            teacher_momentum=teacher_momentum,
-            teacher_momentum_final=teacher_momentum_final,
+            **teaching,
         )
         self.dino_weight, self.ibot_weight = dino_weight, ibot_weight
         self.spread, self.spread_weight = SPREADS[spread], spread_weight

@@ -9,12 +9,13 @@ global crops    all crops
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import Annotated, ClassVar, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from data.fault import Fault
+from models.allowed import SHARE, one_of, within
 from models.heads import PrototypeHead
 from models.operations import Operations
 from models.vit import Tokens, VisionTransformer
@@ -42,6 +43,18 @@ class Network(nn.Module):
         return (self.dino_head if self.ibot_head is None else self.ibot_head)(patches)
 
 
+class Teaching(TypedDict):
+    """Settings of every such objective: how targets are centred and sharpened, and how the teacher follows."""
+
+    centring: Annotated[str, one_of("centre", "sinkhorn")]
+    student_temperature: Annotated[float, within(above=0)]
+    teacher_temperature: Annotated[float, within(above=0)]
+    teacher_temperature_start: Annotated[float, within(above=0)]
+    teacher_temperature_warmup: Annotated[int, within(least=0)]
+    teacher_momentum: Annotated[float, SHARE]
+    teacher_momentum_final: Annotated[float, SHARE]
+
+
 class SelfDistillation(Objective):
     """Student, teacher and targets. A subclass says what the teacher looks at, and writes the loss.
 
@@ -58,20 +71,13 @@ class SelfDistillation(Objective):
         prototypes: dict[str, int],
         *,
         group_size: int,
-        centring: str,
-        student_temperature: float,
-        teacher_temperature: float,
-        teacher_temperature_start: float,
-        teacher_temperature_warmup: int,
-        teacher_momentum: float,
-        teacher_momentum_final: float,
+        **teaching: Unpack[Teaching],
     ) -> None:
         super().__init__()
         self.student, self.teacher = make_network(), make_network()
         self.teacher.requires_grad_(False)
-        self.group_size, self.centring, self.student_temperature = group_size, centring, student_temperature
-        self.temperature = (teacher_temperature_start, teacher_temperature, teacher_temperature_warmup)
-        self.momentum = (teacher_momentum, teacher_momentum_final)
+        self.group_size, self.centring = group_size, teaching["centring"]
+        self.student_temperature, self.teaching = teaching["student_temperature"], teaching
         self.prototypes = prototypes
         for kind, count in prototypes.items():
             self.register_buffer(f"{kind}_centre", torch.zeros(1, count))
@@ -101,12 +107,14 @@ class SelfDistillation(Objective):
 
     def teacher_temperature(self, moment: Moment) -> float:
         """Linear from its start to its value over the warm-up, constant after it."""
-        start, value, warmup = self.temperature
+        value, start = self.teaching["teacher_temperature"], self.teaching["teacher_temperature_start"]
+        warmup = self.teaching["teacher_temperature_warmup"]
         return cosine(moment.step, peak=value, final=value, total=max(warmup, 1), warmup=warmup, start=start)
 
     def teacher_momentum(self, moment: Moment) -> float:
         """A half cosine over the whole run."""
-        return cosine(moment.step, peak=self.momentum[0], final=self.momentum[1], total=moment.steps)
+        first, last = self.teaching["teacher_momentum"], self.teaching["teacher_momentum_final"]
+        return cosine(moment.step, peak=first, final=last, total=moment.steps)
 
     def schedules(self, moment: Moment) -> dict[str, Tensor]:
         """Figures to log."""

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -83,10 +83,12 @@ def _without_current_folder() -> Iterator[None]:
 
 
 def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
-    """The keyword-only arguments of the class that ``target`` names, with their types."""
+    """The keyword-only arguments of the class that ``target`` names, with their types, and those of a TypedDict that it
+    unpacks (``**shared: Unpack[Shared]``)."""
     constructor = locate_class(target, base).__init__  # type: ignore[misc]
-    hints = hints_of(constructor)
-    names = [p.name for p in inspect.signature(constructor).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    hints, parameters = hints_of(constructor), inspect.signature(constructor).parameters
+    names = [p.name for p in parameters.values() if p.kind is p.KEYWORD_ONLY]
+    names += [name for name in hints if name not in parameters and name != "return"]
     if untyped := [name for name in names if name not in hints]:
         raise Fault(f"_target_: {target} doesn't say what type its {', '.join(untyped)} is of: {untyped[0]}: int, say.")
     return {name: hints[name] for name in names}
@@ -95,8 +97,9 @@ def settings_of(target: str, base: type = nn.Module) -> dict[str, Any]:
 def why_unknown(target: str, name: str) -> str | None:
     """Why ``name`` is no setting of the class that ``target`` names although its constructor takes it, or None where it
     doesn't."""
-    parameters = inspect.signature(locate_class(target, object).__init__).parameters  # type: ignore[misc]
-    by_name = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    constructor = locate_class(target, object).__init__  # type: ignore[misc]
+    hints, parameters = hints_of(constructor), inspect.signature(constructor).parameters
+    by_name = any(p.kind is p.VAR_KEYWORD and (p.annotation is p.empty or p.name in hints) for p in parameters.values())
     if name in parameters or by_name:
         return (
             f"the settings of {target} are the arguments behind a * in its constructor, and {name} isn't one: write it as "
@@ -112,10 +115,14 @@ def has_default(target: str, name: str) -> bool:
 
 
 def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
-    """The types of a dataclass's fields or a constructor's arguments. Raises Fault for one whose name isn't there when
-    the program runs."""
+    """The types of a dataclass's fields or a constructor's arguments, those of a TypedDict that it unpacks among them.
+    Raises Fault for one whose name isn't there when the program runs."""
     try:
-        return get_type_hints(kind, include_extras=include_extras)
+        found: dict[str, Any] = {}
+        for name, hint in get_type_hints(kind, include_extras=include_extras).items():
+            unpacked = get_origin(hint) is Unpack
+            found |= hints_of(get_args(hint)[0], include_extras) if unpacked else {name: hint}
+        return found
     except NameError as error:
         raise Fault(
             f"the types of {getattr(kind, '__qualname__', kind)} in {kind.__module__} can't be told ({error}): import what they name, and not under TYPE_CHECKING alone."

@@ -101,3 +101,11 @@ def test_a_run_of_the_users_own_names_any_class(theirs: Path, tmp_path: Path, mo
     monkeypatch.syspath_prepend(tmp_path / "code")
     tile = load("tile", ["run=a", "data.shards=b", "model._target_=theirs.Theirs"]).object()
     assert type(plugins.build(tile.model)).__name__ == "Theirs" and theirs.exists()
+
+
+def test_settings_that_classes_share_are_those_of_a_table_that_they_unpack() -> None:
+    settings = plugins.settings_of("pretrain.objectives.dino.DINO")
+    assert settings["group_size"] is int and settings["teacher_momentum"] is float and "teaching" not in settings
+    assert plugins.why_unknown("pretrain.objectives.dino.DINO", "teacher_speed") is None
+    with pytest.raises(Fault, match=r"objective\.teacher_momentum=1\.5 is not allowed"):
+        load("tile", ["run=a", "data.shards=b", "objective=dino", "objective.teacher_momentum=1.5"]).object()
