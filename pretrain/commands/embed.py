@@ -228,7 +228,7 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()
     encoder = load_slide_encoder(config.checkpoint, config.device or "", config.allow_plugins)
-    for sentence in encoder.said:
+    for sentence in encoder.notes:
         say(f"{encoder.name}: {sentence}")
     store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
     new = embed_store(store, encoder, out, part=part, parts=parts, tokens=config.tokens, precision=config.precision)

@@ -46,5 +46,5 @@ def run(config: Config) -> None:
         raise Fault(f"there is no folder {checkpoint}: give a run's folder or one of its checkpoint folders")
     require_writable(out / "config.json")
     exported = ENCODER_EXPORTS[config.format](checkpoint, out, config.license, config.allow_plugins)
-    say(exported.said if exported.new else f"{exported.said}; it was there already, nothing to do")
+    say(exported.checked if exported.new else f"{exported.checked}; it was there already, nothing to do")
     print(exported.use)

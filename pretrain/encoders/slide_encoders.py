@@ -31,7 +31,7 @@ class SlideEncoder:
     name: str
     hash: str
     tile_encoder_hash: str | None
-    said: list[str]  # what is worth saying about it
+    notes: list[str]  # what is worth saying about it
     device: torch.device
 
 
@@ -58,9 +58,9 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise Fault(f"{found.folder} doesn't fit the model in {found.run}/config.yaml ({error})") from error
-    said, cells = [], data.get("field_cells", 0)
+    notes, cells = [], data.get("field_cells", 0)
     if cells:
-        said.append(
+        notes.append(
             f"it was trained on fields of {cells} × {cells} tiles, and whole slides may be larger than any it saw"
         )
     trained_on = found.run / TILE_ENCODER
@@ -69,7 +69,7 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
         way_out = "put a copy back, or delete it, and nobody is held to the tile encoder any more"
         tile_hash = read_object(trained_on, {"encoder_hash"}, way_out)["encoder_hash"]
     name = f"{found.run.resolve().name} ({found.folder.name})"
-    return _frozen(network, name, tile_hash, said, place)
+    return _frozen(network, name, tile_hash, notes, place)
 
 
 def _released(path: Path, device: torch.device) -> SlideEncoder:
@@ -94,16 +94,16 @@ def _released(path: Path, device: torch.device) -> SlideEncoder:
     network = build({str(key): value for key, value in settings.items()} | sizes, input_width)
     assert isinstance(network, LongNet)
     try:
-        said = network.load_released(path)
+        notes = network.load_released(path)
     except ValueError as error:
         raise Fault(str(error)) from error
-    return _frozen(network, path.stem, None, [said], device)
+    return _frozen(network, path.stem, None, [notes], device)
 
 
 def _frozen(
-    network: nn.Module, name: str, tile_hash: str | None, said: list[str], device: torch.device
+    network: nn.Module, name: str, tile_hash: str | None, notes: list[str], device: torch.device
 ) -> SlideEncoder:
     if not isinstance(network, LongNet):
         raise Fault(f"{name} is a {type(network).__name__}, and only models.longnet.LongNet embeds slides.")
     freeze(network, device)
-    return SlideEncoder(network, name, fingerprint(network), tile_hash, said, device)
+    return SlideEncoder(network, name, fingerprint(network), tile_hash, notes, device)

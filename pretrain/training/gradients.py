@@ -9,7 +9,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from pretrain.objectives.contract import loss_of
 from pretrain.objectives.interface import Moment, Objective
-from pretrain.objectives.losses.precision import at_least_float32 as wide
+from pretrain.objectives.losses.precision import at_least_float32
 
 
 def gradients(
@@ -29,5 +29,5 @@ def gradients(
         loss, figures = loss_of(objective, part, replace(moment, first=first))
         backward(loss / len(parts))
         for name, value in {"loss": loss, **figures}.items():
-            means[name] = means.get(name, 0.0) + wide(value.detach()) / len(parts)
+            means[name] = means.get(name, 0.0) + at_least_float32(value.detach()) / len(parts)
     return means

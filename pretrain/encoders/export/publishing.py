@@ -14,11 +14,11 @@ from data.redaction import redacted
 
 @dataclass(frozen=True)
 class Exported:
-    """``new``: whether it was written now, or was there already; ``said``: what was checked; ``use``: code that loads it;
+    """``new``: whether it was written now, or was there already; ``checked``: what was; ``use``: code that loads it;
     ``difference``: of the features of what was loaded back, see `largest_difference`."""
 
     new: bool
-    said: str
+    checked: str
     use: str
     difference: float = 0.0
 

@@ -37,8 +37,8 @@ encoder = timm.create_model("local-dir:{this folder}", pretrained=True).eval()
 features = encoder(images)"""
     card = tile_card(found, network, preprocessing, license, "timm", use)
     new, difference = export_tiles(out, found, network, preprocessing, files, weights, card, timm_features)
-    said = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
-    return Exported(new, said, f'timm.create_model("local-dir:{out}", pretrained=True)', difference)
+    checked = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
+    return Exported(new, checked, f'timm.create_model("local-dir:{out}", pretrained=True)', difference)
 
 
 def timm_config(

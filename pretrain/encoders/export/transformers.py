@@ -39,8 +39,8 @@ encoder = {model}.from_pretrained("{{this folder}}").eval()
 features = encoder(images).pooler_output"""
     card = tile_card(found, network, preprocessing, license, "transformers", use)
     new, difference = export_tiles(out, found, network, preprocessing, files, weights, card, transformers_features)
-    said = f"{out}: loads whole in transformers, features within {difference:.1g} of the teacher's"
-    return Exported(new, said, f'transformers.AutoModel.from_pretrained("{out}")', difference)
+    checked = f"{out}: loads whole in transformers, features within {difference:.1g} of the teacher's"
+    return Exported(new, checked, f'transformers.AutoModel.from_pretrained("{out}")', difference)
 
 
 def processor_config(preprocessing: Preprocessing) -> dict[str, Any]:
@@ -73,9 +73,9 @@ def transformers_features(folder: Path, images: Tensor) -> tuple[Tensor, Tensor,
         raise Fault(
             f"transformers loads the exported folder only in part, so nothing was published: please report this ({report})"
         )
-    said = loaded.eval()(pixel_values=images)
+    found = loaded.eval()(pixel_values=images)
     prefix = 1 + config.get("num_register_tokens", 0)
-    return said.last_hidden_state[:, 0], said.pooler_output, said.last_hidden_state[:, prefix:]
+    return found.last_hidden_state[:, 0], found.pooler_output, found.last_hidden_state[:, prefix:]
 
 
 def import_transformers() -> Any:

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from openslide import OpenSlide
 from PIL import Image
-from tests.pretrain.encoders.test_probing import write_class_folders
 
 from data.fault import Fault
 from data.keyed import rng
 from pretrain.commands.probe import Config, run
 from pretrain.probing import slide_groups, splits
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image
+from tests.pretrain.probing.test_probing import write_class_folders
 
 
 def tile(slide: int, klass: int, number: int) -> np.ndarray:
