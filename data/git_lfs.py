@@ -12,5 +12,6 @@ def refuse_pointer(path: Path) -> None:
     with path.open("rb") as file:
         if file.read(len(HEAD)) == HEAD:
             raise Fault(
-                f"{path} is a Git LFS pointer and not the file itself: run 'git lfs pull' in its repository, or download the file."
+                f"{path} is a Git LFS pointer and not the file itself: run 'git lfs pull' in its repository, or"
+                " download the file."
             )

@@ -137,8 +137,8 @@ def take(path: Path, enough: Callable[[], bool] = lambda: False, heed: Heed = no
             refusals += 1  # a network file system may refuse once
             if refusals > 20:
                 raise Fault(
-                    f"{path}, which says who writes to {path.parent}, can't be read ({error.strerror}): give another folder, or have that file removed "
-                    "by whom it belongs to, if nobody writes there."
+                    f"{path}, which says who writes to {path.parent}, can't be read ({error.strerror}): give another"
+                    " folder, or have that file removed by whom it belongs to, if nobody writes there."
                 ) from error
             time.sleep(0.05)
             continue

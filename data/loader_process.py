@@ -109,8 +109,9 @@ def fault_of(error: Exception) -> Fault:
         return error
     if isinstance(error, OSError) and error.errno in FEW_FILES:
         return Fault(
-            f"the loader may open no more files ({error}; the limit is {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}); "
-            "raise it, 'ulimit -n 65536', or write fewer, larger shards."
+            f"the loader may open no more files ({error}; the limit is"
+            f" {resource.getrlimit(resource.RLIMIT_NOFILE)[0]}); raise it, 'ulimit -n 65536', or write fewer, larger"
+            " shards."
         )
     if isinstance(error, MemoryError):
         return Fault("the loader has no memory left; give the job more, or lower data.batch_size or data.window.")
@@ -118,7 +119,8 @@ def fault_of(error: Exception) -> Fault:
     if isinstance(error, OSError):
         return Fault(f"the loader can't read on ({message}); mend that, and the same command continues.")
     return Fault(
-        f"the loader failed with {message}; its traceback is above, and the same command continues once that is mended.",
+        f"the loader failed with {message}; its traceback is above, and the same command continues once that is"
+        " mended.",
         trace="".join(traceback.format_exception(error)),
     )
 
@@ -132,7 +134,9 @@ def ended_by(error: BaseException) -> Fault | None:
 def _killed(process: object, how: str | None) -> Fault:
     ways_out = {
         "Killed": "out of memory, most likely: give the job more, or lower data.batch_size or data.window",
-        "Bus error": f"{SHARED_MEMORY} is full: give the container more (docker run --shm-size=8g), or lower data.batch_size",
+        "Bus error": (
+            f"{SHARED_MEMORY} is full: give the container more (docker run --shm-size=8g), or lower data.batch_size"
+        ),
     }
     way_out = ways_out.get(how or "", "see the system's log for why")
     return Fault(
@@ -150,7 +154,8 @@ def shared_memory_room() -> int | None:
 
 
 def open_more_files() -> None:
-    """Let this process open as many files as it may ask for: the ordinary limit is far below the one that is allowed."""
+    """Let this process open as many files as it may ask for: the ordinary limit is far below the one that is
+    allowed."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = 65_536 if hard == resource.RLIM_INFINITY else min(hard, 65_536)
     if soft != resource.RLIM_INFINITY and soft < wanted:

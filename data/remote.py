@@ -28,7 +28,15 @@ from data.fault import Fault
 READ_ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
 STALLED_AFTER = 30.0  # seconds without a byte after which a read counts as stalled
-FILE_SYSTEM_PACKAGES = {"s3": "s3fs", "s3a": "s3fs", "gs": "gcsfs", "gcs": "gcsfs", "az": "adlfs", "abfs": "adlfs", "hf": "huggingface_hub"}  # fmt: skip
+FILE_SYSTEM_PACKAGES = {
+    "s3": "s3fs",
+    "s3a": "s3fs",
+    "gs": "gcsfs",
+    "gcs": "gcsfs",
+    "az": "adlfs",
+    "abfs": "adlfs",
+    "hf": "huggingface_hub",
+}
 HOPELESS = (FileNotFoundError, Fault)
 READ_AHEAD = 4 << 20  # bytes, where a file is read from front to back
 FETCHED_AT_ONCE = 8  # blocks, beside those that somebody waits for
@@ -63,11 +71,17 @@ def read_range(url: str, start: int, stop: int) -> bytes:
         return b""
 
     def attempt(system: Any, path: str) -> bytes:
-        data = _waited_for(system, system._cat_file if isinstance(system, AsyncFileSystem) else system.cat_file, path, start=start, end=stop)  # fmt: skip
+        data = _waited_for(
+            system,
+            system._cat_file if isinstance(system, AsyncFileSystem) else system.cat_file,
+            path,
+            start=start,
+            end=stop,
+        )
         if len(data) > stop - start:
             raise Fault(
                 f"the server of {url} ignores byte ranges, and a whole file for every few tiles would never end: "
-                f"serve the files with one that knows Range requests, or copy them to a disk."
+                "serve the files with one that knows Range requests, or copy them to a disk."
             )
         if len(data) < stop - start:
             raise Truncated(
@@ -96,7 +110,9 @@ def list_names(url: str, ending: str) -> list[str]:
     Fault where there is no such folder, or page."""
 
     def attempt(system: Any, path: str) -> list[str]:
-        found = _waited_for(system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, url_within(path, ""), detail=False)  # fmt: skip
+        found = _waited_for(
+            system, system._ls if isinstance(system, AsyncFileSystem) else system.ls, url_within(path, ""), detail=False
+        )
         # A link that is relative comes behind the whole address of the page, the query included.
         names = {_last(name.removeprefix(f"{url_within(path, '').rstrip('/')}/")) for name in found}
         return sorted(name for name in names if name.endswith(ending))
@@ -213,13 +229,17 @@ def _persistent(url: str, attempt: Callable[[Any, str], Result]) -> Result:
             if status == 416:
                 raise Truncated(f"{url} ends before the bytes that its index says it has") from error
             if status is not None and 400 <= status < 500 and status not in (408, 425, 429):
-                raise Fault(f"{url} is refused (HTTP {status} {getattr(error, 'message', '')}): check the address and who may read it.") from error  # fmt: skip
+                raise Fault(
+                    f"{url} is refused (HTTP {status} {getattr(error, 'message', '')}): check the address and who may"
+                    " read it."
+                ) from error
             if number == READ_ATTEMPTS:
                 if isinstance(error, Truncated):
                     raise
                 raise Fault(
-                    f"{url} can't be read ({str(error) or type(error).__name__}), tried {READ_ATTEMPTS} times over "
-                    f"{time.monotonic() - began:.0f} s: check the server and the network, then run the same command again."
+                    f"{url} can't be read ({str(error) or type(error).__name__}), tried {READ_ATTEMPTS} times over"
+                    f" {time.monotonic() - began:.0f} s: check the server and the network, then run the same command"
+                    " again."
                 ) from error
             time.sleep(PAUSE * 2 ** (number - 1))
     raise AssertionError("the last attempt returns or raises")
@@ -245,7 +265,8 @@ def _file_system(url: str) -> tuple[Any, str]:
 
 
 def _waited_for(system: Any, function: Any, *arguments: Any, **named: Any) -> Any:
-    """Call a file system's function; where it is asynchronous, wait for it a multiple of `STALLED_AFTER` and no longer."""
+    """Call a file system's function; where it is asynchronous, wait for it a multiple of `STALLED_AFTER` and no
+    longer."""
     if not isinstance(system, AsyncFileSystem):
         return function(*arguments, **named)
     return sync(system.loop, function, *arguments, timeout=10 * STALLED_AFTER, **named)

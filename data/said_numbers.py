@@ -1,4 +1,5 @@
-"""Numbers as other programs write them beside their arrays: ``20``, ``[20]``, ``b"20x"``, ``[4.0, 4.001]`` of two axes."""
+"""Numbers as other programs write them beside their arrays: ``20``, ``[20]``, ``b"20x"``, ``[4.0, 4.001]`` of two
+axes."""
 
 import re
 from pathlib import Path

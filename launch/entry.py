@@ -18,7 +18,8 @@ from pretrain.settings import plugins
 
 
 def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """The traceback of a defect of ours, as Python prints it, without what is private in a URL; for ``sys.excepthook``."""
+    """The traceback of a defect of ours, as Python prints it, without what is private in a URL; for
+    ``sys.excepthook``."""
     print(redacted("".join(traceback.format_exception(kind, error, trace))), end="", file=sys.stderr)
 
 

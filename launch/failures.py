@@ -63,7 +63,8 @@ def record(error: BaseException) -> Path | None:
 
 
 def first(folder: Path, since: float = 0.0) -> Path | None:
-    """The file of the first error in a folder of logs, of the last attempt since then, or None where nobody left one."""
+    """The file of the first error in a folder of logs, of the last attempt since then, or None where nobody left
+    one."""
     found = []
     for path in folder.glob("*-rank-*.txt"):
         kind, number, seconds = path.name.split("-")[:3]

@@ -66,8 +66,8 @@ def refuse_without_srun() -> None:
         and "LOCAL_RANK" not in os.environ
     ):
         raise Fault(
-            f"this is a SLURM allocation of {tasks} tasks, and srun didn't start this process: put srun before the command, "
-            "let launch=slurm write the job, or 'unset SLURM_NTASKS' to train with this one."
+            f"this is a SLURM allocation of {tasks} tasks, and srun didn't start this process: put srun before the"
+            " command, let launch=slurm write the job, or 'unset SLURM_NTASKS' to train with this one."
         )
 
 
@@ -91,9 +91,15 @@ def run_together(composed: Composed, logs: Path) -> None:
     theirs, ours = os.pipe()  # nothing is written: that its end closes tells the ranks that this process is gone
     cores = len(os.sched_getaffinity(0))
     environment = {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": str(max(1, cores // count)), **os.environ,
-        "WORLD_SIZE": str(count * composed.tree.trainer.nodes), "NODE_RANK": str(node), failures.LOGS: str(logs), ranks.PARENT: str(theirs),
-    }  # fmt: skip
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_port()),
+        "OMP_NUM_THREADS": str(max(1, cores // count)),
+        **os.environ,
+        "WORLD_SIZE": str(count * composed.tree.trainer.nodes),
+        "NODE_RANK": str(node),
+        failures.LOGS: str(logs),
+        ranks.PARENT: str(theirs),
+    }
     command = [sys.executable, *python_arguments(composed, composed.words)]
     processes: list[subprocess.Popen] = []
     told: list[int] = []

@@ -33,8 +33,9 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
     if not trains(composed):
         if nodes != 1 or each not in (None, 1):
             raise Fault(
-                f"'pretrain {composed.command}' is one process: launch.nodes and launch.processes_per_node are for 'tile' and 'slide'"
-                f"{'; more machines take part with launch.array=' if 'part' in composed.tree else ''}."
+                f"'pretrain {composed.command}' is one process: launch.nodes and launch.processes_per_node are for"
+                " 'tile' and"
+                f" 'slide'{'; more machines take part with launch.array=' if 'part' in composed.tree else ''}."
             )
         return Processes(1, 1, gpus or 0), composed.words
     trainer = composed.tree.trainer
@@ -45,7 +46,8 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
     if gpus is None:
         if not on_cpu and each is None and "devices" not in asked:
             raise Fault(
-                "launch.gpus_per_node must be given: a process trains on each; 0 is for CPUs, with launch.processes_per_node=."
+                "launch.gpus_per_node must be given: a process trains on each; 0 is for CPUs, with"
+                " launch.processes_per_node=."
             )
         gpus = 0 if on_cpu or each is not None else asked["devices"]
     if gpus and each not in (None, gpus):
@@ -58,7 +60,8 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
     for key, value in asked.items():
         if value not in (meant[key], "auto"):
             raise Fault(
-                f"trainer.{key}={value} contradicts launch.*, by which it is {meant[key]}: leave it out, launch sets it."
+                f"trainer.{key}={value} contradicts launch.*, by which it is {meant[key]}: leave it out, launch"
+                " sets it."
             )
     return found, [
         *composed.words,

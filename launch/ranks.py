@@ -17,7 +17,8 @@ ranks."""
 
 
 class Copied:
-    """A stream whose lines also go to a file; a terminal's progress bar, which writes one line over and over, doesn't."""
+    """A stream whose lines also go to a file; a terminal's progress bar, which writes one line over and over,
+    doesn't."""
 
     def __init__(self, stream: TextIO, file: TextIO) -> None:
         self.stream, self.file = stream, file

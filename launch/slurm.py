@@ -47,16 +47,31 @@ class Job:
 
 
 WRITTEN = {
-    **{name: f"give launch.{setting}=" for names, setting in (
-        ("J job-name", "name"), ("p partition", "partition"), ("A account", "account"), ("q qos", "qos"), ("t time", "time"), ("N nodes", "nodes"),
-        ("n ntasks ntasks-per-node", "processes_per_node"), ("G gpus gpus-per-node", "gpus_per_node"), ("c cpus-per-task", "cpus_per_task"),
-        ("mem", "mem"), ("a array", "array"), ("x exclude", "exclude"), ("d dependency", "after"), ("signal", "signal_seconds"),
-        ("requeue no-requeue", "requeue"),
-    ) for name in names.split()},
+    **{
+        name: f"give launch.{setting}="
+        for names, setting in (
+            ("J job-name", "name"),
+            ("p partition", "partition"),
+            ("A account", "account"),
+            ("q qos", "qos"),
+            ("t time", "time"),
+            ("N nodes", "nodes"),
+            ("n ntasks ntasks-per-node", "processes_per_node"),
+            ("G gpus gpus-per-node", "gpus_per_node"),
+            ("c cpus-per-task", "cpus_per_task"),
+            ("mem", "mem"),
+            ("a array", "array"),
+            ("x exclude", "exclude"),
+            ("d dependency", "after"),
+            ("signal", "signal_seconds"),
+            ("requeue no-requeue", "requeue"),
+        )
+        for name in names.split()
+    },
     **dict.fromkeys(["o", "output", "e", "error", "open-mode"], "the logs lie in the run's folder, or launch.folder="),
     **dict.fromkeys(["D", "chdir"], "submit from the folder where relative paths begin"),
     **dict.fromkeys(["wrap", "parsable", "W", "wait"], "leave it out"),
-}  # fmt: skip
+}
 """Options of sbatch that have a meaning for the script, by both of their names, with what sets them."""
 
 TIME = matching(
@@ -134,14 +149,16 @@ class Slurm(Launcher):
             and not any(word.startswith("--cpus-per-gpu") for word in self.sbatch)
         ):
             say(
-                "launch.cpus_per_task isn't given: on many clusters a process then has one core to feed its GPU; give it what a node has for each"
+                "launch.cpus_per_task isn't given: on many clusters a process then has one core to feed its GPU; give"
+                " it what a node has for each"
             )
         text, path = script(self, job), folder / f"{file_stem(composed.command)}.sbatch"
         if self.dry_run:
             print(text, end="")
             for _ in range(1, self.chain or 1):
                 print(
-                    f"\n# and then: sbatch --dependency={dependency(self.after, 'THE_ONE_BEFORE')} {shlex.quote(str(path))}"
+                    f"\n# and then: sbatch --dependency={dependency(self.after, 'THE_ONE_BEFORE')}"
+                    f" {shlex.quote(str(path))}"
                 )
         else:
             number = submit(path, text, job.logs)
@@ -177,7 +194,8 @@ class Slurm(Launcher):
                 raise Fault(f"launch.{name} holds a line break, which would end a line of the script: leave it out.")
         if self.chain and self.array:
             raise Fault(
-                "launch.chain= and launch.array= exclude each other: of an array every job goes back into the queue by itself."
+                "launch.chain= and launch.array= exclude each other: of an array every job goes back into the queue by"
+                " itself."
             )
         for option in self.sbatch:
             name = option.lstrip("-").partition("=")[0].split()[0]
@@ -186,12 +204,13 @@ class Slurm(Launcher):
         limit = seconds(self.time) if self.time else 0
         if self.time and not limit and re.match(r"\d", self.time):
             raise Fault(
-                f"launch.time={self.time} is no time: give it some, or launch.time=UNLIMITED where the cluster has that."
+                f"launch.time={self.time} is no time: give it some, or launch.time=UNLIMITED where the cluster has"
+                " that."
             )
         if 0 < limit <= self.signal_seconds and (self.requeue or self.chain):
             raise Fault(
-                f"launch.signal_seconds={self.signal_seconds} is not less than launch.time={self.time}, so a job would be told to stop as "
-                "soon as it starts: give it more time, or launch.signal_seconds= less."
+                f"launch.signal_seconds={self.signal_seconds} is not less than launch.time={self.time}, so a job would"
+                " be told to stop as soon as it starts: give it more time, or launch.signal_seconds= less."
             )
 
 
@@ -221,8 +240,9 @@ def _refuse_secrets(words: list[str]) -> None:
     for word in words:
         if is_private(word):
             raise Fault(
-                f"launch=slurm writes the command into a script, and {word.partition('=')[0]}= holds a password or a token: put a variable of "
-                "the environment in its place, '${oc.env:NAME}', or leave it to fsspec's configuration (FSSPEC_HTTPS, ~/.config/fsspec)."
+                f"launch=slurm writes the command into a script, and {word.partition('=')[0]}= holds a password or a"
+                " token: put a variable of the environment in its place, '${oc.env:NAME}', or leave it to fsspec's"
+                " configuration (FSSPEC_HTTPS, ~/.config/fsspec)."
             )
 
 

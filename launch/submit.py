@@ -14,7 +14,8 @@ def submit(path: Path, text: str, logs: Path, dependency: str | None = None) -> 
     the job's number. Raises Fault where SLURM isn't here or refuses it."""
     if shutil.which("sbatch") is None:
         raise Fault(
-            "sbatch is not here: launch=slurm is for a cluster's login node; launch.dry_run=true prints the script, launch=local runs here."
+            "sbatch is not here: launch=slurm is for a cluster's login node; launch.dry_run=true prints the script,"
+            " launch=local runs here."
         )
     write_whole(path, text, private=True)  # set-up lines may say what is nobody else's business
     make_folder(logs)  # SLURM doesn't, and a job whose log can't be opened ends without a word
@@ -43,7 +44,8 @@ def announce_chain(numbers: list[str]) -> None:
     """Print the numbers of the further jobs of a chain, and say what they are, if there are any."""
     if len(numbers) > 1:
         say(
-            f"  chain    {' → '.join(numbers)}: each starts when the one before it has ended, and ends at once where the run is done"
+            f"  chain    {' → '.join(numbers)}: each starts when the one before it has ended, and ends at once where"
+            " the run is done"
         )
         say(f"  cancel   scancel {' '.join(numbers)}")
         print("\n".join(numbers[1:]), flush=True)

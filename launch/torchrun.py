@@ -21,7 +21,8 @@ from pretrain.run.preemption import TRY_AGAIN
 from pretrain.settings.composition import Composed, of_the_command_line
 from pretrain.settings.ranges import matching, within
 
-GRACE_TO_SAVE = 600  # seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner
+# Seconds that ranks which were asked to end have for their batch and a checkpoint; who is in a hurry kills them sooner.
+GRACE_TO_SAVE = 600
 
 
 @dataclass(kw_only=True)
@@ -58,7 +59,8 @@ class Torchrun(Launcher):
 
     @of_the_command_line()
     def command(self, composed: Composed) -> list[str]:
-        """What is started, the same on every node. Raises Fault where the settings don't fit the command or each other."""
+        """What is started, the same on every node. Raises Fault where the settings don't fit the command or each
+        other."""
         if not trains(composed):
             raise Fault(f"'pretrain {composed.command}' is one process: launch=torchrun is for 'tile' and 'slide'.")
         if self.nodes > 1 and self.endpoint is None:
@@ -71,9 +73,16 @@ class Torchrun(Launcher):
             else ["--rdzv-backend=c10d", f"--rdzv-endpoint={self.endpoint}", f"--rdzv-id={folder_of(composed).name}"]
         )
         return [
-            sys.executable, "-m", "launch.torchrun_agent", f"--nnodes={self.nodes}", f"--nproc-per-node={processes.each}",
-            f"--max-restarts={self.max_restarts}", f"--shutdown-timeout={GRACE_TO_SAVE}", *meeting, *python_arguments(composed, words)[1:],
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "launch.torchrun_agent",
+            f"--nnodes={self.nodes}",
+            f"--nproc-per-node={processes.each}",
+            f"--max-restarts={self.max_restarts}",
+            f"--shutdown-timeout={GRACE_TO_SAVE}",
+            *meeting,
+            *python_arguments(composed, words)[1:],
+        ]
 
 
 def run_and_tell(command: list[str], environment: dict[str, str]) -> tuple[int, list[int]]:

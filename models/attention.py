@@ -85,7 +85,8 @@ def backend(name: str) -> Backend:
 
 @lru_cache
 def _xformers_kernel() -> Kernel:
-    """xformers' memory-efficient attention. Its masks are made once for each list of lengths: they copy it to the GPU."""
+    """xformers' memory-efficient attention. Its masks are made once for each list of lengths: they copy it to the
+    GPU."""
     if not torch.cuda.is_available():
         raise ValueError(
             "attention=xformers needs a CUDA device and there is none here: use attention=sdpa, which computes the same"
@@ -95,7 +96,8 @@ def _xformers_kernel() -> Kernel:
         from xformers.ops.fmha.attn_bias import BlockDiagonalMask
     except ImportError as error:
         raise ValueError(
-            f"attention=xformers needs the package xformers ({error}): pip install 'slidewright[xformers]', or use attention=sdpa, which computes the same"
+            f"attention=xformers needs the package xformers ({error}): pip install 'slidewright[xformers]', or use"
+            " attention=sdpa, which computes the same"
         ) from error
 
     @lru_cache(maxsize=16)

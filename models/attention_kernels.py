@@ -50,9 +50,22 @@ def varlen_attend_backward(
     no_draws = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     unused = torch.empty(0, dtype=torch.uint64, device=q.device)
     return torch.ops.aten._flash_attention_backward(
-        grad, q, k, v, out, lse, starts, starts, longest, longest, 0.0, False, no_draws, unused,
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,
+        False,
+        no_draws,
+        unused,
         scale=q.shape[-1] ** -0.5,
-    )  # fmt: skip
+    )
 
 
 @lru_cache
@@ -75,10 +88,28 @@ def _flash_attn() -> StatisticsKernel:
     ) -> tuple[Tensor, ...]:
         dq, dk, dv = (torch.empty_like(x) for x in (q, k, v))
         _flash_attn_varlen_backward(
-            grad, q, k, v, out, lse, dq, dk, dv, starts, starts, longest, longest, dropout_p=0.0,
-            softmax_scale=q.shape[-1] ** -0.5, causal=False, window_size_left=-1, window_size_right=-1, softcap=0.0,
-            alibi_slopes=None, deterministic=False,
-        )  # fmt: skip
+            grad,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            dq,
+            dk,
+            dv,
+            starts,
+            starts,
+            longest,
+            longest,
+            dropout_p=0.0,
+            softmax_scale=q.shape[-1] ** -0.5,
+            causal=False,
+            window_size_left=-1,
+            window_size_right=-1,
+            softcap=0.0,
+            alibi_slopes=None,
+            deterministic=False,
+        )
         return dq, dk, dv
 
     return VariableLength(attend, attend_backward)
@@ -112,8 +143,8 @@ def _xformers() -> StatisticsKernel:
 def _check_low_precision(name: str, q: Tensor) -> None:
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
-            f"attention={name} computes in float16 or bfloat16, and this model is in {str(q.dtype).removeprefix('torch.')}: "
-            "use attention=sdpa, or set trainer.precision=bf16"
+            f"attention={name} computes in float16 or bfloat16, and this model is in"
+            f" {str(q.dtype).removeprefix('torch.')}: use attention=sdpa, or set trainer.precision=bf16"
         )
 
 

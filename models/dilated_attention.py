@@ -69,15 +69,16 @@ def check_schedule(segment_lengths: Sequence[int], dilated_ratios: Sequence[int]
     """
     if len(segment_lengths) != len(dilated_ratios) or not segment_lengths:
         raise ValueError(
-            f"segment_lengths {list(segment_lengths)} and dilated_ratios {list(dilated_ratios)} must pair up, one ratio per length"
+            f"segment_lengths {list(segment_lengths)} and dilated_ratios {list(dilated_ratios)} must pair up, one ratio"
+            " per length"
         )
     if min(*segment_lengths, *dilated_ratios) < 1:
         raise ValueError(f"segment lengths {list(segment_lengths)} and ratios {list(dilated_ratios)} must be positive")
     if any(w % r for w, r in zip(segment_lengths, dilated_ratios, strict=True)):
         nearest = [max(r, round(w / r) * r) for w, r in zip(segment_lengths, dilated_ratios, strict=True)]
         raise ValueError(
-            f"segment lengths {list(segment_lengths)} are not all multiples of their dilated ratios {list(dilated_ratios)}; "
-            f"the nearest valid lengths are {nearest}"
+            f"segment lengths {list(segment_lengths)} are not all multiples of their dilated ratios"
+            f" {list(dilated_ratios)}; the nearest valid lengths are {nearest}"
         )
 
 

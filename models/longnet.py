@@ -26,7 +26,8 @@ from models.operations import Operations, attention_products, linear_maps, total
 from models.positions import check_sines, position_embedding
 from models.sequence_parallel import Group, Share, check_sharing, gather, heads_at_hand, scatter, to_heads, to_tokens
 
-PIECE = 4096  # tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else
+# Tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else.
+PIECE = 4096
 
 
 class SlideFeatures(NamedTuple):
@@ -83,8 +84,16 @@ class LongNet(nn.Module):
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(input_width, width)})
         layers = LayerSettings(
-            width, heads, feed_forward_width, tuple(segment_lengths), tuple(dilated_ratios), attention, dropout, drop_path, compatible
-        )  # fmt: skip
+            width,
+            heads,
+            feed_forward_width,
+            tuple(segment_lengths),
+            tuple(dilated_ratios),
+            attention,
+            dropout,
+            drop_path,
+            compatible,
+        )
         self.encoder = Layers(layers, depth)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if not self.cls_token.is_meta:
@@ -165,8 +174,8 @@ class LongNet(nn.Module):
 
 @dataclass(frozen=True)
 class LayerSettings:
-    """What the layers of a stack have in common. ``drop_path`` is the last layer's rate; it grows linearly from 0 at the
-    first."""
+    """What the layers of a stack have in common. ``drop_path`` is the last layer's rate; it grows linearly from 0 at
+    the first."""
 
     width: int
     heads: int
@@ -180,7 +189,8 @@ class LayerSettings:
 
 
 class Layers(nn.Module):
-    """A stack of pre-norm layers and a final norm: the body of the encoder, and of the decoder in `models.slide_mae`."""
+    """A stack of pre-norm layers and a final norm: the body of the encoder, and of the decoder in
+    `models.slide_mae`."""
 
     def __init__(self, settings: LayerSettings, depth: int) -> None:
         super().__init__()
@@ -242,7 +252,8 @@ class Layer(nn.Module):
         self.final_layer_norm = nn.LayerNorm(settings.width)
 
     def forward(self, x: Tensor, share: Share, seeds: Sequence[int] | None) -> Tensor:
-        """(t, width) → (t, width), the share's tokens. Without gradients and dropout, a piece of the tokens at a time."""
+        """(t, width) → (t, width), the share's tokens. Without gradients and dropout, a piece of the tokens at a
+        time."""
         if torch.is_grad_enabled() or seeds is not None:
             q, k, v = self.self_attn.project(self.self_attn_layer_norm(x))
             attended = self.self_attn.finish(self.self_attn.attend(q, k, v, share))
@@ -351,7 +362,8 @@ def summarise(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor
 
 
 def dropout(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
-    """Dropout whose draws for a slide depend on (the slide's seed, the site) alone, not on what else is in the batch."""
+    """Dropout whose draws for a slide depend on (the slide's seed, the site) alone, not on what else is in the
+    batch."""
     if seeds is None or rate == 0:
         return x
     kept = torch.empty_like(x, requires_grad=False)

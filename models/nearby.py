@@ -23,7 +23,8 @@ SHORTEST, LONGEST = 0.5, 4.0  # reaches that are begun with, in cells
 
 
 class Nearby(nn.Module):
-    """``groups`` of channels, each with a reach of its own. Costs one full attention between masked and visible tiles."""
+    """``groups`` of channels, each with a reach of its own. Costs one full attention between masked and visible
+    tiles."""
 
     def __init__(self, groups: int) -> None:
         super().__init__()

@@ -68,7 +68,8 @@ def check_sharing(heads: int, group: Group) -> None:
     if heads % processes:
         fitting = [n for n in range(1, heads + 1) if heads % n == 0]
         raise ValueError(
-            f"{heads} heads can't be shared evenly by {processes} processes: share a slide among {', '.join(map(str, fitting))}"
+            f"{heads} heads can't be shared evenly by {processes} processes: share a slide among"
+            f" {', '.join(map(str, fitting))}"
         )
 
 

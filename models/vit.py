@@ -337,7 +337,8 @@ class VisionTransformer(nn.Module):
         return tokens.cls, tokens.patches
 
     def embed(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Images → ``(B, prefix + patches, width)``: patches (masked ones replaced), class token, positions, registers."""
+        """Images → ``(B, prefix + patches, width)``: patches (masked ones replaced), class token, positions,
+        registers."""
         height, width = images.shape[-2:]
         if height % self.patch_size or width % self.patch_size:
             raise ValueError(

@@ -26,9 +26,9 @@ def shadowed(root: Path = ROOT) -> str | None:
         found = Path(spec.origin).resolve() if spec and spec.origin else None
         if found is None or root / name != found.parent:
             return (
-                f"Python finds the package '{name}' at {found or 'no place'} instead of {root / name}: another installed "
-                f"distribution (or a folder on PYTHONPATH) shadows it. Install Slidewright in an environment of its own "
-                f"with 'pip install -e {root}', or remove the other one."
+                f"Python finds the package '{name}' at {found or 'no place'} instead of {root / name}: another"
+                " installed distribution (or a folder on PYTHONPATH) shadows it. Install Slidewright in an environment"
+                f" of its own with 'pip install -e {root}', or remove the other one."
             )
     return None
 

@@ -40,8 +40,17 @@ COMMANDS = {
 INSTEAD = {
     option: sentence
     for options, sentence in (
-        ("-m --multirun", "several runs are several commands, each with a run= of its own; a loop of the shell writes them"),
-        ("-n -cn --config-name", "the command says which configuration it is, recipe=NAME chooses its values, and --config-dir DIR adds your own"),
+        (
+            "-m --multirun",
+            "several runs are several commands, each with a run= of its own; a loop of the shell writes them",
+        ),
+        (
+            "-n -cn --config-name",
+            (
+                "the command says which configuration it is, recipe=NAME chooses its values, and --config-dir DIR adds"
+                " your own"
+            ),
+        ),
         ("-cp --config-path", "--config-dir DIR adds a folder of your own YAML"),
         ("-i --info", "--cfg job prints every value with the file that set it"),
         ("--resolve", "--cfg job prints the configuration resolved as it is"),
@@ -50,7 +59,7 @@ INSTEAD = {
         ("--hydra-help", "--help says what a command does, and all its settings"),
     )
     for option in options.split()
-}  # fmt: skip
+}
 """What is used here in place of Hydra's options."""
 
 
@@ -80,21 +89,24 @@ def parse(arguments: list[str]) -> Composed | None:
         elif word in ("--cfg", "-c"):
             if next(words, None) != "job":
                 raise Fault(
-                    "--cfg takes the word 'job': it prints the whole resolved configuration; Hydra's own settings have no effect here."
+                    "--cfg takes the word 'job': it prints the whole resolved configuration; Hydra's own settings have"
+                    " no effect here."
                 )
             wants_config = True
         elif word in ("--config-dir", "-cd"):
             folder = Path(given := next(words, ""))
             if not given or not folder.is_dir():
                 raise Fault(
-                    f"--config-dir {given or 'without a name'} is not a folder; it may hold recipe/, model/, … with your own YAML files."
+                    f"--config-dir {given or 'without a name'} is not a folder; it may hold recipe/, model/, … with"
+                    " your own YAML files."
                 )
             config_dirs.append(folder)
         elif word in INSTEAD:
             raise Fault(f"there is no option {word} here: {INSTEAD[word]}.")
         elif word.startswith("-"):
             raise Fault(
-                f"there is no option {word!r}; settings are written key=value, and the options are --help, --cfg job and --config-dir."
+                f"there is no option {word!r}; settings are written key=value, and the options are --help, --cfg job"
+                " and --config-dir."
             )
         else:
             overrides.append(word)
@@ -162,8 +174,8 @@ def explain(command: str) -> str:
             sections.append(_indent(_indent("\n".join(texts))))
     if "launch" not in body:
         sections.append(
-            f"launch= one of: {', '.join(choices_of('launch', [CONFIGS]))} (default local): where it runs; "
-            f"'pretrain {command} launch=slurm --cfg job' prints the settings of a job, and launch.dry_run=true its script"
+            f"launch= one of: {', '.join(choices_of('launch', [CONFIGS]))} (default local): where it runs; 'pretrain"
+            f" {command} launch=slurm --cfg job' prints the settings of a job, and launch.dry_run=true its script"
         )
     sections.append(f"'pretrain {command} --cfg job' prints them all resolved, with where each value comes from.")
     return "\n\n".join(sections)

@@ -103,9 +103,12 @@ class Run:
         with (self.folder.with_suffix(".log")).open("a") as log:
             process = subprocess.Popen(
                 [sys.executable, "-m", "pretrain", "tile", *words],
-                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-                stdout=log, stderr=log, start_new_session=True,
-            )  # fmt: skip
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
         return Job(process, self)
 
     def end(self) -> None:
@@ -172,7 +175,8 @@ class Job:
 
 
 def kill(run: Run, aimed: bool, draw: random.Random) -> bool:
-    """Start ``run`` and kill it after a few steps, ``aimed`` into a save; whether that left a half-written checkpoint."""
+    """Start ``run`` and kill it after a few steps, ``aimed`` into a save; whether that left a half-written
+    checkpoint."""
     stale = half_written(run.folder)
     job = run.start()
     more = steps(run.folder) + draw.randint(1, 4)

@@ -85,9 +85,19 @@ def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
             timeout=400,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for made in ("shards/index.npz", "inspect/index.html", "inspect_slide/index.html", "embeddings/store.json", "encoder/model.safetensors",
-                 "slide_encoder/slide_encoder.pth", "runs/tile/report.html", "runs/tile/probe.json", "embeddings_of_export/trident",
-                 "embeddings_of_slides/index.parquet", "slide_embeddings/slide_store.json"):  # fmt: skip
+    for made in (
+        "shards/index.npz",
+        "inspect/index.html",
+        "inspect_slide/index.html",
+        "embeddings/store.json",
+        "encoder/model.safetensors",
+        "slide_encoder/slide_encoder.pth",
+        "runs/tile/report.html",
+        "runs/tile/probe.json",
+        "embeddings_of_export/trident",
+        "embeddings_of_slides/index.parquet",
+        "slide_embeddings/slide_store.json",
+    ):
         assert (workplace / made).exists(), made
 
 

@@ -30,7 +30,14 @@ def test_a_wheel_brings_its_configs_and_trains(tmp_path: Path) -> None:
     environment = kept_variables | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
 
     def pretrain(*words: str) -> str:
-        done = subprocess.run([sys.executable, "-P", "-m", "pretrain", *words], cwd=empty, env=environment, capture_output=True, text=True, timeout=300)  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, "-P", "-m", "pretrain", *words],
+            cwd=empty,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
         assert done.returncode == 0, done.stderr
         return done.stdout + done.stderr
 

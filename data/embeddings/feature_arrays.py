@@ -61,7 +61,8 @@ class Held:
         there = self.path.stat().st_size
         if size > SMALL and size > MOST_COMPRESSED * there:
             raise Fault(
-                f"{self.path} says that {name} is {' × '.join(f'{n:,}' for n in shape)}, and has {there:,} bytes: it is damaged, or was never filled"
+                f"{self.path} says that {name} is {' × '.join(f'{n:,}' for n in shape)}, and has {there:,} bytes: it is"
+                " damaged, or was never filled"
             )
         self.shapes[name], self.read[name] = shape, read
 
@@ -72,7 +73,8 @@ class Held:
         if found or not of_encoders:
             if not found:
                 raise Fault(
-                    f"{self.path} has no data set 'features' or 'feats' of a row a tile (it holds {', '.join(self.shapes) or 'nothing'}): {NO_FEATURES}"
+                    f"{self.path} has no data set 'features' or 'feats' of a row a tile (it holds"
+                    f" {', '.join(self.shapes) or 'nothing'}): {NO_FEATURES}"
                 )
             return found[0]
         wanted = (
@@ -176,7 +178,8 @@ def _find_in_tensors(held: Held) -> None:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch each have their own
         raise Fault(
-            f"{path} can't be read as a tensor ({why_unreadable(error)}): save the features as a tensor, alone or in a dictionary, or make it again."
+            f"{path} can't be read as a tensor ({why_unreadable(error)}): save the features as a tensor, alone or in a"
+            " dictionary, or make it again."
         ) from error
     if isinstance(content, list | tuple) and content and all(isinstance(row, torch.Tensor) for row in content):
         shapes = {tuple(row.shape) for row in content}
@@ -197,7 +200,8 @@ def _find_in_tensors(held: Held) -> None:
             held.attributes[str(name)] = value
     if not held.shapes:
         raise Fault(
-            f"{path} holds {', '.join(map(str, list(content)[:5])) or 'nothing'}, and no tensor called features: {NO_FEATURES}"
+            f"{path} holds {', '.join(map(str, list(content)[:5])) or 'nothing'}, and no tensor called features:"
+            f" {NO_FEATURES}"
         )
 
 
@@ -224,7 +228,8 @@ def _rows(path: Path, features: np.ndarray) -> np.ndarray:
         features.dtype.kind in "iu" and features.size
     ):  # bfloat16's bits under another name, or quantised ones: numbers of their own would be taken
         raise Fault(
-            f"{path} has features of type {features.dtype}, whole numbers, which no encoder gives: save them as float32 or float16."
+            f"{path} has features of type {features.dtype}, whole numbers, which no encoder gives: save them as float32"
+            " or float16."
         )
     return features.reshape(int(np.prod(features.shape[:-1])), features.shape[-1])
 

@@ -26,12 +26,37 @@ from data.slides.plausible_places import misread, refuse_impossible
 
 UNITS = ("level0", "cells", "um")
 SAID_AS = {
-    "um": "um", "µm": "um", "μm": "um", "micron": "um", "microns": "um", "micrometer": "um", "level0": "level0", "px": "level0", "pixel": "level0",
-    "pixels": "level0", "cell": "cells", "cells": "cells", "grid": "cells", "tile": "cells", "tiles": "cells",
-}  # fmt: skip
+    "um": "um",
+    "µm": "um",
+    "μm": "um",
+    "micron": "um",
+    "microns": "um",
+    "micrometer": "um",
+    "level0": "level0",
+    "px": "level0",
+    "pixel": "level0",
+    "pixels": "level0",
+    "cell": "cells",
+    "cells": "cells",
+    "grid": "cells",
+    "tile": "cells",
+    "tiles": "cells",
+}
 # Of a file's features, in this order: where they lie and what they are.
-PATTERNS = ("h5_files/*.h5", "pt_files/*.pt", "tile_embeddings/*.npz", "tile_embeddings/*.pt", "*.h5", "*.hdf5", "*.npz", "*.pt", "*.pth", "*.npy", "features/*.pt",
-            "patches/*.h5")  # fmt: skip
+PATTERNS = (
+    "h5_files/*.h5",
+    "pt_files/*.pt",
+    "tile_embeddings/*.npz",
+    "tile_embeddings/*.pt",
+    "*.h5",
+    "*.hdf5",
+    "*.npz",
+    "*.pt",
+    "*.pth",
+    "*.npy",
+    "features/*.pt",
+    "patches/*.h5",
+)
 BESIDE = {Path(pattern).parent.name for pattern in PATTERNS} | {
     "coordinates",
     "tiles",
@@ -62,7 +87,8 @@ def list_features(folder: Path) -> dict[str, Path]:
             _name_others(folder, found)
             return dict(zip(safe_ids([path.stem for path in found]), found, strict=True))
     raise Fault(
-        f"{folder} holds no features: give a folder of TRIDENT's, AtlasPatch's or STAMP's .h5 files, of .pt or .npz files, or CLAM's with h5_files or pt_files in it."
+        f"{folder} holds no features: give a folder of TRIDENT's, AtlasPatch's or STAMP's .h5 files, of .pt or .npz"
+        " files, or CLAM's with h5_files or pt_files in it."
     )
 
 
@@ -147,7 +173,8 @@ def import_features(
     if unit == "um" or microns is not None:
         if mpp_level0 is None:
             raise Fault(
-                f"{path} counts in µm, and nothing says how many µm a level-0 pixel of the slide has: give slides=, which do, or slides_mpp=."
+                f"{path} counts in µm, and nothing says how many µm a level-0 pixel of the slide has: give slides=,"
+                " which do, or slides_mpp=."
             )
         if side is None and microns is not None:
             side = microns / mpp_level0
@@ -155,7 +182,8 @@ def import_features(
             scale = microns / pixels
     if side is None:
         raise Fault(
-            f"{path} does not say its tiles' size at level 0: put CLAM's folder 'patches' beside it, or give features_tile=."
+            f"{path} does not say its tiles' size at level 0: put CLAM's folder 'patches' beside it, or give"
+            " features_tile=."
         )
     scale = mpp if scale is None else scale
     if scale is None and mpp_level0 is not None and pixels:
@@ -191,9 +219,21 @@ def import_features(
 
 
 FEATURE_NUMBERS = (
-    "tile_size_level0", "tile_size", "mpp", "mpp_level0", "tile_size_um", "tile_size_px", "overlap", "target_magnification", "level0_magnification", "level0_width", "level0_height",
-    "patch_size_level0", "patch_size", "downsample",
-)  # fmt: skip
+    "tile_size_level0",
+    "tile_size",
+    "mpp",
+    "mpp_level0",
+    "tile_size_um",
+    "tile_size_px",
+    "overlap",
+    "target_magnification",
+    "level0_magnification",
+    "level0_width",
+    "level0_height",
+    "patch_size_level0",
+    "patch_size",
+    "downsample",
+)
 
 
 def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
@@ -206,7 +246,8 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
     if (unit := raw.attributes.get("unit", raw.attributes.get("coords_unit"))) is not None:
         if text(unit).lower() not in SAID_AS:
             raise Fault(
-                f"{path} counts its coordinates in {text(unit)!r}, which is none of {', '.join(UNITS)}: give it with another unit."
+                f"{path} counts its coordinates in {text(unit)!r}, which is none of {', '.join(UNITS)}: give it with"
+                " another unit."
             )
         said["unit"] = SAID_AS[text(unit).lower()]
     coords, patches = raw.coords, _patches_path(path)
@@ -220,7 +261,8 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
         coords = np.stack([places.x, places.y], axis=1)
     if coords is None:
         raise Fault(
-            f"{path} has no coordinates: put CLAM's folders 'patches' or 'h5_files', or slide2vec's 'coordinates', beside it."
+            f"{path} has no coordinates: put CLAM's folders 'patches' or 'h5_files', or slide2vec's 'coordinates',"
+            " beside it."
         )
     refuse_impossible(path, coords)
     if "tile_size_level0" in said:
@@ -256,7 +298,8 @@ def _refuse_sizes(
     """Raise Fault where a tile or its slide has a size, or a scale, that none has."""
     if max(pixels) >= FARTHEST:
         raise Fault(
-            f"{path} says that its slide has {pixels[0]:.3g} × {pixels[1]:.3g} pixels, and a tile {pixels[2]:.3g} a side, which no slide has."
+            f"{path} says that its slide has {pixels[0]:.3g} × {pixels[1]:.3g} pixels, and a tile {pixels[2]:.3g} a"
+            " side, which no slide has."
         )
     if not 1 <= side < FARTHEST:
         raise Fault(f"{path} says that a tile has {side:.3g} level-0 pixels a side, which no tile has.")
@@ -277,13 +320,15 @@ def _refuse_contradiction(path: Path, said: dict[str, Any]) -> None:
         side, pixels, scanned, wanted = (said[name] for name in names)
         if not 1 / ROUNDED < side / pixels / (scanned / wanted) < ROUNDED:
             raise Fault(
-                f"{path} contradicts itself: tiles of {pixels:g} pixels at {wanted:g}× are {pixels * scanned / wanted:g} level-0 pixels a side of a slide scanned at "
-                f"{scanned:g}×, and it says {side:g}: put its attributes right, or leave this slide out."
+                f"{path} contradicts itself: tiles of {pixels:g} pixels at {wanted:g}× are"
+                f" {pixels * scanned / wanted:g} level-0 pixels a side of a slide scanned at {scanned:g}×, and it says"
+                f" {side:g}: put its attributes right, or leave this slide out."
             )
 
 
 def _untruncated(side: float, coords: np.ndarray) -> float:
-    """TRIDENT steps by a rounded side and writes it truncated: one pixel more, where all corners are multiples of that."""
+    """TRIDENT steps by a rounded side and writes it truncated: one pixel more, where all corners are multiples of
+    that."""
     step = int(np.gcd.reduce(coords.astype(np.int64), axis=None)) if coords.size and side % 1 == 0 else 0
     return side + 1 if step % side and step % (side + 1) == 0 else side
 

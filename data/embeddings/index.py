@@ -80,7 +80,10 @@ def read_entries(folder: Path) -> dict[str, Entry]:
             found += read_index(folder / MERGED)
     for entry in found:
         if not DATA_FILE.fullmatch(entry.file):  # it is written to when the store is continued
-            raise Fault(f"the index of {folder} says that {entry.slide} lies in {entry.file!r}, which is no file of a store: it is damaged, or not to be trusted.")  # fmt: skip
+            raise Fault(
+                f"the index of {folder} says that {entry.slide} lies in {entry.file!r}, which is no file of a store: it"
+                " is damaged, or not to be trusted."
+            )
     return {entry.slide: entry for entry in found}
 
 
@@ -92,8 +95,8 @@ def read_index(path: Path) -> list[Entry]:
         raise
     except (pa.ArrowInvalid, OSError, TypeError) as error:
         raise Fault(
-            f"{path} is damaged ({str(error).splitlines()[0]}): the slides that it lists can't be found without it. Put back a copy, or "
-            "embed into a new folder."
+            f"{path} is damaged ({str(error).splitlines()[0]}): the slides that it lists can't be found without it. Put"
+            " back a copy, or embed into a new folder."
         ) from error
 
 
@@ -144,8 +147,8 @@ def merge_job_indexes(folder: Path) -> None:
         parts = max(arrays)
         left = unfinished(parts)
         raise Fault(
-            f"{len(left)} of the {parts} parts of {folder} have not come to their end, the first of them part={left[0]}/{parts}: "
-            "run that task again, then merge."
+            f"{len(left)} of the {parts} parts of {folder} have not come to their end, the first of them"
+            f" part={left[0]}/{parts}: run that task again, then merge."
         )
     entries = read_entries(folder)
     write_embedding_index(folder / MERGED, [entries[slide] for slide in sorted(entries)], None)

@@ -37,7 +37,8 @@ class Packing:
         self._passes = RecentlyMade(self._pass, 2)
 
     def sequence_at(self, position: int) -> int:
-        """The sequence at a position of the stream: ``position // n`` is its pass, each pass holds each sequence once."""
+        """The sequence at a position of the stream: ``position // n`` is its pass, each pass holds each sequence
+        once."""
         number, offset = divmod(position, len(self.sizes))
         return int(self._passes.get(number)[0][offset])
 
@@ -48,7 +49,8 @@ class Packing:
         """
         if self.lanes % world_size:
             raise Fault(
-                f"data.lanes={self.lanes} can't be shared evenly by {world_size} processes or micro-batches; make it a multiple."
+                f"data.lanes={self.lanes} can't be shared evenly by {world_size} processes or micro-batches; make it a"
+                " multiple."
             )
         owned = self.lanes // world_size
         first = self._after(self.start(step), rank * owned)

@@ -102,13 +102,15 @@ class SlideSequences:
             raise Fault(f"mask={mask} is not known; choose random or block.")
         if not (0 < mask_ratio < 1 and 0 < crop <= 1 and 0 <= flip <= 1 and 0 <= validation_fraction < 1):
             raise Fault(
-                f"mask_ratio={mask_ratio}, crop={crop}, flip={flip} and validation_fraction={validation_fraction} are shares between 0 and 1."
+                f"mask_ratio={mask_ratio}, crop={crop}, flip={flip} and validation_fraction={validation_fraction} are"
+                " shares between 0 and 1."
             )
         if mask == "block" and block_cells < 1:
             raise Fault(f"block_cells={block_cells} must be at least 1 for block masks.")
         if statistics.mean.shape != (store.width,):
             raise Fault(
-                f"the statistics are of {len(statistics.mean)} dimensions, the embeddings in {store.folder} of {store.width}."
+                f"the statistics are of {len(statistics.mean)} dimensions, the embeddings in {store.folder} of"
+                f" {store.width}."
             )
         self.store, self.statistics = store, statistics
         self.seed = seed
@@ -121,8 +123,8 @@ class SlideSequences:
             )
         if validation_fraction and not self.validation:
             raise Fault(
-                f"{store.folder} is too small to hold out validation_fraction={validation_fraction} of it; raise the fraction, "
-                "embed more slides, or set it to 0."
+                f"{store.folder} is too small to hold out validation_fraction={validation_fraction} of it; raise the"
+                " fraction, embed more slides, or set it to 0."
             )
         sizes = np.array([len(sequence.rows) for sequence in self.training])
         self.packing = Packing(sizes, batch_size=batch_size, batch_tokens=batch_tokens, lanes=lanes, seed=seed)

@@ -59,9 +59,14 @@ def read_slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
 
     width, height = told["dimensions"] if len(np.ravel(told.get("dimensions", 0))) == 2 else (None, None)
     said = {
-        "tile_size_level0": first("tile_size_lv0"), "tile_size": first(*PIXEL_FACTS), "nominal_mpp": first(*SPACING), "overlap": first("overlap"),
-        "mpp_level0": first("base_spacing_um"), "level0_width": said_number(path, "dimensions", width), "level0_height": said_number(path, "dimensions", height),
-    }  # fmt: skip
+        "tile_size_level0": first("tile_size_lv0"),
+        "tile_size": first(*PIXEL_FACTS),
+        "nominal_mpp": first(*SPACING),
+        "overlap": first("overlap"),
+        "mpp_level0": first("base_spacing_um"),
+        "level0_width": said_number(path, "dimensions", width),
+        "level0_height": said_number(path, "dimensions", height),
+    }
     return corners, {name: value for name, value in said.items() if value is not None}
 
 

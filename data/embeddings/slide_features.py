@@ -29,7 +29,8 @@ def slides_in(folder: Path) -> set[str]:
 
 
 def add_rows(folder: Path, part: int, rows: list[dict[str, object]]) -> None:
-    """Publish some slides' rows, each with ``slide``, ``tiles`` and the arrays of `SLIDE_VECTORS`, in a file of their own."""
+    """Publish some slides' rows, each with ``slide``, ``tiles`` and the arrays of `SLIDE_VECTORS`, in a file of their
+    own."""
     number = len(list(folder.glob(f"slides-{part}-*.parquet")))
     path = folder / f"slides-{part}-{number:06d}.parquet"
     columns: dict[str, pa.Array] = {
@@ -44,7 +45,8 @@ def add_rows(folder: Path, part: int, rows: list[dict[str, object]]) -> None:
 
 
 def read_slide_features(folder: Path) -> tuple[list[str], dict[str, np.ndarray]]:
-    """Slides, sorted, and an array (slides, dimensions) float32 for each of `SLIDE_VECTORS`. Fault where there are none."""
+    """Slides, sorted, and an array (slides, dimensions) float32 for each of `SLIDE_VECTORS`. Fault where there are
+    none."""
     files = _files(Path(folder))
     if not files:
         raise Fault(f"{folder} holds no slide embeddings: make them with 'pretrain embed stage=slide'.")

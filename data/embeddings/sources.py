@@ -76,8 +76,8 @@ class ShardSource:
         places = np.stack([index.x[rows], index.y[rows]], axis=1).astype(np.int64)
         if not facts["tile_size_level0"] or (places == UNKNOWN_PLACE).any():
             raise Fault(
-                f"{index.folder} doesn't say where the tiles of {slide} lie (x, y and tile_size_level0 in each tile's .json), "
-                "and a slide's sequence needs their places: make the shards with 'pretrain shard'"
+                f"{index.folder} doesn't say where the tiles of {slide} lie (x, y and tile_size_level0 in each tile's"
+                " .json), and a slide's sequence needs their places: make the shards with 'pretrain shard'"
             )
         return TilesToEmbed(
             slide,
@@ -103,7 +103,8 @@ class ShardSource:
 
 
 class SlideSource:
-    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` overrules the resolution that slides state."""
+    """Slides read directly. ``names`` gives each file's id; ``slides_mpp`` overrules the resolution that slides
+    state."""
 
     def __init__(self, names: dict[Path, str], settings: TilingSettings, slides_mpp: SlidesMpp) -> None:
         self.settings, self.slides_mpp = settings, slides_mpp
@@ -123,9 +124,18 @@ class SlideSource:
         grid, places = tiling.grid, np.stack([x, y], axis=1)
         shared = SharedSlide(path)
         return TilesToEmbed(
-            slide, places, grid.tile_size_level0, grid.mpp, lambda rows: [_pixels(shared, grid, *places[row].tolist()) for row in rows],
-            grid.tile_size, grid.width, grid.height, str(path), shared.close, overruled,
-        )  # fmt: skip
+            slide,
+            places,
+            grid.tile_size_level0,
+            grid.mpp,
+            lambda rows: [_pixels(shared, grid, *places[row].tolist()) for row in rows],
+            grid.tile_size,
+            grid.width,
+            grid.height,
+            str(path),
+            shared.close,
+            overruled,
+        )
 
 
 def _pixels(slide: SharedSlide, grid: TileGrid, x: int, y: int) -> Pixels:

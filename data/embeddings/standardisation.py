@@ -34,9 +34,9 @@ class Statistics:
         ``watched`` yields the slides that it is given, each when its turn comes: who wants to see how far it is, or to
         end it.
 
-        Of a store of more than `MOST_TILES_READ` tiles, every so-many-th tile of each slide: a published data set is four
-        terabytes. Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not when
-        the mean is large beside the spread.
+        Of a store of more than `MOST_TILES_READ` tiles, every so-many-th tile of each slide: a published data set is
+        four terabytes. Chunks are combined pairwise exactly (Chan, Golub & LeVeque 1979), which sums of squares are not
+        when the mean is large beside the spread.
         """
         rows, mean, squares = 0, np.zeros(store.width), np.zeros(store.width)
         for chunk in _chunks(store, watched):

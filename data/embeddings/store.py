@@ -116,8 +116,8 @@ class EmbeddingWriter:
             or not np.issubdtype(coordinates.dtype, np.integer)
         ):
             raise ValueError(
-                f"{slide}: embeddings {embeddings.shape} and {coordinates.dtype} coordinates {coordinates.shape} are not "
-                f"(n, {self.width}) and integer (n, 2)"
+                f"{slide}: embeddings {embeddings.shape} and {coordinates.dtype} coordinates {coordinates.shape} are"
+                f" not (n, {self.width}) and integer (n, 2)"
             )
         order = row_major(coordinates[:, 0], coordinates[:, 1])
         with np.errstate(over="ignore"):
@@ -125,7 +125,8 @@ class EmbeddingWriter:
         if not np.isfinite(half).all():
             bad = coordinates[order][~np.isfinite(half).all(axis=1)][0]
             raise Fault(
-                f"{slide}: the embedding of the tile at {tuple(bad.tolist())} is not finite in float16; the encoder is not usable as it is."
+                f"{slide}: the embedding of the tile at {tuple(bad.tolist())} is not finite in float16; the encoder is"
+                " not usable as it is."
             )
         entry = Entry(
             slide,
@@ -226,7 +227,8 @@ class EmbeddingStore:
 
     @property
     def digest(self) -> str:
-        """A hash of the encoder and of which slides, with how many tiles, are here: the same for any parts and files."""
+        """A hash of the encoder and of which slides, with how many tiles, are here: the same for any parts and
+        files."""
         facts = [[e.slide, e.rows, e.tile_size_level0, e.mpp] for e in self._entries.values()]
         text = json.dumps([self.width, self.encoder_hash, facts])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
@@ -240,7 +242,8 @@ class EmbeddingStore:
         too short."""
         if slide not in self._entries:
             raise Fault(
-                f"{self.folder} holds no slide {slide!r}; it has {len(self._entries)}, such as {next(iter(self._entries), 'none')!r}."
+                f"{self.folder} holds no slide {slide!r}; it has {len(self._entries)}, such as"
+                f" {next(iter(self._entries), 'none')!r}."
             )
         entry = self._entries[slide]
         of = (entry.tile_size_level0, entry.mpp, entry.tile_size, entry.slide_width, entry.slide_height)
@@ -285,8 +288,8 @@ def claim(folder: Path, about: dict[str, object], name: str = "store.json") -> N
     there = _about(path)
     if there != about:
         raise Fault(
-            f"{folder} holds embeddings of {there['encoder']} ({there['encoder_hash']}, width {there['width']}), not of "
-            f"{about['encoder']} ({about['encoder_hash']}, width {about['width']}): choose another folder for these."
+            f"{folder} holds embeddings of {there['encoder']} ({there['encoder_hash']}, width {there['width']}), not of"
+            f" {about['encoder']} ({about['encoder_hash']}, width {about['width']}): choose another folder for these."
         )
 
 
@@ -296,7 +299,10 @@ def _about(path: Path) -> dict[str, Any]:
     except ValueError:
         found = None
     if not isinstance(found, dict) or not found.keys() >= {"encoder", "encoder_hash", "width"}:
-        raise Fault(f"{path} is damaged, and says which encoder made these embeddings: put back a copy, or embed into a new folder.")  # fmt: skip
+        raise Fault(
+            f"{path} is damaged, and says which encoder made these embeddings: put back a copy, or embed into a new"
+            " folder."
+        )
     return found
 
 

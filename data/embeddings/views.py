@@ -18,8 +18,9 @@ def augment_sequence(
     row-major order.
 
     crop: side of a window at a random place, as a share of the sequence's width and height (a window with fewer than
-    `FEWEST_VISIBLE` tiles is not used: the sequence stays whole). flip: probability of a left-right flip. shift_grid: the
-    sequence, moved as one piece, lands anywhere in a grid of this many cells a side (at its corner when it is larger).
+    `FEWEST_VISIBLE` tiles is not used: the sequence stays whole). flip: probability of a left-right flip. shift_grid:
+    the sequence, moved as one piece, lands anywhere in a grid of this many cells a side (at its corner when it is
+    larger).
     """
     low, extent = cells.min(axis=0), np.ptp(cells, axis=0) + 1
     window = np.ceil(crop * extent).astype(np.int64)

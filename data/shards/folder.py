@@ -95,7 +95,8 @@ def prepare(out: Path, settings: dict[str, Any], state: str = "") -> list[Shard]
     if not (out / f"plan{state}.json").exists():
         if any(out.glob("*.tar")) and not any(out.glob("plan*.json")):
             raise Fault(
-                f"{out} holds shards that another program wrote: choose an empty folder, or index them with 'pretrain shards index shards={out}'"
+                f"{out} holds shards that another program wrote: choose an empty folder, or index them with 'pretrain"
+                f" shards index shards={out}'"
             )
         save_plan(out, settings, [], state)
         return []

@@ -51,7 +51,8 @@ class ShardIndex:
         for name in (*self.files, *filter(None, meta["slides"]["coordinates"])):
             if str(name).startswith("/") or ".." in str(name).split("/"):
                 raise Fault(
-                    f"{folder}/index.npz names a file outside of its folder, {name}: it is damaged, or not to be trusted."
+                    f"{folder}/index.npz names a file outside of its folder, {name}: it is damaged, or not to be"
+                    " trusted."
                 )
 
     def __len__(self) -> int:
@@ -144,7 +145,8 @@ class ShardIndex:
                 }
         except SPOILT as error:
             raise Fault(
-                f"{path} is damaged ({error}): delete it and run 'pretrain shards index shards={folder}', which remakes it"
+                f"{path} is damaged ({error}): delete it and run 'pretrain shards index shards={folder}', which"
+                " remakes it"
             ) from error
         index = cls(folder, columns, meta)
         if index.remote:
@@ -157,7 +159,8 @@ class ShardIndex:
         gone = [name for name in index.files if name not in present]
         if gone and complete:
             raise Fault(
-                f"{index.path(index.files.index(gone[0]))} is in the index but not on disk ({len(gone)} such): put it back, or run 'pretrain shard' again"
+                f"{index.path(index.files.index(gone[0]))} is in the index but not on disk ({len(gone)} such): put it"
+                " back, or run 'pretrain shard' again"
             )
         return index
 
@@ -172,7 +175,8 @@ def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:
         data += more
     if len(data) != length:
         raise Truncated(
-            f"a shard ends {length - len(data)} bytes before the end of the tile at byte {offset}: it is truncated, make it again"
+            f"a shard ends {length - len(data)} bytes before the end of the tile at byte {offset}: it is truncated,"
+            " make it again"
         )
     return data
 
@@ -186,7 +190,8 @@ def _read_remote(folder: str) -> tuple[dict[str, Any], dict[str, Any]]:
             meta, places = places_in(raw)
     except FileNotFoundError as error:
         raise Fault(
-            f"there is no {url}: make an index of those shards with 'pretrain shards index shards={folder} out=FOLDER', and train on FOLDER"
+            f"there is no {url}: make an index of those shards with 'pretrain shards index shards={folder} out=FOLDER',"
+            " and train on FOLDER"
         ) from error
     except (*SPOILT, Truncated) as error:
         raise Fault(f"{url} is damaged ({error}): remake it where the shards were made, and upload it again") from error

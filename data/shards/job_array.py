@@ -54,7 +54,8 @@ def parts_in(out: Path) -> dict[JobPart, Path]:
     divisions = sorted({part.of for part in found})
     if len(divisions) > 1:
         raise Fault(
-            f"{out} was cut in {divisions[0]} parts and in {divisions[1]}: the jobs of one folder use one number of parts"
+            f"{out} was cut in {divisions[0]} parts and in {divisions[1]}: the jobs of one folder use one number of"
+            " parts"
         )
     return found
 
@@ -88,7 +89,10 @@ def merge_parts(out: Path) -> dict[str, SlideRow]:
     of = next(iter(found)).of
     missing = [number for number in range(1, of + 1) if JobPart(number, of) not in found]
     if missing:
-        raise Fault(f"{_numbers(missing)} of {of} {'has' if len(missing) == 1 else 'have'} not been cut into {out} yet: run 'pretrain shard' with part={missing[0]}/{of}")  # fmt: skip
+        raise Fault(
+            f"{_numbers(missing)} of {of} {'has' if len(missing) == 1 else 'have'} not been cut into {out} yet: run"
+            f" 'pretrain shard' with part={missing[0]}/{of}"
+        )
     names: list[str] = []
     rows: dict[str, SlideRow] = {}
     made: dict[str, object] | None = None
@@ -110,7 +114,10 @@ def merge_parts(out: Path) -> dict[str, SlideRow]:
             )
         twice = sorted(rows.keys() & its_rows.keys())
         if twice:
-            raise Fault(f"{rows[twice[0]].path} and {its_rows[twice[0]].path} are both called {twice[0]}, in two parts that were given different slides: rename one")  # fmt: skip
+            raise Fault(
+                f"{rows[twice[0]].path} and {its_rows[twice[0]].path} are both called {twice[0]}, in two parts that"
+                " were given different slides: rename one"
+            )
         rows |= its_rows
         names += [shard.name for shard in plan if is_published(out, shard.name)]
     assert made is not None

@@ -1,4 +1,5 @@
-"""How ``index.npz`` lies on a disk: columns of tiles, runs of slides and tars, and what is said of them; see `data.shards.index`."""
+"""How ``index.npz`` lies on a disk: columns of tiles, runs of slides and tars, and what is said of them; see
+`data.shards.index`."""
 
 import json
 import zipfile

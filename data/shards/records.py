@@ -84,16 +84,24 @@ def merge_records(
     digest = hashlib.blake2b(digest_size=16)
     for record in full:
         digest.update(f"{record['file']} {record['digest']}\n".encode())
-    meta = made | {"files": [record["file"] for record in full], "sizes": [record["size"] for record in full],
-                   "digest": digest.hexdigest(), "slides": table}  # fmt: skip
+    meta = made | {
+        "files": [record["file"] for record in full],
+        "sizes": [record["size"] for record in full],
+        "digest": digest.hexdigest(),
+        "slides": table,
+    }
     path = folder / "index.npz"
     if path.exists() and _same(path, meta):
         return meta["digest"]
 
     number = {slide: position for position, slide in enumerate(kept)}
     file_start = np.cumsum([0] + [sum(record["counts"]) for record in full], dtype=np.int64)
-    runs = [(number[facts["slide"]], count) for record in full
-            for facts, count in zip(record["slides"], record["counts"], strict=True) if count]  # fmt: skip
+    runs = [
+        (number[facts["slide"]], count)
+        for record in full
+        for facts, count in zip(record["slides"], record["counts"], strict=True)
+        if count
+    ]
     run_start = np.cumsum([0] + [count for _, count in runs], dtype=np.int64)
     dtypes = {
         "offset": np.dtype(np.uint32 if max(meta["sizes"], default=0) < 2**32 else np.int64),

@@ -61,12 +61,14 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
         raise Fault(f"there are no .tar shards in {folder}{_beside(others)}")
     if out is None and is_remote(folder):
         raise Fault(
-            f"say where the index of {folder} goes: pretrain shards index shards={folder} out=FOLDER, and train on FOLDER"
+            f"say where the index of {folder} goes: pretrain shards index shards={folder} out=FOLDER, and train on"
+            " FOLDER"
         )
     if out is not None and is_private(str(folder)):
         raise Fault(
-            f"the index of {folder} would have to keep its password or token: give the address without it, and that by fsspec's configuration, "
-            'FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\' or a file in ~/.config/fsspec.'
+            f"the index of {folder} would have to keep its password or token: give the address without it, and that by"
+            ' fsspec\'s configuration, FSSPEC_HTTPS=\'{"client_kwargs": {"headers": {…}}}\' or a file in'
+            " ~/.config/fsspec."
         )
     if out is not None:
         made["location"] = str(shards) if is_remote(shards) else str(Path(shards).resolve())
@@ -77,7 +79,8 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
         if out is not None:
             raise
         raise Fault(
-            f"{refusal} Or keep the index in a folder of yours: pretrain shards index shards={shards} out=FOLDER, and train on FOLDER."
+            f"{refusal} Or keep the index in a folder of yours: pretrain shards index shards={shards} out=FOLDER, and"
+            " train on FOLDER."
         ) from refusal
     names: list[str] = []
     tiles = 0
@@ -102,13 +105,18 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
             f"the shards in {shards} hold no .jpg or .jpeg that can be read as a tile{_beside(inside | others)}"
         )
     made["left_out"] = {
-        "members": [asdict(left) for left in inside.values()], "files": [asdict(left) for left in others.values()]
-    }  # fmt: skip
+        "members": [asdict(left) for left in inside.values()],
+        "files": [asdict(left) for left in others.values()],
+    }
     disputed: dict[str, LeftOut] = {}
     for slide, facts in slides.items():
         for name, values in facts.get("disputed", {}).items():
-            leave_out(disputed, f"slide with several {name}", "its tiles' .json contradict one another, so it counts as not known",
-                      f"{slide}: {' and '.join(map(repr, values))}")  # fmt: skip
+            leave_out(
+                disputed,
+                f"slide with several {name}",
+                "its tiles' .json contradict one another, so it counts as not known",
+                f"{slide}: {' and '.join(map(repr, values))}",
+            )
     made["disputed"] = [asdict(kind) for kind in disputed.values()]
     merge_records(folder, names, made, slides)
     return ShardIndex.open(folder)
@@ -141,7 +149,13 @@ def _twice(index: ShardIndex) -> dict[str, LeftOut]:
             first, second = (int(rows[order[again[0] + after]]) for after in (0, 1))
             tars = " and ".join(dict.fromkeys(index.files[index.file_of(row)] for row in (first, second)))
             example = f"({index.x[first]}, {index.y[first]}) of {index.slide_of(first)} in {tars}"
-            leave_out(twice, "tile at a place that is taken", "both are in the index, and are trained on twice as often: remove one of the tars if one is a copy", example, len(again))  # fmt: skip
+            leave_out(
+                twice,
+                "tile at a place that is taken",
+                "both are in the index, and are trained on twice as often: remove one of the tars if one is a copy",
+                example,
+                len(again),
+            )
     return twice
 
 
@@ -214,9 +228,14 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
             leave_out(left, "lone .json", "no .jpg has its key, or several have it", f"{key}.json", alone)
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
     facts_of_tar = {
-        "file": tar.name, "size": size, "longest": int(table[:, 1].max(initial=0)), "slides": slides, "counts": counts, "scanned": True,
+        "file": tar.name,
+        "size": size,
+        "longest": int(table[:, 1].max(initial=0)),
+        "slides": slides,
+        "counts": counts,
+        "scanned": True,
         "left_out": [(kind.kind, kind.why, kind.count, kind.example) for kind in left.values()],
-    }  # fmt: skip
+    }
     write_record(folder, tar.stem, facts_of_tar, dict(zip((*COLUMNS, *CHECKSUMS), table.T, strict=True)))
     return facts_of_tar
 

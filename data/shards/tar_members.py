@@ -70,7 +70,9 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
             raise DamagedTar(f"the header at byte {position} is damaged (its member has no possible size)")
         position = data + -(-size // TAR_BLOCK) * TAR_BLOCK
         if position > length:
-            raise DamagedTar(f"it is truncated: {data + size - length} bytes of the member {header.name} at byte {data} are missing")  # fmt: skip
+            raise DamagedTar(
+                f"it is truncated: {data + size - length} bytes of the member {header.name} at byte {data} are missing"
+            )
         if header.type in LONG_NAMES:
             name = file.read(size).rstrip(b"\0").decode("utf-8", "surrogateescape")
             extended |= {"path": name} if header.type == tarfile.GNUTYPE_LONGNAME else {}

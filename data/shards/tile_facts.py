@@ -67,7 +67,8 @@ def _facts(member: str, content: bytes) -> dict[str, Any]:
         if wrong:
             text = repr(value)
             raise ValueError(
-                f"{member} says {name} = {text[:LONGEST_VALUE]}{'…' if len(text) > LONGEST_VALUE else ''}, where {wrong} belongs"
+                f"{member} says {name} = {text[:LONGEST_VALUE]}{'…' if len(text) > LONGEST_VALUE else ''}, where"
+                f" {wrong} belongs"
             )
     facts |= {name: int(float(facts[name])) for name in PLACE_FACTS if name in facts}
     return facts | {name: str(facts[name]) for name in NAME_FACTS if name in facts}

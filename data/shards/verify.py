@@ -50,8 +50,8 @@ class Defect:
 
 @dataclass
 class Verified:
-    """What came of one shard. ``tiles`` and ``size`` (bytes) are what was there; ``findings`` is cut at `MOST_FINDINGS`,
-    ``unnamed`` counts the rest."""
+    """What came of one shard. ``tiles`` and ``size`` (bytes) are what was there; ``findings`` is cut at
+    `MOST_FINDINGS`, ``unnamed`` counts the rest."""
 
     shard: str
     tiles: int = 0
@@ -112,12 +112,15 @@ def verify_folder(folder: Folder) -> Verified:
         kept = tiling.counts()["kept"]
         for name in GRID_FACTS:
             if (said := getattr(tiling.grid, name)) != facts[name]:
-                result.find(str(facts["coordinates"]), "coordinates differ", f"it says {name} = {said}, the index {facts[name]}")  # fmt: skip
+                result.find(
+                    str(facts["coordinates"]), "coordinates differ", f"it says {name} = {said}, the index {facts[name]}"
+                )
         if kept != facts["tiles"]:
             result.find(
-                str(facts["coordinates"]), "coordinates differ",
+                str(facts["coordinates"]),
+                "coordinates differ",
                 f"it says that slide {slide} has {kept} tiles, the index says {facts['tiles']}",
-            )  # fmt: skip
+            )
     return result
 
 
@@ -139,20 +142,29 @@ def verify_shard(folder: Folder, name: str) -> Verified:
             _walk(file, result, columns, checked, scanned, decode=facts is None or scanned or not checked)
     except FileNotFoundError:
         if not planned_empty:
-            result.find("", "missing shard", "it is known to the index or has a record, but there is no such file: put it back, or run 'pretrain shard' again")  # fmt: skip
+            result.find(
+                "",
+                "missing shard",
+                "it is known to the index or has a record, but there is no such file: put it back, or run 'pretrain"
+                " shard' again",
+            )
         return result
     except OSError as error:
         result.find("", "unreadable", f"it can't be read ({error.strerror or error})")
         return result
     if facts is not None and facts["size"] != result.size:
         difference = result.size - facts["size"]
-        result.find("", "truncated" if difference < 0 else "wrong size", f"it has {abs(difference):,} bytes {'less' if difference < 0 else 'more'} than when it was recorded")  # fmt: skip
+        result.find(
+            "",
+            "truncated" if difference < 0 else "wrong size",
+            f"it has {abs(difference):,} bytes {'less' if difference < 0 else 'more'} than when it was recorded",
+        )
     return result
 
 
 def _walk(
     file: BinaryIO, result: Verified, columns: dict[str, np.ndarray] | None, checked: bool, scanned: bool, decode: bool
-) -> None:  # fmt: skip
+) -> None:
     """One pass over the tar: every member, every gap, then the tiles that the pass did not meet."""
     rows = {} if columns is None else {int(offset): row for row, offset in enumerate(columns["offset"])}
     seen: set[str] = set()
@@ -184,7 +196,11 @@ def _walk(
     except DamagedTar as damage:
         kind = "truncated" if "truncated" in str(damage) else "damaged tar"
         behind = len(rows) - sum(row is not None for _, row in tiles)
-        result.find("", kind, f"{damage}; {behind:,} of its {len(rows):,} tiles lie behind that" if columns is not None else str(damage))  # fmt: skip
+        result.find(
+            "",
+            kind,
+            f"{damage}; {behind:,} of its {len(rows):,} tiles lie behind that" if columns is not None else str(damage),
+        )
     _check_jsons(result, tiles, jsons, columns, checked, scanned)
     if not result.tiles:
         result.find("", "empty shard", "there is no tile in it")
@@ -193,8 +209,14 @@ def _walk(
 
 
 def _check_jpeg(
-    result: Verified, member: Member, data: bytes, columns: dict[str, np.ndarray] | None, row: int | None, checked: bool, decode: bool
-) -> None:  # fmt: skip
+    result: Verified,
+    member: Member,
+    data: bytes,
+    columns: dict[str, np.ndarray] | None,
+    row: int | None,
+    checked: bool,
+    decode: bool,
+) -> None:
     if columns is not None and row is not None:
         x, y = int(columns["x"][row]), int(columns["y"][row])
         stated = _place(member.name)
@@ -215,9 +237,13 @@ def _check_jpeg(
 
 
 def _check_jsons(
-    result: Verified, tiles: list[tuple[Member, int | None]], jsons: dict[str, list[tuple[str, int, dict[str, Any] | str]]],
-    columns: dict[str, np.ndarray] | None, checked: bool, scanned: bool,
-) -> None:  # fmt: skip
+    result: Verified,
+    tiles: list[tuple[Member, int | None]],
+    jsons: dict[str, list[tuple[str, int, dict[str, Any] | str]]],
+    columns: dict[str, np.ndarray] | None,
+    checked: bool,
+    scanned: bool,
+) -> None:
     """Each JSON that is one, and that of each tile as it was recorded. A tile that a scan leaves out, and says so, is
     nothing new."""
     keys = [split_member(member.name)[0] for member, _ in tiles]
@@ -233,7 +259,9 @@ def _check_jsons(
             except Impossible:
                 named_by_scan.add(id(told))
                 continue
-            result.find(member.name, "not in the index", f"no tile is known at byte {member.offset}: training never sees it")  # fmt: skip
+            result.find(
+                member.name, "not in the index", f"no tile is known at byte {member.offset}: training never sees it"
+            )
         elif told is None:
             if recorded is not None and recorded[row]:
                 result.find(f"{key}.json", "missing JSON", "the tile's facts are gone")
@@ -241,7 +269,12 @@ def _check_jsons(
             if recorded is not None and told[1] != recorded[row]:
                 result.find(told[0], "changed JSON", "its bytes have changed")
             elif any(axis in facts and facts[axis] != int(columns[axis][row]) for axis in ("x", "y")):
-                result.find(told[0], "index mismatch", f"it says ({facts.get('x')}, {facts.get('y')}), the index ({columns['x'][row]}, {columns['y'][row]})")  # fmt: skip
+                result.find(
+                    told[0],
+                    "index mismatch",
+                    f"it says ({facts.get('x')}, {facts.get('y')}), the index ({columns['x'][row]},"
+                    f" {columns['y'][row]})",
+                )
     for told in (told for several in jsons.values() for told in several):
         if isinstance(told[2], str) and id(told) not in named_by_scan:
             result.find(told[0], "damaged JSON", told[2])
@@ -282,7 +315,12 @@ def _expected(
         return indexed, False
     columns = record[1]
     if indexed is not None and any(not np.array_equal(indexed[column], columns[column]) for column in COLUMNS):
-        result.find("", "index mismatch", "index.npz and the shard's own record place its tiles differently: 'pretrain shards index' makes the index again")  # fmt: skip
+        result.find(
+            "",
+            "index mismatch",
+            "index.npz and the shard's own record place its tiles differently: 'pretrain shards index' makes the index"
+            " again",
+        )
     return columns, all(column in columns for column in CHECKSUMS)
 
 
@@ -362,7 +400,10 @@ def _sound(index: ShardIndex) -> None:
         and bool((np.asarray(index.run_slide) < len(index.slides)).all())
     )
     if not whole:
-        raise Fault(f"{index.folder / 'index.npz'} is damaged (its columns don't belong together): delete it and run 'pretrain shards index shards={index.folder}'")  # fmt: skip
+        raise Fault(
+            f"{index.folder / 'index.npz'} is damaged (its columns don't belong together): delete it and run 'pretrain"
+            f" shards index shards={index.folder}'"
+        )
 
 
 def _place(name: str) -> tuple[int, int] | None:

@@ -136,9 +136,14 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> WrittenS
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
     columns = {name: table[:, position] for position, name in enumerate((*COLUMNS, *CHECKSUMS))}
     facts = {
-        "file": path.name, "size": written.size, "longest": int(table[:, 1].max(initial=0)), "slides": slides, "counts": counts,
-        "rejected": rejected, "failed": written.failed,
-    }  # fmt: skip
+        "file": path.name,
+        "size": written.size,
+        "longest": int(table[:, 1].max(initial=0)),
+        "slides": slides,
+        "counts": counts,
+        "rejected": rejected,
+        "failed": written.failed,
+    }
     write_record(folder, shard.name, facts, columns)
     return written
 
@@ -147,11 +152,20 @@ def facts_of(tiling: Tiling) -> dict[str, Any]:
     """What the index keeps about a slide (see `shard_index.FACTS`)."""
     grid = tiling.grid
     return {
-        "slide": tiling.slide, "source": tiling.source, "patient": tiling.patient or None, "width": grid.width, "height": grid.height,
-        "mpp_level0": grid.mpp_level0, "mpp": grid.mpp, "tile_size": grid.tile_size, "tile_size_level0": grid.tile_size_level0,
-        "level": grid.level, "downsample": grid.downsample, "thumbnail_downsample": tiling.thumbnail_downsample,
+        "slide": tiling.slide,
+        "source": tiling.source,
+        "patient": tiling.patient or None,
+        "width": grid.width,
+        "height": grid.height,
+        "mpp_level0": grid.mpp_level0,
+        "mpp": grid.mpp,
+        "tile_size": grid.tile_size,
+        "tile_size_level0": grid.tile_size_level0,
+        "level": grid.level,
+        "downsample": grid.downsample,
+        "thumbnail_downsample": tiling.thumbnail_downsample,
         "coordinates": f"coordinates/{tiling.slide}_patches.h5",
-    }  # fmt: skip
+    }
 
 
 class TarWriter:
@@ -181,9 +195,13 @@ class TarWriter:
 
 
 def _add_part(
-    tar: TarWriter, part: TileRange, tiling: Tiling, source: Path,
-    rows: list[tuple[int, ...]], rejected: list[tuple[str, int, int, int]],
-) -> None:  # fmt: skip
+    tar: TarWriter,
+    part: TileRange,
+    tiling: Tiling,
+    source: Path,
+    rows: list[tuple[int, ...]],
+    rejected: list[tuple[str, int, int, int]],
+) -> None:
     common = {
         key: value
         for key, value in facts_of(tiling).items()

@@ -135,8 +135,8 @@ def plan_grid(
     fine_enough = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= mpp * (1 + SAME_SCALE)]
     if not fine_enough:
         raise Fault(
-            f"{name} has {mpp_level0:.4g} µm per pixel, coarser than the asked {mpp:.4g}, and tiles are never enlarged: "
-            f"ask for mpp={math.ceil(mpp_level0 * 100) / 100:g} or more, or leave this slide out"
+            f"{name} has {mpp_level0:.4g} µm per pixel, coarser than the asked {mpp:.4g}, and tiles are never enlarged:"
+            f" ask for mpp={math.ceil(mpp_level0 * 100) / 100:g} or more, or leave this slide out"
         )
     level = max(fine_enough, key=lambda i: downsamples[i])
     downsample = downsamples[level]

@@ -121,14 +121,25 @@ def read_tiling(path: Path | RemotePath) -> Tiling:
             raise Fault(f"{path} holds no tiling of ours (TRIDENT and CLAM files are read with read_coordinates_h5)")
         of = file["coords"].attrs
         grid = TileGrid(
-            int(of["level0_width"]), int(of["level0_height"]), float(of["mpp_level0"]), int(of["patch_size"]),
-            float(of["mpp"]), float(of["tile_size_level0"]), int(of["level"]), float(of["level_downsample"]),
-        )  # fmt: skip
+            int(of["level0_width"]),
+            int(of["level0_height"]),
+            float(of["mpp_level0"]),
+            int(of["patch_size"]),
+            float(of["mpp"]),
+            float(of["tile_size_level0"]),
+            int(of["level"]),
+            float(of["level_downsample"]),
+        )
         return Tiling(
-            str(of["slide"]), str(of["source"]), str(of["patient"]), grid, file["verdict"][()],
-            file["share"][()].astype(np.float32), float(of["thumbnail_downsample"]),
+            str(of["slide"]),
+            str(of["source"]),
+            str(of["patient"]),
+            grid,
+            file["verdict"][()],
+            file["share"][()].astype(np.float32),
+            float(of["thumbnail_downsample"]),
             file["places"][()] if "places" in file else None,
-        )  # fmt: skip
+        )
 
 
 def _overlap(tiling: Tiling) -> int:

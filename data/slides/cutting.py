@@ -56,7 +56,8 @@ def cut_tiles(source: Path, tiling: Tiling, first: int, last: int) -> Iterator[C
     try:
         if slide.dimensions[0] != (grid.width, grid.height):
             raise Fault(
-                f"{source} is not the slide it was when its tissue was found (its size has changed): shard it into another folder"
+                f"{source} is not the slide it was when its tissue was found (its size has changed): shard it into"
+                " another folder"
             )
         waiting: dict[int, CutTile] = {}
         following = 0  # row-major number of the tile that is handed on next

@@ -25,7 +25,8 @@ def one_of_each(files: Iterable[Path]) -> list[Path]:
 
 
 def series_of(path: Path) -> str | None:
-    """The SeriesInstanceUID that a file's header says, of which some KB are read; None where there is none to be read."""
+    """The SeriesInstanceUID that a file's header says, of which some KB are read; None where there is none to be
+    read."""
     try:
         with path.open("rb") as file:
             if file.read(132)[128:] != b"DICM":

@@ -35,10 +35,16 @@ def find_coordinates(folder: Path, slide: Path, name: str) -> Path:
                 path for end in ("_patches.h5", ".h5") for path in sorted(folder.glob(f"{inside}{_literal(stem)}{end}"))
             ]
             if len(found) > 1:
-                raise Fault(f"{folder} has several files of coordinates for {slide}: {found[0]} and {found[1]}; name the folder of one of them")  # fmt: skip
+                raise Fault(
+                    f"{folder} has several files of coordinates for {slide}: {found[0]} and {found[1]}; name the folder"
+                    " of one of them"
+                )
             if found:
                 return found[0]
-    raise Fault(f"{folder} has no coordinates of {slide} ({slide.stem}_patches.h5 or {slide.stem}.h5): leave this slide out, or find its tissue here")  # fmt: skip
+    raise Fault(
+        f"{folder} has no coordinates of {slide} ({slide.stem}_patches.h5 or {slide.stem}.h5): leave this slide out, or"
+        " find its tissue here"
+    )
 
 
 def given_tiles(
@@ -53,18 +59,30 @@ def given_tiles(
     """
     given = read_coordinates_h5(file)
     if (given.width, given.height) not in ((None, None), (slide.width, slide.height)):
-        raise Fault(f"{file} is about a slide of {given.width}×{given.height} pixels, and {slide.path} has {slide.width}×{slide.height}: give the right folder")  # fmt: skip
+        raise Fault(
+            f"{file} is about a slide of {given.width}×{given.height} pixels, and {slide.path} has"
+            f" {slide.width}×{slide.height}: give the right folder"
+        )
     mpp_level0 = slide.mpp(slides_mpp)
     mpp = mpp_level0 * given.tile_size_level0 / given.tile_size
     if given.tile_size != settings.tile_size or abs(mpp / settings.mpp - 1) > SAME_MAGNIFICATION:
-        raise Fault(f"{file} asks for tiles of {given.tile_size} pixels at {mpp:.3g} µm per pixel: say tile_size={given.tile_size} mpp={mpp:.2g}")  # fmt: skip
+        raise Fault(
+            f"{file} asks for tiles of {given.tile_size} pixels at {mpp:.3g} µm per pixel: say"
+            f" tile_size={given.tile_size} mpp={mpp:.2g}"
+        )
     grid = plan_grid(slide.dimensions, mpp_level0, mpp, given.tile_size, str(slide.path))
     places, left = _usable(given, file, grid.tile_size_level0, slide.width, slide.height)
     thumbnail_downsample = max(1.0, max(slide.width, slide.height) / THUMBNAIL)
     tiling = Tiling(
-        name, str(slide.path), patient_in(slide.path, patient_pattern), grid, np.full((1, len(places)), KEPT, np.uint8),
-        np.full((1, len(places)), np.nan, np.float32), thumbnail_downsample, places,
-    )  # fmt: skip
+        name,
+        str(slide.path),
+        patient_in(slide.path, patient_pattern),
+        grid,
+        np.full((1, len(places)), KEPT, np.uint8),
+        np.full((1, len(places)), np.nan, np.float32),
+        thumbnail_downsample,
+        places,
+    )
     return tiling, slide.thumbnail(thumbnail_downsample), left
 
 

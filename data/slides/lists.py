@@ -205,7 +205,8 @@ def _each_once(paths: Iterable[Path]) -> list[Path]:
             double.append((path, kept))
     if double:
         warnings.warn(
-            f"{len(double)} of the slides' names lead to a file that has another, which is read once (as {double[0][0]}, which is {double[0][1]})",
+            f"{len(double)} of the slides' names lead to a file that has another, which is read once (as"
+            f" {double[0][0]}, which is {double[0][1]})",
             Notice,
             stacklevel=3,
         )

@@ -47,13 +47,15 @@ class SlidesMpp:
             if found := self.by_slide.get(name):
                 if len(found) > 1:
                     raise Fault(
-                        f"{self.given} gives {slide} several µm per pixel ({', '.join(f'{value:g}' for value in sorted(found))}): name it by its path"
+                        f"{self.given} gives {slide} several µm per pixel"
+                        f" ({', '.join(f'{value:g}' for value in sorted(found))}): name it by its path"
                     )
                 return next(iter(found))
         return None
 
     def tells_of(self, slides: list[Path]) -> str:
-        """A sentence where a table tells of some of the slides only, or nothing. Raises Fault where it tells of none."""
+        """A sentence where a table tells of some of the slides only, or nothing. Raises Fault where it tells of
+        none."""
         told = sum(self.of(slide) is not None for slide in slides) if self.by_slide else len(slides)
         if slides and self.given and not told:
             raise Fault(
@@ -76,7 +78,8 @@ def _by_slide(table: Path) -> dict[str, frozenset[float]]:
     )
     if slide is None or mpp is None:
         raise Fault(
-            f"slides_mpp={table} needs a column called slide (names or paths) and one called mpp; it has {', '.join(header)}"
+            f"slides_mpp={table} needs a column called slide (names or paths) and one called mpp; it has"
+            f" {', '.join(header)}"
         )
     said_too = [column for column, name in enumerate(names) if name in (*MPP_COLUMNS, "mpp_y") and column != mpp]
     found: dict[str, frozenset[float]] = {}
@@ -87,7 +90,8 @@ def _by_slide(table: Path) -> dict[str, frozenset[float]]:
         if any(abs(other / value - 1) > ISOTROPIC for other in others):
             several = ", ".join(f"{header[column]} = {row[column]}" for column in (mpp, *said_too) if row[column])
             raise Fault(
-                f"{table} says {several} of {row[slide]}, and pixels that are not square are not tiled: leave one column that counts"
+                f"{table} says {several} of {row[slide]}, and pixels that are not square are not tiled: leave one"
+                " column that counts"
             )
         path = Path(row[slide])
         for name in {str(path.absolute()), path.name, path.stem, row[slide]}:

@@ -11,7 +11,9 @@ import numpy as np
 from data.fault import Fault
 from data.slides.coordinates import FARTHEST
 
-TOO_NEAR = 0.55  # of the distance that neighbours should have: tiles of a grid are not that near, but those of coordinates in µm or cells
+# Of the distance that neighbours should have: tiles of a grid are not that near, but those of coordinates in µm or
+# cells.
+TOO_NEAR = 0.55
 
 
 def refuse_impossible(path: Path, coords: np.ndarray) -> None:
@@ -22,8 +24,9 @@ def refuse_impossible(path: Path, coords: np.ndarray) -> None:
     if coords.size and (coords.min() < 0 or coords.max() >= FARTHEST):
         negative = coords.min() < 0
         raise Fault(
-            f"{path} has {'negative coordinates' if negative else 'coordinates'} ({coords.min() if negative else coords.max():.6g}), where no slide has pixels: "
-            "it is damaged, or of another format"
+            f"{path} has {'negative coordinates' if negative else 'coordinates'}"
+            f" ({coords.min() if negative else coords.max():.6g}), where no slide has pixels: it is damaged, or of"
+            " another format"
         )
 
 
@@ -36,11 +39,14 @@ def misread(coords: np.ndarray, side: float, *, width: int = 0, height: int = 0,
     """
     if width and height and (outside := int(((coords[:, 0] >= width) | (coords[:, 1] >= height)).sum())):
         return (
-            f"has {outside:,} of {len(coords):,} tiles beside its slide of {width} × {height} level-0 pixels, so it is of another slide, or its "
-            "coordinates count something else"
+            f"has {outside:,} of {len(coords):,} tiles beside its slide of {width} × {height} level-0 pixels, so it is"
+            " of another slide, or its coordinates count something else"
         )
     if (step := commonest_step(coords)) is not None and step < TOO_NEAR * apart * side:
-        return f"has tiles of {side:g} level-0 pixels that are {step:g} apart, so they overlap, or its coordinates count something else, which it does not say"
+        return (
+            f"has tiles of {side:g} level-0 pixels that are {step:g} apart, so they overlap, or its coordinates count"
+            " something else, which it does not say"
+        )
     return ""
 
 

@@ -71,8 +71,8 @@ class Slide:
             raise Fault(f"{self.path} does not say how many microns a pixel is wide: {ways_out}")
         if abs(across / down - 1) > ISOTROPIC:
             raise Fault(
-                f"{self.path} has pixels of {across:.4g} × {down:.4g} µm, and pixels that are not square are not tiled: "
-                "resave it with square pixels, give slides_mpp= if that is wrong, or leave this slide out"
+                f"{self.path} has pixels of {across:.4g} × {down:.4g} µm, and pixels that are not square are not tiled:"
+                " resave it with square pixels, give slides_mpp= if that is wrong, or leave this slide out"
             )
         mpp = math.sqrt(across * down)
         if not FINEST <= mpp <= COARSEST:
@@ -80,8 +80,8 @@ class Slide:
         power = _positive(self._reader.properties.get(openslide.PROPERTY_NAME_OBJECTIVE_POWER))
         if power is not None and not 1 / FAR < mpp * power / MPP_TIMES_POWER < FAR:
             raise Fault(
-                f"{self.path} says that a pixel is {mpp:.4g} µm wide and that its objective is {power:g}×, which goes with about "
-                f"{MPP_TIMES_POWER / power:.2g} µm: {ways_out}"
+                f"{self.path} says that a pixel is {mpp:.4g} µm wide and that its objective is {power:g}×, which goes"
+                f" with about {MPP_TIMES_POWER / power:.2g} µm: {ways_out}"
             )
         return mpp
 
@@ -162,9 +162,14 @@ class Slide:
             # What `OpenSlide.read_region` calls, before it makes a picture of the result, which costs as much as half
             # of a JPEG's encoding.
             lowlevel._read_region(
-                self._reader._osr, pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)), round(left * stated), round(top * stated),
-                level, width, height,
-            )  # fmt: skip
+                self._reader._osr,
+                pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)),
+                round(left * stated),
+                round(top * stated),
+                level,
+                width,
+                height,
+            )
         except openslide.OpenSlideError as error:
             raise Fault(f"{self.path} is damaged near level {level}, pixel ({left}, {top}): {error}") from error
         found = pixels.astype("<u4", copy=False).view(np.uint8).reshape(height, width, 4)
@@ -191,7 +196,8 @@ def _picture(pixels: np.ndarray) -> Image.Image:
 
 
 def _positive(text: str | None) -> float | None:
-    """A property as a positive number; None where it is missing, not a number, or zero (all of these are met in files)."""
+    """A property as a positive number; None where it is missing, not a number, or zero (all of these are met in
+    files)."""
     try:
         value = float(text) if text is not None else 0.0
     except ValueError:

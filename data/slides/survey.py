@@ -97,7 +97,11 @@ def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slid
         kept = read_object(folder / "survey.json", needs, "delete it, it is made anew")
     except FileNotFoundError:
         return None
-    changed = [f"{key} {kept['settings'].get(key)} then, {value} now" for key, value in asdict(settings).items() if kept["settings"].get(key) != value]  # fmt: skip
+    changed = [
+        f"{key} {kept['settings'].get(key)} then, {value} now"
+        for key, value in asdict(settings).items()
+        if kept["settings"].get(key) != value
+    ]
     then = kept["settings"].get("slides_mpp", slides_mpp.given)
     if then != slides_mpp.given:
         changed.append(f"slides_mpp {then or 'null'} then, {slides_mpp.given or 'null'} now")
@@ -105,7 +109,10 @@ def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slid
     if sorted(map(str, paths)) != sorted(files) and {*map(os.path.realpath, paths)} != {*map(os.path.realpath, files)}:
         changed.append("other slides")
     if changed:
-        raise Fault(f"{folder} holds a survey of another kind ({'; '.join(changed)}): choose another folder for the grids, or delete it")  # fmt: skip
+        raise Fault(
+            f"{folder} holds a survey of another kind ({'; '.join(changed)}): choose another folder for the grids, or"
+            " delete it"
+        )
     return Surveyed(folder, settings, *(kept[name] for name in ("slides", "files", "tiles", "left_out", "digest")))
 
 
@@ -150,6 +157,12 @@ def _write(
         # The slide and where its tiles are, not where its file lies: the same on every machine.
         digest.update(f"{slide} {tiling.grid.tile_size_level0} {tiling.verdict.shape}".encode())
         digest.update((tiling.verdict == KEPT).tobytes())
-    kept: dict[str, Any] = {"settings": asdict(settings) | {"slides_mpp": slides_mpp.given}, "slides": slides, "files": files, "tiles": tiles,
-                            "left_out": left_out, "digest": digest.hexdigest()}  # fmt: skip
+    kept: dict[str, Any] = {
+        "settings": asdict(settings) | {"slides_mpp": slides_mpp.given},
+        "slides": slides,
+        "files": files,
+        "tiles": tiles,
+        "left_out": left_out,
+        "digest": digest.hexdigest(),
+    }
     write_whole(folder / "survey.json", json.dumps(kept, indent=1, ensure_ascii=False))

@@ -100,7 +100,8 @@ def tile_slide(
     image = slide.thumbnail(finest)
     if is_fluorescence(image):
         raise Fault(
-            f"{slide.path} is a fluorescence slide (a dark field), and only stained bright-field slides are tiled: leave it out"
+            f"{slide.path} is a fluorescence slide (a dark field), and only stained bright-field slides are tiled:"
+            " leave it out"
         )
     if not grid.columns or not grid.rows:
         raise Fault(

@@ -1,7 +1,8 @@
 """What on a slide is tissue: rules from an RGB thumbnail to a mask, by name.
 
 Every rule is one function on a thumbnail (H, W, 3) uint8 → bool mask (H, W), True where there is tissue. To add one,
-write the function and put a line in `TISSUE_RULES`. `otsu` is the default: permissive about faint tissue, strict about pen.
+write the function and put a line in `TISSUE_RULES`. `otsu` is the default: permissive about faint tissue, strict about
+pen.
 """
 
 import math

@@ -115,7 +115,8 @@ def to_contrast(images: Tensor, blends: Tensor, turns: Tensor) -> tuple[Planes, 
 def from_contrast(
     planes: Planes, level: Tensor, contrast: Tensor, blends: Tensor, turns: Tensor, grey: Tensor
 ) -> Planes:
-    """Contrast by f, ``f · x + (1 − f) · level``, what comes after it, and grey where asked (``grey`` ``(N,)`` not 0)."""
+    """Contrast by f, ``f · x + (1 − f) · level``, what comes after it, and grey where asked (``grey`` ``(N,)`` not
+    0)."""
     factor, rest = contrast.view(-1, 1), ((1 - contrast) * level).view(-1, 1)
     red, green, blue = ((factor * plane + rest).clamp(0, 1) for plane in planes)
     red, green, blue = _between((red, green, blue), blends, turns)
@@ -199,7 +200,8 @@ def blur(x: Tensor, sigma: Tensor) -> Tensor:
 
 
 def _apply(x: Tensor, chosen: np.ndarray, part: Callable[[Tensor, Tensor], Tensor], values: np.ndarray) -> None:
-    """``x[chosen] ← part(x[chosen], values[chosen])`` in place; ``values`` arrive as ``(n, 1, 1, 1)``, stains as ``(n, 3, 1, 1)``."""
+    """``x[chosen] ← part(x[chosen], values[chosen])`` in place; ``values`` arrive as ``(n, 1, 1, 1)``, stains as
+    ``(n, 3, 1, 1)``."""
     numbers = np.flatnonzero(chosen)
     if len(numbers):
         of_them = torch.from_numpy(values[numbers].reshape(len(numbers), -1, 1, 1)).to(x.device, non_blocking=True)

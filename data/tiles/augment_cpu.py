@@ -84,7 +84,8 @@ def augment_each(images, rows, scale, offset, result):  # type: ignore[no-untype
 
 @compiled
 def _jitter(image, row, x):  # type: ignore[no-untyped-def]
-    """``image`` ``(3, pixels)`` in 0..255 → ``x`` in (0, 1), jittered in the order of ``row``, and grey if it says so."""
+    """``image`` ``(3, pixels)`` in 0..255 → ``x`` in (0, 1), jittered in the order of ``row``, and grey if it says
+    so."""
     pixels = image.shape[1]
     contrast_at = 0
     while row[contrast_at] != CONTRAST:

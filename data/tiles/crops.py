@@ -47,7 +47,8 @@ class CropSizes:
     further: tuple[FurtherViews, ...] = ()
 
     def areas(self, side: int, scale: tuple[float, float], height: int, width: int) -> tuple[float, float]:
-        """The range of areas of a view of ``side`` pixels in a tile of ``height`` × ``width``, as shares of the tile's."""
+        """The range of areas of a view of ``side`` pixels in a tile of ``height`` × ``width``, as shares of the
+        tile's."""
         if self.relative_to == "tile":
             return scale
         return (scale[0] * side) ** 2 / (height * width), (scale[1] * side) ** 2 / (height * width)
@@ -84,8 +85,8 @@ def box(
     """``(top, left, height, width)`` in pixels of a random resized crop, by torchvision's rule.
 
     Ten tries at an area uniform in ``scale`` and an aspect ratio log-uniform in ``aspect``; failing that, the largest
-    central crop of an allowed aspect. ``u`` are `NUMBERS_A_CROP` numbers uniform in [0, 1), the last three of them not used
-    here.
+    central crop of an allowed aspect. ``u`` are `NUMBERS_A_CROP` numbers uniform in [0, 1), the last three of them not
+    used here.
     """
     low, high = math.log(aspect[0]), math.log(aspect[1])
     for attempt in range(CROP_TRIES):

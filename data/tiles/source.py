@@ -44,7 +44,8 @@ class TileSource(ABC):
         """A tile's name for messages: its file and place."""
 
     def slide(self, number: int) -> str | None:
-        """The slide that a tile is of, None where the source doesn't know. Neighbouring numbers are best of one slide."""
+        """The slide that a tile is of, None where the source doesn't know. Neighbouring numbers are best of one
+        slide."""
         return None
 
     @abstractmethod

@@ -62,7 +62,8 @@ class Stream:
         self.tiles = sum(passes.tiles for passes in self.passes)
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
-        """Tile numbers ``(batch_size / world_size,)`` of a rank's share of global batch ``step`` (both count from 0)."""
+        """Tile numbers ``(batch_size / world_size,)`` of a rank's share of global batch ``step`` (both count from
+        0)."""
         each = self.batch_size // self.lanes
         return np.concatenate([self.lane(lane, step * each, each) for lane in self.owned(rank, world_size)])
 
@@ -70,7 +71,8 @@ class Stream:
         """The lanes that a rank reads. Raises Fault where they can't be shared out evenly."""
         if self.lanes % world_size:
             raise Fault(
-                f"data.lanes={self.lanes} is not a multiple of the {world_size} processes; set data.lanes to a multiple of it."
+                f"data.lanes={self.lanes} is not a multiple of the {world_size} processes; set data.lanes to a multiple"
+                " of it."
             )
         each = self.lanes // world_size
         return range(rank * each, (rank + 1) * each)
@@ -97,12 +99,14 @@ def group_size(batch_size: int, lanes: int, slides_per_lane: int | None) -> int:
     """Tiles that are dealt out together: 1, or a lane's share of the batch over ``slides_per_lane``. Raises Fault."""
     if batch_size % lanes:
         raise Fault(
-            f"data.batch_size={batch_size} is not a multiple of data.lanes={lanes}: a batch takes the same number from every lane."
+            f"data.batch_size={batch_size} is not a multiple of data.lanes={lanes}: a batch takes the same number from"
+            " every lane."
         )
     if slides_per_lane is None:
         return 1
     if slides_per_lane < 1 or batch_size // lanes % slides_per_lane:
         raise Fault(
-            f"data.slides_per_lane={slides_per_lane} doesn't divide the {batch_size // lanes} tiles that a lane gives to a batch."
+            f"data.slides_per_lane={slides_per_lane} doesn't divide the {batch_size // lanes} tiles that a lane gives"
+            " to a batch."
         )
     return batch_size // lanes // slides_per_lane

@@ -89,7 +89,8 @@ def backbone(checkpoint: Mapping[str, Any], place: str = "") -> tuple[Found, lis
     if len(chosen) != 1:
         raise ValueError(
             (f"there is no encoder at {place}, but at" if place else f"it holds {len(chosen)} encoders,")
-            + f" {listed(name or 'its top' for name in places)}: name the one that is meant behind the file, FILE::{places[-1]}"
+            + f" {listed(name or 'its top' for name in places)}: name the one that is meant behind the file,"
+            f" FILE::{places[-1]}"
         )
     (found,) = chosen
     depth = max(found.place.count("."), 1)
@@ -137,7 +138,8 @@ def _what_it_is(names: list[str]) -> str:
         if any(re.search(pattern, name) for name in names):
             return f"these are weights of {what}, which isn't read: it takes vision transformers of DINOv2's kind"
     return (
-        f"no vision transformer is in it: none of its {len(names)} tensors is a {CLASS_TOKEN}, the first are {listed(names, 3)}"
+        f"no vision transformer is in it: none of its {len(names)} tensors is a {CLASS_TOKEN}, the first are"
+        f" {listed(names, 3)}"
         if names
         else "it holds no tensors"
     )

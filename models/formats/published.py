@@ -89,8 +89,9 @@ class Published:
         )
         if theirs != ours:
             said.append(
-                f"at other crop sizes this model resamples positions with position_antialias={ours[0]}, position_offset={ours[1]}, "
-                f"where {self.format} has {theirs[0]}, {theirs[1]}: set them to get its features there"
+                f"at other crop sizes this model resamples positions with position_antialias={ours[0]},"
+                f" position_offset={ours[1]}, where {self.format} has {theirs[0]}, {theirs[1]}: set them to get its"
+                " features there"
             )
         wanted = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
         missing = sorted(wanted.keys() - weights.keys() - {"mask_token"})

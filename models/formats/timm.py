@@ -52,7 +52,8 @@ def own_positions(count: int, registers: int, grid: int | None) -> int:
 
 
 def write_timm(network: VisionTransformer, image_size: int) -> Weights:
-    """A network's weights for timm, with the position grid of ``image_size`` resampled as the network itself does it."""
+    """A network's weights for timm, with the position grid of ``image_size`` resampled as the network itself does
+    it."""
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items() if name != "mask_token"}
     grid = image_size // network.patch_size
     with torch.no_grad():

@@ -81,7 +81,8 @@ def built_in() -> str:
     """The path of the real slide that 'make demo' brings. Raises Fault where it isn't there."""
     if not BUILT_IN.exists():
         raise Fault(
-            f"the built-in slide is not at {BUILT_IN}: run 'make demo', which brings it, or give slides=\"a.svs b.tiff\"."
+            f"the built-in slide is not at {BUILT_IN}: run 'make demo', which brings it, or give slides=\"a.svs"
+            ' b.tiff".'
         )
     return str(BUILT_IN)
 
@@ -105,16 +106,54 @@ def road(config: Config, slides: list[str], out: Path) -> list[Step]:
     ]
     steps = [
         Step("find tissue and cut tiles", "shard", sharding, 4, shards / "index.npz"),
-        Step("train a tile encoder with DINOv2", "tile", [f"run={tile}", f"data.shards={shards}", f"optim.steps={config.tile_steps}", f"optim.warmup_steps={min(50, config.tile_steps)}", "trainer.checkpoint_every=30", "watch.every=30"],
-             2 * config.tile_steps, tile / "checkpoints" / f"step-{config.tile_steps:08d}"),
-        Step("freeze it and embed the slide's tiles", "embed", [f"checkpoint={tile}", f"shards={shards}", f"out={embeddings}"], 8, embeddings / "index-0.parquet"),
-        Step("train a slide encoder as a masked autoencoder, on fields cut from the slides since they are few", "slide",
-             [f"run={slide}", f"data.embeddings={embeddings}", f"optim.steps={config.slide_steps}", f"optim.warmup_steps={min(40, config.slide_steps)}"], 0.16 * config.slide_steps,
-             slide / "checkpoints" / f"step-{config.slide_steps:08d}"),
-        Step("export the tile encoder for timm", "export", [f"checkpoint={tile}", f"out={out / 'encoder'}"], 4, out / "encoder" / "config.json"),
-        Step("export the slide encoder in Prov-GigaPath's format", "export", [f"checkpoint={slide}", f"out={out / 'slide_encoder'}", "format=gigapath"], 2,
-             out / "slide_encoder" / "slide_encoder.pth"),
-    ]  # fmt: skip
+        Step(
+            "train a tile encoder with DINOv2",
+            "tile",
+            [
+                f"run={tile}",
+                f"data.shards={shards}",
+                f"optim.steps={config.tile_steps}",
+                f"optim.warmup_steps={min(50, config.tile_steps)}",
+                "trainer.checkpoint_every=30",
+                "watch.every=30",
+            ],
+            2 * config.tile_steps,
+            tile / "checkpoints" / f"step-{config.tile_steps:08d}",
+        ),
+        Step(
+            "freeze it and embed the slide's tiles",
+            "embed",
+            [f"checkpoint={tile}", f"shards={shards}", f"out={embeddings}"],
+            8,
+            embeddings / "index-0.parquet",
+        ),
+        Step(
+            "train a slide encoder as a masked autoencoder, on fields cut from the slides since they are few",
+            "slide",
+            [
+                f"run={slide}",
+                f"data.embeddings={embeddings}",
+                f"optim.steps={config.slide_steps}",
+                f"optim.warmup_steps={min(40, config.slide_steps)}",
+            ],
+            0.16 * config.slide_steps,
+            slide / "checkpoints" / f"step-{config.slide_steps:08d}",
+        ),
+        Step(
+            "export the tile encoder for timm",
+            "export",
+            [f"checkpoint={tile}", f"out={out / 'encoder'}"],
+            4,
+            out / "encoder" / "config.json",
+        ),
+        Step(
+            "export the slide encoder in Prov-GigaPath's format",
+            "export",
+            [f"checkpoint={slide}", f"out={out / 'slide_encoder'}", "format=gigapath"],
+            2,
+            out / "slide_encoder" / "slide_encoder.pth",
+        ),
+    ]
     if config.labelled:
         probe = [f"checkpoint={tile}", f"train={config.labelled}", f"out={out / 'probe.json'}"]
         steps.append(Step("probe the tile encoder on labelled tiles", "probe", probe, 30, out / "probe.json"))

@@ -65,12 +65,14 @@ def run(config: Config) -> None:
     checks.append(lambda: own_objective.check_own_objective(config))
     if with_data:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
-        checks.append(lambda: tiles.check_tiles(data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices))  # fmt: skip
-    report.say_findings(
-        checks + report.of_a_run(
-            place, objective, config.optim.steps, trainer, config.wandb, config.partition
+        checks.append(
+            lambda: tiles.check_tiles(
+                data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices
+            )
         )
-    )  # fmt: skip
+    report.say_findings(
+        checks + report.of_a_run(place, objective, config.optim.steps, trainer, config.wandb, config.partition)
+    )
 
 
 def typed_data(data: dict[str, Any]) -> TileData:

@@ -27,10 +27,12 @@ class Config:
 
 def run(config: Config) -> None:
     """Check, print, and end with exit code 1 where anything fails."""
-    report.say_findings([
-        machine.versions,
-        lambda: machine.accelerators("auto", 1, "float32"),
-        *report.of_folder(Path(config.run)),
-        lambda: machine.slides([Path(slide) for slide in config.slides]),
-        lambda: services.slurm(os.environ, config.partition, 1, 1),
-    ])  # fmt: skip
+    report.say_findings(
+        [
+            machine.versions,
+            lambda: machine.accelerators("auto", 1, "float32"),
+            *report.of_folder(Path(config.run)),
+            lambda: machine.slides([Path(slide) for slide in config.slides]),
+            lambda: services.slurm(os.environ, config.partition, 1, 1),
+        ]
+    )

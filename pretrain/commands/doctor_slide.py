@@ -37,10 +37,14 @@ def run(config: Config) -> None:
         return plugins.build(config.objective, lambda: plugins.build(config.model, width))  # type: ignore[no-any-return]
 
     as_slide = slide.Config(**{field.name: getattr(config, field.name) for field in fields(slide.Config)})
-    report.say_findings([
-        *report.of_processes(trainer),
-        *report.of_folder(place),
-        lambda: as_a_run.check_as_a_run(place, as_slide, lambda: as_slide, None),
-        lambda: embeddings.check_embeddings(config.data, processes, trainer.accumulate, config.slides_per_second, config.seed),
-        *report.of_a_run(place, objective, config.optim.steps, trainer, config.wandb, config.partition),
-    ])  # fmt: skip
+    report.say_findings(
+        [
+            *report.of_processes(trainer),
+            *report.of_folder(place),
+            lambda: as_a_run.check_as_a_run(place, as_slide, lambda: as_slide, None),
+            lambda: embeddings.check_embeddings(
+                config.data, processes, trainer.accumulate, config.slides_per_second, config.seed
+            ),
+            *report.of_a_run(place, objective, config.optim.steps, trainer, config.wandb, config.partition),
+        ]
+    )

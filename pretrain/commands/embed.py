@@ -135,11 +135,18 @@ def require_consistent(config: Config) -> None:
 
 def refuse_idle(config: Config, work: str) -> None:
     """Raise Fault for settings that are given and have no effect in this work, one of `USED_BY`."""
-    idle = [f"{name}=" for name in sorted({name for names in USED_BY.values() for name in names} - USED_BY[work]) if getattr(config, name)]  # fmt: skip
+    idle = [
+        f"{name}="
+        for name in sorted({name for names in USED_BY.values() for name in names} - USED_BY[work])
+        if getattr(config, name)
+    ]
     if idle:
         have = "has" if len(idle) == 1 else "have"
         what = WORK[work]
-        raise Fault(f"{work} {what}, and {' and '.join(idle)} {have} no effect there: leave {'it' if len(idle) == 1 else 'them'} out, or {work}.")  # fmt: skip
+        raise Fault(
+            f"{work} {what}, and {' and '.join(idle)} {have} no effect there: leave"
+            f" {'it' if len(idle) == 1 else 'them'} out, or {work}."
+        )
 
 
 def _embed_tiles(config: Config, part: int, parts: int) -> None:
@@ -235,7 +242,13 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
     slides = len(slides_in(out))
     say(f"{out}: {slides} slides" + ("" if new else "; all were there already, nothing to do"))
     facts = {
-        "out": config.out, "slides": slides, "width": encoder.network.width, "encoder": encoder.name, "encoder_hash": encoder.hash,
-        "tile_encoder_hash": store.encoder_hash, "new_slides": new, "seconds": round(time.monotonic() - began, 1),
-    }  # fmt: skip
+        "out": config.out,
+        "slides": slides,
+        "width": encoder.network.width,
+        "encoder": encoder.name,
+        "encoder_hash": encoder.hash,
+        "tile_encoder_hash": store.encoder_hash,
+        "new_slides": new,
+        "seconds": round(time.monotonic() - began, 1),
+    }
     print(json.dumps(facts), flush=True)

@@ -66,9 +66,7 @@ def run(config: Config) -> None:
     if config.slide is not None and not config.shards:
         page = slide_page(config, Path(config.slide))
     elif config.shards and config.slide is None:
-        page = shards_page(
-            config.shards, config.weights, config.views, config.tiles, config.maps, config.seed
-        )  # fmt: skip
+        page = shards_page(config.shards, config.weights, config.views, config.tiles, config.maps, config.seed)
     else:
         raise Fault("say what to look at: pretrain inspect slide=FILE, or pretrain inspect shards=FOLDER")
     write_page(out, page)
@@ -97,12 +95,30 @@ def slide_page(config: Config, path: Path) -> Page:
     page = Page(path.name)
     page.facts = [
         ("slide", str(path)),
-        ("size", f"{grid.width} × {grid.height} pixels at {grid.mpp_level0:.4g} µm ({grid.microns(grid.width) / 1000:.2f} × {grid.microns(grid.height) / 1000:.2f} mm)"),
+        (
+            "size",
+            (
+                f"{grid.width} × {grid.height} pixels at {grid.mpp_level0:.4g} µm"
+                f" ({grid.microns(grid.width) / 1000:.2f} × {grid.microns(grid.height) / 1000:.2f} mm)"
+            ),
+        ),
         ("levels", levels),
-        ("tiles", f"{grid.tile_size} px at {grid.mpp:.4g} µm/px, {grid.tile_size_level0:.6g} level-0 pixels a side, {'resampled' if grid.resampled else 'untouched pixels'} from level {grid.level}"),
-        ("tissue rule", f"{config.tissue}, judged at {downsample * grid.mpp_level0:.3g} µm/px; a tile needs {min_tissue:.0%} tissue"),
+        (
+            "tiles",
+            (
+                f"{grid.tile_size} px at {grid.mpp:.4g} µm/px, {grid.tile_size_level0:.6g} level-0 pixels a side,"
+                f" {'resampled' if grid.resampled else 'untouched pixels'} from level {grid.level}"
+            ),
+        ),
+        (
+            "tissue rule",
+            (
+                f"{config.tissue}, judged at {downsample * grid.mpp_level0:.3g} µm/px; a tile needs {min_tissue:.0%}"
+                " tissue"
+            ),
+        ),
         ("verdicts", ", ".join(f"{count:,} {name}" for name, count in counts.items() if count)),
-    ]  # fmt: skip
+    ]
     page.pictures = [
         ("tiles", "Tiles kept and rejected", tile_map(thumbnail, tiling)),
         (

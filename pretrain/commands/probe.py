@@ -118,8 +118,14 @@ def run(config: Config) -> None:
         ),
         "chance": float(np.bincount(tested.labels).max() / len(tested.labels)),
         "method": {
-            "knn": f"{min(scores.KNN_NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine / {scores.TEMPERATURE})",
-            "linear": f"logistic regression on standardised features, L2, C = {scores.INVERSE_REGULARISATION:g}, up to 1000 iterations",
+            "knn": (
+                f"{min(scores.KNN_NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine /"
+                f" {scores.TEMPERATURE})"
+            ),
+            "linear": (
+                f"logistic regression on standardised features, L2, C = {scores.INVERSE_REGULARISATION:g}, up to 1000"
+                " iterations"
+            ),
             "rankme": "of the test features, not centred (Garrido 2023)",
             "standard_error": "binomial over test images; of a gain, paired over test images",
         },

@@ -142,6 +142,9 @@ def recipe_table(recipes: list[Recipe]) -> str:
         [
             *lines,
             "",
-            "unknown: our choice, never presented as theirs. 'pretrain recipes name=…' shows a recipe in full, with the source of every value.",
+            (
+                "unknown: our choice, never presented as theirs. 'pretrain recipes name=…' shows a recipe in full, with"
+                " the source of every value."
+            ),
         ]
     )

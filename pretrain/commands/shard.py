@@ -69,7 +69,8 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Cut the slides, or say that it is done. Raises Fault where not one slide gave tiles, and where the disk is full."""
+    """Cut the slides, or say that it is done. Raises Fault where not one slide gave tiles, and where the disk is
+    full."""
     out = Path(config.out)
     paths, slides_mpp = list_slides(config.slides), SlidesMpp.parse(config.slides_mpp)
     if some := slides_mpp.tells_of(paths):

@@ -49,7 +49,10 @@ def run(config: Config) -> None:
     """Index every folder. Raises Fault where shards are unfinished or damaged."""
     if config.out is not None:
         if len(config.shards) != 1:
-            raise Fault(f"out={config.out} keeps the index of one folder, and shards= names {len(config.shards)}: run the command once for each")  # fmt: skip
+            raise Fault(
+                f"out={config.out} keeps the index of one folder, and shards= names {len(config.shards)}: run the"
+                " command once for each"
+            )
         index = scan(config.shards[0], Path(config.out))
         say(f"{config.shards[0]}: {holdings(index)}, indexed in {config.out}{_said_left_out(index)}")
         return
@@ -74,7 +77,8 @@ def run(config: Config) -> None:
                 merge_records(folder, names, made)
             if len(names) < len(plan):
                 say(
-                    f"{len(plan) - len(names)} of {len(plan)} planned shards are missing: 'pretrain shard', run again, makes them"
+                    f"{len(plan) - len(names)} of {len(plan)} planned shards are missing: 'pretrain shard', run again,"
+                    " makes them"
                 )
         else:
             scan(name)
@@ -86,8 +90,16 @@ def _said_left_out(index: ShardIndex) -> str:
     """Say what isn't in the index, kind by kind; the end of the last line, which counts it."""
     members, files = describe_left_out(index)
     if "made_by" not in index.meta:
-        files = [LeftOut("", "'pretrain shard' has no record of it: move shards of others into a folder of their own", 1, tar.name)
-                 for tar in sorted(index.folder.glob("*.tar")) if not record_path(index.folder, tar.stem).exists()]  # fmt: skip
+        files = [
+            LeftOut(
+                "",
+                "'pretrain shard' has no record of it: move shards of others into a folder of their own",
+                1,
+                tar.name,
+            )
+            for tar in sorted(index.folder.glob("*.tar"))
+            if not record_path(index.folder, tar.stem).exists()
+        ]
     for kind in [*members, *files][:KINDS_SAID]:
         say(f"left out: {kind}")
     if (kinds := len(members) + len(files)) > KINDS_SAID:

@@ -60,7 +60,10 @@ def run(config: Config) -> None:
         say(f"the whole report: {config.report}")
     if found:
         named = f"{config.report} names them" if config.report else "the report names them"
-        raise Fault(f"{found:,} {'thing is' if found == 1 else 'things are'} wrong with the shards in {', '.join(config.shards)}; {named}")  # fmt: skip
+        raise Fault(
+            f"{found:,} {'thing is' if found == 1 else 'things are'} wrong with the shards in"
+            f" {', '.join(config.shards)}; {named}"
+        )
 
 
 def verify(folder: Folder, workers: int) -> dict[str, Any]:
@@ -89,9 +92,15 @@ def verify(folder: Folder, workers: int) -> dict[str, Any]:
     counted = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common()) or "all is well"
     say(f"{folder}: {len(names):,} shards, {tiles:,} tiles, {size / 1e6:,.1f} MB read: {counted}")
     return {
-        "folder": str(folder), "shards": len(names), "tiles": tiles, "bytes": size, "found": len(findings) + unnamed, "kinds": kinds,
-        "findings": [asdict(finding) for finding in findings], "unnamed": unnamed,
-    }  # fmt: skip
+        "folder": str(folder),
+        "shards": len(names),
+        "tiles": tiles,
+        "bytes": size,
+        "found": len(findings) + unnamed,
+        "kinds": kinds,
+        "findings": [asdict(finding) for finding in findings],
+        "unnamed": unnamed,
+    }
 
 
 def _say(finding: Defect, said: int) -> int:

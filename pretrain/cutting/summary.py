@@ -18,7 +18,8 @@ def say_renamed(names: dict[Path, str]) -> None:
         say(f"called {slide}: {path}")
     if len(renamed) > RENAMED_ONE_BY_ONE:
         say(
-            f"… and {len(renamed) - RENAMED_ONE_BY_ONE} more slides under another name than their file's; slides.csv has them all"
+            f"… and {len(renamed) - RENAMED_ONE_BY_ONE} more slides under another name than their file's; slides.csv"
+            " has them all"
         )
 
 

@@ -56,7 +56,8 @@ def find_tissue(
                 say(result.overruled)
         if left.outside or left.double:
             say(
-                f"{row.path}: left out {left.outside:,} given tiles that hang over its edge, and {left.double:,} that were given twice"
+                f"{row.path}: left out {left.outside:,} given tiles that hang over its edge, and {left.double:,} that"
+                " were given twice"
             )
         row.describe(tiling)
         candidates = int(sum(row.__dict__[name] for name in ("kept", "empty", "damaged")))
@@ -83,6 +84,7 @@ def hold_to_same_mpp(folder: ShardFolder, names: dict[Path, str], slides_mpp: Sl
             continue
         if slide in planned:
             raise Fault(
-                f"{path} was cut as one of {then:.4g} µm per pixel, and slides_mpp= says {mpp:g} now: choose another out="
+                f"{path} was cut as one of {then:.4g} µm per pixel, and slides_mpp= says {mpp:g} now: choose another"
+                " out="
             )
         rows[slide].outcome = PENDING

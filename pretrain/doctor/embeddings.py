@@ -35,11 +35,16 @@ def check_embeddings(
         return [failed("embeddings", str(fault))]
     tiles = [store.rows(slide) for slide in store.slides]
     what = (
-        f"{len(tiles):,} slides of {sum(tiles):,} tiles × {store.width}, the largest of {max(tiles):,}: {len(sequences.training):,} sequences to train on "
-        f"and {len(sequences.validation):,} held out, {data.lanes} lanes on {processes} processes"
+        f"{len(tiles):,} slides of {sum(tiles):,} tiles × {store.width}, the largest of {max(tiles):,}:"
+        f" {len(sequences.training):,} sequences to train on and {len(sequences.validation):,} held out, {data.lanes}"
+        f" lanes on {processes} processes"
     )
     if len(sequences.training) < data.batch_size:
-        found = warned("embeddings", f"{what}; a step takes up to {data.batch_size}, so it sees a sequence more than once: embed more slides, or set data.field_cells, or data.batch_size lower")  # fmt: skip
+        found = warned(
+            "embeddings",
+            f"{what}; a step takes up to {data.batch_size}, so it sees a sequence more than once: embed more slides, or"
+            " set data.field_cells, or data.batch_size lower",
+        )
     else:
         found = passed("embeddings", f"{what}; {min(SAMPLED_SLIDES, len(tiles))} slides are there as the index says")
     does, remedy = "one process reads, cuts and masks", "put the embeddings on faster storage"
@@ -53,7 +58,10 @@ def read_ends_of_store(store: EmbeddingStore) -> None:
         slide = store.slides[number]
         rows = store.read(slide).embeddings
         if not np.isfinite(rows[:: max(1, len(rows) // SAMPLED_SLIDES)]).all():
-            raise Fault(f"{store.folder}: embeddings of {slide} are not finite: embed it again into a new folder, with trainer.precision=float32 if its encoder overflows")  # fmt: skip
+            raise Fault(
+                f"{store.folder}: embeddings of {slide} are not finite: embed it again into a new folder, with"
+                " trainer.precision=float32 if its encoder overflows"
+            )
 
 
 def slides_per_second(batches: SlideBatches) -> float:

@@ -47,7 +47,13 @@ def write_and_rename(folder: Path) -> list[Finding]:
         for path in (partial, final):
             remove(path)
     if seen != content:
-        return [failed("folder", f"what is written to {place} is not what another process reads there: give a run= on another file system")]  # fmt: skip
+        return [
+            failed(
+                "folder",
+                f"what is written to {place} is not what another process reads there: give a run= on another file"
+                " system",
+            )
+        ]
     return [passed("folder", f"{place}: written, renamed, and read by another process")]
 
 
@@ -101,7 +107,13 @@ def seen_by_all_nodes(
             path.unlink(missing_ok=True)
     if missing:
         who = ", ".join(map(str, missing))
-        return [failed("folder", f"node {own} doesn't see in {place} what node {who} of the job writes there: give a run= on a file system that all nodes share")]  # fmt: skip
+        return [
+            failed(
+                "folder",
+                f"node {own} doesn't see in {place} what node {who} of the job writes there: give a run= on a file"
+                " system that all nodes share",
+            )
+        ]
     return [passed("folder", f"{place} is one folder on all {nodes} nodes")]
 
 
@@ -128,7 +140,10 @@ def check_room(folder: Path, each: int, kept: int, steps: int, checkpoint_every:
     place = existing(folder)
     count = (kept or -(-steps // checkpoint_every)) + 2
     free, needed = shutil.disk_usage(place).free, each * count
-    what = f"{count} checkpoints of {each / 1e9:,.2f} GB (those kept, the best one, one being written) need {needed / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB free"  # fmt: skip
+    what = (
+        f"{count} checkpoints of {each / 1e9:,.2f} GB (those kept, the best one, one being written) need"
+        f" {needed / 1e9:,.1f} GB, and {place} has {free / 1e9:,.1f} GB free"
+    )
     if needed > free:
         return [
             failed("disk", f"{what}: free some, give a run= on a larger disk, or set trainer.keep_checkpoints lower")

@@ -45,14 +45,36 @@ def versions(
             wrong.append(failed("versions", f"{requirement.name} is not installed: pip install '{line}'"))
             continue
         if found in COMPROMISED.get(requirement.name, ()):
-            wrong.append(failed("versions", f"{requirement.name} {found} was a compromised release: pip install '{line}', and change the secrets that this machine holds"))  # fmt: skip
+            wrong.append(
+                failed(
+                    "versions",
+                    f"{requirement.name} {found} was a compromised release: pip install '{line}', and change the"
+                    " secrets that this machine holds",
+                )
+            )
         elif not requirement.specifier.contains(found, prereleases=True):
-            wrong.append(failed("versions", f"{requirement.name} is {found}, and {requirement.specifier} is needed: pip install '{line}'"))  # fmt: skip
+            wrong.append(
+                failed(
+                    "versions",
+                    f"{requirement.name} is {found}, and {requirement.specifier} is needed: pip install '{line}'",
+                )
+            )
     for line in requires("torchvision") or [] if torchvision is None else torchvision:
         requirement = Requirement(line)
         if requirement.name == "torch" and not requirement.specifier.contains(installed("torch"), prereleases=True):
-            wrong.append(failed("versions", f"torchvision {installed('torchvision')} was built for torch {requirement.specifier}, and torch is {installed('torch')}: install them together, from one index"))  # fmt: skip
-    return wrong or [passed("versions", f"{seen} packages are as pyproject.toml asks; torch {installed('torch')} and its torchvision match")]  # fmt: skip
+            wrong.append(
+                failed(
+                    "versions",
+                    f"torchvision {installed('torchvision')} was built for torch {requirement.specifier}, and torch is"
+                    f" {installed('torch')}: install them together, from one index",
+                )
+            )
+    return wrong or [
+        passed(
+            "versions",
+            f"{seen} packages are as pyproject.toml asks; torch {installed('torch')} and its torchvision match",
+        )
+    ]
 
 
 def on_gpu(accelerator: str) -> bool:
@@ -67,22 +89,54 @@ def accelerators(accelerator: str, devices: int, precision: str) -> list[Finding
         hint = (
             ""
             if accelerator == "cpu"
-            else "; if there should be GPUs: is the driver loaded (nvidia-smi), and is torch one that was built for CUDA?"
+            else (
+                "; if there should be GPUs: is the driver loaded (nvidia-smi), and is torch one that was built for"
+                " CUDA?"
+            )
         )
         if devices > cores:
-            return [warned("accelerators", f"{devices} processes are to share {cores} cores; set trainer.devices lower, or ask for more cores{hint}")]  # fmt: skip
-        return [(passed if accelerator == "cpu" else warned)("accelerators", f"no GPU is used: {devices} processes on {cores} cores{hint}")]  # fmt: skip
+            return [
+                warned(
+                    "accelerators",
+                    f"{devices} processes are to share {cores} cores; set trainer.devices lower, or ask for more"
+                    f" cores{hint}",
+                )
+            ]
+        return [
+            (passed if accelerator == "cpu" else warned)(
+                "accelerators", f"no GPU is used: {devices} processes on {cores} cores{hint}"
+            )
+        ]
     if count < devices:
-        return [failed("accelerators", f"{count} GPUs are visible and trainer.devices={devices}: ask for more GPUs, look at CUDA_VISIBLE_DEVICES and nvidia-smi, or set it lower (built for CUDA {torch.version.cuda})")]  # fmt: skip
+        return [
+            failed(
+                "accelerators",
+                f"{count} GPUs are visible and trainer.devices={devices}: ask for more GPUs, look at"
+                f" CUDA_VISIBLE_DEVICES and nvidia-smi, or set it lower (built for CUDA {torch.version.cuda})",
+            )
+        ]
     found = []
     for i in range(devices):
         about = torch.cuda.get_device_properties(i)
         free, whole = torch.cuda.mem_get_info(i)
         if free < 0.9 * whole:
-            found.append(warned("accelerators", f"GPU {i} ({about.name}): {(whole - free) / 2**30:.1f} GiB of {whole / 2**30:.1f} are in use by others: nvidia-smi shows by whom"))  # fmt: skip
+            found.append(
+                warned(
+                    "accelerators",
+                    f"GPU {i} ({about.name}): {(whole - free) / 2**30:.1f} GiB of {whole / 2**30:.1f} are in use by"
+                    " others: nvidia-smi shows by whom",
+                )
+            )
     if precision == "bf16" and torch.cuda.get_device_capability(0) < (8, 0):
-        found.append(warned("accelerators", f"{torch.cuda.get_device_name(0)} has no bf16 units: trainer.precision=float32 is as fast there"))  # fmt: skip
-    return found or [passed("accelerators", f"{devices} of {count} × {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")]  # fmt: skip
+        found.append(
+            warned(
+                "accelerators",
+                f"{torch.cuda.get_device_name(0)} has no bf16 units: trainer.precision=float32 is as fast there",
+            )
+        )
+    return found or [
+        passed("accelerators", f"{devices} of {count} × {torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}")
+    ]
 
 
 def all_reduce(processes: int, gpu: bool, seconds: float = PROCESSES_TIMEOUT) -> list[Finding]:
@@ -108,12 +162,29 @@ def all_reduce(processes: int, gpu: bool, seconds: float = PROCESSES_TIMEOUT) ->
                 process.kill()
                 answers.append(f"no answer in {seconds:.0f} s ({' '.join(process.communicate()[1].split())[-200:]})")
     expected = f"sum {processes * (processes + 1) // 2}"
-    wrong = [f"rank {rank}: {answer or 'it ended with an error'}" for rank, answer in enumerate(answers) if not answer.startswith(expected)]  # fmt: skip
+    wrong = [
+        f"rank {rank}: {answer or 'it ended with an error'}"
+        for rank, answer in enumerate(answers)
+        if not answer.startswith(expected)
+    ]
     if wrong:
-        remedy = "NCCL_DEBUG=INFO shows more; NCCL_SOCKET_IFNAME and NCCL_P2P_DISABLE=1 are what usually helps" if gpu else "GLOO_SOCKET_IFNAME=lo or another interface is what usually helps, and a firewall what hinders"  # fmt: skip
-        return [failed("all-reduce", f"{processes} processes can't add up a tensor with {backend} ({'; '.join(wrong)[:300]}): {remedy}")]  # fmt: skip
+        remedy = (
+            "NCCL_DEBUG=INFO shows more; NCCL_SOCKET_IFNAME and NCCL_P2P_DISABLE=1 are what usually helps"
+            if gpu
+            else "GLOO_SOCKET_IFNAME=lo or another interface is what usually helps, and a firewall what hinders"
+        )
+        return [
+            failed(
+                "all-reduce",
+                f"{processes} processes can't add up a tensor with {backend} ({'; '.join(wrong)[:300]}): {remedy}",
+            )
+        ]
     slowest = max(float(answer.split()[-1]) for answer in answers)
-    return [passed("all-reduce", f"{processes} processes, {backend}: {4 * VALUES / 1e6 / slowest:,.0f} MB/s on this machine")]  # fmt: skip
+    return [
+        passed(
+            "all-reduce", f"{processes} processes, {backend}: {4 * VALUES / 1e6 / slowest:,.0f} MB/s on this machine"
+        )
+    ]
 
 
 def between_nodes(environment: Mapping[str, str], seconds: float = PROCESSES_TIMEOUT) -> list[Finding]:
@@ -124,17 +195,45 @@ def between_nodes(environment: Mapping[str, str], seconds: float = PROCESSES_TIM
         return []
     where = environment.get("MASTER_ADDR") or environment.get("SLURM_LAUNCH_NODE_IPADDR", "")
     if not where:
-        return [warned("network", "which node is the first isn't known here, so the network between nodes wasn't tried: MASTER_ADDR says it, which launch.doctor=true sets")]  # fmt: skip
+        return [
+            warned(
+                "network",
+                "which node is the first isn't known here, so the network between nodes wasn't tried: MASTER_ADDR says"
+                " it, which launch.doctor=true sets",
+            )
+        ]
     meeting = f"tcp://{where}:{DOCTORS_PORT + int(environment['SLURM_JOB_ID']) % 10_000}"
-    command = [sys.executable, "-P", "-m", "pretrain.doctor.reduce_once", str(own), str(nodes), "gloo", meeting, str(seconds)]  # fmt: skip
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "pretrain.doctor.reduce_once",
+        str(own),
+        str(nodes),
+        "gloo",
+        meeting,
+        str(seconds),
+    ]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=2 * seconds)
         answer, error = done.stdout.strip(), " ".join(done.stderr.split())[-200:]
     except subprocess.TimeoutExpired:
         answer, error = "", f"no answer in {2 * seconds:.0f} s"
     if not answer.startswith(f"sum {nodes * (nodes + 1) // 2}"):
-        return [failed("network", f"node {own} can't add up a tensor with the other {nodes - 1} by way of {meeting} ({error}): is a firewall between them? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface to use")]  # fmt: skip
-    return [passed("network", f"{nodes} nodes, one process each, gloo: {4 * VALUES / 1e6 / float(answer.split()[-1]):,.0f} MB/s between them")]  # fmt: skip
+        return [
+            failed(
+                "network",
+                f"node {own} can't add up a tensor with the other {nodes - 1} by way of {meeting} ({error}): is a"
+                " firewall between them? GLOO_SOCKET_IFNAME and NCCL_SOCKET_IFNAME name the interface to use",
+            )
+        ]
+    return [
+        passed(
+            "network",
+            f"{nodes} nodes, one process each, gloo: {4 * VALUES / 1e6 / float(answer.split()[-1]):,.0f} MB/s between"
+            " them",
+        )
+    ]
 
 
 def slides(given: Sequence[Path]) -> list[Finding]:
@@ -145,7 +244,9 @@ def slides(given: Sequence[Path]) -> list[Finding]:
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / "made.tiff"
         pixels = np.full((512, 512, 3), 200, dtype=np.uint8)
-        tifffile.imwrite(made, pixels, tile=(256, 256), photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER")  # fmt: skip
+        tifffile.imwrite(
+            made, pixels, tile=(256, 256), photometric="rgb", resolution=(20000, 20000), resolutionunit="CENTIMETER"
+        )
         for path in (made, *given):
             finding = _opens(path)
             if path is not made or finding.status != "ok":

@@ -31,5 +31,16 @@ def check_own_objective(config: Any) -> list[Finding]:
         return [failed("objective", str(fault))]
     except Exception as error:  # an objective may do what tensors without numbers can't
         said = traceback.format_exception_only(error)[-1].strip().splitlines()[0]
-        return [warned("objective", f"a step of {target.__name__} can't be rehearsed on tensors without numbers ({said}), so that its loss can be used shows in the first step")]  # fmt: skip
-    return [passed("objective", f"{target.__name__} gives networks that can be shared out, and a loss in a step without numbers")]  # fmt: skip
+        return [
+            warned(
+                "objective",
+                f"a step of {target.__name__} can't be rehearsed on tensors without numbers ({said}), so that its loss"
+                " can be used shows in the first step",
+            )
+        ]
+    return [
+        passed(
+            "objective",
+            f"{target.__name__} gives networks that can be shared out, and a loss in a step without numbers",
+        )
+    ]

@@ -14,5 +14,7 @@ def fast_enough(rate: float, needed: float | None, shares: int, unit: str, does:
         return passed("rate", f"{measured}; say {unit}_per_second= (what all GPUs are to train) to have it judged")
     share = needed / shares
     if rate < share:
-        return failed("rate", f"{measured}, and {share:,.1f} are needed ({needed:,.1f} over {shares} processes): {remedy}")  # fmt: skip
+        return failed(
+            "rate", f"{measured}, and {share:,.1f} are needed ({needed:,.1f} over {shares} processes): {remedy}"
+        )
     return (passed if rate > 1.5 * share else warned)("rate", f"{measured}, and {share:,.1f} are needed")

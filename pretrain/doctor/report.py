@@ -58,8 +58,13 @@ def of_folder(place: Path) -> list[Check]:
 
 
 def of_a_run(
-    place: Path, make_objective: Callable[[], Objective], steps: int, trainer: TrainerSettings, wandb: WandbSettings, partition: str | None
-) -> list[Check]:  # fmt: skip
+    place: Path,
+    make_objective: Callable[[], Objective],
+    steps: int,
+    trainer: TrainerSettings,
+    wandb: WandbSettings,
+    partition: str | None,
+) -> list[Check]:
     """Disk room for a run's checkpoints, its record, and SLURM."""
 
     def room() -> list[Finding]:

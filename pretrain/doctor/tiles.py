@@ -22,7 +22,15 @@ SAMPLED_TILES = 64  # tiles that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
-def check_tiles(data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, needed: float | None, seed: int, here: int = 1) -> list[Finding]:  # fmt: skip
+def check_tiles(
+    data: Mapping[str, Any],
+    processes: int,
+    accumulate: int,
+    patch_size: int,
+    needed: float | None,
+    seed: int,
+    here: int = 1,
+) -> list[Finding]:
     """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get,
     ``here`` how many run here."""
     try:
@@ -35,9 +43,21 @@ def check_tiles(data: Mapping[str, Any], processes: int, accumulate: int, patch_
         rate = tiles_per_second(batches)
     except Fault as fault:
         return [failed("tiles", str(fault))]
-    found = [passed("tiles", f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes; {SAMPLED_TILES} of them read as the index says")]  # fmt: skip
+    found = [
+        passed(
+            "tiles",
+            f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes;"
+            f" {SAMPLED_TILES} of them read as the index says",
+        )
+    ]
     if blocks < 2 * data["lanes"]:
-        found = [warned("tiles", f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a multiple of the {processes} processes), or take more shards")]  # fmt: skip
+        found = [
+            warned(
+                "tiles",
+                f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a"
+                f" multiple of the {processes} processes), or take more shards",
+            )
+        ]
     does = f"one process with data.threads={data['threads']} reads, decodes and cuts"
     remedy = "raise data.threads and the cores for each process, or put the shards on faster storage"
     return [*found, *memory, fast_enough(rate, needed, processes, "tiles", does, remedy)]
@@ -60,20 +80,38 @@ def read_ends_of_source(source: TileSource) -> None:
         try:
             source.read(number)
         except UnreadableTile as error:
-            raise Fault(f"{error}: 'pretrain shards verify' finds all that are; restore them, or index the shards anew") from error  # fmt: skip
+            raise Fault(
+                f"{error}: 'pretrain shards verify' finds all that are; restore them, or index the shards anew"
+            ) from error
 
 
 def loading(
-    source: TileSource, stream: Stream, data: Mapping[str, Any], processes: int, accumulate: int, patch_size: int, seed: int
-) -> TileBatches:  # fmt: skip
+    source: TileSource,
+    stream: Stream,
+    data: Mapping[str, Any],
+    processes: int,
+    accumulate: int,
+    patch_size: int,
+    seed: int,
+) -> TileBatches:
     """What one process's loader makes, by the run's own crops and threads."""
     sizes = crop_sizes(Crops(**data["crops"]))
     masks = data["masks"]
     masking = Masking(masks["share"], masks["low"], masks["high"], sizes.global_size // patch_size)
     return TileBatches(
-        source, stream, sizes, colour(ColourSettings(**data["colour"])), masking, seed=seed, start=0, stop=WARM_UP + MEASURED, rank=0,
-        world_size=processes, accumulate=accumulate, threads=data["threads"],
-    )  # fmt: skip
+        source,
+        stream,
+        sizes,
+        colour(ColourSettings(**data["colour"])),
+        masking,
+        seed=seed,
+        start=0,
+        stop=WARM_UP + MEASURED,
+        rank=0,
+        world_size=processes,
+        accumulate=accumulate,
+        threads=data["threads"],
+    )
 
 
 def shared_memory(batches: TileBatches, here: int) -> list[Finding]:
@@ -81,7 +119,14 @@ def shared_memory(batches: TileBatches, here: int) -> list[Finding]:
     needed, room = shared_memory_needed(batches, here), shared_memory_room()
     if room is None or needed <= room:
         return []
-    return [warned("shared memory", f"{SHARED_MEMORY} has {room / 1e6:,.0f} MB free, and {here} processes need {needed / 1e6:,.0f} MB for batches on their way: they would go through a pipe, which is slower; give the container more (docker run --shm-size=8g)")]  # fmt: skip
+    return [
+        warned(
+            "shared memory",
+            f"{SHARED_MEMORY} has {room / 1e6:,.0f} MB free, and {here} processes need {needed / 1e6:,.0f} MB for"
+            " batches on their way: they would go through a pipe, which is slower; give the container more (docker run"
+            " --shm-size=8g)",
+        )
+    ]
 
 
 def tiles_per_second(batches: TileBatches) -> float:

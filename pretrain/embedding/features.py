@@ -78,8 +78,8 @@ def add_slides(
             own = (said or writer.encoder, hash_of(writer.encoder, hash_), dimensions)
             if own != (writer.encoder, writer.encoder_hash, writer.width):
                 raise Fault(
-                    f"{path} is of another encoder ({said or 'unnamed'}, {own[1]}, {dimensions} wide), not of {writer.encoder} "
-                    f"({writer.encoder_hash}, {writer.width} wide): take it over into another folder."
+                    f"{path} is of another encoder ({said or 'unnamed'}, {own[1]}, {dimensions} wide), not of"
+                    f" {writer.encoder} ({writer.encoder_hash}, {writer.width} wide): take it over into another folder."
                 )
             own_slide = slides.get(path.stem)
             scale = overrule = slides_mpp.of(own_slide or path)
@@ -94,17 +94,28 @@ def add_slides(
             then = found.mpp * found.tile_size / found.tile_size_level0
             if overrule is not None and then and abs(then / overrule - 1) > ISOTROPIC:
                 raise Fault(
-                    f"{path} says itself that a level-0 pixel is {then:.4g} µm wide, and slides_mpp= says {overrule:g}: leave slides_mpp= out for it, or make the features again."
+                    f"{path} says itself that a level-0 pixel is {then:.4g} µm wide, and slides_mpp= says {overrule:g}:"
+                    " leave slides_mpp= out for it, or make the features again."
                 )
-            left = f"{imported.not_finite} rows that aren't finite in float16 and {imported.double} of places that came twice"
+            left = (
+                f"{imported.not_finite} rows that aren't finite in float16 and {imported.double} of places that came"
+                " twice"
+            )
             if bad > max(1, max_bad_fraction * rows):
                 raise Fault(
-                    f"{path} has, among {rows}, {left}: make it again, or allow it with max_bad_fraction={bad / rows:.3g}."
+                    f"{path} has, among {rows}, {left}: make it again, or allow it with"
+                    f" max_bad_fraction={bad / rows:.3g}."
                 )
             writer.add(
-                slide, found.embeddings.reshape(-1, writer.width), found.coordinates, found.tile_size_level0, found.mpp,
-                tile_size=found.tile_size, slide_width=found.slide_width, slide_height=found.slide_height,
-            )  # fmt: skip
+                slide,
+                found.embeddings.reshape(-1, writer.width),
+                found.coordinates,
+                found.tile_size_level0,
+                found.mpp,
+                tile_size=found.tile_size,
+                slide_width=found.slide_width,
+                slide_height=found.slide_height,
+            )
             results[slide] = f"{rows - bad} tiles" + (f"; left out: {left}" if bad else "")
             if bad:
                 short += 1

@@ -1,4 +1,5 @@
-"""The slides that a user names, as a source of tiles to embed: under the ids and at the µm per pixel of earlier runs."""
+"""The slides that a user names, as a source of tiles to embed: under the ids and at the µm per pixel of earlier
+runs."""
 
 from pathlib import Path
 

@@ -30,18 +30,21 @@ def embed_store(
     """
     if encoder.tile_encoder_hash not in (None, store.encoder_hash):
         raise Fault(
-            f"{encoder.name} was trained on embeddings of another tile encoder ({encoder.tile_encoder_hash}) than {store.folder} holds "
-            f"({store.encoder}, {store.encoder_hash}): embed the slides with that one."
+            f"{encoder.name} was trained on embeddings of another tile encoder ({encoder.tile_encoder_hash}) than"
+            f" {store.folder} holds ({store.encoder}, {store.encoder_hash}): embed the slides with that one."
         )
     if encoder.network.input_width != store.width:
         raise Fault(
-            f"{encoder.name} takes {encoder.network.input_width}-wide embeddings, and {store.folder} holds {store.width}-wide ones."
+            f"{encoder.name} takes {encoder.network.input_width}-wide embeddings, and {store.folder} holds"
+            f" {store.width}-wide ones."
         )
     make_folder(out)
     about = {
-        "format": 1, "encoder": encoder.name, "encoder_hash": f"{encoder.hash} on {store.encoder_hash}, {precision}",
+        "format": 1,
+        "encoder": encoder.name,
+        "encoder_hash": f"{encoder.hash} on {store.encoder_hash}, {precision}",
         "width": encoder.network.width,
-    }  # fmt: skip
+    }
     claim(out, about, ABOUT)
     with lease.alone(out / f".part-{part}", doing="another 'pretrain embed'"):
         there = slides_in(out)

@@ -19,7 +19,8 @@ def device_of(name: str) -> torch.device:
         torch.zeros(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise Fault(
-            f"device={name} is not on this machine: it is cpu, or cuda or cuda:1 where PyTorch finds GPUs, and it finds {torch.cuda.device_count()}."
+            f"device={name} is not on this machine: it is cpu, or cuda or cuda:1 where PyTorch finds GPUs, and it finds"
+            f" {torch.cuda.device_count()}."
         ) from error
     return device
 

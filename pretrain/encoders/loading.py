@@ -43,8 +43,8 @@ def _load(checkpoint: str, device: str, precision: str, plugins: Collection[str]
     folder = checkpoints.resolved(Path(checkpoint))
     if folder.is_file() and folder.suffix in WEIGHT_SUFFIXES:
         raise Fault(
-            f"{folder} holds weights and doesn't say how images are prepared for them: start a run from it with 'pretrain tile init=', "
-            "or give a folder with its configuration"
+            f"{folder} holds weights and doesn't say how images are prepared for them: start a run from it with"
+            " 'pretrain tile init=', or give a folder with its configuration"
         )
     if folder.is_dir():
         if is_transformers(folder):

@@ -33,4 +33,7 @@ class Preprocessing:
     def __str__(self) -> str:
         cut = f", centre {self.image_size} px" if self.resize_to != self.image_size else ""
         numbers = ["/".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)]
-        return f"shorter side to {self.resize_to} px ({self.interpolation}, antialiased){cut}, mean {numbers[0]}, std {numbers[1]}"
+        return (
+            f"shorter side to {self.resize_to} px ({self.interpolation}, antialiased){cut}, mean {numbers[0]}, std"
+            f" {numbers[1]}"
+        )

@@ -66,7 +66,8 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
     settings, data = found.config.get("model"), found.config.get("data") or {}
     if not isinstance(settings, dict) or not {"mean", "std", "crops"} <= data.keys():
         raise Fault(
-            f"{found.run} is not a tile run (its {RUN_CONFIG} lacks model, or data.mean, std or crops): give a run of 'pretrain tile'"
+            f"{found.run} is not a tile run (its {RUN_CONFIG} lacks model, or data.mean, std or crops): give a run of"
+            " 'pretrain tile'"
         )
     weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
     network = untrained(found)

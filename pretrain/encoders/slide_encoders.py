@@ -25,7 +25,8 @@ TILE_ENCODER = "tile_encoder.json"  # in a slide run's folder: whose embeddings 
 
 @dataclass(frozen=True)
 class SlideEncoder:
-    """A frozen LongNet; ``tile_encoder_hash`` is that of the tile encoder whose embeddings it takes, where it is known."""
+    """A frozen LongNet; ``tile_encoder_hash`` is that of the tile encoder whose embeddings it takes, where it is
+    known."""
 
     network: LongNet
     name: str
@@ -85,8 +86,8 @@ def _released(path: Path, device: torch.device) -> SlideEncoder:
         raise Fault(f"{path} is no released slide encoder ({why}): give one, or a slide run.") from error
     if (width, depth) not in RELEASED:
         raise Fault(
-            f"{path} has width {width} and {depth} layers, which is no published size, so its heads and segments are not known: "
-            "give the run that it was exported from."
+            f"{path} has width {width} and {depth} layers, which is no published size, so its heads and segments are"
+            " not known: give the run that it was exported from."
         )
     settings = OmegaConf.to_container(OmegaConf.load(CONFIGS / "model" / "longnet.yaml"))
     assert isinstance(settings, dict)

@@ -77,7 +77,8 @@ class TileEncoder:
         return self.start(images)()
 
     def embed_each(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Features of n images of any sizes, each uint8 (H, W, 3): float32 (n, width). Equal sizes go through together."""
+        """Features of n images of any sizes, each uint8 (H, W, 3): float32 (n, width). Equal sizes go through
+        together."""
         features = np.empty((len(images), self.width), dtype=np.float32)
         by_shape: dict[tuple[int, ...], list[int]] = {}
         for index, image in enumerate(images):

@@ -1,4 +1,5 @@
-"""timm's models, and folders in its layout, as tile encoders. Weights that can't be had are an error, never random ones."""
+"""timm's models, and folders in its layout, as tile encoders. Weights that can't be had are an error, never random
+ones."""
 
 from pathlib import Path
 
@@ -56,16 +57,19 @@ def timm_module(name: str) -> nn.Module:
     if not local and not name.startswith("hf-hub:"):
         if "/" in name or name.startswith("."):
             raise Fault(
-                f"there is no folder {name}: give a run's folder, a checkpoint, an exported folder, or a timm model's name"
+                f"there is no folder {name}: give a run's folder, a checkpoint, an exported folder, or a timm model's"
+                " name"
             )
         if not timm.is_model(base):
             raise Fault(
-                f"{name} is neither a folder here nor a model that timm knows: give a run, an exported folder, or a name of timm.list_models()"
+                f"{name} is neither a folder here nor a model that timm knows: give a run, an exported folder, or a"
+                " name of timm.list_models()"
             )
         # timm only warns, and goes on with random weights, where a model has none.
         if not timm.models.is_model_pretrained(name):
             raise Fault(
-                f"timm has no pretrained weights for {name}: choose one of timm.list_models({base + '*'!r}, pretrained=True)"
+                f"timm has no pretrained weights for {name}: choose one of timm.list_models({base + '*'!r},"
+                " pretrained=True)"
             )
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0)
@@ -74,7 +78,10 @@ def timm_module(name: str) -> nn.Module:
         remedy = (
             "export it again with 'pretrain export'"
             if local
-            else "download it once on a machine that reaches its hub and copy the cache, or save the model to a folder and give that"
+            else (
+                "download it once on a machine that reaches its hub and copy the cache, or save the model to a folder"
+                " and give that"
+            )
         )
         raise Fault(f"the weights of {name.removeprefix('local-dir:')} can't be loaded ({cause}): {remedy}") from error
     return module

@@ -38,7 +38,8 @@ def transformers_preprocessing(folder: Path) -> Preprocessing:
     path = folder / "preprocessor_config.json"
     if not path.is_file():
         raise Fault(
-            f"{folder} has no {path.name}, so nothing says how images are prepared for it: copy that file from where the model is from"
+            f"{folder} has no {path.name}, so nothing says how images are prepared for it: copy that file from where"
+            " the model is from"
         )
     config = read_json(path)
     resize, crop = config.get("size"), config.get("crop_size")

@@ -34,7 +34,8 @@ def read_file(path: Path) -> dict[str, Any]:
             held = torch.load(path, map_location="cpu", weights_only=True, mmap=zipped(path))
     except (OSError, RuntimeError, SafetensorError, pickle.UnpicklingError, EOFError, ValueError) as error:
         raise Fault(
-            f"{path} can't be read as weights ({why_unreadable(error)}): download it again, or save its state dict alone as safetensors"
+            f"{path} can't be read as weights ({why_unreadable(error)}): download it again, or save its state dict"
+            " alone as safetensors"
         ) from error
     if not isinstance(held, dict):
         raise Fault(f"{path} holds a {type(held).__name__}, not a state dict")

@@ -53,7 +53,10 @@ def shards_page(
     page.pictures.append(("sheet", f"{len(pictures)} tiles drawn at random", contact_sheet(pictures, captions)))
     if recipe is not None:
         some = [pictures[at] for at in np.linspace(0, len(pictures) - 1, min(SEEN, len(pictures))).astype(int)]
-        words = f"What the network sees under recipe={recipe}: a tile a row, global views with masked patches grey, then local views"
+        words = (
+            f"What the network sees under recipe={recipe}: a tile a row, global views with masked patches grey, then"
+            " local views"
+        )
         page.pictures.append(("seen", words, seen(some, recipe_settings(recipe), seed)))
     if len(folders) > 1:
         names = _distinct(names)
@@ -97,7 +100,10 @@ def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], l
         try:
             tiles.append(simplejpeg.decode_jpeg(tars.jpeg(index, row)))
         except (OSError, ValueError, Truncated) as error:
-            bad.append(f"{redacted(index.place(index.file_of(row)))}: the tile at byte {index.offset[row]} is no readable JPEG ({error})")  # fmt: skip
+            bad.append(
+                f"{redacted(index.place(index.file_of(row)))}: the tile at byte {index.offset[row]} is no readable JPEG"
+                f" ({error})"
+            )
             continue
         place = "place unknown" if index.x[row] == UNKNOWN_PLACE else f"{index.x[row]}, {index.y[row]}"
         captions.append(f"{index.slide_of(row)}\n{place}")

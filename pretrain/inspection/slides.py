@@ -16,8 +16,12 @@ from data.slides.tiling import BACKGROUND, DAMAGED, EMPTY, KEPT, PEN, VERDICTS, 
 Rgb = tuple[int, int, int]
 
 COLOURS: dict[int, Rgb] = {
-    KEPT: (23, 135, 84), PEN: (230, 126, 16), EMPTY: (52, 120, 219), DAMAGED: (200, 30, 60), BACKGROUND: (150, 150, 150),
-}  # fmt: skip
+    KEPT: (23, 135, 84),
+    PEN: (230, 126, 16),
+    EMPTY: (52, 120, 219),
+    DAMAGED: (200, 30, 60),
+    BACKGROUND: (150, 150, 150),
+}
 INK: Rgb = (40, 44, 52)
 PAPER: Rgb = (255, 255, 255)
 MARGIN = 16
@@ -45,8 +49,11 @@ def tile_map(thumbnail: np.ndarray, tiling: Tiling, longest: int = 1200) -> Imag
             draw.rectangle((x, y, x + side, y + side), fill=fill, outline=outline)
     canvas = Image.alpha_composite(canvas.convert("RGBA"), tint).convert("RGB")
     counts = tiling.counts()
-    entries = [(COLOURS[code], f"{counts[VERDICTS[code]]:,} {VERDICTS[code]}") for code in (KEPT, BACKGROUND, PEN, EMPTY, DAMAGED)
-               if counts[VERDICTS[code]] or code == KEPT]  # fmt: skip
+    entries = [
+        (COLOURS[code], f"{counts[VERDICTS[code]]:,} {VERDICTS[code]}")
+        for code in (KEPT, BACKGROUND, PEN, EMPTY, DAMAGED)
+        if counts[VERDICTS[code]] or code == KEPT
+    ]
     grid = tiling.grid
     caption = f"{tiling.slide}   {grid.columns} × {grid.rows} cells of {grid.tile_size} px at {grid.mpp:.4g} µm/px"
     return _with_legend(canvas, caption, entries)
@@ -123,9 +130,13 @@ def mixture(names: Sequence[str], tiles: np.ndarray, shares: np.ndarray) -> Imag
     for place, share, count in zip(places.tolist(), shares.tolist(), tiles.tolist(), strict=True):
         often = share * tiles.sum() / count
         axes.annotate(
-            f"{share:.1%}, each of {count:,} tiles {often:.2g}× a pass", (share, place - 0.19), (4, 0),
-            textcoords="offset points", va="center", fontsize=8.5,
-        )  # fmt: skip
+            f"{share:.1%}, each of {count:,} tiles {often:.2g}× a pass",
+            (share, place - 0.19),
+            (4, 0),
+            textcoords="offset points",
+            va="center",
+            fontsize=8.5,
+        )
     axes.set_yticks(places, list(names))
     axes.invert_yaxis()
     axes.set(title="Shares of the mixture", xlim=(0, max(1.0, 1.5 * float(shares.max()))))
@@ -148,9 +159,10 @@ def _enlarged(
     """The image scaled so that its longest side has ``longest`` pixels, and the factor."""
     zoom = longest / max(image.shape[:2])
     size = (round(image.shape[1] * zoom), round(image.shape[0] * zoom))
-    return Image.fromarray(np.ascontiguousarray(image)).resize(
-        size, how if zoom > 1 else Image.Resampling.LANCZOS
-    ), zoom
+    return (
+        Image.fromarray(np.ascontiguousarray(image)).resize(size, how if zoom > 1 else Image.Resampling.LANCZOS),
+        zoom,
+    )
 
 
 def _with_legend(picture: Image.Image, caption: str, entries: Sequence[tuple[Rgb, str]]) -> Image.Image:

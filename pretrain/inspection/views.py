@@ -1,4 +1,5 @@
-"""What the network sees: the views of a few tiles as a recipe cuts, colours, masks and normalises them, as one picture."""
+"""What the network sees: the views of a few tiles as a recipe cuts, colours, masks and normalises them, as one
+picture."""
 
 from collections.abc import Sequence
 from typing import Any

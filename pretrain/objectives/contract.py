@@ -23,12 +23,13 @@ def require_trainable(objective: Objective) -> None:
             isinstance(network, nn.Module) for network in networks.values()
         ):
             raise Fault(
-                f"{who}.{method}() must give its networks by name, {{'{BACKBONE}': self.encoder, …}}, and gives {_kind(networks)}."
+                f"{who}.{method}() must give its networks by name, {{'{BACKBONE}': self.encoder, …}}, and gives"
+                f" {_kind(networks)}."
             )
     if BACKBONE not in trained:
         raise Fault(
-            f"{who}.trained() names {', '.join(trained) or 'no network'}, and none is called '{BACKBONE}', which is what the run trains and "
-            f"exports: give {{'{BACKBONE}': self.encoder, …}}."
+            f"{who}.trained() names {', '.join(trained) or 'no network'}, and none is called '{BACKBONE}', which is"
+            f" what the run trains and exports: give {{'{BACKBONE}': self.encoder, …}}."
         )
     own, place = set(map(id, objective.parameters())), dict[int, str]()
     for name, network in (*trained.items(), *frozen.items()):
@@ -36,13 +37,13 @@ def require_trainable(objective: Objective) -> None:
             full = f"{name}.{path}"
             if is_lazy(parameter):
                 raise Fault(
-                    f"{who} has a parameter whose size isn't known before it has seen data ({full}): give layers their sizes, "
-                    "nn.Linear(self.encoder.width, …) in place of nn.LazyLinear(…)."
+                    f"{who} has a parameter whose size isn't known before it has seen data ({full}): give layers their"
+                    " sizes, nn.Linear(self.encoder.width, …) in place of nn.LazyLinear(…)."
                 )
             if not parameter.dim():
                 raise Fault(
-                    f"{who} has a parameter without a dimension ({full}), which can't be shared out over processes: make it a vector of one "
-                    "number, nn.Parameter(torch.full((1,), …))."
+                    f"{who} has a parameter without a dimension ({full}), which can't be shared out over processes:"
+                    " make it a vector of one number, nn.Parameter(torch.full((1,), …))."
                 )
             if id(parameter) not in own:
                 raise Fault(f"{who}.{full} is no part of it: keep its network as an attribute, self.{name} = ….")
@@ -52,8 +53,8 @@ def require_trainable(objective: Objective) -> None:
                 )
     if loose := [name for name, parameter in objective.named_parameters() if id(parameter) not in place]:
         raise Fault(
-            f"{who} has parameters outside of its networks ({', '.join(loose[:5])}), which nothing would train: put them into a module "
-            "that trained() names, or make them buffers."
+            f"{who} has parameters outside of its networks ({', '.join(loose[:5])}), which nothing would train: put"
+            " them into a module that trained() names, or make them buffers."
         )
 
 
@@ -67,9 +68,9 @@ def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, di
         if "DTensor" not in str(error):
             raise
         raise Fault(
-            f"{who}.loss uses a network's parameters while they are shared out over processes (above is where): call the networks that trained() "
-            "names as a whole, self.projector(x), and not a layer or a parameter inside, self.projector[0](x); what is called by itself is "
-            "named there by itself.",
+            f"{who}.loss uses a network's parameters while they are shared out over processes (above is where): call"
+            " the networks that trained() names as a whole, self.projector(x), and not a layer or a parameter inside,"
+            " self.projector[0](x); what is called by itself is named there by itself.",
             trace=own_trace(error),
         ) from error
     if not (isinstance(given, tuple) and len(given) == 2 and isinstance(given[1], Mapping)):
@@ -79,7 +80,8 @@ def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, di
         raise Fault(f"{who}.loss must give a loss that is one number, a tensor's mean() say, and gives {_kind(loss)}.")
     if not loss.requires_grad:
         raise Fault(
-            f"{who}.loss gives a loss that depends on nothing that is trained: is there a detach() or no_grad() on its way?"
+            f"{who}.loss gives a loss that depends on nothing that is trained: is there a detach() or no_grad() on its"
+            " way?"
         )
     return loss, {name: _figure(f"{who}.loss", name, value, loss.device) for name, value in figures.items()}
 

@@ -77,7 +77,8 @@ class Objective(nn.Module, ABC):
         raise NotImplementedError
 
     def look(self, parts: Sequence[Any], moment: Moment) -> dict[str, float]:
-        """Figures of all ranks' micro-batches that are too costly for every step, asked for now and then, after a step."""
+        """Figures of all ranks' micro-batches that are too costly for every step, asked for now and then, after a
+        step."""
         return {}
 
     def start(self) -> None:

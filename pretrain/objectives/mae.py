@@ -54,8 +54,12 @@ class MAE(Objective):
             raise ValueError("MAE pretrains without stochastic depth: set model.drop_path=0")
         self.encoder.mask_token.requires_grad_(False)  # masked patches don't enter the encoder
         self.decoder = PixelDecoder(
-            encoder_width=self.encoder.width, patch_size=self.encoder.patch_size, width=decoder_width, depth=decoder_depth, heads=decoder_heads
-        )  # fmt: skip
+            encoder_width=self.encoder.width,
+            patch_size=self.encoder.patch_size,
+            width=decoder_width,
+            depth=decoder_depth,
+            heads=decoder_heads,
+        )
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
 
     def trained(self) -> dict[str, nn.Module]:

@@ -30,7 +30,8 @@ from pretrain.objectives.tile_batch import Target, TileBatch
 
 
 class Network(nn.Module):
-    """An encoder and its heads: what the student is and what the teacher is. ``ibot_head`` None shares the DINO head."""
+    """An encoder and its heads: what the student is and what the teacher is. ``ibot_head`` None shares the DINO
+    head."""
 
     def __init__(
         self, encoder: VisionTransformer, dino_head: PrototypeHead, ibot_head: PrototypeHead | None = None
@@ -178,14 +179,21 @@ class SelfDistillation(Objective):
         """
         if sum(views for _, views in batch.crops) < 2:
             raise Fault(
-                "self-distillation compares views of a tile, and there is one: set data.crops.global_count=2, or local_count higher."
+                "self-distillation compares views of a tile, and there is one: set data.crops.global_count=2, or"
+                " local_count higher."
             )
         encoder, (images, views) = self.student.encoder, batch.crops[0]
         kept = kept_samples(
             [(views, encoder.tokens_per_crop(crops.shape[-1])) for crops, views in batch.crops],
-            len(images) // views, group=self.group_size, rate=encoder.drop_path, depth=len(encoder.blocks),
-            seed=moment.seed, step=moment.step, first=moment.first, device=images.device,
-        )  # fmt: skip
+            len(images) // views,
+            group=self.group_size,
+            rate=encoder.drop_path,
+            depth=len(encoder.blocks),
+            seed=moment.seed,
+            step=moment.step,
+            first=moment.first,
+            device=images.device,
+        )
         of_each = [masks, *[None] * (len(batch.crops) - 1)]
         return encoder([crops for crops, _ in batch.crops], of_each, kept, wanted=None if self.all_patches else of_each)
 

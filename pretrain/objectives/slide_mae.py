@@ -148,11 +148,11 @@ class SlideMAE(SlideObjective):
 
         ``r2`` = 1 - Σ (prediction - target)² / Σ (data-set mean - target)², over masked tiles and dimensions: the
         data-set mean has 0 by definition. ``r2_slide_mean``: of the mean of the slide's visible tiles.
-        ``r2_neighbours``: of the mean of the k nearest visible tiles, for the best k of `BASELINE_NEIGHBOURS`; beating it is
-        learning. ``shuffled_rise``: relative rise of the error when the visible tiles' places are shuffled within each
-        slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled slide embeddings (at most the
-        number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared error,
-        unweighted. Raises ValueError without batches.
+        ``r2_neighbours``: of the mean of the k nearest visible tiles, for the best k of `BASELINE_NEIGHBOURS`; beating
+        it is learning. ``shuffled_rise``: relative rise of the error when the visible tiles' places are shuffled within
+        each slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled slide embeddings (at most
+        the number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared
+        error, unweighted. Raises ValueError without batches.
         """
         errors: dict[str, float] = defaultdict(float)
         pooled, tiles, width = [], 0, 0

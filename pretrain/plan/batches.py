@@ -14,7 +14,8 @@ from pretrain.training.tile_stage import further_views
 
 @dataclass
 class Slides:
-    """``slides:`` in ``configs/plan.yaml``: what a plan must suppose of slides, which only their embeddings would tell."""
+    """``slides:`` in ``configs/plan.yaml``: what a plan must suppose of slides, which only their embeddings would
+    tell."""
 
     width: Annotated[int, within(least=1)]
     tiles: Annotated[int, within(least=1)]

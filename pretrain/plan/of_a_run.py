@@ -50,7 +50,7 @@ def _keys(command: str) -> set[str]:
     groups = {
         key.split()[-1].lstrip("/") for entry in values.get("defaults", []) if isinstance(entry, dict) for key in entry
     }
-    return (set(values) - {"defaults"} | groups)  # fmt: skip
+    return set(values) - {"defaults"} | groups
 
 
 def _quoted(words: list[str]) -> str:

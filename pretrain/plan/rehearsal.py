@@ -353,11 +353,12 @@ def named_parts(objective: Objective) -> Iterator[tuple[nn.Module, str]]:
             steps = path.split(".")
             inside = module in blocks
             kind = (
-                "blocks" if inside
-                else "patch embedding" if steps[0] == "patch_embed"
-                else "prototypes" if steps[0] == "last_layer"
-                else ""
-            )  # fmt: skip
+                "blocks"
+                if inside
+                else (
+                    "patch embedding" if steps[0] == "patch_embed" else "prototypes" if steps[0] == "last_layer" else ""
+                )
+            )
             yield module, f"{name} {kind}".strip()
 
 

@@ -90,6 +90,8 @@ def remedies(
             return
 
 
-def _tried(words: list[str], settings: Settings, of: Callable[[Settings], Estimate], fits: Callable[[Estimate], bool]) -> Remedy:  # fmt: skip
+def _tried(
+    words: list[str], settings: Settings, of: Callable[[Settings], Estimate], fits: Callable[[Estimate], bool]
+) -> Remedy:
     found = of(settings)
     return Remedy(" ".join(words), found.peak, fits(found))

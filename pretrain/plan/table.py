@@ -18,16 +18,24 @@ def plan_table(found: dict[str, Any]) -> str:
         f"  {found['processes']} × {machine['name']}, trainer.precision={run['precision']}, "
         f"trainer.activation_checkpointing={run['checkpointing']}, trainer.accumulate={run['accumulate']}, "
         f"sharded over {run['shard_size']}" + (f", {run['together']} processes a slide" if run["together"] > 1 else ""),
-        f"  {run['steps']:,} steps of at most {run['batch']:,} {unit}, {found['samples_per_step_and_process']:g} on each process",
+        (
+            f"  {run['steps']:,} steps of at most {run['batch']:,} {unit}, {found['samples_per_step_and_process']:g} on"
+            " each process"
+        ),
     ]
     if found["slides"]:
         about = found["slides"]
         lines.append(
-            f"  supposing {about['tiles']:,} tiles a mean slide, and {about['largest']:,} the largest, which memory has to hold"
+            f"  supposing {about['tiles']:,} tiles a mean slide, and {about['largest']:,} the largest, which memory has"
+            " to hold"
         )
     lines += ["", "Parameters (computed)"]
     lines += [f"  {name:<46}{count:>18,}" for name, count in found["parameters"].items()]
-    lines += ["", f"Operations a {one} in GFLOP (computed), forward + backward" + (", + again for checkpointing" if again else "")]  # fmt: skip
+    lines += [
+        "",
+        f"Operations a {one} in GFLOP (computed), forward + backward"
+        + (", + again for checkpointing" if again else ""),
+    ]
     parts: dict[str, float] = {}
     for name, count in flops.items():
         part = name.rpartition(", ")[0]
@@ -59,14 +67,26 @@ def plan_table(found: dict[str, Any]) -> str:
         lines.append(f"trainer.precision=bf16 has {ratio:.0f} times the peak, and most GPU runs use it.")
     lines += [
         "",
-        f"Time and money (computed), supposing {found['utilisation']:.0%} of the peak of {found['peak_tflops']:g} TFLOP/s: a choice (utilisation=), not a measurement",
-        f"  {speed['per_second']:,.1f} {unit}/s, {speed['per_second'] / found['processes']:,.2f} on each process, {speed['step_seconds']:.3g} s a step",
-        f"  {speed['hours']:,.1f} hours, {speed['gpu_hours']:,.0f} GPU-hours, {speed['dollars']:,.0f} dollars at {found['dollars_per_hour']:g} an hour and GPU (dollars_per_hour=)",
+        (
+            f"Time and money (computed), supposing {found['utilisation']:.0%} of the peak of {found['peak_tflops']:g}"
+            " TFLOP/s: a choice (utilisation=), not a measurement"
+        ),
+        (
+            f"  {speed['per_second']:,.1f} {unit}/s, {speed['per_second'] / found['processes']:,.2f} on each process,"
+            f" {speed['step_seconds']:.3g} s a step"
+        ),
+        (
+            f"  {speed['hours']:,.1f} hours, {speed['gpu_hours']:,.0f} GPU-hours, {speed['dollars']:,.0f} dollars at"
+            f" {found['dollars_per_hour']:g} an hour and GPU (dollars_per_hour=)"
+        ),
         _of_evaluation(found),
         *(OF_SLIDES if found["slides"] else []),
         "",
         "Input of each node (computed from costs measured on two shared cores; input= has them)",
-        f"  {speed['megabytes_per_second']:,.2f} MB/s to read, {speed['cores']:.2g} cores to {'decode and cut crops' if found['stage'] == 'tile' else 'read embeddings'}",
+        (
+            f"  {speed['megabytes_per_second']:,.2f} MB/s to read, {speed['cores']:.2g} cores to"
+            f" {'decode and cut crops' if found['stage'] == 'tile' else 'read embeddings'}"
+        ),
     ]
     return "\n".join(lines)
 
@@ -97,8 +117,14 @@ def _of_evaluation(found: dict[str, Any]) -> str:
 
 
 OF_SLIDES = [
-    "  Prov-GigaPath published 3,072 A100-hours, which by this count are about half a percent of the peak (published=true): its arithmetic doesn't",
-    "  explain them, and what else took the time is not published; what is planned here is arithmetic alone, so expect more until a run of yours",
+    (
+        "  Prov-GigaPath published 3,072 A100-hours, which by this count are about half a percent of the peak"
+        " (published=true): its arithmetic doesn't"
+    ),
+    (
+        "  explain them, and what else took the time is not published; what is planned here is arithmetic alone, so"
+        " expect more until a run of yours"
+    ),
     "  has recorded its flop_utilisation",
 ]
 """Why the hours that are planned for the slide stage are not to be trusted."""
@@ -108,16 +134,23 @@ def published_table(rows: list[Implied]) -> str:
     """Published runs as text for a person."""
     lines = [
         "What published GPU hours imply, computed: operations of our plan over the peak (bf16, dense) in those hours",
-        f"{'recipe':<22}{'encoder':>15}{'GFLOP each':>13}{'samples':>16}{'GPU-hours':>11}  {'hardware':<12}{'share of peak':>14}",
+        (
+            f"{'recipe':<22}{'encoder':>15}{'GFLOP each':>13}{'samples':>16}{'GPU-hours':>11} "
+            f" {'hardware':<12}{'share of peak':>14}"
+        ),
     ]
     lines += [
-        f"{row.recipe:<22}{row.parameters:>15,}{row.gflops:>13,.1f}{row.samples:>16,}{row.gpu_hours:>11,.0f}  {row.machine:<12}{row.utilisation:>14.1%}"
+        f"{row.recipe:<22}{row.parameters:>15,}{row.gflops:>13,.1f}{row.samples:>16,}{row.gpu_hours:>11,.0f} "
+        f" {row.machine:<12}{row.utilisation:>14.1%}"
         for row in rows
     ]
     return "\n".join(
         [
             *lines,
-            "samples: tiles; slides for the slide stage. Hours and samples: configs/plan.yaml. Training alone is counted: what the hours of the lowest",
+            (
+                "samples: tiles; slides for the slide stage. Hours and samples: configs/plan.yaml. Training alone is"
+                " counted: what the hours of the lowest"
+            ),
             "shares went into besides (reading, evaluation, small or padded kernels, waiting) is not published.",
         ]
     )

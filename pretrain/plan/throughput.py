@@ -65,7 +65,17 @@ def pace(
     hours = steps * step / 3600 + evaluating
     gpu_hours = hours * processes
     megabytes, seconds = sample
-    return Pace("", step, found.samples * processes / step, hours, evaluating, gpu_hours, gpu_hours * dollars_per_hour, of_node * megabytes, of_node * seconds)  # fmt: skip
+    return Pace(
+        "",
+        step,
+        found.samples * processes / step,
+        hours,
+        evaluating,
+        gpu_hours,
+        gpu_hours * dollars_per_hour,
+        of_node * megabytes,
+        of_node * seconds,
+    )
 
 
 def tile_cost(data: Any, further: Sequence[FurtherViews], cost: Input) -> tuple[float, float]:

@@ -25,7 +25,8 @@ def make_plan(config: Any) -> dict[str, Any]:
     machine, launch, slides = config.hardware, config.launch, config.slides
     if slides.largest < slides.tiles:
         raise Fault(
-            f"slides.largest={slides.largest} is less than slides.tiles={slides.tiles}, those of a mean slide: raise it."
+            f"slides.largest={slides.largest} is less than slides.tiles={slides.tiles}, those of a mean slide:"
+            " raise it."
         )
     gpu = machine.accelerator == "gpu"
     shape = run_shape(compose_run(config.settings, config.config_dirs), slides)

@@ -1,4 +1,5 @@
-"""Features of labelled images by any extractors, each file read once; and those that need no network, a colour histogram."""
+"""Features of labelled images by any extractors, each file read once; and those that need no network, a colour
+histogram."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,12 +62,14 @@ def extract(
     flush()
     if unreadable:
         say(
-            f"{label}: {len(unreadable)} of {len(images.files)} images of {images.folder} could not be read and were left out"
+            f"{label}: {len(unreadable)} of {len(images.files)} images of {images.folder} could not be read and were"
+            " left out"
         )
     for index, name in enumerate(images.classes):
         if index not in labels:
             raise Fault(
-                f"no image of class folder {images.folder / name} could be read: replace the images, or remove the folder"
+                f"no image of class folder {images.folder / name} could be read: replace the images, or remove the"
+                " folder"
             )
     return Extracted({name: np.concatenate(part) for name, part in parts.items()}, np.array(labels), unreadable)
 

@@ -13,7 +13,8 @@ IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Image files and their classes: ``labels[i]`` is the index in ``classes`` of the folder that ``files[i]`` is in."""
+    """Image files and their classes: ``labels[i]`` is the index in ``classes`` of the folder that ``files[i]`` is
+    in."""
 
     folder: Path
     classes: list[str]

@@ -74,7 +74,8 @@ def by_table(files: list[Path], folder: Path, table: Path) -> Groups:
     lacking = [file for file, name in zip(files, names, strict=True) if name is None]
     if lacking:
         raise Fault(
-            f"{table} says no {column} of {len(lacking)} of {len(files)} images, the first is {lacking[0]}: add them, or leave the table out"
+            f"{table} says no {column} of {len(lacking)} of {len(files)} images, the first is {lacking[0]}: add them,"
+            " or leave the table out"
         )
     return Groups(_numbered(names), f"{column}s of {table.name}", known=True)
 

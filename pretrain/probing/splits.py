@@ -44,7 +44,8 @@ def stratified_split(images: LabelledImages, test_fraction: float, seed: int) ->
         members = np.flatnonzero(images.labels == label)
         if len(members) < 2:
             raise Fault(
-                f"class folder {images.folder / name} has a single image, which can't be split: add images, or give test="
+                f"class folder {images.folder / name} has a single image, which can't be split: add images, or give"
+                " test="
             )
         members = rng(seed, "probe split", name).permutation(members)
         n_test = min(len(members) - 1, max(1, round(test_fraction * len(members))))

@@ -9,8 +9,10 @@ def score_table(result: dict[str, Any]) -> str:
     """The scores as lines for a terminal."""
     train, test = result["train"], result["test"]
     lines = [
-        f"{result['encoder']['name']}: {train['images']} training and {test['images']} test images "
-        f"in {len(result['classes'])} classes ({result['split']})",
+        (
+            f"{result['encoder']['name']}: {train['images']} training and {test['images']} test images "
+            f"in {len(result['classes'])} classes ({result['split']})"
+        ),
         f"input: {result['encoder']['input']}",
         "",
         f"{'features':<18}{'width':>7}{'k-NN':>16}{'linear':>16}{'RankMe':>9}",
@@ -31,7 +33,8 @@ def score_table(result: dict[str, Any]) -> str:
     lines.append(f"±: one standard error ({result['method']['standard_error']})")
     if result["split"].startswith(SAME_SLIDES):
         lines.append(
-            "same slides: tiles of one patient may be on both sides, which flatters every row; give test=, or groups= with their slides"
+            "same slides: tiles of one patient may be on both sides, which flatters every row; give test=, or groups="
+            " with their slides"
         )
     if result["split"].startswith(LIKELY):
         lines.append("likely other slides: a guess; give test=, or groups= with their slides, to be sure")
@@ -42,8 +45,8 @@ def score_table(result: dict[str, Any]) -> str:
         and within - across["knn"] > max(0.1, 3 * across["knn_se"])
     ):
         lines.append(
-            f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others {across['knn']:.3f}: a random split of "
-            "these images measures how well slides are recognised"
+            f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others"
+            f" {across['knn']:.3f}: a random split of these images measures how well slides are recognised"
         )
     if not all(got["linear_converged"] for got in result["scores"].values()):
         lines.append("*: the linear fit stopped at 1000 iterations before it converged")

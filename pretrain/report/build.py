@@ -36,7 +36,10 @@ def build_page(
         lead=lead(parts, plugins),
         opening=page.fact_list(glance(parts)),
         sections=sections,
-        footer=f"Written by <code>pretrain report run={page.escape(folder)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Not a medical device.",
+        footer=(
+            f"Written by <code>pretrain report run={page.escape(folder)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M}"
+            " UTC. Not a medical device."
+        ),
     )
     write_whole(out, text)
 
@@ -69,7 +72,8 @@ def lead(parts: Parts, allowed: Collection[str]) -> str:
     sentences = []
     if parts.tile:
         sentences.append(
-            f"A tile encoder, {describe_network(parts.tile.config.get('model'), allowed)}, learned from tiles without labels."
+            f"A tile encoder, {describe_network(parts.tile.config.get('model'), allowed)}, learned from tiles without"
+            " labels."
         )
     if parts.slide:
         sentences.append("A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones.")

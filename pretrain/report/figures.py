@@ -126,7 +126,8 @@ def dots(rows: Sequence[str], panels: dict[str, list[tuple[float, float]]], mark
 
 
 def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
-    """The mean over each value and its ``reach`` neighbours to either side, fewer at the ends; only finite ones count."""
+    """The mean over each value and its ``reach`` neighbours to either side, fewer at the ends; only finite ones
+    count."""
     finite = np.isfinite(values)
     total = np.concatenate([[0.0], np.cumsum(np.where(finite, values, 0.0))])
     count = np.concatenate([[0], np.cumsum(finite)])

@@ -66,7 +66,8 @@ def find_parts(run: Path, shards: Path | None, embeddings: Path | None, probe: P
     )
     if not any((parts.tile, parts.slide, parts.shards, parts.embeddings, parts.probe)):
         raise Fault(
-            f"{run} holds nothing to report: give a run's folder, or a folder that holds shards/, tile/, embeddings/ or slide/"
+            f"{run} holds nothing to report: give a run's folder, or a folder that holds shards/, tile/, embeddings/ or"
+            " slide/"
         )
     return parts
 

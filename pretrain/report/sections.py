@@ -65,9 +65,11 @@ def slides_section(shards: Path) -> Section:
     body += page.html_table(
         ("Slide", "pixels at level 0", "µm/px of a tile", "tile side at level 0", "tiles"),
         rows,
-        f"{len(shown)} of {len(counts):,} slides are shown; the median slide has {int(np.median(counts)):,} tiles."
-        if len(shown) < len(counts)
-        else "",
+        (
+            f"{len(shown)} of {len(counts):,} slides are shown; the median slide has {int(np.median(counts)):,} tiles."
+            if len(shown) < len(counts)
+            else ""
+        ),
     )
     pictures = [page.picture_tag(maps.grid(over_thumbnail(facts)), f"tile grid of {facts.name}") for facts in shown]
     body += page.figure(
@@ -121,8 +123,8 @@ def samples_section(run: Run) -> Section | None:
     if not run.samples:
         return None
     body = page.paragraph(
-        "The training input itself, after cropping, colour augmentation and masking, turned back into pictures. Tissue should be "
-        "recognisable and the colours believable; a fault in the data path shows here first."
+        "The training input itself, after cropping, colour augmentation and masking, turned back into pictures. Tissue"
+        " should be recognisable and the colours believable; a fault in the data path shows here first."
     )
     for path in chosen(run.samples, MOST_SAMPLES):
         with Image.open(path) as image:
@@ -156,14 +158,15 @@ def embeddings_section(store_folder: Path, shards: Path | None) -> Section | Non
                     page.picture_tag(tiles.thumbnail, f"thumbnail of {slide.slide}"),
                     page.picture_tag(picture, f"principal components of the tile embeddings of {slide.slide}"),
                 ),
-                f"{len(slide.embeddings):,} tiles. Left: the slide. Right: the first three principal components as red, green and blue.",
+                f"{len(slide.embeddings):,} tiles. Left: the slide. Right: the first three principal components as red,"
+                " green and blue.",
                 f"{slide.slide}.",
             )
         )
     body = page.paragraph(
-        f"Tiles whose embeddings are alike have like colours. The three components hold {colouring.explained:.0%} of the variance of the "
-        f"{store.width}-wide embeddings and are shared by all slides shown. Colours should follow tissue, not the edges of the grid, "
-        "the scanner's seams or the slide that a tile comes from."
+        f"Tiles whose embeddings are alike have like colours. The three components hold {colouring.explained:.0%} of"
+        f" the variance of the {store.width}-wide embeddings and are shared by all slides shown. Colours should follow"
+        " tissue, not the edges of the grid, the scanner's seams or the slide that a tile comes from."
     )
     return Section("embeddings", "What the encoder sees in a slide", body + "".join(figures))
 

@@ -55,8 +55,16 @@ BASELINES = {
 }
 SCHEDULED = {"lr", "weight_decay", "momentum", "teacher_temperature"}  # drawn as they are: they don't scatter
 LABELS = {
-    "dino_global": "global", "dino_local": "local", "r2": "slide encoder", "rankme": "training tiles", "probe_rankme": "labelled tiles", "probe_knn": "other slides", "probe_knn_same_slides": "same slides", "slide_knn": "features", "slide_chance": "a guess",
-}  # fmt: skip
+    "dino_global": "global",
+    "dino_local": "local",
+    "r2": "slide encoder",
+    "rankme": "training tiles",
+    "probe_rankme": "labelled tiles",
+    "probe_knn": "other slides",
+    "probe_knn_same_slides": "same slides",
+    "slide_knn": "features",
+    "slide_chance": "a guess",
+}
 
 
 def panels(metrics: Series, wanted: list[tuple[str, str, list[str]]]) -> list[Panel]:
@@ -109,9 +117,10 @@ def tile_section(run: Run) -> Section | None:
     text = f"{int(steps[-1]):,} steps are on record."
     if change := ends(run.metrics, "loss"):
         text += (
-            f" The total loss went from {change[0]:.3f} to {change[1]:.3f} (means of the first and last tenth). Its level says little by "
-            "itself: the class-token terms together start near the logarithm of the number of prototypes, and the teacher's temperature moves it. Watch for a "
-            "class-token loss that stays where it started (nothing learned) and for KoLeo rising (features falling together)."
+            f" The total loss went from {change[0]:.3f} to {change[1]:.3f} (means of the first and last tenth). Its"
+            " level says little by itself: the class-token terms together start near the logarithm of the number of"
+            " prototypes, and the teacher's temperature moves it. Watch for a class-token loss that stays where it"
+            " started (nothing learned) and for KoLeo rising (features falling together)."
         )
     bad = int((~np.isfinite(values)).sum())
     if bad:
@@ -125,8 +134,8 @@ def tile_section(run: Run) -> Section | None:
     if shown := panels(run.metrics, TILE_WATCH):
         body += page.figure(
             curves(shown, columns=4, height=1.75),
-            "The teacher's features and targets on the training tiles of a step, and its k-NN accuracy where labelled tiles were given. Collapse shows as "
-            "RankMe near 1, a cosine near 1, or targets that tell nothing.",
+            "The teacher's features and targets on the training tiles of a step, and its k-NN accuracy where labelled"
+            " tiles were given. Collapse shows as RankMe near 1, a cosine near 1, or targets that tell nothing.",
             "Looks at the features.",
         )
     course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE, TILE_WATCH, UNSHOWN)
@@ -155,9 +164,9 @@ def slide_section(run: Run) -> Section | None:
     r2, text = last(metrics, "r2"), f"{int(metrics['loss'][0][-1]):,} steps are on record."
     if r2 is not None:
         text += (
-            " Most of a slide's tile embeddings are hidden, and the encoder must tell them from the rest. Explained variance (R²) of the "
-            "hidden embeddings, on slides or fields held out from training, is worth something only beside what needs no learning: the "
-            "strongest baseline simply averages the nearest visible tiles."
+            " Most of a slide's tile embeddings are hidden, and the encoder must tell them from the rest. Explained"
+            " variance (R²) of the hidden embeddings, on slides or fields held out from training, is worth something"
+            " only beside what needs no learning: the strongest baseline simply averages the nearest visible tiles."
         )
     body = alarms_list(run) + page.paragraph(text)
     if r2 is not None:
@@ -197,7 +206,8 @@ def r2_results(metrics: Series, r2: float) -> str:
     rise, rank = last(metrics, "shuffled_rise"), last(metrics, "effective_rank")
     if rise is not None:
         signs.append(
-            f"With the visible tiles’ places shuffled the loss is {100 * abs(rise):.0f} % {'higher' if rise >= 0 else 'lower'}: "
+            f"With the visible tiles’ places shuffled the loss is {100 * abs(rise):.0f} %"
+            f" {'higher' if rise >= 0 else 'lower'}: "
             + ("the encoder uses where tiles lie." if rise >= 0.01 else "the encoder makes nothing of where tiles lie.")
         )
     if rank is not None:
@@ -211,8 +221,14 @@ def r2_verdict(metrics: Series) -> str:
     if r2 is None or neighbours is None:
         return ""
     if r2 > neighbours:
-        return f"It beats the mean of the nearest visible tiles by {r2 - neighbours:.3f}: it has learned more than to average neighbours."
-    return f"It is {neighbours - r2:.3f} below the mean of the nearest visible tiles: it has not yet learned more than that."
+        return (
+            f"It beats the mean of the nearest visible tiles by {r2 - neighbours:.3f}: it has learned more than to"
+            " average neighbours."
+        )
+    return (
+        f"It is {neighbours - r2:.3f} below the mean of the nearest visible tiles: it has not yet learned more than"
+        " that."
+    )
 
 
 def probe_section(probe: dict[str, Any]) -> Section:
@@ -238,8 +254,8 @@ def probe_section(probe: dict[str, Any]) -> Section:
     ]
     train, test = probe["train"], probe["test"]
     body = page.paragraph(
-        f"Encoder {probe['encoder']['name']}, frozen, on {train['images']:,} training and {test['images']:,} test images in "
-        f"{len(probe['classes'])} classes ({probe['split']}). " + probe_verdict(probe)
+        f"Encoder {probe['encoder']['name']}, frozen, on {train['images']:,} training and {test['images']:,} test"
+        f" images in {len(probe['classes'])} classes ({probe['split']}). " + probe_verdict(probe)
     )
     body += page.figure(
         chart, "Points: accuracy on the test images. Bars: two standard errors to each side.", "Probe scores."

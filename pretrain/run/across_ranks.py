@@ -18,12 +18,14 @@ def local_shard(tensor: Tensor) -> Tensor:
 
 
 def gloo_group() -> dist.ProcessGroup | None:
-    """A group of all ranks for exchanges between CPUs, apart from every other; every rank makes it at the same moment."""
+    """A group of all ranks for exchanges between CPUs, apart from every other; every rank makes it at the same
+    moment."""
     return dist.new_group(backend="gloo") if dist.is_initialized() else None  # type: ignore[return-value]  # all are members
 
 
 def total(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
-    """The sum of ``x`` over the ranks (of ``group``). Not differentiable: use it on constants and on teacher outputs."""
+    """The sum of ``x`` over the ranks (of ``group``). Not differentiable: use it on constants and on teacher
+    outputs."""
     x = x.detach().clone()
     if world_size() > 1:
         dist.all_reduce(x, group=group)

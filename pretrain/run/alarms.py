@@ -21,7 +21,9 @@ SETTLED = (
 )
 LOOKS = 2  # looks in a row that a figure of features must be bad for
 RECENT = 50  # records that make up "now" where a figure is logged at every step
-GROWN = 3  # times the usual gradient norm: where a small DINOv2 run came apart, it was 3.5 before the k-NN accuracy had fallen by a third
+# Times the usual gradient norm: where a small DINOv2 run came apart, it was 3.5 before the k-NN accuracy had fallen by
+# a third.
+GROWN = 3
 FLAT = 500  # records over which a class-token loss at log K is no accident
 
 
@@ -99,10 +101,12 @@ def uniform_teacher(history: History, known: Facts) -> Alarm | None:
         steps, values = settled(history, f"teacher_entropy/{kind}", known)
         if (begin := since(steps, values > 0.98 * math.log(count), LOOKS)) is not None:
             return Alarm(
-                "uniform teacher", begin,
-                f"the teacher's {kind} targets say any prototype will do: entropy {values[-1]:.2f} of at most {math.log(count):.2f} nats since step {begin}. "
-                "Usually helps: a lower objective.teacher_temperature or a longer teacher_temperature_warmup, a lower optim.lr, objective.centring=sinkhorn.",
-            )  # fmt: skip
+                "uniform teacher",
+                begin,
+                f"the teacher's {kind} targets say any prototype will do: entropy {values[-1]:.2f} of at most"
+                f" {math.log(count):.2f} nats since step {begin}. Usually helps: a lower objective.teacher_temperature"
+                " or a longer teacher_temperature_warmup, a lower optim.lr, objective.centring=sinkhorn.",
+            )
     return None
 
 
@@ -112,10 +116,12 @@ def certain_teacher(history: History, known: Facts) -> Alarm | None:
         steps, values = settled(history, f"teacher_entropy/{kind}", known)
         if (begin := since(steps, values < 0.01 * math.log(count), LOOKS)) is not None:
             return Alarm(
-                "certain teacher", begin,
-                f"the teacher's {kind} targets are one prototype each, without doubt: entropy {values[-1]:.3f} nats since step {begin}. "
-                "Usually helps: a higher objective.teacher_temperature (0.04 to 0.07), a lower optim.lr.",
-            )  # fmt: skip
+                "certain teacher",
+                begin,
+                f"the teacher's {kind} targets are one prototype each, without doubt: entropy {values[-1]:.3f} nats"
+                f" since step {begin}. Usually helps: a higher objective.teacher_temperature (0.04 to 0.07), a lower"
+                " optim.lr.",
+            )
     return None
 
 
@@ -125,10 +131,12 @@ def same_target(history: History, known: Facts) -> Alarm | None:
         steps, values = settled(history, f"teacher_information/{kind}", known)
         if (begin := since(steps, values < 0.01 * math.log(count), LOOKS)) is not None:
             return Alarm(
-                "same target", begin,
-                f"the teacher's {kind} targets are the same for every tile: they tell {values[-1]:.3f} nats about it since step {begin}. The run has collapsed: "
-                "go back to a checkpoint before it. Usually helps: a lower optim.lr, a longer optim.warmup_steps, objective.centring=sinkhorn.",
-            )  # fmt: skip
+                "same target",
+                begin,
+                f"the teacher's {kind} targets are the same for every tile: they tell {values[-1]:.3f} nats about it"
+                f" since step {begin}. The run has collapsed: go back to a checkpoint before it. Usually helps: a lower"
+                " optim.lr, a longer optim.warmup_steps, objective.centring=sinkhorn.",
+            )
     return None
 
 
@@ -141,10 +149,12 @@ def few_prototypes(history: History, known: Facts) -> Alarm | None:
         limit = max(0.02, 0.2 * values.max())
         if (begin := since(steps, values < limit, LOOKS)) is not None:
             return Alarm(
-                "few prototypes", begin,
-                f"few {kind} prototypes are used: {values[-1]:.1%} of those that could be, since step {begin} (most so far: {values.max():.1%}). "
-                "Usually helps: objective.centring=sinkhorn, a higher objective.teacher_temperature, a lower optim.lr.",
-            )  # fmt: skip
+                "few prototypes",
+                begin,
+                f"few {kind} prototypes are used: {values[-1]:.1%} of those that could be, since step {begin} (most so"
+                f" far: {values.max():.1%}). Usually helps: objective.centring=sinkhorn, a higher"
+                " objective.teacher_temperature, a lower optim.lr.",
+            )
     return None
 
 
@@ -161,10 +171,12 @@ def low_rank(history: History, known: Facts) -> Alarm | None:
         limit = max(1.5, values.max() / 3)
         if (begin := since(steps, values < limit, LOOKS)) is not None:
             return Alarm(
-                "low rank", begin,
-                f"the {what} use few directions: RankMe {values[-1]:.1f} since step {begin} (highest so far: {values.max():.1f}; 1 is collapse). "
-                "Usually helps: a lower optim.lr, and for tiles a spread regulariser (objective.spread=koleo or kde, never kde_as_published).",
-            )  # fmt: skip
+                "low rank",
+                begin,
+                f"the {what} use few directions: RankMe {values[-1]:.1f} since step {begin} (highest so far:"
+                f" {values.max():.1f}; 1 is collapse). Usually helps: a lower optim.lr, and for tiles a spread"
+                " regulariser (objective.spread=koleo or kde, never kde_as_published).",
+            )
     return None
 
 
@@ -174,10 +186,12 @@ def parallel_features(history: History, known: Facts) -> Alarm | None:
     if (begin := since(steps, values > 0.98, LOOKS)) is None:
         return None
     return Alarm(
-        "parallel features", begin,
-        f"the features of different tiles are nearly one: mean cosine {values[-1]:.4f} since step {begin}. "
-        "Usually helps: a spread regulariser (objective.spread=koleo or kde, never kde_as_published alone), a lower optim.lr.",
-    )  # fmt: skip
+        "parallel features",
+        begin,
+        f"the features of different tiles are nearly one: mean cosine {values[-1]:.4f} since step {begin}. Usually"
+        " helps: a spread regulariser (objective.spread=koleo or kde, never kde_as_published alone), a lower"
+        " optim.lr.",
+    )
 
 
 def slides_recognised(history: History, known: Facts) -> Alarm | None:
@@ -195,10 +209,13 @@ def slides_recognised(history: History, known: Facts) -> Alarm | None:
     if begin is None or slides[-1] < then + 0.05:
         return None
     return Alarm(
-        "slides recognised", begin,
-        f"features recognise slides rather than tissue: labelled tiles of other slides are told by k-NN with {tissue[-1]:.3f} since step {begin}, {tissue[best]:.3f} at step {steps[best]}, "
-        f"while the slide of a tile is told with {slides[-1]:.3f}, {then:.3f} then. Usually helps: stronger data.colour (DINOv2's jitter, data.colour.stain_probability), more slides.",
-    )  # fmt: skip
+        "slides recognised",
+        begin,
+        "features recognise slides rather than tissue: labelled tiles of other slides are told by k-NN with"
+        f" {tissue[-1]:.3f} since step {begin}, {tissue[best]:.3f} at step {steps[best]}, while the slide of a tile is"
+        f" told with {slides[-1]:.3f}, {then:.3f} then. Usually helps: stronger data.colour (DINOv2's jitter,"
+        " data.colour.stain_probability), more slides.",
+    )
 
 
 # Nothing is learned, or the loss runs away ----------------------------------------------------------------------------
@@ -216,10 +233,12 @@ def flat_loss(history: History, known: Facts) -> Alarm | None:
     if (begin := since(steps, off < 0.005 * math.log(count), FLAT)) is None:
         return None
     return Alarm(
-        "flat loss", begin,
-        f"the class-token loss has stayed at log K = {math.log(count):.2f} since step {begin}: the student learns nothing from the teacher. "
-        "Usually helps: a lower objective.teacher_temperature, a higher optim.lr (or the end of its warm-up), a look at the crops in samples/.",
-    )  # fmt: skip
+        "flat loss",
+        begin,
+        f"the class-token loss has stayed at log K = {math.log(count):.2f} since step {begin}: the student learns"
+        " nothing from the teacher. Usually helps: a lower objective.teacher_temperature, a higher optim.lr (or the"
+        " end of its warm-up), a look at the crops in samples/.",
+    )
 
 
 def jump(history: History, known: Facts) -> Alarm | None:
@@ -236,10 +255,12 @@ def jump(history: History, known: Facts) -> Alarm | None:
         low, middle, high = np.quantile(before, [0.05, 0.5, 0.95])
         if now.min() > middle + 4 * max(high - low, 0.01 * abs(middle)):
             return Alarm(
-                "jump of the loss", int(steps[end]),
-                f"the loss jumped from {middle:.3f} to {now.min():.3f} or more at step {steps[end]} and stayed there for {lasting} records. If it doesn't come back: "
-                "go back to a checkpoint before it. Usually helps: a lower optim.lr or optim.clip, a longer warm-up.",
-            )  # fmt: skip
+                "jump of the loss",
+                int(steps[end]),
+                f"the loss jumped from {middle:.3f} to {now.min():.3f} or more at step {steps[end]} and stayed there"
+                f" for {lasting} records. If it doesn't come back: go back to a checkpoint before it. Usually helps: a"
+                " lower optim.lr or optim.clip, a longer warm-up.",
+            )
     return None
 
 
@@ -253,10 +274,11 @@ def growing_gradient(history: History, known: Facts) -> Alarm | None:
         return None
     begin = int(steps[-RECENT:][np.argmax(now > GROWN * usual)])
     return Alarm(
-        "growing gradient", begin,
+        "growing gradient",
+        begin,
         f"the gradient norm is {np.median(now):.3g} since about step {begin}, where {usual:.3g} was usual before. "
         "Usually helps: a lower optim.lr, a lower optim.clip.",
-    )  # fmt: skip
+    )
 
 
 # The machine ---------------------------------------------------------------------------------------------------------
@@ -272,10 +294,12 @@ def slow(history: History, known: Facts) -> Alarm | None:
         if np.median(now) < 0.5 * usual:
             begin = int(steps[-RECENT:][np.argmax(now < 0.5 * usual)])
             return Alarm(
-                "slow", begin,
-                f"{np.median(now):.3g} {unit}/s since about step {begin}, where {usual:.3g} were usual. "
-                "Look at data_wait (the storage) and at what else runs on the machine; a GPU that is hot or shared slows all the others down.",
-            )  # fmt: skip
+                "slow",
+                begin,
+                f"{np.median(now):.3g} {unit}/s since about step {begin}, where {usual:.3g} were usual. Look at"
+                " data_wait (the storage) and at what else runs on the machine; a GPU that is hot or shared slows all"
+                " the others down.",
+            )
     return None
 
 
@@ -287,13 +311,26 @@ def waiting_for_data(history: History, known: Facts) -> Alarm | None:
         return None
     begin = int(steps[-RECENT:][np.argmax(now > 0.5)])
     return Alarm(
-        "waiting for data", begin,
-        f"{np.median(now):.0%} of a step goes in waiting for data, since step {begin} or earlier. "
-        "Usually helps: more data.threads or processor cores for each process, faster storage; 'pretrain doctor data.shards=…' measures both.",
-    )  # fmt: skip
+        "waiting for data",
+        begin,
+        f"{np.median(now):.0%} of a step goes in waiting for data, since step {begin} or earlier. Usually helps: more"
+        " data.threads or processor cores for each process, faster storage; 'pretrain doctor data.shards=…' measures"
+        " both.",
+    )
 
 
 Rule = Callable[[History, Facts], Alarm | None]
 ALARM_RULES: tuple[Rule, ...] = (
-    same_target, uniform_teacher, certain_teacher, few_prototypes, low_rank, parallel_features, slides_recognised, flat_loss, jump, growing_gradient, slow, waiting_for_data,
-)  # fmt: skip
+    same_target,
+    uniform_teacher,
+    certain_teacher,
+    few_prototypes,
+    low_rank,
+    parallel_features,
+    slides_recognised,
+    flat_loss,
+    jump,
+    growing_gradient,
+    slow,
+    waiting_for_data,
+)

@@ -237,7 +237,8 @@ def save(
 
 
 def refusal(writer: Writer, error: CheckpointException) -> str:
-    """What a save said that failed because a rank's disk refused; its partial folder goes. Raises any other ``error``."""
+    """What a save said that failed because a rank's disk refused; its partial folder goes. Raises any other
+    ``error``."""
     causes = [cause for cause, _ in error.failures.values()]
     if not all(is_the_disks(cause) for cause in causes):
         raise error
@@ -268,7 +269,8 @@ def restore(checkpoint: Path, model: nn.Module, optimiser: torch.optim.Optimizer
     except CheckpointException as error:
         cause = next(cause for cause, _ in error.failures.values())
         raise Fault(
-            f"{checkpoint} can't be loaded ({' '.join(str(cause).split()) or type(cause).__name__}); is it whole, and are model, objective and optim those that it was saved with?"
+            f"{checkpoint} can't be loaded ({' '.join(str(cause).split()) or type(cause).__name__}); is it whole, and"
+            " are model, objective and optim those that it was saved with?"
         ) from error
     set_state_dict(model, optimiser, model_state_dict=wanted["model"], optim_state_dict=wanted["optimiser"])
     return read_state(checkpoint)
@@ -290,7 +292,8 @@ def read_network(checkpoint: Path, *prefixes: str) -> dict[str, Tensor]:
         metadata = reader.read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise Fault(
-            f"{checkpoint} is no checkpoint of ours ({error}); give a run's folder or one of its checkpoints/step-… folders."
+            f"{checkpoint} is no checkpoint of ours ({error}); give a run's folder or one of its checkpoints/step-…"
+            " folders."
         ) from error
     names = metadata.state_dict_metadata
     prefix = next(

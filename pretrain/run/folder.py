@@ -95,7 +95,7 @@ def allowed_changes(run: Path, config: Any, data: str | None) -> tuple[dict[str,
     if changes and not config.allow_changes:
         raise Fault(
             f"{run} holds a run with other settings ({shown}); give another run=, or the same settings, or "
-            f"allow_changes=true to go on under these."
+            "allow_changes=true to go on under these."
         )
     return changes, shown
 

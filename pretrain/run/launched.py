@@ -14,7 +14,8 @@ def rank() -> int | None:
 
 
 def environment_number(name: str, default: int) -> int:
-    """A variable of the environment that holds a number; unset or empty: ``default``. Raises Fault for anything else."""
+    """A variable of the environment that holds a number; unset or empty: ``default``. Raises Fault for anything
+    else."""
     value = os.environ.get(name) or str(default)
     if not value.isdigit():
         raise Fault(

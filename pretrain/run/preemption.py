@@ -24,7 +24,8 @@ from pretrain.run.across_ranks import gloo_group, world_size
 from pretrain.run.launched import rank
 from pretrain.run.progress import say
 
-TRY_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed.
+# EX_TEMPFAIL of sysexits.h: not done, try again. 128 + signal is what a shell says of a process that was killed..
+TRY_AGAIN = 75
 INTERRUPTED = 128 + signal.SIGINT
 # A job in another state has its fate from SLURM already: cancelled, which it must stay, or preempted, which requeues
 # it.
@@ -34,7 +35,8 @@ NOT, REQUEUED, IN_VAIN = range(3)  # whether SLURM starts a job again
 
 
 class Preemption:
-    """The ranks' common answer to the question whether to end. Every rank makes one, and asks it at the same moments."""
+    """The ranks' common answer to the question whether to end. Every rank makes one, and asks it at the same
+    moments."""
 
     def __init__(self) -> None:
         # A group of its own: gloo, so that asking doesn't wait for a GPU.
@@ -106,7 +108,8 @@ def _slurm_starts_again() -> bool:
 def _is_requeued(answer: int) -> bool:
     if answer == IN_VAIN:
         raise Fault(
-            "out of time with no checkpoint made, and so it would be again, so this job isn't put back into the queue: give it more, launch.time=."
+            "out of time with no checkpoint made, and so it would be again, so this job isn't put back into the queue:"
+            " give it more, launch.time=."
         )
     return answer == REQUEUED
 
@@ -120,7 +123,8 @@ def _requeue(job: str, in_vain: bool) -> int:
         return NOT
     if "Requeue=0" in words:
         say(
-            f"SLURM will not start job {job} again, as it was submitted; one that follows it, or the same command, continues"
+            f"SLURM will not start job {job} again, as it was submitted; one that follows it, or the same command,"
+            " continues"
         )
         return NOT
     if in_vain:

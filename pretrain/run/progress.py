@@ -71,7 +71,8 @@ class Progress:
         left = f", {duration((self.total - self.done) / rate)} left" if rate and self.done < self.total else ""
         note = f", {self.note}" if self.note else ""
         say(
-            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {duration(elapsed)} gone{left}{note}"
+            f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.3g} {self.unit}/s, {duration(elapsed)}"
+            f" gone{left}{note}"
         )
 
 

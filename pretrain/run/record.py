@@ -100,7 +100,8 @@ class RunRecord(OfARun):
         refusal = self._written()
         if refusal is not None and first:
             say(
-                f"{self.path} can't be written ({refusal}); training goes on, and what waits is written when there is room"
+                f"{self.path} can't be written ({refusal}); training goes on, and what waits is written when there is"
+                " room"
             )
         elif refusal is None and not first:
             say(f"{self.path} is written again, with all that waited")
@@ -167,9 +168,14 @@ class WandbMirror(OfARun):
             write_whole(path, secrets.token_hex(4))
         with _redacted_arguments():
             self.run = wandb.init(
-                project=settings.project, name=self.name, id=path.read_text().strip(), resume="allow" if mode == "online" else None,
-                mode=mode, dir=self.save_dir, config=redacted_settings(asdict(self.config)),  # type: ignore[arg-type]
-            )  # fmt: skip
+                project=settings.project,
+                name=self.name,
+                id=path.read_text().strip(),
+                resume="allow" if mode == "online" else None,
+                mode=mode,  # type: ignore[arg-type]
+                dir=self.save_dir,
+                config=redacted_settings(asdict(self.config)),
+            )
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -68,7 +68,10 @@ class Saver:
         if free >= needed:
             return None
         final = checkpoints.folder(self.run) / f"step-{step:08d}"
-        return f"the checkpoint {final} could not be written (it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are free there)"
+        return (
+            f"the checkpoint {final} could not be written (it takes {needed / 1e9:.3g} GB, and {free / 1e9:.3g} GB are"
+            " free there)"
+        )
 
     def outcome(self) -> str | None:
         """How the last one ended, told once, and None while it is still under way."""

@@ -55,8 +55,9 @@ class Watchdog:
 
     def _end(self) -> None:
         sys.stderr.write(
-            f"{thread_stacks()}pretrain: no step for {self.minutes:g} minutes (trainer.stalled_minutes), so this process ends; above is where each of its "
-            "threads stood, and the same command continues from the newest checkpoint\n"
+            f"{thread_stacks()}pretrain: no step for {self.minutes:g} minutes (trainer.stalled_minutes), so this"
+            " process ends; above is where each of its threads stood, and the same command continues from the newest"
+            " checkpoint\n"
         )
         sys.stderr.flush()
         os._exit(HUNG)

@@ -34,8 +34,8 @@ def with_launch(command: str, overrides: list[str]) -> list[str]:
         for word in overrides:
             if re.fullmatch(r"[+~]*launch(=.*)?", word):
                 raise Fault(
-                    f"'pretrain {command}' runs here and can't be launched elsewhere, as {word} asks: its launch.nodes= and "
-                    "launch.gpus_per_node= only describe the machines of a run."
+                    f"'pretrain {command}' runs here and can't be launched elsewhere, as {word} asks: its launch.nodes="
+                    " and launch.gpus_per_node= only describe the machines of a run."
                 )
         return overrides
     chosen = [word for word in overrides if word.startswith("launch=")]

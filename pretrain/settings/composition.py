@@ -77,8 +77,8 @@ class Composed:
     def says_left_out(self) -> str:
         """The sentence about what the recipe sets and the chosen objective does without."""
         return (
-            f"the recipe's {', '.join(self.left_out)} are another objective's, and left out: the chosen one has its own values, "
-            "which objective.NAME= changes"
+            f"the recipe's {', '.join(self.left_out)} are another objective's, and left out: the chosen one has its own"
+            " values, which objective.NAME= changes"
         )
 
     @of_the_command_line()
@@ -88,8 +88,8 @@ class Composed:
         if missing:
             given = " ".join(f"{key}=…" for key in missing)
             raise Fault(
-                f"{', '.join(missing)} must be given: pretrain {self.command} {given} ('pretrain {self.command} --help' explains)."
-                f"{constructor_defaults_do_not_count(self.tree, missing)}"
+                f"{', '.join(missing)} must be given: pretrain {self.command} {given} ('pretrain {self.command} --help'"
+                f" explains).{constructor_defaults_do_not_count(self.tree, missing)}"
             )
         config = importlib.import_module(f"pretrain.commands.{file_stem(self.command)}").Config
         values = vars(OmegaConf.to_object(self.tree))

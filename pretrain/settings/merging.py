@@ -80,8 +80,8 @@ def merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> D
         key = str(error.full_key or error.key)
         if wrong := re.match("Unexpected type annotation: (.*)", str(error)):
             raise Fault(
-                f"{key} can't be a setting, since its type is {wrong[1]}: write bool, int, float, str, list[…] or dict[str, …] of these, or a "
-                "dataclass, with ' | None' behind it where null is allowed."
+                f"{key} can't be a setting, since its type is {wrong[1]}: write bool, int, float, str, list[…] or"
+                " dict[str, …] of these, or a dataclass, with ' | None' behind it where null is allowed."
             ) from error
         if "not in" in str(error):
             node, _, name = key.rpartition(".")
@@ -89,7 +89,8 @@ def merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> D
             if target is not None and (why := plugins.why_unknown(target, name)):
                 raise Fault(f"there is no setting {key!r}: {why}") from error
             raise Fault(
-                f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, {known for known in dotted_keys(values) if known != key and not known.startswith(f'{key}.')})}"
+                f"there is no setting {key!r} in 'pretrain"
+                f" {command}'{nearest(key, {known for known in dotted_keys(values) if known != key and not known.startswith(f'{key}.')})}"
             ) from error
         if "is not Optional" in str(error):
             raise Fault(f"{key} can't be null: give a value, or leave it out.") from error
@@ -102,7 +103,10 @@ def constructor_defaults_do_not_count(tree: DictConfig, missing: list[str]) -> s
         node, _, name = key.rpartition(".")
         target = OmegaConf.select(tree, f"{node}._target_") if node else None
         if target is not None and plugins.has_default(target, name):
-            return f" The defaults of {target.rpartition('.')[2]}'s constructor don't count: every value is in its YAML file."
+            return (
+                f" The defaults of {target.rpartition('.')[2]}'s constructor don't count: every value is in its YAML"
+                " file."
+            )
     return ""
 
 
@@ -114,7 +118,8 @@ def unresolved(error: OmegaConfBaseException) -> str:
 
 
 def _expand_home(values: DictConfig) -> None:
-    """Put the home folder where a text begins with its sign, as a shell does in front of words, but not behind ``=``."""
+    """Put the home folder where a text begins with its sign, as a shell does in front of words, but not behind
+    ``=``."""
     for key in list(values):
         value = None if OmegaConf.is_missing(values, key) else values._get_node(key)
         if isinstance(value, DictConfig) and not value._is_none():
@@ -139,7 +144,8 @@ def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -
             except ValueError as error:
                 key = f"{prefix}{name}"
                 raise Fault(
-                    f"{key}: there is no file {value!r}, and it can't be read as several names ({error}); one name with a quote in it "
+                    f"{key}: there is no file {value!r}, and it can't be read as several names ({error}); one name with"
+                    " a quote in it "
                     f'is given as a list: {key}=["{value}"].'
                 ) from error
         elif dataclasses.is_dataclass(kind) and isinstance(value, DictConfig):

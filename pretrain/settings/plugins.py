@@ -43,8 +43,8 @@ def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] |
     if allowed is not None and not any(target.startswith(f"{package}.") for package in (*OUR_PACKAGES, *allowed)):
         package = target.partition(".")[0]
         raise Fault(
-            f"_target_: {target} was read from a run's folder, and is no class of this project: allow_plugins=[{package}] lets the code of {package} be "
-            "run, if you trust it."
+            f"_target_: {target} was read from a run's folder, and is no class of this project:"
+            f" allow_plugins=[{package}] lets the code of {package} be run, if you trust it."
         )
     module, _, name = target.rpartition(".")
     try:
@@ -102,8 +102,8 @@ def why_unknown(target: str, name: str) -> str | None:
     by_name = any(p.kind is p.VAR_KEYWORD and (p.annotation is p.empty or p.name in hints) for p in parameters.values())
     if name in parameters or by_name:
         return (
-            f"the settings of {target} are the arguments behind a * in its constructor, and {name} isn't one: write it as "
-            f"def __init__(self, …, *, {name}: int)."
+            f"the settings of {target} are the arguments behind a * in its constructor, and {name} isn't one: write it"
+            f" as def __init__(self, …, *, {name}: int)."
         )
     return None
 
@@ -125,7 +125,8 @@ def hints_of(kind: Any, include_extras: bool = False) -> dict[str, Any]:
         return found
     except NameError as error:
         raise Fault(
-            f"the types of {getattr(kind, '__qualname__', kind)} in {kind.__module__} can't be told ({error}): import what they name, and not under TYPE_CHECKING alone."
+            f"the types of {getattr(kind, '__qualname__', kind)} in {kind.__module__} can't be told ({error}): import"
+            " what they name, and not under TYPE_CHECKING alone."
         ) from error
 
 

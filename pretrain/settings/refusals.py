@@ -15,7 +15,8 @@ from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_p
 def why_refused(
     command: str, overrides: list[str], search: list[str], directories: list[Path], error: Exception
 ) -> str:
-    """One sentence for Hydra's refusal: the first override whose key or choice is unknown, with the nearest known one."""
+    """One sentence for Hydra's refusal: the first override whose key or choice is unknown, with the nearest known
+    one."""
     launch = [
         word for word in overrides if word in {f"launch={choice}" for choice in choices_of("launch", directories)}
     ]

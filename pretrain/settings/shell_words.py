@@ -15,7 +15,8 @@ from data.fault import Fault
 WORD = re.compile(r"([+~]*[\w.@/-]+)=(.*)", re.DOTALL)
 
 LISTED = re.compile(r"launch\.(after|exclude)=[\w.-]+(,[\w.-]+)+")
-"""Commas between values are Hydra's sweeps; numbers of jobs and names of nodes are written like that everywhere else."""
+"""Commas between values are Hydra's sweeps; numbers of jobs and names of nodes are written like that everywhere
+else."""
 
 
 def readable(word: str, text: bool) -> str:
@@ -47,8 +48,8 @@ def readable(word: str, text: bool) -> str:
         return word if value[:1] in ("[", "{", "'", '"') else f"{key}={quoted(value)}"
     if override.is_sweep_override():
         raise Fault(
-            f"{word}: a list is written in brackets, {key}=[{value}], one value with a comma in quotes, {key}=\"'{value}'\", "
-            "and several runs are several commands."
+            f"{word}: a list is written in brackets, {key}=[{value}], one value with a comma in quotes,"
+            f" {key}=\"'{value}'\", and several runs are several commands."
         )
     if value[:1] == "{":
         return f"{key}={_kept(value)}"

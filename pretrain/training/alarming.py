@@ -12,7 +12,8 @@ from pretrain.training.module import Training
 
 
 class Alarms(L.Callback):
-    """Asks `find_alarms` after every look and at every checkpoint, before that is written: it says which were raised."""
+    """Asks `find_alarms` after every look and at every checkpoint, before that is written: it says which were
+    raised."""
 
     def __init__(self, record: RunRecord, mirror: WandbMirror, judgement: Judgement) -> None:
         self.own, self.mirror, self.judgement = record, mirror, judgement

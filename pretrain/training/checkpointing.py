@@ -32,8 +32,9 @@ class Checkpoints(L.Callback):
             self.save(training, wait=training.is_last or trainer.should_stop)
             if training.is_last and (why := unfit(training)):
                 raise Fault(
-                    f"{training.run} is not done: of its last step, {training.step}, there is no checkpoint, since {why}; "
-                    f"{checkpoints.newest_said(training.run)}: go on with a lower optim.lr and allow_changes=true, or look at the data."
+                    f"{training.run} is not done: of its last step, {training.step}, there is no checkpoint, since"
+                    f" {why}; {checkpoints.newest_said(training.run)}: go on with a lower optim.lr and"
+                    " allow_changes=true, or look at the data."
                 )
 
     def save(self, training: Training, wait: bool) -> None:

@@ -40,7 +40,8 @@ class EndWhenAsked(L.Callback):
         if training.global_rank == 0:
             saved = f"checkpoint {newest}" if newest else "nothing to save yet"
             say(
-                f"{training.run}: stopped by {asked.name} after step {training.step} of {training.optim.steps}, {saved}; the same command continues"
+                f"{training.run}: stopped by {asked.name} after step {training.step} of {training.optim.steps},"
+                f" {saved}; the same command continues"
             )
         in_vain = newest == training.began_from
         self.requeued = asked != signal.SIGINT and training.preemption.requeue(

@@ -53,8 +53,9 @@ def tiles_of(data: Mapping[str, Any], processes: int, accumulate: int, group: in
         most = batch_size // group
         fitting = [n for n in range(1, most + 1) if most % n == 0]
         raise Fault(
-            f"data.batch_size={batch_size} can't be shared by {processes} processes × trainer.accumulate={accumulate} in multiples of "
-            f"objective.group_size={group}: their product must be one of {', '.join(map(str, fitting))}."
+            f"data.batch_size={batch_size} can't be shared by {processes} processes × trainer.accumulate={accumulate}"
+            f" in multiples of objective.group_size={group}: their product must be one of"
+            f" {', '.join(map(str, fitting))}."
         )
     return tiles
 
@@ -66,14 +67,15 @@ def lanes_of(data: Mapping[str, Any], processes: int, accumulate: int, together:
     groups, rest = divmod(processes, together)
     if rest or not groups:
         raise Fault(
-            f"data.processes_per_slide={together} doesn't divide the run's {processes} processes (trainer.devices × trainer.nodes): change "
-            "one of them."
+            f"data.processes_per_slide={together} doesn't divide the run's {processes} processes (trainer.devices ×"
+            " trainer.nodes): change one of them."
         )
     each, rest = divmod(lanes, groups * accumulate)
     if rest or not each:
         raise Fault(
-            f"data.lanes={lanes} can't be shared evenly by {groups} {f'groups of {together} processes' if together > 1 else 'processes'}"
-            f" × trainer.accumulate={accumulate}; make it a multiple."
+            f"data.lanes={lanes} can't be shared evenly by {groups}"
+            f" {f'groups of {together} processes' if together > 1 else 'processes'} × trainer.accumulate={accumulate};"
+            " make it a multiple."
         )
     Packing(np.ones(1), batch_size=data["batch_size"], batch_tokens=data["batch_tokens"], lanes=lanes, seed=0)
     return each

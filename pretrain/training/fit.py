@@ -57,7 +57,13 @@ def fit(training: Training, lease: Lease | None) -> None:
         max_epochs=1,
         # After each step in this order: what a checkpoint holds must have happened before it.
         callbacks=[
-            Recording(record, mirror), ending, Looks(), judgement, Alarms(record, mirror, judgement), saving, ShownProgress(),
+            Recording(record, mirror),
+            ending,
+            Looks(),
+            judgement,
+            Alarms(record, mirror, judgement),
+            saving,
+            ShownProgress(),
             *(plugins.build(one, base=L.Callback) for one in settings.callbacks),
         ],
         logger=[record, mirror, *(plugins.build(one, base=Logger) for one in settings.loggers)],
@@ -68,7 +74,7 @@ def fit(training: Training, lease: Lease | None) -> None:
         enable_model_summary=False,
         use_distributed_sampler=False,
         default_root_dir=run,
-    )  # fmt: skip
+    )
     if newest is not None and trainer.global_rank == 0:
         say(f"{run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
     # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
@@ -90,7 +96,8 @@ def fit(training: Training, lease: Lease | None) -> None:
             preemption.leave(ending.requeued, trainer.local_rank, training.asked)
     if trainer.is_global_zero:
         say(
-            f"{run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {checkpoints.newest(run)}"
+            f"{run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint"
+            f" {checkpoints.newest(run)}"
         )
 
 
@@ -123,8 +130,8 @@ def out_of_memory(run: Path, error: RuntimeError) -> Fault | None:
         return None
     said = str(error).splitlines()[0].rpartition("DefaultCPUAllocator: ")[2]
     return Fault(
-        f"{run}: there is not enough memory ({said}); 'pretrain plan' with these settings says what takes how much, and what would fit. The newest "
-        f"checkpoint is {checkpoints.newest(run) or 'none yet'}."
+        f"{run}: there is not enough memory ({said}); 'pretrain plan' with these settings says what takes how much, and"
+        f" what would fit. The newest checkpoint is {checkpoints.newest(run) or 'none yet'}."
     )
 
 
@@ -139,7 +146,8 @@ def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
         return
     if resume == "newest":
         raise Fault(
-            f"{wrong}{checkpoints.whole_before(newest)}: resume=previous sets what is damaged aside and goes on from there; or put the file back."
+            f"{wrong}{checkpoints.whole_before(newest)}: resume=previous sets what is damaged aside and goes on from"
+            " there; or put the file back."
         )
     if first:
         for aside in checkpoints.set_damaged_aside(run):

@@ -52,7 +52,7 @@ def why_ended(run: Path, scored: best.Scores, name: str) -> str:
     """The line with which a run ends early."""
     step, score = best.best(scored)
     return (
-        f"{run} ends after step {scored[-1][0]}: {name} has not risen above {score:.4f}, of step {step}, in {best.waited(scored)} checkpoints "
-        f"(watch.patience), and longer training has made published models worse; {checkpoints.folder(run) / checkpoints.BEST} is the best one. "
-        "watch.patience=null goes on."
+        f"{run} ends after step {scored[-1][0]}: {name} has not risen above {score:.4f}, of step {step}, in"
+        f" {best.waited(scored)} checkpoints (watch.patience), and longer training has made published models worse;"
+        f" {checkpoints.folder(run) / checkpoints.BEST} is the best one. watch.patience=null goes on."
     )

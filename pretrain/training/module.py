@@ -151,7 +151,8 @@ class Training(L.LightningModule, ABC):
         self.loader = self.batches(self.step, self.optim.steps)
         if self.loader.through_pipe and self.global_rank == 0:
             say(
-                f"{self.run}: {SHARED_MEMORY} has no room for the batches on their way, so they go through a pipe, which is slower"
+                f"{self.run}: {SHARED_MEMORY} has no room for the batches on their way, so they go through a pipe,"
+                " which is slower"
             )
         return self.loader
 
@@ -160,8 +161,8 @@ class Training(L.LightningModule, ABC):
             raise batch
         if self.lease and self.lease.lost:
             raise Fault(
-                f"{self.run} was taken over by another job, since nothing was heard of this one for {SILENCE:.0f} s (a stopped process, or "
-                f"a disk that didn't answer): this one ends, and has written nothing since."
+                f"{self.run} was taken over by another job, since nothing was heard of this one for {SILENCE:.0f} s (a"
+                " stopped process, or a disk that didn't answer): this one ends, and has written nothing since."
             )
         began = time.monotonic()
         seen = self.before_step(batch)
@@ -254,10 +255,14 @@ class Training(L.LightningModule, ABC):
     def require_same_data(self, checkpoint: Path) -> None:
         """Raise Fault where the data isn't that of ``checkpoint``, or say so where changes are allowed."""
         if checkpoints.read_state(checkpoint)["data"] != self.data_digest():
-            now = f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or remade"
+            now = (
+                f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or"
+                " remade"
+            )
             if not self.config.allow_changes:
                 raise Fault(
-                    f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with these."
+                    f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with"
+                    " these."
                 )
             if self.global_rank == 0:
                 say(f"{now}; it goes on with these, at its place in their order")
@@ -317,7 +322,7 @@ class Training(L.LightningModule, ABC):
             say(f"step {self.step} skipped: {culprits} not finite ({self.skipped_in_a_row} in a row)")
         if self.skipped_in_a_row > self.optim.max_skipped:
             raise Fault(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more than "
-                f"optim.max_skipped={self.optim.max_skipped}; {checkpoints.newest_said(self.run)}: go on with a lower optim.lr and allow_changes=true, "
-                "or look at the data."
+                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more"
+                f" than optim.max_skipped={self.optim.max_skipped}; {checkpoints.newest_said(self.run)}: go on with a"
+                " lower optim.lr and allow_changes=true, or look at the data."
             )

@@ -25,7 +25,8 @@ def check_warmup(warmup_steps: int, steps: int, schedule_steps: int | None) -> N
     """Raise ValueError for a warm-up that doesn't end."""
     if warmup_steps > (schedule_steps or steps):
         raise ValueError(
-            "the warm-up is longer than the run; make it shorter, or where the run is to stop before its schedules end, give their length, schedule_steps"
+            "the warm-up is longer than the run; make it shorter, or where the run is to stop before its schedules end,"
+            " give their length, schedule_steps"
         )
 
 

@@ -192,8 +192,8 @@ def materialise(
         unset = _unset(tensors)
     if unset:
         raise Fault(
-            f"{type(objective).__name__}: {unset[0]} has no initial value: its network's initialise(), or the objective's start(), doesn't fill it "
-            f"({len(unset)} such tensors)"
+            f"{type(objective).__name__}: {unset[0]} has no initial value: its network's initialise(), or the"
+            f" objective's start(), doesn't fill it ({len(unset)} such tensors)"
         )
 
 

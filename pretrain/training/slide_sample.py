@@ -55,7 +55,8 @@ class SlideSample:
 
 
 def recognised(features: Tensor, slides: np.ndarray) -> dict[str, float]:
-    """Whether the ten nearest of the others tell the slide of each of n tiles: features (n, width), slides (n,) from 0."""
+    """Whether the ten nearest of the others tell the slide of each of n tiles: features (n, width), slides (n,) from
+    0."""
     values, counts = features.cpu().numpy(), np.bincount(slides)
     found = knn_predict(values, slides, values, len(counts), k=NEIGHBOURS_ASKED, itself=False)
     return {"slide_knn": float((found == slides).mean()), "slide_chance": float(counts.max() / counts.sum())}

@@ -97,7 +97,9 @@ class SlideTraining(Training):
         self.score = locate_class(config.objective["_target_"], SlideObjective).score  # type: ignore[attr-defined]
         if config.watch.patience and not self.score:
             raise Fault(
-                f"watch.patience={config.watch.patience} waits for a better checkpoint, and {config.objective['_target_']} says of no figure that it tells one: set its 'score', or watch.patience=null."
+                f"watch.patience={config.watch.patience} waits for a better checkpoint, and"
+                f" {config.objective['_target_']} says of no figure that it tells one: set its 'score', or"
+                " watch.patience=null."
             )
         self.store = store
         statistics = run / "statistics.json"
@@ -153,7 +155,8 @@ class SlideTraining(Training):
         )
 
     def bytes_on_the_way(self) -> int:
-        """The most shared memory that this machine's processes need for batches that are filled, prefetched and in use."""
+        """The most shared memory that this machine's processes need for batches that are filled, prefetched and in
+        use."""
         sizes, data = self.sequences.packing.sizes, self.config.data
         tokens = data.batch_tokens or int(sizes.max()) * min(data.batch_size, len(sizes))
         return SLIDE_STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * self.store.width + 32)

@@ -153,7 +153,8 @@ def further_views(objective: Mapping[str, Any], patch_size: int) -> tuple[Furthe
     for views in found:
         if views.size % patch_size:
             raise Fault(
-                f"{kind.__name__} asks for views of {views.size} px, which isn't a multiple of model.patch_size={patch_size}: change one of them."
+                f"{kind.__name__} asks for views of {views.size} px, which isn't a multiple of"
+                f" model.patch_size={patch_size}: change one of them."
             )
     return found
 
@@ -161,10 +162,18 @@ def further_views(objective: Mapping[str, Any], patch_size: int) -> tuple[Furthe
 def crop_sizes(crops: Crops, further: tuple[FurtherViews, ...] = ()) -> CropSizes:
     """The settings of crops as the loader takes them."""
     return CropSizes(
-        crops.global_count, crops.global_size, (crops.global_scale[0], crops.global_scale[1]),
-        crops.local_count, crops.local_size, (crops.local_scale[0], crops.local_scale[1]),
-        (crops.aspect[0], crops.aspect[1]), crops.relative_to, crops.vertical_flip, crops.quarter_turns, further,
-    )  # fmt: skip
+        crops.global_count,
+        crops.global_size,
+        (crops.global_scale[0], crops.global_scale[1]),
+        crops.local_count,
+        crops.local_size,
+        (crops.local_scale[0], crops.local_scale[1]),
+        (crops.aspect[0], crops.aspect[1]),
+        crops.relative_to,
+        crops.vertical_flip,
+        crops.quarter_turns,
+        further,
+    )
 
 
 def colour(settings: ColourSettings) -> Colour:
@@ -245,8 +254,9 @@ class TileTraining(Training):
         self.seen += self.stream.batch_size
         if self.bad > self.data.max_bad_fraction * max(self.seen, JUDGED_FROM):
             raise Fault(
-                f"{self.bad} of {self.seen} tiles can't be read, more than data.max_bad_fraction={self.data.max_bad_fraction} "
-                f"allows; they are named above: put those files back, or raise the limit."
+                f"{self.bad} of {self.seen} tiles can't be read, more than"
+                f" data.max_bad_fraction={self.data.max_bad_fraction} allows; they are named above: put those files"
+                " back, or raise the limit."
             )
         return {"bad_tiles": bad}
 

@@ -56,12 +56,13 @@ def require_devices(settings: TrainerSettings) -> None:
     gpus = torch.cuda.device_count()
     if settings.accelerator == "gpu" and not gpus and not torch.backends.mps.is_available():
         raise Fault(
-            "trainer.accelerator=gpu, and PyTorch finds no GPU on this machine: trainer.accelerator=cpu trains on its cores, and "
-            "'pretrain doctor' says what there is."
+            "trainer.accelerator=gpu, and PyTorch finds no GPU on this machine: trainer.accelerator=cpu trains on its"
+            " cores, and 'pretrain doctor' says what there is."
         )
     if settings.accelerator != "cpu" and 0 < gpus < settings.devices:
         raise Fault(
-            f"trainer.devices={settings.devices} is more than the {gpus} GPUs that PyTorch finds on this machine: set it to {gpus} or less."
+            f"trainer.devices={settings.devices} is more than the {gpus} GPUs that PyTorch finds on this machine: set"
+            f" it to {gpus} or less."
         )
 
 

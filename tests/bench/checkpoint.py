@@ -85,13 +85,25 @@ def main() -> None:
                 during.append(step(model, optimiser, x))
             assert saver.wait() is None
             slowdown.append(sum(during) - len(during) * statistics.median(alone))
-            print(f"save {number + 1}/{SAVES}: {waiting[-1]:.3f} s waiting, {beside[-1]:.3f} s beside, over {len(during)} steps", flush=True)  # fmt: skip
+            print(
+                f"save {number + 1}/{SAVES}: {waiting[-1]:.3f} s waiting, {beside[-1]:.3f} s beside, over {len(during)}"
+                " steps",
+                flush=True,
+            )
         checkpoint = newest(run)
         assert checkpoint is not None
         size = sum(file.stat().st_size for file in checkpoint.iterdir())
         dist.destroy_process_group()
     median = statistics.median
-    figures = {"step": median(alone), "waiting": median(waiting), "beside": median(beside[1:]), "ratio": median(beside[1:]) / median(waiting), "first_beside": beside[0], "slowdown": median(slowdown), "megabytes": size / 1e6}  # fmt: skip
+    figures = {
+        "step": median(alone),
+        "waiting": median(waiting),
+        "beside": median(beside[1:]),
+        "ratio": median(beside[1:]) / median(waiting),
+        "first_beside": beside[0],
+        "slowdown": median(slowdown),
+        "megabytes": size / 1e6,
+    }
     print(json.dumps({name: round(value, 3) for name, value in figures.items()}))
 
 

@@ -100,22 +100,25 @@ class Usual:
     def __init__(self) -> None:
         colour = Colour()
         jitter = v2.RandomApply(
-            [v2.ColorJitter(colour.brightness, colour.contrast, colour.saturation, colour.hue)], colour.jitter_probability
-        )  # fmt: skip
+            [v2.ColorJitter(colour.brightness, colour.contrast, colour.saturation, colour.hue)],
+            colour.jitter_probability,
+        )
         end = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(MEAN, STD)]
         kinds = [(SIZES.global_size, SIZES.global_scale)] * 2 + [(SIZES.local_size, SIZES.local_scale)]
         self.views = [
-            v2.Compose([
-                v2.RandomResizedCrop(side, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
-                v2.RandomHorizontalFlip(),
-                jitter,
-                v2.RandomGrayscale(colour.grey_probability),
-                v2.RandomApply([v2.GaussianBlur(9, colour.blur_sigma)], colour.blur_probability[kind]),
-                v2.RandomApply([v2.RandomSolarize(128, 1.0)], colour.solarise_probability[kind]),
-                *end,
-            ])
+            v2.Compose(
+                [
+                    v2.RandomResizedCrop(side, scale, interpolation=v2.InterpolationMode.BICUBIC, antialias=True),
+                    v2.RandomHorizontalFlip(),
+                    jitter,
+                    v2.RandomGrayscale(colour.grey_probability),
+                    v2.RandomApply([v2.GaussianBlur(9, colour.blur_sigma)], colour.blur_probability[kind]),
+                    v2.RandomApply([v2.RandomSolarize(128, 1.0)], colour.solarise_probability[kind]),
+                    *end,
+                ]
+            )
             for kind, (side, scale) in enumerate(kinds)
-        ]  # fmt: skip
+        ]
 
     def __call__(self, image: Image.Image) -> list[torch.Tensor]:
         first, other, local = self.views
@@ -140,9 +143,19 @@ def our_batches(folder: Path) -> Iterator[RankBatch]:
     tiles = ShardTiles(shards=[str(folder)])
     stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=4, seed=0)
     for batch in TileBatches(
-        tiles, stream, SIZES, Colour(), Masking(0.5, 0.1, 0.5, 16), seed=0, start=0, stop=BATCHES + 8, rank=0,
-        world_size=1, accumulate=1, threads=1,
-    ):  # fmt: skip
+        tiles,
+        stream,
+        SIZES,
+        Colour(),
+        Masking(0.5, 0.1, 0.5, 16),
+        seed=0,
+        start=0,
+        stop=BATCHES + 8,
+        rank=0,
+        world_size=1,
+        accumulate=1,
+        threads=1,
+    ):
         assert isinstance(batch, RankBatch), batch
         yield batch
 
@@ -226,9 +239,12 @@ def floor(tiles: list[bytes]) -> float:
     for number in range(len(tiles)):
         header = simplejpeg.decode_jpeg_header(tiles[number])
         drawn = rng(0, "floor", number).random((10, NUMBERS_A_CROP)).tolist()
-        boxes.append([
-            (side, box(header[0], header[1], scale, SIZES.aspect, u)) for (side, scale), u in zip(SIZES.views(), drawn, strict=True)
-        ])  # fmt: skip
+        boxes.append(
+            [
+                (side, box(header[0], header[1], scale, SIZES.aspect, u))
+                for (side, scale), u in zip(SIZES.views(), drawn, strict=True)
+            ]
+        )
 
     def decode_and_cut() -> None:
         for jpeg, views in zip(tiles, boxes, strict=True):
@@ -311,10 +327,15 @@ def main() -> None:
             note(usual_raw=usual_raw(tars, 1500), raw=raw(folder))
             note(**dict(zip(("online", "bare"), online(slide), strict=True)))
     words = {
-        "usual": "usual loader, colour included", "loader": "our loader, uint8 crops", "floor": "  of it decoding and resampling",
-        "colour": "our augmentation", "usual_raw": "webdataset, bytes only", "raw": "our reads of a tile, bytes only",
-        "online": "our reading of a slide", "bare": "openslide's read_region",
-    }  # fmt: skip
+        "usual": "usual loader, colour included",
+        "loader": "our loader, uint8 crops",
+        "floor": "  of it decoding and resampling",
+        "colour": "our augmentation",
+        "usual_raw": "webdataset, bytes only",
+        "raw": "our reads of a tile, bytes only",
+        "online": "our reading of a slide",
+        "bare": "openslide's read_region",
+    }
     for key, meaning in words.items():
         print(f"{meaning:<34} {fastest[key] * 1e3:8.4f} ms a tile")
     ratios = {}
@@ -322,14 +343,18 @@ def main() -> None:
         by_torch, by_numba = colour_paths(sizes, together)
         print(f"{name}: colour by torch {by_torch * 1e3:.3f} ms a tile, by numba {by_numba * 1e3:.3f}")
         ratios[name] = round(by_torch / by_numba, 2)
-    print(json.dumps({
-        "loader_ratio": round(fastest["usual"] / fastest["loader"], 2),
-        "end_to_end_ratio": round(fastest["usual"] / (fastest["loader"] + fastest["colour"]), 2),
-        "raw_read_ratio": round(fastest["usual_raw"] / fastest["raw"], 2),
-        "online_ratio": round(fastest["online"] / fastest["bare"], 3),
-        "floor_share": round(fastest["floor"] / fastest["loader"], 3),
-        **ratios,
-    }))  # fmt: skip
+    print(
+        json.dumps(
+            {
+                "loader_ratio": round(fastest["usual"] / fastest["loader"], 2),
+                "end_to_end_ratio": round(fastest["usual"] / (fastest["loader"] + fastest["colour"]), 2),
+                "raw_read_ratio": round(fastest["usual_raw"] / fastest["raw"], 2),
+                "online_ratio": round(fastest["online"] / fastest["bare"], 3),
+                "floor_share": round(fastest["floor"] / fastest["loader"], 3),
+                **ratios,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

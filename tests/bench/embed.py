@@ -50,9 +50,19 @@ ROWS, WIDTH = 8089, 1536
 
 def encoder() -> TileEncoder:
     network = VisionTransformer(
-        image_size=224, patch_size=16, width=384, depth=12, heads=6, feed_forward="mlp", feed_forward_width=1536, registers=0,
-        layer_scale=1.0, drop_path=0.0, position_antialias=True, position_offset=0.0,
-    )  # fmt: skip
+        image_size=224,
+        patch_size=16,
+        width=384,
+        depth=12,
+        heads=6,
+        feed_forward="mlp",
+        feed_forward_width=1536,
+        registers=0,
+        layer_scale=1.0,
+        drop_path=0.0,
+        position_antialias=True,
+        position_offset=0.0,
+    )
     initialise(network, 0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preprocessing = Preprocessing(224, 224, (0.7, 0.5, 0.6), (0.2, 0.2, 0.2))
@@ -96,9 +106,16 @@ def embed_ratios(folder: Path, threads: int) -> tuple[float, float]:
         def work() -> None:
             with EmbeddingWriter(folder / f"store-{number}", 384, network.name, network.hash) as writer:
                 embed_slides(
-                    network.start, source, source.slides, writer, batch=BATCH, threads=threads, max_bad_fraction=0.0,
-                    pin=network.device.type == "cuda", done=0,
-                )  # fmt: skip
+                    network.start,
+                    source,
+                    source.slides,
+                    writer,
+                    batch=BATCH,
+                    threads=threads,
+                    max_bad_fraction=0.0,
+                    pin=network.device.type == "cuda",
+                    done=0,
+                )
 
         return work
 
@@ -108,7 +125,8 @@ def embed_ratios(folder: Path, threads: int) -> tuple[float, float]:
         before, with_all, after = spent(bare), spent(whole(number)), spent(bare)
         rounds.append([(before[i] + after[i]) / 2 / with_all[i] for i in range(2)])
         print(
-            f"round {number + 1}: bare {before[0]:.2f} and {after[0]:.2f} s, embed {with_all[0]:.2f} s wall; {rounds[-1][1]:.3f} by CPU time"
+            f"round {number + 1}: bare {before[0]:.2f} and {after[0]:.2f} s, embed {with_all[0]:.2f} s wall;"
+            f" {rounds[-1][1]:.3f} by CPU time"
         )
     wall, cpu = (statistics.median(values) for values in zip(*rounds, strict=True))
     return wall, cpu
@@ -146,8 +164,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         quarter, in_float32, milliseconds = quarter_ratios(Path(name))
         print(
-            f"a random quarter of {ROWS} tiles: {milliseconds:.2f} ms from the store, {quarter:.0f} times faster than from the h5; "
-            f"made float32, {in_float32:.0f} times"
+            f"a random quarter of {ROWS} tiles: {milliseconds:.2f} ms from the store, {quarter:.0f} times faster than"
+            f" from the h5; made float32, {in_float32:.0f} times"
         )
         wall, cpu = embed_ratios(Path(name), threads)
     print(

@@ -145,10 +145,23 @@ class Run:
     def start(self, shards: Path) -> None:
         """Begin, or go on, on one core with one thread."""
         command = [
-            sys.executable, "-m", "pretrain", "tile", f"recipe={RECIPES[self.objective]}", f"run={self.folder}", f"data.shards={shards.resolve()}",
-            f"seed={self.seed}", f"optim.steps={self.tiles // self.batch_size}", "data.threads=1", "trainer.accelerator=cpu", "trainer.precision=bf16",
-            "trainer.compile=true", f"trainer.checkpoint_every={LOOKED_AT[0] // self.batch_size}", "trainer.keep_checkpoints=0", *self.settings,
-        ]  # fmt: skip
+            sys.executable,
+            "-m",
+            "pretrain",
+            "tile",
+            f"recipe={RECIPES[self.objective]}",
+            f"run={self.folder}",
+            f"data.shards={shards.resolve()}",
+            f"seed={self.seed}",
+            f"optim.steps={self.tiles // self.batch_size}",
+            "data.threads=1",
+            "trainer.accelerator=cpu",
+            "trainer.precision=bf16",
+            "trainer.compile=true",
+            f"trainer.checkpoint_every={LOOKED_AT[0] // self.batch_size}",
+            "trainer.keep_checkpoints=0",
+            *self.settings,
+        ]
         log = self.folder.with_suffix(".log").open("a")
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=log, stderr=log
@@ -238,11 +251,15 @@ def main() -> None:
     for name, seen, found, same in rows:
         shown = "–" if seen is None else f"{seen:,}"
         print(
-            f"{name:<34}{shown:>9}{found.knn:>8.3f} ± {found.knn_se:.3f}{found.linear:>7.3f} ± {found.linear_se:.3f}{found.rankme:>8.1f}{same:>13.3f}"
+            f"{name:<34}{shown:>9}{found.knn:>8.3f} ± {found.knn_se:.3f}{found.linear:>7.3f} ±"
+            f" {found.linear_se:.3f}{found.rankme:>8.1f}{same:>13.3f}"
         )
     for run in runs:
         cost = json.loads(run.record.read_text())
-        print(f"{run.objective}, seed {run.seed}: {cost['tiles'] / cost['cpu_seconds']:.0f} tiles per processor second here and now, everything included")  # fmt: skip
+        print(
+            f"{run.objective}, seed {run.seed}: {cost['tiles'] / cost['cpu_seconds']:.0f} tiles per processor second"
+            " here and now, everything included"
+        )
     print(json.dumps({name: round(float(np.mean(values)), 4) for name, values in figures.items()}))
 
 

@@ -28,8 +28,13 @@ def main(asked: dict) -> None:
     torch.manual_seed(asked["seed"])
     out = Path(asked["out"])
     network = DinoVisionTransformer(
-        img_size=asked["size"], patch_size=asked["patch"], embed_dim=asked["width"], depth=asked["depth"], num_heads=asked["heads"], block_chunks=0,
-    )  # fmt: skip
+        img_size=asked["size"],
+        patch_size=asked["patch"],
+        embed_dim=asked["width"],
+        depth=asked["depth"],
+        num_heads=asked["heads"],
+        block_chunks=0,
+    )
     network.init_weights()
     for folder in asked.get("judge", []):
         np.save(
@@ -38,18 +43,33 @@ def main(asked: dict) -> None:
     steps, batch = asked["steps"], asked["batch"]
     images = sum(path.suffix == ".jpg" for path in Path(asked["tiles"]).rglob("*"))
     lightly_train.pretrain(
-        out=out, data=asked["tiles"], model=network, method="dinov2", overwrite=True, batch_size=batch, num_workers=1, devices=1,
-        accelerator="cpu", precision="bf16-mixed", seed=asked["seed"], epochs=-(-steps // (images // batch)),
+        out=out,
+        data=asked["tiles"],
+        model=network,
+        method="dinov2",
+        overwrite=True,
+        batch_size=batch,
+        num_workers=1,
+        devices=1,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        seed=asked["seed"],
+        epochs=-(-steps // (images // batch)),
         method_args={
-            "output_dim": asked["prototypes"], "hidden_dim": asked["hidden"], "dino_bottleneck_dim": asked["bottleneck"],
-            "ibot_bottleneck_dim": asked["bottleneck"], "warmup_steps": asked["warmup"], "student_freeze_last_layer_steps": asked["frozen"],
+            "output_dim": asked["prototypes"],
+            "hidden_dim": asked["hidden"],
+            "dino_bottleneck_dim": asked["bottleneck"],
+            "ibot_bottleneck_dim": asked["bottleneck"],
+            "warmup_steps": asked["warmup"],
+            "student_freeze_last_layer_steps": asked["frozen"],
             "teacher_temp_warmup_steps": asked["temperature_warmup"],
         },
         transform_args={
-            "image_size": [asked["size"]] * 2, "local_view": {"num_views": asked["locals"], "view_size": [asked["local_size"]] * 2},
+            "image_size": [asked["size"]] * 2,
+            "local_view": {"num_views": asked["locals"], "view_size": [asked["local_size"]] * 2},
         },
         trainer_args={"max_steps": steps},
-    )  # fmt: skip
+    )
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     seconds = sum(one.ru_utime + one.ru_stime for one in used)
     if asked.get("judge"):

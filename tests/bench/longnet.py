@@ -173,15 +173,18 @@ def main() -> None:
     print(f"processor seconds forward + backward at {SHORT:,} tokens: ", end="")
     print(", ".join(f"{name} {value:.2f}" for name, value in spent.items()))
     print(
-        f"floor, the FLOPs at this machine's rate of large products: {floor:.2f} s; exact is at {spent['exact'] / floor:.2f} × it"
+        f"floor, the FLOPs at this machine's rate of large products: {floor:.2f} s; exact is at"
+        f" {spent['exact'] / floor:.2f} × it"
     )
     growth = measure_growth()
     print(
-        f"{LONG:,} over {SHORT:,} tokens: {growth:.2f} × (the FLOPs: {forward_flops(LONG) / forward_flops(SHORT):.2f} ×)"
+        f"{LONG:,} over {SHORT:,} tokens: {growth:.2f} × (the FLOPs:"
+        f" {forward_flops(LONG) / forward_flops(SHORT):.2f} ×)"
     )
     layer = in_child("layer", threads)
     print(
-        f"{LONGEST:,} tokens through one layer: {layer['bytes'] / GIB:.1f} GiB, {layer['seconds']:.0f} processor seconds"
+        f"{LONGEST:,} tokens through one layer: {layer['bytes'] / GIB:.1f} GiB, {layer['seconds']:.0f} processor"
+        " seconds"
     )
     if busy > threads / 2:
         print(f"other work kept {busy:.1f} cores busy when this began: these figures are less sharp")

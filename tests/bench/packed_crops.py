@@ -146,7 +146,8 @@ def main() -> None:
     for name, each in seconds.items():
         print(f"{name:<10} {each * 1e3:8.1f} {tiles / each:8.1f} {outside[name]:17.1%}")
     print(
-        "\nwhere a packed step's time goes (attention kernels are products with a softmax between: not counted as outside)"
+        "\nwhere a packed step's time goes (attention kernels are products with a softmax between: not counted as"
+        " outside)"
     )
     for name, share in list(shares["packed"].items())[:12]:
         print(f"  {share:6.1%}  {name}")

@@ -41,17 +41,34 @@ def theirs(asked: Asked, folder: str, steps: int, judge: list[str]) -> float:
     """A run of LightlyTrain's to its end: processor seconds."""
     config = load("tile", ["recipe=small", "run=none", "data.shards=none"]).tree
     words = {
-        "tiles": str(asked.tiles), "out": str((asked.out / folder).resolve()), "steps": steps, "seed": 0, "judge": judge, "batch": config.data.batch_size,
-        "size": config.data.crops.global_size, "patch": config.model.patch_size, "width": config.model.width, "depth": config.model.depth,
-        "heads": config.model.heads, "prototypes": config.objective.prototypes, "hidden": config.objective.hidden,
-        "bottleneck": config.objective.bottleneck, "locals": config.data.crops.local_count, "local_size": config.data.crops.local_size,
-        "warmup": 20, "frozen": config.optim.frozen_last_layer_steps, "temperature_warmup": config.objective.teacher_temperature_warmup,
-    }  # fmt: skip
+        "tiles": str(asked.tiles),
+        "out": str((asked.out / folder).resolve()),
+        "steps": steps,
+        "seed": 0,
+        "judge": judge,
+        "batch": config.data.batch_size,
+        "size": config.data.crops.global_size,
+        "patch": config.model.patch_size,
+        "width": config.model.width,
+        "depth": config.model.depth,
+        "heads": config.model.heads,
+        "prototypes": config.objective.prototypes,
+        "hidden": config.objective.hidden,
+        "bottleneck": config.objective.bottleneck,
+        "locals": config.data.crops.local_count,
+        "local_size": config.data.crops.local_size,
+        "warmup": 20,
+        "frozen": config.optim.frozen_last_layer_steps,
+        "temperature_warmup": config.objective.teacher_temperature_warmup,
+    }
     log = (asked.out / f"{folder}.log").open("w")
     done = subprocess.run(
         [PEERS, str(Path(__file__).with_name("lightly_peer.py")), json.dumps(words)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=log, text=True,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=log,
+        text=True,
+    )
     if done.returncode:
         raise SystemExit(f"LightlyTrain failed: see {log.name}")
     return float(json.loads(done.stdout.splitlines()[-1])["cpu_seconds"])
@@ -83,7 +100,11 @@ def main() -> None:
             seconds["lightly"].append(theirs(asked, f"lightly-{turn}-{steps}", steps, []))
         for name, (short, long) in seconds.items():
             speeds[name].append((LONG - SHORT) * batch / (long - short))
-        print(f"turn {turn + 1}: ours {speeds['ours'][-1]:.1f}, LightlyTrain {speeds['lightly'][-1]:.1f} tiles a processor second", flush=True)  # fmt: skip
+        print(
+            f"turn {turn + 1}: ours {speeds['ours'][-1]:.1f}, LightlyTrain {speeds['lightly'][-1]:.1f} tiles a"
+            " processor second",
+            flush=True,
+        )
     ratio = median(a / b for a, b in zip(speeds["ours"], speeds["lightly"], strict=True))
     run, judge = ours(asked, "learned", asked.seen // batch, settings), Judge(tiles, other)
     run.wait()

@@ -36,9 +36,15 @@ class Trainer:
 
         def network() -> tuple[nn.Module, nn.Module]:
             encoder = VisionTransformer(
-                img_size=model["image_size"], patch_size=model["patch_size"], embed_dim=model["width"], depth=model["depth"],
-                num_heads=model["heads"], mlp_ratio=model["feed_forward_width"] / model["width"], num_classes=0, dynamic_img_size=True,
-            )  # fmt: skip
+                img_size=model["image_size"],
+                patch_size=model["patch_size"],
+                embed_dim=model["width"],
+                depth=model["depth"],
+                num_heads=model["heads"],
+                mlp_ratio=model["feed_forward_width"] / model["width"],
+                num_classes=0,
+                dynamic_img_size=True,
+            )
             hidden, out = head["hidden"], head["bottleneck"]
             layers = [
                 nn.Linear(model["width"], hidden),

@@ -44,16 +44,37 @@ def generate(folder: Path) -> None:
         (folder / name).touch()
     names = [f"TCGA-XX-{number:06d}-01Z-00-DX1" for number in range(SLIDES)]
     values = {
-        "slide": names, "source": [f"/archive/slides/batch-{number % 97:02d}/{name}.svs" for number, name in enumerate(names)],
-        "patient": [name[:14] for name in names], "width": [98_304] * SLIDES, "height": [81_920] * SLIDES, "mpp_level0": [0.2527] * SLIDES,
-        "mpp": [0.5] * SLIDES, "tile_size": [256] * SLIDES, "tile_size_level0": [506.529] * SLIDES, "level": [0] * SLIDES,
-        "downsample": [1.0] * SLIDES, "thumbnail_downsample": [96.0] * SLIDES, "tiles": per_slide.tolist(),
+        "slide": names,
+        "source": [f"/archive/slides/batch-{number % 97:02d}/{name}.svs" for number, name in enumerate(names)],
+        "patient": [name[:14] for name in names],
+        "width": [98_304] * SLIDES,
+        "height": [81_920] * SLIDES,
+        "mpp_level0": [0.2527] * SLIDES,
+        "mpp": [0.5] * SLIDES,
+        "tile_size": [256] * SLIDES,
+        "tile_size_level0": [506.529] * SLIDES,
+        "level": [0] * SLIDES,
+        "downsample": [1.0] * SLIDES,
+        "thumbnail_downsample": [96.0] * SLIDES,
+        "tiles": per_slide.tolist(),
         "coordinates": [f"coordinates/{name}_patches.h5" for name in names],
-    }  # fmt: skip
+    }
     assert set(values) == set(SLIDE_FACTS)
-    meta = {"mpp": 0.5, "tile_size": 256, "files": files, "sizes": [140_000_000] * SHARDS, "digest": "0" * 32, "slides": values}  # fmt: skip
+    meta = {
+        "mpp": 0.5,
+        "tile_size": 256,
+        "files": files,
+        "sizes": [140_000_000] * SHARDS,
+        "digest": "0" * 32,
+        "slides": values,
+    }
     counts = np.diff(file_start)
-    dtypes = {"offset": np.dtype(np.uint32), "length": np.dtype(np.uint16), "x": np.dtype(np.int32), "y": np.dtype(np.int32)}  # fmt: skip
+    dtypes = {
+        "offset": np.dtype(np.uint32),
+        "length": np.dtype(np.uint16),
+        "x": np.dtype(np.int32),
+        "y": np.dtype(np.int32),
+    }
     most = int(counts.max())
     lengths = rng(0, "plan", "lengths").integers(9_000, 26_000, most)
     offsets = 512 + np.cumsum(np.concatenate([[0], (lengths[:-1] + 511) // 512 * 512 + 1536]))

@@ -80,10 +80,15 @@ def measure(path: Path, out: Path) -> dict[str, object]:
             least[name] = min(1e3 * seconds(step), least.get(name, float("inf")))
     more = (least["ours"] - least["ours_first"]) / (least["bare"] - least["bare_first"])
     return {
-        "slide": path.name, "tiles": tiles, "bare_ms": round(least["bare"] / tiles, 3), "ours_ms": round(least["ours"] / tiles, 3),
-        "over_bare": round(least["ours"] / least["bare"], 3), "over_bare_per_tile": round(more, 3),
-        "first_tile_ms": [round(least["bare_first"], 2), round(least["ours_first"], 2)], "tissue_s": round(survey, 2),
-    }  # fmt: skip
+        "slide": path.name,
+        "tiles": tiles,
+        "bare_ms": round(least["bare"] / tiles, 3),
+        "ours_ms": round(least["ours"] / tiles, 3),
+        "over_bare": round(least["ours"] / least["bare"], 3),
+        "over_bare_per_tile": round(more, 3),
+        "first_tile_ms": [round(least["bare_first"], 2), round(least["ours_first"], 2)],
+        "tissue_s": round(survey, 2),
+    }
 
 
 def main() -> None:

@@ -96,7 +96,8 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class S3Handler(_Handler):
-    """As much of S3's REST API as reading takes: ``/bucket/key`` is a file of the folder, and a bucket can be listed."""
+    """As much of S3's REST API as reading takes: ``/bucket/key`` is a file of the folder, and a bucket can be
+    listed."""
 
     def _answer(self, body: bool) -> None:
         self.path, _, query = self.path.partition("?")
@@ -106,12 +107,17 @@ class S3Handler(_Handler):
         bucket = self.server.folder / self.path.strip("/")
         files = sorted(file for file in (bucket / prefix).iterdir()) if (bucket / prefix).is_dir() else []
         listed = "".join(
-            f"<Contents><Key>{file.relative_to(bucket)}</Key><Size>{file.stat().st_size}</Size></Contents>"
-            if file.is_file()
-            else f"<CommonPrefixes><Prefix>{file.relative_to(bucket)}/</Prefix></CommonPrefixes>"
+            (
+                f"<Contents><Key>{file.relative_to(bucket)}</Key><Size>{file.stat().st_size}</Size></Contents>"
+                if file.is_file()
+                else f"<CommonPrefixes><Prefix>{file.relative_to(bucket)}/</Prefix></CommonPrefixes>"
+            )
             for file in files
         )
-        page = f'<ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{bucket.name}</Name><IsTruncated>false</IsTruncated>{listed}</ListBucketResult>'
+        page = (
+            "<ListBucketResult"
+            f' xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>{bucket.name}</Name><IsTruncated>false</IsTruncated>{listed}</ListBucketResult>'
+        )
         return self._send(200, page.encode(), {"Content-Type": "application/xml"}, body)
 
     def _send(self, status: int, content: bytes, headers: dict[str, str], body: bool) -> None:
@@ -137,11 +143,21 @@ class GCSHandler(_Handler):
         if name is not None:
             file = folder / unquote(name)
             found = self._object(folder, file) if file.is_file() else None
-            return self._send(200 if found else 404, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)  # fmt: skip
+            return self._send(
+                200 if found else 404, json.dumps(found).encode(), {"Content-Type": "application/json"}, body
+            )
         prefix = parse_qs(query).get("prefix", [""])[0]
-        files = [file for file in sorted(folder.rglob("*")) if file.is_file() and str(file.relative_to(folder)).startswith(prefix)]  # fmt: skip
+        files = [
+            file
+            for file in sorted(folder.rglob("*"))
+            if file.is_file() and str(file.relative_to(folder)).startswith(prefix)
+        ]
         near = [file for file in files if "/" not in str(file.relative_to(folder))[len(prefix) :]]
-        folders = {prefix + str(file.relative_to(folder))[len(prefix) :].partition("/")[0] + "/" for file in files if file not in near}  # fmt: skip
+        folders = {
+            prefix + str(file.relative_to(folder))[len(prefix) :].partition("/")[0] + "/"
+            for file in files
+            if file not in near
+        }
         listed = {"items": [self._object(folder, file) for file in near], "prefixes": sorted(folders)}
         return self._send(200, json.dumps(listed).encode(), {"Content-Type": "application/json"}, body)
 

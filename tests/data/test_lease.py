@@ -1,4 +1,5 @@
-"""A lease: one holder, whoever else tries at the same moment; given back by every end, and taken from the silent only."""
+"""A lease: one holder, whoever else tries at the same moment; given back by every end, and taken from the silent
+only."""
 
 import json
 import multiprocessing
@@ -19,13 +20,18 @@ from data.fault import Fault
 from data.lease import Holder, Lease, alone, once, take
 
 ROOT = Path(__file__).resolve().parents[2]
-HOLD = "import sys, time; from pathlib import Path; from data.lease import take; take(Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+HOLD = (
+    "import sys, time; from pathlib import Path; from data.lease import take; take(Path(sys.argv[1])); print('held',"
+    " flush=True); time.sleep(600)"
+)
 
 
 @pytest.fixture
 def other(tmp_path: Path) -> Iterator[subprocess.Popen[str]]:
     """Another process that holds ``tmp_path/.lease``."""
-    process = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path / ".lease")], stdout=subprocess.PIPE, text=True, cwd=ROOT)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path / ".lease")], stdout=subprocess.PIPE, text=True, cwd=ROOT
+    )
     assert process.stdout is not None and process.stdout.readline() == "held\n"
     yield process
     process.kill()

@@ -65,8 +65,9 @@ def test_settings_keep_their_shape_and_lose_their_secrets() -> None:
         "init": None,
     }
     assert redacted_settings(private) == {
-        "data": {"shards": ["https://h/a?t=***"], "size": 3, "members": {"a": {"shards": ("s3://***@b",)}}}, "init": None,
-    }  # fmt: skip
+        "data": {"shards": ["https://h/a?t=***"], "size": 3, "members": {"a": {"shards": ("s3://***@b",)}}},
+        "init": None,
+    }
 
 
 def test_no_fault_tells_a_secret() -> None:

@@ -101,7 +101,9 @@ def test_a_file_is_read_and_searched_like_one_on_disk(server: FlakyServer) -> No
     assert path.stat().st_size == len(CONTENT) and (path.name, path.stem) == ("bytes", "")
 
 
-def test_a_column_is_the_array_whatever_is_asked_of_it(tmp_path: Path, server: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_column_is_the_array_whatever_is_asked_of_it(
+    tmp_path: Path, server: FlakyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "PAGE", 10)
     values = np.arange(1000, 1095, dtype=np.uint32)
     (tmp_path / "column").write_bytes(b"head" + values.tobytes())
@@ -175,9 +177,13 @@ def test_a_server_that_dies_during_training_stops_it_with_its_url(folder: Path, 
         list(dying)
 
 
-def test_others_remote_shards_take_one_scan_and_an_index_of_ours(folder: Path, tmp_path: Path, server: FlakyServer) -> None:  # fmt: skip
+def test_others_remote_shards_take_one_scan_and_an_index_of_ours(
+    folder: Path, tmp_path: Path, server: FlakyServer
+) -> None:
     (folder / "index.npz").unlink()
-    with pytest.raises(Fault, match=rf"there is no {server.url}/shards/index\.npz: make an index .*shards={server.url}/shards out="):  # fmt: skip
+    with pytest.raises(
+        Fault, match=rf"there is no {server.url}/shards/index\.npz: make an index .*shards={server.url}/shards out="
+    ):
         ShardTiles(shards=[f"{server.url}/shards"])
     with pytest.raises(Fault, match="say where the index"):
         scan(f"{server.url}/shards")
@@ -238,7 +244,12 @@ def test_remote_shards_are_verified_as_local_ones_are(folder: Path, server: Flak
     (folder / "tiles-000000.tar").unlink()
     (folder / "index/tiles-000000.npz").unlink()
     found = verified(url)
-    assert found == verified(folder) and {kind for _, _, kind in found} >= {"changed tile", "truncated", "missing shard", "missing record"}  # fmt: skip
+    assert found == verified(folder) and {kind for _, _, kind in found} >= {
+        "changed tile",
+        "truncated",
+        "missing shard",
+        "missing record",
+    }
     (folder / "tiles-000001.tar").write_bytes(b"")
     assert verified(url) == verified(folder)
     (folder / "index.npz").unlink()
@@ -253,11 +264,15 @@ def test_shards_whose_index_lies_elsewhere_are_verified_there(
         assert verified(tmp_path / f"index{number}") == []
     spoil(folder, [3])
     for number in range(2):
-        assert [(shard, kind) for shard, _, kind in verified(tmp_path / f"index{number}")] == [("tiles-000000.tar", "changed tile")]  # fmt: skip
+        assert [(shard, kind) for shard, _, kind in verified(tmp_path / f"index{number}")] == [
+            ("tiles-000000.tar", "changed tile")
+        ]
 
 
 @pytest.mark.parametrize("token", ["abcdef", "a/b+c=="])
-def test_a_signed_folder_is_read_and_its_token_is_never_said(folder: Path, tmp_path: Path, server: FlakyServer, token: str) -> None:  # fmt: skip
+def test_a_signed_folder_is_read_and_its_token_is_never_said(
+    folder: Path, tmp_path: Path, server: FlakyServer, token: str
+) -> None:
     signed, server.key = f"{server.url}/shards?token={quote(token)}", f"token={token}"
     assert_same_batches(folder, signed)
     assert ShardIndex.open(signed).url(0) == f"{server.url}/shards/tiles-000000.tar?token={quote(token)}"
@@ -290,7 +305,9 @@ def test_a_password_in_the_address_is_used_and_never_said(folder: Path, server: 
     assert "secret" not in str(refused.value)
 
 
-def test_secrets_come_from_fsspecs_own_configuration(folder: Path, tmp_path: Path, server: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_secrets_come_from_fsspecs_own_configuration(
+    folder: Path, tmp_path: Path, server: FlakyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.key = "Bearer abcdef"
     with pytest.raises(Fault, match="403"):
         ShardTiles(shards=[f"{server.url}/shards"])
@@ -309,7 +326,12 @@ def s3(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]
     """A server that speaks S3, and s3fs's own client pointed at it as a user would: by the environment."""
     s3fs = pytest.importorskip("s3fs")
     monkeypatch.setattr(remote, "PAUSE", 0.01)
-    for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "eu-west-1", "AWS_MAX_ATTEMPTS": "1"}.items():  # fmt: skip
+    for name, value in {
+        "AWS_ACCESS_KEY_ID": "a",
+        "AWS_SECRET_ACCESS_KEY": "b",
+        "AWS_DEFAULT_REGION": "eu-west-1",
+        "AWS_MAX_ATTEMPTS": "1",
+    }.items():
         monkeypatch.setenv(name, value)
     with serving(tmp_path, S3Handler) as running:
         monkeypatch.setenv("AWS_ENDPOINT_URL", running.url)
@@ -381,7 +403,9 @@ def test_what_google_cloud_lacks_or_forbids_is_named_at_once(folder: Path, gcs: 
     assert len(gcs.served) == asked
 
 
-def test_a_google_cloud_that_stalls_is_asked_again(folder: Path, gcs: FlakyServer, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_a_google_cloud_that_stalls_is_asked_again(
+    folder: Path, gcs: FlakyServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(remote, "STALLED_AFTER", 0.4)
     gcs.misbehave.append(STALL)
     assert read_range("gs://shards/index.npz", 0, 100) == (folder / "index.npz").read_bytes()[:100]

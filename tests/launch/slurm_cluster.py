@@ -136,8 +136,16 @@ def running() -> Iterator[Cluster]:
     (folder / "munge.key").write_bytes(secrets.token_bytes(1024))
     (folder / "munge.key").chmod(0o400)
     cluster = Cluster(folder)
-    munged = ["munged", "--force", "--foreground", f"--key-file={folder}/munge.key", f"--socket={folder}/munge.socket",
-              f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log", f"--seed-file={folder}/munged.seed"]  # fmt: skip
+    munged = [
+        "munged",
+        "--force",
+        "--foreground",
+        f"--key-file={folder}/munge.key",
+        f"--socket={folder}/munge.socket",
+        f"--pid-file={folder}/munged.pid",
+        f"--log-file={folder}/munged.log",
+        f"--seed-file={folder}/munged.seed",
+    ]
     daemons = [munged, ["slurmctld", "-D", "-i"], ["slurmd", "-D", "-N", "n1"], ["slurmd", "-D", "-N", "n2"]]
     processes = []
     try:
@@ -169,8 +177,10 @@ def running() -> Iterator[Cluster]:
 def _nodes(cluster: Cluster) -> list[str]:
     answer = subprocess.run(
         ["sinfo", "--noheader", "--Node", "--partition=low", "--format=%T"],
-        env={**os.environ, **cluster.environment}, capture_output=True, text=True,
-    )  # fmt: skip
+        env={**os.environ, **cluster.environment},
+        capture_output=True,
+        text=True,
+    )
     return answer.stdout.split()
 
 

@@ -77,9 +77,14 @@ def failing_run(tmp_path: Path, shards: Path, rank: int) -> tuple[list[str], dic
     environment = kept | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "FAILING_RANK": str(rank)}
     small = [word for word in TINY if not word.startswith(("objective.", "data.crops.local"))]
     words = [
-        "tile", f"run={tmp_path / 'run'}", f"data.shards={shards}", "recipe=small_mae", "objective._target_=tests.launch.failing_step.Failing", *small,
+        "tile",
+        f"run={tmp_path / 'run'}",
+        f"data.shards={shards}",
+        "recipe=small_mae",
+        "objective._target_=tests.launch.failing_step.Failing",
+        *small,
         "optim.frozen_last_layer_steps=0",
-    ]  # fmt: skip
+    ]
     return words, environment
 
 
@@ -92,8 +97,12 @@ def test_the_last_lines_name_the_rank_that_failed_and_not_those_that_lost_it(sha
     words, environment = failing_run(tmp_path, shards, rank=1)
     ended = subprocess.run(
         [sys.executable, "-m", "pretrain", *words, "trainer.devices=2"],
-        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     logs = tmp_path / "run" / "logs" / "local"
     assert ended.returncode == 1, ended.stderr
     *_, error, where = ended.stderr.splitlines()

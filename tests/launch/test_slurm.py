@@ -55,9 +55,15 @@ def here(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def slide_run(store: Path, run: Path) -> list[str]:
     return [
-        "slide", f"run={run}", f"data.embeddings={store}", "optim.steps=6", "optim.warmup_steps=6", "trainer.checkpoint_every=3", "trainer.accelerator=cpu",
+        "slide",
+        f"run={run}",
+        f"data.embeddings={store}",
+        "optim.steps=6",
+        "optim.warmup_steps=6",
+        "trainer.checkpoint_every=3",
+        "trainer.accelerator=cpu",
         *slide_stage.SMALL,
-    ]  # fmt: skip
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -293,9 +299,14 @@ def test_a_job_of_an_array_that_runs_out_of_time_goes_on_behind_its_last_shard(
     # SLURM tells a job up to a minute early: of two minutes less than one may be left, which is enough for two slides.
     words = ["shard", f"slides={slow_slides(tmp_path, 16)}", "tile_size=128", "tiles_per_shard=9", "workers=1"]
     array, merge = submit(
-        cluster, *words, f"out={tmp_path / 'array'}", "launch.array=2", "launch.time=2", "launch.signal_seconds=20",
+        cluster,
+        *words,
+        f"out={tmp_path / 'array'}",
+        "launch.array=2",
+        "launch.time=2",
+        "launch.signal_seconds=20",
         variables=environment(tmp_path, SECONDS_A_TILE="2"),
-    )  # fmt: skip
+    )
     run_command_line([*words, f"out={tmp_path / 'whole'}"])
     for job in (array, merge):
         cluster.wait(job, "COMPLETED", seconds=1200)
@@ -312,9 +323,16 @@ def test_a_job_whose_time_is_too_short_for_anything_fails_instead_of_starting_fo
 ) -> None:
     own = {"shard": ["workers=1"], "embed": [f"checkpoint={here}", "mpp=0.5", "threads=1", "device=cpu"]}
     (job,) = submit(
-        cluster, what, f"slides={slow_slides(tmp_path, 1)}", f"out={tmp_path / 'out'}", "tile_size=128", *own[what],
-        "launch.time=1", "launch.signal_seconds=20", variables=environment(tmp_path, SECONDS_A_TILE="20"),
-    )  # fmt: skip
+        cluster,
+        what,
+        f"slides={slow_slides(tmp_path, 1)}",
+        f"out={tmp_path / 'out'}",
+        "tile_size=128",
+        *own[what],
+        "launch.time=1",
+        "launch.signal_seconds=20",
+        variables=environment(tmp_path, SECONDS_A_TILE="20"),
+    )
     cluster.wait(job, "FAILED", seconds=900)
     said = (tmp_path / "out" / "logs" / f"{job}.log").read_text()
     assert "pretrain: out of time with nothing finished" in said and "launch.time=" in said

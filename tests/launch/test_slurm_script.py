@@ -37,19 +37,49 @@ def test_the_script_of_a_training_job_says_what_was_set_and_nothing_else(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    text = script(capsys, *TILE, "recipe=midnight", "launch.nodes=4", "launch.gpus_per_node=8", "launch.partition=gpu", "launch.account=lab", "launch.qos=long",
-                  "launch.time=2-00:00:00", "launch.cpus_per_task=12", "launch.mem=0", "launch.after=12,13", "launch.sbatch=['--constraint=h100']",
-                  "launch.setup=[module load cuda]", "launch.container='apptainer exec --nv it.sif'", "launch.python=python3")  # fmt: skip
+    text = script(
+        capsys,
+        *TILE,
+        "recipe=midnight",
+        "launch.nodes=4",
+        "launch.gpus_per_node=8",
+        "launch.partition=gpu",
+        "launch.account=lab",
+        "launch.qos=long",
+        "launch.time=2-00:00:00",
+        "launch.cpus_per_task=12",
+        "launch.mem=0",
+        "launch.after=12,13",
+        "launch.sbatch=['--constraint=h100']",
+        "launch.setup=[module load cuda]",
+        "launch.container='apptainer exec --nv it.sif'",
+        "launch.python=python3",
+    )
     logs = tmp_path / "runs" / "first" / "logs"
     assert options(text) == {
-        "job-name": "tile-first", "chdir": str(tmp_path), "output": f"{logs}/%j.log", "open-mode": "append", "partition": "gpu", "account": "lab",
-        "qos": "long", "time": "2-00:00:00", "nodes": "4", "ntasks-per-node": "8", "gpus-per-node": "8", "cpus-per-task": "12", "mem": "0",
-        "dependency": "afterok:12:13", "kill-on-invalid-dep": "yes", "signal": "USR1@120", "requeue": "", "constraint": "h100",
-    }  # fmt: skip
+        "job-name": "tile-first",
+        "chdir": str(tmp_path),
+        "output": f"{logs}/%j.log",
+        "open-mode": "append",
+        "partition": "gpu",
+        "account": "lab",
+        "qos": "long",
+        "time": "2-00:00:00",
+        "nodes": "4",
+        "ntasks-per-node": "8",
+        "gpus-per-node": "8",
+        "cpus-per-task": "12",
+        "mem": "0",
+        "dependency": "afterok:12:13",
+        "kill-on-invalid-dep": "yes",
+        "signal": "USR1@120",
+        "requeue": "",
+        "constraint": "h100",
+    }
     body = " ".join(text.replace("\\\n", " ").split())
     assert (
-        "--cpus-per-task=12 apptainer exec --nv it.sif python3 -P -m pretrain tile run=runs/first data.shards=shards recipe=midnight trainer.nodes=4 "
-        in body
+        "--cpus-per-task=12 apptainer exec --nv it.sif python3 -P -m pretrain tile run=runs/first data.shards=shards"
+        " recipe=midnight trainer.nodes=4 " in body
     )
     assert "trainer.devices=8 trainer.accelerator=gpu code=$?" in body
     assert (
@@ -252,7 +282,7 @@ def test_what_does_not_fit_is_refused_in_one_line(
 )  # fmt: skip
 def test_a_value_out_of_range_is_refused_before_anything_is_written(
     words: list[str], sentence: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         run_command_line(["shard", "slides=a", "out=b", "launch=slurm", *words])
@@ -303,14 +333,25 @@ def test_processes_that_do_not_divide_the_batch_are_found_out_before_the_job(
     words: list[str], sentence: str, launch: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as ended:
-        run_command_line([*words, f"launch={launch}", "launch.dry_run=true", *(["launch.endpoint=a:1"] if launch == "torchrun" else [])])  # fmt: skip
+        run_command_line(
+            [
+                *words,
+                f"launch={launch}",
+                "launch.dry_run=true",
+                *(["launch.endpoint=a:1"] if launch == "torchrun" else []),
+            ]
+        )
     said = capsys.readouterr()
     assert ended.value.code == 2 and sentence in said.err and said.out == ""
 
 
 def test_gpus_without_cores_are_said(capsys: pytest.CaptureFixture[str]) -> None:
-    for words, warns in ((["launch.gpus_per_node=1"], True), (["launch.gpus_per_node=1", "launch.cpus_per_task=8"], False),
-                         (["launch.processes_per_node=1"], False), (["launch.gpus_per_node=1", "launch.sbatch=['--cpus-per-gpu=8']"], False)):  # fmt: skip
+    for words, warns in (
+        (["launch.gpus_per_node=1"], True),
+        (["launch.gpus_per_node=1", "launch.cpus_per_task=8"], False),
+        (["launch.processes_per_node=1"], False),
+        (["launch.gpus_per_node=1", "launch.sbatch=['--cpus-per-gpu=8']"], False),
+    ):
         run_command_line([*TILE, "launch=slurm", "launch.dry_run=true", *words])
         assert ("launch.cpus_per_task isn't given" in capsys.readouterr().err) == warns
 
@@ -413,7 +454,8 @@ def test_a_chain_is_of_jobs_that_start_when_the_one_before_has_ended(
 def test_a_chained_command_that_does_not_train_ends_when_its_time_is_over(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    """The part of the script that runs the command is run, with an srun that waits, and told what SLURM would tell it."""
+    """The part of the script that runs the command is run, with an srun that waits, and told what SLURM would tell
+    it."""
     text = script(capsys, "shard", "slides=a", "out=b", "launch.chain=2")
     assert text.rstrip().endswith("# and then: sbatch --dependency=afterany:THE_ONE_BEFORE b/shard.sbatch")
     body = text[text.index("trap ") : text.index("if [ $code")]
@@ -432,8 +474,10 @@ def test_the_node_of_the_rank_that_failed_first_is_named_with_how_to_leave_it_ou
     failures.record(ZeroDivisionError("of a broken GPU"))
     said = subprocess.run(["bash", "-c", f"code=1\n{end}"], capture_output=True, text=True)
     assert said.returncode == 1
-    assert said.stdout.splitlines()[-1] == (
-        f"pretrain: exit code 1; the logs of all ranks are in {tmp_path}; launch.exclude=n7 leaves that node out, should it be at fault"
+    assert (
+        said.stdout.splitlines()[-1]
+        == f"pretrain: exit code 1; the logs of all ranks are in {tmp_path}; launch.exclude=n7 leaves that node out,"
+        " should it be at fault"
     )
 
 
@@ -498,8 +542,17 @@ def test_torchruns_command_is_printed(capsys: pytest.CaptureFixture[str]) -> Non
     environment, _, command = capsys.readouterr().out.partition(" -m launch.torchrun_agent ")
     words = ["python", "-m", "launch.torchrun_agent", *command.split()]
     assert environment.startswith("env PRETRAIN_LOGS=") and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in environment
-    assert words[1:10] == ["-m", "launch.torchrun_agent", "--nnodes=2", "--nproc-per-node=8", "--max-restarts=3", "--shutdown-timeout=600",
-                           "--rdzv-backend=c10d", "--rdzv-endpoint=node1:29400", "--rdzv-id=first"]  # fmt: skip
+    assert words[1:10] == [
+        "-m",
+        "launch.torchrun_agent",
+        "--nnodes=2",
+        "--nproc-per-node=8",
+        "--max-restarts=3",
+        "--shutdown-timeout=600",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=node1:29400",
+        "--rdzv-id=first",
+    ]
     assert words[10:13] == ["-m", "pretrain", "tile"] and words[-3:] == [
         "trainer.nodes=2",
         "trainer.devices=8",

@@ -34,9 +34,16 @@ def perturb(module: nn.Module, seed: int = 0) -> nn.Module:
 
 def network(feed_forward: str = "mlp", registers: int = 0, **changes: object) -> VisionTransformer:
     settings = dict(
-        image_size=SIZE, patch_size=PATCH, width=WIDTH, depth=DEPTH, heads=HEADS, feed_forward=feed_forward,
-        feed_forward_width=64 if feed_forward == "swiglu" else 96, registers=registers, layer_scale=0.5,
-    )  # fmt: skip
+        image_size=SIZE,
+        patch_size=PATCH,
+        width=WIDTH,
+        depth=DEPTH,
+        heads=HEADS,
+        feed_forward=feed_forward,
+        feed_forward_width=64 if feed_forward == "swiglu" else 96,
+        registers=registers,
+        layer_scale=0.5,
+    )
     vit = VisionTransformer(**(settings | changes))  # type: ignore[arg-type]
     initialise(vit, 0)
     return perturb(vit)  # type: ignore[return-value]
@@ -73,9 +80,17 @@ def timm_model(feed_forward: str, registers: int, **changes: object) -> nn.Modul
         else {"mlp_ratio": 4}
     )
     settings = dict(
-        img_size=SIZE, patch_size=PATCH, embed_dim=WIDTH, depth=DEPTH, num_heads=HEADS, num_classes=0, global_pool="token",
-        init_values=0.5, reg_tokens=registers, dynamic_img_size=True,
-    )  # fmt: skip
+        img_size=SIZE,
+        patch_size=PATCH,
+        embed_dim=WIDTH,
+        depth=DEPTH,
+        num_heads=HEADS,
+        num_classes=0,
+        global_pool="token",
+        init_values=0.5,
+        reg_tokens=registers,
+        dynamic_img_size=True,
+    )
     return perturb(timm.create_model("vit_tiny_patch16_224", **(settings | swiglu | changes)))
 
 
@@ -199,8 +214,10 @@ def test_a_network_written_for_dinov2_is_understood_by_timms_own_conversion_and_
 def test_the_teacher_is_taken_and_what_else_a_checkpoint_holds_is_named() -> None:
     good, other = dinov2.write_dinov2(network("mlp", 4)), dinov2.write_dinov2(network("mlp", 4))
     checkpoint = {
-        "model": {f"student.backbone.{k}": t + 1 for k, t in other.items()}
-        | {f"teacher.backbone.{k}": t for k, t in good.items()}
+        "model": (
+            {f"student.backbone.{k}": t + 1 for k, t in other.items()}
+            | {f"teacher.backbone.{k}": t for k, t in good.items()}
+        )
     }
     checkpoint["model"]["teacher.dino_head.last_layer.weight_v"] = torch.zeros(3)
     published = checkpoint_file.read_checkpoint_file(checkpoint | {"iteration": 3})
@@ -255,7 +272,13 @@ def test_names_of_wrappers_inside_of_an_encoder_are_dropped() -> None:
 def test_of_two_encoders_that_nothing_tells_apart_none_is_taken() -> None:
     weights = dinov2.write_dinov2(network())
     held = {"first": weights, "second": {"backbone." + name: tensor + 1 for name, tensor in weights.items()}}
-    with pytest.raises(ValueError, match=r"it holds 2 encoders, first, second\.backbone: name the one that is meant behind the file, FILE::second\.backbone"):  # fmt: skip
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"it holds 2 encoders, first, second\.backbone: name the one that is meant behind the file,"
+            r" FILE::second\.backbone"
+        ),
+    ):
         checkpoint_file.read_checkpoint_file(held)
     chosen = checkpoint_file.read_checkpoint_file(held, "second.backbone")
     assert torch.equal(chosen.weights["cls_token"], weights["cls_token"] + 1) and all(
@@ -273,7 +296,11 @@ def test_of_two_encoders_that_nothing_tells_apart_none_is_taken() -> None:
 def test_the_decoder_that_mae_keeps_beside_its_encoder_is_left_out_and_said() -> None:
     ours = network("mlp")
     encoder = timm_format.write_timm(ours, SIZE)
-    decoder = {"decoder_pos_embed": torch.zeros(1, 17, 32), "decoder_blocks.0.norm1.weight": torch.zeros(32), "mask_token": torch.zeros(1, 1, 32)}  # fmt: skip
+    decoder = {
+        "decoder_pos_embed": torch.zeros(1, 17, 32),
+        "decoder_blocks.0.norm1.weight": torch.zeros(32),
+        "mask_token": torch.zeros(1, 1, 32),
+    }
     for held in (encoder | decoder, {"model": encoder | decoder}):
         published = checkpoint_file.read_checkpoint_file(held)
         assert published.format == "timm" and published.left_out == ["decoder"]
@@ -332,9 +359,14 @@ def transformers_model(feed_forward: str, registers: int) -> nn.Module:
         "transformers", reason="transformers isn't installed: pip install 'slidewright[test]'"
     )
     settings = dict(
-        hidden_size=WIDTH, num_hidden_layers=DEPTH, num_attention_heads=HEADS, image_size=SIZE, patch_size=PATCH,
-        use_swiglu_ffn=feed_forward == "swiglu", mlp_ratio=4,
-    )  # fmt: skip
+        hidden_size=WIDTH,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        image_size=SIZE,
+        patch_size=PATCH,
+        use_swiglu_ffn=feed_forward == "swiglu",
+        mlp_ratio=4,
+    )
     if registers:
         return perturb(
             transformers.Dinov2WithRegistersModel(
@@ -452,7 +484,10 @@ def test_missing_unexpected_and_misshapen_weights_are_all_named() -> None:
     published = timm_format.read_timm(weights, heads=HEADS)
     with pytest.raises(
         ValueError,
-        match=r"missing: blocks\.1\.mlp\.fc2\.bias; unexpected: fc_norm\.weight; of another shape: norm\.bias is \(5,\), the model's \(24,\)",
+        match=(
+            r"missing: blocks\.1\.mlp\.fc2\.bias; unexpected: fc_norm\.weight; of another shape: norm\.bias is \(5,\),"
+            r" the model's \(24,\)"
+        ),
     ):
         published.fit(network())
 

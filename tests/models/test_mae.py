@@ -12,8 +12,15 @@ PATCH, WIDTH = 4, 16
 
 def encoder() -> VisionTransformer:
     built = VisionTransformer(
-        image_size=16, patch_size=PATCH, width=WIDTH, depth=2, heads=2, feed_forward_width=32, layer_scale=1.0, position_embedding="sincos"
-    )  # fmt: skip
+        image_size=16,
+        patch_size=PATCH,
+        width=WIDTH,
+        depth=2,
+        heads=2,
+        feed_forward_width=32,
+        layer_scale=1.0,
+        position_embedding="sincos",
+    )
     initialise(built, 0)
     return built
 

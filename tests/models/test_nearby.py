@@ -41,9 +41,15 @@ def test_distances_of_a_large_slide_keep_their_precision_in_float32():
 
 def test_the_reaches_learn_and_a_decoder_gives_them_their_first_values():
     settings = {
-        "encoder_width": 8, "output_width": 4, "width": 8, "depth": 1, "heads": 2, "feed_forward_width": 16, "segment_lengths": [8],
+        "encoder_width": 8,
+        "output_width": 4,
+        "width": 8,
+        "depth": 1,
+        "heads": 2,
+        "feed_forward_width": 16,
+        "segment_lengths": [8],
         "dilated_ratios": [1],
-    }  # fmt: skip
+    }
     decoder = SlideDecoder(**settings, start="nearby")
     initialise(decoder, seed=0)
     torch.testing.assert_close(decoder.nearby.log_reach.exp(), torch.tensor([SHORTEST, LONGEST]))

@@ -16,8 +16,16 @@ TOLERANCE = 1e-6  # of the tensor's largest value, in float32
 
 def network(feed_forward: str, registers: int) -> VisionTransformer:
     vit = VisionTransformer(
-        image_size=32, patch_size=8, width=24, depth=DEPTH, heads=3, feed_forward=feed_forward, feed_forward_width=40, registers=registers, layer_scale=0.5
-    )  # fmt: skip
+        image_size=32,
+        patch_size=8,
+        width=24,
+        depth=DEPTH,
+        heads=3,
+        feed_forward=feed_forward,
+        feed_forward_width=40,
+        registers=registers,
+        layer_scale=0.5,
+    )
     initialise(vit, 0)
     with torch.no_grad():
         for number, parameter in enumerate(vit.parameters()):
@@ -88,8 +96,16 @@ def test_a_block_compiles_to_one_graph_and_the_last_one_to_another(rate: float) 
     vit = network("mlp", 0)
     crops, masks = [torch.randn(2 * TILES, 3, 32, 32)], [torch.rand(2 * TILES, 16) < 0.3]
     kept = kept_samples(
-        [(2, vit.tokens_per_crop(32))], TILES, group=GROUP, rate=rate, depth=DEPTH, seed=0, step=3, first=0, device=torch.device("cpu")
-    )  # fmt: skip
+        [(2, vit.tokens_per_crop(32))],
+        TILES,
+        group=GROUP,
+        rate=rate,
+        depth=DEPTH,
+        seed=0,
+        step=3,
+        first=0,
+        device=torch.device("cpu"),
+    )
     (expected,) = vit(crops, masks, kept, wanted=masks)
     graphs = CompileCounter()
     for block in vit.blocks:

@@ -147,9 +147,16 @@ def test_timm_loads_the_weights_strictly_and_gives_the_same_features(
     vit = network(**ours)
     hidden = SETTINGS["feed_forward_width"] * (2 if ours["feed_forward"] == "swiglu" else 1)
     reference = timm.create_model(
-        architecture, num_classes=0, global_pool="token", img_size=32, patch_size=8, embed_dim=24, depth=3, num_heads=3,
+        architecture,
+        num_classes=0,
+        global_pool="token",
+        img_size=32,
+        patch_size=8,
+        embed_dim=24,
+        depth=3,
+        num_heads=3,
         **({"mlp_ratio": hidden / 24, "init_values": 0.5} | theirs),
-    ).eval()  # fmt: skip
+    ).eval()
     state = {name: value for name, value in vit.state_dict().items() if name != "mask_token"}
     if vit.reg_token is not None:  # timm's register models add the class token's position to the token itself
         state["cls_token"] = state["cls_token"] + state["pos_embed"][:, :1]

@@ -39,20 +39,41 @@ def objective(meta: dict[str, str], tensors: dict[str, Tensor]) -> DINOv2:
 
     def encoder() -> VisionTransformer:
         return VisionTransformer(
-            image_size=int(meta["global_size"]), patch_size=int(meta["patch"]), width=int(meta["dim"]), depth=int(meta["depth"]),
-            heads=int(meta["heads"]), feed_forward="swiglu" if swiglu else "mlp", feed_forward_width=hidden,
-            registers=int(meta["registers"]), layer_scale=1e-5 if meta["layer_scale"] == "yes" else 0.0, drop_path=float(meta["drop_path"]),
-        )  # fmt: skip
+            image_size=int(meta["global_size"]),
+            patch_size=int(meta["patch"]),
+            width=int(meta["dim"]),
+            depth=int(meta["depth"]),
+            heads=int(meta["heads"]),
+            feed_forward="swiglu" if swiglu else "mlp",
+            feed_forward_width=hidden,
+            registers=int(meta["registers"]),
+            layer_scale=1e-5 if meta["layer_scale"] == "yes" else 0.0,
+            drop_path=float(meta["drop_path"]),
+        )
 
     prototypes, bottleneck = int(meta["prototypes"]), int(meta["bottleneck"])
     model = DINOv2(
-        encoder, group_size=int(meta["batch"]), prototypes=prototypes, bottleneck=bottleneck, hidden=int(meta["hidden"]),
-        head_layers=sum("student.dino_head.mlp" in name and value.ndim == 2 for name, value in tensors.items()), separate_ibot_head=meta["separate_head"] == "True", ibot_prototypes=prototypes, ibot_bottleneck=bottleneck,
-        dino_weight=float(meta["dino_weight"]), ibot_weight=float(meta["ibot_weight"]), spread="koleo",
-        spread_weight=float(meta["koleo_weight"]), centring="sinkhorn" if meta["centering"].startswith("sinkhorn") else "centre",
-        student_temperature=0.1, teacher_temperature=float(meta["teacher_temp"]), teacher_temperature_start=float(meta["teacher_temp"]),
-        teacher_temperature_warmup=0, teacher_momentum=0.99, teacher_momentum_final=1.0,
-    )  # fmt: skip
+        encoder,
+        group_size=int(meta["batch"]),
+        prototypes=prototypes,
+        bottleneck=bottleneck,
+        hidden=int(meta["hidden"]),
+        head_layers=sum("student.dino_head.mlp" in name and value.ndim == 2 for name, value in tensors.items()),
+        separate_ibot_head=meta["separate_head"] == "True",
+        ibot_prototypes=prototypes,
+        ibot_bottleneck=bottleneck,
+        dino_weight=float(meta["dino_weight"]),
+        ibot_weight=float(meta["ibot_weight"]),
+        spread="koleo",
+        spread_weight=float(meta["koleo_weight"]),
+        centring="sinkhorn" if meta["centering"].startswith("sinkhorn") else "centre",
+        student_temperature=0.1,
+        teacher_temperature=float(meta["teacher_temp"]),
+        teacher_temperature_start=float(meta["teacher_temp"]),
+        teacher_temperature_warmup=0,
+        teacher_momentum=0.99,
+        teacher_momentum_final=1.0,
+    )
     for side in ("student", "teacher"):
         weights = {ours(k.removeprefix(side + ".")): v for k, v in tensors.items() if k.startswith(side + ".")}
         getattr(model, side).load_state_dict(weights, strict=True)

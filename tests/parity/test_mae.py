@@ -32,7 +32,11 @@ def ours(name: str) -> str:
 @pytest.fixture(params=["true", "false"])
 def golden(request: pytest.FixtureRequest, goldens: Path) -> tuple[bool, dict[str, str], dict[str, Tensor]]:
     with safe_open(goldens / f"mae_norm_pix_{request.param}.safetensors", "pt") as file:
-        return request.param == "true", file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return (
+            request.param == "true",
+            file.metadata(),
+            {key: file.get_tensor(key) for key in file.keys()},  # noqa: SIM118
+        )
 
 
 def objective(norm_pix: bool, meta: dict[str, str], tensors: dict[str, Tensor]) -> MAE:
@@ -40,9 +44,15 @@ def objective(norm_pix: bool, meta: dict[str, str], tensors: dict[str, Tensor]) 
 
     def encoder() -> VisionTransformer:
         return VisionTransformer(
-            image_size=int(meta["img"]), patch_size=int(meta["patch"]), width=int(meta["dim"]), depth=int(meta["depth"]), heads=int(meta["heads"]),
-            feed_forward_width=len(tensors["weights.blocks.0.mlp.fc1.bias"]), layer_scale=0.0, position_embedding="sincos",
-        )  # fmt: skip
+            image_size=int(meta["img"]),
+            patch_size=int(meta["patch"]),
+            width=int(meta["dim"]),
+            depth=int(meta["depth"]),
+            heads=int(meta["heads"]),
+            feed_forward_width=len(tensors["weights.blocks.0.mlp.fc1.bias"]),
+            layer_scale=0.0,
+            position_embedding="sincos",
+        )
 
     model = MAE(
         encoder,

@@ -15,9 +15,16 @@ def test_multipliers_equal_the_reference_exactly(goldens: Path) -> None:
     swiglu = "blocks.0.mlp.w12.weight" in groups
     with torch.device("meta"):
         vit = VisionTransformer(
-            image_size=32, patch_size=8, width=24, depth=depth, heads=3, feed_forward="swiglu" if swiglu else "mlp", feed_forward_width=48,
-            registers=4 if "register_tokens" in groups else 0, layer_scale=1e-5 if "blocks.0.ls1.gamma" in groups else 0.0,
-        )  # fmt: skip
+            image_size=32,
+            patch_size=8,
+            width=24,
+            depth=depth,
+            heads=3,
+            feed_forward="swiglu" if swiglu else "mlp",
+            feed_forward_width=48,
+            registers=4 if "register_tokens" in groups else 0,
+            layer_scale=1e-5 if "blocks.0.ls1.gamma" in groups else 0.0,
+        )
     found = {
         name: multipliers(name, parameter.ndim, depth, golden["layerwise_decay"], golden["patch_embed_lr_mult"])
         for name, parameter in vit.named_parameters()

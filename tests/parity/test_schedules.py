@@ -13,7 +13,12 @@ def test_every_schedule_equals_the_reference(goldens: Path) -> None:
         arguments, every = schedule["args"], int(schedule["at"].removeprefix("every ").partition("th")[0])
         for i, expected in enumerate(schedule["values"]):
             found = cosine(
-                i * every, peak=arguments["base_value"], final=arguments["final_value"], total=arguments["total_iters"],
-                warmup=arguments.get("warmup_iters", 0), start=arguments.get("start_warmup_value", 0.0), frozen=arguments.get("freeze_iters", 0),
-            )  # fmt: skip
+                i * every,
+                peak=arguments["base_value"],
+                final=arguments["final_value"],
+                total=arguments["total_iters"],
+                warmup=arguments.get("warmup_iters", 0),
+                start=arguments.get("start_warmup_value", 0.0),
+                frozen=arguments.get("freeze_iters", 0),
+            )
             assert abs(found - expected) <= 1e-9, f"{name} at step {i * every}"

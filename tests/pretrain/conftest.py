@@ -24,9 +24,19 @@ from tests.data.shards.tile_folders import write_tiles
 
 TILE, COLUMNS, ROWS = 40, 4, 3
 MODEL = {
-    "image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 2, "feed_forward": "mlp", "feed_forward_width": 48,
-    "registers": 0, "layer_scale": 1.0, "drop_path": 0.0, "position_antialias": True, "position_offset": 0.0,
-}  # fmt: skip
+    "image_size": 32,
+    "patch_size": 8,
+    "width": 24,
+    "depth": 2,
+    "heads": 2,
+    "feed_forward": "mlp",
+    "feed_forward_width": 48,
+    "registers": 0,
+    "layer_scale": 1.0,
+    "drop_path": 0.0,
+    "position_antialias": True,
+    "position_offset": 0.0,
+}
 
 
 def tile_pixels(slide: int, x: int, y: int) -> np.ndarray:

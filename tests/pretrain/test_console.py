@@ -34,8 +34,12 @@ def test_a_reader_that_ends_does_not_end_the_run(tile_shards: Path, tmp_path: Pa
     reading, writing = os.pipe()
     kept = {name: value for name, value in os.environ.items() if name not in GROUP}
     process = subprocess.Popen(
-        [sys.executable, "-m", "pretrain", *command(tile_shards, run)], cwd=ROOT, env=kept | {"OMP_NUM_THREADS": "1"}, stdout=writing, stderr=writing,
-    )  # fmt: skip
+        [sys.executable, "-m", "pretrain", *command(tile_shards, run)],
+        cwd=ROOT,
+        env=kept | {"OMP_NUM_THREADS": "1"},
+        stdout=writing,
+        stderr=writing,
+    )
     os.close(writing)
     os.close(reading)
     assert process.wait(timeout=90) == 0

@@ -13,4 +13,5 @@ ENCODER_EXPORTS: dict[str, Callable[[Path, Path, str, Collection[str]], Exported
     "transformers": export_transformers,
     "gigapath": export_gigapath,
 }
-"""By name: from a run or checkpoint into a folder, with a licence; the packages whose classes the run may name beside ours."""
+"""By name: from a run or checkpoint into a folder, with a licence; the packages whose classes the run may name beside
+ours."""

@@ -40,7 +40,8 @@ def export_tiles(
     card: str,
     features: Callable[[Path, Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[bool, float]:
-    """Publish configuration ``files``, ``weights`` and ``card``, once ``features`` loaded from them are the network's."""
+    """Publish configuration ``files``, ``weights`` and ``card``, once ``features`` loaded from them are the
+    network's."""
     difference = 0.0
 
     def fill(folder: Path) -> None:
@@ -52,8 +53,9 @@ def export_tiles(
         difference = largest_difference(network, preprocessing.image_size, lambda images: features(folder, images))
         if not difference <= FEATURE_TOLERANCE:
             raise Fault(
-                f"the exported folder's features differ from the teacher's by {difference:.2g} of the largest, more than {FEATURE_TOLERANCE:g}, "
-                f"so nothing was published: please report this with {found.run / RUN_CONFIG}"
+                f"the exported folder's features differ from the teacher's by {difference:.2g} of the largest, more"
+                f" than {FEATURE_TOLERANCE:g}, so nothing was published: please report this with"
+                f" {found.run / RUN_CONFIG}"
             )
 
     return publish(out, fill), difference

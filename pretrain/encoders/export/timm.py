@@ -22,8 +22,8 @@ from pretrain.encoders.run_checkpoint import find_checkpoint
 def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
     """Write a tile run's teacher as a timm folder, unless it is there already.
 
-    ``plugins`` are the packages whose classes the run may name beside ours. Raises `Fault` when what was loaded back has
-    other features.
+    ``plugins`` are the packages whose classes the run may name beside ours. Raises `Fault` when what was loaded back
+    has other features.
     """
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)

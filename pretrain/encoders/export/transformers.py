@@ -71,7 +71,8 @@ def transformers_features(folder: Path, images: Tensor) -> tuple[Tensor, Tensor,
     loaded, report = model.from_pretrained(folder, output_loading_info=True, local_files_only=True)
     if any(report.values()):
         raise Fault(
-            f"transformers loads the exported folder only in part, so nothing was published: please report this ({report})"
+            "transformers loads the exported folder only in part, so nothing was published: please report this"
+            f" ({report})"
         )
     found = loaded.eval()(pixel_values=images)
     prefix = 1 + config.get("num_register_tokens", 0)
@@ -84,7 +85,8 @@ def import_transformers() -> Any:
         import transformers
     except ImportError as error:
         raise Fault(
-            "format=transformers loads the folder back with the package transformers: pip install 'slidewright[transformers]'"
+            "format=transformers loads the folder back with the package transformers: pip install"
+            " 'slidewright[transformers]'"
         ) from error
     transformers.utils.logging.disable_progress_bar()
     return transformers

@@ -57,9 +57,16 @@ def test_the_export_has_tridents_schema(store: EmbeddingStore, tmp_path: Path) -
         assert (file["coords"].shape, file["coords"].dtype) == ((20, 2), np.int64)
         of = dict(file["coords"].attrs)
     expected = {
-        "patch_size": 256, "patch_size_level0": 409, "level0_magnification": 40, "target_magnification": 25, "overlap": 0,
-        "name": "a", "savetodir": str(tmp_path), "level0_width": 5000, "level0_height": 4500,
-    }  # fmt: skip
+        "patch_size": 256,
+        "patch_size_level0": 409,
+        "level0_magnification": 40,
+        "target_magnification": 25,
+        "overlap": 0,
+        "name": "a",
+        "savetodir": str(tmp_path),
+        "level0_width": 5000,
+        "level0_height": 4500,
+    }
     assert {key: of[key] for key in expected} == expected
 
 
@@ -89,9 +96,18 @@ def test_tridents_own_file_is_read_with_its_magnification_as_its_scale(tmp_path:
     with h5py.File(tmp_path / "s.h5", "w") as file:
         file["features"], file["coords"] = values, coords
         file["coords"].attrs.update(
-            {"patch_size": 256, "patch_size_level0": 409, "level0_magnification": 40, "target_magnification": 25, "overlap": 0, "name": "s",
-             "savetodir": "x", "level0_width": 5000, "level0_height": 4500}
-        )  # fmt: skip
+            {
+                "patch_size": 256,
+                "patch_size_level0": 409,
+                "level0_magnification": 40,
+                "target_magnification": 25,
+                "overlap": 0,
+                "name": "s",
+                "savetodir": "x",
+                "level0_width": 5000,
+                "level0_height": 4500,
+            }
+        )
     found = import_features(tmp_path / "s.h5").slide
     expected, places = row_major(values, coords)
     assert np.array_equal(found.embeddings, expected.astype(np.float16)) and np.array_equal(found.coordinates, places)
@@ -135,8 +151,16 @@ def test_clams_own_files_are_read_with_its_patches_beside_them(tmp_path: Path, k
         file["coords"] = coords
         size = np.array([5000, 4500])
         file["coords"].attrs.update(
-            {"patch_size": 256, "patch_level": 1, "downsample": np.array([2.0, 2.0]), "downsampled_level_dim": size // 2, "level_dim": size // 2, "name": "s", "save_path": "x"}
-        )  # fmt: skip
+            {
+                "patch_size": 256,
+                "patch_level": 1,
+                "downsample": np.array([2.0, 2.0]),
+                "downsampled_level_dim": size // 2,
+                "level_dim": size // 2,
+                "name": "s",
+                "save_path": "x",
+            }
+        )
     with pytest.raises(Fault, match="slides="):
         import_features(path)
     found = import_features(path, mpp_level0=0.25).slide
@@ -232,17 +256,40 @@ def test_every_shape_of_a_features_file_gives_the_same_slide(tmp_path: Path) -> 
     write = {
         "trident.h5": lambda path: write_h5(path, {"features": values, "coords": places}, TRIDENTS),
         "batched.h5": lambda path: write_h5(path, {"features": values[None], "coords": places[None]}, TRIDENTS),
-        "words.h5": lambda path: write_h5(path, {"features": values, "coords": places.astype(float)}, {"patch_size": "256", "patch_size_level0": [512], "target_magnification": "20x"}),
-        "atlas.h5": lambda path: write_h5(path, {"features/uni": values, "coords": np.concatenate([places, np.full((20, 3), 9)], axis=1).astype(np.int32)}, TRIDENTS, on="/"),
-        "cells.h5": lambda path: write_h5(path, {"features": values, "coords": cells}, {"unit": "cells", "tile_size_level0": 512, "mpp": 0.5}),
-        "stamp.h5": lambda path: write_h5(path, {"feats": values, "coords": cells * 256.0}, {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 512}, on="/"),
-        "dict.pt": lambda path: torch.save({"features": tensor, "coords": corners, "patch_size_level0": 512, "target_magnification": 20}, path),
+        "words.h5": lambda path: write_h5(
+            path,
+            {"features": values, "coords": places.astype(float)},
+            {"patch_size": "256", "patch_size_level0": [512], "target_magnification": "20x"},
+        ),
+        "atlas.h5": lambda path: write_h5(
+            path,
+            {"features/uni": values, "coords": np.concatenate([places, np.full((20, 3), 9)], axis=1).astype(np.int32)},
+            TRIDENTS,
+            on="/",
+        ),
+        "cells.h5": lambda path: write_h5(
+            path, {"features": values, "coords": cells}, {"unit": "cells", "tile_size_level0": 512, "mpp": 0.5}
+        ),
+        "stamp.h5": lambda path: write_h5(
+            path,
+            {"feats": values, "coords": cells * 256.0},
+            {"unit": "um", "tile_size_um": 256.0, "tile_size_px": 512},
+            on="/",
+        ),
+        "dict.pt": lambda path: torch.save(
+            {"features": tensor, "coords": corners, "patch_size_level0": 512, "target_magnification": 20}, path
+        ),
         "pair.pt": lambda path: torch.save([tensor, corners], path),
         "a.npz": lambda path: np.savez(path, features=values, coords=places, patch_size_level0=512, mpp=0.5),
-    }  # fmt: skip
+    }
     for name, program in write.items():
         program(tmp_path / name)
-        imported = import_features(tmp_path / name, 512 if name == "pair.pt" else None, 0.5 if name == "pair.pt" else None, mpp_level0=0.5 if name == "stamp.h5" else None)  # fmt: skip
+        imported = import_features(
+            tmp_path / name,
+            512 if name == "pair.pt" else None,
+            0.5 if name == "pair.pt" else None,
+            mpp_level0=0.5 if name == "stamp.h5" else None,
+        )
         found = imported.slide
         assert np.array_equal(found.embeddings, values.astype(np.float16)), name
         assert np.array_equal(found.coordinates, places) and (found.tile_size_level0, found.mpp) == (512, 0.5), name
@@ -271,7 +318,10 @@ def test_slide2vecs_features_are_read_with_its_coordinates_beside_them(tmp_path:
     assert (found.tile_size_level0, found.mpp) == (512, 0.5)
 
 
-PLACES_4 = {"slide": {"dimensions": [5000, 4500], "base_spacing_um": 0.25}, "tiling": {"requested_tile_size_px": 256, "requested_spacing_um": 0.51, "tile_size_lv0": 512, "overlap": 0.0}}  # fmt: skip
+PLACES_4 = {
+    "slide": {"dimensions": [5000, 4500], "base_spacing_um": 0.25},
+    "tiling": {"requested_tile_size_px": 256, "requested_spacing_um": 0.51, "tile_size_lv0": 512, "overlap": 0.0},
+}
 PLACES_3 = {
     "target_spacing_um": 0.5,
     "target_tile_size_px": 256,
@@ -294,7 +344,17 @@ def test_coordinates_of_every_version_of_slide2vec_are_read(
     torch.save(torch.from_numpy(values), tmp_path / features / "s.pt")
     x, y = cells.T * 512
     if columns == "rows":
-        rows = np.zeros(20, [("x", int), ("y", int), ("tile_size_resized", int), ("resize_factor", float), ("tile_size_lv0", int), ("target_spacing", float)])  # fmt: skip
+        rows = np.zeros(
+            20,
+            [
+                ("x", int),
+                ("y", int),
+                ("tile_size_resized", int),
+                ("resize_factor", float),
+                ("tile_size_lv0", int),
+                ("target_spacing", float),
+            ],
+        )
         rows["x"], rows["y"], rows["tile_size_resized"], rows["tile_size_lv0"], rows["target_spacing"] = (
             x,
             y,
@@ -305,7 +365,9 @@ def test_coordinates_of_every_version_of_slide2vec_are_read(
         np.save(tmp_path / coordinates, rows)
     else:
         index = {"tile_index": np.arange(20)}
-        np.savez(tmp_path / coordinates, **index, **({"x": x, "y": y} if columns == "xy" else {"coordinates": cells * 512}))  # fmt: skip
+        np.savez(
+            tmp_path / coordinates, **index, **({"x": x, "y": y} if columns == "xy" else {"coordinates": cells * 512})
+        )
         (tmp_path / coordinates).with_suffix(".meta.json").write_text(json.dumps(said))
     found = import_features(tmp_path / features / "s.pt").slide
     assert np.array_equal(found.embeddings, values.astype(np.float16)) and np.array_equal(found.cells, cells)
@@ -335,7 +397,9 @@ def test_a_pointer_of_git_lfs_is_named_as_one(tmp_path: Path, ending: str) -> No
 
 def test_of_several_encoders_features_those_that_are_asked_for_are_read(tmp_path: Path) -> None:
     values, cells = grid()
-    path = write_h5(tmp_path / "s.h5", {"features/uni": values, "features/big": 2 * values, "coords": cells * 512}, TRIDENTS, on="/")  # fmt: skip
+    path = write_h5(
+        tmp_path / "s.h5", {"features/uni": values, "features/big": 2 * values, "coords": cells * 512}, TRIDENTS, on="/"
+    )
     with pytest.raises(Fault, match=r"several encoders \(big, uni\): say which, encoder="):
         import_features(path)
     assert np.array_equal(import_features(path, encoder="big").slide.embeddings, (2 * values).astype(np.float16))
@@ -391,7 +455,11 @@ def test_what_trident_says_of_its_coordinates_is_held_to_them(tmp_path: Path, un
         assert np.array_equal(import_features(path, mpp_level0=0.25, unit=unit).slide.cells, cells)
     good = write_h5(tmp_path / "good.h5", {"features": values, "coords": cells * 512}, TRIDENTS | size)
     assert np.array_equal(import_features(good, unit="cells").slide.cells, cells)
-    said = write_h5(tmp_path / "said.h5", {"features": values, "coords": cells * 512}, TRIDENTS | size | {"unit": unit if unit == "cells" else "px"})  # fmt: skip
+    said = write_h5(
+        tmp_path / "said.h5",
+        {"features": values, "coords": cells * 512},
+        TRIDENTS | size | {"unit": unit if unit == "cells" else "px"},
+    )
     if unit == "cells":
         with pytest.raises(Fault, match=r"19 of 20 tiles beside its slide of 5000 × 5000"):
             import_features(said)
@@ -424,7 +492,11 @@ def test_attributes_that_say_nothing_of_use_are_a_sentence(
     tmp_path: Path, said: dict[str, object], sentence: str
 ) -> None:
     values, cells = grid()
-    path = write_h5(tmp_path / "s.h5", {"features": values, "coords": cells * 512}, {"patch_size": 256, "patch_size_level0": 512, **said})  # fmt: skip
+    path = write_h5(
+        tmp_path / "s.h5",
+        {"features": values, "coords": cells * 512},
+        {"patch_size": 256, "patch_size_level0": 512, **said},
+    )
     with pytest.raises(Fault, match=sentence):
         import_features(path)
 
@@ -481,7 +553,10 @@ def test_magnifications_that_contradict_the_sizes_are_a_sentence(tmp_path: Path)
     wrong = write_h5(
         tmp_path / "b.h5", {"features": values, "coords": cells * 512}, {**told, "target_magnification": 40}
     )
-    with pytest.raises(Fault, match="tiles of 256 pixels at 40× are 256 level-0 pixels a side of a slide scanned at 40×, and it says 512"):  # fmt: skip
+    with pytest.raises(
+        Fault,
+        match="tiles of 256 pixels at 40× are 256 level-0 pixels a side of a slide scanned at 40×, and it says 512",
+    ):
         import_features(wrong)
 
 

@@ -107,8 +107,13 @@ def test_a_batch_packs_embeddings_with_their_cells_and_splits_them_into_visible_
     assert batch.visible.diff().gt(0).all() and batch.masked.diff().gt(0).all()
     # the embedding of a tile is (slide, column, row), and unaugmented cells are moved to the grid's corner at most
     for values, cells, visible, masked, name in zip(
-        batch.embeddings.split(batch.lengths), batch.cells.split(batch.lengths), batch.visible_lengths, batch.masked_lengths, batch.slides, strict=True,
-    ):  # fmt: skip
+        batch.embeddings.split(batch.lengths),
+        batch.cells.split(batch.lengths),
+        batch.visible_lengths,
+        batch.masked_lengths,
+        batch.slides,
+        strict=True,
+    ):
         assert values[:, 0].eq(int(name[1:])).all()
         assert (values[:, 1:] - cells).unique(dim=0).shape[0] == 1
         assert masked == round(0.75 * (visible + masked)) and visible + masked == len(cells)

@@ -196,7 +196,7 @@ SPOILS: dict[str, tuple[Spoil, int]] = {
     "no record": (lambda tar, draw: (tar.parent / "index/tiles-000001.npz").unlink(), 1),
     "the index spoilt": (spoil_the_index("index.npz"), 12),
     "no index": (lambda tar, draw: (tar.parent / "index.npz").unlink(), 1),
-}  # fmt: skip
+}
 
 
 def test_at_least_two_hundred_shards_are_spoilt() -> None:
@@ -270,10 +270,20 @@ def test_batches_go_on_with_full_counts_and_name_what_was_replaced(
     stream = Stream(tiles.parts, batch_size=8, lanes=2, window=1, seed=0)
     batches = list(
         TileBatches(
-            tiles, stream, CropSizes(1, 24, (0.32, 1.0), 0, 16, (0.05, 0.32)), Colour(), Masking(0.5, 0.1, 0.5, 8),
-            seed=0, start=0, stop=3, rank=0, world_size=1, accumulate=1, threads=2,
+            tiles,
+            stream,
+            CropSizes(1, 24, (0.32, 1.0), 0, 16, (0.05, 0.32)),
+            Colour(),
+            Masking(0.5, 0.1, 0.5, 8),
+            seed=0,
+            start=0,
+            stop=3,
+            rank=0,
+            world_size=1,
+            accumulate=1,
+            threads=2,
         )
-    )  # fmt: skip
+    )
     assert all(isinstance(batch, RankBatch) and len(batch.parts[0].numbers) == 8 for batch in batches)
     named = {message for batch in batches if isinstance(batch, RankBatch) for message in batch.bad}
     assert lost and len(named) == lost, "one pass meets every tile, so each bad one is named"

@@ -39,7 +39,8 @@ def test_a_tar_that_ends_too_early_is_said(tmp_path: Path) -> None:
 
 
 def test_whoever_reads_another_shard_than_the_one_that_was_indexed_is_told(tmp_path: Path) -> None:
-    """Training, embedding and looking take tiles from the same reader; here a shard's place was taken by a neighbour."""
+    """Training, embedding and looking take tiles from the same reader; here a shard's place was taken by a
+    neighbour."""
     folder = write_tiles(tmp_path / "shards", [3, 3])
     index = ShardIndex.open(folder)
     shutil.copy(folder / "tiles-000000.tar", folder / "tiles-000001.tar")

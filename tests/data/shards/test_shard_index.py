@@ -34,8 +34,13 @@ def make(
         }
         row += count
         name = f"tiles-{number:06d}"
-        facts = {"file": f"{name}.tar", "size": size, "longest": longest, "slides": [{"slide": slide, "mpp": 0.5, "source": f"{folder}/{slide}.svs"} for slide, _ in slides],
-                 "counts": [tiles for _, tiles in slides]}  # fmt: skip
+        facts = {
+            "file": f"{name}.tar",
+            "size": size,
+            "longest": longest,
+            "slides": [{"slide": slide, "mpp": 0.5, "source": f"{folder}/{slide}.svs"} for slide, _ in slides],
+            "counts": [tiles for _, tiles in slides],
+        }
         write_record(folder, name, facts, values)
         if count:
             (folder / f"{name}.tar").touch()

@@ -40,8 +40,11 @@ def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
 
 def test_what_others_call_a_slide_is_made_safe_and_kept_as_a_fact(tmp_path: Path) -> None:
     names = ["../../x", "/etc/x", "a/b", "a b", "a-b", "Zürich", "\ud800", "", "x" * 300]
-    samples = [(f"{n}.{kind}", data) for n, name in enumerate(names)
-               for kind, data in (("jpg", b"jpeg"), ("json", json.dumps({"slide": name, "x": n, "y": 0}).encode()))]  # fmt: skip
+    samples = [
+        (f"{n}.{kind}", data)
+        for n, name in enumerate(names)
+        for kind, data in (("jpg", b"jpeg"), ("json", json.dumps({"slide": name, "x": n, "y": 0}).encode()))
+    ]
     write_tar(tmp_path / "a.tar", [*samples, ("../up/key_5_6.jpg", b"jpeg")])
     index = scan(tmp_path)
     assert all(re.fullmatch("[A-Za-z0-9_-]{1,240}", slide) for slide in index.slides)
@@ -83,8 +86,15 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
             for kind in ("JPG", "json")
         ],
     )
-    write_tar(tmp_path / "apart.tar", [*((f"a{n}.image.jpg", b"j") for n in range(8)), *((f"a{n}.json", of(f"s{n % 4}", n)) for n in (7, 6, 5, 4, 3, 2, 1, 0)),
-                                       ("._a0.jpg", b"junk"), ("other.json", of("x", 1))])  # fmt: skip
+    write_tar(
+        tmp_path / "apart.tar",
+        [
+            *((f"a{n}.image.jpg", b"j") for n in range(8)),
+            *((f"a{n}.json", of(f"s{n % 4}", n)) for n in (7, 6, 5, 4, 3, 2, 1, 0)),
+            ("._a0.jpg", b"junk"),
+            ("other.json", of("x", 1)),
+        ],
+    )
     (tmp_path / "zero.tar").touch()
     (tmp_path / "noise.tar").write_bytes(b"x" * 2000)
     (tmp_path / "b.tar.gz").touch()
@@ -94,13 +104,20 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
         assert run_command_line(["shards", "index", f"shards={tmp_path}"]) in (0, None)
         said = capsys.readouterr().err
         assert said.splitlines()[-1].endswith(
-            "20 tiles of 6 slides in 3 shards, indexed; left out: 18 members, 2 tars (noise.tar, zero.tar) and 3 other files, as said above"
+            "20 tiles of 6 slides in 3 shards, indexed; left out: 18 members, 2 tars (noise.tar, zero.tar) and 3 other"
+            " files, as said above"
         )
         for line in (
-            "8 .png members (as p0.png in mixed.tar): tiles are read from .jpg and .jpeg", "8 .cls members", "1 hidden member",
-            "1 lone .json (as other.json in apart.tar)", "zero.tar: it is empty", "noise.tar: it is damaged", "b.tar.gz: it is compressed",
-            "1 other file (as README.md)", f"val: it holds shards of its own: name it too, as shards='{tmp_path} {tmp_path}/val'",
-        ):  # fmt: skip
+            "8 .png members (as p0.png in mixed.tar): tiles are read from .jpg and .jpeg",
+            "8 .cls members",
+            "1 hidden member",
+            "1 lone .json (as other.json in apart.tar)",
+            "zero.tar: it is empty",
+            "noise.tar: it is damaged",
+            "b.tar.gz: it is compressed",
+            "1 other file (as README.md)",
+            f"val: it holds shards of its own: name it too, as shards='{tmp_path} {tmp_path}/val'",
+        ):
             assert f"left out: {line}" in said
     index = ShardIndex.open(tmp_path)
     places = {(index.meta["slides"]["slide"][index.slide[row]], int(index.x[row])) for row in range(20)}
@@ -112,8 +129,20 @@ def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(t
     def of(x: int) -> bytes:
         return json.dumps({"x": x, "y": 0}).encode()
 
-    write_tar(tmp_path / "a.tar", [("0.jpg", b"j"), ("0.json", of(1)), ("0.jpg", b"j"), ("0.json", of(2)),
-                                   ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.jpg", b"j"), ("1.json", of(3)), ("1.json", of(4))])  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            ("0.jpg", b"j"),
+            ("0.json", of(1)),
+            ("0.jpg", b"j"),
+            ("0.json", of(2)),
+            ("1.jpg", b"j"),
+            ("1.jpg", b"j"),
+            ("1.jpg", b"j"),
+            ("1.json", of(3)),
+            ("1.json", of(4)),
+        ],
+    )
     index = scan(tmp_path)
     assert index.x.tolist() == [1, 2, UNKNOWN_PLACE, UNKNOWN_PLACE, UNKNOWN_PLACE]
     assert [kind.count for kind in describe_left_out(index)[0]] == [2]
@@ -152,16 +181,32 @@ def test_tiles_of_a_slide_that_contradict_one_another_are_named_and_what_they_di
             (f"{key}.json", json.dumps({"slide": slide, "x": x, "y": 0, **said}).encode()),
         ]
 
-    write_tar(tmp_path / "a.tar", [*sample("s", 0, mpp=0.5, tile_size=48, patient="p"), *sample("s", 48, mpp=5.0, tile_size=48), *sample("t", 0, mpp=0.5), *sample("t", 48, mpp=0.50001, tile_size=48)])  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            *sample("s", 0, mpp=0.5, tile_size=48, patient="p"),
+            *sample("s", 48, mpp=5.0, tile_size=48),
+            *sample("t", 0, mpp=0.5),
+            *sample("t", 48, mpp=0.50001, tile_size=48),
+        ],
+    )
     write_tar(tmp_path / "b.tar", [*sample("s", 0, patient="q", mpp=0.5), *sample("t", 0, mpp=0.5), *sample("t", 96)])
     for _ in range(2):
         run_command_line(["shards", "index", f"shards={tmp_path}"])
         lines = capsys.readouterr().err.splitlines()
         assert [line.partition(":  ")[0] for line in lines if line.startswith("to look at: ")] == [
-            "to look at: 1 slide with several mpp (as s: 0.5 and 5.0): its tiles' .json contradict one another, so it counts as not known",
-            "to look at: 1 slide with several patient (as s: 'p' and 'q'): its tiles' .json contradict one another, so it counts as not known",
-            "to look at: 2 tiles at a place that is taken (as (0, 0) of s in a.tar and b.tar): both are in the index, and are trained on twice as often: "
-            "remove one of the tars if one is a copy",
+            (
+                "to look at: 1 slide with several mpp (as s: 0.5 and 5.0): its tiles' .json contradict one another, so"
+                " it counts as not known"
+            ),
+            (
+                "to look at: 1 slide with several patient (as s: 'p' and 'q'): its tiles' .json contradict one another,"
+                " so it counts as not known"
+            ),
+            (
+                "to look at: 2 tiles at a place that is taken (as (0, 0) of s in a.tar and b.tar): both are in the"
+                " index, and are trained on twice as often: remove one of the tars if one is a copy"
+            ),
         ]
     index = ShardIndex.open(tmp_path)
     of_s, of_t = (index.facts(index.slides.index(slide)) for slide in "st")
@@ -185,7 +230,10 @@ def test_what_another_program_says_of_its_pictures_is_not_taken_for_the_slides(t
 
 @pytest.mark.parametrize("key", ["a_{}_1", "a_1_{}"])
 def test_a_number_of_any_length_in_a_key_costs_its_tile_only(tmp_path: Path, key: str) -> None:
-    write_tar(tmp_path / "a.tar", [(f"{key.format('9' * 5000)}.jpg", b"jpeg"), (f"{key.format('²')}.jpg", b"jpeg"), ("b_0_0.jpg", b"jpeg")])  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        [(f"{key.format('9' * 5000)}.jpg", b"jpeg"), (f"{key.format('²')}.jpg", b"jpeg"), ("b_0_0.jpg", b"jpeg")],
+    )
     (kind,) = describe_left_out(index := scan(tmp_path))[0]
     assert sorted(index.slides) == ["a", "b"] and str(kind).startswith("1 tile at an impossible place (as a_")
     assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {"undecodable tile"}
@@ -213,7 +261,10 @@ def test_a_picture_of_no_bytes_is_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_what_a_json_leaves_open_is_taken_from_the_key(tmp_path: Path) -> None:
-    write_tar(tmp_path / "a.tar", [("s_7_9.jpg", b"jpeg"), ("s_7_9.json", b'{"slide": null, "x": null, "y": 12.0, "mpp": null}')])  # fmt: skip
+    write_tar(
+        tmp_path / "a.tar",
+        [("s_7_9.jpg", b"jpeg"), ("s_7_9.json", b'{"slide": null, "x": null, "y": 12.0, "mpp": null}')],
+    )
     index = scan(tmp_path)
     assert (index.slides, index.x.tolist(), index.y.tolist(), index.facts(0)["mpp"]) == (["s"], [7], [12], None)
 

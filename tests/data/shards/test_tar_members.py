@@ -1,4 +1,5 @@
-"""Our walk over a tar agrees with tarfile's on whole tars of every format, and sees the damage that tarfile overlooks."""
+"""Our walk over a tar agrees with tarfile's on whole tars of every format, and sees the damage that tarfile
+overlooks."""
 
 import io
 import tarfile

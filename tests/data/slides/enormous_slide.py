@@ -31,7 +31,12 @@ def write_enormous(
             across, down = width // scale, height // scale
             rows, columns = np.mgrid[: -(-down // square), : -(-across // square)]
             left, top, right, bottom = tissue
-            inside = (columns * scale < right) & ((columns + 1) * scale > left) & (rows * scale < bottom) & ((rows + 1) * scale > top)  # fmt: skip
+            inside = (
+                (columns * scale < right)
+                & ((columns + 1) * scale > left)
+                & (rows * scale < bottom)
+                & ((rows + 1) * scale > top)
+            )
             which = np.where(inside, 1 + (rows * 7 + columns * 3) % 4, 0).ravel()
             table = np.array(places, dtype="<u8")[which]
             offsets = file.tell()
@@ -40,14 +45,23 @@ def write_enormous(
             file.write(table[:, 1].tobytes())
             bits = struct.pack("<HHHH", 8, 8, 8, 0)
             entries = [
-                (254, 4, 1, struct.pack("<Q", int(level > 0))), (256, 4, 1, struct.pack("<Q", across)), (257, 4, 1, struct.pack("<Q", down)),
-                (258, 3, 3, bits), (259, 3, 1, struct.pack("<Q", 7)), (262, 3, 1, struct.pack("<Q", 6)),
-                (277, 3, 1, struct.pack("<Q", 3)), (282, 5, 1, struct.pack("<II", round(1e7 / (mpp * scale)), 1000)),
-                (283, 5, 1, struct.pack("<II", round(1e7 / (mpp * scale)), 1000)), (284, 3, 1, struct.pack("<Q", 1)),
-                (296, 3, 1, struct.pack("<Q", 3)), (322, 4, 1, struct.pack("<Q", square)), (323, 4, 1, struct.pack("<Q", square)),
-                (324, 16, len(which), struct.pack("<Q", offsets)), (325, 16, len(which), struct.pack("<Q", counts)),
+                (254, 4, 1, struct.pack("<Q", int(level > 0))),
+                (256, 4, 1, struct.pack("<Q", across)),
+                (257, 4, 1, struct.pack("<Q", down)),
+                (258, 3, 3, bits),
+                (259, 3, 1, struct.pack("<Q", 7)),
+                (262, 3, 1, struct.pack("<Q", 6)),
+                (277, 3, 1, struct.pack("<Q", 3)),
+                (282, 5, 1, struct.pack("<II", round(1e7 / (mpp * scale)), 1000)),
+                (283, 5, 1, struct.pack("<II", round(1e7 / (mpp * scale)), 1000)),
+                (284, 3, 1, struct.pack("<Q", 1)),
+                (296, 3, 1, struct.pack("<Q", 3)),
+                (322, 4, 1, struct.pack("<Q", square)),
+                (323, 4, 1, struct.pack("<Q", square)),
+                (324, 16, len(which), struct.pack("<Q", offsets)),
+                (325, 16, len(which), struct.pack("<Q", counts)),
                 (530, 3, 2, struct.pack("<HHI", 2, 2, 0)),
-            ]  # fmt: skip
+            ]
             directory = file.tell()
             file.write(struct.pack("<Q", len(entries)))
             for tag, kind, count, value in entries:

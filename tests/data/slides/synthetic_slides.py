@@ -31,6 +31,13 @@ def write_slide(path: Path, image: np.ndarray, mpp: float | None, mpp_y: float |
             tags = (
                 {} if mpp is None else {"resolution": (1e4 / mpp, 1e4 / (mpp_y or mpp)), "resolutionunit": "CENTIMETER"}
             )
-            tiff.write(np.ascontiguousarray(reduced), tile=(128, 128), compression="deflate", photometric="rgb",
-                       subfiletype=int(level > 0), metadata=None, **tags)  # fmt: skip
+            tiff.write(
+                np.ascontiguousarray(reduced),
+                tile=(128, 128),
+                compression="deflate",
+                photometric="rgb",
+                subfiletype=int(level > 0),
+                metadata=None,
+                **tags,
+            )
     return path

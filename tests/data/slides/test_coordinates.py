@@ -93,9 +93,14 @@ def test_row_major_is_by_y_then_x() -> None:
 
 
 downsampled = st.tuples(
-    st.floats(0.1, 0.6) | st.just(0.2527), st.sampled_from([0.25, 0.5, 1.0, 2.0]), st.sampled_from([224, 256, 512]),
-    st.integers(20_000, 200_000), st.integers(20_000, 200_000), st.floats(1.3, 4.4), st.integers(1, 5),
-)  # fmt: skip
+    st.floats(0.1, 0.6) | st.just(0.2527),
+    st.sampled_from([0.25, 0.5, 1.0, 2.0]),
+    st.sampled_from([224, 256, 512]),
+    st.integers(20_000, 200_000),
+    st.integers(20_000, 200_000),
+    st.floats(1.3, 4.4),
+    st.integers(1, 5),
+)
 
 
 @given(downsampled, st.integers(0, 10**6), st.integers(0, 10**6))

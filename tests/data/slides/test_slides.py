@@ -47,7 +47,8 @@ def test_tiles_of_a_coarser_level_are_that_levels_pixels(tmp_path: Path, noise: 
 
 @pytest.mark.parametrize("mpp0", [0.25, 0.2273, 0.3])
 def test_a_shrunk_tile_is_the_resized_fractional_box(tmp_path: Path, noise: np.ndarray, mpp0: float) -> None:
-    """Against one resize of the whole image on the same box, away from the edge pixels where the surroundings are seen."""
+    """Against one resize of the whole image on the same box, away from the edge pixels where the surroundings are
+    seen."""
     path = write_slide(tmp_path / "a.tiff", noise, mpp=mpp0)
     with Slide(path) as slide:
         grid = plan_grid(slide.dimensions, slide.mpp(), 0.5, 64, "a")
@@ -147,7 +148,13 @@ def test_what_the_user_says_of_resolution_is_one_value_or_a_table_by_slide(tmp_p
     )
     with pytest.raises(Fault, match="tells of none of the slides"):
         said.tells_of([tmp_path / "d.svs"])
-    for wrong, sentence in (("much", "neither a number"), ("0", "0.05 to 10"), ("nan", "neither a number"), ("400", "0.05 to 10"), ("none.csv", "no such table")):  # fmt: skip
+    for wrong, sentence in (
+        ("much", "neither a number"),
+        ("0", "0.05 to 10"),
+        ("nan", "neither a number"),
+        ("400", "0.05 to 10"),
+        ("none.csv", "no such table"),
+    ):
         with pytest.raises(Fault, match=sentence):
             SlidesMpp.parse(wrong)
     for content, sentence in (
@@ -176,18 +183,27 @@ def dicom_header(series: str, implicit: bool = False) -> bytes:
         if plain:
             return start + struct.pack("<I", len(value)) + value
         return (
-            start + kind.encode() + (struct.pack("<HI", 0, len(value)) if kind == "OB" else struct.pack("<H", len(value))) + value
-        )  # fmt: skip
+            start
+            + kind.encode()
+            + (struct.pack("<HI", 0, len(value)) if kind == "OB" else struct.pack("<H", len(value)))
+            + value
+        )
 
     syntax = b"1.2.840.10008.1.2" if implicit else b"1.2.840.10008.1.2.4.50"
     endless = struct.pack("<HH", 0x0008, 0x1140) + (b"" if implicit else b"SQ\0\0") + b"\xff" * 4
     item = bytes.fromhex("feff00e0ffffffff") + element(0x0020000E, "UI", b"9.9.9") + bytes.fromhex("feff0de000000000")
     return b"".join(
         (
-            b"\0" * 128 + b"DICM", element(0x00020001, "OB", b"\0\1", False), element(0x00020010, "UI", syntax, False), element(0x00080060, "CS", b"SM"),
-            endless + item + bytes.fromhex("feffdde000000000"), element(0x0020000D, "UI", b"1.2"), element(0x0020000E, "UI", series.encode()), element(0x00280010, "US", b"\0\1"),
+            b"\0" * 128 + b"DICM",
+            element(0x00020001, "OB", b"\0\1", False),
+            element(0x00020010, "UI", syntax, False),
+            element(0x00080060, "CS", b"SM"),
+            endless + item + bytes.fromhex("feffdde000000000"),
+            element(0x0020000D, "UI", b"1.2"),
+            element(0x0020000E, "UI", series.encode()),
+            element(0x00280010, "US", b"\0\1"),
         )
-    )  # fmt: skip
+    )
 
 
 @pytest.mark.parametrize("implicit", [False, True])
@@ -212,13 +228,26 @@ def test_the_series_of_a_real_dicom_file_is_openslides(shared: Path) -> None:
 
 
 def test_what_else_lies_in_a_folder_of_slides_is_counted_on_one_line(tmp_path: Path) -> None:
-    for name in ("a.svs", "b.qptiff", "n/c.qptiff", "t.txt", "n/LICENSE", ".hidden.txt", "m.mrxs", "m/Slidedat.ini", "m/Data0000.dat"):  # fmt: skip
+    for name in (
+        "a.svs",
+        "b.qptiff",
+        "n/c.qptiff",
+        "t.txt",
+        "n/LICENSE",
+        ".hidden.txt",
+        "m.mrxs",
+        "m/Slidedat.ini",
+        "m/Data0000.dat",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
     with pytest.warns(Notice) as said:
         assert list_slides([str(tmp_path)]) == [tmp_path / "a.svs", tmp_path / "m.mrxs"]
     (line,) = (str(one.message) for one in said)
-    assert line == f"left alone in {tmp_path}: 2 .qptiff (as 'b.qptiff'), 1 .txt (as 't.txt'), 1 without an ending (as 'LICENSE')"  # fmt: skip
+    assert (
+        line == f"left alone in {tmp_path}: 2 .qptiff (as 'b.qptiff'), 1 .txt (as 't.txt'), 1 without an ending (as"
+        " 'LICENSE')"
+    )
 
 
 def test_lists_that_name_nothing_or_themselves_or_are_no_text_are_a_sentence(tmp_path: Path) -> None:
@@ -226,12 +255,18 @@ def test_lists_that_name_nothing_or_themselves_or_are_no_text_are_a_sentence(tmp
     (tmp_path / "a.svs").write_text(pointer)
     (tmp_path / "to_itself.txt").symlink_to("r.txt")
     for name, content, sentence in (
-        ("e.txt", b"", "e.txt names no slide: give one a line"), ("c.txt", b"# none\n\n", "c.txt names no slide"), ("r.txt", b"a.svs\nr.txt\n", "r.txt names itself"),
-        ("r.txt", b"to_itself.txt\n", "to_itself.txt names itself"), ("u.txt", "a.svs\n".encode("utf-16-le"), "u.txt holds bytes of 0, as UTF-16"), ("n.csv", b"path\na\0.svs\n", "n.csv holds bytes of 0"),
-        ("h.csv", b'path\n"' + b"a" * 200_000 + b'"\n', r"table .*h.csv can't be read at line 2 \(field larger"), ("p.txt", pointer.encode(), "p.txt is a Git LFS pointer"), ("p.csv", pointer.encode(), "p.csv is a Git LFS pointer"),
+        ("e.txt", b"", "e.txt names no slide: give one a line"),
+        ("c.txt", b"# none\n\n", "c.txt names no slide"),
+        ("r.txt", b"a.svs\nr.txt\n", "r.txt names itself"),
+        ("r.txt", b"to_itself.txt\n", "to_itself.txt names itself"),
+        ("u.txt", "a.svs\n".encode("utf-16-le"), "u.txt holds bytes of 0, as UTF-16"),
+        ("n.csv", b"path\na\0.svs\n", "n.csv holds bytes of 0"),
+        ("h.csv", b'path\n"' + b"a" * 200_000 + b'"\n', r"table .*h.csv can't be read at line 2 \(field larger"),
+        ("p.txt", pointer.encode(), "p.txt is a Git LFS pointer"),
+        ("p.csv", pointer.encode(), "p.csv is a Git LFS pointer"),
         ("w.txt", b"https://x.org/a.svs\n", r"w.txt names https://x.org/a.svs: slides are read from a disk"),
         ("d.csv", b"slide,slide\na.svs,b.svs\n", "d.csv has several columns called slide"),
-    ):  # fmt: skip
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Fault, match=sentence):
             list_slides([str(tmp_path / name)])
@@ -245,9 +280,12 @@ def test_lists_that_name_nothing_or_themselves_or_are_no_text_are_a_sentence(tmp
 def test_a_table_whose_columns_of_mpp_contradict_one_another_is_refused(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     for header, row, sentence in (
-        ("mpp_x,mpp_y", "0.25,0.5", "says mpp_x = 0.25, mpp_y = 0.5 of a.svs"), ("mpp,mpp_y", "0.25,0.3", "mpp_y = 0.3"), ("mpp,microns_per_pixel", "0.25,0.5", "microns_per_pixel = 0.5"),
-        ("mpp_x,mpp_y", "0.25,x", "says mpp_y = 'x' of a.svs"), ("mpp", "0_5", "says mpp = '0_5' of a.svs"),
-    ):  # fmt: skip
+        ("mpp_x,mpp_y", "0.25,0.5", "says mpp_x = 0.25, mpp_y = 0.5 of a.svs"),
+        ("mpp,mpp_y", "0.25,0.3", "mpp_y = 0.3"),
+        ("mpp,microns_per_pixel", "0.25,0.5", "microns_per_pixel = 0.5"),
+        ("mpp_x,mpp_y", "0.25,x", "says mpp_y = 'x' of a.svs"),
+        ("mpp", "0_5", "says mpp = '0_5' of a.svs"),
+    ):
         table.write_text(f"slide,{header}\na.svs,{row}\n")
         with pytest.raises(Fault, match=sentence):
             SlidesMpp.parse(str(table))
@@ -299,16 +337,24 @@ def test_lists_and_tables_are_read_whatever_wrote_them(tmp_path: Path) -> None:
     plain = "# mine\na b.svs\nsub/ü.tiff\n"
     table = "case;slide_path;mpp\n1;a b.svs;0.5\n2;sub/ü.tiff;\n"
     for name, content in {
-        "plain.txt": plain.encode(), "bom.txt": plain.encode("utf-8-sig"), "wide.txt": plain.encode("utf-16"), "dos.txt": plain.replace("\n", "\r\n").encode(),
-        "t.csv": table.encode(), "bom.csv": table.encode("utf-8-sig"), "t.tsv": table.replace(";", "\t").encode("utf-16"),
-        "own.csv": "n,where\n1,a b.svs\n2,sub/ü.tiff\n".encode(), "bare.csv": "1,a b.svs\n2,sub/ü.tiff\n".encode(),
-    }.items():  # fmt: skip
+        "plain.txt": plain.encode(),
+        "bom.txt": plain.encode("utf-8-sig"),
+        "wide.txt": plain.encode("utf-16"),
+        "dos.txt": plain.replace("\n", "\r\n").encode(),
+        "t.csv": table.encode(),
+        "bom.csv": table.encode("utf-8-sig"),
+        "t.tsv": table.replace(";", "\t").encode("utf-16"),
+        "own.csv": "n,where\n1,a b.svs\n2,sub/ü.tiff\n".encode(),
+        "bare.csv": "1,a b.svs\n2,sub/ü.tiff\n".encode(),
+    }.items():
         (tmp_path / name).write_bytes(content)
         assert list_slides([str(tmp_path / name)]) == wanted, name
     for name, content, sentence in (
-        ("latin.txt", plain.encode("latin-1"), r"latin\.txt is no UTF-8 text \(byte 19\): save it as UTF-8"), ("no.csv", b"x,y\n1,2\n", r"no\.csv has no column of slides' files \(it has x, y\)"),
-        ("gone.csv", b"path\nnone.svs\n", r"there is no slide at none\.svs, which .*gone\.csv names"), ("e.csv", b"", r"the table .*e\.csv is empty"),
-    ):  # fmt: skip
+        ("latin.txt", plain.encode("latin-1"), r"latin\.txt is no UTF-8 text \(byte 19\): save it as UTF-8"),
+        ("no.csv", b"x,y\n1,2\n", r"no\.csv has no column of slides' files \(it has x, y\)"),
+        ("gone.csv", b"path\nnone.svs\n", r"there is no slide at none\.svs, which .*gone\.csv names"),
+        ("e.csv", b"", r"the table .*e\.csv is empty"),
+    ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(Fault, match=sentence):
             list_slides([str(tmp_path / name)])
@@ -337,8 +383,21 @@ def test_links_are_followed_under_their_own_names(tmp_path: Path) -> None:
 
 
 def test_ids_of_files_are_safe_and_distinct_whatever_the_files_are_called(tmp_path: Path) -> None:
-    files = ["张三.svs", "李四.svs", "S12.3456.svs", "S12-3456.svs", "S12 3456.svs", "case1.tif", "case1.tiff", f"{'x' * 245}.svs",
-             "a b/k.svs", "a-b/k.svs", "Zürich/k.svs", "王/k.svs", "Zürich.svs"]  # fmt: skip
+    files = [
+        "张三.svs",
+        "李四.svs",
+        "S12.3456.svs",
+        "S12-3456.svs",
+        "S12 3456.svs",
+        "case1.tif",
+        "case1.tiff",
+        f"{'x' * 245}.svs",
+        "a b/k.svs",
+        "a-b/k.svs",
+        "Zürich/k.svs",
+        "王/k.svs",
+        "Zürich.svs",
+    ]
     paths = [tmp_path / name for name in files]
     names = name_slides(paths, {})
     assert list(map(names.get, paths)) == list(map(name_slides(paths[::-1], {}).get, paths))

@@ -114,8 +114,17 @@ def test_the_h5_has_what_tridents_and_clams_readers_ask_for(tmp_path: Path) -> N
     shrunk, _ = tiled(tmp_path / "shrunk.tiff", stained(650, 900, [(200, 300, 150)]), mpp=0.23)
     for tiling in (same, shrunk):
         write_tiling(tmp_path, tiling)
-    trident = {"patch_size", "patch_size_level0", "level0_magnification", "target_magnification", "overlap", "name", "savetodir",
-               "level0_width", "level0_height"}  # fmt: skip
+    trident = {
+        "patch_size",
+        "patch_size_level0",
+        "level0_magnification",
+        "target_magnification",
+        "overlap",
+        "name",
+        "savetodir",
+        "level0_width",
+        "level0_height",
+    }
     clam = {"patch_size", "patch_level", "downsample", "downsampled_level_dim", "level_dim", "name", "save_path"}
     with h5py.File(coordinates_path(tmp_path, "same")) as file:
         of = file["coords"].attrs

@@ -38,9 +38,19 @@ def batches(
     tiles = ShardTiles(shards=[folder])
     stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=1, seed=seed)
     return TileBatches(
-        tiles, stream, SIZES, Colour(), Masking(0.5, 0.1, 0.5, 8), seed=seed, start=start, stop=stop, rank=rank,
-        world_size=world_size, accumulate=accumulate, threads=threads,
-    )  # fmt: skip
+        tiles,
+        stream,
+        SIZES,
+        Colour(),
+        Masking(0.5, 0.1, 0.5, 8),
+        seed=seed,
+        start=start,
+        stop=stop,
+        rank=rank,
+        world_size=world_size,
+        accumulate=accumulate,
+        threads=threads,
+    )
 
 
 def load(folder: Path, **settings: int) -> list[RankBatch]:
@@ -50,7 +60,8 @@ def load(folder: Path, **settings: int) -> list[RankBatch]:
 
 
 def by_tile(parts: list[MicroBatch]) -> list[torch.Tensor]:
-    """Everything in micro-batches that lie one behind the other, tile after tile: numbers, pixels, parameters, masks."""
+    """Everything in micro-batches that lie one behind the other, tile after tile: numbers, pixels, parameters,
+    masks."""
 
     def tiles_first(values: list[torch.Tensor]) -> torch.Tensor:
         return torch.cat(

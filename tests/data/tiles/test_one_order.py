@@ -31,7 +31,9 @@ SIZES = CropSizes(2, 16, (0.32, 1.0), 2, 8, (0.05, 0.32))
 SHAPE = {"batch_size": 16, "lanes": 8}
 STEPS = 6
 ORDERS = {"shards": None, "one slide a lane": 1, "mixture": None, "slides online": None, "mixture of groups": 1}
-SEGMENTS = st.lists(st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4)), min_size=1, max_size=4)  # fmt: skip
+SEGMENTS = st.lists(
+    st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4)), min_size=1, max_size=4
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +59,22 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TileSource
 
 def load(source: TileSource, name: str, start: int, stop: int, rank: int, world: int, threads: int) -> list[RankBatch]:
     stream = Stream(source.parts, **SHAPE, window=2, seed=3, slides_per_lane=ORDERS[name])  # type: ignore[arg-type]
-    found = list(TileBatches(
-        source, stream, SIZES, Colour(stain_probability=0.3, stain_shift=0.05), Masking(0.5, 0.1, 0.5, 4), seed=3, start=start, stop=stop,
-        rank=rank, world_size=world, accumulate=1, threads=threads,
-    ))  # fmt: skip
+    found = list(
+        TileBatches(
+            source,
+            stream,
+            SIZES,
+            Colour(stain_probability=0.3, stain_shift=0.05),
+            Masking(0.5, 0.1, 0.5, 4),
+            seed=3,
+            start=start,
+            stop=stop,
+            rank=rank,
+            world_size=world,
+            accumulate=1,
+            threads=threads,
+        )
+    )
     assert all(isinstance(batch, RankBatch) and not batch.bad for batch in found)
     return found  # type: ignore[return-value]
 
@@ -89,7 +103,9 @@ def test_any_interruptions_world_sizes_and_threads_give_the_uninterrupted_batche
 
 def test_the_masks_are_stratified_over_the_global_batch_of_any_world(make: Callable[[str], TileSource]) -> None:
     for world in (1, 8):
-        masks = torch.cat([load(make("shards"), "shards", 0, 1, rank, world, 1)[0].parts[0].masks for rank in range(world)])  # fmt: skip
+        masks = torch.cat(
+            [load(make("shards"), "shards", 0, 1, rank, world, 1)[0].parts[0].masks for rank in range(world)]
+        )
         shares = np.sort(masks.flatten(1).float().mean(1).numpy())
         assert (shares == 0).sum() == 16 and len(shares) == 32
 
@@ -114,9 +130,19 @@ def test_a_bad_file_is_replaced_within_its_member(make: Callable[[str], TileSour
     wanted = np.concatenate([stream.batch(step) for step in range(8)])
     (one / "tiles-000001.tar").unlink()
     batches = TileBatches(
-        source, stream, SIZES, Colour(), Masking(0.5, 0.1, 0.5, 4), seed=0, start=0, stop=8, rank=0, world_size=1,
-        accumulate=1, threads=2,
-    )  # fmt: skip
+        source,
+        stream,
+        SIZES,
+        Colour(),
+        Masking(0.5, 0.1, 0.5, 4),
+        seed=0,
+        start=0,
+        stop=8,
+        rank=0,
+        world_size=1,
+        accumulate=1,
+        threads=2,
+    )
     loaded = [batch for batch in batches if isinstance(batch, RankBatch)]
     got = np.concatenate([batch.parts[0].numbers.numpy() for batch in loaded])
     lost = (wanted >= 20) & (wanted < 30)

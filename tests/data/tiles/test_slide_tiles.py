@@ -118,7 +118,11 @@ def test_pen_is_kept_clear_of(surveyed: Surveyed) -> None:
     verdict = tiling.verdict.copy()
     verdict[:, column + 1] = PEN
     drawn = [source.place(replace(tiling, verdict=verdict), row * verdict.shape[1] + column, 0, s) for s in range(200)]
-    assert max(x for x, _ in drawn) <= (column + 0.16) * SIDE < max(x for x, _ in places(source, len(cells) // 2, range(200)))  # fmt: skip
+    assert (
+        max(x for x, _ in drawn)
+        <= (column + 0.16) * SIDE
+        < max(x for x, _ in places(source, len(cells) // 2, range(200)))
+    )
 
 
 def test_without_shifts_tiles_are_the_grid(surveyed: Surveyed) -> None:
@@ -151,7 +155,11 @@ def test_a_survey_is_made_once_and_bound_to_its_slides_and_settings(tmp_path: Pa
     first = look(slides, tmp_path / "grids")
     assert first.slides == ["slide0", "slide1"]
     reasons = {Path(file).name: reason for file, reason in first.left_out.items()}
-    assert reasons["glass.tiff"] == "no tissue found" and "coarser" in reasons["coarse.tiff"] and "broken.svs" in reasons["broken.svs"]  # fmt: skip
+    assert (
+        reasons["glass.tiff"] == "no tissue found"
+        and "coarser" in reasons["coarse.tiff"]
+        and "broken.svs" in reasons["broken.svs"]
+    )
     before = (tmp_path / "grids" / "survey.json").stat().st_mtime_ns
     assert look(slides, tmp_path / "grids") == first
     assert (tmp_path / "grids" / "survey.json").stat().st_mtime_ns == before
@@ -201,9 +209,19 @@ def test_a_damaged_tile_costs_itself_and_nothing_else_however_many_threads_read(
         tiles = SlideTiles(surveyed)
         stream = Stream(tiles.parts, batch_size=16, lanes=1, window=2, seed=0)
         batches = TileBatches(
-            tiles, stream, CropSizes(1, 24, (0.32, 1.0), 0, 16, (0.05, 0.32)), Colour(), Masking(0.5, 0.1, 0.5, 8),
-            seed=0, start=0, stop=12, rank=0, world_size=1, accumulate=1, threads=threads,
-        )  # fmt: skip
+            tiles,
+            stream,
+            CropSizes(1, 24, (0.32, 1.0), 0, 16, (0.05, 0.32)),
+            Colour(),
+            Masking(0.5, 0.1, 0.5, 8),
+            seed=0,
+            start=0,
+            stop=12,
+            rank=0,
+            world_size=1,
+            accumulate=1,
+            threads=threads,
+        )
         found = list(batches)
         return [batch.parts[0].numbers.tolist() for batch in found], [batch.bad for batch in found]
 
@@ -216,7 +234,8 @@ def test_a_damaged_tile_costs_itself_and_nothing_else_however_many_threads_read(
 def test_a_good_tile_is_read_while_another_thread_spoils_the_handle(
     surveyed: Surveyed, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What openslide does after an error, without its timing: every handle that is shared refuses, be it ever so new."""
+    """What openslide does after an error, without its timing: every handle that is shared refuses, be it ever so
+    new."""
     shared = SharedSlide(Path(surveyed.files[0]))
     grid = surveyed.tiling(0).grid
     right = shared.read_tile(grid, 256, 256)

@@ -109,7 +109,9 @@ def test_numbers_that_do_not_divide_are_refused_by_name() -> None:
 
 # Mixtures ----------------------------------------------------------------------------------------------------------
 
-PARTS = st.lists(st.tuples(st.lists(st.integers(1, 30), min_size=3, max_size=8), st.integers(1, 9)), min_size=2, max_size=4)  # fmt: skip
+PARTS = st.lists(
+    st.tuples(st.lists(st.integers(1, 30), min_size=3, max_size=8), st.integers(1, 9)), min_size=2, max_size=4
+)
 
 
 def mixed(parts: list[tuple[list[int], int]], lanes: int = 8, each: int = 2, slides: int | None = None) -> Stream:
@@ -183,7 +185,9 @@ def test_a_step_takes_its_tiles_from_the_asked_number_of_slides(
     lanes, group = 2, each // wanted
     assume(sum(slides) >= lanes * group)
     sizes = np.array(slides)
-    order = Stream([Part(sizes)], batch_size=lanes * each, lanes=lanes, window=window, seed=seed, slides_per_lane=wanted)  # fmt: skip
+    order = Stream(
+        [Part(sizes)], batch_size=lanes * each, lanes=lanes, window=window, seed=seed, slides_per_lane=wanted
+    )
     slide_of = np.repeat(np.arange(len(sizes)), sizes)
     passes = 3
     for lane in range(lanes):

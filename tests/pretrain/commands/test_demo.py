@@ -14,8 +14,12 @@ SLIDE = Path(sys.prefix) / "share" / "slidewright" / "CMU-1-Small-Region.svs"
 def demo(folder: Path, *settings: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "pretrain", "demo", "tile_steps=3", "slide_steps=3", *settings],
-        cwd=folder, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
 
 
 def test_the_demo_makes_every_product_and_a_second_run_says_that_it_is_done(tmp_path: Path) -> None:
@@ -24,8 +28,16 @@ def test_the_demo_makes_every_product_and_a_second_run_says_that_it_is_done(tmp_
     first = demo(tmp_path)
     assert first.returncode == 0, first.stderr[-4000:]
     out = tmp_path / "demo" / "CMU-1-Small-Region"
-    for made in ("shards/index.npz", "tile/metrics.jsonl", "embeddings/index-0.parquet", "slide/metrics.jsonl", "encoder/model.safetensors",
-                 "slide_encoder/slide_encoder.pth", "report.html", "road.png"):  # fmt: skip
+    for made in (
+        "shards/index.npz",
+        "tile/metrics.jsonl",
+        "embeddings/index-0.parquet",
+        "slide/metrics.jsonl",
+        "encoder/model.safetensors",
+        "slide_encoder/slide_encoder.pth",
+        "report.html",
+        "road.png",
+    ):
         assert (out / made).exists(), made
     assert "left in all" in first.stderr and "Where to look" in first.stderr and "fields" in first.stderr
     second = demo(tmp_path)

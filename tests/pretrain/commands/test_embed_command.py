@@ -82,8 +82,16 @@ def test_an_interrupted_command_goes_on_with_the_first_slide_that_is_not_whole(m
 
     with pytest.raises(Killed), EmbeddingWriter(tmp_path / "out", encoder.width, encoder.name, encoder.hash) as writer:
         tile_embedding.embed_slides(
-            dies_in_the_second_slide, ShardSource(shards), ["slide0", "slide1"], writer, batch=4, threads=2, max_bad_fraction=0, pin=False, done=0
-        )  # fmt: skip
+            dies_in_the_second_slide,
+            ShardSource(shards),
+            ["slide0", "slide1"],
+            writer,
+            batch=4,
+            threads=2,
+            max_bad_fraction=0,
+            pin=False,
+            done=0,
+        )
     assert EmbeddingStore.open(tmp_path / "out").slides == ["slide0"]
     run(settings(folder, shards, tmp_path / "out", "batch=4"))
     for (one, where), (other, there) in zip(

@@ -23,9 +23,20 @@ from tests.data.shards.tile_folders import picture, spoil, write_tiles
 from tests.data.slides.synthetic_slides import stained, write_slide
 
 DEFAULTS: dict[str, Any] = {
-    "slide": None, "shards": None, "out": None, "mpp": 0.5, "tile_size": 64, "tissue": "otsu", "min_tissue": None, "slides_mpp": None,
-    "tiles": 20, "maps": 4, "views": "small", "weights": None, "seed": 0,
-}  # fmt: skip
+    "slide": None,
+    "shards": None,
+    "out": None,
+    "mpp": 0.5,
+    "tile_size": 64,
+    "tissue": "otsu",
+    "min_tissue": None,
+    "slides_mpp": None,
+    "tiles": 20,
+    "maps": 4,
+    "views": "small",
+    "weights": None,
+    "seed": 0,
+}
 
 
 def look(**settings: Any) -> None:
@@ -183,7 +194,8 @@ def test_a_histogram_of_equal_values_is_drawn() -> None:
 
 
 def test_a_billion_tiles_are_looked_at_in_memory_of_a_few(tmp_path: Path) -> None:
-    """Columns of a billion rows that are all the same bytes: whoever goes through them makes something of that length."""
+    """Columns of a billion rows that are all the same bytes: whoever goes through them makes something of that
+    length."""
     index = ShardIndex.open(write_tiles(tmp_path / "shards", [3], side=32))
     (tmp_path / "shards/index/tiles-000000.npz").unlink()  # the checksums of three tiles
     columns = {name: np.broadcast_to(np.asarray(getattr(index, name))[1], 10**9) for name in COLUMNS}

@@ -64,13 +64,29 @@ def test_a_read_only_disk_is_one_sentence_on_every_command(
         ["probe", f"checkpoint={run}", f"train={class_folders}", f"{out}.json"],
         ["plan", f"{out}.json"],
         ["demo", f"slides={tmp_path / 'slides'}", out],
-    ]  # fmt: skip
+    ]
     kept = {name: value for name, value in os.environ.items() if name not in GROUP}
     before = sorted(tmp_path.rglob("*"))
     done = subprocess.run(
-        ["unshare", "-m", "sh", "-c", READ_ONLY, "sh", str(tmp_path), sys.executable, "-c", DRIVER, json.dumps(commands)],
-        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, cwd=ROOT, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+        [
+            "unshare",
+            "-m",
+            "sh",
+            "-c",
+            READ_ONLY,
+            "sh",
+            str(tmp_path),
+            sys.executable,
+            "-c",
+            DRIVER,
+            json.dumps(commands),
+        ],
+        env=kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     said = [part.splitlines() for part in f"\n{done.stderr}".split("\n$ ")[1:]]
     assert len(said) == len(commands), done.stderr
     for command, *lines, code in said:

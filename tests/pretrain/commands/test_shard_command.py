@@ -18,10 +18,20 @@ from pretrain.commands.shard import Config, run
 from tests.data.slides.synthetic_slides import stained, write_slide
 
 DEFAULTS: dict[str, Any] = {
-    "slides": None, "out": None, "mpp": 0.5, "tile_size": 64, "tissue": "otsu", "min_tissue": None, "slides_mpp": None,
-    "patient_pattern": "TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}", "tiles_per_shard": 40, "name": "tiles", "workers": 1, "coordinates": None,
+    "slides": None,
+    "out": None,
+    "mpp": 0.5,
+    "tile_size": 64,
+    "tissue": "otsu",
+    "min_tissue": None,
+    "slides_mpp": None,
+    "patient_pattern": "TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}",
+    "tiles_per_shard": 40,
+    "name": "tiles",
+    "workers": 1,
+    "coordinates": None,
     "part": None,
-}  # fmt: skip
+}
 
 
 def shard(**settings: Any) -> None:

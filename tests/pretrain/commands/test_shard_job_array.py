@@ -1,4 +1,5 @@
-"""Shards made by a job array, from given coordinates, or onto a full disk; and the commands that index and verify them."""
+"""Shards made by a job array, from given coordinates, or onto a full disk; and the commands that index and verify
+them."""
 
 import errno
 import json
@@ -154,9 +155,16 @@ def trident(path: Path, coords: list[tuple[int, int]], side: int = 64, **other: 
     """A file of TRIDENT's documented schema."""
     path.parent.mkdir(parents=True, exist_ok=True)
     attributes = {
-        "patch_size": 64, "patch_size_level0": side, "level0_magnification": 20, "target_magnification": 20, "overlap": 0,
-        "name": path.stem.removesuffix("_patches"), "savetodir": str(path.parent), "level0_width": 500, "level0_height": 420,
-    } | other  # fmt: skip
+        "patch_size": 64,
+        "patch_size_level0": side,
+        "level0_magnification": 20,
+        "target_magnification": 20,
+        "overlap": 0,
+        "name": path.stem.removesuffix("_patches"),
+        "savetodir": str(path.parent),
+        "level0_width": 500,
+        "level0_height": 420,
+    } | other
     with h5py.File(path, "w") as file:
         file["coords"] = np.array(coords, dtype=np.int64)
         file["coords"].attrs.update(attributes)
@@ -168,9 +176,16 @@ def clam(path: Path, coords: list[tuple[int, int]]) -> None:
     with h5py.File(path, "w") as file:
         file["coords"] = np.array(coords, dtype=np.int64)
         file["coords"].attrs.update(
-            {"patch_size": 64, "patch_level": 0, "downsample": np.array([1.0, 1.0]), "downsampled_level_dim": np.array([500, 420]),
-             "level_dim": np.array([500, 420]), "name": path.stem, "save_path": str(path.parent)}
-        )  # fmt: skip
+            {
+                "patch_size": 64,
+                "patch_level": 0,
+                "downsample": np.array([1.0, 1.0]),
+                "downsampled_level_dim": np.array([500, 420]),
+                "level_dim": np.array([500, 420]),
+                "name": path.stem,
+                "save_path": str(path.parent),
+            }
+        )
 
 
 COORDS = [
@@ -243,7 +258,8 @@ GRID = [(64 * column, 64 * row) for row in range(4) for column in range(4)]
 def test_given_coordinates_are_held_to_what_they_are_said_to_be(
     tmp_path: Path, places: list[tuple[int, int]], said: dict[str, int] | None, sentence: str
 ) -> None:
-    """Tiles that overlap as their file says are cut, and those of CLAM's files, which don't say, where they share half."""
+    """Tiles that overlap as their file says are cut, and those of CLAM's files, which don't say, where they share
+    half."""
     write_slide(tmp_path / "s.tiff", stained(420, 500, [(150, 200, 150)]), 0.5)
     path = tmp_path / "given/s_patches.h5"
     if said is None:

@@ -126,8 +126,10 @@ def test_links_and_locks_are_looked_for_and_what_stands_in_for_each_is_said(
         raise PermissionError(1, "Operation not permitted")
 
     for module, function, words in [
-        (os, "link", "no hard links"), (os, "symlink", "no symbolic links"), (folder.fcntl, "flock", "no locks by flock"),
-    ]:  # fmt: skip
+        (os, "link", "no hard links"),
+        (os, "symlink", "no symbolic links"),
+        (folder.fcntl, "flock", "no locks by flock"),
+    ]:
         with monkeypatch.context() as lacking:
             lacking.setattr(module, function, refuse)
             status, says = only(folder.links_and_locks(tmp_path))
@@ -394,7 +396,18 @@ def test_a_run_of_the_slide_stage_is_looked_at_too_and_one_without_embeddings_fa
     words = ["doctor", "slide", f"run={tmp_path / 'run'}", "trainer.accelerator=cpu", *SMALL]
     run_command_line([*words, f"data.embeddings={store}"])
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["versions", "accelerators", "folder", "links", "run", "embeddings", "rate", "disk", "wandb", "slurm"]  # fmt: skip
+    assert [line.split()[1] for line in lines] == [
+        "versions",
+        "accelerators",
+        "folder",
+        "links",
+        "run",
+        "embeddings",
+        "rate",
+        "disk",
+        "wandb",
+        "slurm",
+    ]
     assert not any(line.startswith("FAIL") for line in lines) and not (tmp_path / "run").exists()
     with pytest.raises(SystemExit):
         run_command_line([*words, f"data.embeddings={tmp_path / 'none'}"])

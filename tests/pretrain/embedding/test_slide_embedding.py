@@ -1,4 +1,5 @@
-"""``pretrain embed stage=slide``: each slide's own embedding, however slides are packed, beside the mean of its tiles."""
+"""``pretrain embed stage=slide``: each slide's own embedding, however slides are packed, beside the mean of its
+tiles."""
 
 import json
 from pathlib import Path
@@ -19,10 +20,20 @@ from pretrain.commands.embed import run
 from pretrain.run import checkpoints
 from pretrain.settings.composition import load
 
-WIDTH, MODEL = 16, {
-    "width": 32, "depth": 2, "heads": 4, "feed_forward_width": 64, "segment_lengths": [16, 64], "dilated_ratios": [1, 2], "dropout": 0.1,
-    "drop_path": 0.0, "compatible": False,
-}  # fmt: skip
+WIDTH, MODEL = (
+    16,
+    {
+        "width": 32,
+        "depth": 2,
+        "heads": 4,
+        "feed_forward_width": 64,
+        "segment_lengths": [16, 64],
+        "dilated_ratios": [1, 2],
+        "dropout": 0.1,
+        "drop_path": 0.0,
+        "compatible": False,
+    },
+)
 
 
 @pytest.fixture
@@ -68,9 +79,12 @@ def test_each_slide_has_its_own_embedding_whatever_it_is_packed_with(store, enco
         with torch.inference_mode():
             alone = encoder(x, torch.from_numpy(tiles.cells), [len(x)], all_layers=True)
         expected = {
-            "mean_tiles": x.mean(0), "pooled": alone.pooled, "cls": alone.cls,
-            "pooled_layers": alone.pooled_layers.flatten(), "cls_layers": alone.cls_layers.flatten(),
-        }  # fmt: skip
+            "mean_tiles": x.mean(0),
+            "pooled": alone.pooled,
+            "cls": alone.cls,
+            "pooled_layers": alone.pooled_layers.flatten(),
+            "cls_layers": alone.cls_layers.flatten(),
+        }
         for kind in SLIDE_VECTORS:
             np.testing.assert_allclose(found[kind][row], expected[kind].numpy().ravel(), atol=2e-6)
     assert found["pooled_layers"].shape == (4, 3 * 32)

@@ -45,10 +45,23 @@ MODEL = {
 }
 TINY = [
     *(f"model.{name}={value}" for name, value in MODEL.items()),
-    "objective.group_size=4", "objective.prototypes=32", "objective.ibot_prototypes=32", "objective.bottleneck=16", "objective.hidden=24",
-    "data.batch_size=8", "data.lanes=2", "data.threads=1", "data.crops.global_size=32", "data.crops.local_size=16", "data.crops.local_count=2",
-    "optim.steps=2", "optim.warmup_steps=1", "optim.frozen_last_layer_steps=0", "trainer.checkpoint_every=1", "trainer.accelerator=cpu",
-]  # fmt: skip
+    "objective.group_size=4",
+    "objective.prototypes=32",
+    "objective.ibot_prototypes=32",
+    "objective.bottleneck=16",
+    "objective.hidden=24",
+    "data.batch_size=8",
+    "data.lanes=2",
+    "data.threads=1",
+    "data.crops.global_size=32",
+    "data.crops.local_size=16",
+    "data.crops.local_count=2",
+    "optim.steps=2",
+    "optim.warmup_steps=1",
+    "optim.frozen_last_layer_steps=0",
+    "trainer.checkpoint_every=1",
+    "trainer.accelerator=cpu",
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,10 +84,26 @@ def objective(**changes: object) -> DINOv2:
     with torch.device("meta"):
         return DINOv2(
             lambda: VisionTransformer(**(MODEL | changes)),  # type: ignore[arg-type]
-            group_size=4, prototypes=32, bottleneck=16, hidden=24, head_layers=3, separate_ibot_head=False, ibot_prototypes=32, ibot_bottleneck=16,
-            dino_weight=1.0, ibot_weight=1.0, spread="koleo", spread_weight=0.1, centring="centre", student_temperature=0.1,
-            teacher_temperature=0.07, teacher_temperature_start=0.04, teacher_temperature_warmup=0, teacher_momentum=0.99, teacher_momentum_final=1.0,
-        )  # fmt: skip
+            group_size=4,
+            prototypes=32,
+            bottleneck=16,
+            hidden=24,
+            head_layers=3,
+            separate_ibot_head=False,
+            ibot_prototypes=32,
+            ibot_bottleneck=16,
+            dino_weight=1.0,
+            ibot_weight=1.0,
+            spread="koleo",
+            spread_weight=0.1,
+            centring="centre",
+            student_temperature=0.1,
+            teacher_temperature=0.07,
+            teacher_temperature_start=0.04,
+            teacher_temperature_warmup=0,
+            teacher_momentum=0.99,
+            teacher_momentum_final=1.0,
+        )
 
 
 def begun(where: Path | str, **changes: object) -> tuple[DINOv2, list[str]]:
@@ -133,8 +162,10 @@ def test_a_dinov2_file_gives_exactly_its_weights_and_its_grid_is_resampled_aloud
     encoder = source(image_size=64, position_antialias=False, position_offset=0.1)
     path = tmp_path / f"dinov2.{suffix}"
     weights = dinov2.write_dinov2(encoder)
-    save_file(weights, path) if suffix == "safetensors" else torch.save(
-        {"teacher": {f"backbone.{k}": v for k, v in weights.items()}}, path
+    (
+        save_file(weights, path)
+        if suffix == "safetensors"
+        else torch.save({"teacher": {f"backbone.{k}": v for k, v in weights.items()}}, path)
     )
     started, said = begun(path)
     expected = dict(encoder.state_dict())
@@ -275,7 +306,11 @@ def test_why_a_file_cannot_be_read_is_said_in_our_words(tmp_path: Path, content:
         path.write_bytes(content)
     else:
         torch.save({"cls_token": torch.ones(2), "args": content}, path)
-    readers = (lambda: init.find_encoder(str(path)), lambda: import_features(path), lambda: load_slide_encoder(str(path), "cpu"))  # fmt: skip
+    readers = (
+        lambda: init.find_encoder(str(path)),
+        lambda: import_features(path),
+        lambda: load_slide_encoder(str(path), "cpu"),
+    )
     for read in readers:
         with pytest.raises(Fault) as refused:
             read()

@@ -205,7 +205,11 @@ def test_a_figure_may_be_a_plain_number_or_a_tensor_of_one() -> None:
     one = torch.ones((), requires_grad=True)
     objective.loss = lambda *_: (one, {"a": 0.5, "b": 3, "c": torch.tensor([2.0])})  # type: ignore[method-assign]
     _, figures = loss_of(objective, None, Moment(0, 1, 0))
-    assert {name: (value.item(), value.dim()) for name, value in figures.items()} == {"a": (0.5, 0), "b": (3, 0), "c": (2, 0)}  # fmt: skip
+    assert {name: (value.item(), value.dim()) for name, value in figures.items()} == {
+        "a": (0.5, 0),
+        "b": (3, 0),
+        "c": (2, 0),
+    }
     objective.look = lambda *_: {"a": torch.tensor(0.5), "b": 3}  # type: ignore[method-assign, assignment]
     assert look_of(objective, [], Moment(0, 1, 0)) == {"a": 0.5, "b": 3.0}
     objective.look = lambda *_: {"a": torch.ones(2)}  # type: ignore[method-assign, assignment]
@@ -283,5 +287,7 @@ def test_a_plugins_names_that_look_like_numbers_stay_as_they_were_typed(
     words: list[str], setting: str, found: object
 ) -> None:
     assert getattr(load("tile", ["run=a", *words]).object().data, setting) == found
-    launch = load("tile", ["run=a", "launch=slurm", "launch.partition=1_0", "launch.after=[4_7]", "launch.nodes=1_0"]).launch  # fmt: skip
+    launch = load(
+        "tile", ["run=a", "launch=slurm", "launch.partition=1_0", "launch.after=[4_7]", "launch.nodes=1_0"]
+    ).launch
     assert (launch["partition"], launch["after"], launch["nodes"]) == ("1_0", ["4_7"], 10)

@@ -51,7 +51,8 @@ class TwoHalves(SlideObjective):
 '''
 
 DETAIL = '''
-"""DINOv2 whose student also sees a tile's details, a third kind of view, and whose patches are all to agree with their tile."""
+"""DINOv2 whose student also sees a tile's details, a third kind of view, and whose patches are all to agree with
+their tile."""
 
 import torch.nn.functional as F
 
@@ -103,7 +104,9 @@ def test_a_second_slide_objective_trains_resumes_and_is_planned_and_reported(
     small = [word for word in SMALL if not word.startswith("objective.")]
     steps = [*small, "optim.warmup_steps=1", "trainer.checkpoint_every=2", *mine]
     run_command_line(slide_words(tmp_path / "run", store, "optim.steps=3", "optim.schedule_steps=5", *steps))
-    run_command_line(slide_words(tmp_path / "run", store, "optim.steps=5", "optim.schedule_steps=5", "allow_changes=true", *steps))  # fmt: skip
+    run_command_line(
+        slide_words(tmp_path / "run", store, "optim.steps=5", "optim.schedule_steps=5", "allow_changes=true", *steps)
+    )
     run_command_line(slide_words(tmp_path / "whole", store, "optim.steps=5", "optim.schedule_steps=5", *steps))
     assert losses(tmp_path / "run") == losses(tmp_path / "whole") and len(losses(tmp_path / "run")) == 5
     assert [line["step"] for line in read_metrics(tmp_path / "whole") if "retrieved" in line] == [2, 4, 5]

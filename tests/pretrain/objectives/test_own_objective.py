@@ -15,7 +15,15 @@ from pretrain.training.sharding import materialise
 from tests.pretrain.objectives.pairwise_objective import Pairwise
 from tests.pretrain.objectives.tile_objectives import batch, encoder
 
-SIZES = {"image_size": 16, "patch_size": 4, "width": 16, "depth": 1, "heads": 2, "feed_forward_width": 32, "layer_scale": 1.0}  # fmt: skip
+SIZES = {
+    "image_size": 16,
+    "patch_size": 4,
+    "width": 16,
+    "depth": 1,
+    "heads": 2,
+    "feed_forward_width": 32,
+    "layer_scale": 1.0,
+}
 
 
 def make(way: str = "index") -> Pairwise:
@@ -89,8 +97,10 @@ def test_a_chosen_objective_drops_what_the_recipe_sets_of_another_one_and_says_w
 ) -> None:
     composed = load("tile", ["objective=own", "objective.width=4"], [own])
     assert dict(composed.tree.objective) == {
-        "_target_": "tests.pretrain.objectives.pairwise_objective.Pairwise", "width": 4, "way": "index",
-    }  # fmt: skip
+        "_target_": "tests.pretrain.objectives.pairwise_objective.Pairwise",
+        "width": 4,
+        "way": "index",
+    }
     assert "objective.group_size" in composed.left_out and "objective.hidden" in composed.left_out
     assert composed.tree.optim.lr == load("tile", []).tree.optim.lr  # the rest of the recipe stays
     run_command_line(["tile", "objective=own", "--config-dir", str(own), "--cfg", "job"])

@@ -43,21 +43,46 @@ def waves(folder: Path, slides: int, side: int = 12) -> EmbeddingStore:
 def sequences(tmp_path_factory) -> SlideSequences:
     store = waves(tmp_path_factory.mktemp("store"), 64)
     return SlideSequences(
-        store, Statistics.of(store), batch_size=8, batch_tokens=None, lanes=4, seed=0, field_cells=0, validation_fraction=0.25, crop=1.0,
-        shift_grid=0, flip=0.0, mask="random", mask_ratio=0.75, block_cells=3,
-    )  # fmt: skip
+        store,
+        Statistics.of(store),
+        batch_size=8,
+        batch_tokens=None,
+        lanes=4,
+        seed=0,
+        field_cells=0,
+        validation_fraction=0.25,
+        crop=1.0,
+        shift_grid=0,
+        flip=0.0,
+        mask="random",
+        mask_ratio=0.75,
+        block_cells=3,
+    )
 
 
 def objective(weighting: str = "slide", dropout: float = 0.0, width: int = 32) -> SlideMAE:
     def encoder() -> LongNet:
         return LongNet(
-            input_width=WIDTH, width=width, depth=2, heads=4, feed_forward_width=2 * width, segment_lengths=[64, 256],
-            dilated_ratios=[1, 2], dropout=dropout, drop_path=0.0, compatible=False,
-        )  # fmt: skip
+            input_width=WIDTH,
+            width=width,
+            depth=2,
+            heads=4,
+            feed_forward_width=2 * width,
+            segment_lengths=[64, 256],
+            dilated_ratios=[1, 2],
+            dropout=dropout,
+            drop_path=0.0,
+            compatible=False,
+        )
 
     built = SlideMAE(
-        encoder, decoder_width=width, decoder_depth=2, decoder_heads=4, decoder_feed_forward_width=2 * width, weighting=weighting
-    )  # fmt: skip
+        encoder,
+        decoder_width=width,
+        decoder_depth=2,
+        decoder_heads=4,
+        decoder_feed_forward_width=2 * width,
+        weighting=weighting,
+    )
     initialise(built, seed=0)
     return built
 
@@ -104,10 +129,18 @@ def test_weighting_counts_slides_or_masked_tiles():
     """Two slides with 3 and 1 masked tiles; the prediction is what the model says, the error recomputed by hand."""
     random = torch.Generator().manual_seed(0)
     batch = SlideBatch(
-        embeddings=torch.randn(8, WIDTH, generator=random), cells=torch.tensor([[i % 4, i // 4] for i in range(8)]), lengths=[4, 4],
-        visible=torch.tensor([0, 4, 5, 6]), visible_lengths=[1, 3], masked=torch.tensor([1, 2, 3, 7]), masked_lengths=[3, 1],
-        mean=torch.full((WIDTH,), 0.5), std=torch.full((WIDTH,), 2.0), positions=[0, 1], slides=["a", "b"],
-    )  # fmt: skip
+        embeddings=torch.randn(8, WIDTH, generator=random),
+        cells=torch.tensor([[i % 4, i // 4] for i in range(8)]),
+        lengths=[4, 4],
+        visible=torch.tensor([0, 4, 5, 6]),
+        visible_lengths=[1, 3],
+        masked=torch.tensor([1, 2, 3, 7]),
+        masked_lengths=[3, 1],
+        mean=torch.full((WIDTH,), 0.5),
+        std=torch.full((WIDTH,), 2.0),
+        positions=[0, 1],
+        slides=["a", "b"],
+    )
     for weighting in ("slide", "token"):
         result = objective(weighting)(batch, None)
         wanted = (batch.embeddings[batch.masked] - 0.5) / 2

@@ -14,9 +14,13 @@ from pretrain.objectives.tile_batch import TileBatch
 
 GLOBAL, LOCAL, PATCH = 16, 8, 4
 TEACHING = {
-    "student_temperature": 0.1, "teacher_temperature": 0.07, "teacher_temperature_start": 0.04, "teacher_temperature_warmup": 0,
-    "teacher_momentum": 0.9, "teacher_momentum_final": 1.0,
-}  # fmt: skip
+    "student_temperature": 0.1,
+    "teacher_temperature": 0.07,
+    "teacher_temperature_start": 0.04,
+    "teacher_temperature_warmup": 0,
+    "teacher_momentum": 0.9,
+    "teacher_momentum_final": 1.0,
+}
 HEAD = {"prototypes": 24, "bottleneck": 8, "hidden": 16, "head_layers": 2}
 
 
@@ -47,9 +51,18 @@ def dinov2(centring: str = "sinkhorn", drop_path: float = 0.0, **settings: objec
 
 def unfilled_dinov2(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DINOv2:
     values = {
-        **TEACHING, **HEAD, "group_size": 2, "separate_ibot_head": True, "ibot_prototypes": 20, "ibot_bottleneck": 8, "dino_weight": 1.0,
-        "ibot_weight": 1.0, "spread": "koleo", "spread_weight": 0.1, "centring": "sinkhorn",
-    }  # fmt: skip
+        **TEACHING,
+        **HEAD,
+        "group_size": 2,
+        "separate_ibot_head": True,
+        "ibot_prototypes": 20,
+        "ibot_bottleneck": 8,
+        "dino_weight": 1.0,
+        "ibot_weight": 1.0,
+        "spread": "koleo",
+        "spread_weight": 0.1,
+        "centring": "sinkhorn",
+    }
     return DINOv2(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 

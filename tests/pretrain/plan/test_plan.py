@@ -70,7 +70,13 @@ def test_the_samples_that_stochastic_depth_keeps_are_planned_as_they_are_drawn()
 
 def test_operations_are_those_of_the_formulas() -> None:
     width, depth, hidden, tiles = 96, 3, 384, 8
-    run, _ = shape_of("recipe=small_mae", f"model.width={width}", f"model.depth={depth}", f"model.feed_forward_width={hidden}", f"data.batch_size={tiles}")  # fmt: skip
+    run, _ = shape_of(
+        "recipe=small_mae",
+        f"model.width={width}",
+        f"model.depth={depth}",
+        f"model.feed_forward_width={hidden}",
+        f"data.batch_size={tiles}",
+    )
     flops = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False).flops
     visible = 1 + int(36 * 0.25)  # of 6 × 6 patches, and the class token
     linear = 2 * tiles * visible * depth * (4 * width**2 + 2 * width * hidden)
@@ -118,7 +124,16 @@ def test_the_first_process_holds_the_larger_part_of_what_does_not_divide() -> No
 
 def test_pace_is_operations_over_what_is_used_of_the_peak() -> None:
     found = Estimate(samples=6, flops={("a", "forward"): 3 * 10**12}, held={}, highest={})  # type: ignore[arg-type]
-    speed = pace(found, peak=100e12, utilisation=0.3, dollars_per_hour=2.0, steps=36_000, nodes=2, processes_per_node=4, sample=(0.5, 0.01))  # fmt: skip
+    speed = pace(
+        found,
+        peak=100e12,
+        utilisation=0.3,
+        dollars_per_hour=2.0,
+        steps=36_000,
+        nodes=2,
+        processes_per_node=4,
+        sample=(0.5, 0.01),
+    )
     assert speed.step_seconds == pytest.approx(0.1) and speed.per_second == pytest.approx(480)
     assert (speed.hours, speed.gpu_hours, speed.dollars) == pytest.approx((1.0, 8.0, 16.0))
     assert (speed.megabytes_per_second, speed.cores) == pytest.approx((120.0, 2.4))
@@ -185,7 +200,17 @@ SLIDE = (
 
 
 def test_evaluation_is_counted_and_said() -> None:
-    words = ("hardware=cpu", "optim.steps=10", "optim.warmup_steps=4", "trainer.checkpoint_every=4", "data.validation_fraction=0.25", "slides.width=48", "slides.tiles=60", "slides.largest=60", "slides.count=40")  # fmt: skip
+    words = (
+        "hardware=cpu",
+        "optim.steps=10",
+        "optim.warmup_steps=4",
+        "trainer.checkpoint_every=4",
+        "data.validation_fraction=0.25",
+        "slides.width=48",
+        "slides.tiles=60",
+        "slides.largest=60",
+        "slides.count=40",
+    )
     found = make_plan(planned(*SLIDE, *words))
     assert (found["evaluation"]["times"], found["evaluation"]["samples"]) == (3, 10)  # after steps 4, 8 and the last
     run = run_shape(compose_run([*SLIDE, "data.crop=1"], []), Slides(48, 60, 60))
@@ -202,7 +227,15 @@ def test_evaluation_is_counted_and_said() -> None:
 
 
 def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:
-    words = ("recipe=small", "hardware=cpu", "optim.steps=1000", "trainer.checkpoint_every=300", "watch.every=100", "watch.probe=tiles", "watch.probe_images=700")  # fmt: skip
+    words = (
+        "recipe=small",
+        "hardware=cpu",
+        "optim.steps=1000",
+        "trainer.checkpoint_every=300",
+        "watch.every=100",
+        "watch.probe=tiles",
+        "watch.probe_images=700",
+    )
     found = make_plan(planned(*words))
     judged, run = found["evaluation"], run_shape(compose_run(list(words[:1]), []), Slides(1, 1, 1))
     assert (judged["times"], judged["samples"], judged["looks"]) == (
@@ -223,8 +256,8 @@ def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:
     pace = found["pace"]
     assert pace["hours"] == pytest.approx(1000 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
     assert (
-        "4 checkpoints (trainer.checkpoint_every=), at each a forward of 700 labelled tiles (watch.probe_images=); 10 looks"
-        in plan_table(found)
+        "4 checkpoints (trainer.checkpoint_every=), at each a forward of 700 labelled tiles (watch.probe_images=); 10"
+        " looks" in plan_table(found)
     )
     judged["samples"] = 0
     assert "are evaluation: no watch.probe; 10 looks (watch.every=)" in plan_table(found)
@@ -271,7 +304,16 @@ def test_sharing_slides_is_a_remedy_of_the_slide_stage() -> None:
 
 @pytest.mark.slow
 def test_midnight_at_full_size_fits_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_command_line(["plan", "recipe=midnight", "trainer.precision=bf16", "launch.nodes=4", "launch.gpus_per_node=8", f"out={tmp_path / 'plan.json'}"])  # fmt: skip
+    run_command_line(
+        [
+            "plan",
+            "recipe=midnight",
+            "trainer.precision=bf16",
+            "launch.nodes=4",
+            "launch.gpus_per_node=8",
+            f"out={tmp_path / 'plan.json'}",
+        ]
+    )
     text = capsys.readouterr().out
     assert "It fits" in text and "computed and not measured" in text and "20% of the peak" in text
     found = json.loads((tmp_path / "plan.json").read_text())["computed"]
@@ -282,7 +324,9 @@ def test_midnight_at_full_size_fits_and_says_so(tmp_path: Path, capsys: pytest.C
     # A forward pass is two operations for each weight and token; a backward twice that, on six tenths of the samples.
     tokens = 2 * 257 + 8 * 50
     weights = 40 * (4 * 1536**2 + 3 * 1536 * 4096)
-    assert found["flops_per_sample"]["encoder blocks, linear maps, forward"] == pytest.approx(2 * tokens * 0.6 * weights, rel=0.05)  # fmt: skip
+    assert found["flops_per_sample"]["encoder blocks, linear maps, forward"] == pytest.approx(
+        2 * tokens * 0.6 * weights, rel=0.05
+    )
 
 
 @pytest.mark.slow
@@ -314,7 +358,9 @@ def test_a_slip_is_answered_with_the_nearest_setting_of_the_plan_or_of_the_run()
 def test_every_recipe_can_be_planned_at_full_size(name: str) -> None:
     lanes = recipes.compose_recipe(name).tree.data.lanes
     nodes, gpus = (lanes // 8, 8) if lanes % 8 == 0 else (1, lanes)
-    found = make_plan(planned(f"recipe={name}", "trainer.precision=bf16", f"launch.nodes={nodes}", f"launch.gpus_per_node={gpus}"))  # fmt: skip
+    found = make_plan(
+        planned(f"recipe={name}", "trainer.precision=bf16", f"launch.nodes={nodes}", f"launch.gpus_per_node={gpus}")
+    )
     assert found["peak_bytes"] > 0 and found["pace"]["hours"] > 0
 
 

@@ -16,16 +16,21 @@ ELSEWHERE = {
     "data/shared_memory.py": {"_new_shared"},  # a tensor's memory between processes, before any is shared
     "models/attention_kernels.py": {"_flash_attention_forward", "_flash_attention_backward"},
     "models/attention_statistics.py": {
-        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
-        "_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward",
-        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_efficient_attention_backward",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_backward",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_efficient_attention_backward",
     },
     "pretrain/objectives/teacher.py": {"_foreach_lerp_"},
     "pretrain/training/optimisation.py": {"_foreach_norm", "_foreach_mul_"},
     "pretrain/plan/rehearsal.py": {
-        "_local_scalar_dense", "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_flash_attention_for_cpu_backward",
+        "_local_scalar_dense",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
     },
-}  # fmt: skip
+}
 
 
 def private_names(source: str) -> set[str]:

@@ -152,9 +152,14 @@ def written(road: Path, folder: Path | None = None, **given: str) -> str:
 def test_the_page_of_a_whole_road_has_every_section_and_nothing_missing(road):
     reader = Reader(written(road))
     assert reader.headings == [
-        "Slides and tiles", "What the network saw", "Training the tile encoder", "What the encoder sees in a slide", "Probe scores",
-        "Training the slide encoder", "How it was made",
-    ]  # fmt: skip
+        "Slides and tiles",
+        "What the network saw",
+        "Training the tile encoder",
+        "What the encoder sees in a slide",
+        "Probe scores",
+        "Training the slide encoder",
+        "How it was made",
+    ]
     assert not reader.open
 
 

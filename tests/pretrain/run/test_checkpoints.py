@@ -247,12 +247,20 @@ def test_a_save_beside_training_goes_from_any_number_of_processes_to_any_other(t
     for step, (processes, replicas) in enumerate([(1, 1), (2, 1), (4, 1), (1, 1), (4, 2), (2, 1), (4, 2), (1, 1)]):
         running = [
             subprocess.Popen(
-                [sys.executable, root / "tests" / "pretrain" / "training" / "sharded_saving.py", tmp_path, str(step), str(replicas)],
+                [
+                    sys.executable,
+                    root / "tests" / "pretrain" / "training" / "sharded_saving.py",
+                    tmp_path,
+                    str(step),
+                    str(replicas),
+                ],
                 env=os.environ | {"RANK": str(rank), "WORLD_SIZE": str(processes), "PYTHONPATH": str(root)},
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
             )
             for rank in range(processes)
-        ]  # fmt: skip
+        ]
         ended = [process.communicate(timeout=200)[0] for process in running]
         assert checkpoints.newest(tmp_path) == checkpoints.folder(tmp_path) / f"step-{step:08d}", "\n".join(ended)
         assert not any("AssertionError" in output for output in ended), "\n".join(ended)

@@ -285,7 +285,8 @@ def test_a_signal_after_the_end_makes_no_failure_of_a_run_that_is_done(tmp_path:
         "import atexit, os, signal, sys, types\n"
         "from pretrain import __main__ as door\n"
         "sys.argv = ['pretrain', 'tile']\n"
-        "door.importlib = types.SimpleNamespace(import_module=lambda name: types.SimpleNamespace(run_command_line=lambda words: None, say_defect=None, show_warning=None))\n"
+        "door.importlib = types.SimpleNamespace(import_module=lambda name:"
+        " types.SimpleNamespace(run_command_line=lambda words: None, say_defect=None, show_warning=None))\n"
         "class Late:\n"
         "    def __del__(self):\n"  # in the interpreter's last moments, when its handlers are gone
         "        os.kill(os.getpid(), signal.SIGUSR1); os.kill(os.getpid(), signal.SIGTERM)\n"

@@ -85,8 +85,9 @@ def test_what_a_full_disk_refuses_is_said_once_and_written_when_there_is_room(
 
 def test_off_writes_nothing_and_imports_nothing(tmp_path: Path) -> None:
     program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, '.'); from tests.pretrain.run.test_record import config, mirror_of;"
-        f"w = mirror_of(Path({str(tmp_path)!r}), config('off')); w.log_metrics({{'loss': 1.0}}, 1); w.close(); assert 'wandb' not in sys.modules"
+        "import sys; from pathlib import Path; sys.path.insert(0, '.'); from tests.pretrain.run.test_record import"
+        f" config, mirror_of;w = mirror_of(Path({str(tmp_path)!r}), config('off')); w.log_metrics({{'loss': 1.0}}, 1);"
+        " w.close(); assert 'wandb' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", program], check=True, cwd=Path(__file__).resolve().parents[3])
     assert list(tmp_path.iterdir()) == []
@@ -141,12 +142,11 @@ def test_a_mirror_that_breaks_is_said_once_and_stops_nothing(
 @pytest.mark.slow
 def test_a_signal_to_every_process_leaves_the_run_alive_without_its_mirror(tmp_path: Path) -> None:
     script = (
-        "import os, signal, sys, time; os.environ.pop('WANDB_SERVICE', None); from pathlib import Path; sys.path.insert(0, '.')\n"
-        "from tests.pretrain.run.test_record import config, mirror_of\n"
-        f"w = mirror_of(Path({str(tmp_path)!r}), config('offline')); w.log_metrics({{'loss': 1.0}}, 1)\n"
-        "for child in Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split():\n"
-        "    os.kill(int(child), signal.SIGTERM)\n"
-        "time.sleep(2); w.log_metrics({'loss': 1.0}, 2); w.close(); print('alive')"
+        "import os, signal, sys, time; os.environ.pop('WANDB_SERVICE', None); from pathlib import Path;"
+        " sys.path.insert(0, '.')\nfrom tests.pretrain.run.test_record import config, mirror_of\nw ="
+        f" mirror_of(Path({str(tmp_path)!r}), config('offline')); w.log_metrics({{'loss': 1.0}}, 1)\nfor child in"
+        " Path(f'/proc/{os.getpid()}/task/{os.getpid()}/children').read_text().split():\n    os.kill(int(child),"
+        " signal.SIGTERM)\ntime.sleep(2); w.log_metrics({'loss': 1.0}, 2); w.close(); print('alive')"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert "alive" in done.stdout and "what follows is in metrics.jsonl only" in done.stderr, done.stderr

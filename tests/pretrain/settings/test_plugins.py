@@ -17,7 +17,10 @@ from pretrain.encoders import init
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 
-MODULE = "from pathlib import Path\nfrom models.vit import VisionTransformer\nPath({mark!r}).touch()\nclass Theirs(VisionTransformer):\n    pass\n"
+MODULE = (
+    "from pathlib import Path\nfrom models.vit import VisionTransformer\nPath({mark!r}).touch()\nclass"
+    " Theirs(VisionTransformer):\n    pass\n"
+)
 
 
 @pytest.fixture
@@ -79,7 +82,9 @@ def test_a_runs_folder_names_no_code_but_ours_and_what_is_allowed_by_name(
     assert theirs.exists()
 
 
-def test_what_is_allowed_is_not_taken_from_the_current_folder_by_accident(theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+def test_what_is_allowed_is_not_taken_from_the_current_folder_by_accident(
+    theirs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path / "code")
     for entry in ("", str(tmp_path / "code")):  # 'python -m', and PYTHONPATH=:
         monkeypatch.setattr(sys, "path", [entry, *sys.path])

@@ -33,9 +33,14 @@ class Outer:
 
 
 GOOD: dict[str, Any] = {
-    "count": 1, "jobs": ["1", "22"], "inner": {"share": 0.5}, "many": {"a": {"share": 0}}, "free": -1, "settings": {"a": 0},
+    "count": 1,
+    "jobs": ["1", "22"],
+    "inner": {"share": 0.5},
+    "many": {"a": {"share": 0}},
+    "free": -1,
+    "settings": {"a": 0},
     "model": {"_target_": "tests.pretrain.settings.test_ranges.Plugged", "depth": 1, "name": "x"},
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(

@@ -175,7 +175,8 @@ def test_a_mistake_inside_a_users_recipe_is_refused_too(tmp_path: Path) -> None:
 
 def test_a_new_model_is_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "own_model.py").write_text(
-        "from torch import nn\nclass Mine(nn.Module):\n    def __init__(self, *, size: int, patch_size: int):\n        super().__init__()\n"
+        "from torch import nn\nclass Mine(nn.Module):\n    def __init__(self, *, size: int, patch_size: int):\n       "
+        " super().__init__()\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "model").mkdir()

@@ -20,7 +20,26 @@ def test_what_is_quoted_is_read_back_whatever_it_is(value: str) -> None:
     assert OverridesParser.create().parse_override(f"run={quoted(value)}").value() == value
 
 
-NAMES = ["Müller", "张三", "a b", "a (2)", "a=b", "run(1)=ä ~", "2024_01", "007", "1e3", "true", "it's", 'a"b', "x\\y", "a:b;c", "*", "100%", "a&b", "a|b"]  # fmt: skip
+NAMES = [
+    "Müller",
+    "张三",
+    "a b",
+    "a (2)",
+    "a=b",
+    "run(1)=ä ~",
+    "2024_01",
+    "007",
+    "1e3",
+    "true",
+    "it's",
+    'a"b',
+    "x\\y",
+    "a:b;c",
+    "*",
+    "100%",
+    "a&b",
+    "a|b",
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,8 +57,10 @@ def test_the_home_folders_sign_is_the_home_folder(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setenv("HOME", "/homes/me")
     config = load("tile", ["run=~/runs/a", "data.shards=[~/tiles,b,Müller 2]", "watch.probe=~"]).object()
     assert (config.run, config.data.shards, config.watch.probe) == (
-        "/homes/me/runs/a", ["/homes/me/tiles", "b", "Müller 2"], "/homes/me",
-    )  # fmt: skip
+        "/homes/me/runs/a",
+        ["/homes/me/tiles", "b", "Müller 2"],
+        "/homes/me",
+    )
     assert load("tile", ["run=~other", "data.shards=a~b"]).object().data.shards == ["a~b"]
 
 

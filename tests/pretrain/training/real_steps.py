@@ -121,7 +121,8 @@ class Step:
         return sum(local_shard(tensor).nbytes for tensor in tensors)
 
     def peak(self) -> int:
-        """Bytes at the highest moment of the second step: what is held, and what the allocator has given out besides."""
+        """Bytes at the highest moment of the second step: what is held, and what the allocator has given out
+        besides."""
         self()
         self.optimiser.zero_grad()
         held = self.held()

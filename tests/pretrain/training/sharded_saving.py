@@ -26,18 +26,26 @@ def fill(model: nn.Module, optimiser: torch.optim.Optimizer, step: int) -> None:
         for offset, tensor in ((0, parameter), (0.25, state["exp_avg"]), (0.5, state["exp_avg_sq"])):
             whole = torch.arange(parameter.numel()).view(parameter.shape) + number + offset + 1000 * step
             with torch.no_grad():
-                tensor.copy_(torch.distributed.tensor.distribute_tensor(whole.float(), tensor.device_mesh, tensor.placements))  # fmt: skip
+                tensor.copy_(
+                    torch.distributed.tensor.distribute_tensor(whole.float(), tensor.device_mesh, tensor.placements)
+                )
 
 
 def values(model: nn.Module, optimiser: torch.optim.Optimizer) -> list[Tensor]:
-    tensors = [tensor for parameter in model.parameters() for tensor in (parameter, *(optimiser.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")))]  # fmt: skip
+    tensors = [
+        tensor
+        for parameter in model.parameters()
+        for tensor in (parameter, *(optimiser.state[parameter][name] for name in ("exp_avg", "exp_avg_sq")))
+    ]
     return [tensor.full_tensor().detach().clone() for tensor in tensors]
 
 
 def main() -> None:
     folder, step, replicas = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
     world = int(os.environ["WORLD_SIZE"])
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous-{step}", rank=int(os.environ["RANK"]), world_size=world)  # fmt: skip
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous-{step}", rank=int(os.environ["RANK"]), world_size=world
+    )
     shape, names = ((world,), ("shard",)) if replicas == 1 else ((replicas, world // replicas), ("replicate", "shard"))
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=names)
     model = nn.Sequential(nn.Linear(7, 5), nn.Linear(5, 257, bias=False))  # which no number of processes divides evenly

@@ -104,9 +104,21 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
         return tiles
     store = EmbeddingStore.open(folder / "embeddings")
     sequences = SlideSequences(
-        store, Statistics.of(store), batch_size=16, batch_tokens=None, lanes=8, seed=0, field_cells=0, validation_fraction=0.0,
-        crop=0.875, shift_grid=10, flip=0.5, mask="random", mask_ratio=0.75, block_cells=3,
-    )  # fmt: skip
+        store,
+        Statistics.of(store),
+        batch_size=16,
+        batch_tokens=None,
+        lanes=8,
+        seed=0,
+        field_cells=0,
+        validation_fraction=0.0,
+        crop=0.875,
+        shift_grid=10,
+        flip=0.5,
+        mask="random",
+        mask_ratio=0.75,
+        block_cells=3,
+    )
 
     def slides(step: int) -> list[tuple[Any, int]]:
         parts = [sequences.batch(step, i, shares) for i in mine]

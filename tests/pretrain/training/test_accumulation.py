@@ -25,7 +25,8 @@ MAKERS: dict[str, tuple[Callable[[], Objective], tuple[int, int]]] = {
 def after_steps(
     make: Callable[[], Objective], views: tuple[int, int], tiles_each: int, steps: int = 3
 ) -> tuple[dict[str, Tensor], list[float]]:
-    """All weights, teacher and centres included, and the losses of some whole steps in micro-batches of ``tiles_each``."""
+    """All weights, teacher and centres included, and the losses of some whole steps in micro-batches of
+    ``tiles_each``."""
     objective, losses = make().double(), []
     optimiser = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
     for step in range(steps):

@@ -44,22 +44,49 @@ STEPS = {
     "dinov2": ("none", 1, DINOV2),
     "dinov2 wider, checkpointed": ("full", 1, (*DINOV2, *WIDER)),
     "dinov2 of long crops, checkpointed in part": ("selective", 1, (*DINOV2, "data.crops.global_size=192")),
-    "dinov2 of crops that attend by a kernel": ("full", 1, (*DINOV2, "model.depth=2", "data.crops.global_size=368", "data.crops.local_count=0")),
-    "dinov2 with another head and more views": ("none", 1, (*DINOV2, "objective.separate_ibot_head=true", "objective.ibot_prototypes=2048", "data.crops.local_count=8")),
+    "dinov2 of crops that attend by a kernel": (
+        "full",
+        1,
+        (*DINOV2, "model.depth=2", "data.crops.global_size=368", "data.crops.local_count=0"),
+    ),
+    "dinov2 with another head and more views": (
+        "none",
+        1,
+        (*DINOV2, "objective.separate_ibot_head=true", "objective.ibot_prototypes=2048", "data.crops.local_count=8"),
+    ),
     "dinov2 with stochastic depth": ("full", 1, (*DINOV2, "data.batch_size=16", "model.drop_path=0.4")),
-    "dinov2 with stochastic depth and no layer scale": ("full", 1, (*DINOV2, "data.batch_size=16", "model.drop_path=0.4", "model.layer_scale=0")),
+    "dinov2 with stochastic depth and no layer scale": (
+        "full",
+        1,
+        (*DINOV2, "data.batch_size=16", "model.drop_path=0.4", "model.layer_scale=0"),
+    ),
     "dinov2 in two parts": ("none", 2, (*DINOV2, "objective.prototypes=4096")),
     "dinov2 in two parts, centred": ("none", 2, (*DINOV2, "objective.prototypes=4096", "objective.centring=centre")),
     "dino": ("none", 1, DINO),
     "dino wider, checkpointed": ("full", 2, (*DINO, *WIDER, "data.crops.local_count=6")),
-    "dino without local views": ("none", 1, (*DINO, "model.drop_path=0.3", "data.batch_size=16", "data.crops.local_count=0")),
+    "dino without local views": (
+        "none",
+        1,
+        (*DINO, "model.drop_path=0.3", "data.batch_size=16", "data.crops.local_count=0"),
+    ),
     "mae": ("none", 1, MAE),
     "mae wider, checkpointed": ("full", 2, (*MAE, *WIDER, "objective.mask_ratio=0.5", "objective.decoder_depth=4")),
     "slide_mae": ("none", 1, SLIDE_MAE),
     "slide_mae checkpointed": ("full", 1, SLIDE_MAE),
-    "slide_mae of gaps, with dropout": ("full", 1, (*SLIDE_MAE, "objective.decoder_start=token", "model.segment_lengths=[16,32,64]", "model.dilated_ratios=[1,4,16]", "model.dropout=0.1", "data.mask_ratio=0.5")),
+    "slide_mae of gaps, with dropout": (
+        "full",
+        1,
+        (
+            *SLIDE_MAE,
+            "objective.decoder_start=token",
+            "model.segment_lengths=[16,32,64]",
+            "model.dilated_ratios=[1,4,16]",
+            "model.dropout=0.1",
+            "data.mask_ratio=0.5",
+        ),
+    ),
     "slide_mae with stochastic depth": ("full", 1, (*SLIDE_MAE, "model.drop_path=0.2")),
-}  # fmt: skip
+}
 
 
 def test_every_objective_is_held_to_real_steps() -> None:
@@ -79,7 +106,18 @@ def test_a_step_costs_what_torchs_counter_counts(name: str) -> None:
 
 def test_slides_of_any_lengths_cost_what_real_steps_cost(tmp_path: Path) -> None:
     store = EmbeddingStore.open(write_wavy_slides(tmp_path, 7, columns=12, rows=12, fewer=19))
-    given = load("slide", ["run=a", "data.embeddings=b", "model.width=32", "data.batch_size=3", "data.batch_tokens=200", "data.lanes=1", "data.field_cells=0"]).object()  # fmt: skip
+    given = load(
+        "slide",
+        [
+            "run=a",
+            "data.embeddings=b",
+            "model.width=32",
+            "data.batch_size=3",
+            "data.batch_tokens=200",
+            "data.lanes=1",
+            "data.field_cells=0",
+        ],
+    ).object()
     sequences = sequences_of(store, Statistics.of(store), given.data, seed=0)
     with one_process():
         with torch.device("meta"):
@@ -131,8 +169,17 @@ def test_what_a_class_inherits_is_not_taken_for_its_own() -> None:
 
 
 def test_training_does_without_the_plan() -> None:
-    code = "import sys, pretrain.commands.tile, pretrain.commands.slide; print([name for name in sys.modules if name.startswith('pretrain.plan')])"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)  # fmt: skip
+    code = (
+        "import sys, pretrain.commands.tile, pretrain.commands.slide; print([name for name in sys.modules if"
+        " name.startswith('pretrain.plan')])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
     assert done.stdout == "[]\n", done.stderr
 
 
@@ -148,7 +195,11 @@ def test_the_record_says_it_where_the_peak_is_known(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("one_thread")
 def test_the_record_of_slides_says_it_too(tmp_path: Path) -> None:
     store = write_wavy_slides(tmp_path / "embeddings", 6, columns=8, rows=6, fewer=6)
-    run_command_line(slide_words(tmp_path / "run", store, *SMALL, "optim.steps=2", "optim.warmup_steps=1", "trainer.peak_tflops=0.02"))  # fmt: skip
+    run_command_line(
+        slide_words(
+            tmp_path / "run", store, *SMALL, "optim.steps=2", "optim.warmup_steps=1", "trainer.peak_tflops=0.02"
+        )
+    )
     shares = [line["flop_utilisation"] for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert len(shares) == 2 and all(0 < share < 1 for share in shares)
 
@@ -175,8 +226,12 @@ def test_two_processes_can_do_twice_as_much(tmp_path: Path) -> None:
     both = [f"run={tmp_path / 'run'}", *words, "trainer.peak_tflops=0.02", "trainer.devices=2"]
     done = subprocess.run(
         [sys.executable, "-m", "pretrain", "tile", *both],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
     assert done.returncode == 0, done.stderr
     assert_share(tmp_path / "run", each_of_tiny(), 2 * 0.02e12)
 

@@ -30,12 +30,13 @@ def test_callbacks_and_loggers_of_lightning_s_and_of_ones_own_are_called(tile_sh
     SEEN.clear()
     run_command_line(
         command(
-            tile_shards, tmp_path / "run",
+            tile_shards,
+            tmp_path / "run",
             f"trainer.callbacks=[{{_target_:{__name__}.Counting,times:3}}]",
             f"trainer.loggers=[{{_target_:lightning.pytorch.loggers.TensorBoardLogger,save_dir:{tmp_path / 'board'}}},"
             f"{{_target_:lightning.pytorch.loggers.CSVLogger,save_dir:{tmp_path / 'csv'},flush_logs_every_n_steps:1}}]",
         )
-    )  # fmt: skip
+    )
     record = [line for line in read_metrics(tmp_path / "run") if "loss" in line]
     assert [(3, line["step"], pytest.approx(line["loss"])) for line in record] == SEEN and len(SEEN) == 6
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

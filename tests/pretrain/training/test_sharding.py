@@ -62,10 +62,15 @@ SETTINGS: list[dict[str, Any]] = [
     {"precision": "bf16", "accumulate": 2, "checkpointing": "selective"},
 ]
 MATRIX = [
-    *(Run(objective, **place, **settings) for objective in ("dinov2", "slide_mae") for settings in SETTINGS for place in PLACES),
+    *(
+        Run(objective, **place, **settings)
+        for objective in ("dinov2", "slide_mae")
+        for settings in SETTINGS
+        for place in PLACES
+    ),
     *(Run(objective, **place, checkpointing="full") for objective in ("dino", "mae") for place in PLACES),
     *(Run("slide_mae", 2, together=2, checkpointing=how) for how in ("none", "full", "selective")),
-]  # fmt: skip
+]
 
 
 def alone(run: Run) -> Run:
@@ -79,8 +84,12 @@ def do(folder: Path, tasks: Sequence[tuple[int, Callable[[Path], Any]]], limit: 
     (folder / "tasks.pkl").write_bytes(pickle.dumps(list(tasks)))
     done = subprocess.run(
         [sys.executable, "-m", "tests.pretrain.training.sharded_steps", str(folder)],
-        cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=limit,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=limit,
+    )
     assert done.returncode == 0, done.stderr[-5000:]
     return [
         [torch.load(folder / f"{number}-{rank}.pt", weights_only=False) for rank in range(world)]

@@ -13,7 +13,14 @@ from tests.pretrain.training.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[3]
 GROUP = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
-SMALL = ["model.width=32", "model.depth=2", "objective.decoder_width=32", "objective.decoder_depth=1", "data.batch_size=4", "data.field_cells=0"]  # fmt: skip
+SMALL = [
+    "model.width=32",
+    "model.depth=2",
+    "objective.decoder_width=32",
+    "objective.decoder_depth=1",
+    "data.batch_size=4",
+    "data.field_cells=0",
+]
 
 
 @pytest.fixture(scope="module")
@@ -33,9 +40,13 @@ def train(run: Path, store: Path, *settings: str) -> tuple[int, str]:
     ]
     done = subprocess.run(
         [sys.executable, "-m", "pretrain", "slide", *words, "trainer.accelerator=cpu", *SMALL, *settings],
-        cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
         timeout=250,
-    )  # fmt: skip
+    )
     return done.returncode, done.stdout
 
 

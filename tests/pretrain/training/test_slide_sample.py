@@ -131,11 +131,28 @@ def test_what_dinov2_s_colour_trains_tells_slides_less_than_what_no_colour_train
     for name, settings in (("strong", []), ("weak", weak)):
         for seed in (0, 1):
             run = tmp_path / f"{name}{seed}"
-            run_command_line([
-                "tile", "recipe=small", f"run={run}", f"data.shards={tiles}", f"seed={seed}", "optim.steps=800", "watch.every=100", "data.batch_size=16",
-                "data.threads=1", "trainer.accelerator=cpu", "model.image_size=48", "model.width=96", "model.depth=3", "model.feed_forward_width=192",
-                "data.crops.global_size=48", "data.crops.local_size=32", "data.crops.local_count=2", *settings,
-            ])  # fmt: skip
+            run_command_line(
+                [
+                    "tile",
+                    "recipe=small",
+                    f"run={run}",
+                    f"data.shards={tiles}",
+                    f"seed={seed}",
+                    "optim.steps=800",
+                    "watch.every=100",
+                    "data.batch_size=16",
+                    "data.threads=1",
+                    "trainer.accelerator=cpu",
+                    "model.image_size=48",
+                    "model.width=96",
+                    "model.depth=3",
+                    "model.feed_forward_width=192",
+                    "data.crops.global_size=48",
+                    "data.crops.local_size=32",
+                    "data.crops.local_count=2",
+                    *settings,
+                ]
+            )
             looks = [row["slide_knn"] for row in read_metrics(run) if "slide_knn" in row]
             found[name] += looks[len(looks) // 2 :]  # of 256 tiles each
     assert np.mean(found["strong"]) < np.mean(found["weak"]) - 0.03, found

@@ -22,7 +22,16 @@ from tests.pretrain.training.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[3]
 GROUP = {"MASTER_ADDR", "MASTER_PORT", "RANK", "WORLD_SIZE", "LOCAL_RANK", "NODE_RANK"}
-SMALL = ["model.width=32", "model.depth=2", "objective.decoder_width=32", "objective.decoder_depth=1", "data.batch_size=8", "data.batch_tokens=180", "data.lanes=2", "data.field_cells=0"]  # fmt: skip
+SMALL = [
+    "model.width=32",
+    "model.depth=2",
+    "objective.decoder_width=32",
+    "objective.decoder_depth=1",
+    "data.batch_size=8",
+    "data.batch_tokens=180",
+    "data.lanes=2",
+    "data.field_cells=0",
+]
 TWELVE = ["optim.steps=12", "optim.warmup_steps=12", "trainer.checkpoint_every=4", *SMALL]
 
 
@@ -44,8 +53,12 @@ def train(run: Path, store: Path, *settings: str) -> subprocess.Popen[str]:
     environment = {name: value for name, value in os.environ.items() if name not in GROUP}
     return subprocess.Popen(
         [sys.executable, "-m", "pretrain", *words(run, store, *settings)],
-        cwd=ROOT, env=environment | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        cwd=ROOT,
+        env=environment | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def finish(process: subprocess.Popen[str]) -> None:
@@ -102,8 +115,16 @@ def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else() -> None:
     assert changed <= {
         *(f"model.{name}" for name in ("width", "depth", "heads", "feed_forward_width")),
         *(f"objective.decoder_{name}" for name in ("width", "depth", "heads", "feed_forward_width")),
-        *("data.batch_size", "data.batch_tokens", "data.lanes", "data.validation_fraction", "optim.steps", "optim.warmup_steps", "optim.frozen_last_layer_steps"),
-    }  # fmt: skip
+        *(
+            "data.batch_size",
+            "data.batch_tokens",
+            "data.lanes",
+            "data.validation_fraction",
+            "optim.steps",
+            "optim.warmup_steps",
+            "optim.frozen_last_layer_steps",
+        ),
+    }
     assert smoke["optim.steps"] == 20 and smoke["model.width"] < full["model.width"]
 
 
@@ -137,8 +158,17 @@ def test_a_run_beats_the_nearest_neighbours_on_slides_whose_pattern_they_cannot_
             draw = rng("slide", number)
             values = draw.normal(size=16) / 2 + draw.choice([-1, 1]) * pattern + 0.3 * draw.normal(size=pattern.shape)
             writer.add(f"slide{number}", values, cells * 256, 256.0, 0.5)
-    small = [f"{part}={value}" for part, value in (("model.width", 32), ("model.depth", 2), ("model.dropout", 0.0), ("model.feed_forward_width", 64),
-             ("objective.decoder_width", 32), ("objective.decoder_feed_forward_width", 64))]  # fmt: skip
+    small = [
+        f"{part}={value}"
+        for part, value in (
+            ("model.width", 32),
+            ("model.depth", 2),
+            ("model.dropout", 0.0),
+            ("model.feed_forward_width", 64),
+            ("objective.decoder_width", 32),
+            ("objective.decoder_feed_forward_width", 64),
+        )
+    ]
     whole = [
         "data.field_cells=0",
         "data.crop=1.0",

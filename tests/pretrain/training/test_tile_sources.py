@@ -48,7 +48,16 @@ def losses(run: Path) -> list[float]:
 def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tissue_is_looked_for_once(
     folder: Path, tmp_path: Path
 ) -> None:
-    words = ["tile", *TINY, "data=online", f"data.slides={folder / 'slides'}", f"data.grids={tmp_path / 'grids'}", "data.mpp=[0.5,1.0]", "data.tile_size=32", "data.workers=1"]  # fmt: skip
+    words = [
+        "tile",
+        *TINY,
+        "data=online",
+        f"data.slides={folder / 'slides'}",
+        f"data.grids={tmp_path / 'grids'}",
+        "data.mpp=[0.5,1.0]",
+        "data.tile_size=32",
+        "data.workers=1",
+    ]
     run_command_line([*words, f"run={tmp_path / 'whole'}"])
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")}
     assert {path.parent.name for path in made} >= {"0.5um-32px", "1um-32px"}
@@ -79,7 +88,15 @@ def test_a_signal_while_tissue_is_looked_for_is_heeded_after_the_slide_and_the_n
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    words = [*TINY, "data=online", f"data.slides={folder / 'slides'}", f"data.grids={tmp_path / 'grids'}", "data.mpp=0.5", "data.tile_size=32", "data.workers=1"]  # fmt: skip
+    words = [
+        *TINY,
+        "data=online",
+        f"data.slides={folder / 'slides'}",
+        f"data.grids={tmp_path / 'grids'}",
+        "data.mpp=0.5",
+        "data.tile_size=32",
+        "data.workers=1",
+    ]
     looked, really = [], slide_survey.survey
 
     def looking(job: tuple[Path, str], **settings: Any) -> Any:
@@ -101,7 +118,7 @@ def test_a_signal_while_tissue_is_looked_for_is_heeded_after_the_slide_and_the_n
 
 def test_a_mixture_of_shards_slides_and_a_server_trains_in_its_shares(folder: Path, tmp_path: Path) -> None:
     with serving(folder) as server:
-        members = f"{{near:{{shards:{folder / 'a'},weight:2}},far:{{shards:'{server.url}/b',weight:1}},online:{{slides:{folder / 'slides'},grids:{tmp_path / 'grids'},tile_size:32,workers:1,mpp:0.5,weight:1}}}}"  # fmt: skip
+        members = f"{{near:{{shards:{folder / 'a'},weight:2}},far:{{shards:'{server.url}/b',weight:1}},online:{{slides:{folder / 'slides'},grids:{tmp_path / 'grids'},tile_size:32,workers:1,mpp:0.5,weight:1}}}}"
         words = [*TINY, "data=mixture", f"data.members={members}"]
         run_command_line(["tile", *words, f"run={tmp_path / 'run'}"])
         assert len(losses(tmp_path / "run")) == 6
@@ -167,13 +184,24 @@ def test_members_of_a_mixture_are_checked_when_composing_for_every_command_that_
 ) -> None:
     for command in ("tile", "doctor", "plan"):
         with pytest.raises(SystemExit) as ended:
-            run_command_line([command, "data=mixture", f"data.members={members}", *(["hardware=cpu"] if command == "plan" else ["run=r"])])  # fmt: skip
+            run_command_line(
+                [
+                    command,
+                    "data=mixture",
+                    f"data.members={members}",
+                    *(["hardware=cpu"] if command == "plan" else ["run=r"]),
+                ]
+            )
         said = capsys.readouterr()
         assert ended.value.code == 2 and sentence in said.err and not said.out
 
 
 def test_a_members_names_that_look_like_numbers_stay_as_they_were_typed() -> None:
-    words = ["run=r", "data=mixture", "data.members={a:{shards:[2024_01,b],weight:1e1},c:{slides:1e3,grids:007,mpp:0.50,weight:2}}"]  # fmt: skip
+    words = [
+        "run=r",
+        "data=mixture",
+        "data.members={a:{shards:[2024_01,b],weight:1e1},c:{slides:1e3,grids:007,mpp:0.50,weight:2}}",
+    ]
     found = {name: _member(name, member) for name, member in load("tile", words).object().data.members.items()}
     assert found["a"][0]["shards"] == ["2024_01", "b"] and found["a"][1] == 10.0
     one, weight = found["c"]

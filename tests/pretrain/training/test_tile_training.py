@@ -35,11 +35,29 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 ROOT = Path(__file__).resolve().parents[3]
 STEPS = 6
 TINY = [
-    "model.image_size=32", "model.patch_size=8", "model.width=48", "model.depth=2", "model.heads=2", "model.feed_forward_width=96",
-    "objective.group_size=4", "objective.prototypes=64", "objective.ibot_prototypes=64", "objective.bottleneck=16", "objective.hidden=48",
-    "data.batch_size=16", "data.lanes=4", "data.threads=1", "data.crops.global_size=32", "data.crops.local_size=16", "data.crops.local_count=2",
-    f"optim.steps={STEPS}", "optim.warmup_steps=2", "optim.frozen_last_layer_steps=1", "trainer.checkpoint_every=2", "trainer.accelerator=cpu",
-]  # fmt: skip
+    "model.image_size=32",
+    "model.patch_size=8",
+    "model.width=48",
+    "model.depth=2",
+    "model.heads=2",
+    "model.feed_forward_width=96",
+    "objective.group_size=4",
+    "objective.prototypes=64",
+    "objective.ibot_prototypes=64",
+    "objective.bottleneck=16",
+    "objective.hidden=48",
+    "data.batch_size=16",
+    "data.lanes=4",
+    "data.threads=1",
+    "data.crops.global_size=32",
+    "data.crops.local_size=16",
+    "data.crops.local_count=2",
+    f"optim.steps={STEPS}",
+    "optim.warmup_steps=2",
+    "optim.frozen_last_layer_steps=1",
+    "trainer.checkpoint_every=2",
+    "trainer.accelerator=cpu",
+]
 # The two ways through the objective: Sinkhorn over all ranks, and everything else that depends on how samples are
 # split.
 WAYS = {
@@ -287,9 +305,14 @@ def test_training_moves_the_student_and_the_teacher_follows_behind(uninterrupted
     name = "encoder.blocks.0.attn.qkv.weight"
     apart = (tensors[f"student.{name}"] - tensors[f"teacher.{name}"]).abs().max()
     assert apart > 1e-6
-    assert set(tensors) == {f"{side}.{rest}" for side in ("student", "teacher") for rest in (n.partition(".")[2] for n in tensors if n.startswith("student."))} | {
-        "dino_centre", "ibot_centre",
-    }  # fmt: skip
+    assert set(tensors) == {
+        f"{side}.{rest}"
+        for side in ("student", "teacher")
+        for rest in (n.partition(".")[2] for n in tensors if n.startswith("student."))
+    } | {
+        "dino_centre",
+        "ibot_centre",
+    }
 
 
 # Bad input ---------------------------------------------------------------------------------------------------------
@@ -547,9 +570,15 @@ def test_compiled_blocks_change_nothing_but_rounding(
 
 def test_a_lack_of_memory_is_a_sentence(tmp_path: Path) -> None:
     for error, said in (
-        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."), "can't allocate memory: you tried"),
+        (
+            RuntimeError(
+                "[enforce fail at alloc_cpu.cpp:124] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+                " allocate 9 bytes."
+            ),
+            "can't allocate memory: you tried",
+        ),
         (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB."), "CUDA out of memory. Tried"),
-    ):  # fmt: skip
+    ):
         fault = out_of_memory(tmp_path, error)
         assert fault is not None and f"there is not enough memory ({said}" in str(fault) and "none yet" in str(fault)
     assert out_of_memory(tmp_path, RuntimeError("size mismatch")) is None

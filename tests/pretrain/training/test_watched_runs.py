@@ -20,19 +20,31 @@ from tests.pretrain.training.test_watching import write_classes
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 TEACHING = [
-    "optim.steps=40", "trainer.checkpoint_every=20", "watch.every=10", "optim.warmup_steps=10", "optim.lr=1e-3", "objective.teacher_temperature=0.04",
-]  # fmt: skip
+    "optim.steps=40",
+    "trainer.checkpoint_every=20",
+    "watch.every=10",
+    "optim.warmup_steps=10",
+    "optim.lr=1e-3",
+    "objective.teacher_temperature=0.04",
+]
 COLLAPSE = {
     "the published KDE alone pulls features together": (
-        ["objective.spread=kde_as_published", "objective.spread_weight=1", "objective.dino_weight=0", "objective.ibot_weight=0",
-         "data.colour.jitter_probability=0", "data.colour.grey_probability=0", "data.colour.solarise_probability=[0,0,0]"],
+        [
+            "objective.spread=kde_as_published",
+            "objective.spread_weight=1",
+            "objective.dino_weight=0",
+            "objective.ibot_weight=0",
+            "data.colour.jitter_probability=0",
+            "data.colour.grey_probability=0",
+            "data.colour.solarise_probability=[0,0,0]",
+        ],
         {"parallel features"},
     ),
     "a teacher too hot to prefer anything": (
         ["objective.centring=centre", "objective.teacher_temperature=10", "objective.teacher_temperature_start=10"],
         {"same target", "uniform teacher"},
     ),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -84,8 +96,13 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
         tmp_path / "labelled", {"light": 13, "dark": 12}, gap=150
     )  # told apart from the first look on
     watched = [
-        "optim.steps=8", "trainer.checkpoint_every=2", "trainer.keep_checkpoints=1", "watch.every=2", f"watch.probe={labelled}", "trainer.accumulate=2",
-    ]  # fmt: skip
+        "optim.steps=8",
+        "trainer.checkpoint_every=2",
+        "trainer.keep_checkpoints=1",
+        "watch.every=2",
+        f"watch.probe={labelled}",
+        "trainer.accumulate=2",
+    ]
     one, two = tmp_path / "one", tmp_path / "two"
     process = start(command(shards, two, *watched, "watch.patience=2", "trainer.devices=2"))
     run_command_line(command(shards, one, *watched, "watch.patience=2"))
@@ -97,13 +114,18 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
     for run in (one, two):
         assert [path.name for path in checkpoints.published(run)] == ["step-00000002", "step-00000006"]
         assert os.readlink(run / "checkpoints" / "best") == "step-00000002"
-    assert load_encoder(str(one / "checkpoints" / "best"), "cpu").hash == load_encoder(str(one / "checkpoints" / "step-00000002"), "cpu").hash  # fmt: skip
+    assert (
+        load_encoder(str(one / "checkpoints" / "best"), "cpu").hash
+        == load_encoder(str(one / "checkpoints" / "step-00000002"), "cpu").hash
+    )
 
     before = (one / "metrics.jsonl").read_text()
     run_command_line(command(shards, one, *watched, "watch.patience=2"))  # it is done, and says why
     assert "ends after step 6" in capsys.readouterr().err and (one / "metrics.jsonl").read_text() == before
     run_command_line(command(shards, one, *watched))  # without patience it goes on
-    assert [line["step"] for line in map(json.loads, (one / "metrics.jsonl").read_text().splitlines()) if "loss" in line] == list(range(1, 9))  # fmt: skip
+    assert [
+        line["step"] for line in map(json.loads, (one / "metrics.jsonl").read_text().splitlines()) if "loss" in line
+    ] == list(range(1, 9))
     assert [path.name for path in checkpoints.published(one)] == ["step-00000002", "step-00000008"]
 
 

@@ -62,7 +62,12 @@ def test_assignments_by_hand(
 ) -> None:
     rows = torch.tensor(targets)
     found = assignment_figures([rows[:1], rows[1:]], "dino")
-    expected = {"teacher_entropy": entropy, "prototype_perplexity": perplexity, "prototype_use": use, "teacher_information": information}  # fmt: skip
+    expected = {
+        "teacher_entropy": entropy,
+        "prototype_perplexity": perplexity,
+        "prototype_use": use,
+        "teacher_information": information,
+    }
     assert found == pytest.approx({f"{name}/dino": value for name, value in expected.items()}, abs=1e-6)
 
 
@@ -91,7 +96,7 @@ def test_the_encoder_that_an_export_takes_is_watched_and_its_features_lie_in_the
     assert watched is (objective.encoder if make is mae else objective.teacher.encoder)
     expected = watched.features(whole.crops[0][0])[0]
     assert torch.allclose(features_of(watched, [whole]), expected, atol=1e-6)
-    assert torch.allclose(features_of(watched, [part(whole, 0, 3), part(whole, 3, 6)]), expected, atol=1e-6)  # fmt: skip
+    assert torch.allclose(features_of(watched, [part(whole, 0, 3), part(whole, 3, 6)]), expected, atol=1e-6)
 
 
 # The probe ---------------------------------------------------------------------------------------------------------
