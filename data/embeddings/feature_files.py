@@ -17,12 +17,12 @@ from data.embeddings import slide2vec
 from data.embeddings.feature_arrays import Raw, read_arrays, width_and_encoder
 from data.embeddings.store import SlideEmbeddings
 from data.fault import Fault, Notice
-from data.said_numbers import said_number, text
 from data.slides.coordinates import FARTHEST, row_major
 from data.slides.coordinates_h5 import read_coordinates_h5
 from data.slides.mpp import COARSEST, FINEST
 from data.slides.names import safe_ids
 from data.slides.plausible_places import misread, refuse_impossible
+from data.stated_numbers import stated_number, text
 
 UNITS = ("level0", "cells", "um")
 SAID_AS = {
@@ -241,7 +241,7 @@ def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
     said: dict[str, Any] = {
         name: value
         for name in FEATURE_NUMBERS
-        if (value := said_number(path, name, raw.attributes.get(name))) is not None
+        if (value := stated_number(path, name, raw.attributes.get(name))) is not None
     }
     if (unit := raw.attributes.get("unit", raw.attributes.get("coords_unit"))) is not None:
         if text(unit).lower() not in SAID_AS:

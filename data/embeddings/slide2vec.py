@@ -17,7 +17,7 @@ import numpy as np
 from data.fault import Fault
 from data.git_lfs import refuse_pointer
 from data.npz_files import SPOILT
-from data.said_numbers import said_number
+from data.stated_numbers import stated_number
 
 FOLDERS = ("coordinates", "tiles")
 SLIDE2VEC_ENDINGS = (".npy", ".npz", ".coordinates.npz", ".tiles.npz")
@@ -55,7 +55,7 @@ def read_slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         raise Fault(f"{path} has no x and y, as slide2vec's coordinates have")
 
     def first(*names: str) -> float | None:
-        return next((said_number(path, name, told[name]) for name in names if name in told), None)
+        return next((stated_number(path, name, told[name]) for name in names if name in told), None)
 
     width, height = told["dimensions"] if len(np.ravel(told.get("dimensions", 0))) == 2 else (None, None)
     said = {
@@ -64,8 +64,8 @@ def read_slide2vec(path: Path) -> tuple[np.ndarray, dict[str, Any]]:
         "nominal_mpp": first(*SPACING),
         "overlap": first("overlap"),
         "mpp_level0": first("base_spacing_um"),
-        "level0_width": said_number(path, "dimensions", width),
-        "level0_height": said_number(path, "dimensions", height),
+        "level0_width": stated_number(path, "dimensions", width),
+        "level0_height": stated_number(path, "dimensions", height),
     }
     return corners, {name: value for name, value in said.items() if value is not None}
 

@@ -10,9 +10,9 @@ import json
 import math
 from typing import Any
 
-from data.said_numbers import decimal
 from data.shards.tile_members import place_in
 from data.slides.coordinates import FARTHEST, UNKNOWN_PLACE
+from data.stated_numbers import decimal
 
 PLACE_FACTS = ("x", "y")
 NUMBER_FACTS = ("mpp", "mpp_level0", "tile_size", "tile_size_level0")

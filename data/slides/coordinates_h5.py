@@ -25,10 +25,10 @@ from data.fault import Fault
 from data.files import write_whole
 from data.h5_files import opened
 from data.remote import RemotePath
-from data.said_numbers import said_number
 from data.slides.coordinates import TileGrid
 from data.slides.plausible_places import TOO_NEAR, refuse_impossible
 from data.slides.tiling import KEPT, VERDICTS, Tiling
+from data.stated_numbers import stated_number
 
 COORDINATE_NUMBERS = (
     "patch_size",
@@ -166,7 +166,7 @@ def read_coordinates_h5(path: Path) -> SlideCoordinates:
         refuse_impossible(path, coords)
         coords = coords.astype(np.int64)
         of = {**file.attrs, **file["coords"].attrs}
-        told = {name: said_number(path, name, of.get(name)) for name in COORDINATE_NUMBERS}
+        told = {name: stated_number(path, name, of.get(name)) for name in COORDINATE_NUMBERS}
         if (size := told["patch_size"]) is None:
             raise Fault(f"{path} does not say how large its tiles are (no attribute patch_size)")
         side = told["tile_size_level0"] or told["patch_size_level0"] or (told["downsample"] or 0) * size

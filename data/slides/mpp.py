@@ -5,8 +5,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data.fault import Fault
-from data.said_numbers import decimal
 from data.slides.lists import MPP_COLUMNS, PATH_COLUMNS, TABLES, read_table
+from data.stated_numbers import decimal
 
 SAME_MPP = 1e-4  # but for rounding
 ISOTROPIC = 0.01  # by how much a pixel's sides may differ

@@ -113,7 +113,7 @@ def _what_ails(path: Path, error: Exception) -> str:
     return "empty" if path.stat().st_size == 0 else f"damaged ({error})"
 
 
-def newest_said(run: Path) -> str:
+def words_for_newest(run: Path) -> str:
     """Words for the newest checkpoint of a run, for what went wrong after it."""
     there = newest(run)
     return f"the newest finite one is {there}" if there else "there is none before it"

@@ -33,7 +33,7 @@ class Checkpoints(L.Callback):
             if training.is_last and (why := unfit(training)):
                 raise Fault(
                     f"{training.run} is not done: of its last step, {training.step}, there is no checkpoint, since"
-                    f" {why}; {checkpoints.newest_said(training.run)}: go on with a lower optim.lr and"
+                    f" {why}; {checkpoints.words_for_newest(training.run)}: go on with a lower optim.lr and"
                     " allow_changes=true, or look at the data."
                 )
 
@@ -44,7 +44,7 @@ class Checkpoints(L.Callback):
         mark_best(training)
         if why := unfit(training):
             if training.global_rank == 0:
-                said = checkpoints.newest_said(training.run)
+                said = checkpoints.words_for_newest(training.run)
                 say(f"{training.run}: no checkpoint of step {training.step}, since {why}; {said}")
             return
         moment = training.step, training.objective, training.optimiser, training.state()

@@ -323,6 +323,6 @@ class Training(L.LightningModule, ABC):
         if self.skipped_in_a_row > self.optim.max_skipped:
             raise Fault(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more"
-                f" than optim.max_skipped={self.optim.max_skipped}; {checkpoints.newest_said(self.run)}: go on with a"
+                f" than optim.max_skipped={self.optim.max_skipped}; {checkpoints.words_for_newest(self.run)}: go on with a"
                 " lower optim.lr and allow_changes=true, or look at the data."
             )

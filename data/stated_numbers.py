@@ -13,7 +13,7 @@ DECIMAL = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?")
 SAME_AXES = 0.01  # by how much the numbers of two axes may differ: levels have whole numbers of pixels
 
 
-def said_number(path: Path, name: str, value: Any) -> float | None:
+def stated_number(path: Path, name: str, value: Any) -> float | None:
     """What ``path`` says of ``name`` as a number. None where that is nothing: 0, not a number, empty. Raises Fault
     where it can't be one."""
     if value is None:
