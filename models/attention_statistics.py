@@ -148,9 +148,10 @@ def stock_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         return plain_backward(grad, q, k, v, out, lse)
     no_draws = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
     if kernel == "flash":
-        no_starts = torch.empty(0, dtype=torch.int32, device=q.device)  # of runs, which are all of one length
+        # No starts of runs, which are all of one length: with a tensor there, even an empty one, the kernel for runs of
+        # many lengths is taken.
         return aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), no_starts, no_starts, length, length, 0.0, False, no_draws, no_draws
+            grad, q, k, v, out, lse.contiguous(), None, None, length, length, 0.0, False, no_draws, no_draws
         )
     padded = F.pad(lse, (0, -length % ALIGNED), value=torch.inf)
     seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device).unbind()

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import attention_statistics
 from models.attention_kernels import kernel, varlen_attend, varlen_attend_backward
@@ -120,6 +121,26 @@ def test_stock_kernels_of_cuda_take_and_give_these_shapes(dtype):
         assert out.shape == q.shape and out.dtype == dtype and lse.shape == q.shape[:2] and lse.dtype == torch.float32
         for gradient in SDPA.backward(grad, q, k, v, out, lse, SHAPES):
             assert gradient.shape == q.shape and gradient.dtype == dtype
+
+
+class Calls(TorchDispatchMode):
+    """Notes what operators are called with."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: dict[str, tuple] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen[str(func)] = args
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_flash_backward_of_equal_lengths_is_given_no_starts_of_runs():
+    """With a tensor for them, an empty one too, CUDA takes the kernel of many lengths, whose batch would be -1."""
+    with FakeTensorMode(), Calls() as calls:
+        q, k, v, grad = (torch.empty(2, 4, 64, 32, dtype=torch.bfloat16, device="cuda") for _ in range(4))
+        stock_backward(grad, q, k, v, *stock(q, k, v))
+    assert calls.seen["aten._scaled_dot_product_flash_attention_backward.default"][6:8] == (None, None)
 
 
 def test_torchs_kernel_of_many_lengths_takes_and_gives_these_shapes():
