@@ -16,6 +16,7 @@ import torch
 from data.fault import Fault
 from pretrain.settings import plugins
 from pretrain.settings.annotation import annotated, as_dictionary
+from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.composition import Composed, load
 from pretrain.settings.config_files import CONFIGS, choices_of, comments
 from pretrain.settings.refusals import nearest
@@ -89,7 +90,7 @@ def describe_recipe(name: str) -> Recipe:
     tree = composed.tree
     model, objective = (as_dictionary(tree[part]) for part in ("model", "objective"))
     with torch.device("meta"):
-        encoder = plugins.build(model, *([TILE_WIDTH] if composed.command == "slide" else []))
+        encoder = plugins.build(on_any_machine(model), *([TILE_WIDTH] if composed.command == "slide" else []))
     parameters = sum(p.numel() for name, p in encoder.named_parameters() if name != "mask_token")
     said = {
         key: comment

@@ -14,6 +14,7 @@ from pretrain.encoders.tile_encoder import TileEncoder, class_token, initialised
 from pretrain.run import checkpoints
 from pretrain.run.folder import read_config
 from pretrain.run.progress import say
+from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.plugins import build
 
 TEACHER, STUDENT = "teacher.encoder.", "encoder."  # MAE's runs have one network and no teacher
@@ -80,10 +81,8 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
 
 
 def untrained(found: RunCheckpoint) -> nn.Module:
-    """A tile run's network, whatever kernel it was trained with: any machine can run this one, and a single crop size
-    needs no other."""
-    settings = found.config["model"]
-    return build(settings | {"attention": "sdpa"} if "attention" in settings else settings, allowed=found.plugins)
+    """A tile run's network, with the attention that runs everywhere: a single crop size needs no other."""
+    return build(on_any_machine(found.config["model"]), allowed=found.plugins)
 
 
 def run_encoder(found: RunCheckpoint, device: torch.device, precision: str) -> TileEncoder:

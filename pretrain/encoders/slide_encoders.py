@@ -16,6 +16,7 @@ from pretrain.encoders.frozen import device_of, fingerprint, freeze
 from pretrain.encoders.run_checkpoint import find_checkpoint
 from pretrain.encoders.weight_files import read_file
 from pretrain.run import checkpoints
+from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.config_files import CONFIGS
 from pretrain.settings.plugins import build
 
@@ -54,7 +55,7 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
     weights = checkpoints.read_network(found.folder, "encoder.")
     if "patch_embed.proj.weight" not in weights or "embeddings" not in data:
         raise Fault(f"{found.run} is not a slide run: give a run of 'pretrain slide'.")
-    network = build(settings, weights["patch_embed.proj.weight"].shape[1], allowed=found.plugins)
+    network = build(on_any_machine(settings), weights["patch_embed.proj.weight"].shape[1], allowed=found.plugins)
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:

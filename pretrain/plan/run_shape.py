@@ -11,6 +11,7 @@ from pretrain.plan.batches import Slides, slide_batch, tile_batch
 from pretrain.plan.rehearsal import RehearsedBatch
 from pretrain.settings import plugins
 from pretrain.settings.annotation import as_dictionary
+from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.composition import Composed
 from pretrain.training.even_shares import micro_batch_share
 
@@ -60,5 +61,5 @@ class RunShape:
 def run_shape(composed: Composed, slides: Slides) -> RunShape:
     """The shape of the run that a configuration describes."""
     tree = composed.tree
-    model, objective = as_dictionary(tree.model), as_dictionary(tree.objective)
+    model, objective = on_any_machine(as_dictionary(tree.model)), as_dictionary(tree.objective)
     return RunShape(composed.command, model, objective, tree.data, tree.trainer, tree.watch, tree.optim.steps, slides)

@@ -14,6 +14,7 @@ from pretrain.report.parts import Parts, Run, find_parts
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
 from pretrain.settings import plugins
+from pretrain.settings.any_machine import on_any_machine
 
 
 def build_page(
@@ -85,7 +86,7 @@ def describe_network(model: Any, allowed: Collection[str]) -> str:
     if not isinstance(model, dict) or "_target_" not in model:
         return "its architecture in the configuration below"
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in plugins.build(model, allowed=allowed).parameters())
+        parameters = sum(p.numel() for p in plugins.build(on_any_machine(model), allowed=allowed).parameters())
     size = f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
     kind = model["_target_"].rpartition(".")[2]
     words = {"VisionTransformer": "a vision transformer"}.get(kind, kind)
