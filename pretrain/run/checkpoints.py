@@ -27,9 +27,10 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import SavePlan
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from data.fault import Fault
 from data.files import PARTIAL, flush, is_the_disks
@@ -165,7 +166,14 @@ class Writer(dcp.FileSystemWriter):
         self.run, self.keep, self.milestones = run, keep, milestones
         self.final = folder(run) / f"step-{step:08d}"
         self.state = json.dumps({"step": step, **state}, indent=1)
-        super().__init__(self.final.with_name(self.final.name + PARTIAL))
+        # What is staged lies on the CPU: nothing is copied ahead, or the writing thread would wait for the GPU's stream.
+        super().__init__(self.final.with_name(self.final.name + PARTIAL), per_thread_copy_ahead=0)
+        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        if self.device is not None:
+            torch.cuda.set_device(self.device)  # a thread begins with the first GPU, where it would open a context
+        return super().write_data(plan, planner)
 
     def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
         return plan  # the folder is the first rank's to make

@@ -350,3 +350,22 @@ def test_a_persons_copy_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
     assert [path.name for path in checkpoints.published(tmp_path)] == ["step-00000002", "step-00000004"]
+
+
+def test_the_writing_thread_keeps_to_its_process_s_gpu_and_waits_for_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying ahead would wait for the compute stream at every few tensors, and a new thread's device is the first."""
+    chosen: list[tuple[str, int]] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
+    )
+    monkeypatch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", lambda *_: chosen.append(("written", 0)))
+    writer = checkpoints.Writer(tmp_path, 1, {}, keep=0)
+    assert writer.per_thread_copy_ahead == 0
+    thread = threading.Thread(target=writer.write_data, args=(None, None), name="writer")
+    thread.start()
+    thread.join()
+    assert chosen == [("writer", 3), ("written", 0)]
