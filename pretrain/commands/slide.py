@@ -15,12 +15,14 @@ from pathlib import Path
 from typing import Annotated
 
 from data.embeddings.store import EmbeddingStore
+from data.fault import Fault
 from models.allowed import ON_DISK, within
 from pretrain.objectives.interface import SlideObjective
 from pretrain.run.folder import held
 from pretrain.run.preemption import ending_when_asked
 from pretrain.run.record import WandbSettings
 from pretrain.settings import plugins
+from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.fit import fit
 from pretrain.training.optimisation import Optim
@@ -48,7 +50,13 @@ class Config:
 
 
 def run(config: Config) -> None:
-    """Train, or say that the run is done."""
+    """Train, or say that the run is done. Raises Fault for compiled blocks, of which every step would need others."""
+    if config.trainer.compile:
+        with of_the_command_line():
+            raise Fault(
+                "trainer.compile=true is for 'pretrain tile': slides have other lengths at every step, and each would"
+                " be compiled anew; leave it out."
+            )
     require_devices(config.trainer)
     store = EmbeddingStore.open(Path(config.data.embeddings))
 

@@ -72,6 +72,15 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
 
+def test_compiled_blocks_are_refused_where_every_step_would_compile_anew(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command_line(words(tmp_path / "run", store, "trainer.compile=true"))
+    assert ended.value.code == 2 and not (tmp_path / "run").exists()
+    assert "trainer.compile=true is for 'pretrain tile'" in capsys.readouterr().err
+
+
 @pytest.mark.usefixtures("one_thread")
 def test_two_processes_and_a_killed_run_end_like_one_uninterrupted_process(store: Path, tmp_path: Path) -> None:
     two = start(tmp_path / "two", store, "trainer.devices=2")
