@@ -32,6 +32,7 @@ def make_plan(config: Any) -> dict[str, Any]:
     shape = run_shape(compose_run(config.settings, config.config_dirs), slides)
     each = launch.gpus_per_node or (GPUS if gpu else 1)
     settings = _settings(shape, launch.nodes * each)
+    peak = machine.peak(settings.precision)
     with of_the_command_line():
         require_even(shape, settings.processes)
     known: dict[tuple, Estimate] = {}
@@ -49,7 +50,6 @@ def make_plan(config: Any) -> dict[str, Any]:
     tried = [] if fits else list(remedies(settings, launch.nodes, of, lambda one: one.peak <= room, gpu, slide_stage))
     usual = estimate(shape, settings, gpu, largest=False) if slide_stage else found
     judged = evaluation.of_slides(shape, settings, gpu) if slide_stage else evaluation.of_tiles(shape, settings)
-    peak = machine.peak(settings.precision)
     utilisation = machine.utilisation if config.utilisation is None else config.utilisation
     price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
     megabytes, seconds = _reading_cost(shape, config)

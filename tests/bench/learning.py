@@ -33,6 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+from omegaconf import DictConfig
 
 from data.keyed import rng
 from data.shards.scan import scan
@@ -139,11 +140,16 @@ class Run:
         return self.folder.with_suffix(".json")
 
     @cached_property
+    def recipe(self) -> DictConfig:
+        return load("tile", [f"recipe={RECIPES[self.objective]}", *self.settings]).tree
+
+    @property
     def batch_size(self) -> int:
-        return int(load("tile", [f"recipe={RECIPES[self.objective]}", *self.settings]).tree.data.batch_size)
+        return int(self.recipe.data.batch_size)
 
     def start(self, shards: Path) -> None:
-        """Begin, or go on, on one core with one thread."""
+        """Begin, or go on, on one core with one thread. What sees fewer tiles than the recipe stops on its way."""
+        steps = self.tiles // self.batch_size
         command = [
             sys.executable,
             "-m",
@@ -153,7 +159,8 @@ class Run:
             f"run={self.folder}",
             f"data.shards={shards.resolve()}",
             f"seed={self.seed}",
-            f"optim.steps={self.tiles // self.batch_size}",
+            f"optim.steps={steps}",
+            f"optim.schedule_steps={max(steps, self.recipe.optim.steps)}",
             "data.threads=1",
             "trainer.accelerator=cpu",
             "trainer.precision=bf16",

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
 import pytest
@@ -127,7 +128,7 @@ def test_of_many_that_try_at_once_one_holds_it(tmp_path: Path, before: str) -> N
     assert len(list(tmp_path.glob("won-*"))) == 1
 
 
-def _make(path: Path, log: Path, fails: bool) -> None:
+def _make(path: Path, log: Path, fails: bool, together: Barrier) -> None:
     def make() -> None:
         with log.open("a") as file:
             file.write("made\n")
@@ -136,6 +137,7 @@ def _make(path: Path, log: Path, fails: bool) -> None:
             raise Fault("the slide is gone")
         files.write_whole(path, "whole")
 
+    together.wait()  # who comes when the others have failed makes it anew, as it should
     try:
         once(path, make)
     except Fault as fault:
@@ -147,7 +149,8 @@ def _make(path: Path, log: Path, fails: bool) -> None:
 def test_what_all_need_is_made_by_one_and_its_error_is_everybodys(tmp_path: Path, fails: bool) -> None:
     path, log = tmp_path / "statistics.json", tmp_path / "log"
     context = multiprocessing.get_context("fork")
-    processes = [context.Process(target=_make, args=(path, log, fails)) for _ in range(6)]
+    together = context.Barrier(6)
+    processes = [context.Process(target=_make, args=(path, log, fails, together)) for _ in range(6)]
     for process in processes:
         process.start()
     for process in processes:

@@ -21,7 +21,9 @@ from tests.pretrain.training.test_tile_training import command, metrics, start
 @pytest.mark.parametrize(
     ("failure", "processes", "sentence"),
     [
-        ("KeyError", 2, "the loader failed with KeyError: 'stain'; its traceback is above"),
+        pytest.param(
+            "KeyError", 2, "the loader failed with KeyError: 'stain'; its traceback is above", marks=pytest.mark.slow
+        ),
         pytest.param("OSError", 1, "pretrain: the loader may open no more files", marks=pytest.mark.slow),
         pytest.param("MemoryError", 1, "pretrain: the loader has no memory left", marks=pytest.mark.slow),
         ("SIGKILL", 1, "was ended by Killed (out of memory, most likely"),
