@@ -291,17 +291,15 @@ class Training(L.LightningModule, ABC):
         moment = Moment(self.step, steps, self.config.seed)
         parts = list(self.micro_batches(batch))
         sums = gradients(objective, parts, moment, self.manual_backward)
-        if self.peak:
-            operations = operations_of_step(
-                objective, [part for part, _ in parts], self.settings.activation_checkpointing
-            )
-            everywhere = total(torch.tensor(operations / self.sharing, device=self.device)).item()
-            self.operations = everywhere / world_size()
+        if self.peak:  # beside the losses, so that they are added up over the ranks in one exchange
+            counted = operations_of_step(objective, [part for part, _ in parts], self.settings.activation_checkpointing)
+            sums["operations"] = torch.full_like(next(iter(sums.values())), counted / self.sharing)
         norms = {
             f"grad_norm/{name}": clip(network.parameters(), optim.clip) for name, network in objective.trained().items()
         }
         means = total(torch.stack(list(sums.values()))) / world_size()
         values = dict(zip([*sums, *norms], torch.cat([means, torch.stack(list(norms.values()))]).tolist(), strict=True))
+        self.operations = values.pop("operations", 0.0)
         finite = all(math.isfinite(value) for value in values.values())
         if finite:
             self.optimizers().step()  # type: ignore[union-attr]  # through Lightning, which counts it
