@@ -1,6 +1,7 @@
 """The settings under ``trainer:``: machines, precision, memory for time, how often what is done, and what a user hangs
 into Lightning's trainer."""
 
+import os
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -60,9 +61,15 @@ def require_devices(settings: TrainerSettings) -> None:
             " cores, and 'pretrain doctor' says what there is."
         )
     if settings.accelerator != "cpu" and 0 < gpus < settings.devices:
+        way_out = f"set it to {gpus} or less."
+        if "SLURM_GPUS_PER_TASK" in os.environ:
+            way_out = (
+                "this job gives each task GPUs of its own (--gpus-per-task); give --gpus-per-node in its place, so that"
+                " a process sees all of its node."
+            )
         raise Fault(
-            f"trainer.devices={settings.devices} is more than the {gpus} GPUs that PyTorch finds on this machine: set"
-            f" it to {gpus} or less."
+            f"trainer.devices={settings.devices} is more than the {gpus} GPUs that PyTorch finds on this machine:"
+            f" {way_out}"
         )
 
 

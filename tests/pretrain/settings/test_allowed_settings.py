@@ -260,6 +260,13 @@ def test_a_gpu_that_is_not_there_is_said_before_anything_is_read(
     assert not (tmp_path / "run").exists()
 
 
+def test_tasks_that_see_one_gpu_each_are_told_to_see_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_GPUS_PER_TASK", "1")
+    with pytest.raises(Fault, match=r"trainer\.devices=8 is more than the 1 GPUs .*give --gpus-per-node in its place"):
+        require_devices(load("tile", ["run=a", "data.shards=b", "trainer.devices=8"]).object().trainer)
+
+
 def test_several_nodes_without_a_launcher_are_refused_instead_of_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
