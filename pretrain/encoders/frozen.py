@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from data.fault import Fault
+from pretrain.settings.hardware import allow_tf32
 
 EMBEDDING_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -22,6 +23,7 @@ def device_of(name: str) -> torch.device:
             f"device={name} is not on this machine: it is cpu, or cuda or cuda:1 where PyTorch finds GPUs, and it finds"
             f" {torch.cuda.device_count()}."
         ) from error
+    allow_tf32()
     return device
 
 

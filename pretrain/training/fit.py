@@ -19,6 +19,7 @@ from pretrain.run.launched import rank
 from pretrain.run.progress import duration, say
 from pretrain.run.record import RunRecord, WandbMirror
 from pretrain.settings import plugins
+from pretrain.settings.hardware import allow_tf32
 from pretrain.training.alarming import Alarms
 from pretrain.training.checkpointing import Checkpoints
 from pretrain.training.ending import EndWhenAsked
@@ -45,6 +46,7 @@ def fit(training: Training, lease: Lease | None) -> None:
         say(said)
         return
     settings, run = training.settings, training.run
+    allow_tf32()
     _quieten_lightning()
     record, mirror, saving = RunRecord(run), WandbMirror(run, training.config), Checkpoints()
     ending = EndWhenAsked(saving)

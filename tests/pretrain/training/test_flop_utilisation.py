@@ -19,7 +19,7 @@ from pretrain.plan.rehearsal import CPU_ATTENTION
 from pretrain.run.metrics import read_metrics
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
-from pretrain.settings.hardware import peak_of
+from pretrain.settings.hardware import allow_tf32, peak_of
 from pretrain.training.gradients import gradients
 from pretrain.training.sharding import lay_mesh, materialise, shard
 from pretrain.training.slide_stage import sequences_of
@@ -251,14 +251,24 @@ def assert_share(run: Path, each: float, peak: float) -> None:
         assert 0 < line["flop_utilisation"] < 1
 
 
+@pytest.mark.parametrize("gpu", [True, False])
+def test_float32_is_multiplied_as_tf32_where_there_is_a_gpu(gpu: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    chosen: list[str] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    allow_tf32()
+    assert chosen == (["high"] if gpu else [])
+
+
 def test_gpus_are_known_by_their_names_and_others_are_not_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = torch.device("cuda", 0)
     for name, precision, peak in (
         ("NVIDIA H100 80GB HBM3", "bf16", 989e12),
-        ("NVIDIA A100-SXM4-40GB", "float32", 19.5e12),
+        ("NVIDIA A100-SXM4-40GB", "float32", 156e12),
         ("NVIDIA H100 80GB HBM3", "float64", None),
         ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bf16", None),
-        ("NVIDIA H100 PCIe", "bf16", None),
+        ("NVIDIA H100 PCIe", "bf16", 756e12),
+        ("NVIDIA RTX of tomorrow", "bf16", None),
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, name=name: name)
         assert peak_of(gpu, precision) == peak
