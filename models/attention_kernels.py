@@ -30,7 +30,7 @@ def kernel(name: str) -> StatisticsKernel:
 
 @lru_cache
 def _varlen() -> StatisticsKernel:
-    """torch's FlashAttention for runs of many lengths, beneath `torch.nn.attention.varlen`."""
+    """torch's FlashAttention for runs of many lengths, beneath ``torch.nn.attention.varlen``."""
     return VariableLength(varlen_attend, varlen_attend_backward)
 
 

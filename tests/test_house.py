@@ -1,9 +1,11 @@
 """The house: imports point one way, packages are complete, nothing of one machine is in it."""
 
 import ast
+import io
 import re
 import subprocess
 import sys
+import tokenize
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
@@ -188,3 +190,55 @@ def test_no_source_file_swallows_errors_silently() -> None:
                 if node.type is None or (broad and silent):
                     wrong.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert not wrong
+
+
+def words_in_code(source: str) -> set[str]:
+    """Every name that a file's code has: of modules, classes, functions, arguments, attributes, variables."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        for field in ("id", "attr", "name", "arg", "module"):
+            if isinstance(value := getattr(node, field, None), str):
+                found |= set(value.split("."))
+    return found
+
+
+def prose(file: Path) -> str:
+    """A file's docstrings and comments."""
+    source = file.read_text()
+    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    docstrings = [ast.get_docstring(node) or "" for node in ast.walk(ast.parse(source)) if isinstance(node, nodes)]
+    tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+    return "\n".join([*docstrings, *(token.string for token in tokens if token.type == tokenize.COMMENT)])
+
+
+def test_what_prose_calls_by_name_is_there() -> None:
+    """`name` in a docstring or a comment, or `data.shards.layout.SLIDE_FACTS`: a name of code and of nothing else."""
+    known = {stem for file in SOURCES for stem in (file.stem, file.parent.name)}
+    for file in SOURCES:
+        known |= words_in_code(file.read_text())
+    gone = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in SOURCES
+        for name in re.findall(r"(?<![`\w])`([A-Za-z_][\w.]*)`(?!`)", prose(file))
+        if not set(name.strip(".").split(".")) <= known
+    }
+    assert gone == set()
+    dotted = {
+        name
+        for file in SOURCES
+        for name in re.findall(r"(?<![`\w])`((?:data|models|pretrain|launch)\.[\w.]+)`(?!`)", prose(file))
+    }
+    assert len(dotted) > 40
+    assert {name for name in dotted if not _resolves(name)} == set()
+
+
+def _resolves(name: str) -> bool:
+    """Whether a dotted name is a file, a folder, or what such a file has."""
+    parts = name.split(".")
+    for cut in range(len(parts), 0, -1):
+        place = ROOT.joinpath(*parts[:cut])
+        if place.with_suffix(".py").is_file():
+            return set(parts[cut:]) <= words_in_code(place.with_suffix(".py").read_text())
+        if place.is_dir():
+            return cut == len(parts)
+    return False

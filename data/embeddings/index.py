@@ -2,7 +2,7 @@
 
     journal-3.jsonl      while part 3 is written: a line per slide, appended once its bytes are on disk
     index-3.parquet      when part 3 is closed: the same facts, a row per slide, and whether it came to its end
-    index.parquet        after `merge`: all of them in one
+    index.parquet        after `merge_job_indexes`: all of them in one
 
 Parts are the tasks of a job array, counted from 1; a store that one process writes is part 0.
 """

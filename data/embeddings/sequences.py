@@ -74,7 +74,7 @@ class SlideSequences:
 
     field_cells: side of the squares that sequences are cut to, 0 for whole slides. validation_fraction: share of slides
     held out, drawn by ``seed``; with a single slide, a band along one of its sides, so that no tile is in both. crop,
-    shift_grid, flip: augmentation, see `augment`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted
+    shift_grid, flip: augmentation, see `augment_sequence`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted
     before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked; block_cells: side of the blocks.
 
     Raises Fault where a setting makes no sense or leaves nothing to train on or to hold out.

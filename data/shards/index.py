@@ -4,7 +4,7 @@
     <folder>/index/tiles-000000.npz …    one record a shard, written with it: the shard counts once both are there
     <folder>/index.npz                   all of them in one file, columns uncompressed, so that they are memory-mapped
 
-A tile costs 14 bytes in `index.npz` (16 where a JPEG is over 64 KiB, 18 with shards over 4 GiB): byte offset and length
+A tile costs 14 bytes in ``index.npz`` (16 where a JPEG is over 64 KiB, 18 with shards over 4 GiB): byte offset and length
 in its tar, level-0 x and y. Which tar and which slide a tile belongs to is kept as runs. 1.4 billion tiles are 20 GB on
 disk and next to nothing in memory until they are asked for.
 """
@@ -32,7 +32,7 @@ class ShardIndex:
     (indices into those), ``offset`` and ``length`` (bytes of the JPEG in its tar), ``x`` and ``y`` (level-0 pixels).
     ``file_start`` (files + 1,) int64 are the rows at which the tars begin. ``digest`` is a hash of names, places and
     lengths, the same on every machine. ``meta`` says how the shards were made, and holds in ``meta["slides"]`` one list
-    for each of `FACTS`.
+    for each of `SLIDE_FACTS`.
 
     The folder may be a URL: then the columns ``offset, length, x, y`` are read from there a page at a time
     (`RemoteColumn`). An index may lie in another folder than its shards (``meta["location"]``), as that of shards that
@@ -85,7 +85,7 @@ class ShardIndex:
         return self.run_start.tolist()
 
     def facts(self, slide: int) -> dict[str, Any]:
-        """What is known about slide number ``slide``: a value for each of `FACTS`."""
+        """What is known about slide number ``slide``: a value for each of `SLIDE_FACTS`."""
         return {name: values[slide] for name, values in self.meta["slides"].items()}
 
     def rows_of(self, slide: int) -> np.ndarray:

@@ -44,7 +44,7 @@ KINDS_NAMED = 5  # kinds of what was left out that the sentence names where noth
 
 
 def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
-    """Index shards that another program wrote, and keep the index beside them, or in ``out``. `left_out` tells what
+    """Index shards that another program wrote, and keep the index beside them, or in ``out``. `describe_left_out` tells what
     isn't in it.
 
     A sample is a tile and its JSON (`data.shards.tile_members`), whose facts are taken where they can be true

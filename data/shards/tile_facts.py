@@ -36,7 +36,7 @@ class Impossible(Exception):
 
 
 def locate_tile(key: str, facts: dict[str, Any] | str | None, tar: str) -> tuple[str, int, int]:
-    """Slide, x and y of the tile ``key`` in the tar called ``tar``, of which its JSON says ``facts`` (`read_facts`;
+    """Slide, x and y of the tile ``key`` in the tar called ``tar``, of which its JSON says ``facts`` (`read_tile_facts`;
     None where it has none). Raises Impossible."""
     from_key = place_in(key) or (tar, UNKNOWN_PLACE, UNKNOWN_PLACE)
     if isinstance(facts, str):

@@ -149,7 +149,7 @@ def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> WrittenS
 
 
 def facts_of(tiling: Tiling) -> dict[str, Any]:
-    """What the index keeps about a slide (see `shard_index.FACTS`)."""
+    """What the index keeps about a slide (see `data.shards.layout.SLIDE_FACTS`)."""
     grid = tiling.grid
     return {
         "slide": tiling.slide,

@@ -159,7 +159,7 @@ class Slide:
         stated = self._stated_downsamples[level]
         pixels = np.empty((height, width), dtype=np.uint32)  # alpha, red, green, blue, premultiplied
         try:
-            # What `OpenSlide.read_region` calls, before it makes a picture of the result, which costs as much as half
+            # What ``OpenSlide.read_region`` calls, before it makes a picture of the result, which costs as much as half
             # of a JPEG's encoding.
             lowlevel._read_region(
                 self._reader._osr,

@@ -1,6 +1,6 @@
 """What a view's colour, blur and solarisation are drawn from, and the rows of numbers that are drawn.
 
-The loader draws a row for each view, keyed by the tile's position in the run (`draw`); `data.tiles.augment` applies
+The loader draws a row for each view, keyed by the tile's position in the run (`draw_parameters`); `data.tiles.augment` applies
 them on the device.
 """
 

@@ -1,6 +1,6 @@
 """Tile encoders under the names that other libraries give their weights, and back: one file per format.
 
-`published.py` says what every format is read into. How they differ, beside the names:
+``published.py`` says what every format is read into. How they differ, beside the names:
 
     format         class position   registers          positions at another size       mask token
     ours           own               without positions  as position_antialias/_offset   yes

@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
-from data.fault import Fault
 from data.files import require_writable, write_whole
 from models.allowed import ON_DISK, one_of, within
+from pretrain.probing.score_file import read_scores
 from pretrain.probing.table import score_table
 from pretrain.run.progress import say
 
@@ -74,7 +74,8 @@ def run(config: Config) -> None:
         split = "train and test given"
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     question = question_hash([encoder.hash, str(config.seed)], train, test)
-    if out is not None and (earlier := read_scores(out)) is not None and earlier.get("question") == question:
+    earlier = read_scores(out, "choose another out=, or remove it") if out is not None and out.exists() else {}
+    if out is not None and earlier.get("question") == question:
         say(f"{out} holds these scores already, nothing to do")
         print(score_table(earlier))
         return
@@ -166,20 +167,6 @@ def question_hash(parts: list[str], *folders: "LabelledImages") -> str:
 def describe_images(images: "LabelledImages", extracted: "Extracted") -> dict[str, Any]:
     """How many images of a folder were used, and which were not."""
     return {"folder": str(images.folder), "images": len(extracted.labels), "unreadable": extracted.unreadable}
-
-
-def read_scores(path: Path) -> dict[str, Any] | None:
-    """The scores that an earlier run wrote, None where there are none. Raises `Fault` for a file that is something
-    else."""
-    if not path.exists():
-        return None
-    try:
-        earlier = json.loads(path.read_text())
-    except ValueError as error:
-        raise Fault(f"{path} exists and isn't JSON: choose another out=, or remove it") from error
-    if not isinstance(earlier, dict) or "question" not in earlier:
-        raise Fault(f"{path} exists and holds no scores of 'pretrain probe': choose another out=, or remove it")
-    return earlier
 
 
 def write_scores(path: Path, result: dict[str, Any]) -> None:

@@ -9,6 +9,7 @@ import numpy as np
 
 from data.fault import Fault
 from data.redaction import redacted_settings
+from pretrain.probing.score_file import read_scores
 from pretrain.run.folder import read_config
 from pretrain.run.metrics import thinned
 from pretrain.run.progress import say
@@ -127,11 +128,5 @@ def read_probe(*candidates: Path | None) -> dict[str, Any] | None:
     """The scores in the first of the files that exists. Raises `Fault` for one that ``pretrain probe`` didn't write."""
     for path in candidates:
         if path is not None and path.is_file():
-            try:
-                scores = json.loads(path.read_text())
-            except ValueError as error:
-                raise Fault(f"{path} isn't JSON: write it again with pretrain probe out={path}") from error
-            if not isinstance(scores, dict) or "scores" not in scores:
-                raise Fault(f"{path} holds no scores of 'pretrain probe': write it again with out={path}")
-            return scores
+            return read_scores(path, f"write it again with pretrain probe out={path}")
     return None

@@ -217,8 +217,20 @@ def size(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
 
 def contents(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
     """What a checkpoint's tensors are taken from: the networks and optimiser themselves, no copies."""
+    _fill_absent_moments(optimiser)
     networks, optimiser_state = get_state_dict(model, optimiser)
     return {"model": networks, "optimiser": optimiser_state}
+
+
+def _fill_absent_moments(optimiser: torch.optim.Optimizer) -> None:
+    """Give parameters that no loss has reached yet (a mask token where nothing is masked) moments of zero, which a
+    checkpoint is asked for when it is loaded; without a gradient the optimiser passes them over as before."""
+    known: dict[str, Tensor] = next(iter(optimiser.state.values()), {})
+    for parameter in (one for group in optimiser.param_groups for one in group["params"]):
+        if known and parameter.requires_grad and parameter not in optimiser.state:
+            optimiser.state[parameter] = {
+                name: torch.zeros_like(value if value.ndim == 0 else parameter) for name, value in known.items()
+            }
 
 
 def save(

@@ -145,7 +145,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def read_config(run: Path) -> dict[str, Any]:
     """A run's resolved configuration. Raises Fault where ``run`` is no run's folder. It may be anybody's: see
-    `plugins.locate`."""
+    `pretrain.settings.plugins.locate_class`."""
     path = run / "config.yaml"
     if not path.exists():
         raise Fault(f"{run} is not a run's folder: it has no config.yaml.")

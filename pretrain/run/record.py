@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,16 +62,20 @@ class RunRecord(OfARun):
     alarms look back on.
     """
 
+    def __init__(self, run: Path) -> None:
+        super().__init__(run)
+        self.path = metrics_file.path_of(run)
+        self.file: FileIO | None = None
+        self.waiting: list[bytes] = []
+
     @rank_zero_only
     def begin(self, step: int) -> None:
         """Open the file for what comes after ``step``. Raises Fault where the disk refuses."""
-        self.path = metrics_file.path_of(self.folder)
         try:
             metrics_file.rewind(self.folder, step)
             self.file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise refused(self.path, error) from error
-        self.waiting: list[bytes] = []
         self.history = History(metrics_file.tail(self.folder))
 
     @rank_zero_only
@@ -90,6 +95,8 @@ class RunRecord(OfARun):
     @rank_zero_only
     def close(self) -> None:
         """Try once more what waits for room, and say what was never written."""
+        if self.file is None:  # the run ended before its first step
+            return
         if self.waiting and self._written():
             say(f"{self.path} lacks its last {len(self.waiting)} lines, for which there was no room")
         self.file.close()
@@ -108,6 +115,7 @@ class RunRecord(OfARun):
 
     def _written(self) -> OSError | None:
         """Write what waits; what the disk said where it refused, with nothing half written."""
+        assert self.file is not None
         try:
             end = os.fstat(self.file.fileno()).st_size
             text = b"".join(self.waiting)

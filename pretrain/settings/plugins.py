@@ -153,7 +153,7 @@ def build(
     settings: Mapping[str, Any], *arguments: Any, base: type = nn.Module, allowed: Collection[str] | None = None
 ) -> Any:
     """Construct the class that ``settings["_target_"]`` names, with positional ``arguments`` and the other settings;
-    see `locate`.
+    see `locate_class`.
 
     A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so
     does any error of a class that isn't ours, with its traceback.

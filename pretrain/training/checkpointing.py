@@ -26,7 +26,8 @@ class Checkpoints(L.Callback):
         self.saver = Saver(training.run, training.settings.keep_checkpoints, training.settings.keep_every)
 
     def on_train_batch_end(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
-        if not training.is_due:
+        ends = trainer.should_stop and training.asked is None  # a callback wants it: nothing is lost
+        if not training.is_due and not ends:
             self.heed(training, self.saver.outcome())
         elif training.asked is None:
             self.save(training, wait=training.is_last or trainer.should_stop)

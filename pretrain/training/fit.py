@@ -63,10 +63,10 @@ def fit(training: Training, lease: Lease | None) -> None:
             ending,
             Looks(),
             judgement,
+            *(plugins.build(one, base=L.Callback) for one in settings.callbacks),
             Alarms(record, mirror, judgement),
             saving,
             ShownProgress(),
-            *(plugins.build(one, base=L.Callback) for one in settings.callbacks),
         ],
         logger=[record, mirror, *(plugins.build(one, base=Logger) for one in settings.loggers)],
         profiler=profiler(settings.profiler, run),
@@ -97,9 +97,11 @@ def fit(training: Training, lease: Lease | None) -> None:
         if training.asked is not None:
             preemption.leave(ending.requeued, trainer.local_rank, training.asked)
     if trainer.is_global_zero:
+        newest = checkpoints.newest(run)
+        early = training.step < training.optim.steps and not (newest and why_done(training, newest))
+        ended = f", ended by a callback before step {training.optim.steps}: the same command continues" if early else ""
         say(
-            f"{run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint"
-            f" {checkpoints.newest(run)}"
+            f"{run}: {training.step} steps in {duration(time.monotonic() - began)}, checkpoint {newest or 'none'}{ended}"
         )
 
 

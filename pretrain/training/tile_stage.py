@@ -69,7 +69,7 @@ class Crops:
 
 @dataclass
 class ColourSettings:
-    """``data.colour``: see `data.tiles.augment.Colour`."""
+    """``data.colour``: see `data.tiles.augment_parameters.Colour`."""
 
     jitter_probability: Annotated[float, SHARE]
     brightness: Annotated[float, within(least=0)]

@@ -1,11 +1,13 @@
 """The settings under ``trainer:``: machines, precision, memory for time, how often what is done, and what a user hangs
 into Lightning's trainer."""
 
+import inspect
 import os
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
 import lightning as L
+import lightning.pytorch.callbacks as pl
 import torch
 from lightning.pytorch.loggers import Logger
 
@@ -18,12 +20,29 @@ from pretrain.training.sharding import CHECKPOINTING, PRECISIONS
 PROFILERS = ("simple", "pytorch")
 
 
+IN_PLACE_OF: dict[type[L.Callback], str] = {
+    pl.ModelCheckpoint: "trainer.checkpoint_every=, keep_checkpoints= and keep_every= say what is saved, and watch.probe= keeps the best",
+    pl.EarlyStopping: "watch.probe= and watch.patience= end a run that no longer gains",
+    pl.ProgressBar: "progress is shown already",
+    pl.GradientAccumulationScheduler: "trainer.accumulate= is the number of micro-batches",
+    pl.StochasticWeightAveraging: "the teacher is the average of the student's weights",
+}
+"""Callbacks of Lightning's that ask for a step or a saving of its own kind, and what there is here."""
+
+
 def check_hooks(callbacks: list[Plugin], loggers: list[Plugin]) -> None:
-    """Raise Fault for a callback or logger that isn't one of Lightning's."""
+    """Raise Fault for a callback or logger that isn't one of Lightning's, doesn't take its arguments, or has no place
+    here."""
     for settings, base in [*((one, L.Callback) for one in callbacks), *((one, Logger) for one in loggers)]:
         if "_target_" not in settings:
             raise Fault(f"trainer: {dict(settings)} names no class: give its dotted path, _target_=….")
-        plugins.locate_class(settings["_target_"], base)
+        kind = plugins.locate_class(settings["_target_"], base)
+        if instead := next((words for other, words in IN_PLACE_OF.items() if issubclass(kind, other)), None):
+            raise Fault(f"trainer.callbacks: {kind.__name__} has no place here: {instead}.")
+        try:
+            inspect.signature(kind).bind(**{str(name): settings[name] for name in settings if name != "_target_"})
+        except TypeError as error:
+            raise Fault(f"trainer: {kind.__name__} can't be made of {dict(settings)}: {error}.") from error
 
 
 @dataclass

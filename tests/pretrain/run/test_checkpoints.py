@@ -53,6 +53,31 @@ def test_loading_restores_networks_optimiser_and_state(tmp_path: Path) -> None:
         )
 
 
+def test_a_parameter_that_no_loss_reaches_is_no_reason_not_to_go_on(tmp_path: Path) -> None:
+    """A mask token where nothing is masked."""
+
+    def beside(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.ModuleDict({"used": nn.Linear(4, 4), "unused": nn.Linear(4, 4)})
+        optimiser = torch.optim.AdamW(model.parameters(), lr=0.1)
+        model["used"](torch.ones(1, 4)).sum().backward()
+        optimiser.step()
+        return model, optimiser
+
+    model, optimiser = beside(1)
+    unused = model["unused"].weight.detach().clone()
+    path = checkpoints.save(tmp_path, 1, model, optimiser, {}, 0)
+    again, its = beside(2)
+    checkpoints.restore(path, again, its)
+    assert torch.equal(again["unused"].weight, unused)
+    for each, one in ((model, optimiser), (again, its)):
+        one.zero_grad()
+        each["used"](torch.ones(1, 4)).sum().backward()
+        one.step()
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), again.parameters(), strict=True))
+    assert torch.equal(again["unused"].weight, unused)
+
+
 def test_the_newest_published_one_counts_and_half_written_ones_do_not(tmp_path: Path) -> None:
     assert checkpoints.newest(tmp_path) is None
     save(tmp_path, 2)

@@ -26,6 +26,19 @@ class Counting(L.Callback):
         SEEN.append((self.times, module.step, float(outputs["loss"])))
 
 
+class Stopping(L.Callback):
+    """Ends the run after a step, 0: before the first."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+        trainer.should_stop = not self.after
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        trainer.should_stop = module.step >= self.after
+
+
 def test_callbacks_and_loggers_of_lightning_s_and_of_ones_own_are_called(tile_shards: Path, tmp_path: Path) -> None:
     SEEN.clear()
     run_command_line(
@@ -74,3 +87,49 @@ def test_a_trial_takes_a_step_and_leaves_nothing(
     assert "went well" in capsys.readouterr().err and not list(tmp_path.iterdir())
     run_command_line(command(tile_shards, tmp_path / "run"))
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == list(range(1, 7))
+
+
+def test_a_callback_that_ends_the_run_loses_no_step(
+    tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seldom = "trainer.checkpoint_every=100"
+    for after, newest in ((0, "none"), (2, "step-00000002"), (4, "step-00000004")):
+        stop = f"trainer.callbacks=[{{_target_:{__name__}.Stopping,after:{after}}}]"
+        run_command_line(command(tile_shards, tmp_path / "run", seldom, stop))
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.endswith(f"{newest}, ended by a callback before step 6: the same command continues")
+    run_command_line(command(tile_shards, tmp_path / "run", seldom))
+    run_command_line(command(tile_shards, tmp_path / "whole", seldom))
+    one, other = (
+        [(line["step"], line["loss"]) for line in read_metrics(tmp_path / run) if "loss" in line]
+        for run in ("run", "whole")
+    )
+    assert one == other and len(one) == 6
+
+
+@pytest.mark.parametrize(
+    ("callback", "sentence"),
+    [
+        ("lightning.pytorch.callbacks.ModelCheckpoint", "trainer.checkpoint_every="),
+        ("lightning.pytorch.callbacks.EarlyStopping,monitor:loss", "watch.patience="),
+        ("lightning.pytorch.callbacks.StochasticWeightAveraging,swa_lrs:0.1", "the teacher is the average"),
+        (f"{__name__}.Stopping,afetr:1", "Stopping can't be made of"),
+    ],
+)
+def test_callbacks_that_have_no_place_here_are_told_what_has(
+    callback: str, sentence: str, tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command_line(command(tile_shards, tmp_path / "run", f"trainer.callbacks=[{{_target_:{callback}}}]"))
+    assert ended.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_trial_removes_nothing_that_was_there(
+    tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    notes = tmp_path / "run.trial" / "notes.txt"
+    notes.parent.mkdir()
+    notes.write_text("precious")
+    with pytest.raises(SystemExit):
+        run_command_line(command(tile_shards, tmp_path / "run", "trainer.fast_dev_run=true"))
+    assert "run.trial is there already" in capsys.readouterr().err and notes.read_text() == "precious"
