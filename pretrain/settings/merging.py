@@ -134,10 +134,14 @@ def _expand_home(values: DictConfig) -> None:
 
 def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -> None:
     """Let one value stand for a list of one, and words for a list of words: ``slides="a.svs b.svs"``. Raises Fault for
-    an open quote."""
+    an open quote, and for what is no class in a list of plug-ins."""
     for name, kind in kinds.items():
         value = None if name not in values or OmegaConf.is_missing(values, name) else values[name]
-        if list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
+        if kind == list[plugins.Plugin]:
+            for one in [value] if isinstance(value, str) else value or ():
+                if not isinstance(one, DictConfig):
+                    raise Fault(f"{prefix}{name}: {one!r} is no class with its settings: write [{{_target_: {one}}}].")
+        elif list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
             one_path = isinstance(value, str) and Path(value).expanduser().exists()  # which may hold spaces
             try:
                 values[name] = shlex.split(value) if isinstance(value, str) and not one_path else [value]

@@ -8,8 +8,10 @@ from typing import Any
 import lightning as L
 import pytest
 
+from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain.run.metrics import read_metrics
+from pretrain.settings.composition import load
 from tests.pretrain.training.test_tile_training import command
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -72,6 +74,12 @@ def test_a_callback_that_is_none_is_refused_before_anything_is_made(
         )
     assert ended.value.code == 2 and not (tmp_path / "run").exists()
     assert "is no Callback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("word", ["hooks.Mine", "[hooks.Mine]"])
+def test_a_callback_without_its_brackets_is_shown_them(word: str) -> None:
+    with pytest.raises(Fault, match=r"trainer\.callbacks: 'hooks\.Mine' .*write \[\{_target_: hooks\.Mine\}\]"):
+        load("tile", ["run=a", "data.shards=b", f"trainer.callbacks={word}"])
 
 
 def test_a_profiler_writes_a_trace_of_some_steps(tile_shards: Path, tmp_path: Path) -> None:
