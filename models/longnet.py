@@ -383,8 +383,8 @@ def drop_path(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None,
     if seeds is None or rate == 0:
         return x
     factors = [0.0 if dropout_seed(seed, site) < rate * 2**63 else 1 / (1 - rate) for seed in seeds]
-    each = [factors[number] for number, tokens in share.parts for _ in range(tokens.stop - tokens.start)]
-    return x * x.new_tensor(each)[:, None]
+    slides = x.split([tokens.stop - tokens.start for _, tokens in share.parts])
+    return torch.cat([slide * factors[number] for (number, _), slide in zip(share.parts, slides, strict=True)])
 
 
 def dropout_seed(seed: int, site: str) -> int:
