@@ -66,7 +66,9 @@ class LoaderProcess(DataLoader):
 
     def _unpacked(self, packed: bytes) -> Any:
         batch = pickle.loads(packed)
-        return batch.pin_memory() if self._pinned and hasattr(batch, "pin_memory") else batch
+        if not self._pinned or isinstance(batch, Fault):
+            return batch
+        return [part.pin_memory() for part in batch] if isinstance(batch, list) else batch.pin_memory()
 
     def _ending(self) -> Fault | None:
         """Why the process is no more, where something killed it."""

@@ -7,7 +7,7 @@ are too few slides to learn from. Its tiles are in row-major order. The order of
 only state is the number of steps done, and it holds at any world size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -50,19 +50,15 @@ class SlideBatch:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SlideBatch":
         """The same batch with its tensors on ``device``."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=non_blocking))
 
-        def move(tensor: Tensor) -> Tensor:
-            return tensor.to(device, non_blocking=non_blocking)
+    def pin_memory(self) -> "SlideBatch":
+        """The same batch in page-locked memory, from which copies to a GPU don't wait. Called by DataLoader."""
+        return self._with(Tensor.pin_memory)
 
-        return replace(
-            self,
-            embeddings=move(self.embeddings),
-            cells=move(self.cells),
-            visible=move(self.visible),
-            masked=move(self.masked),
-            mean=move(self.mean),
-            std=move(self.std),
-        )
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "SlideBatch":
+        tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
 
     def targets(self) -> Tensor:
         """(T, D) float32 embeddings standardised by the data set's statistics: what is predicted."""

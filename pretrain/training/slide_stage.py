@@ -151,7 +151,7 @@ class SlideTraining(Training):
         batches = SlideBatches(self.sequences, start, stop, rank, groups, self.settings.accumulate)
         room = shared_memory_room()
         return LoaderProcess(
-            batches, pin_memory=False, through_pipe=room is not None and self.bytes_on_the_way() > room
+            batches, self.device.type == "cuda", through_pipe=room is not None and self.bytes_on_the_way() > room
         )
 
     def bytes_on_the_way(self) -> int:

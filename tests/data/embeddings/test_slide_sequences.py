@@ -1,3 +1,4 @@
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -224,3 +225,13 @@ def test_settings_that_make_no_sense_are_faults(store, tmp_path):
     EmbeddingWriter(tmp_path / "empty", 3, "synthetic", "abc").close()
     with pytest.raises(Fault, match="no tiles"):
         Statistics.of(EmbeddingStore.open(tmp_path / "empty"))
+
+
+def test_every_tensor_of_a_batch_is_pinned_for_a_copy_that_does_not_wait(monkeypatch) -> None:
+    numbers = torch.arange(3)
+    batch = SlideBatch(numbers, numbers, [3], numbers, [2], numbers, [1], numbers, numbers, [0], ["a"])
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
+    pinned = batch.pin_memory()
+    for field in dataclasses.fields(SlideBatch):
+        before, after = getattr(batch, field.name), getattr(pinned, field.name)
+        assert torch.equal(after, before + 100) if isinstance(before, torch.Tensor) else after is before
