@@ -1,16 +1,58 @@
 """What an objective gives, held to what the trainer can use: a user's own one that gives something else is told so by
 its class's name."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+import inspect
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
+from typing import Annotated, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from data.fault import Fault
-from pretrain.objectives.interface import BACKBONE, Moment, Objective
+from data.tiles.crops import FurtherViews
+from models.allowed import PIXEL_COUNT, RANGE, within
+from models.operations import Operations
+from pretrain.objectives.interface import BACKBONE, Moment, Objective, SlideObjective
 from pretrain.settings.plugins import own_trace
+from pretrain.settings.ranges import require_allowed
+
+FURTHER_VIEWS = {
+    "count": Annotated[int, within(least=1)],
+    "size": Annotated[int, PIXEL_COUNT],
+    "scale": Annotated[list[float], RANGE, within(above=0)],
+}
+OF_THE_RECORD = re.compile(
+    "step|loss|operations|lr|weight_decay|skipped|grad_norm(/.*)?|data_wait|peak_memory_gib|flop_utilisation"
+    "|tiles|slides|bad_tiles|(tiles|slides)_per_second|look_seconds|failed_saves|alarm|since|says"
+)
+"""Names in ``metrics.jsonl`` of what the run itself finds out."""
+FIGURES = "figures by name, {'accuracy': 0.5, …}"
+
+
+def views_of(kind: type[Objective], settings: Mapping[str, Any]) -> tuple[FurtherViews, ...]:
+    """The further views that an objective's class asks for by its ``settings``. Raises Fault for what is none, or
+    can't be cut."""
+    who = f"{kind.__name__}.further_views"
+    if not inspect.ismethod(kind.further_views):
+        raise Fault(f"{who} is asked before there is an object: write @classmethod above its def.")
+    try:
+        given = kind.further_views(settings)
+    except Exception as error:
+        if isinstance(error, Fault):
+            raise
+        said = f"{type(error).__name__}: {error}"
+        raise Fault(f"{who} can't tell its views: {said}; above is where.", trace=own_trace(error)) from error
+    form = "a list of FurtherViews(count=…, size=…, scale=(…, …))"
+    for views in _given(who, given, Sequence, form):
+        scale = _given(who, views, FurtherViews, form).scale
+        whole = isinstance(views.count, int) and isinstance(views.size, int)
+        if not (whole and isinstance(scale, list | tuple) and all(isinstance(end, Real) for end in scale)):
+            raise Fault(f"{who} must give whole numbers and a scale of two numbers, and gives {views}.")
+        require_allowed(vars(views) | {"scale": list(scale)}, FURTHER_VIEWS, f"{who}: ")
+    return tuple(given)
 
 
 def require_trainable(objective: Objective) -> None:
@@ -19,13 +61,9 @@ def require_trainable(objective: Objective) -> None:
     who = type(objective).__name__
     trained, frozen = objective.trained(), objective.frozen()
     for method, networks in (("trained", trained), ("frozen", frozen)):
-        if not isinstance(networks, Mapping) or not all(
-            isinstance(network, nn.Module) for network in networks.values()
-        ):
-            raise Fault(
-                f"{who}.{method}() must give its networks by name, {{'{BACKBONE}': self.encoder, …}}, and gives"
-                f" {_kind(networks)}."
-            )
+        form = f"its networks by name, {{'{BACKBONE}': self.encoder, …}}"
+        for network in _given(f"{who}.{method}()", networks, Mapping, form).values():
+            _given(f"{who}.{method}()", network, nn.Module, form)
     if BACKBONE not in trained:
         raise Fault(
             f"{who}.trained() names {', '.join(trained) or 'no network'}, and none is called '{BACKBONE}', which is"
@@ -56,6 +94,20 @@ def require_trainable(objective: Objective) -> None:
             f"{who} has parameters outside of its networks ({', '.join(loose[:5])}), which nothing would train: put"
             " them into a module that trained() names, or make them buffers."
         )
+    counts = _given(f"{who}.prototype_counts", objective.prototype_counts(), Mapping, "numbers by kind of target")
+    for kind, count in counts.items():
+        if not isinstance(count, int) or count < 1:
+            raise Fault(f"{who}.prototype_counts must give whole numbers from 1 on, and gives {kind} as {count!r}.")
+
+
+def prepared(objective: Objective, parts: Sequence[Any], moment: Moment) -> Sequence[Any]:
+    """What the objective's ``prepare`` makes of a step's micro-batches, as many. Raises Fault where it gives something
+    else."""
+    who, form = f"{type(objective).__name__}.prepare", "a list of what loss gets, one for each micro-batch"
+    given: Sequence[Any] = _given(who, objective.prepare(parts, moment), Sequence, form)
+    if len(given) != len(parts):
+        raise Fault(f"{who} must give {form}, {len(parts)} here, and gives {len(given)}.")
+    return given
 
 
 def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
@@ -83,21 +135,65 @@ def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, di
             f"{who}.loss gives a loss that depends on nothing that is trained: is there a detach() or no_grad() on its"
             " way?"
         )
-    return loss, {name: _figure(f"{who}.loss", name, value, loss.device) for name, value in figures.items()}
+    return loss, {
+        name: torch.as_tensor(value, device=loss.device) for name, value in _figures(f"{who}.loss", figures).items()
+    }
 
 
 def look_of(objective: Objective, parts: Sequence[Any], moment: Moment) -> dict[str, float]:
-    """The figures of the objective's look. Raises Fault for one that isn't one number."""
-    who, cpu = f"{type(objective).__name__}.look", torch.device("cpu")
-    return {name: float(_figure(who, name, value, cpu)) for name, value in objective.look(parts, moment).items()}
+    """The figures of the objective's look. Raises Fault for one that isn't one number, or whose name the record has for
+    its own."""
+    found = _figures(f"{type(objective).__name__}.look", objective.look(parts, moment))
+    return {name: float(value) for name, value in found.items()}
 
 
-def _figure(who: str, name: object, value: object, device: torch.device) -> Tensor:
+def evaluation_of(objective: SlideObjective, batches: Iterable[Any]) -> dict[str, float]:
+    """The figures of held-out slides, ``loss`` among them as ``validation_loss``. Raises Fault as `look_of` does, and
+    where the objective's ``score`` isn't there."""
+    kind = type(objective).__name__
+    given = _given(f"{kind}.evaluate", objective.evaluate(batches), Mapping, FIGURES)
+    own = {"validation_loss" if name == "loss" else name: value for name, value in given.items()}
+    found = {name: float(value) for name, value in _figures(f"{kind}.evaluate", own).items()}
+    if objective.score and objective.score not in found:
+        raise Fault(
+            f"{kind}.score is {objective.score!r}, which {kind}.evaluate doesn't give: name one of its figures"
+            f" ({', '.join(found) or 'there is none'}), or none: score = ''."
+        )
+    return found
+
+
+def operations_of(objective: Objective, parts: Sequence[Any]) -> Operations:
+    """What the objective says of its operations. Raises Fault where it gives something else."""
+    form = "Operations(forward, backward, …), sums of what its networks' operations() give"
+    given: Operations = _given(f"{type(objective).__name__}.operations", objective.operations(parts), Operations, form)
+    return given
+
+
+def _given(who: str, given: Any, kind: type, form: str) -> Any:
+    """What a user's method gave, which is a ``kind``."""
+    if not isinstance(given, kind):
+        raise Fault(f"{who} must give {form}, and gives {_kind(given)}.")
+    return given
+
+
+def _figures(who: str, given: Any) -> dict[str, Tensor | float]:
+    """Figures to record by name, each a number or a tensor without dimensions. Raises Fault for names that the record
+    has for its own."""
+    figures = _given(who, given, Mapping, FIGURES)
+    if taken := [str(name) for name in figures if OF_THE_RECORD.fullmatch(str(name))]:
+        raise Fault(
+            f"{who} gives {', '.join(taken)}, which the record names figures of its own: call them something else,"
+            f" own_{taken[0].rpartition('/')[2]} say."
+        )
+    return {str(name): _figure(who, name, value) for name, value in figures.items()}
+
+
+def _figure(who: str, name: object, value: object) -> Tensor | float:
     if isinstance(value, Tensor) and value.numel() == 1:
-        return value.detach().reshape(()).to(device)
-    if not isinstance(value, int | float):
+        return value.detach().reshape(())
+    if not isinstance(value, Real):
         raise Fault(f"{who} must give figures that are one number each, and gives {name} as {_kind(value)}.")
-    return torch.tensor(float(value), device=device)
+    return float(value)
 
 
 def _kind(value: object) -> str:

@@ -28,7 +28,7 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
     crops, patch = data.crops, model["patch_size"]
     grid = crops.global_size // patch
     sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
-    sides += [(views.count, views.size) for views in further_views(objective, patch)]
+    sides += [(views.count, views.size) for views in further_views(objective, patch, crops.relative_to)]
     sides = [(views, side) for views, side in sides if views]
     global_crops = crops.global_count * tiles
 

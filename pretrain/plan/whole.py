@@ -105,4 +105,5 @@ def _reading_cost(shape: RunShape, config: Any) -> tuple[float, float]:
     """Megabytes and core-seconds of a tile or slide."""
     if shape.stage == "slide":
         return slide_cost(config.slides, config.input)
-    return tile_cost(shape.data, further_views(shape.objective, shape.model["patch_size"]), config.input)
+    further = further_views(shape.objective, shape.model["patch_size"], shape.data.crops.relative_to)
+    return tile_cost(shape.data, further, config.input)

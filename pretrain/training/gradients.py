@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.objectives.contract import loss_of
+from pretrain.objectives.contract import loss_of, prepared
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.precision import at_least_float32
 
@@ -21,8 +21,8 @@ def gradients(
     backward. Returns this rank's mean loss and figures, scalars of at least float32.
     """
     means: dict[str, Tensor] = {}
-    prepared = objective.prepare([part for part, _ in parts], moment)
-    for i, (part, (_, first)) in enumerate(zip(prepared, parts, strict=True)):
+    given = prepared(objective, [part for part, _ in parts], moment)
+    for i, (part, (_, first)) in enumerate(zip(given, parts, strict=True)):
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(i == len(parts) - 1, recurse=False)

@@ -22,6 +22,7 @@ from data.loader_process import LoaderProcess, shared_memory_room
 from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from pretrain.encoders.slide_encoders import TILE_ENCODER
+from pretrain.objectives.contract import evaluation_of
 from pretrain.objectives.interface import SlideObjective
 from pretrain.run import signals
 from pretrain.run.across_ranks import total
@@ -177,5 +178,4 @@ class SlideTraining(Training):
         if not self.sequences.validation:
             return {}
         batches = self.heeding(self.sequences.validation_batches(), self.sequences.validation_batch_count())
-        figures = self.objective.evaluate(batch.to(self.device) for batch in batches)
-        return {f"validation_{name}" if name == "loss" else name: value for name, value in figures.items()}
+        return evaluation_of(self.objective, (batch.to(self.device) for batch in batches))

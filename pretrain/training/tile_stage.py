@@ -22,7 +22,7 @@ from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbe
 from pretrain.encoders import init
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import evaluation_size
-from pretrain.objectives.contract import look_of
+from pretrain.objectives.contract import look_of, views_of
 from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
@@ -145,17 +145,24 @@ def check_crop_patches(size: int, count: int, patch_size: int) -> None:
         raise ValueError("the side of a crop is a multiple of the patch's")
 
 
-def further_views(objective: Mapping[str, Any], patch_size: int) -> tuple[FurtherViews, ...]:
+def further_views(objective: Mapping[str, Any], patch_size: int, relative_to: str) -> tuple[FurtherViews, ...]:
     """The kinds of view that an objective's settings ask for beside global and local ones. Raises Fault for a size that
-    patches don't fill."""
+    patches don't fill, and for a scale that isn't one ``relative_to`` what ``data.crops`` says."""
     kind: type[Objective] = plugins.locate_class(objective["_target_"], Objective)
-    found = tuple(kind.further_views({name: value for name, value in objective.items() if name != "_target_"}))
+    found = views_of(kind, {name: value for name, value in objective.items() if name != "_target_"})
     for views in found:
         if views.size % patch_size:
             raise Fault(
                 f"{kind.__name__} asks for views of {views.size} px, which isn't a multiple of"
                 f" model.patch_size={patch_size}: change one of them."
             )
+        try:
+            check_scale(relative_to, list(views.scale))
+        except ValueError as error:
+            raise Fault(
+                f"{kind.__name__} asks for views of scale={views.scale} with data.crops.relative_to={relative_to}:"
+                f" {error}."
+            ) from error
     return found
 
 
@@ -196,7 +203,8 @@ class TileTraining(Training):
         shape: dict[str, Any] = {name: getattr(self.data, name) for name in ("batch_size", "lanes", "slides_per_lane")}
         self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
-        self.sizes = crop_sizes(self.data.crops, further_views(config.objective, config.model["patch_size"]))
+        crops, patch = self.data.crops, config.model["patch_size"]
+        self.sizes = crop_sizes(crops, further_views(config.objective, patch, crops.relative_to))
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
         self.slides = SlideSample(self.tiles, config.seed) if watch.every else None

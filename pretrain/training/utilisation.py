@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from pretrain.objectives.contract import operations_of
 from pretrain.objectives.interface import Objective
 from pretrain.settings.hardware import peak_of
 from pretrain.training.trainer_settings import TrainerSettings
@@ -31,7 +32,7 @@ def silent_about_operations(objective: Objective) -> list[str]:
 def operations_of_step(objective: Objective, parts: Sequence[Any], checkpointing: str) -> float:
     """Floating-point operations of a step on these micro-batches; ``checkpointing``: see
     `pretrain.training.sharding.CHECKPOINTING`."""
-    found = objective.operations(parts)
+    found = operations_of(objective, parts)
     return (
         found.forward + found.backward + {"none": 0.0, "full": found.full, "selective": found.selective}[checkpointing]
     )

@@ -10,12 +10,23 @@ import torch
 from torch import Tensor, nn
 
 from data.fault import Fault
+from data.tiles.crops import FurtherViews
 from launch.entry import run_command_line
-from pretrain.objectives.contract import look_of, loss_of, require_trainable
-from pretrain.objectives.interface import Moment, Objective
+from models.operations import Operations
+from pretrain.objectives.contract import (
+    evaluation_of,
+    look_of,
+    loss_of,
+    operations_of,
+    prepared,
+    require_trainable,
+    views_of,
+)
+from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan.rehearsal import RehearsedBatch, rehearse
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
+from pretrain.training.tile_stage import further_views
 from tests.pretrain.objectives.test_own_objective import SIZES
 from tests.pretrain.objectives.tile_objectives import batch, encoder
 from tests.pretrain.training.test_tile_training import TINY
@@ -99,6 +110,16 @@ class Inside(Own):
         return self.projector[1](self.features(batch)).square().mean(), {}
 
 
+class Unprepared(Own):
+    def prepare(self, parts: Any, moment: Moment) -> Any:
+        return None
+
+
+class Counts(Own):
+    def prototype_counts(self) -> Any:
+        return [64]
+
+
 class FloatLoss(Own):
     def loss(self, batch: Any, moment: Moment) -> Any:
         return 1.0, {}
@@ -163,6 +184,8 @@ def stepped(kind: type[Objective]) -> Any:
         (Loose, "Loose has parameters outside of its networks (projector.0.weight, "),
         (Container, "Container: a ModuleList can't be shared out over processes: "),
         (Inside, "Inside.loss uses a network's parameters while they are shared out over processes (above is where): call the networks that trained() names as a whole"),
+        (Unprepared, "Unprepared.prepare must give a list of what loss gets, one for each micro-batch"),
+        (Counts, "Counts.prototype_counts must give numbers by kind of target, and gives a list."),
         (Breaks, "Breaks can't be built: RuntimeError: boom; above is where."),
     ],
 )  # fmt: skip
@@ -215,6 +238,163 @@ def test_a_figure_may_be_a_plain_number_or_a_tensor_of_one() -> None:
     objective.look = lambda *_: {"a": torch.ones(2)}  # type: ignore[method-assign, assignment]
     with pytest.raises(Fault, match=r"^Own\.look must give figures that are one number each, and gives a as a tensor"):
         look_of(objective, [], Moment(0, 1, 0))
+
+
+class Judged(SlideObjective):
+    """A slide objective, but for its networks."""
+
+    def __init__(self, given: Any = None) -> None:
+        super().__init__()
+        self.given = given
+
+    def trained(self) -> dict[str, nn.Module]:
+        return {}
+
+    def loss(self, batch: Any, moment: Moment) -> Any:
+        raise NotImplementedError
+
+    def evaluate(self, batches: Any) -> Any:
+        return self.given
+
+
+class Scored(Judged):
+    score = "nothere"
+
+
+MOMENT = Moment(0, 1, 0)
+
+
+ASKED: dict[str, Callable[[Any], object]] = {
+    "prepare": lambda own: prepared(own, [1, 2], MOMENT),
+    "look": lambda own: look_of(own, [], MOMENT),
+    "evaluate": lambda own: evaluation_of(own, []),
+    "operations": lambda own: operations_of(own, []),
+    "prototype_counts": require_trainable,
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "given", "sentence"),
+    [
+        ("prepare", None, "must give a list of what loss gets, one for each micro-batch, and gives None."),
+        ("prepare", [1], "one for each micro-batch, 2 here, and gives 1."),
+        ("look", None, "must give figures by name, {'accuracy': 0.5, …}, and gives None."),
+        ("look", {"a": torch.ones(2)}, "that are one number each, and gives a as a tensor of shape (2,)."),
+        ("look", {"loss": 1.0}, "gives loss, which the record names figures of its own: call them something else"),
+        ("evaluate", None, "must give figures by name, {'accuracy': 0.5, …}, and gives None."),
+        ("evaluate", torch.ones(()), "and gives a tensor of shape ()."),
+        ("evaluate", {"acc": torch.ones(2)}, "and gives acc as a tensor of shape (2,)."),
+        ("evaluate", {"step": 3, "acc": 1.0}, "gives step, which the record names figures of its own"),
+        ("operations", 1e9, "must give Operations(forward, backward, …), sums of what its networks' operations()"),
+        ("prototype_counts", [64], "must give numbers by kind of target, and gives a list."),
+        ("prototype_counts", {"dino": 0.5}, "must give whole numbers from 1 on, and gives dino as 0.5."),
+    ],
+)
+def test_a_method_that_gives_something_else_says_what(method: str, given: Any, sentence: str) -> None:
+    objective = Judged() if method == "evaluate" else Own(encoder(depth=1))
+    setattr(objective, method, lambda *_: given)
+    with pytest.raises(Fault) as refused:
+        ASKED[method](objective)
+    assert str(refused.value).startswith(f"{type(objective).__name__}.{method} ") and sentence in str(refused.value)
+
+
+def test_what_a_method_gives_in_its_form_is_taken() -> None:
+    objective = Own(encoder(depth=1))
+    assert prepared(objective, [1, 2], MOMENT) == [1, 2]
+    objective.operations = lambda _: Operations(1.0)  # type: ignore[method-assign]
+    assert operations_of(objective, []) == Operations(1.0)
+    accuracy = torch.tensor([0.25, 0.5])
+    assert evaluation_of(Judged({"acc": accuracy.mean(), "r2": 0.1, "n": 3, "loss": accuracy[:1]}), []) == {
+        "acc": 0.375,
+        "r2": 0.1,
+        "n": 3.0,
+        "validation_loss": 0.25,
+    }
+
+
+def test_a_score_that_is_no_figure_of_the_evaluation_is_refused_with_those_there_are() -> None:
+    with pytest.raises(Fault, match=r"^Scored\.score is 'nothere', which .* doesn't give: .*\(acc, f1\)"):
+        evaluation_of(Scored({"acc": 0.5, "f1": 0.5}), [])
+    assert evaluation_of(Scored({"nothere": 0.5}), []) == {"nothere": 0.5}
+
+
+RECORDED = [
+    *("step", "loss", "operations", "lr", "weight_decay", "skipped", "grad_norm", "grad_norm/encoder", "data_wait"),
+    *("tiles_per_second", "slides_per_second", "peak_memory_gib", "flop_utilisation", "tiles", "slides", "bad_tiles"),
+    *("look_seconds", "failed_saves", "alarm"),
+]
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_a_figure_never_takes_the_name_of_one_of_the_records_own(name: str) -> None:
+    objective, one = Own(encoder(depth=1)), torch.ones((), requires_grad=True)
+    objective.loss = lambda *_: (one, {name: 42.0, "fine": 1.0})  # type: ignore[method-assign]
+    with pytest.raises(Fault, match=rf"^Own\.loss gives {name}, which the record names figures of its own"):
+        loss_of(objective, None, MOMENT)
+
+
+class Viewed(Own):
+    given: Any = ()
+
+    @classmethod
+    def further_views(cls, settings: Any) -> Any:
+        return cls.given
+
+
+wrong: Any = FurtherViews  # as one who checks no types makes it
+
+
+class Keyed(Viewed):
+    @classmethod
+    def further_views(cls, settings: Any) -> Any:
+        return settings["hight"]
+
+
+class Unclassed(Own):
+    def further_views(self, settings: Any) -> Any:  # type: ignore[override]
+        return ()
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (None, "must give a list of FurtherViews(count=…, size=…, scale=(…, …)), and gives None."),
+        (FurtherViews(1, 8, (0.1, 0.5)), "and gives a FurtherViews."),
+        ([(1, 8, (0.1, 0.5))], "and gives (a int, a int, (a float, a float))."),
+        ([wrong(1, 8, 0.5)], "must give whole numbers and a scale of two numbers, and gives FurtherViews(count=1, "),
+        ([wrong(1.5, 8, (0.1, 0.5))], "must give whole numbers"),
+        ([wrong(1, 8, ("a", "b"))], "must give whole numbers"),
+        ([FurtherViews(0, 8, (0.1, 0.5))], "count=0 is not allowed: it must be at least 1."),
+        ([FurtherViews(1, 0, (0.1, 0.5))], "size=0 is not allowed: it must be at least 1"),
+        ([FurtherViews(1, 8, (0.5, 0.1))], "scale=[0.5,0.1] is not allowed: it must be two numbers, the lower one"),
+        ([FurtherViews(1, 8, (0, 0.1))], "scale holds 0, which is not allowed: each must be more than 0."),
+    ],
+)
+def test_further_views_that_cannot_be_cut_are_refused(
+    given: Any, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Viewed, "given", given)
+    with pytest.raises(Fault) as refused:
+        views_of(Viewed, {})
+    assert str(refused.value).startswith("Viewed.further_views") and sentence in str(refused.value)
+
+
+def test_further_views_that_cannot_be_asked_for_say_why() -> None:
+    with pytest.raises(Fault, match=r"^Unclassed\.further_views is asked before there is .*: write @classmethod"):
+        views_of(Unclassed, {})
+    with pytest.raises(Fault, match=r"^Keyed\.further_views can't tell its views: KeyError: 'hight'; above") as refused:
+        views_of(Keyed, {})
+    assert 'settings["hight"]' in refused.value.trace
+
+
+def test_further_views_are_held_to_the_run_s_patches_and_to_what_a_scale_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    target = {"_target_": f"{Viewed.__module__}.Viewed"}
+    monkeypatch.setattr(plugins.locate_class(target["_target_"], Viewed), "given", [FurtherViews(1, 8, (0.5, 2))])
+    assert further_views(target, 4, "crop") == (FurtherViews(1, 8, (0.5, 2)),)
+    with pytest.raises(Fault, match=r"^Viewed asks for views of scale=\(0.5, 2\) with data.crops.relative_to=tile: "):
+        further_views(target, 4, "tile")
+    with pytest.raises(Fault, match=r"^Viewed asks for views of 8 px, which isn't a multiple of model\.patch_size=3"):
+        further_views(target, 3, "crop")
 
 
 @pytest.fixture
