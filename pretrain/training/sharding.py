@@ -7,6 +7,7 @@ average runs shard by shard; it keeps nothing for a backward, so there is nothin
 process and many, CPU (gloo) and GPU (NCCL).
 """
 
+import inspect
 import re
 from collections.abc import Callable
 from functools import partial
@@ -115,10 +116,10 @@ def shard(
 
 
 def units_of(network: nn.Module) -> list[nn.Module]:
-    """What a network says is gathered, recomputed and compiled by itself: the ``units()`` of the modules in it that
-    have such a method. A network that says nothing is one unit."""
-    stacks = [units for module in network.modules() if callable(units := getattr(module, "units", None))]
-    return [unit for units in stacks for unit in units()]
+    """What a network says is gathered, recomputed and compiled by itself, each once: the ``units()`` of the modules in
+    it that have such a method, which a module of that name isn't. A network that says nothing is one unit."""
+    stacks = [units for module in network.modules() if inspect.ismethod(units := getattr(module, "units", None))]
+    return list(dict.fromkeys(unit for units in stacks for unit in units()))
 
 
 def recomputed(forward: Callable[..., Any], selective: bool) -> Callable[..., Any]:

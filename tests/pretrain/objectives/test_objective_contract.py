@@ -26,6 +26,7 @@ from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan.rehearsal import RehearsedBatch, rehearse
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
+from pretrain.training.sharding import units_of
 from pretrain.training.tile_stage import further_views
 from tests.pretrain.objectives.test_own_objective import SIZES
 from tests.pretrain.objectives.tile_objectives import batch, encoder
@@ -200,6 +201,48 @@ def test_networks_that_cannot_be_trained_are_named_before_a_step(kind: type[Obje
 def test_what_is_right_is_left_alone() -> None:
     assert stepped(Own).flops
     require_trainable(made(Own)())
+
+
+class Stack(nn.Module):
+    """A network whose layers are called as a method of ours is."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.units = nn.ModuleList([nn.Linear(width, width), nn.Linear(width, width)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.Sequential(*self.units)(x)
+
+
+class Wrapped(nn.Module):
+    """An encoder in a network that also says what its units are."""
+
+    def __init__(self, inner: nn.Module, width: int) -> None:
+        super().__init__()
+        self.inner, self.width, self.neck = inner, width, nn.Linear(width, width)
+
+    def units(self) -> list[nn.Module]:
+        return [self.neck, *self.inner.blocks]  # type: ignore[misc, list-item]
+
+    def forward(self, crops: Any) -> Tensor:
+        return self.neck(self.inner(crops)[0].patches.mean(1))  # type: ignore[no-any-return]
+
+
+class Stacked(Own):
+    def __init__(self, make_encoder: Callable[[], Any], *, width: int) -> None:
+        super().__init__(make_encoder, width=width)
+        self.projector = Stack(self.encoder.width)  # type: ignore[assignment]
+        self.encoder = Wrapped(self.encoder, self.encoder.width)
+
+    def features(self, batch: Any) -> Tensor:
+        return self.encoder([batch.crops[0][0]])  # type: ignore[no-any-return]
+
+
+def test_a_network_may_call_a_module_units_and_say_the_units_of_one_inside_once_more() -> None:
+    assert stepped(Stacked).flops
+    objective: Any = made(Stacked)()
+    assert units_of(objective.projector) == []
+    assert units_of(objective.encoder) == [objective.encoder.neck, *objective.encoder.inner.blocks]
 
 
 @pytest.mark.parametrize(
