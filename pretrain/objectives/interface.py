@@ -32,6 +32,13 @@ class Moment:
 class Objective(nn.Module, ABC):
     """A loss together with the networks it trains and those it keeps beside them (a teacher, a centre)."""
 
+    stage: ClassVar[str] = "tile"
+    """The command that it is for."""
+    learns: ClassVar[str] = "from tiles without labels"
+    """For the report, what goes behind 'A tile encoder learned'."""
+    reading: ClassVar[str] = ""
+    """For the report, sentences on where its losses start and what they tell."""
+
     @classmethod
     def further_views(cls, settings: Mapping[str, Any]) -> Sequence[FurtherViews]:
         """Kinds of view that the tile stage cuts beside global and local ones, by the objective's ``settings``. They
@@ -94,6 +101,8 @@ class Objective(nn.Module, ABC):
 class SlideObjective(Objective):
     """An objective of the slide stage; its batches are `SlideBatch`, its ``encoder`` a slide encoder."""
 
+    stage = "slide"
+    learns = "from tile embeddings without labels"
     score: ClassVar[str] = ""
     """The figure of `evaluate` by which the best checkpoint is told, higher is better; empty: none is."""
     evaluation_passes: ClassVar[int] = 0

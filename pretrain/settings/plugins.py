@@ -32,15 +32,21 @@ Plugin = dict[str, Any]
 OUR_PACKAGES = ("data", "models", "pretrain", "launch")
 
 
+def may_be_run(target: str, allowed: Collection[str] | None) -> bool:
+    """Whether a class is the user's own choice, or of a package of ours or of those ``allowed``."""
+    return allowed is None or any(target.startswith(f"{package}.") for package in (*OUR_PACKAGES, *allowed))
+
+
 def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
-    """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``.
+    """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``, and
+    of its ``stage`` where it has one.
 
     Where the path is from a run's folder, ``allowed`` are the packages and modules that may be imported beside ours;
     None: it is the user's own. Those are not looked for in the current folder, unless PYTHONPATH names it.
     """
     if not isinstance(target, str):
         raise Fault(f"_target_: {target} names no class: give the dotted path of one, as models.vit.VisionTransformer.")
-    if allowed is not None and not any(target.startswith(f"{package}.") for package in (*OUR_PACKAGES, *allowed)):
+    if not may_be_run(target, allowed):
         package = target.partition(".")[0]
         raise Fault(
             f"_target_: {target} was read from a run's folder, and is no class of this project:"
@@ -52,6 +58,12 @@ def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] |
             found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
         raise Fault(f"_target_: {target} can't be imported ({error}); give the dotted path of a class.") from error
+    stage, its = getattr(base, "stage", None), getattr(found, "stage", None)
+    if stage and its and stage != its:
+        raise Fault(
+            f"_target_: {target} is for 'pretrain {its}': choose one that 'pretrain {stage} --help' lists, or derive"
+            f" your own from {base.__module__}.{base.__qualname__}."
+        )
     if not (inspect.isclass(found) and issubclass(found, base)):
         wanted = (
             "torch nn.Module class, so it can't be a model"

@@ -47,6 +47,13 @@ def test_the_help_of_tile_shows_its_groups_and_their_choices(capsys: pytest.Capt
     assert "teacher_momentum: 0.992" in text and "# of the moving average" in text
 
 
+@pytest.mark.parametrize(("stage", "objectives"), [("tile", "dino, dinov2, mae"), ("slide", "slide_mae")])
+def test_help_offers_the_objectives_of_its_own_stage(
+    stage: str, objectives: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert f"objective= one of: {objectives} (default " in said([stage, "--help"], capsys)
+
+
 def test_cfg_job_prints_the_resolved_configuration_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
