@@ -10,6 +10,7 @@ from pretrain.settings.composition import Composed, load, of_the_command_line
 from pretrain.settings.config_files import CONFIGS
 
 STAGES = ("tile", "slide")
+PLANNED = ("model", "objective", "optim", "trainer", "watch")  # what a plan needs whole; of the data it needs no place
 
 
 def set_run_words_aside(overrides: list[str], config_dirs: list[Path]) -> list[str]:
@@ -34,6 +35,7 @@ def compose_run(settings: list[str], config_dirs: list[str]) -> Composed:
             refused.append(f"as 'pretrain {stage}': {fault}")
         else:
             composed = load(stage, settings, folders)
+            composed.require_given(*PLANNED)
             if composed.left_out:
                 say(composed.says_left_out())
             return composed

@@ -82,15 +82,23 @@ class Composed:
         )
 
     @of_the_command_line()
-    def object(self) -> Any:
-        """The command's ``Config`` dataclass, nested dataclasses and plain lists and dicts throughout."""
-        missing = sorted(OmegaConf.missing_keys(self.tree))
+    def require_given(self, *nodes: str) -> None:
+        """Raise Fault for settings that are still to be given: all, or those of some ``nodes``."""
+        missing = sorted(
+            key for key in OmegaConf.missing_keys(self.tree) if not nodes or key.partition(".")[0] in nodes
+        )
         if missing:
             given = " ".join(f"{key}=…" for key in missing)
             raise Fault(
                 f"{', '.join(missing)} must be given: pretrain {self.command} {given} ('pretrain {self.command} --help'"
                 f" explains).{constructor_defaults_do_not_count(self.tree, missing)}"
             )
+
+    @of_the_command_line()
+    def object(self) -> Any:
+        """The command's ``Config`` dataclass, nested dataclasses and plain lists and dicts throughout. Raises Fault for
+        a setting that is still to be given."""
+        self.require_given()
         config = importlib.import_module(f"pretrain.commands.{file_stem(self.command)}").Config
         values = vars(OmegaConf.to_object(self.tree))
         kinds = get_type_hints(config)

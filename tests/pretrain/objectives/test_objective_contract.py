@@ -475,6 +475,35 @@ def test_a_class_that_is_no_objective_and_settings_that_it_has_not_are_found_whe
 
 
 @pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["tile", "objective=slide_mae"], "slide_mae.SlideMAE is for 'pretrain slide': choose one that 'pretrain tile"),
+        (["doctor", "objective=slide_mae"], "slide_mae.SlideMAE is for 'pretrain slide': choose one"),
+        (
+            ["slide", "objective=dinov2"],
+            "dinov2.DINOv2 is for 'pretrain tile': choose one that 'pretrain slide --help'",
+        ),
+        (["plan", "recipe=small_slide", "objective=mae"], "mae.MAE is for 'pretrain tile': choose one that"),
+    ],
+)
+def test_an_objective_of_the_other_stage_is_refused_when_composing(
+    words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run_command_line(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and sentence in said and "Traceback" not in said
+
+
+def test_a_plan_wants_the_settings_of_an_objective_that_its_run_wants(
+    own: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command_line(["plan", "recipe=small", "hardware=cpu", *own(Own, "")])
+    assert "objective.width must be given: pretrain tile objective.width=…" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
     ("kind", "sentence"),
     [(Inside, "Inside.loss uses a network's parameters"), (FloatLoss, "FloatLoss.loss must give a loss that is one number")],
 )  # fmt: skip
