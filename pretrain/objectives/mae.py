@@ -33,6 +33,7 @@ class MAE(Objective):
     Raises ValueError for an encoder with stochastic depth, which MAE doesn't have.
     """
 
+    reading = "Where objective.norm_pix is set, the mean of each patch as a guess of its pixels would get about 1."
     agreements: ClassVar[Agreements] = {
         ("decoder_width", "decoder_heads"): check_heads,
         ("decoder_width",): check_sines,

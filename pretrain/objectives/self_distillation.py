@@ -63,6 +63,11 @@ class SelfDistillation(Objective):
     ``ibot``) and how many prototypes each has; each has a centre, the buffer ``<kind>_centre``.
     """
 
+    reading = (
+        "Its level says little by itself: the class-token terms together start near the logarithm of the number of"
+        " prototypes, and the teacher's temperature moves it. Watch for a class-token loss that stays where it started"
+        " (nothing learned)."
+    )
     all_patches: ClassVar[bool] = False
     """Whether the loss is given the student's patch tokens of all crops, in place of the masked ones alone."""
 

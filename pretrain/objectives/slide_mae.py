@@ -51,6 +51,12 @@ class SlideMAE(SlideObjective):
     decoder_start: see `SlideDecoder`.
     """
 
+    learns = "to fill in hidden tile embeddings from the visible ones"
+    reading = (
+        "Most of a slide's tile embeddings are hidden, and the encoder must tell them from the rest. Explained variance"
+        " (R²) of the hidden embeddings, on slides or fields held out from training, is worth something only beside"
+        " what needs no learning: the strongest baseline simply averages the nearest visible tiles."
+    )
     score = "r2"
     evaluation_passes = 2  # as they are, and with their tiles' places shuffled
     agreements: ClassVar[Agreements] = {

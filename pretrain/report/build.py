@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from data.files import write_whole
+from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.pages import page
 from pretrain.pages.page import Section
-from pretrain.report.parts import Parts, Run, find_parts
+from pretrain.report.parts import Parts, Run, find_parts, inputs
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
 from pretrain.settings import plugins
@@ -28,8 +29,8 @@ def build_page(
     """Write the page about ``folder`` to ``out``, whole or not at all; ``plugins`` are the packages whose classes its
     runs may name. Raises `Fault` when there is nothing to report."""
     parts = find_parts(folder, shards, embeddings, probe)
-    sections = [section for section in found_sections(parts) if section is not None]
-    if wants := wanted(parts):
+    sections = [section for section in found_sections(parts, plugins) if section is not None]
+    if wants := wanted(parts, plugins):
         sections.append(Section("missing", "Not here yet", page.missing(wants)))
     text = page.document(
         title=title(parts),
@@ -45,15 +46,23 @@ def build_page(
     write_whole(out, text)
 
 
-def found_sections(parts: Parts) -> list[Section | None]:
+def objective_of(run: Run, allowed: Collection[str]) -> type[Objective]:
+    """The class of a run's objective, which says what it learns; where it isn't known, or not ``allowed``, the one that
+    all of its stage derive from."""
+    base, named = SlideObjective if "embeddings" in inputs(run) else Objective, run.config.get("objective")
+    target = named.get("_target_") if isinstance(named, dict) else None
+    return plugins.locate_class(target, base, allowed) if target and plugins.may_be_run(target, allowed) else base
+
+
+def found_sections(parts: Parts, allowed: Collection[str]) -> list[Section | None]:
     """A section for every part that is there, in the order of the road."""
     return [
         slides_section(parts.shards) if parts.shards else None,
         samples_section(parts.tile) if parts.tile else None,
-        tile_section(parts.tile) if parts.tile else None,
+        tile_section(parts.tile, objective_of(parts.tile, allowed).reading) if parts.tile else None,
         embeddings_section(parts.embeddings, parts.shards) if parts.embeddings else None,
         probe_section(parts.probe) if parts.probe else None,
-        slide_section(parts.slide) if parts.slide else None,
+        slide_section(parts.slide, objective_of(parts.slide, allowed).reading) if parts.slide else None,
         how_section(parts),
     ]
 
@@ -73,12 +82,21 @@ def lead(parts: Parts, allowed: Collection[str]) -> str:
     sentences = []
     if parts.tile:
         sentences.append(
-            f"A tile encoder, {describe_network(parts.tile.config.get('model'), allowed)}, learned from tiles without"
-            " labels."
+            f"A tile encoder, {describe_network(parts.tile.config.get('model'), allowed)}, learned"
+            f" {objective_of(parts.tile, allowed).learns}."
         )
     if parts.slide:
-        sentences.append("A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones.")
+        sentences.append(
+            f"{of_a_kind(parts.slide.config.get('model'))} slide encoder learned"
+            f" {objective_of(parts.slide, allowed).learns}."
+        )
     return " ".join(sentences) or "Tiles and embeddings; no training run is here yet."
+
+
+def of_a_kind(model: Any) -> str:
+    """The name of a network's class, where it is known, behind its article."""
+    kind = model.get("_target_", "").rpartition(".")[2] if isinstance(model, dict) else ""
+    return f"An {kind}" if kind.startswith(tuple("AEIO")) else f"A {kind}".strip()
 
 
 def describe_network(model: Any, allowed: Collection[str]) -> str:
@@ -123,7 +141,7 @@ def steps(run: Run) -> int:
     return max((int(values[0][-1]) for values in run.metrics.values() if len(values[0])), default=0)
 
 
-def wanted(parts: Parts) -> list[tuple[str, str]]:
+def wanted(parts: Parts, allowed: Collection[str]) -> list[tuple[str, str]]:
     """What the page lacks, and the command that makes it."""
     run = parts.folder
     road = not (run / "config.yaml").is_file()
@@ -166,7 +184,11 @@ def wanted(parts: Parts) -> list[tuple[str, str]]:
         wants.append(("Probe scores:", f"pretrain probe checkpoint={tile} train=DIR out={run / 'probe.json'}"))
     if parts.slide is None and road:
         wants.append(("A slide encoder:", f"pretrain slide run={run / 'slide'} data.embeddings={embeddings}"))
-    if parts.slide and "r2" not in parts.slide.metrics:
+    if (
+        parts.slide
+        and getattr(objective_of(parts.slide, allowed), "score", "") == "r2"
+        and "r2" not in parts.slide.metrics
+    ):
         wants.append(
             (
                 "R² beside its baselines, which training writes at its first evaluation:",

@@ -109,18 +109,16 @@ def ends(metrics: Series, name: str) -> tuple[float, float] | None:
     return float(values[:part].mean()), float(values[-part:].mean())
 
 
-def tile_section(run: Run) -> Section | None:
-    """Losses and the course of a tile run."""
+def tile_section(run: Run, reading: str) -> Section | None:
+    """Losses and the course of a tile run; ``reading``: what its objective says of them."""
     if "loss" not in run.metrics:
         return None
     steps, values = run.metrics["loss"]
     text = f"{int(steps[-1]):,} steps are on record."
     if change := ends(run.metrics, "loss"):
         text += (
-            f" The total loss went from {change[0]:.3f} to {change[1]:.3f} (means of the first and last tenth). Its"
-            " level says little by itself: the class-token terms together start near the logarithm of the number of"
-            " prototypes, and the teacher's temperature moves it. Watch for a class-token loss that stays where it"
-            " started (nothing learned) and for KoLeo rising (features falling together)."
+            f" The total loss went from {change[0]:.3f} to {change[1]:.3f} (means of the first and last tenth)."
+            f" {reading}".rstrip()
         )
     bad = int((~np.isfinite(values)).sum())
     if bad:
@@ -131,11 +129,13 @@ def tile_section(run: Run) -> Section | None:
         "Pale: as logged. Strong: a running mean.",
         "Losses over steps.",
     )
+    taught = any(name.startswith("teacher_") for name in run.metrics)
     if shown := panels(run.metrics, TILE_WATCH):
         body += page.figure(
             curves(shown, columns=4, height=1.75),
-            "The teacher's features and targets on the training tiles of a step, and its k-NN accuracy where labelled"
-            " tiles were given. Collapse shows as RankMe near 1, a cosine near 1, or targets that tell nothing.",
+            f"{'The teacher’s features and targets' if taught else 'Features'} on the training tiles of a step, and"
+            " their k-NN accuracy where labelled tiles were given. Collapse shows as RankMe near 1, a cosine near 1"
+            f"{', or targets that tell nothing' if taught else ''}.",
             "Looks at the features.",
         )
     course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE, TILE_WATCH, UNSHOWN)
@@ -156,18 +156,13 @@ def alarms_list(run: Run) -> str:
     return page.paragraph("While the run trained, its record raised alarms, each of them once:") + page.fact_list(found)
 
 
-def slide_section(run: Run) -> Section | None:
-    """Loss, R² beside its baselines, and signs of collapse of a slide run."""
+def slide_section(run: Run, reading: str) -> Section | None:
+    """Loss, R² beside its baselines, and signs of collapse of a slide run; ``reading``: what its objective says of
+    them."""
     metrics = run.metrics
     if "loss" not in metrics:
         return None
-    r2, text = last(metrics, "r2"), f"{int(metrics['loss'][0][-1]):,} steps are on record."
-    if r2 is not None:
-        text += (
-            " Most of a slide's tile embeddings are hidden, and the encoder must tell them from the rest. Explained"
-            " variance (R²) of the hidden embeddings, on slides or fields held out from training, is worth something"
-            " only beside what needs no learning: the strongest baseline simply averages the nearest visible tiles."
-        )
+    r2, text = last(metrics, "r2"), f"{int(metrics['loss'][0][-1]):,} steps are on record. {reading}".rstrip()
     body = alarms_list(run) + page.paragraph(text)
     if r2 is not None:
         body += r2_results(metrics, r2)

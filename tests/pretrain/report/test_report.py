@@ -92,7 +92,13 @@ def road(tmp_path, shards, make_tile_run, class_folders) -> Path:
     slide = tmp_path / "slide"
     slide.mkdir()
     (slide / "config.yaml").write_text(
-        yaml.safe_dump({"data": {"embeddings": str(tmp_path / "embeddings")}, "objective": {"weighting": "slide"}})
+        yaml.safe_dump(
+            {
+                "data": {"embeddings": str(tmp_path / "embeddings")},
+                "model": {"_target_": "models.longnet.LongNet"},
+                "objective": {"_target_": "pretrain.objectives.slide_mae.SlideMAE", "weighting": "slide"},
+            }
+        )
     )
     rows = [
         {"step": r["step"], "loss": r["loss"]}
@@ -195,6 +201,43 @@ def test_alarms_and_what_the_looks_saw_are_on_the_page(road):
     assert "alarm at step 200" in text and "low rank: few directions &lt;since&gt; step 150." in text
     assert "RankMe" in text and "Teacher entropy" in text and "Look seconds" not in text and "Since" not in text
     assert "alarm at step" not in written(road, road / "slide")
+
+
+FILLS_IN = "A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones."
+
+
+@pytest.mark.parametrize(
+    ("stage", "objective", "said", "unsaid"),
+    [
+        ("slide", "pretrain.objectives.slide_mae.SlideMAE", [FILLS_IN, "Most of a slide’s tile embeddings"], []),
+        ("slide", None, ["A LongNet slide encoder learned from tile embeddings"], [FILLS_IN, "are hidden"]),
+        ("slide", "mine.Own", ["A LongNet slide encoder learned from tile embeddings"], [FILLS_IN]),
+        (
+            "tile",
+            "pretrain.objectives.dinov2.DINOv2",
+            ["logarithm of the number of prototypes", "for KoLeo rising"],
+            [],
+        ),
+        ("tile", "pretrain.objectives.dino.DINO", ["logarithm of the number of prototypes"], ["KoLeo"]),
+        ("tile", "pretrain.objectives.mae.MAE", ["as a guess of its pixels"], ["prototypes", "KoLeo"]),
+        ("tile", "mine.Own", ["learned from tiles without labels."], ["prototypes", "as a guess"]),
+    ],
+)
+def test_what_is_said_of_an_objective_is_what_its_class_says(road, stage, objective, said, unsaid):
+    file = road / stage / "config.yaml"
+    config = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(config | {"objective": {"_target_": objective} if objective else {}}))
+    text = written(road, road / stage)
+    assert all(words in text for words in said) and not any(words in text for words in unsaid)
+
+
+def test_a_slide_run_lacks_the_r2_of_an_objective_that_is_judged_by_it_alone(road):
+    record = road / "slide" / "metrics.jsonl"
+    record.write_text("".join(line for line in record.read_text().splitlines(True) if "r2" not in line))
+    file = road / "slide" / "config.yaml"
+    assert "R² beside its baselines, which training writes" in written(road)
+    file.write_text(file.read_text().replace("pretrain.objectives.slide_mae.SlideMAE", "mine.Own"))
+    assert "R² beside its baselines, which training writes" not in written(road)
 
 
 def test_charts_take_their_colours_from_the_page(road):
