@@ -1,11 +1,12 @@
-"""A second slide objective, and a tile objective with a third kind of view: each one Python file and one YAML file in a
-folder of a user's."""
+"""A second slide objective, a tile objective with a third kind of view, and one of the class token alone: each one
+Python file and one YAML file in a folder of a user's."""
 
 from pathlib import Path
 
 import pytest
 
 from launch.entry import run_command_line
+from pretrain.objectives.contract import OF_THE_RECORD
 from pretrain.run.metrics import read_metrics
 from tests.pretrain.training.test_slide_training import SMALL
 from tests.pretrain.training.test_slide_training import words as slide_words
@@ -78,6 +79,31 @@ class Detail(DINOv2):
         return total - agree, figures | {"agree": agree.detach()}
 '''
 
+CLASS_TOKEN = '''
+"""Class tokens of two views of a tile are to be alike, and those of the tiles to vary (VICReg's first two terms)."""
+
+from pretrain.objectives.interface import Objective
+
+
+class ClassToken(Objective):
+    learns = "to see that two views are of one tile"
+    reading = "A deviation stays at 0 where all tiles look alike."
+
+    def __init__(self, make_encoder, *, least: float) -> None:
+        super().__init__()
+        self.encoder, self.least = make_encoder(), least
+
+    def trained(self):
+        return {"encoder": self.encoder}
+
+    def loss(self, batch, moment):
+        (tokens,) = self.encoder([batch.crops[0][0]])
+        views = tokens.cls.float().unflatten(0, (batch.crops[0][1], -1))
+        deviation = views.std(1)
+        alike = (views[0] - views[1]).square().mean()
+        return alike + (self.least - deviation).relu().mean(), {"deviation": deviation.mean()}
+'''
+
 
 def write_folder(folder: Path, module: str, code: str, settings: str) -> list[str]:
     """The two files of an objective; words that choose it."""
@@ -133,3 +159,22 @@ def test_a_tile_objective_with_a_third_kind_of_view_and_all_patches_trains_resum
     assert all("agree" in line for line in read_metrics(tmp_path / "whole") if "loss" in line)
     run_command_line(["report", f"run={tmp_path / 'whole'}", f"out={tmp_path / 'page.html'}"])
     assert (tmp_path / "page.html").stat().st_size > 10_000
+
+
+def test_a_tile_objective_of_its_own_without_masks_trains_and_its_words_are_on_the_page_where_they_may_be(
+    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(tmp_path / "own")
+    mine = write_folder(tmp_path / "own", "class_token", CLASS_TOKEN, "_target_: class_token.ClassToken\nleast: 1.0\n")
+    small = [word for word in command(tile_shards, tmp_path / "run") if not word.startswith("objective.")]
+    run_command_line([*small, "optim.steps=2", "data.crops.local_count=0", "data.masks.share=0", *mine])
+    assert len(losses(tmp_path / "run")) == 2
+    recorded = {name for line in read_metrics(tmp_path / "run") for name in line}
+    assert {name for name in recorded if not OF_THE_RECORD.fullmatch(name)} == {"deviation"}
+    pages = []
+    for allowed in ([], ["allow_plugins=[class_token]"]):
+        run_command_line(["report", f"run={tmp_path / 'run'}", f"out={tmp_path / 'page.html'}", *allowed])
+        pages.append((tmp_path / "page.html").read_text())
+    assert "learned from tiles without labels." in pages[0] and "A deviation stays" not in pages[0]
+    assert "learned to see that two views are of one tile." in pages[1] and "A deviation stays at 0 where" in pages[1]
+    assert not any("class-token" in page or "KoLeo" in page or "teacher" in page for page in pages)
