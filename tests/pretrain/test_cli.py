@@ -58,7 +58,7 @@ def test_cfg_job_prints_the_resolved_configuration_and_runs_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     text = said(["tile", f"run={tmp_path / 'never'}", "optim.lr=0.125", "--cfg", "job"], capsys)
-    assert "[recipe/small]" in text and "[command line]" in text and "lr: 0.125" in text
+    assert "[recipe/_small]" in text and "[command line]" in text and "lr: 0.125" in text
     assert "shards: ???" in text  # what is missing is shown, not refused
     assert not (tmp_path / "never").exists()
 

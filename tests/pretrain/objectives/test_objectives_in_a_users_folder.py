@@ -161,14 +161,16 @@ def test_a_tile_objective_with_a_third_kind_of_view_and_all_patches_trains_resum
     assert (tmp_path / "page.html").stat().st_size > 10_000
 
 
-def test_a_tile_objective_of_its_own_without_masks_trains_and_its_words_are_on_the_page_where_they_may_be(
+def test_a_tile_objective_of_its_own_without_masks_trains_resumes_and_its_words_are_on_the_page_where_they_may_be(
     tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.syspath_prepend(tmp_path / "own")
     mine = write_folder(tmp_path / "own", "class_token", CLASS_TOKEN, "_target_: class_token.ClassToken\nleast: 1.0\n")
     small = [word for word in command(tile_shards, tmp_path / "run") if not word.startswith("objective.")]
-    run_command_line([*small, "optim.steps=2", "data.crops.local_count=0", "data.masks.share=0", *mine])
-    assert len(losses(tmp_path / "run")) == 2
+    small += ["optim.schedule_steps=3", "data.crops.local_count=0", "data.masks.share=0", *mine]
+    run_command_line([*small, "optim.steps=2"])
+    run_command_line([*small, "optim.steps=3", "allow_changes=true"])  # the mask token has never had a gradient
+    assert len(losses(tmp_path / "run")) == 3
     recorded = {name for line in read_metrics(tmp_path / "run") for name in line}
     assert {name for name in recorded if not OF_THE_RECORD.fullmatch(name)} == {"deviation"}
     pages = []
