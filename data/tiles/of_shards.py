@@ -1,7 +1,9 @@
 """Tiles of one or several folders of shards, by number: bytes from an index and a range read, never a scan."""
 
+import re
 from bisect import bisect_right
 from itertools import accumulate
+from pathlib import PurePath
 
 import numpy as np
 import simplejpeg
@@ -13,6 +15,8 @@ from data.shards.open_tars import OpenTars, without_header
 from data.shards.tar_members import TAR_BLOCK
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
+
+NUMBERED = re.compile(r"(^|[-_.])\d{4,}$")  # a tar's name that says which of many it is
 
 
 class ShardTiles(TileSource):
@@ -44,9 +48,11 @@ class ShardTiles(TileSource):
         index, row = self.locate(number)
         return f"tile {index.slide_of(row)} ({index.x[row]}, {index.y[row]}) in {index.place(index.file_of(row))}"
 
-    def slide(self, number: int) -> str:
+    def slide(self, number: int) -> str | None:
         index, row = self.locate(number)
-        return f"{index.folder}/{index.slide_of(row)}"
+        slide, tar = index.slide_of(row), PurePath(index.files[index.file_of(row)]).stem
+        # Where nothing else says it a scan takes the tar's name, and one that is a number says nothing.
+        return None if slide == tar and NUMBERED.search(tar) else f"{index.folder}/{slide}"
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""

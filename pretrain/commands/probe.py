@@ -23,11 +23,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 
+from data.fault import Fault
 from data.files import require_writable, write_whole
 from models.allowed import ON_DISK, one_of, within
 from pretrain.probing.score_file import read_scores
 from pretrain.probing.table import score_table
 from pretrain.run.progress import say
+from pretrain.settings.composition import of_the_command_line
 
 if TYPE_CHECKING:
     from pretrain.probing.features import Extracted
@@ -55,6 +57,9 @@ def run(config: Config) -> None:
     from pretrain.encoders.loading import load_encoder
     from pretrain.probing import features, images, scores, splits
 
+    if config.test and config.groups:
+        with of_the_command_line():
+            raise Fault("groups= says how train= is split, and test= is given: leave one of them out.")
     out = Path(config.out) if config.out else None
     if out is not None:
         require_writable(out)

@@ -86,13 +86,19 @@ def by_name(files: list[Path], folder: Path) -> Groups | None:
     found = [TCGA.search(str(file.relative_to(folder))) for file in files]
     if all(found):
         return Groups(_numbered(match[0] for match in found if match), "TCGA's patients, by the names", known=True)
-    placed = [PLACED_NAME.match(file.stem) for file in files]
-    if all(placed):
-        return Groups(_numbered(match["slide"] for match in placed if match), "slides, by the names", known=True)
-    inside = [file.relative_to(folder).parts[1:-1] for file in files]
-    if all(inside):
-        return Groups(_numbered("/".join(parts) for parts in inside), "slides, by their folders", known=True)
+    classes = [file.relative_to(folder).parts[0] for file in files]
+    placed = [match["slide"] if (match := PLACED_NAME.match(file.stem)) else "" for file in files]
+    if _tell(placed, classes):
+        return Groups(_numbered(placed), "slides, by the names", known=True)
+    inside = ["/".join(file.relative_to(folder).parts[1:-1]) for file in files]
+    if _tell(inside, classes):
+        return Groups(_numbered(inside), "slides, by their folders", known=True)
     return None
+
+
+def _tell(names: list[str], classes: list[str]) -> bool:
+    """Whether names say a slide of every image: not one for all (``tile_0_0``, ``images/``), nor the class again."""
+    return all(names) and len(set(names)) > 1 and names != classes
 
 
 def by_likeness(images: Iterable[np.ndarray | Fault], count: int) -> Groups:

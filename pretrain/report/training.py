@@ -60,7 +60,7 @@ LABELS = {
     "r2": "slide encoder",
     "rankme": "training tiles",
     "probe_rankme": "labelled tiles",
-    "probe_knn": "other slides",
+    "probe_knn": "labelled tiles",
     "probe_knn_same_slides": "same slides",
     "slide_knn": "features",
     "slide_chance": "a guess",

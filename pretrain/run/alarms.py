@@ -204,14 +204,14 @@ def slides_recognised(history: History, known: Facts) -> Alarm | None:
     best = int(np.argmax(tissue))
     before = slides[looks <= steps[best]]
     then = float(before[-1]) if len(before) else float(slides[0])
-    fallen = tissue[best] - tissue > np.array([max(0.02, errors.get(step, 0.0)) for step in steps.tolist()])
+    fallen = tissue[best] - tissue > np.array([max(0.02, 2 * errors.get(step, 0.0)) for step in steps.tolist()])
     begin = since(steps, fallen & (np.arange(len(steps)) > best), LOOKS)
-    if begin is None or slides[-1] < then + 0.05:
+    if begin is None or slides[-1] < then + min(0.05, (1 - then) / 2):
         return None
     return Alarm(
         "slides recognised",
         begin,
-        "features recognise slides rather than tissue: labelled tiles of other slides are told by k-NN with"
+        "features recognise slides rather than tissue: labelled tiles are told by k-NN with"
         f" {tissue[-1]:.3f} since step {begin}, {tissue[best]:.3f} at step {steps[best]}, while the slide of a tile is"
         f" told with {slides[-1]:.3f}, {then:.3f} then. Usually helps: stronger data.colour (DINOv2's jitter,"
         " data.colour.stain_probability), more slides.",

@@ -224,6 +224,8 @@ class TileTraining(Training):
                 say(f"{self.run}: watch.probe, {how}")
         if self.slides and self.slides.chosen:
             self.slides.load(preprocessing, self.global_rank, self.trainer.world_size)
+        elif self.slides and self.global_rank == 0:
+            say(f"{self.run}: no slide_knn, since the data names no two slides with tiles enough to be told apart")
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:

@@ -21,11 +21,13 @@ Speed is printed and not compared: machines and hours differ more than trainers.
 turns.
 """
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,7 +35,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from data.keyed import rng
 from data.shards.scan import scan
@@ -54,6 +56,11 @@ CORES = 2
 TILES_PER_SHARD = 400  # more blocks than lanes, so that the stream mixes
 
 
+def recipe_of(objective: str, settings: Sequence[str]) -> DictConfig:
+    """The settings of an objective's recipe, some of them changed."""
+    return load("tile", [f"recipe={RECIPES[objective]}", *settings]).tree
+
+
 @dataclass
 class Asked:
     """What the command line says."""
@@ -65,6 +72,18 @@ class Asked:
     seeds: list[int] = field(default_factory=lambda: [0, 1])
     objectives: list[str] = field(default_factory=lambda: list(RECIPES))
     settings: dict[str, list[str]] = field(default_factory=lambda: {name: [] for name in RECIPES})
+
+    def folder(self, objective: str, seed: int) -> Path:
+        """A run's, under a name of its own for other tiles, settings or lengths: what is there is gone on with."""
+        recipe = OmegaConf.to_yaml(recipe_of(objective, self.settings[objective]))
+        asked = f"{self.tiles.resolve()} {self.other} {self.seen} {recipe}"
+        return self.out / f"{objective}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+
+    @property
+    def shards(self) -> Path:
+        """The folder of the training tiles' shards."""
+        digest = hashlib.sha256(f"{self.tiles.resolve()} {self.other}".encode()).hexdigest()[:8]
+        return self.out / f"shards-{digest}"
 
     @classmethod
     def parse(cls, arguments: list[str]) -> "Asked":
@@ -141,7 +160,7 @@ class Run:
 
     @cached_property
     def recipe(self) -> DictConfig:
-        return load("tile", [f"recipe={RECIPES[self.objective]}", *self.settings]).tree
+        return recipe_of(self.objective, self.settings)
 
     @property
     def batch_size(self) -> int:
@@ -192,7 +211,7 @@ def train(asked: Asked, shards: Path) -> list[Run]:
     finished = []
     for objective in asked.objectives:
         runs = [
-            Run(objective, seed, asked.out / f"{objective}-{seed}", asked.seen, asked.settings[objective])
+            Run(objective, seed, asked.folder(objective, seed), asked.seen, asked.settings[objective])
             for seed in asked.seeds
         ]
         waiting = [run for run in runs if not run.record.exists()]
@@ -236,8 +255,8 @@ def main() -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     tiles, other, what = images(asked)
     print(f"{len(tiles.files)} tiles to train on, {len(other.files)} to judge by: {what}", flush=True)
-    write_shards(tiles, asked.out / "shards")
-    runs, judge = train(asked, asked.out / "shards"), Judge(tiles, other)
+    write_shards(tiles, asked.shards)
+    runs, judge = train(asked, asked.shards), Judge(tiles, other)
     rows = [("colour histogram", None, *judge(colour_histogram))]
     figures: dict[str, list[float]] = {"histogram": [rows[0][2].knn], "same_slides_histogram": [rows[0][3]]}
     for run in runs:

@@ -21,6 +21,8 @@ from PIL import Image
 
 MEAN, STD = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 
+SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
+
 
 def main(asked: dict) -> None:
     """Train, and embed what is to be judged."""
@@ -41,7 +43,7 @@ def main(asked: dict) -> None:
             out.with_name(f"{out.name}-random-{Path(folder).name}.npy"), features(network, Path(folder), asked["size"])
         )
     steps, batch = asked["steps"], asked["batch"]
-    images = sum(path.suffix == ".jpg" for path in Path(asked["tiles"]).rglob("*"))
+    images = sum(path.suffix.lower() in SUFFIXES for path in Path(asked["tiles"]).rglob("*"))
     lightly_train.pretrain(
         out=out,
         data=asked["tiles"],
@@ -90,7 +92,8 @@ def features(network: DinoVisionTransformer, folder: Path, size: int) -> np.ndar
     """Class tokens of all images below a folder, sorted by class and name: float32 (n, width)."""
     network.eval()
     found = []
-    for path in sorted(folder.glob("*/*.jpg"), key=lambda path: (path.parent.name, path)):
+    files = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    for path in sorted(files, key=lambda path: (path.relative_to(folder).parts[0], path)):
         with Image.open(path) as image:
             pixels = torch.from_numpy(np.array(image.convert("RGB").resize((size, size), Image.Resampling.BICUBIC)))
         x = (pixels.permute(2, 0, 1).float() / 255 - MEAN) / STD

@@ -11,6 +11,7 @@ lays its schedules out for either; ours are the recipe's, half way and at their 
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -32,10 +33,11 @@ HALF = 64_000  # tiles
 
 
 def ours(asked: Asked, folder: str, steps: int, settings: list[str]) -> Run:
-    """A run of ours, begun, on the first core."""
+    """A run of ours, begun anew, on the first core."""
+    shutil.rmtree(asked.out / folder, ignore_errors=True)
     run = Run("dinov2", 0, asked.out / folder, 0, settings)
     run.tiles = steps * run.batch_size
-    run.start(asked.out / "shards")
+    run.start(asked.shards)
     return run
 
 
@@ -82,13 +84,16 @@ def main() -> None:
         turns = int(word.removeprefix("TURNS=")) if word.startswith("TURNS=") else turns
         words += [] if word.startswith("TURNS=") else [word]
     asked = Asked.parse(words)
-    asked.out = asked.out.with_name("bench-peers")
+    if asked.out == Asked.out:
+        asked.out = asked.out.with_name("bench-peers")
+    if asked.other is None:
+        raise SystemExit(f"{asked.tiles} has no tiles of other slides beside it: give OTHER=folder of class folders")
     asked.out.mkdir(parents=True, exist_ok=True)
     if not PEERS.exists():
         raise SystemExit("LightlyTrain is not here: make bench-peers installs it into .venv-peers")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     tiles, other, what = images(asked)
-    write_shards(tiles, asked.out / "shards")
+    write_shards(tiles, asked.shards)
     settings = asked.settings["dinov2"]
     speeds: dict[str, list[float]] = {"ours": [], "lightly": []}
     batch = Run("dinov2", 0, asked.out, 0, settings).batch_size

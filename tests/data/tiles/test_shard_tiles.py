@@ -8,9 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.shards.scan import scan
 from data.tiles import of_shards
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import UnreadableTile, cut_blocks
+from tests.data.shards.tars import write_tar
 from tests.data.shards.tile_folders import picture, spoil, write_tiles
 
 
@@ -86,3 +88,14 @@ def test_the_digest_tells_other_tiles_and_another_order(folder: Path, tmp_path: 
     digests = {ShardTiles(shards=folders).digest for folders in ([folder], [other], [folder, other], [other, folder])}
     assert len(digests) == 4
     assert ShardTiles(shards=[write_tiles(tmp_path / "c", [7, 5])]).digest == ShardTiles(shards=[folder]).digest
+
+
+def test_a_tar_that_is_numbered_says_no_slide_of_tiles_that_name_none(tmp_path: Path) -> None:
+    """A scan takes the tar's name where nothing else says the slide: so tars of one slide each are known by it."""
+    for tar, slide in (("tiles-000000", None), ("patient7", f"{tmp_path}/patient7")):
+        write_tar(tmp_path / f"{tar}.tar", [("bare.jpg", b"jpeg")])
+        scan(tmp_path)
+        tiles = ShardTiles(shards=[str(tmp_path)])
+        found = {index: tiles.slide(index) for index in range(len(tiles))}
+        assert slide in found.values()
+    assert set(found.values()) == {None, f"{tmp_path}/patient7"}

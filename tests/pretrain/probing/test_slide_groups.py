@@ -131,3 +131,16 @@ def test_the_probe_splits_by_slides_and_warns_where_colour_recognises_them(
     said = capsys.readouterr().out
     assert "other slides: 0.25 held out by slides of slides.csv, seed 0" in said and "a guess" not in said
     assert "beware: with tiles of the same slides on both sides the colour histogram reaches" in said
+
+
+@pytest.mark.parametrize(
+    ("names", "how"),
+    [
+        (["a/s0/tile_0_0.jpg", "a/s1/tile_0_1.jpg", "b/s2/tile_0_0.jpg"], "slides, by their folders"),
+        (["a/images/1.jpg", "b/images/2.jpg"], None),
+        (["a/a_1_1.jpg", "b/b_2_1.jpg"], None),
+    ],
+)
+def test_names_that_are_one_for_all_or_the_class_again_tell_no_slides(names: list[str], how: str | None) -> None:
+    found = slide_groups.by_name([Path("set") / name for name in names], Path("set"))
+    assert found.how == how if found else how is None
