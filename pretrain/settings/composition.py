@@ -9,7 +9,6 @@ what.
 """
 
 import dataclasses
-import importlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -99,7 +98,7 @@ class Composed:
         """The command's ``Config`` dataclass, nested dataclasses and plain lists and dicts throughout. Raises Fault for
         a setting that is still to be given."""
         self.require_given()
-        config = importlib.import_module(f"pretrain.commands.{file_stem(self.command)}").Config
+        config = config_class(self.command)
         values = vars(OmegaConf.to_object(self.tree))
         kinds = get_type_hints(config)
         for name, value in values.items():
