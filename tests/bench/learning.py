@@ -17,6 +17,8 @@ tiles that look like one slide's together, which is a guess and said. *Same slid
 would say: a fifth of them classified by the rest. It rewards recognising slides, and is no measure of what was learned
 of tissue. Random weights are each run's own.
 
+The last line has the mean over the seeds; ``standard_error`` is that of one k-NN figure, by the number of tiles judged.
+
 Speed is printed and not compared: machines and hours differ more than trainers. ``make bench-peers`` compares, in
 turns.
 """
@@ -258,7 +260,12 @@ def main() -> None:
     write_shards(tiles, asked.shards)
     runs, judge = train(asked, asked.shards), Judge(tiles, other)
     rows = [("colour histogram", None, *judge(colour_histogram))]
-    figures: dict[str, list[float]] = {"histogram": [rows[0][2].knn], "same_slides_histogram": [rows[0][3]]}
+    figures: dict[str, list[float]] = {
+        "histogram": [rows[0][2].knn],
+        "histogram_linear": [rows[0][2].linear],
+        "standard_error": [rows[0][2].knn_se],
+        "same_slides_histogram": [rows[0][3]],
+    }
     for run in runs:
         name = f"{run.objective}, seed {run.seed}"
         looked_at = sorted({seen for seen in LOOKED_AT if seen < run.tiles} | {run.tiles})
@@ -269,6 +276,7 @@ def main() -> None:
         for seen in looked_at:
             found, same = judge(run.encoder(seen).embed_each)
             rows.append((name, seen, found, same))
+            figures["standard_error"].append(found.knn_se)
             figures.setdefault(f"{run.objective}_at_{seen}", []).append(found.knn)
             figures.setdefault(f"{run.objective}_linear_at_{seen}", []).append(found.linear)
         figures.setdefault(run.objective, []).append(found.knn)
