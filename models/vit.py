@@ -35,21 +35,21 @@ class KeptSamples:
 
     rows: Tensor  # (T',) int64: the kept samples' tokens in the packed sequence
     shapes: list[Shape]  # their crops and tokens, per crop size
-    scale: Tensor  # (S, 1): samples / kept samples, which leaves the expectation as it was
-    results: Tensor  # (S,) int64: the rows that the branch's results are added to
-    chosen: Tensor | None = None  # (S,) int64: which of the T' tokens have results; None: all
+    scale: Tensor  # (T', 1): samples / kept samples, which leaves the expectation as it was
+    chosen: Tensor | None = None  # (R,) int64: of which of the T' tokens there are results, R with ``scale``; None: all
 
     def among(self, wanted: Tensor, length: int) -> "KeptSamples":
-        """The same samples, but results for the ``wanted`` rows ``(R,)`` alone, counted among these.
+        """The same samples, but results for the ``wanted`` rows ``(R,)`` alone.
 
-        The packed sequence has ``length`` rows. How many are both kept and wanted depends on the draw: a compiled block
-        can't find out, and is told.
+        The packed sequence has ``length`` rows. How many are both kept and wanted depends on the draw, and no GPU is
+        asked for it: a wanted row that isn't kept gets any token's result, times 0.
         """
         place = wanted.new_full((length,), -1)
-        place[wanted] = torch.arange(len(wanted), device=wanted.device)
-        places = place[self.rows]
-        chosen = torch.nonzero(places >= 0).flatten()
-        return KeptSamples(self.rows, self.shapes, self.scale[chosen], places[chosen], chosen)
+        place.index_copy_(0, self.rows, torch.arange(len(self.rows), device=wanted.device))
+        places = place.index_select(0, wanted)
+        chosen = places.clamp(min=0)
+        scale = self.scale.index_select(0, chosen) * (places >= 0).unsqueeze(1)
+        return KeptSamples(self.rows, self.shapes, scale, chosen)
 
 
 class MLP(nn.Module):
@@ -120,12 +120,15 @@ class Block(nn.Module):
             return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
         seen = self.norm1(x.index_select(0, first.rows))
-        if wanted is not None:
-            x = x.index_select(0, wanted)
         part = self.ls1(self.attn(seen, first.shapes, first.chosen))
-        x = x.index_add(0, first.results, part * first.scale.to(part.dtype))
-        part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.results))))
-        return x.index_add(0, second.results, part * second.scale.to(part.dtype))
+        part = part * first.scale.to(part.dtype)
+        if wanted is not None:
+            x = x.index_select(0, wanted) + part
+            part = self.ls2(self.mlp(self.norm2(x)))
+            return x + part * second.scale.to(part.dtype)
+        x = x.index_add(0, first.rows, part)
+        part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
+        return x.index_add(0, second.rows, part * second.scale.to(part.dtype))
 
     def operations(self, shapes: Sequence[Shape], rows: float | None = None, skipped: bool = False) -> Operations:
         """Of a pass over crops of ``shapes``, of which the results of so many ``rows`` are wanted (None: all);
@@ -278,10 +281,10 @@ class VisionTransformer(nn.Module):
         ``crops``: normalised images, each ``(B_i, 3, H_i, W_i)``. ``masks``: per batch a bool ``(B_i, patches)`` whose
         true patches are replaced by the mask token, or None. ``kept``: per block, the samples that its two branches run
         on (see `KeptSamples`); None runs them all. ``visible``: per batch an int64 ``(B_i, n)`` of the patches that are
-        encoded at all (MAE's), in that order, or None for all. ``wanted``: per batch a bool ``(B_i, patches)`` of the
-        patches whose tokens the caller reads beside the class tokens', or None for no patch at all; the last block then
-        computes no more than these, with the same result, and `Tokens.patches` holds them one behind the other, ``(M,
-        width)``.
+        encoded at all (MAE's), in that order, or None for all. ``wanted``: per batch an int64 ``(M_i,)`` of the patches
+        whose tokens the caller reads beside the class tokens', numbered through all its crops, or None for no patch at
+        all; the last block then computes no more than these, with the same result, and `Tokens.patches` holds them one
+        behind the other, ``(M_i, width)``.
         """
         masks = masks if masks is not None else [None] * len(crops)
         embedded = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
@@ -323,9 +326,7 @@ class VisionTransformer(nn.Module):
         """
         embedded = sum(crops * (tokens - self.prefix) for crops, tokens in shapes) if patches is None else patches
         run = shapes if kept is None else kept
-        rows = None
-        if wanted is not None:
-            rows = sum(n * some / every for n, (some, _), (every, _) in zip(wanted, run, shapes, strict=True))
+        rows = None if wanted is None else sum(wanted)
         *before, last = (block for block in self.blocks if isinstance(block, Block))
         blocks = total_operations(block.operations(run, skipped=kept is not None) for block in before)
         blocks += last.operations(run, rows, skipped=kept is not None)
@@ -368,8 +369,9 @@ class VisionTransformer(nn.Module):
         rows, offset = [], 0
         for (crops, tokens), patches in zip(shapes, wanted, strict=True):
             rows.append(offset + tokens * torch.arange(crops, device=device))
-            crop, patch = (rows[-1].new_empty(2, 0)) if patches is None else patches.nonzero(as_tuple=True)
-            rows.append(offset + tokens * crop + self.prefix + patch)
+            numbers = rows[-1][:0] if patches is None else patches
+            of_crop = tokens - self.prefix
+            rows.append(offset + tokens * (numbers // of_crop) + self.prefix + numbers % of_crop)
             offset += crops * tokens
         return rows
 

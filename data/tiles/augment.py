@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.fault import Fault
+from data.on_device import on_device
 from data.tiles.augment_parameters import (
     BLUR_TAPS,
     BRIGHTNESS,
@@ -73,8 +74,8 @@ def augment_together(images: Tensor, rows: np.ndarray, scale: Tensor, offset: Te
     nothing is sorted, and how many kernels run does not depend on what was drawn, but for blur and solarisation.
     """
     device = images.device
-    blends, turns, contrast = (torch.from_numpy(part).to(device, non_blocking=True) for part in _weights(rows))
-    grey = torch.from_numpy(rows[:, GREY]).to(device, non_blocking=True)
+    blends, turns, contrast = (on_device(part, device) for part in _weights(rows))
+    grey = on_device(rows[:, GREY], device)
     planes, level = to_contrast(images, blends[:, 0], turns[:, 0])
     planes = from_contrast(planes, level, contrast, blends[:, 1], turns[:, 1], grey)
     x = torch.stack(planes, 1).view(images.shape)
@@ -178,7 +179,7 @@ def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
     """
     unit, pixels = math.log(DARKEST), x.clamp(min=DARKEST).log_().flatten(2)
     colours = torch.tensor(STAIN_COLOURS)
-    to_stains, to_light = (torch.linalg.inv(colours).T / unit).to(x.device), (colours.T * unit).to(x.device)
+    to_stains, to_light = (on_device(part, x.device) for part in (torch.linalg.inv(colours).T / unit, colours.T * unit))
     stains = (to_stains @ pixels).clamp_(min=0).add_(shift.view(-1, 3, 1)).clamp_(0, 1)
     return (to_light @ stains).exp_().clamp_(0, 1).view(x.shape)
 
@@ -204,6 +205,7 @@ def _apply(x: Tensor, chosen: np.ndarray, part: Callable[[Tensor, Tensor], Tenso
     ``(n, 3, 1, 1)``."""
     numbers = np.flatnonzero(chosen)
     if len(numbers):
-        of_them = torch.from_numpy(values[numbers].reshape(len(numbers), -1, 1, 1)).to(x.device, non_blocking=True)
-        where = torch.from_numpy(numbers).to(x.device, non_blocking=True)
+        of_them, where = (
+            on_device(array, x.device) for array in (values[numbers].reshape(len(numbers), -1, 1, 1), numbers)
+        )
         x.index_copy_(0, where, part(x.index_select(0, where), of_them))

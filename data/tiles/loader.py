@@ -50,23 +50,24 @@ class MicroBatch:
     views: list[Tensor]  # per crop size uint8 (views * tiles, 3, side, side), view after view
     parameters: list[Tensor]  # per crop size float32 (views * tiles, WIDTH): see data.tiles.augment
     masks: Tensor  # bool (global views * tiles, rows, columns)
+    masked: Tensor  # int64 (M,): which of masks.flatten() are true
 
     def __reduce__(self) -> tuple[object, ...]:
         # As bytes: between processes a tensor travels as a file of shared memory of its own, which costs more than
         # these hold.
-        small = [tensor.numpy() for tensor in (self.numbers, self.masks, *self.parameters)]
+        small = [tensor.numpy() for tensor in (self.numbers, self.masks, self.masked, *self.parameters)]
         return _unpickled, (self.first, self.views, small)
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory, for copies to the device that don't wait."""
-        return MicroBatch(
-            self.first, self.numbers, [v.pin_memory() for v in self.views], self.parameters, self.masks.pin_memory()
-        )
+        views = [of_size.pin_memory() for of_size in self.views]
+        masks, masked = self.masks.pin_memory(), self.masked.pin_memory()
+        return MicroBatch(self.first, self.numbers, views, self.parameters, masks, masked)
 
 
 def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> MicroBatch:
-    numbers, patches, *parameters = map(torch.from_numpy, small)
-    return MicroBatch(first, numbers, views, parameters, patches)
+    numbers, patches, masked, *parameters = map(torch.from_numpy, small)
+    return MicroBatch(first, numbers, views, parameters, patches, masked)
 
 
 @dataclass
@@ -184,25 +185,27 @@ class TileBatches(IterableDataset["RankBatch"]):
             first = self.rank * self.share + begin
             part = results[begin : begin + size]
             rows = np.stack([of_tile for _, of_tile, _ in part], 1)  # (views, tiles, WIDTH)
+            patches = self._masks(step, first, shares[first : first + size])
             parts.append(
                 MicroBatch(
                     first,
                     torch.tensor([number for number, _, _ in part]),
                     of_part,
                     [of_size.flatten(0, 1) for of_size in torch.from_numpy(rows).split(counts)],
-                    self._masks(step, first, shares[first : first + size]),
+                    torch.from_numpy(patches),
+                    torch.from_numpy(np.flatnonzero(patches)),
                 )
             )
         return RankBatch(step, parts, [message for _, _, bad in results for message in bad])
 
-    def _masks(self, step: int, first: int, ratios: np.ndarray) -> Tensor:
+    def _masks(self, step: int, first: int, ratios: np.ndarray) -> np.ndarray:
         """Masks ``(views * tiles, grid, grid)`` of the global crops with these ``ratios`` ``(tiles, views)``."""
         grid, (tiles, views) = self.masking.grid, ratios.shape
         drawn = np.zeros((views, tiles, grid, grid), dtype=bool)
         for tile, view in zip(*np.nonzero(ratios), strict=True):
             sample = step * self.stream.batch_size + first + int(tile)
             drawn[view, tile] = masks.blocks(grid, grid, ratios[tile, view], rng(self.seed, "mask", sample, int(view)))
-        return torch.from_numpy(drawn.reshape(views * tiles, grid, grid))
+        return drawn.reshape(views * tiles, grid, grid)
 
 
 STEPS_ON_THE_WAY = STEPS_AHEAD + 5  # filled, prefetched, pinned, in use, and one kept for a look

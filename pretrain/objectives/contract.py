@@ -135,9 +135,14 @@ def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, di
             f"{who}.loss gives a loss that depends on nothing that is trained: is there a detach() or no_grad() on its"
             " way?"
         )
-    return loss, {
-        name: torch.as_tensor(value, device=loss.device) for name, value in _figures(f"{who}.loss", figures).items()
-    }
+    return loss, {name: _beside(loss, value) for name, value in _figures(f"{who}.loss", figures).items()}
+
+
+def _beside(loss: Tensor, value: Tensor | float) -> Tensor:
+    """A figure on the loss's device. A number is filled in there, since a copy would wait for what the device does."""
+    if isinstance(value, Tensor) and value.device == loss.device:
+        return value
+    return torch.full((), float(value), dtype=loss.dtype, device=loss.device)
 
 
 def look_of(objective: Objective, parts: Sequence[Any], moment: Moment) -> dict[str, float]:

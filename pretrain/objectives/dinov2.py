@@ -79,7 +79,7 @@ class DINOv2(SelfDistillation):
         self.spread, self.spread_weight = SPREADS[spread], spread_weight
 
     def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
-        (seen,) = self.teacher.encoder([batch.crops[0][0]], wanted=[batch.masks.flatten(1)])
+        (seen,) = self.teacher.encoder([batch.crops[0][0]], wanted=[batch.masked])
         return {"dino": seen.cls, "ibot": seen.patches}
 
     def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
@@ -89,20 +89,22 @@ class DINOv2(SelfDistillation):
         """The loss of a micro-batch of augmented crops and masks; see `TileBatch`."""
         if batch.targets is None:
             (batch,) = self.prepare([batch], moment)
-        return self.loss_of(self.student_tokens(batch, moment, batch.masks.flatten(1)), batch, moment)
+        return self.loss_of(self.student_tokens(batch, moment, masked=True), batch, moment)
 
     def loss_of(self, tokens: list[Tokens], batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch whose student's tokens are there, and its figures; a subclass adds terms of the
         same tokens to it."""
         assert batch.targets is not None
-        masks, global_views = batch.masks.flatten(1), batch.crops[0][1]  # (global_views * tiles, patches)
+        masks, masked, global_views = batch.masks.flatten(1), batch.masked, batch.crops[0][1]
         scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
-        masked = tokens[0].patches[masks] if self.all_patches else tokens[0].patches
-        student_patches = self.student.score_patches(masked)
+        patches = tokens[0].patches
+        if self.all_patches:
+            patches = patches.flatten(0, 1).index_select(0, masked)
+        student_patches = self.student.score_patches(patches)
 
         cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
         dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
-        weight = (1 / masks.sum(1).clamp(min=1)).unsqueeze(1).expand_as(masks)[masks]
+        weight = (1 / masks.sum(1).clamp(min=1)).index_select(0, masked // masks.shape[1])
         ibot = masked_cross_entropy(
             student_patches, batch.targets["ibot"](), weight, len(masks), self.student_temperature
         )
@@ -122,7 +124,7 @@ class DINOv2(SelfDistillation):
         }
 
     def operations(self, parts: Sequence[TileBatch]) -> Operations:
-        return total_operations(self._operations(part, int(part.masks.sum()), len(parts)) for part in parts)
+        return total_operations(self._operations(part, len(part.masked), len(parts)) for part in parts)
 
     def _operations(self, batch: TileBatch, masked: int, parts: int) -> Operations:
         tiles, (crops, _) = sum(len(images) for images, _ in batch.crops), batch.crops[0]

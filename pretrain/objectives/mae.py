@@ -11,11 +11,11 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, ClassVar
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from data.fault import Fault
 from data.keyed import rng
+from data.on_device import on_device
 from models.allowed import Agreements, within
 from models.attention import check_heads
 from models.mae import PixelDecoder, kept_patches, normalised, pixels, random_masking
@@ -92,7 +92,7 @@ class MAE(Objective):
                 for i in range(len(images))
             ]
         )
-        loss, _, _ = self(images, torch.from_numpy(noise).to(images.device, non_blocking=True))
+        loss, _, _ = self(images, on_device(noise, images.device))
         return loss, {}
 
     def operations(self, parts: Sequence[TileBatch]) -> Operations:

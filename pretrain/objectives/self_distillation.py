@@ -174,11 +174,11 @@ class SelfDistillation(Objective):
             figures |= assignment_figures((centred_softmax(score(), centre, temperature) for score in scores), kind)
         return figures
 
-    def student_tokens(self, batch: TileBatch, moment: Moment, masks: Tensor | None = None) -> list[Tokens]:
+    def student_tokens(self, batch: TileBatch, moment: Moment, masked: bool = False) -> list[Tokens]:
         """The student's tokens of all crops in one packed pass, with stochastic depth: class tokens and masked patches.
 
-        ``masks`` ``(global crops, patches)`` are replaced by the mask token, and are the patches that come back; where
-        `all_patches` is set, those of all crops do, ``(crops, patches, width)``.
+        Where ``masked``, patches are replaced by the mask token as the batch says, and are the patches that come back;
+        where `all_patches` is set, those of all crops do, ``(crops, patches, width)``.
 
         Raises Fault where there are not two views to compare.
         """
@@ -199,8 +199,10 @@ class SelfDistillation(Objective):
             first=moment.first,
             device=images.device,
         )
-        of_each = [masks, *[None] * (len(batch.crops) - 1)]
-        return encoder([crops for crops, _ in batch.crops], of_each, kept, wanted=None if self.all_patches else of_each)
+        others = [None] * (len(batch.crops) - 1)
+        masks = [batch.masks.flatten(1) if masked else None, *others]
+        wanted = None if self.all_patches else [batch.masked if masked else None, *others]
+        return encoder([crops for crops, _ in batch.crops], masks, kept, wanted=wanted)
 
     def encoder_operations(self, batch: TileBatch, masked: int) -> Operations:
         """Of both encoders on a micro-batch whose loss is given ``masked`` patches."""

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from data.keyed import rng
+from data.on_device import on_device
 from models.vit import KeptSamples
 
 
@@ -47,14 +48,11 @@ def kept_samples(
         chosen = [np.sort(draw.random((depth, 2, crops)).argsort(-1)[..., :keep], -1) for draw in draws]
         # Crop c of a group is view c // group of its tile c % group; in the batch, views lie `tiles` apart.
         samples = [c // group * tiles + g * group + c % group for g, c in enumerate(chosen)]
-        index = torch.from_numpy(np.concatenate(samples, -1)).to(device, non_blocking=True)
+        index = on_device(np.concatenate(samples, -1), device)
         rows = (index.unsqueeze(-1) * tokens + torch.arange(tokens, device=device)).flatten(2) + offset
         parts.append((rows, (index.shape[-1], tokens), crops / keep))
         offset += count * tiles * tokens
     rows = torch.cat([part[0] for part in parts], dim=2)  # (depth, 2, kept tokens)
     scale = torch.cat([torch.full((part[0].shape[2], 1), part[2], device=device) for part in parts])
     shapes = [part[1] for part in parts]
-    return [
-        (KeptSamples(first, shapes, scale, results=first), KeptSamples(second, shapes, scale, results=second))
-        for first, second in rows
-    ]
+    return [(KeptSamples(first, shapes, scale), KeptSamples(second, shapes, scale)) for first, second in rows]

@@ -34,22 +34,11 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
 
     def make() -> TileBatch:
         images = [(torch.empty(views * tiles, 3, side, side), views) for views, side in sides]
-        return TileBatch(images, torch.empty(global_crops, grid, grid, dtype=torch.bool))
+        masks, numbers = torch.empty(global_crops, grid, grid, dtype=torch.bool), torch.empty(masked, dtype=torch.int64)
+        return TileBatch(images, masks, masked_numbers=numbers)
 
     masked = masked_patches(global_crops, grid, data.masks.share, data.masks.low, data.masks.high)
-    true = {global_crops * grid * grid: masked}
-    if model.get("drop_path"):
-        # The last block computes the wanted tokens alone, of the samples that its branches run on.
-        prefix, group, rate = 1 + model.get("registers", 0), objective.get("group_size", 1), model["drop_path"]
-        kept = wanted = 0.0
-        for which, (views, side) in enumerate(sides):
-            tokens = prefix + (side // patch) ** 2
-            of_each = max(1, int(views * group * (1 - rate))) * (tiles // group)
-            kept += of_each * tokens
-            wanted += (views * tiles + (masked if which == 0 else 0)) * of_each / (views * tiles)
-        true[sum(views * tiles * (prefix + (side // patch) ** 2) for views, side in sides)] = masked
-        true[int(kept)] = round(wanted)
-    return RehearsedBatch(make, true, tiles, parts)
+    return RehearsedBatch(make, {global_crops * grid * grid: masked}, tiles, parts)
 
 
 def masked_patches(crops: int, grid: int, share: float, low: float, high: float) -> int:

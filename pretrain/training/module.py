@@ -36,6 +36,7 @@ from pretrain.run.across_ranks import total, world_size
 from pretrain.run.preemption import Preemption
 from pretrain.run.progress import SECONDS_BETWEEN_LINES, Progress, say
 from pretrain.run.watchdog import Watchdog
+from pretrain.training.adamw import ShardAdamW
 from pretrain.training.even_shares import require_even
 from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
@@ -88,8 +89,14 @@ class Training(L.LightningModule, ABC):
         """A batch's micro-batches on the device, each with the number of its first sample in the global batch."""
 
     def before_step(self, batch: Any) -> dict[str, float]:
-        """Look at a batch before it is used (count bad tiles, say); figures to record. Every rank calls it."""
+        """Look at a batch before it is used; what to count of it (bad tiles, say), to be summed over ranks with the
+        losses, in one exchange."""
         return {}
+
+    def after_step(self, counts: dict[str, int]) -> dict[str, float]:
+        """Called with the counts of all ranks, once the step is taken; figures to record. Every rank calls it, and all
+        get the same."""
+        return dict(counts)
 
     def begin(self, objective: Objective) -> None:
         """Change the trained networks' first values, where a run begins; a resumed run has its own."""
@@ -130,9 +137,9 @@ class Training(L.LightningModule, ABC):
         self.objective = objective
         self.facts = alarms.known_facts(objective.prototype_counts(), self.optim.warmup_steps)
 
-    def configure_optimizers(self) -> torch.optim.Optimizer:
+    def configure_optimizers(self) -> ShardAdamW:
         groups = parameter_groups(self.objective.trained(), self.optim)
-        return torch.optim.AdamW(groups, lr=0.0, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
+        return ShardAdamW(groups, lr=0.0, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
 
     def on_fit_start(self) -> None:
         self.hash = run_folder.open_run(self.run, self.config, self.global_rank == 0, self.data_digest())
@@ -165,9 +172,8 @@ class Training(L.LightningModule, ABC):
                 " stopped process, or a disk that didn't answer): this one ends, and has written nothing since."
             )
         began = time.monotonic()
-        seen = self.before_step(batch)
-        figures, took_step = self._step(batch)
-        figures |= seen
+        figures, counts, took_step = self._step(batch, self.before_step(batch))
+        figures |= self.after_step(counts)
         self.step += 1
         now = time.monotonic()
         figures |= {
@@ -210,7 +216,7 @@ class Training(L.LightningModule, ABC):
         return bool(self.watch.every) and self.step % self.watch.every == 0
 
     @property
-    def optimiser(self) -> torch.optim.Optimizer:
+    def optimiser(self) -> ShardAdamW:
         """The one there is."""
         return self.optimizers().optimizer  # type: ignore[union-attr, return-value]
 
@@ -269,7 +275,8 @@ class Training(L.LightningModule, ABC):
 
     # The step --------------------------------------------------------------------------------------------------
 
-    def _step(self, batch: Any) -> tuple[dict[str, float], bool]:
+    def _step(self, batch: Any, counted: dict[str, float]) -> tuple[dict[str, float], dict[str, int], bool]:
+        """Take a step: its figures, the sums over ranks of what this one ``counted``, and whether it was taken."""
         objective, optim, optimiser = self.objective, self.optim, self.optimiser
         steps = optim.schedule_steps or optim.steps
         lr = cosine(
@@ -291,25 +298,34 @@ class Training(L.LightningModule, ABC):
         moment = Moment(self.step, steps, self.config.seed)
         parts = list(self.micro_batches(batch))
         sums = gradients(objective, parts, moment, self.manual_backward)
-        if self.peak:  # beside the losses, so that they are added up over the ranks in one exchange
-            counted = operations_of_step(objective, [part for part, _ in parts], self.settings.activation_checkpointing)
-            sums["operations"] = torch.full_like(next(iter(sums.values())), counted / self.sharing)
+        if self.peak:
+            passed = operations_of_step(objective, [part for part, _ in parts], self.settings.activation_checkpointing)
+            counted = counted | {"operations": passed / self.sharing}
         norms = {
             f"grad_norm/{name}": clip(network.parameters(), optim.clip) for name, network in objective.trained().items()
         }
-        means = total(torch.stack(list(sums.values()))) / world_size()
-        values = dict(zip([*sums, *norms], torch.cat([means, torch.stack(list(norms.values()))]).tolist(), strict=True))
-        self.operations = values.pop("operations", 0.0)
+        some = next(iter(sums.values()))
+        counts = [torch.full_like(some, value) for value in counted.values()]
+        everywhere = total(torch.stack([*sums.values(), *counts]))  # one exchange between ranks
+        figures = torch.cat([everywhere[: len(sums)] / world_size(), torch.stack(list(norms.values()))])
+        # The optimiser is told on the device whether to take the step. To ask first would leave the device idle while
+        # the optimiser's kernels are being launched.
+        optimiser.found_inf = (~figures.isfinite().all()).float()
+        self.optimizers().step()  # type: ignore[union-attr]  # through Lightning, which counts it
+        numbers = torch.cat([figures, everywhere[len(sums) :]]).tolist()  # the one wait of a step
+        values = dict(zip([*sums, *norms], numbers, strict=False))
+        found = dict(zip(counted, numbers[len(values) :], strict=True))
+        self.operations = found.pop("operations", 0.0) / world_size()
         finite = all(math.isfinite(value) for value in values.values())
         if finite:
-            self.optimizers().step()  # type: ignore[union-attr]  # through Lightning, which counts it
             objective.after_step(moment)
             self.skipped_in_a_row = 0
         else:
             objective.after_skip()
             self._skip(values)
         values["grad_norm"] = math.sqrt(sum(values[name] ** 2 for name in norms))
-        return values | {"lr": lr, "weight_decay": weight_decay, "skipped": self.skipped}, finite
+        values |= {"lr": lr, "weight_decay": weight_decay, "skipped": self.skipped}
+        return values, {name: round(count) for name, count in found.items()}, finite
 
     def _skip(self, values: dict[str, float]) -> None:
         """Count a step that was not taken; stop where too many come in a row. Every rank sees the same values."""

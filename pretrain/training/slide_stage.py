@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
-import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
@@ -25,7 +24,6 @@ from pretrain.encoders.slide_encoders import TILE_ENCODER
 from pretrain.objectives.contract import evaluation_of
 from pretrain.objectives.interface import SlideObjective
 from pretrain.run import signals
-from pretrain.run.across_ranks import total
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
 from pretrain.settings.plugins import locate_class
@@ -165,8 +163,10 @@ class SlideTraining(Training):
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start
         self.taken = start(self.step + 1) - start(self.step)
-        mine = torch.tensor(sum(len(part.embeddings) for part in batch), device=self.device)
-        return {"slides": self.taken, "tiles": int(total(mine)) // self.sharing}
+        return {"tiles": sum(len(part.embeddings) for part in batch) / self.sharing}
+
+    def after_step(self, counts: dict[str, int]) -> dict[str, float]:
+        return {"slides": self.taken, **counts}
 
     def micro_batches(self, batch: list[SlideBatch]) -> Iterator[tuple[SlideBatch, int]]:
         for part in batch:

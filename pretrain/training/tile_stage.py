@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
@@ -26,7 +27,6 @@ from pretrain.objectives.contract import look_of, views_of
 from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.run.across_ranks import total
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.training.module import Training
@@ -256,8 +256,11 @@ class TileTraining(Training):
     def before_step(self, batch: RankBatch) -> dict[str, float]:
         for message in batch.bad[: max(0, BAD_TILES_SAID - self.bad)]:
             say(f"skipped: {message}")
+        return {"bad_tiles": len(batch.bad)}
+
+    def after_step(self, counts: dict[str, int]) -> dict[str, float]:
         # The count is the same on every rank, so all of them stop or none does, and nobody waits for one that has gone.
-        bad = int(total(torch.tensor(len(batch.bad), device=self.device)))
+        bad = counts["bad_tiles"]
         if self.bad <= BAD_TILES_SAID < self.bad + bad and self.global_rank == 0:
             say("more tiles can't be read; they are counted and no longer named")
         self.bad += bad
@@ -278,14 +281,19 @@ class TileTraining(Training):
                 self.save_samples(prepared)
             yield prepared, part.first
 
+    @cached_property
+    def pixel_statistics(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the colours, ``(3,)`` each, on the device."""
+        return torch.tensor(self.data.mean, device=self.device), torch.tensor(self.data.std, device=self.device)
+
     def prepare(self, part: MicroBatch) -> TileBatch:
         """Move a micro-batch to the device and augment it there."""
-        mean, std = (torch.tensor(values, device=self.device) for values in (self.data.mean, self.data.std))
         crops = []
         for views, parameters in zip(part.views, part.parameters, strict=True):
             images = views.to(self.device, non_blocking=True)
-            crops.append((augment(images, parameters, mean, std), len(images) // len(part.numbers)))
-        return TileBatch(crops, part.masks.to(self.device, non_blocking=True))
+            crops.append((augment(images, parameters, *self.pixel_statistics), len(images) // len(part.numbers)))
+        masks, masked = (tensor.to(self.device, non_blocking=True) for tensor in (part.masks, part.masked))
+        return TileBatch(crops, masks, masked_numbers=masked)
 
     def save_samples(self, batch: TileBatch) -> None:
         """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile. Where

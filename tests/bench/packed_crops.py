@@ -73,7 +73,8 @@ def random_batch(config: object) -> TileBatch:
     images = [(torch.randn(tiles * views, 3, size, size, generator=generator), views) for size, views in sizes if views]
     side, masks = crops.global_size // config.model["patch_size"], config.data.masks
     rate = masks.share * (masks.low + masks.high) / 2
-    return TileBatch(images, torch.rand(tiles * crops.global_count, side, side, generator=generator) < rate)
+    masks = torch.rand(tiles * crops.global_count, side, side, generator=generator) < rate
+    return TileBatch(images, masks, masked_numbers=masks.flatten().nonzero()[:, 0])
 
 
 class Step:

@@ -40,7 +40,7 @@ def filled(batch: Any, true: dict[int, int]) -> Any:
     if hasattr(batch, "masks"):
         flat = torch.zeros(batch.masks.numel(), dtype=torch.bool)
         flat[torch.randperm(len(flat), generator=draw)[: true.get(len(flat), 0)]] = True
-        batch.masks = flat.view(batch.masks.shape)
+        batch.masks, batch.masked_numbers = flat.view(batch.masks.shape), flat.nonzero()[:, 0]
         for images, _ in batch.crops:
             images.normal_(generator=draw)
         return batch
