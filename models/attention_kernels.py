@@ -10,7 +10,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from models.attention_statistics import SDPA, Batched, StatisticsKernel, VariableLength
+from models.attention_statistics import (
+    SDPA,
+    Batched,
+    StatisticsKernel,
+    VariableLength,
+    flash,
+    flash_backward,
+)
 
 ATTENTION_KERNELS = ("sdpa", "varlen", "flash_attn", "xformers")
 
@@ -30,42 +37,13 @@ def kernel(name: str) -> StatisticsKernel:
 
 @lru_cache
 def _varlen() -> StatisticsKernel:
-    """torch's FlashAttention for runs of many lengths, beneath ``torch.nn.attention.varlen``."""
-    return VariableLength(varlen_attend, varlen_attend_backward)
+    """torch's FlashAttention, and an error for numbers that it doesn't take."""
 
+    def attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+        _check_low_precision("varlen", q)
+        return flash(q, k, v, starts, longest)
 
-def varlen_attend(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """`VariableLength`'s forward by torch's operator. Raises ValueError for numbers of more than 16 bits."""
-    _check_low_precision("varlen", q)
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
-        q, k, v, starts, starts, longest, longest, 0.0, False, False, scale=q.shape[-1] ** -0.5
-    )
-    return out, lse
-
-
-def varlen_attend_backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: int
-) -> tuple[Tensor, ...]:
-    """`VariableLength`'s backward by torch's operator."""
-    no_draws = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
-    return torch.ops.aten._flash_attention_backward(
-        grad,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        starts,
-        starts,
-        longest,
-        longest,
-        0.0,
-        False,
-        no_draws,
-        unused,
-        scale=q.shape[-1] ** -0.5,
-    )
+    return VariableLength(attend, flash_backward)
 
 
 @lru_cache

@@ -10,14 +10,16 @@ Runs lie one behind another: ``q, k, v`` are (rows, heads, head_width), and ``sh
 as ``(runs, tokens in each)`` in order. The softmax scale is ``head_width ** -0.5``, nothing is masked, and no autograd
 graph is recorded. A `Kernel` is found by name:
 
-    sdpa        torch's stock kernels, a call for each run length; runs everywhere
-    varlen      torch's FlashAttention, one call for runs of all lengths; CUDA, float16 or bfloat16
+    sdpa        torch's stock kernels, which run everywhere: on CUDA in float16 or bfloat16 FlashAttention, one call for
+                runs of all lengths; else a call for each run length
+    varlen      that FlashAttention, or an error where it doesn't run
     flash_attn  the same of the package flash-attn; CUDA, float16 or bfloat16
     xformers    the package xformers, a call for each run length; CUDA
 """
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
+from itertools import accumulate, pairwise
 from typing import Protocol
 
 import torch
@@ -119,19 +121,56 @@ class VariableLength:
 def run_starts(shapes: tuple[EqualRuns, ...], device: torch.device) -> tuple[Tensor, int]:
     """The rows at which runs begin, (runs + 1,) int32 with the total last, and the longest run. Cached: every layer
     asks again."""
-    lengths = torch.tensor([0, *(length for runs, length in shapes for _ in range(runs))], dtype=torch.int32)
-    return lengths.cumsum(0, dtype=torch.int32).to(device), max(length for _, length in shapes)
+    edges = list(accumulate((runs * length for runs, length in shapes), initial=0))
+    first = (
+        torch.arange(start, stop, length, dtype=torch.int32, device=device)
+        for (start, stop), (_, length) in zip(pairwise(edges), shapes, strict=True)
+    )
+    end = torch.full((1,), edges[-1], dtype=torch.int32, device=device)
+    return torch.cat([*first, end]), max(length for _, length in shapes)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """torch's FlashAttention for runs of many lengths, beneath ``torch.nn.attention.varlen``, for `VariableLength`:
+    CUDA, 16-bit numbers."""
+    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+        q, k, v, starts, starts, longest, longest, 0.0, False, False, scale=q.shape[-1] ** -0.5
+    )
+    return out, lse
+
+
+def flash_backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, starts: Tensor, longest: int
+) -> tuple[Tensor, ...]:
+    """The backward of `flash`."""
+    no_draws = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
+    unused = torch.empty(0, dtype=torch.uint64, device=q.device)
+    return torch.ops.aten._flash_attention_backward(
+        grad,
+        q,
+        k,
+        v,
+        out,
+        lse,
+        starts,
+        starts,
+        longest,
+        longest,
+        0.0,
+        False,
+        no_draws,
+        unused,
+        scale=q.shape[-1] ** -0.5,
+    )
 
 
 def stock(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """torch's own attention with statistics, for `Batched`: flash on CPUs, flash or memory-efficient on CUDA, otherwise
-    plain products."""
+    """torch's own attention with statistics, for `Batched`: flash on CPUs, memory-efficient on CUDA, otherwise plain
+    products."""
     aten = torch.ops.aten
     match _stock_kernel(q):
         case "cpu":
             return aten._scaled_dot_product_flash_attention_for_cpu(q, k, v)
-        case "flash":
-            return aten._scaled_dot_product_flash_attention(q, k, v)[:2]
         case "efficient":
             out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, None, True)
             return out, lse[..., : q.shape[2]]
@@ -140,20 +179,12 @@ def stock(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 def stock_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> tuple[Tensor, ...]:
     """The backward of `stock`."""
-    aten, length = torch.ops.aten, q.shape[2]
-    kernel = _stock_kernel(q)
+    aten, kernel = torch.ops.aten, _stock_kernel(q)
     if kernel == "cpu":
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
     if kernel == "plain":
         return plain_backward(grad, q, k, v, out, lse)
-    no_draws = torch.zeros(2, dtype=torch.uint64, device=q.device)  # of dropout, which there is none of
-    if kernel == "flash":
-        # No starts of runs, which are all of one length: with a tensor there, even an empty one, the kernel for runs of
-        # many lengths is taken.
-        return aten._scaled_dot_product_flash_attention_backward(
-            grad, q, k, v, out, lse.contiguous(), None, None, length, length, 0.0, False, no_draws, no_draws
-        )
-    padded = F.pad(lse, (0, -length % ALIGNED), value=torch.inf)
+    padded = F.pad(lse, (0, -q.shape[2] % ALIGNED), value=torch.inf)
     seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device).unbind()
     return aten._scaled_dot_product_efficient_attention_backward(
         grad, q, k, v, None, out, padded, seed, offset, 0.0, [True, True, True, False]
@@ -161,13 +192,16 @@ def stock_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
 
 
 def _stock_kernel(q: Tensor) -> str:
-    """Which kernel takes ``q``: those on CUDA want a head of whole 16-byte words, and flash 16-bit numbers besides."""
+    """Which kernel takes ``q``, a run length at a time: that of CUDA wants a head of whole 16-byte words."""
     if q.device.type == "cpu":
         return "cpu"
-    if q.device.type != "cuda" or q.shape[-1] % 8:
-        return "plain"
+    return "plain" if q.device.type != "cuda" or q.shape[-1] % 8 or q.dtype == torch.float64 else "efficient"
+
+
+def takes_flash(q: Tensor) -> bool:
+    """Whether CUDA's FlashAttention takes ``q``: 16-bit numbers, and a head of whole 16-byte words, up to 256 wide."""
     low = q.dtype in (torch.float16, torch.bfloat16)
-    return "flash" if low and q.shape[-1] <= 256 else "efficient" if low or q.dtype == torch.float32 else "plain"
+    return q.device.type == "cuda" and low and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
 
 
 def matrix_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -207,4 +241,23 @@ def plain_backward(
     return torch.cat(dqs, dim=2), dk.to(k.dtype), dv.to(v.dtype)
 
 
-SDPA = Batched(stock, stock_backward)
+class Stock:
+    """torch's own kernels: `flash` where it runs, and else `stock`."""
+
+    def __init__(self) -> None:
+        self.all_lengths = VariableLength(flash, flash_backward)
+        self.each_length = Batched(stock, stock_backward)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, shapes: Sequence[EqualRuns]) -> tuple[Tensor, Tensor]:
+        return self._for(q).forward(q, k, v, shapes)
+
+    def backward(
+        self, grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, shapes: Sequence[EqualRuns]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._for(q).backward(grad, q, k, v, out, lse, shapes)
+
+    def _for(self, q: Tensor) -> StatisticsKernel:
+        return self.all_lengths if takes_flash(q) else self.each_length
+
+
+SDPA = Stock()

@@ -26,7 +26,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
-from math import ceil
+from math import ceil, inf, log
 from typing import Any
 
 import torch
@@ -47,9 +47,8 @@ class Call:
 
     rows: Tensor | None  # which rows of the branch's view, run by run; None for all of them in order
     shapes: tuple[EqualRuns, ...]  # (runs, tokens in each), in the order of the rows
-    padding: (
-        Tensor | None
-    )  # (rows, 1) log of the number of zero keys the public code adds to a run; None where it adds none
+    padding: Tensor | None
+    """``(rows, 1)``: log of the number of zero keys that the public code adds to a run. None where it adds none."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,7 @@ def dilated_attention(
         check_schedule(*zip(*reached, strict=True))
     first, every = of_heads or (0, q.shape[1])
     branches = [
-        lay_out(tuple(lengths), w, r, range(first, first + q.shape[1]), every, q.shape[2], q.device)
+        lay_out(tuple(lengths), w, r, range(first, first + q.shape[1]), every, q.shape[2], q.device, compatible)
         for w, r in zip(segment_lengths, dilated_ratios, strict=True)
     ]
     return _DilatedAttention.apply(q.contiguous(), k.contiguous(), v.contiguous(), branches, compatible, kernel)
@@ -133,13 +132,20 @@ def attended_pairs(
 
 @lru_cache(maxsize=20)  # a few batches: rows of long ones are tens of megabytes
 def lay_out(
-    lengths: tuple[int, ...], w: int, r: int, heads: range, every: int, head_width: int, device: torch.device
+    lengths: tuple[int, ...],
+    w: int,
+    r: int,
+    heads: range,
+    every: int,
+    head_width: int,
+    device: torch.device,
+    compatible: bool = False,
 ) -> Branch:
     """The runs of branch (w, r) for packed slides of these lengths, grouped into calls. Cached: every layer asks again.
 
     ``heads`` are the ones at hand, of ``every`` head in all. Group g holds heads ``g * ceil(every / r)`` onwards, as in
     the public code; when r does not divide the heads, the last groups are smaller or empty. A slide shorter than w is
-    one segment.
+    one segment. ``compatible``: with `Call.padding`.
     """
     segments = []  # (first token, segments, tokens in each, tokens missing from each)
     for start, n in zip(accumulate(lengths, initial=0), lengths, strict=False):
@@ -149,49 +155,63 @@ def lay_out(
         if rest:
             segments.append((start + full * segment, 1, rest, segment - rest))
 
-    def padding(zeros: Tensor) -> Tensor | None:
-        return zeros.double().log()[:, None].to(device) if zeros.any() else None
-
     if r == 1:  # every segment is a run, in the order of the tokens
-        zeros = torch.cat([torch.full((count * length,), missing) for _, count, length, missing in segments])
         shapes = tuple((count, length) for _, count, length, _ in segments)
-        return Branch(len(heads), [Call(None, shapes, padding(zeros))], complete=True)
-    phase = torch.tensor(heads) // ceil(every / r)  # the offset mod r at which each head is active
-    rows, runs, zeros = _permutation(segments, r, phase)
+        short = [(count * length, missing) for _, count, length, missing in segments]
+        return Branch(len(heads), [Call(None, shapes, _padding(short, device) if compatible else None)], complete=True)
+    rows, runs, short = _permutation(segments, r, heads, ceil(every / r), device)
+    padding = _padding(short, device) if compatible else None
     # A CPU's kernel shares its work out by run, so a call has enough of them for every thread.
     together = torch.get_num_threads() if device.type == "cpu" else 1
     per_call = CALL_ELEMENTS.get(device.type, CALL_ELEMENTS["cuda"]) // head_width
     calls, start = [], 0
     for some in _cut(runs, per_call, together):
         stop = start + sum(count * length for count, length in some)
-        calls.append(Call(rows[start:stop].to(device), tuple(some), padding(zeros[start:stop])))
+        calls.append(Call(rows[start:stop], tuple(some), None if padding is None else padding[start:stop]))
         start = stop
     # A row is one head of a token, though a group's heads move together: a kernel likes a head's tokens side by side.
     return Branch(1, calls, complete=False)
 
 
 def _permutation(
-    segments: list[tuple[int, int, int, int]], r: int, phase: Tensor
-) -> tuple[Tensor, list[EqualRuns], Tensor]:
-    """Ratio r > 1: a run is (segment, head), its tokens r apart. All rows by run length, shapes, missing tokens of each
-    row."""
+    segments: list[tuple[int, int, int, int]], r: int, heads: range, per_group: int, device: torch.device
+) -> tuple[Tensor, list[EqualRuns], list[tuple[int, int]]]:
+    """Ratio r > 1: a run is (segment, head), its tokens r apart. All rows by run length, shapes, and (rows, missing
+    tokens of their runs) in the same order.
+
+    Computed on the device, from numbers that are known here: nothing is copied there, and nothing is asked of it.
+    """
     found: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # run length → rows (runs, length), missing
+    phases = [head // per_group for head in heads]  # the offset mod r at which each head is active; ascending
+    head = torch.arange(len(heads), device=device)
+    own = (head + heads.start) // per_group * len(heads) + head  # the row of a head's first token
     for first, count, size, missing in segments:
         padded = ceil((size + missing) / r)
-        for extra in (1, 0):  # phases below size % r meet one token more than the others
-            head = (phase < size % r if extra else phase >= size % r).nonzero()[:, 0]
-            length = size // r + extra
-            if len(head) == 0 or length == 0:
+        longer = sum(phase < size % r for phase in phases)  # heads that meet one token more than the others
+        for some, length in ((own[:longer], size // r + 1), (own[longer:], size // r)):
+            if len(some) == 0 or length == 0:
                 continue
-            token = torch.arange(count)[:, None, None] * size + torch.arange(length) * r + phase[head][:, None]
-            rows = ((first + token) * len(phase) + head[:, None]).flatten(0, 1)  # (segments * heads, length)
+            segment = torch.arange(first, first + count * size, size, device=device)[:, None, None]
+            token = segment + torch.arange(0, length * r, r, device=device)
+            rows = (token * len(heads) + some[:, None]).flatten(0, 1)  # (segments * heads, length)
             found[length].append((rows, padded - length))
     parts = [(rows, missing) for length in sorted(found) for rows, missing in found[length]]
     if not parts:  # none of these heads is active
-        return torch.empty(0, dtype=torch.int64), [], torch.empty(0, dtype=torch.int64)
+        return torch.empty(0, dtype=torch.int64, device=device), [], []
     shapes = [(len(rows), rows.shape[1]) for rows, _ in parts]
-    zeros = torch.cat([torch.full((rows.numel(),), missing) for rows, missing in parts])
-    return torch.cat([rows.flatten() for rows, _ in parts]), shapes, zeros
+    short = [(rows.numel(), missing) for rows, missing in parts]
+    return torch.cat([rows.flatten() for rows, _ in parts]), shapes, short
+
+
+def _padding(short: list[tuple[int, int]], device: torch.device) -> Tensor | None:
+    """`Call.padding` of rows in order, ``(rows, missing tokens of their runs)``; None where none are missing."""
+    if not any(missing for _, missing in short):
+        return None
+    logs = (
+        torch.full((rows, 1), log(missing) if missing else -inf, dtype=torch.float64, device=device)
+        for rows, missing in short
+    )
+    return torch.cat(list(logs))
 
 
 def _cut(shapes: list[EqualRuns], per_call: int, together: int) -> Iterator[list[EqualRuns]]:

@@ -106,19 +106,21 @@ class LongNet(nn.Module):
         lengths: Sequence[int],
         seeds: Sequence[int] | None = None,
         all_layers: bool = False,
+        extent: int | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 
         tokens: (T, input_width) tile embeddings, slide after slide. cells: (T, 2) integer (x, y) in the slide's grid of
         tiles, from 0. lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are
-        drawn; None switches both off. all_layers: also collect CLS and mean after every layer.
+        drawn; None switches both off. all_layers: also collect CLS and mean after every layer. extent: a number that all
+        cells are below, where it is known: see `position_embedding`.
         """
         if not len(tokens) == len(cells) == sum(lengths):
             raise ValueError(
                 f"{len(tokens)} tokens, {len(cells)} cells and slides of {list(lengths)} tiles do not agree"
             )
         x = self.patch_embed["proj"](tokens)
-        x = x + position_embedding(cells, self.width).to(x.dtype)
+        x = x + position_embedding(cells, self.width, extent).to(x.dtype)
         x = prepend(self.cls_token[0], x, lengths)
         lengths = [n + 1 for n in lengths]
         x, states = self.encoder(x, lengths, seeds, all_layers)

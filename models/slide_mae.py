@@ -68,12 +68,13 @@ class SlideDecoder(nn.Module):
         cells: Tensor,
         lengths: Sequence[int],
         visible_lengths: Sequence[int],
+        extent: int | None = None,
     ) -> Tensor:
         """Predictions for the masked tiles, (M, output_width).
 
         tiles: (V, encoder_width) encoded visible tiles. cls: (B, encoder_width). visible: (V,) and masked: (M,) their
         indices among the T tiles of the packed slides, both ascending. cells: (T, 2) of all of them. lengths: all tiles
-        per slide; visible_lengths: the visible ones.
+        per slide; visible_lengths: the visible ones. extent: as in `LongNet.forward`.
         """
         embedded = self.embed(tiles)
         x = self.mask_token.to(embedded.dtype).expand(len(cells), -1).index_copy(0, visible, embedded)
@@ -81,7 +82,7 @@ class SlideDecoder(nn.Module):
             masked_lengths = [of_slide - seen for of_slide, seen in zip(lengths, visible_lengths, strict=True)]
             near = self.nearby(embedded, cells[visible], cells[masked], visible_lengths, masked_lengths)
             x = x.index_add(0, masked, near)
-        x = x + position_embedding(cells, self.width).to(x.dtype)
+        x = x + position_embedding(cells, self.width, extent).to(x.dtype)
         tokens = self.embed(cls)
         slides = zip(tokens.split(1), x.split(list(lengths)), strict=True)
         x = torch.cat([part for slide in slides for part in slide])

@@ -47,6 +47,7 @@ class SlideBatch:
     std: Tensor  # (D,) float32
     positions: list[int]  # each sequence's position in the stream: what its random draws are keyed by
     slides: list[str]
+    extent: int  # all cells are below it
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SlideBatch":
         """The same batch with its tensors on ``device``."""
@@ -179,9 +180,10 @@ class SlideSequences:
 
     def _pack(self, items: list["_Item"]) -> SlideBatch:
         masked = np.concatenate([item.masked for item in items])
+        cells = np.concatenate([item.cells for item in items])
         return SlideBatch(
             embeddings=torch.from_numpy(np.concatenate([item.embeddings for item in items])),
-            cells=torch.from_numpy(np.concatenate([item.cells for item in items])),
+            cells=torch.from_numpy(cells),
             lengths=[len(item.masked) for item in items],
             visible=torch.from_numpy(np.flatnonzero(~masked)),
             visible_lengths=[int((~item.masked).sum()) for item in items],
@@ -191,6 +193,7 @@ class SlideSequences:
             std=torch.from_numpy(self.statistics.std.astype(np.float32)),
             positions=[item.position for item in items],
             slides=[item.slide for item in items],
+            extent=int(cells.max()) + 1,
         )
 
 

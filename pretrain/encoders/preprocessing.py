@@ -27,7 +27,11 @@ class Preprocessing:
             x = F.interpolate(x, size, mode=self.interpolation, antialias=True, align_corners=False).clamp(0, 1)
         top, left = (size[0] - self.image_size) // 2, (size[1] - self.image_size) // 2
         x = x[..., top : top + self.image_size, left : left + self.image_size]
-        mean, std = (torch.tensor(values, device=x.device).view(3, 1, 1) for values in (self.mean, self.std))
+        # Filled in there: a copy would wait for the images before.
+        mean, std = (
+            torch.stack([torch.full((1, 1), value, device=x.device) for value in values])
+            for values in (self.mean, self.std)
+        )
         return (x - mean) / std
 
     def __str__(self) -> str:

@@ -113,9 +113,17 @@ class SlideMAE(SlideObjective):
         if step_seed is not None:
             seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
         visible = at_least_float32(batch.embeddings[batch.visible])
-        seen = self.encoder(visible, batch.cells[batch.visible], batch.visible_lengths, seeds)
+        cells = batch.cells[batch.visible]
+        seen = self.encoder(visible, cells, batch.visible_lengths, seeds, extent=batch.extent)
         prediction = self.decoder(
-            seen.tiles, seen.cls, batch.visible, batch.masked, batch.cells, batch.lengths, batch.visible_lengths
+            seen.tiles,
+            seen.cls,
+            batch.visible,
+            batch.masked,
+            batch.cells,
+            batch.lengths,
+            batch.visible_lengths,
+            batch.extent,
         )
         error = (at_least_float32(prediction) - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
         if self.weighting == "slide":
@@ -125,19 +133,19 @@ class SlideMAE(SlideObjective):
             loss, count = error.sum(), len(error)
         return {
             "sum": loss,
-            "count": torch.tensor(float(count), device=loss.device),
+            "count": torch.full((), float(count), device=loss.device),
             "prediction": prediction,
             "pooled": seen.pooled,
         }
 
-    def prepare(self, parts: Sequence[SlideBatch], moment: Moment) -> list[tuple[SlideBatch, float]]:
+    def prepare(self, parts: Sequence[SlideBatch], moment: Moment) -> list[tuple[SlideBatch, Tensor]]:
         """Each micro-batch with what its sum is multiplied by, so that the mean over micro-batches and ranks is the
         global Σ sum / Σ count."""
         counts = [len(part.lengths) if self.weighting == "slide" else len(part.masked) for part in parts]
-        everywhere = total(torch.tensor(float(sum(counts)), device=parts[0].embeddings.device)).item()
+        everywhere = total(torch.full((), float(sum(counts)), device=parts[0].embeddings.device))
         return [(part, world_size() * len(parts) / everywhere) for part in parts]
 
-    def loss(self, batch: tuple[SlideBatch, float], moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, batch: tuple[SlideBatch, Tensor], moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch as `prepare` gives it."""
         part, factor = batch
         return self(part, moment.seed)["sum"] * factor, {}

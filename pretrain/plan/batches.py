@@ -7,7 +7,7 @@ import torch
 
 from data.embeddings.sequences import SlideBatch
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.plan.rehearsal import RehearsedBatch
+from pretrain.plan.rehearsal import LARGEST_CELL, RehearsedBatch
 from pretrain.settings.ranges import within
 from pretrain.training.tile_stage import further_views
 
@@ -79,6 +79,7 @@ def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool
             std=torch.empty(slides.width),
             positions=list(range(len(lengths))),
             slides=[""] * len(lengths),
+            extent=LARGEST_CELL + 1,
         )
 
     return RehearsedBatch(make, {}, len(lengths), parts)

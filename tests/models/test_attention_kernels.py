@@ -1,6 +1,8 @@
 """Attention kernels: the stock ones against plain products, those of CUDA by their index logic, with a naive stand-in
 for the kernel."""
 
+from collections import defaultdict
+
 import pytest
 import torch
 from torch import Tensor
@@ -8,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import attention_statistics
-from models.attention_kernels import kernel, varlen_attend, varlen_attend_backward
+from models.attention_kernels import kernel
 from models.attention_statistics import (
     SDPA,
     Batched,
@@ -123,33 +125,34 @@ def test_stock_kernels_of_cuda_take_and_give_these_shapes(dtype):
             assert gradient.shape == q.shape and gradient.dtype == dtype
 
 
+@pytest.fixture(autouse=True)
+def no_plan_of_another_test() -> None:
+    run_starts.cache_clear()  # one test's fake tensors are nothing to another's
+
+
 class Calls(TorchDispatchMode):
     """Notes what operators are called with."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.seen: dict[str, tuple] = {}
+        self.seen: dict[str, list[tuple]] = defaultdict(list)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.seen[str(func)] = args
+        self.seen[str(func)].append(args)
         return func(*args, **(kwargs or {}))
 
 
-def test_the_flash_backward_of_equal_lengths_is_given_no_starts_of_runs():
-    """With a tensor for them, an empty one too, CUDA takes the kernel of many lengths, whose batch would be -1."""
-    with FakeTensorMode(), Calls() as calls:
-        q, k, v, grad = (torch.empty(2, 4, 64, 32, dtype=torch.bfloat16, device="cuda") for _ in range(4))
-        stock_backward(grad, q, k, v, *stock(q, k, v))
-    assert calls.seen["aten._scaled_dot_product_flash_attention_backward.default"][6:8] == (None, None)
-
-
-def test_torchs_kernel_of_many_lengths_takes_and_gives_these_shapes():
-    each = VariableLength(varlen_attend, varlen_attend_backward)
-    with FakeTensorMode(allow_non_fake_inputs=True):
+def test_runs_of_all_lengths_are_one_call_of_flash_on_cuda_with_the_rows_at_which_they_begin():
+    with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
         q, k, v, grad = (torch.empty(ROWS, 4, 48, dtype=torch.bfloat16, device="cuda") for _ in range(4))
-        out, lse = each.forward(q, k, v, SHAPES)
-        assert out.shape == q.shape and lse.shape == q.shape[:2] and lse.dtype == torch.float32
-        assert all(gradient.shape == q.shape for gradient in each.backward(grad, q, k, v, out, lse, SHAPES))
+        out, lse = SDPA.forward(q, k, v, SHAPES)
+        SDPA.backward(grad, q, k, v, out, lse, SHAPES)
+    runs = sum(count for count, _ in SHAPES)
+    for name, starts in (("_flash_attention_forward", slice(3, 5)), ("_flash_attention_backward", slice(6, 8))):
+        (arguments,) = calls.seen[f"aten.{name}.default"]
+        assert all(one.shape == (runs + 1,) and one.dtype == torch.int32 for one in arguments[starts])
+        assert arguments[starts.stop : starts.stop + 2] == (9, 9)  # the longest run
+    assert calls.seen["aten._flash_attention_backward.default"][0][5].shape == (4, ROWS)  # the log-sum-exp
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="says what is said where there is no GPU")
@@ -177,7 +180,8 @@ def test_an_unknown_kernel_is_refused_with_the_known_ones():
         kernel("fast")
 
 
-def test_a_kernel_of_16_bits_says_so_to_other_numbers():
+def test_a_kernel_of_16_bits_says_so_to_other_numbers(monkeypatch):
     q = normal(4, 2, 8, seed=0, dtype=torch.float32)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with pytest.raises(ValueError, match=r"float32: use attention=sdpa, or set trainer\.precision=bf16"):
-        varlen_attend(q, q, q, *run_starts(((1, 4),), CPU))
+        kernel("varlen").forward(q, q, q, [(1, 4)])

@@ -25,7 +25,7 @@ def moved_centre(centre: Tensor, sums: Tensor, rows: int, momentum: float = 0.9)
 
     ``sums`` ``(1, K)`` is the sum of this rank's logits in the step, ``rows`` their number.
     """
-    count = total(torch.tensor(float(rows), device=sums.device)).clamp(min=1.0)
+    count = total(torch.full((), float(rows), device=sums.device)).clamp(min=1.0)
     return centre * momentum + total(sums) / count * (1 - momentum)
 
 

@@ -229,7 +229,7 @@ def test_settings_that_make_no_sense_are_faults(store, tmp_path):
 
 def test_every_tensor_of_a_batch_is_pinned_for_a_copy_that_does_not_wait(monkeypatch) -> None:
     numbers = torch.arange(3)
-    batch = SlideBatch(numbers, numbers, [3], numbers, [2], numbers, [1], numbers, numbers, [0], ["a"])
+    batch = SlideBatch(numbers, numbers, [3], numbers, [2], numbers, [1], numbers, numbers, [0], ["a"], 3)
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
     pinned = batch.pin_memory()
     for field in dataclasses.fields(SlideBatch):

@@ -140,6 +140,7 @@ def test_weighting_counts_slides_or_masked_tiles():
         std=torch.full((WIDTH,), 2.0),
         positions=[0, 1],
         slides=["a", "b"],
+        extent=4,
     )
     for weighting in ("slide", "token"):
         result = objective(weighting)(batch, None)

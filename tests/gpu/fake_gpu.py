@@ -1,0 +1,151 @@
+"""A GPU that isn't there: torch's fake CUDA tensors, on which a step runs without numbers, and what it would wait for.
+
+A wait is where the host stands still until the device has done all that it was given: a number is read, a shape depends
+on numbers, or a copy starts from memory that isn't page-locked. Mixed devices fail, as on a GPU.
+"""
+
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
+
+import pytest
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import _disable_current_modes as without_modes
+from torch.utils._pytree import tree_leaves
+
+from models.attention_statistics import run_starts
+from models.dilated_attention import lay_out
+
+ROOT = Path(__file__).resolve().parents[2]
+OURS = ("data", "models", "pretrain")
+GPU = torch.device("cuda", 0)
+aten = torch.ops.aten
+SHAPED_BY_NUMBERS = {
+    aten.nonzero.default,
+    aten.masked_select.default,
+    aten.unique_consecutive.default,
+    aten._unique2.default,
+    aten.repeat_interleave.Tensor,
+}
+
+
+class Waits(TorchDispatchMode):
+    """Follows every operation; ``seen`` are the places that wait, ``file:line function``, once a wait, and
+    ``operations`` how many there were."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[str] = []
+        self.operations = 0
+        self._read: tuple[str, int] | None = None
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        if not any(map(on_gpu, given)) and torch.device(kwargs.get("device") or "cpu").type == "cpu":
+            with without_modes():  # what the CPU does is done
+                return function(*args, **kwargs)
+        self.operations += function.namespace == "aten"
+        if function is aten._local_scalar_dense.default and on_gpu(args[0]):
+            # A list's numbers are read one by one here, and at once on a GPU.
+            read = (_place(), args[0].untyped_storage()._cdata)
+            if read != self._read:
+                self._note()
+            self._read = read
+            return 1.0 if args[0].is_floating_point() else 1
+        if self._waits(function, args, kwargs):
+            self._note()
+        if function is aten.index.Tensor and (
+            masks := [one for one in args[1] if one is not None and not one.dtype.is_signed]
+        ):
+            return args[0].new_empty(masks[0].numel() // 2, *args[0].shape[masks[0].dim() :])
+        return self._of_any_shape(function, args) if function in SHAPED_BY_NUMBERS else function(*args, **kwargs)
+
+    def _of_any_shape(self, function: Any, args: Any) -> Any:
+        """A result of a shape that nobody knows: as if half of the numbers were true."""
+        some = args[0].numel() // 2
+        if function is aten.nonzero.default:
+            return args[0].new_empty(some, args[0].dim(), dtype=torch.int64)
+        if function is aten.masked_select.default:
+            return args[0].new_empty(some)
+        raise NotImplementedError(f"{function} at {_place()}: its shape depends on numbers")
+
+    def _waits(self, function: Any, args: Any, kwargs: Any) -> bool:
+        if function in SHAPED_BY_NUMBERS or function is aten.equal.default:
+            return on_gpu(args[0])
+        if function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) and on_gpu(args[0]):
+            indices = [index for index in args[1] if index is not None]
+            return any(index.dtype in (torch.bool, torch.uint8) or not on_gpu(index) for index in indices)
+        if function is aten._to_copy.default:
+            there = torch.device(kwargs.get("device") or args[0].device).type == "cuda"
+            return there != on_gpu(args[0]) and not (kwargs.get("non_blocking") and (not there or locked(args[0])))
+        if function is aten.copy_.default:
+            target, source, asynchronous = args[0], args[1], len(args) > 2 and args[2]
+            return on_gpu(target) != on_gpu(source) and not (asynchronous and (on_gpu(source) or locked(source)))
+        return False
+
+    def _note(self) -> None:
+        self.seen.append(_place())
+
+
+def _place() -> str:
+    """Where in our code an operation was asked for."""
+    for frame in reversed(traceback.extract_stack()):
+        path = Path(frame.filename)
+        if path.is_relative_to(ROOT) and path.relative_to(ROOT).parts[0] in OURS:
+            return f"{path.relative_to(ROOT)}:{frame.lineno} {frame.name}"
+    return "a test"
+
+
+def on_gpu(tensor: Tensor) -> bool:
+    return tensor.device.type == "cuda"
+
+
+LOCKED: set[int] = set()  # storages that are said to be page-locked
+
+
+def locked(tensor: Tensor) -> bool:
+    return tensor.untyped_storage()._cdata in LOCKED
+
+
+@contextmanager
+def fake_gpu() -> Iterator[Waits]:
+    """Inside, CUDA tensors are fake ones, ``pin_memory`` says so and does nothing, and a generator is the CPU's."""
+    held: list[Tensor] = []  # so that no other storage takes a locked one's place
+
+    def pin_memory(tensor: Tensor, *_: Any) -> Tensor:
+        if not isinstance(tensor, FakeTensor):
+            held.append(tensor)
+            LOCKED.add(tensor.untyped_storage()._cdata)
+        return tensor
+
+    generator = torch.Generator
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Tensor, "pin_memory", pin_memory)
+        patch.setattr(torch, "Generator", lambda *_: generator())
+        patch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 0)
+        patch.setattr(torch.cuda, "Event", Mock)
+        try:
+            with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+                yield waits
+        finally:
+            LOCKED.clear()
+            lay_out.cache_clear(), run_starts.cache_clear()  # plans on a GPU that isn't there
+
+
+def fake_gradients(loss: Tensor, networks: list[torch.nn.Module]) -> None:
+    """A backward that gives every trained parameter a gradient: autograd's own wants a driver."""
+    assert on_gpu(loss) and loss.requires_grad and not loss.dim()
+    for parameter in (one for network in networks for one in network.parameters() if one.requires_grad):
+        parameter.grad = torch.empty_like(parameter)
+
+
+def devices_of(value: Any) -> set[str]:
+    """The kinds of device that tensors in nested values are on."""
+    return {leaf.device.type for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
