@@ -15,9 +15,11 @@ whole images scaled to 96 pixels: 20 nearest neighbours by cosine, weighted as D
 classifier; class token of the teacher (MAE: of its encoder). Where there is no OTHER, a fifth of TILES is held out,
 tiles that look like one slide's together, which is a guess and said. *Same slides* is what a random split of TILES
 would say: a fifth of them classified by the rest. It rewards recognising slides, and is no measure of what was learned
-of tissue. Random weights are each run's own.
+of tissue. The first row of a run is its own first weights. Random weights alone differ by more than many a gain, so
+eight draws of them stand beside.
 
-The last line has the mean over the seeds; ``standard_error`` is that of one k-NN figure, by the number of tiles judged.
+The last line has the mean over the seeds. ``standard_error`` is that of one k-NN figure by the number of tiles judged,
+which takes them for independent; ``standard_error_by_likeness`` lets tiles that look like one slide's err together.
 
 Speed is printed and not compared: machines and hours differ more than trainers. ``make bench-peers`` compares, in
 turns.
@@ -30,15 +32,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+import simplejpeg
 from omegaconf import DictConfig, OmegaConf
 
+from data.fault import Fault
 from data.keyed import rng
 from data.shards.scan import scan
 from pretrain.encoders.loading import load_encoder
@@ -46,7 +50,7 @@ from pretrain.encoders.tile_encoder import TileEncoder
 from pretrain.probing.features import Extractor, colour_histogram, extract
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
 from pretrain.probing.scores import Score, knn_predict, score
-from pretrain.probing.slide_groups import groups_of
+from pretrain.probing.slide_groups import by_likeness, groups_of
 from pretrain.probing.splits import grouped_split
 from pretrain.settings.composition import load
 from tests.data.shards.tars import tile_members, write_tar
@@ -56,6 +60,8 @@ RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae"}
 LOOKED_AT = (8_000, 32_000, 64_000, 128_000)  # tiles
 CORES = 2
 TILES_PER_SHARD = 400  # more blocks than lanes, so that the stream mixes
+DRAWS = 8  # of random weights
+AS_JPEG = 97  # quality of what comes in another format
 
 
 def recipe_of(objective: str, settings: Sequence[str]) -> DictConfig:
@@ -95,9 +101,9 @@ class Asked:
             if name in ("TILES", "OTHER", "OUT"):
                 setattr(asked, name.lower(), Path(value))
             elif name == "SEEN":
-                asked.seen = int(value)
+                asked.seen = whole_number(argument, value)
             elif name == "SEEDS":
-                asked.seeds = [int(seed) for seed in value.split(",")]
+                asked.seeds = [whole_number(argument, seed) for seed in value.split(",")]
             elif name == "OBJECTIVES":
                 asked.objectives = value.split(",")
             elif argument.partition(":")[0] in RECIPES:
@@ -109,10 +115,30 @@ class Asked:
         for folder in (asked.tiles, asked.other):
             if folder is not None and not folder.is_dir():
                 raise SystemExit(f"{folder} is not there: give a folder that holds one folder of images per class")
+        if asked.other is not None and asked.other.resolve() == asked.tiles.resolve():
+            raise SystemExit(f"OTHER={asked.other} is TILES itself: give tiles of other slides, or leave it out")
         beside = asked.tiles.with_name(f"{asked.tiles.name}_other")
         if asked.other is None and beside.is_dir():
             asked.other = beside
+        asked.check_lengths()
         return asked
+
+    def check_lengths(self) -> None:
+        """Raise SystemExit unless whole steps end at every length that is looked at."""
+        for objective in self.objectives:
+            batch = int(recipe_of(objective, self.settings[objective]).data.batch_size)
+            if wrong := [tiles for tiles in {LOOKED_AT[0], self.seen} if tiles < batch or tiles % batch]:
+                raise SystemExit(
+                    f"{objective}: {wrong[0]:,} tiles aren't whole steps of data.batch_size={batch}: features are looked at"
+                    f" after every {LOOKED_AT[0]:,} tiles and after SEEN={self.seen}"
+                )
+
+
+def whole_number(argument: str, value: str) -> int:
+    """A positive number, or 0 for a seed. Raises SystemExit for anything else."""
+    if not value.isdecimal():
+        raise SystemExit(f"{argument}: {value!r} is no whole number")
+    return int(value)
 
 
 def images(asked: Asked) -> tuple[LabelledImages, LabelledImages, str]:
@@ -140,9 +166,16 @@ def write_shards(images: LabelledImages, folder: Path) -> None:
     for start in range(0, len(order), TILES_PER_SHARD):
         members = []
         for i in order[start : start + TILES_PER_SHARD].tolist():
-            members += tile_members(images.files[i].read_bytes(), "unknown", i, 0, 224, mpp=1.0, key=f"{i:06d}")
+            members += tile_members(jpeg_of(images.files[i]), "unknown", i, 0, 224, mpp=1.0, key=f"{i:06d}")
         write_tar(folder / f"tiles-{start // TILES_PER_SHARD:06d}.tar", members)
     scan(folder)
+
+
+def jpeg_of(file: Path) -> bytes:
+    """A JPEG's bytes as they are, those of another format encoded."""
+    if file.suffix.lower() in (".jpg", ".jpeg"):
+        return file.read_bytes()
+    return simplejpeg.encode_jpeg(read_image(file), quality=AS_JPEG, colorsubsampling="444")
 
 
 @dataclass
@@ -207,6 +240,11 @@ class Run:
         """The encoder when the run had seen so many tiles."""
         return load_encoder(str(self.folder / "checkpoints" / f"step-{tiles // self.batch_size:08d}"), "cpu")
 
+    def untrained(self, seed: int) -> TileEncoder:
+        """The encoder with the weights that a run of ``seed`` begins with."""
+        encoder = self.encoder(self.tiles)
+        return replace(encoder, module=encoder.make_random(seed))
+
 
 def train(asked: Asked, shards: Path) -> list[Run]:
     """Every run that isn't finished yet, the seeds of an objective side by side."""
@@ -237,6 +275,7 @@ class Judge:
 
     def __init__(self, bank: LabelledImages, other: LabelledImages) -> None:
         self.bank, self.other, self.classes = bank, other, len(bank.classes)
+        self.alike = by_likeness(map(read_image, other.files), len(other.files)).of
 
     def __call__(self, features: Extractor) -> tuple[Score, float]:
         """What features tell of tiles of other slides, and the k-NN accuracy with the same slides on both sides."""
@@ -251,9 +290,20 @@ class Judge:
         same = knn_predict(values[rest], labels[rest], values[fifth], self.classes) == labels[fifth]
         return found, float(same.mean())
 
+    def error_by_likeness(self, found: Score) -> float:
+        """Of the k-NN accuracy, where tiles that look like one slide's err together: ``√Σ_g (Σ_{i∈g} (c_i − c̄))² / n``."""
+        off = np.bincount(self.alike, weights=found.knn_correct - found.knn)
+        return float(np.sqrt(np.square(off).sum()) / len(self.alike))
+
 
 def main() -> None:
-    asked = Asked.parse(sys.argv[1:])
+    try:
+        bench(Asked.parse(sys.argv[1:]))
+    except Fault as fault:
+        raise SystemExit(str(fault)) from fault
+
+
+def bench(asked: Asked) -> None:
     asked.out.mkdir(parents=True, exist_ok=True)
     tiles, other, what = images(asked)
     print(f"{len(tiles.files)} tiles to train on, {len(other.files)} to judge by: {what}", flush=True)
@@ -264,19 +314,20 @@ def main() -> None:
         "histogram": [rows[0][2].knn],
         "histogram_linear": [rows[0][2].linear],
         "standard_error": [rows[0][2].knn_se],
+        "standard_error_by_likeness": [judge.error_by_likeness(rows[0][2])],
         "same_slides_histogram": [rows[0][3]],
     }
     for run in runs:
         name = f"{run.objective}, seed {run.seed}"
         looked_at = sorted({seen for seen in LOOKED_AT if seen < run.tiles} | {run.tiles})
-        found, same = judge(run.encoder(looked_at[0]).random_twin(run.seed).embed_each)
-        rows.append((f"{name}: random weights", 0, found, same))
+        found, same = judge(run.untrained(run.seed).embed_each)
+        rows.append((f"{name}: first weights", 0, found, same))
         figures.setdefault(f"{run.objective}_random", []).append(found.knn)
-        figures.setdefault("random", []).append(found.knn)
         for seen in looked_at:
             found, same = judge(run.encoder(seen).embed_each)
             rows.append((name, seen, found, same))
             figures["standard_error"].append(found.knn_se)
+            figures["standard_error_by_likeness"].append(judge.error_by_likeness(found))
             figures.setdefault(f"{run.objective}_at_{seen}", []).append(found.knn)
             figures.setdefault(f"{run.objective}_linear_at_{seen}", []).append(found.linear)
         figures.setdefault(run.objective, []).append(found.knn)
@@ -294,7 +345,11 @@ def main() -> None:
             f"{run.objective}, seed {run.seed}: {cost['tiles'] / cost['cpu_seconds']:.0f} tiles per processor second"
             " here and now, everything included"
         )
-    print(json.dumps({name: round(float(np.mean(values)), 4) for name, values in figures.items()}))
+    draws = [judge(runs[0].untrained(seed).embed_each)[0].knn for seed in range(DRAWS)]
+    print(f"{DRAWS} draws of random weights: {min(draws):.3f} to {max(draws):.3f}, mean {np.mean(draws):.3f}")
+    figures["random"] = draws
+    line = {name: float(np.mean(values)) for name, values in figures.items()} | {"random_spread": float(np.std(draws))}
+    print(json.dumps({name: round(value, 4) for name, value in line.items()}))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@ of its own.
 
     .venv-peers/bin/python tests/bench/lightly_peer.py '{"tiles": folder, "out": folder, "steps": 80, …}'
 
-What isn't asked for is LightlyTrain's default, its colour above all. Warm-ups are shortened to the recipe's, since its
-own are longer than the run. Ends with one JSON line: processor seconds of this process and its workers. With ``judge``,
+What isn't asked for is LightlyTrain's default, its colour above all. Its warm-ups are shortened, since they are longer
+than the run. Ends with one JSON line: processor seconds of this process and its workers. With ``judge``,
 a list of folders of class folders, it leaves the class tokens of their images before and after training in ``out``.
 """
 
