@@ -24,7 +24,16 @@ from models.attention_kernels import ATTENTION_KERNELS, kernel
 from models.dilated_attention import attended_pairs, check_schedule, dilated_attention
 from models.operations import Operations, attention_products, linear_maps, total_operations
 from models.positions import check_sines, position_embedding
-from models.sequence_parallel import Group, Share, check_sharing, gather, heads_at_hand, scatter, to_heads, to_tokens
+from models.sequence_parallel import (
+    Group,
+    TokenShare,
+    check_sharing,
+    gather,
+    heads_at_hand,
+    scatter,
+    to_heads,
+    to_tokens,
+)
 
 # Tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else.
 PIECE = 4096
@@ -228,7 +237,7 @@ class Layers(nn.Module):
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B,
         width) each."""
-        share = Share(tuple(lengths), self.group)
+        share = TokenShare(tuple(lengths), self.group)
         x = dropout(scatter(x, share), self.dropout, share, seeds, "embedding")
         states = [summarise(gather(x, share), lengths)[1:]] if all_layers else []
         for layer in self.layers:
@@ -253,7 +262,7 @@ class Layer(nn.Module):
         self.ffn = FeedForward(settings.width, settings.feed_forward_width)
         self.final_layer_norm = nn.LayerNorm(settings.width)
 
-    def forward(self, x: Tensor, share: Share, seeds: Sequence[int] | None) -> Tensor:
+    def forward(self, x: Tensor, share: TokenShare, seeds: Sequence[int] | None) -> Tensor:
         """(t, width) → (t, width), the share's tokens. Without gradients and dropout, a piece of the tokens at a
         time."""
         if torch.is_grad_enabled() or seeds is not None:
@@ -281,7 +290,7 @@ class Layer(nn.Module):
         last = 0.0 if self.dropout or self.drop_path else linear_maps(tokens, self.ffn.fc2).forward
         return replace(found, full=found.forward - last)
 
-    def _regularised(self, x: Tensor, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
+    def _regularised(self, x: Tensor, share: TokenShare, seeds: Sequence[int] | None, site: str) -> Tensor:
         x = dropout(x, self.dropout, share, seeds, f"{site} {self.index}")
         return drop_path(x, self.drop_path, share, seeds, f"path {site} {self.index}")
 
@@ -309,7 +318,7 @@ class DilatedSelfAttention(nn.Module):
         q, k, v = (project(x).unflatten(1, (self.heads, -1)) for project in (self.q_proj, self.k_proj, self.v_proj))
         return q, k, v
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, share: Share) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, share: TokenShare) -> Tensor:
         """q, k, v (t, heads, head_width) of the share's tokens → (t, heads, head_width), having seen all tokens."""
         schedule = self.segment_lengths, self.dilated_ratios, self.compatible, self.kernel
         if share.group is None:
@@ -363,7 +372,7 @@ def summarise(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor
     return tiles, torch.stack([slide[0] for slide in slides]), torch.stack([slide[1:].mean(dim=0) for slide in slides])
 
 
-def dropout(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
+def dropout(x: Tensor, rate: float, share: TokenShare, seeds: Sequence[int] | None, site: str) -> Tensor:
     """Dropout whose draws for a slide depend on (the slide's seed, the site) alone, not on what else is in the
     batch."""
     if seeds is None or rate == 0:
@@ -379,7 +388,7 @@ def dropout(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, s
     return x * kept.div_(1 - rate)
 
 
-def drop_path(x: Tensor, rate: float, share: Share, seeds: Sequence[int] | None, site: str) -> Tensor:
+def drop_path(x: Tensor, rate: float, share: TokenShare, seeds: Sequence[int] | None, site: str) -> Tensor:
     """Stochastic depth (Huang et al. 2016): a whole slide's branch is dropped with probability ``rate``, or else scaled
     up."""
     if seeds is None or rate == 0:

@@ -26,7 +26,7 @@ Group = dist.ProcessGroup | None
 
 
 @dataclass(frozen=True)
-class Share:
+class TokenShare:
     """Which tokens of packed slides this process holds: a contiguous part, as even as it goes."""
 
     lengths: tuple[int, ...]  # tokens of each slide, all of them
@@ -73,22 +73,22 @@ def check_sharing(heads: int, group: Group) -> None:
         )
 
 
-def scatter(x: Tensor, share: Share) -> Tensor:
+def scatter(x: Tensor, share: TokenShare) -> Tensor:
     """This process's tokens of ``x`` (T, …), which all processes have."""
     return x if share.group is None else x[share.tokens]
 
 
-def gather(x: Tensor, share: Share) -> Tensor:
+def gather(x: Tensor, share: TokenShare) -> Tensor:
     """All tokens (T, …), from this process's (t, …) and the others'."""
     return x if share.group is None else _Gather.apply(x, share)
 
 
-def to_heads(x: Tensor, share: Share) -> Tensor:
+def to_heads(x: Tensor, share: TokenShare) -> Tensor:
     """(t, n, heads, d), the tokens at hand → (T, n, heads / processes, d), the heads at hand."""
     return _Exchange.apply(x, share, _tokens_for_heads, _heads_for_tokens)
 
 
-def to_tokens(x: Tensor, share: Share) -> Tensor:
+def to_tokens(x: Tensor, share: TokenShare) -> Tensor:
     """(T, n, heads / processes, d), the heads at hand → (t, n, heads, d), the tokens at hand."""
     return _Exchange.apply(x, share, _heads_for_tokens, _tokens_for_heads)
 
@@ -98,7 +98,7 @@ def heads_at_hand(heads: int, group: Group) -> tuple[int, int]:
     return (0 if group is None else dist.get_rank(group) * heads // processes_of(group)), heads
 
 
-def _tokens_for_heads(x: Tensor, share: Share) -> Tensor:
+def _tokens_for_heads(x: Tensor, share: TokenShare) -> Tensor:
     processes, (tokens, n, heads, d) = len(share.sizes), x.shape
     sent = x.unflatten(2, (processes, -1)).permute(2, 0, 1, 3, 4).contiguous()  # (processes, t, n, some heads, d)
     received = x.new_empty(sum(share.sizes), n, heads // processes, d)
@@ -106,11 +106,11 @@ def _tokens_for_heads(x: Tensor, share: Share) -> Tensor:
     return received
 
 
-def _heads_for_tokens(x: Tensor, share: Share) -> Tensor:
+def _heads_for_tokens(x: Tensor, share: TokenShare) -> Tensor:
     return _from_everyone(x, share).permute(1, 2, 0, 3, 4).flatten(2, 3)
 
 
-def _from_everyone(x: Tensor, share: Share) -> Tensor:
+def _from_everyone(x: Tensor, share: TokenShare) -> Tensor:
     """(T, …), of all tokens → (processes, t, …): what every process has of the tokens at hand."""
     processes, tokens = len(share.sizes), share.tokens.stop - share.tokens.start
     received = x.new_empty(processes * tokens, *x.shape[1:])
@@ -118,14 +118,14 @@ def _from_everyone(x: Tensor, share: Share) -> Tensor:
     return received.unflatten(0, (processes, tokens))
 
 
-Exchange = Callable[[Tensor, Share], Tensor]
+Exchange = Callable[[Tensor, TokenShare], Tensor]
 
 
 class _Exchange(torch.autograd.Function):
     """One of the two exchanges, ``there``; the other, ``back``, is its adjoint."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share, there: Exchange, back: Exchange) -> Tensor:
+    def forward(ctx: Any, x: Tensor, share: TokenShare, there: Exchange, back: Exchange) -> Tensor:
         ctx.share, ctx.back = share, back
         return there(x, share)
 
@@ -136,7 +136,7 @@ class _Exchange(torch.autograd.Function):
 
 class _Gather(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, share: Share) -> Tensor:
+    def forward(ctx: Any, x: Tensor, share: TokenShare) -> Tensor:
         ctx.share = share
         widest = max(share.sizes)  # collectives of one size run everywhere; the shares differ by one token at most
         sent = torch.cat([x, x.new_zeros(widest - len(x), *x.shape[1:])])

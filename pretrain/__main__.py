@@ -28,7 +28,7 @@ def shadowed(root: Path = ROOT) -> str | None:
             return (
                 f"Python finds the package '{name}' at {found or 'no place'} instead of {root / name}: another"
                 " installed distribution (or a folder on PYTHONPATH) shadows it. Install Slidewright in an environment"
-                f" of its own with 'pip install -e {root}', or remove the other one."
+                " of its own, or remove the other one."
             )
     return None
 

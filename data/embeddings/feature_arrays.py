@@ -28,7 +28,6 @@ from data.torch_files import why_unreadable
 
 FEATURES = ("features", "feats", "embeddings")
 COORDS = ("coords", "coordinates")
-ARRAY_ENDINGS = (".h5", ".hdf5", ".pt", ".pth", ".npz", ".npy")
 MOST_COMPRESSED = 1000  # times that an array may be larger than the file that it comes from
 SMALL = 64 << 20  # bytes, of which nobody runs out
 NO_FEATURES = "it is not a feature file of TRIDENT, AtlasPatch, CLAM, STAMP or slide2vec."

@@ -72,7 +72,7 @@ class SlideSequences:
     field_cells: side of the squares that sequences are cut to, 0 for whole slides. validation_fraction: share of slides
     held out, drawn by ``seed``; with a single slide, a band along one of its sides, so that no tile is in both. crop,
     shift_grid, flip: augmentation, see `augment_sequence`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted
-    before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked; block_cells: side of the blocks.
+    before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked, 0 for none; block_cells: side of the blocks.
 
     Raises Fault where a setting makes no sense or leaves nothing to train on or to hold out.
     """
@@ -97,7 +97,7 @@ class SlideSequences:
     ) -> None:
         if mask not in ("random", "block"):
             raise Fault(f"mask={mask} is not known; choose random or block.")
-        if not (0 < mask_ratio < 1 and 0 < crop <= 1 and 0 <= flip <= 1 and 0 <= validation_fraction < 1):
+        if not (0 <= mask_ratio < 1 and 0 < crop <= 1 and 0 <= flip <= 1 and 0 <= validation_fraction < 1):
             raise Fault(
                 f"mask_ratio={mask_ratio}, crop={crop}, flip={flip} and validation_fraction={validation_fraction} are"
                 " shares between 0 and 1."
@@ -171,11 +171,12 @@ class SlideSequences:
         random = rng(self.seed, f"slide {what}", position)
         if what == "train":
             rows, cells = augment_sequence(rows, cells, random, self.crop, self.shift_grid, self.flip)
-        masked = (
-            random_mask(len(rows), self.mask_ratio, random)
-            if self.mask == "random"
-            else block_mask(cells, self.mask_ratio, self.block_cells, random)
-        )
+        if not self.mask_ratio:
+            masked = np.zeros(len(rows), dtype=bool)
+        elif self.mask == "random":
+            masked = random_mask(len(rows), self.mask_ratio, random)
+        else:
+            masked = block_mask(cells, self.mask_ratio, self.block_cells, random)
         return _Item(sequence.slide, position, slide.embeddings[rows], cells, masked)
 
     def _pack(self, items: list["_Item"]) -> SlideBatch:

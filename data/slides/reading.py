@@ -18,6 +18,9 @@ from data.git_lfs import refuse_pointer
 from data.slides.coordinates import TileGrid, exact_downsamples
 from data.slides.mpp import COARSEST, FINEST, ISOTROPIC
 
+READS_INTO_OUR_MEMORY = hasattr(lowlevel, "_read_region")
+"""Whether this openslide-python still has, unpromised, what its ``read_region`` calls before it makes a picture of the
+result, which costs as much as half of a JPEG's encoding."""
 LARGEST_READ = 2048  # pixels a side read at once for a thumbnail: 16 MB as RGBA
 MPP_TIMES_POWER = 10.0  # 40× is about 0.25 µm, whoever made the scanner
 FAR = 2.5  # some 20× scanners have pixels of 0.22 µm, a factor of 2.3; centimetres taken for inches are one of 2.54
@@ -157,25 +160,28 @@ class Slide:
         off by half a level-0 pixel.
         """
         stated = self._stated_downsamples[level]
+        corner = round(left * stated), round(top * stated)
         pixels = np.empty((height, width), dtype=np.uint32)  # alpha, red, green, blue, premultiplied
         try:
-            # What ``OpenSlide.read_region`` calls, before it makes a picture of the result, which costs as much as half
-            # of a JPEG's encoding.
-            lowlevel._read_region(
-                self._reader._osr,
-                pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32)),
-                round(left * stated),
-                round(top * stated),
-                level,
-                width,
-                height,
-            )
+            if READS_INTO_OUR_MEMORY:
+                into = pixels.ctypes.data_as(ctypes.POINTER(ctypes.c_uint32))
+                lowlevel._read_region(self._reader._osr, into, *corner, level, width, height)
+            else:
+                return _on_white(self._reader.read_region(corner, level, (width, height)))
         except openslide.OpenSlideError as error:
             raise Fault(f"{self.path} is damaged near level {level}, pixel ({left}, {top}): {error}") from error
         found = pixels.astype("<u4", copy=False).view(np.uint8).reshape(height, width, 4)
         if np.bitwise_and.reduce(pixels, axis=None) >> 24 != 255:
             found[..., :3] += 255 - found[..., 3:]
         return found
+
+
+def _on_white(found: Image.Image) -> np.ndarray:
+    """What `Slide._read` gives, of what openslide-python makes of a region: RGBA, not premultiplied."""
+    pixels = np.asarray(found)
+    share = pixels[..., 3:].astype(np.uint16)
+    on_white = (pixels[..., :3] * share + 255 * (255 - share) + 127) // 255
+    return np.concatenate([on_white[..., ::-1], pixels[..., 3:]], axis=2).astype(np.uint8)
 
 
 def _opened(path: Path) -> openslide.OpenSlide:

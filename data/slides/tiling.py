@@ -18,7 +18,7 @@ from data.fault import Fault
 from data.files import write_whole
 from data.slides.coordinates import TileGrid, plan_grid
 from data.slides.reading import Slide
-from data.slides.tissue import TISSUE_RULES, TissueRule, is_fluorescence, pen, shares
+from data.slides.tissue import TISSUE_RULES, TissueRule, covered_shares, is_fluorescence, pen
 
 BACKGROUND, KEPT, PEN, EMPTY, DAMAGED = range(5)
 VERDICTS = ("background", "kept", "pen", "empty", "damaged")
@@ -112,10 +112,10 @@ def tile_slide(
     left = grid.origin(np.arange(grid.columns)) / mask_downsample
     top = grid.origin(np.arange(grid.rows)) / mask_downsample
     side = grid.tile_size_level0 / mask_downsample
-    tissue = shares(rule.mask(picture), left, top, side)
+    tissue = covered_shares(rule.mask(picture), left, top, side)
     verdict = np.where(tissue >= settings.min_tissue, KEPT, BACKGROUND).astype(np.uint8)
     if rule.rejects_pen:
-        ink = shares(pen(picture), left, top, side)
+        ink = covered_shares(pen(picture), left, top, side)
         verdict[(ink >= MOST_PEN) | ((verdict == BACKGROUND) & (ink >= SOME_PEN))] = PEN
     patient = patient_in(slide.path, patient_pattern)
     tiling = Tiling(name, str(slide.path), patient, grid, verdict, tissue, thumbnail_downsample)

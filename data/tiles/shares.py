@@ -17,7 +17,7 @@ from data.fault import Fault
 FINEST = 10**6  # the weights as whole numbers may sum to this: positions beyond 10¹² still fit in 64 bits
 
 
-class Shares:
+class PartShares:
     """The sequence of members ``0 … K − 1`` with positive ``weights`` (any scale).
 
     After ``n`` draws a member was drawn ``n · weight / sum`` times, give or take less than K. It is periodic: after

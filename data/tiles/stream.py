@@ -16,7 +16,7 @@ import numpy as np
 
 from data.fault import Fault
 from data.tiles.passes import Passes
-from data.tiles.shares import Shares
+from data.tiles.shares import PartShares
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Stream:
     ) -> None:
         self.batch_size, self.lanes, self.window = batch_size, lanes, window
         self.group = group_size(batch_size, lanes, slides_per_lane)
-        self.shares = Shares([part.weight for part in parts])
+        self.shares = PartShares([part.weight for part in parts])
         self.passes: list[Passes] = []
         for part in parts:
             first, key = sum(p.tiles for p in self.passes), len(self.passes)

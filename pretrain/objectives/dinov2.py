@@ -31,6 +31,7 @@ class DINOv2(SelfDistillation):
     ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher.
     """
 
+    masks = True
     reading = f"{SelfDistillation.reading.removesuffix('.')} and for KoLeo rising (features falling together)."
 
     def __init__(

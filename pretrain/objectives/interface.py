@@ -36,6 +36,10 @@ class Objective(nn.Module, ABC):
     """The command that it is for."""
     learns: ClassVar[str] = "from tiles without labels"
     """For the report, what goes behind 'A tile encoder learned'."""
+    masks: ClassVar[bool] = False
+    """Whether it hides parts of what it sees. The tile stage then masks patches of global crops as ``data.masks`` says,
+    the slide stage tiles as ``data.mask_ratio`` says; else ``TileBatch.masks`` is False throughout, and all of a
+    `SlideBatch` is visible."""
     reading: ClassVar[str] = ""
     """For the report, sentences on where its losses start and what they tell."""
 

@@ -51,6 +51,7 @@ class SlideMAE(SlideObjective):
     decoder_start: see `SlideDecoder`.
     """
 
+    masks = True
     learns = "to fill in hidden tile embeddings from the visible ones"
     reading = (
         "Most of a slide's tile embeddings are hidden, and the encoder must tell them from the rest. Explained variance"

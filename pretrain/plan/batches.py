@@ -6,8 +6,10 @@ from typing import Annotated, Any
 import torch
 
 from data.embeddings.sequences import SlideBatch
+from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.plan.rehearsal import LARGEST_CELL, RehearsedBatch
+from pretrain.settings import plugins
 from pretrain.settings.ranges import within
 from pretrain.training.tile_stage import further_views
 
@@ -37,7 +39,9 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
         masks, numbers = torch.empty(global_crops, grid, grid, dtype=torch.bool), torch.empty(masked, dtype=torch.int64)
         return TileBatch(images, masks, masked_numbers=numbers)
 
-    masked = masked_patches(global_crops, grid, data.masks.share, data.masks.low, data.masks.high)
+    wanted = plugins.locate_class(objective["_target_"], Objective).masks  # type: ignore[attr-defined]
+    share = data.masks.share if wanted else 0.0
+    masked = masked_patches(global_crops, grid, share, data.masks.low, data.masks.high)
     return RehearsedBatch(make, {global_crops * grid * grid: masked}, tiles, parts)
 
 
@@ -56,14 +60,17 @@ def lane(slides: Slides, most: int, room: int | None, field_cells: int, largest:
     return sizes
 
 
-def slide_batch(data: Any, slides: Slides, lanes: int, parts: int, largest: bool) -> RehearsedBatch:
+def slide_batch(
+    objective: dict[str, Any], data: Any, slides: Slides, lanes: int, parts: int, largest: bool
+) -> RehearsedBatch:
     """Micro-batches of ``lanes`` lanes for the slide stage; ``data`` as in `SlideData`. ``largest``: one holds the
     largest slide."""
     most = data.batch_size // data.lanes
     room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
     sizes = [n for i in range(lanes) for n in lane(slides, most, room, data.field_cells, largest and i == 0)]
     lengths = [max(2, round(n * data.crop**2)) for n in sizes]  # the crop's sides are shares of the tile grid's
-    hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) for n in lengths]
+    masks = plugins.locate_class(objective["_target_"], SlideObjective).masks  # type: ignore[attr-defined]
+    hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) if masks else 0 for n in lengths]
     tiles, masked = sum(lengths), sum(hidden)
 
     def make() -> SlideBatch:

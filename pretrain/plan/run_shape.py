@@ -54,7 +54,7 @@ class RunShape:
         """
         parts, mine = min(accumulate, 2), micro_batch_share(self, processes, accumulate, together)
         if self.stage == "slide":
-            return slide_batch(self.data, self.slides, mine, parts, largest)
+            return slide_batch(self.objective, self.data, self.slides, mine, parts, largest)
         return tile_batch(self.model, self.objective, self.data, mine, parts)
 
 

@@ -10,6 +10,7 @@ what.
 
 import dataclasses
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -61,7 +62,7 @@ class Composed:
     config_dirs: list[Path]  # the user's own folders of YAML
     left_out: list[str] = field(
         default_factory=list
-    )  # settings of another objective, which the recipe has and the chosen one does without
+    )  # settings of another objective or network, which the recipe has and the chosen one does without
 
     @property
     def overridden(self) -> set[str]:
@@ -74,10 +75,11 @@ class Composed:
         return [word for word in self.overrides if not re.match(r"[+~]*launch[.=]", word)]
 
     def says_left_out(self) -> str:
-        """The sentence about what the recipe sets and the chosen objective does without."""
+        """The sentence about what the recipe sets and the chosen objective or network does without."""
+        groups = sorted({name.partition(".")[0] for name in self.left_out})
         return (
-            f"the recipe's {', '.join(self.left_out)} are another objective's, and left out: the chosen one has its own"
-            " values, which objective.NAME= changes"
+            f"the recipe's {', '.join(self.left_out)} are another {' and '.join(groups)}'s, and left out: the chosen one"
+            f" has its own values, which {' or '.join(f'{group}.NAME=' for group in groups)} changes"
         )
 
     @of_the_command_line()
@@ -115,6 +117,8 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
     if not (CONFIGS / f"{file_stem(command)}.yaml").exists():
         raise Fault(f"configs/{file_stem(command)}.yaml is missing from this installation.")
     directories = [CONFIGS, *(config_dirs or [])]
+    # The classes that files there name may lie beside them; last, so that they hide nothing.
+    sys.path += [str(folder.resolve()) for folder in directories[1:] if str(folder.resolve()) not in sys.path]
     search = (
         [f"hydra.searchpath=[{','.join(f'file://{folder.resolve()}' for folder in directories[1:])}]"]
         if config_dirs
@@ -172,19 +176,25 @@ def _leave_out(
     values: DictConfig,
     choices: dict[str, str],
 ) -> list[str]:
-    """Give an objective that the user chose its own values, where the recipe sets those of another one; returns the
-    recipe's that are left out."""
+    """Give an objective or a network that the user chose its own values, where the recipe sets those of another one;
+    returns the recipe's that are left out."""
     recipe = choices.get("recipe", "None")
-    if recipe == "None" or not any(word.startswith("objective=") for word in words):
+    if recipe == "None":
         return []
     rest = [word for word in words if key_of(word) in ("recipe", "scale")]
-    if _compose(command, rest, search, directories)[1]["objective"] == choices["objective"]:
-        return []
-    own = [word for word in words if key_of(word).partition(".")[0] in ("objective", "scale")]
-    values.objective = _compose(command, [*own, "~recipe"], search, directories)[0].objective
+    chosen = [
+        group
+        for group in ("objective", "model")
+        if any(word.startswith(f"{group}=") for word in words)
+        and _compose(command, rest, search, directories)[1][group] != choices[group]
+    ]
+    for group in chosen:
+        own = [word for word in words if key_of(word).partition(".")[0] in (group, "scale")]
+        values[group] = _compose(command, [*own, "~recipe"], search, directories)[0][group]
     files = with_parents("recipe", recipe, directories)
     named = {f"{prefix}{name}" for prefix, file in files for name in comments(file)}
-    return sorted(name for name in named if name.startswith("objective.") and name not in map(key_of, words))
+    of_others = {name for name in named if name.partition(".")[0] in chosen and "." in name}
+    return sorted(of_others - set(map(key_of, words)))
 
 
 def _files(command: str, choices: dict[str, str], directories: list[Path]) -> list[tuple[str, Path]]:

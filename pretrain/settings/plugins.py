@@ -57,7 +57,10 @@ def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] |
         with nullcontext() if allowed is None else _without_current_folder():
             found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError, ValueError) as error:
-        raise Fault(f"_target_: {target} can't be imported ({error}); give the dotted path of a class.") from error
+        beside = " in a folder that --config-dir or PYTHONPATH names" if allowed is None else " in one of PYTHONPATH"
+        raise Fault(
+            f"_target_: {target} can't be imported ({error}); give the dotted path of a class, whose file lies{beside}."
+        ) from error
     stage, its = getattr(base, "stage", None), getattr(found, "stage", None)
     if stage and its and stage != its:
         raise Fault(

@@ -80,7 +80,8 @@ def fit(training: Training, lease: Lease | None) -> None:
     if newest is not None and trainer.global_rank == 0:
         say(f"{run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
     # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
-    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    if hasattr(trainer, "_signal_connector"):  # a version that has none installs no handler
+        trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     training.peak = device_peak(settings, trainer.strategy.root_device)
     began = time.monotonic()
     open_more_files()

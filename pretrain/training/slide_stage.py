@@ -73,10 +73,15 @@ class SlideBatches(IterableDataset["list[SlideBatch]"]):
             yield [self.sequences.batch(step, first + i, parts) for i in range(self.accumulate)]
 
 
-def sequences_of(store: EmbeddingStore, statistics: Statistics, data: SlideData, seed: int) -> SlideSequences:
-    """The sequences that a run's settings make of a store. Raises Fault as `SlideSequences` does."""
+def sequences_of(
+    store: EmbeddingStore, statistics: Statistics, data: SlideData, seed: int, masks: bool = True
+) -> SlideSequences:
+    """The sequences that a run's settings make of a store; ``masks``: for an objective that hides tiles. Raises Fault
+    as `SlideSequences` does."""
     others = ("embeddings", "processes_per_slide")
     settings = {name: value for name, value in vars(data).items() if name not in others}
+    if not masks:
+        settings["mask_ratio"] = 0.0
     return SlideSequences(store, statistics, seed=seed, **settings)
 
 
@@ -93,7 +98,8 @@ class SlideTraining(Training):
     def __init__(self, run: Path, config: Any, make_objective: Any, store: EmbeddingStore) -> None:
         super().__init__(run, config, make_objective, config.data.batch_size)
         self.sharing = config.data.processes_per_slide
-        self.score = locate_class(config.objective["_target_"], SlideObjective).score  # type: ignore[attr-defined]
+        kind: type[SlideObjective] = locate_class(config.objective["_target_"], SlideObjective)
+        self.score = kind.score
         if config.watch.patience and not self.score:
             raise Fault(
                 f"watch.patience={config.watch.patience} waits for a better checkpoint, and"
@@ -110,7 +116,7 @@ class SlideTraining(Training):
             Statistics.of(store, lambda slides: track(heeding(slides), len(slides), label, "slides")).save(statistics)
 
         once(statistics, make, signals.heed)
-        self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed)
+        self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed, kind.masks)
 
     def data_digest(self) -> str:
         return self.store.digest

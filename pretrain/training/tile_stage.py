@@ -236,13 +236,14 @@ class TileTraining(Training):
                     say(f"  {sentence}")
 
     def batches(self, start: int, stop: int) -> LoaderProcess:
-        patch = self.config.model["patch_size"]
+        patch, masks = self.config.model["patch_size"], self.data.masks
+        wanted = plugins.locate_class(self.config.objective["_target_"], Objective).masks  # type: ignore[attr-defined]
         batches = TileBatches(
             self.tiles,
             self.stream,
             self.sizes,
             colour(self.data.colour),
-            Masking(self.data.masks.share, self.data.masks.low, self.data.masks.high, self.sizes.global_size // patch),
+            Masking(masks.share if wanted else 0.0, masks.low, masks.high, self.sizes.global_size // patch),
             seed=self.config.seed,
             start=start,
             stop=stop,

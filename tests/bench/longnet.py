@@ -37,7 +37,7 @@ from torch import Tensor
 from models.attention_statistics import stock, stock_backward
 from models.dilated_attention import Branch, dilated_attention, lay_out
 from models.longnet import Layer, LayerSettings
-from models.sequence_parallel import Share
+from models.sequence_parallel import TokenShare
 
 HEADS, HEAD_WIDTH, FEED_FORWARD = 16, 48, 3072
 SEGMENTS, RATIOS = (1024, 5792, 32768, 185360, 1048576), (1, 2, 4, 8, 16)
@@ -144,7 +144,7 @@ def child(way: str) -> None:
         layer = Layer(LayerSettings(HEADS * HEAD_WIDTH, HEADS, FEED_FORWARD, SEGMENTS, RATIOS), 0)
         x = torch.randn(LONGEST, HEADS * HEAD_WIDTH)
         with torch.inference_mode():
-            spent = seconds(lambda: layer(x, Share((LONGEST,)), None))
+            spent = seconds(lambda: layer(x, TokenShare((LONGEST,)), None))
         print(json.dumps({"bytes": resident(peak=True), "seconds": spent}))
         return
     step(WAYS[way], 512)()  # libraries, threads and their buffers

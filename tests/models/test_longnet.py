@@ -5,7 +5,7 @@ import torch
 from models.initialise import initialise
 from models.longnet import LongNet, drop_path, dropout
 from models.positions import position_embedding
-from models.sequence_parallel import Share
+from models.sequence_parallel import TokenShare
 
 RELEASED = {
     "input_width": 1536,
@@ -160,7 +160,7 @@ def test_dropout_is_drawn_from_the_slides_seeds_and_off_without_them():
 
 
 def test_dropout_and_drop_path_keep_the_expectation():
-    ones, share, seeds = torch.ones(4000, 8), Share((2,) * 2000), list(range(2000))
+    ones, share, seeds = torch.ones(4000, 8), TokenShare((2,) * 2000), list(range(2000))
     for function in (dropout, drop_path):
         found = function(ones, 0.25, share, seeds, "here")
         assert found.unique().tolist() == pytest.approx([0, 1 / 0.75])
@@ -227,7 +227,7 @@ def test_a_layer_without_gradients_leaves_its_input_alone():
     x = torch.randn(30, 16)
     before = x.clone()
     with torch.inference_mode():
-        network.encoder.layers[0](x, Share((30,)), None)
+        network.encoder.layers[0](x, TokenShare((30,)), None)
     assert torch.equal(x, before)
 
 

@@ -10,7 +10,7 @@ import torch.multiprocessing as mp
 
 from models.initialise import initialise
 from models.longnet import LongNet
-from models.sequence_parallel import Share, check_sharing
+from models.sequence_parallel import TokenShare, check_sharing
 
 LENGTHS = [5, 33, 1, 40]  # 83 tokens with their CLS: shares of 41 and 42, and the cut is inside the last slide
 SETTINGS = {
@@ -72,7 +72,7 @@ def test_two_processes_that_share_slides_equal_one_forward_and_gradients(folder:
 
 
 def test_shares_are_even_and_know_their_slides() -> None:
-    whole = Share(tuple(LENGTHS))
+    whole = TokenShare(tuple(LENGTHS))
     assert whole.sizes == [79] and whole.tokens == slice(0, 79)
     assert whole.parts == [(number, slice(0, n)) for number, n in enumerate(LENGTHS)]
 

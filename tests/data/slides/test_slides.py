@@ -14,6 +14,7 @@ from PIL import Image
 
 from data.fault import Fault, Notice
 from data.keyed import rng
+from data.slides import reading
 from data.slides.coordinates import plan_grid
 from data.slides.dicom_series import series_of
 from data.slides.lists import list_slides
@@ -73,10 +74,12 @@ def test_a_thumbnail_read_in_strips_is_the_area_average(
     np.testing.assert_allclose(thumbnail[:height, :width], np.asarray(expected), atol=1)
 
 
+@pytest.mark.parametrize("own_memory", [True, False])
 def test_what_a_slide_does_not_hold_is_white_and_the_rest_as_openslide_gives_it(
-    tmp_path: Path, noise: np.ndarray
+    tmp_path: Path, noise: np.ndarray, own_memory: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By Pillow's compositing of what openslide's own `read_region` returns, transparent where there is nothing."""
+    """With openslide-python's inner call and without it, by Pillow's compositing of what openslide's own `read_region` returns, transparent where there is nothing."""
+    monkeypatch.setattr(reading, "READS_INTO_OUR_MEMORY", own_memory)
     path = write_slide(tmp_path / "a.tiff", noise, mpp=0.25)
     with Slide(path) as slide, openslide.OpenSlide(path) as plain:
         for left, top in ((750, 550), (-20, 40), (900, 900)):

@@ -25,6 +25,7 @@ from pretrain.objectives.interface import SlideObjective
 
 
 class TwoHalves(SlideObjective):
+    masks = True
     score = "retrieved"
     evaluation_passes = 2
 
@@ -120,7 +121,6 @@ def losses(run: Path) -> list[float]:
 def test_a_second_slide_objective_trains_resumes_and_is_planned_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path / "own")
     mine = write_folder(
         tmp_path / "own", "two_halves", TWO_HALVES, "_target_: two_halves.TwoHalves\ntemperature: 0.1\n"
     )
@@ -144,7 +144,6 @@ def test_a_second_slide_objective_trains_resumes_and_is_planned_and_reported(
 def test_a_tile_objective_with_a_third_kind_of_view_and_all_patches_trains_resumes_and_is_planned_and_reported(
     tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path / "own")
     mine = write_folder(
         tmp_path / "own", "detail", DETAIL, "defaults:\n  - dinov2\n  - _self_\n_target_: detail.Detail\n"
     )
@@ -164,10 +163,9 @@ def test_a_tile_objective_with_a_third_kind_of_view_and_all_patches_trains_resum
 def test_a_tile_objective_of_its_own_without_masks_trains_resumes_and_its_words_are_on_the_page_where_they_may_be(
     tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(tmp_path / "own")
     mine = write_folder(tmp_path / "own", "class_token", CLASS_TOKEN, "_target_: class_token.ClassToken\nleast: 1.0\n")
     small = [word for word in command(tile_shards, tmp_path / "run") if not word.startswith("objective.")]
-    small += ["optim.schedule_steps=3", "data.crops.local_count=0", "data.masks.share=0", *mine]
+    small += ["optim.schedule_steps=3", "data.crops.local_count=0", *mine]
     run_command_line([*small, "optim.steps=2"])
     run_command_line([*small, "optim.steps=3", "allow_changes=true"])  # the mask token has never had a gradient
     assert len(losses(tmp_path / "run")) == 3

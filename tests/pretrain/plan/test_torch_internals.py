@@ -14,12 +14,11 @@ SEEN = "2.14"
 # Torch's private names elsewhere, each with a file of its own that would be the one to change.
 ELSEWHERE = {
     "data/shared_memory.py": {"_new_shared"},  # a tensor's memory between processes, before any is shared
-    "models/attention_kernels.py": {"_flash_attention_forward", "_flash_attention_backward"},
     "models/attention_statistics.py": {
+        "_flash_attention_forward",
+        "_flash_attention_backward",
         "_scaled_dot_product_flash_attention_for_cpu",
         "_scaled_dot_product_flash_attention_for_cpu_backward",
-        "_scaled_dot_product_flash_attention",
-        "_scaled_dot_product_flash_attention_backward",
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_efficient_attention_backward",
     },

@@ -114,3 +114,23 @@ def test_settings_that_classes_share_are_those_of_a_table_that_they_unpack() -> 
     assert plugins.why_unknown("pretrain.objectives.dino.DINO", "teacher_speed") is None
     with pytest.raises(Fault, match=r"objective\.teacher_momentum=1\.5 is not allowed"):
         load("tile", ["run=a", "data.shards=b", "objective=dino", "objective.teacher_momentum=1.5"]).object()
+
+
+def test_a_network_of_a_users_folder_keeps_its_own_values_where_the_recipe_sets_those_of_another(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "wide.yaml").write_text("_target_: networks_of_mine.Wide\npatch_size: 8\nbreadth: 12\n")
+    (tmp_path / "networks_of_mine.py").write_text(
+        "from torch import nn\n\n\nclass Wide(nn.Module):\n"
+        "    def __init__(self, *, patch_size: int, breadth: int) -> None:\n        super().__init__()\n"
+    )
+    words = ["recipe=small", "run=a", "data.shards=b", "model=wide", "model.breadth=16"]
+    composed = load("tile", words, [tmp_path])
+    assert dict(composed.tree.model) == {"_target_": "networks_of_mine.Wide", "patch_size": 8, "breadth": 16}
+    assert "model.width" in composed.left_out and "another model's, and left out" in composed.says_left_out()
+
+
+def test_a_class_that_is_not_there_is_said_with_the_places_where_it_may_lie() -> None:
+    with pytest.raises(Fault, match=r"No module named 'nowhere'.* whose file lies in a folder that --config-dir or"):
+        load("tile", ["run=a", "data.shards=b", "model._target_=nowhere.Net"])

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.fault import Fault
 from models.longnet import Layer, LayerSettings
-from models.sequence_parallel import Share
+from models.sequence_parallel import TokenShare
 from models.vit import MLP, Block
 from pretrain.settings.composition import load
 from pretrain.training.sharding import ShardedStrategy, lay_mesh, recomputed
@@ -237,7 +237,7 @@ def vit_block() -> tuple[Callable[..., Tensor], Tensor]:
 
 def longnet_layer() -> tuple[Callable[..., Tensor], Tensor]:
     layer = Layer(LayerSettings(16, 2, 32, (16, 32), (1, 2), dropout=0.5), 0)
-    return lambda x: layer(x, Share((50,)), [3]), torch.randn(50, 16)
+    return lambda x: layer(x, TokenShare((50,)), [3]), torch.randn(50, 16)
 
 
 def counted(forward: Callable[..., Tensor], x: Tensor) -> tuple[Count, Tensor]:
