@@ -2,7 +2,7 @@
 
 Crops of several sizes lie one behind the other in a single ``(T, width)`` tensor, so that norms and linears run once
 over everything. Attention alone must know where a crop ends. A *backend* is a function
-``(qkv (T, 3 * width), shapes, heads) → (T, width)`` that attends inside each crop:
+``(qkv (T, 3 * width), shapes, heads) → parts of (T, width)`` that attends inside each crop:
 
     sdpa      once per crop size, each a plain batch for torch's scaled_dot_product_attention; on a CPU, for crops of few
               tokens, as matrix products, which are many times faster there (most of all in bfloat16, backward)
@@ -25,7 +25,7 @@ Shape = tuple[int, int]
 FEW_TOKENS = 512
 """Up to here a crop's attention matrix is small, and on a CPU plain products beat the fused kernel."""
 
-Backend = Callable[[Tensor, Sequence[Shape], int], Tensor]
+Backend = Callable[[Tensor, Sequence[Shape], int], Sequence[Tensor]]
 
 Kernel = Callable[[Tensor, Tensor, Tensor, tuple[int, ...]], Tensor]
 """Attention over sequences of the given lengths, one behind the other: q, k, v ``(1, T, heads, d)`` → ``(1, T, heads,
@@ -38,8 +38,8 @@ def check_heads(width: int, heads: int) -> None:
         raise ValueError(f"width {width} is not divisible by heads {heads}")
 
 
-def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int, fused: bool = False) -> Tensor:
-    """Softmax attention inside each crop: ``(T, 3 * width)`` → ``(T, width)`` with ``T = Σ crops * tokens``.
+def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int, fused: bool = False) -> list[Tensor]:
+    """Softmax attention inside each crop: ``(T, 3 * width)`` → per shape ``(crops * tokens, width)``.
 
     ``softmax(q kᵀ / √d) v`` per head: the one formula, by the kernel that is fast for the device and length, or by the
     ``fused`` one whatever these are.
@@ -53,7 +53,7 @@ def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int, fused: bool = False
             _products(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
         )  # (crops, heads, tokens, width / heads)
         outputs.append(out.transpose(1, 2).reshape(crops * tokens, width))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+    return outputs
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,11 +61,11 @@ def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return ((q * q.shape[-1] ** -0.5) @ k.mT).softmax(-1) @ v
 
 
-def attend_block_diagonal(qkv: Tensor, shapes: Sequence[Shape], heads: int, kernel: Kernel) -> Tensor:
-    """What `attend` computes, by one call of a kernel for sequences of many lengths."""
+def attend_block_diagonal(qkv: Tensor, shapes: Sequence[Shape], heads: int, kernel: Kernel) -> list[Tensor]:
+    """What `attend` computes, in one part, by one call of a kernel for sequences of many lengths."""
     width = qkv.shape[-1] // 3
     q, k, v = qkv.view(1, len(qkv), 3, heads, width // heads).unbind(2)
-    return kernel(q, k, v, crop_lengths(shapes)).reshape(len(qkv), width)
+    return [kernel(q, k, v, crop_lengths(shapes)).reshape(len(qkv), width)]
 
 
 def crop_lengths(shapes: Sequence[Shape]) -> tuple[int, ...]:
@@ -119,8 +119,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, shapes: Sequence[Shape], rows: Tensor | None = None) -> Tensor:
         """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``; or the result's ``rows`` ``(R,)``
         alone."""
-        attended = self.attend(self.qkv(x), shapes, self.heads)
-        return self.proj(attended if rows is None else attended.index_select(0, rows))
+        parts = self.attend(self.qkv(x), shapes, self.heads)
+        if rows is not None:
+            return self.proj(torch.cat(list(parts)).index_select(0, rows))
+        # Each part by itself: the kernels keep their results for the backward, and a joined copy would be kept too.
+        return torch.cat([self.proj(part) for part in parts])
 
     def products(self, shapes: Sequence[Shape]) -> Operations:
         """Operations between the tokens of crops of ``shapes``."""

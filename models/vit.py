@@ -19,6 +19,7 @@ from models.allowed import Agreements, one_of, within
 from models.attention import Attention, Shape, backend, check_heads
 from models.operations import Operations, linear_maps, total_operations
 from models.positions import check_sines, grid_embedding
+from models.recomputed import add_rows, gelu_linear, swiglu_linear
 
 
 class Tokens(NamedTuple):
@@ -61,7 +62,7 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 class SwiGLU(nn.Module):
@@ -73,8 +74,7 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.fc1(x).chunk(2, dim=-1)
-        return self.fc2(F.silu(gate) * value)
+        return swiglu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
 
 
 class LayerScale(nn.Module):
@@ -121,14 +121,13 @@ class Block(nn.Module):
         first, second = kept
         seen = self.norm1(x.index_select(0, first.rows))
         part = self.ls1(self.attn(seen, first.shapes, first.chosen))
-        part = part * first.scale.to(part.dtype)
+        scales = first.scale.to(part.dtype), second.scale.to(part.dtype)
         if wanted is not None:
-            x = x.index_select(0, wanted) + part
-            part = self.ls2(self.mlp(self.norm2(x)))
-            return x + part * second.scale.to(part.dtype)
-        x = x.index_add(0, first.rows, part)
+            x = x.index_select(0, wanted) + part * scales[0]
+            return x + self.ls2(self.mlp(self.norm2(x))) * scales[1]
+        x = add_rows(x, first.rows, part, scales[0])
         part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
-        return x.index_add(0, second.rows, part * second.scale.to(part.dtype))
+        return add_rows(x, second.rows, part, scales[1])
 
     def operations(self, shapes: Sequence[Shape], rows: float | None = None, skipped: bool = False) -> Operations:
         """Of a pass over crops of ``shapes``, of which the results of so many ``rows`` are wanted (None: all);

@@ -1,0 +1,163 @@
+"""A DINOv2 step by count: what a GPU would be given to do, and what its host would do for it, without a GPU.
+
+    python tests/bench/step.py                       ViT-L with 64 tiles, ViT-g with 48: two minutes
+    python tests/bench/step.py TILES=8               fewer of them
+
+Forward and backward of the recipe's objective are run on torch's fake tensors, in bfloat16 as FSDP gives it, with the
+attention of a GPU. Counted are
+
+    operators            calls of operators that compute, a kernel or more each, views left out
+    gigabytes            read and written by those that are no matrix product and no attention, uncompiled
+    widths               saved for the backward by a block, in bfloat16 numbers a kept token, over the network's width
+    optimiser_and_ema    host milliseconds of AdamW and the teacher's average for a network of as many parameters as the
+                         recipe's, each of one row: of one process's shards, on this machine's processor
+"""
+
+import json
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pretrain.objectives.interface import Moment
+from pretrain.objectives.teacher import ema_update
+from pretrain.plan.batches import Slides
+from pretrain.plan.of_a_run import compose_run
+from pretrain.plan.rehearsal import as_on_a_gpu
+from pretrain.plan.run_shape import run_shape
+from pretrain.training.adamw import ShardAdamW
+from pretrain.training.optimisation import clip
+from pretrain.training.sharding import lay_mesh, shard, units_of
+
+NETWORKS = {"vitl": ("dinov2_vitl16_short", 64), "vitg": ("openmidnight", 48)}
+NO_SLIDES = Slides(width=1, tiles=1, largest=1)
+PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
+
+
+class Counted(TorchDispatchMode):
+    """Operators, and the bytes of those that are no product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators = 0
+        self.bytes: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function.is_view or function.namespace != "aten" or "empty" in str(function):
+            return result
+        self.operators += 1
+        name = function._overloadpacket.__name__
+        if name not in PRODUCTS and "attention" not in name:
+            leaves = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
+            self.bytes[name] += sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in leaves}.values())
+        return result
+
+
+def counts(recipe: str, tiles: int) -> dict[str, float]:
+    """Operators, gigabytes and widths of a micro-batch's forward and backward."""
+    shape = run_shape(compose_run([f"recipe={recipe}"], []), NO_SLIDES)
+    with torch.device("meta"):
+        objective: Any = shape.build()().to(torch.bfloat16)
+    widths: list[float] = []
+    with as_on_a_gpu(objective), FakeTensorMode(allow_non_fake_inputs=True):
+        objective.to_empty(device="cpu")
+        batch = shape.batch(shape.data.batch_size // tiles, 1).make()
+        batch.crops = [(images.bfloat16(), views) for images, views in batch.crops]
+        block = units_of(objective.trained()["encoder"])[1]
+        block.forward = saving(block.forward, widths, objective.trained()["encoder"].width)
+        with Counted() as counted:
+            objective.loss(batch, Moment(0, 1, 0))[0].backward()
+    return {
+        "operators": counted.operators,
+        "gigabytes": round(sum(counted.bytes.values()) / 1e9, 1),
+        "widths": round(widths[-1], 2),
+    } | {"most": {name: round(size / 1e9, 1) for name, size in counted.bytes.most_common(8)}}
+
+
+def saving(forward: Any, widths: list[float], width: int) -> Any:
+    """A block's ``forward`` that notes what it saves, parameters and its input left out."""
+
+    def noting(x: Tensor, shapes: Any, kept: Any = None, wanted: Any = None) -> Tensor:
+        storages: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            if tensor.is_floating_point() and not isinstance(tensor, torch.nn.Parameter) and tensor.numel() > 10**6:
+                storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
+            held.append(tensor)  # or another storage takes its place
+            return tensor
+
+        held: list[Tensor] = []
+        with saved_tensors_hooks(pack, lambda tensor: tensor):
+            result = forward(x, shapes, kept, wanted)
+        tokens = len(x) if kept is None else len(kept[0].rows)
+        if wanted is None:
+            widths.append(sum(storages.values()) / 2 / tokens / width)
+        return result
+
+    return noting
+
+
+def optimiser_and_ema(recipe: str) -> float:
+    """Host milliseconds of clipping, AdamW and the average, for the recipe's parameters with one row each, on the
+    shards of one process."""
+    shape = run_shape(compose_run([f"recipe={recipe}", *NARROW], []), NO_SLIDES)
+    with torch.device("meta"):
+        objective: Any = shape.build()()
+    shard(objective, lay_mesh("cpu", 1, None), "float32")
+    objective.to_empty(device="cpu")
+    networks = list(objective.trained().values())
+    parameters = [one for network in networks for one in network.parameters() if one.requires_grad]
+    optimiser = ShardAdamW(parameters, lr=1e-4, fused=True)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    times = []
+    for _ in range(20):
+        began = time.process_time()
+        for network in networks:
+            clip(network.parameters(), 3.0)
+        optimiser.step()
+        ema_update(objective.student, objective.teacher, 0.99)
+        times.append((time.process_time() - began) * 1e3)
+    return round(median(times), 2)
+
+
+NARROW = [
+    "model.width=8",
+    "model.heads=1",
+    "model.feed_forward_width=8",
+    "objective.prototypes=8",
+    "objective.hidden=8",
+    "objective.bottleneck=8",
+]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    asked = dict(word.split("=") for word in sys.argv[1:])
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    line = {}
+    for name, (recipe, tiles) in NETWORKS.items():
+        found = counts(recipe, int(asked.get("TILES", tiles)))
+        print(f"{name}: {found}", flush=True)
+        del found["most"]
+        line |= {f"{name}_{what}": value for what, value in found.items()}
+        line[f"{name}_optimiser_and_ema_ms"] = optimiser_and_ema(recipe)
+    dist.destroy_process_group()
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main()
