@@ -24,9 +24,15 @@ class Judgement(L.Callback):
         self.cut_short = False  # whether a signal ended an evaluation: the checkpoint of that step is written
 
     def on_train_start(self, trainer: L.Trainer, training: Training) -> None:  # type: ignore[override]
-        if training.step == 0 and (figures := training.evaluate_first()):
+        if training.step > 0 or training.asked is not None:
+            return
+        try:
+            figures = training.evaluate_first()
+        except signals.Asked as during:
+            self.ending.end(training, during.signal)
+            return
+        if figures:
             training.record(figures)
-            training.watchdog.beat()
 
     def on_train_batch_end(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
         if not training.is_due or training.asked is not None:

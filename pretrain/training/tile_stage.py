@@ -327,7 +327,7 @@ class TileTraining(Training):
         if not self.probe:
             return {}
         encoder = watched_encoder(self.objective)
-        figures = self.probe.score(encoder, self.device)
+        figures = self.probe.score(encoder, self.device, self.heeding)
         return figures | (self.slides.score(encoder, self.device) if self.slides and self.slides.chosen else {})
 
 
