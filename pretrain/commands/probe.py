@@ -2,7 +2,8 @@
 
 The images lie in class folders, DIR/<class>/*.jpg. Without test=, some of train are held out, and tiles of one slide or
 patient stay on one side: as a table says (groups=slides.csv with the columns file and slide, or patient), or the names
-(TCGA's, <slide>_<x>_<y>, a folder for each slide), or else their likeness in glass, stains and texture. Three kinds of
+(TCGA's, <slide>_<x>_<y>, a folder for each slide; it says how it read them), or else their likeness in glass, stains
+and texture. Standard errors are over slides where these are told, since tiles of one slide err together. Three kinds of
 features answer the same question: the encoder's, a 96-bin colour histogram's, and those of the encoder's own
 architecture with random weights. What counts is the gain over the last two: on many tile sets colour alone goes far.
 
@@ -56,6 +57,7 @@ def run(config: Config) -> None:
     """Probe, print the table and write the JSON."""
     from pretrain.encoders.loading import load_encoder
     from pretrain.probing import features, images, scores, splits
+    from pretrain.probing.slide_names import by_name
 
     if config.test and config.groups:
         with of_the_command_line():
@@ -65,7 +67,7 @@ def run(config: Config) -> None:
         require_writable(out)
     train = images.read_class_folders(Path(config.train))
     if config.test is None:
-        train, test, split = splits.own_split(
+        own = splits.own_split(
             train,
             Path(config.groups) if config.groups else None,
             config.test_fraction,
@@ -73,12 +75,14 @@ def run(config: Config) -> None:
             config.threads,
             ahead=2 * config.batch,
         )
+        train, test, split, groups = own.train, own.test, own.words, own.test_groups
     else:
         test = images.read_class_folders(Path(config.test))
         images.require_same_classes(train, test)
-        split = "train and test given"
+        split, groups = "train and test given", by_name(test.files, test.folder)
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
-    question = question_hash([encoder.hash, str(config.seed)], train, test)
+    told_apart = [] if groups is None else [groups.how, str(groups.of.tolist())]
+    question = question_hash([encoder.hash, str(config.seed), *told_apart], train, test)
     earlier = read_scores(out, "choose another out=, or remove it") if out is not None and out.exists() else {}
     if out is not None and earlier.get("question") == question:
         say(f"{out} holds these scores already, nothing to do")
@@ -92,10 +96,11 @@ def run(config: Config) -> None:
     }
     fitted = features.extract(train, extractors, config.batch, config.threads, "train")
     tested = features.extract(test, extractors, config.batch, config.threads, "test")
+    of = None if groups is None else groups.of[tested.positions]
     colours = [part.features["colour histogram"] for part in (fitted, tested)]
     found = {
         name: scores.score(
-            fitted.features[name], fitted.labels, tested.features[name], tested.labels, len(train.classes)
+            fitted.features[name], fitted.labels, tested.features[name], tested.labels, len(train.classes), of
         )
         for name in extractors
     }
@@ -133,7 +138,7 @@ def run(config: Config) -> None:
                 " iterations"
             ),
             "rankme": "of the test features, not centred (Garrido 2023)",
-            "standard_error": "binomial over test images; of a gain, paired over test images",
+            "standard_error": scores.words_of_error(of, "" if groups is None else groups.how),
         },
         "scores": {
             name: {
@@ -148,7 +153,7 @@ def run(config: Config) -> None:
             for name, got in found.items()
         },
         "gains": {
-            baseline: scores.gains(found["encoder"], found[baseline])
+            baseline: scores.gains(found["encoder"], found[baseline], of)
             for baseline in ("random weights", "colour histogram")
         },
     }

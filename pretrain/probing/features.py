@@ -20,11 +20,12 @@ Extractor = Callable[[Sequence[np.ndarray]], np.ndarray]
 
 @dataclass(frozen=True)
 class Extracted:
-    """Features of those images that could be read: by extractor name float32 (n, width), their labels (n,), and the
-    rest."""
+    """Features of those images that could be read: by extractor name float32 (n, width), their labels (n,) and
+    positions among all (n,), and the rest."""
 
     features: dict[str, np.ndarray]
     labels: np.ndarray
+    positions: np.ndarray
     unreadable: list[str]
 
 
@@ -38,7 +39,7 @@ def extract(
     """
 
     parts: dict[str, list[np.ndarray]] = {name: [] for name in extractors}
-    labels: list[int] = []
+    positions: list[int] = []
     unreadable: list[str] = []
     pending: list[np.ndarray] = []
 
@@ -49,14 +50,14 @@ def extract(
             pending.clear()
 
     results = map_ahead(image_or_fault, images.files, threads, ahead=2 * batch)
-    for image, klass in zip(track(results, len(images.files), label, "images"), images.labels, strict=True):
+    for position, image in enumerate(track(results, len(images.files), label, "images")):
         if isinstance(image, Fault):
             unreadable.append(str(image))
             if len(unreadable) <= UNREADABLE_NAMED:
                 say(f"left out: {image}")
             continue
         pending.append(image)
-        labels.append(int(klass))
+        positions.append(position)
         if len(pending) == batch:
             flush()
     flush()
@@ -65,13 +66,15 @@ def extract(
             f"{label}: {len(unreadable)} of {len(images.files)} images of {images.folder} could not be read and were"
             " left out"
         )
+    read = np.array(positions, dtype=np.int64)
+    labels = images.labels[read]
     for index, name in enumerate(images.classes):
         if index not in labels:
             raise Fault(
                 f"no image of class folder {images.folder / name} could be read: replace the images, or remove the"
                 " folder"
             )
-    return Extracted({name: np.concatenate(part) for name, part in parts.items()}, np.array(labels), unreadable)
+    return Extracted({name: np.concatenate(part) for name, part in parts.items()}, labels, read, unreadable)
 
 
 def colour_histogram(images: Sequence[np.ndarray]) -> np.ndarray:

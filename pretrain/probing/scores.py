@@ -18,11 +18,12 @@ from pretrain.objectives.figures import rankme
 KNN_NEIGHBOURS = 20
 TEMPERATURE = 0.07
 INVERSE_REGULARISATION = 1.0
+FEW_GROUPS = 10  # of test images, from which an error over groups is itself roughly known
 
 
 @dataclass(frozen=True)
 class Score:
-    """What one kind of features reaches. Standard errors are binomial, over the test images."""
+    """What one kind of features reaches, with `standard_error` over the test images or their groups."""
 
     knn: float
     knn_se: float
@@ -35,17 +36,23 @@ class Score:
 
 
 def score(
-    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray, classes: int
+    train: np.ndarray,
+    train_labels: np.ndarray,
+    test: np.ndarray,
+    test_labels: np.ndarray,
+    classes: int,
+    groups: np.ndarray | None = None,
 ) -> Score:
-    """Both classifiers' accuracy on the test features, and RankMe of the test features."""
+    """Both classifiers' accuracy on the test features, and RankMe of the test features; ``groups`` (m,): which test
+    images are of one slide, where that is known."""
     knn = knn_predict(train, train_labels, test, classes) == test_labels
     predicted, converged = linear_predict(train, train_labels, test)
     linear = predicted == test_labels
     return Score(
         knn=float(knn.mean()),
-        knn_se=standard_error(knn),
+        knn_se=standard_error(knn, groups),
         linear=float(linear.mean()),
-        linear_se=standard_error(linear),
+        linear_se=standard_error(linear, groups),
         linear_converged=converged,
         rankme=rankme(test),
         knn_correct=knn,
@@ -119,13 +126,33 @@ def linear_predict(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray
     return model.predict(test), converged
 
 
-def standard_error(correct: np.ndarray) -> float:
-    """√(p (1 − p) / n), of the accuracy p on n test images."""
-    p = float(correct.mean())
-    return math.sqrt(p * (1 - p) / len(correct))
+def standard_error(values: np.ndarray, groups: np.ndarray | None = None) -> float:
+    """That of the mean of n values, of single images or of what ``groups`` (n,) hold together, such as slides.
+
+    Without groups, √(Σ (c − mean)²) / n: of right and wrong answers √(p (1 − p) / n). Images of one slide err together,
+    so there are fewer independent ones than images: with G groups, √(G / (G − 1) Σ_g (Σ_{i in g} (c_i − mean))²) / n,
+    the cluster-robust one (Liang and Zeger 1986). A single group tells none, and counts as no groups.
+    """
+    rest = values.astype(np.float64) - values.mean()
+    if groups is None or len(np.unique(groups)) < 2:
+        return float(np.sqrt((rest**2).sum()) / len(rest))
+    sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=rest)
+    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(rest))
 
 
-def gain(correct: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
+def words_of_error(groups: np.ndarray | None, how: str) -> str:
+    """What a standard error with these groups of test images is over; ``how``: what they are, in words."""
+    count = 0 if groups is None else len(np.unique(groups))
+    if count < 2:
+        return "over tiles, which takes them for independent; of a gain, paired over tiles"
+    few = ", few to tell an error by" if count < FEW_GROUPS else ""
+    return (
+        f"over {count} groups of test images, since those of one slide err together ({how}){few}; of a gain, paired over"
+        " the groups"
+    )
+
+
+def gain(correct: np.ndarray, baseline: np.ndarray, groups: np.ndarray | None = None) -> tuple[float, float]:
     """How much more accurate than a baseline on the same test images, and the standard error of that difference.
 
     The images are the same, so their luck cancels: the error is that of the per-image difference (−1, 0 or 1).
@@ -133,13 +160,13 @@ def gain(correct: np.ndarray, baseline: np.ndarray) -> tuple[float, float]:
     difference = correct.astype(np.float64) - baseline.astype(np.float64)
     if len(difference) < 2:
         return float(difference.mean()), math.nan
-    return float(difference.mean()), float(difference.std(ddof=1) / math.sqrt(len(difference)))
+    return float(difference.mean()), standard_error(difference, groups)
 
 
-def gains(ours: Score, baseline: Score) -> dict[str, dict[str, float]]:
+def gains(ours: Score, baseline: Score, groups: np.ndarray | None = None) -> dict[str, dict[str, float]]:
     """How much more accurate than a baseline, with each classifier."""
     pairs = {
         "knn": (ours.knn_correct, baseline.knn_correct),
         "linear": (ours.linear_correct, baseline.linear_correct),
     }
-    return {kind: dict(zip(("gain", "se"), gain(*pair), strict=True)) for kind, pair in pairs.items()}
+    return {kind: dict(zip(("gain", "se"), gain(*pair, groups), strict=True)) for kind, pair in pairs.items()}

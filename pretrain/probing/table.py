@@ -1,5 +1,6 @@
 """The scores of a probe as lines for a terminal, with what flatters them said below."""
 
+import math
 from typing import Any
 
 from pretrain.probing.splits import LIKELY, SAME_SLIDES
@@ -31,29 +32,33 @@ def score_table(result: dict[str, Any]) -> str:
         )
     lines += ["", f"k-NN: {result['method']['knn']}", f"linear: {result['method']['linear']}"]
     lines.append(f"±: one standard error ({result['method']['standard_error']})")
-    if result["split"].startswith(SAME_SLIDES):
-        lines.append(
-            "same slides: tiles of one patient may be on both sides, which flatters every row; give test=, or groups="
-            " with their slides"
-        )
-    if result["split"].startswith(LIKELY):
-        lines.append("likely other slides: a guess; give test=, or groups= with their slides, to be sure")
-    within, across = result.get("histogram_same_slides"), result["scores"]["colour histogram"]
-    if (
-        within is not None
-        and not result["split"].startswith(SAME_SLIDES)
-        and within - across["knn"] > max(0.1, 3 * across["knn_se"])
-    ):
-        lines.append(
-            f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others"
-            f" {across['knn']:.3f}: a random split of these images measures how well slides are recognised"
-        )
+    lines += cautions(result)
     if not all(got["linear_converged"] for got in result["scores"].values()):
         lines.append("*: the linear fit stopped at 1000 iterations before it converged")
     unreadable = len(train["unreadable"]) + len(test["unreadable"])
     if unreadable:
         lines.append(f"{unreadable} images could not be read and were left out; the JSON names them")
     return "\n".join(lines)
+
+
+def cautions(result: dict[str, Any]) -> list[str]:
+    """What flatters the scores, a sentence each."""
+    said = []
+    if result["split"].startswith(SAME_SLIDES):
+        said.append(
+            "same slides: tiles of one patient may be on both sides, which flatters every row; give test=, or groups="
+            " with their slides"
+        )
+    if result["split"].startswith(LIKELY):
+        said.append("likely other slides: a guess; give test=, or groups= with their slides, to be sure")
+    within, across = result.get("histogram_same_slides"), result["scores"]["colour histogram"]["knn"]
+    chance = 3 * math.sqrt(across * (1 - across) / result["test"]["images"])  # three standard errors over tiles
+    if within is not None and not result["split"].startswith(SAME_SLIDES) and within - across > max(0.1, chance):
+        said.append(
+            f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others"
+            f" {across:.3f}: a random split of these images measures how well slides are recognised"
+        )
+    return said
 
 
 def accuracy(value: float, error: float) -> str:

@@ -7,6 +7,7 @@ import numpy as np
 
 from pretrain.pages import page
 from pretrain.pages.page import Section
+from pretrain.probing.table import cautions
 from pretrain.report.figures import Panel, curves, dots
 from pretrain.report.parts import Run, Series
 
@@ -38,7 +39,7 @@ TILE_WATCH = [
     ("k-NN accuracy on labelled tiles", "", ["probe_knn", "probe_knn_same_slides"]),
     ("Slide of a tile recognised by k-NN", "", ["slide_knn", "slide_chance"]),
 ]
-UNSHOWN = [("", "", ["look_seconds", "probe_knn_se"])]
+UNSHOWN = [("", "", ["look_seconds", "probe_knn_se", "probe_knn_se_tiles"])]
 SLIDE_COURSE = [
     ("Loss", "", ["loss"]),
     ("Learning rate", "", ["lr"]),
@@ -53,6 +54,7 @@ BASELINES = {
     "r2_slide_mean": ("Mean of the slide’s visible tiles", "knows the slide’s stain and tissue"),
     "r2_dataset_mean": ("Mean of the data set", "knows nothing of the slide"),
 }
+SLIDE_ALARMS = {"slides recognised", "no tissue learned"}  # alarms
 SCHEDULED = {"lr", "weight_decay", "momentum", "teacher_temperature"}  # drawn as they are: they don't scatter
 LABELS = {
     "dino_global": "global",
@@ -135,7 +137,7 @@ def tile_section(run: Run, reading: str) -> Section | None:
             curves(shown, columns=4, height=1.75),
             f"{'The teacher’s features and targets' if taught else 'Features'} on the training tiles of a step, and"
             " their k-NN accuracy where labelled tiles were given. Collapse shows as RankMe near 1, a cosine near 1"
-            f"{', or targets that tell nothing' if taught else ''}.",
+            f"{', or targets that tell nothing' if taught else ''}.{about_slides(run)}",
             "Looks at the features.",
         )
     course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE, TILE_WATCH, UNSHOWN)
@@ -146,6 +148,15 @@ def tile_section(run: Run, reading: str) -> Section | None:
             "Course of the run.",
         )
     return Section("tile-training", "Training the tile encoder", body)
+
+
+def about_slides(run: Run) -> str:
+    """What the panel of slides told by k-NN says, and which alarm was raised of it, behind a space."""
+    if "slide_knn" not in run.metrics:
+        return ""
+    raised = [f"“{alarm['alarm']}” at step {alarm['step']:,}" for alarm in run.alarms if alarm["alarm"] in SLIDE_ALARMS]
+    text = " A slide that is told better while labelled tiles are told no better is a slide learned by heart"
+    return f"{text}: the alarm {' and '.join(raised)} was raised of it." if raised else f"{text}."
 
 
 def alarms_list(run: Run) -> str:
@@ -252,6 +263,7 @@ def probe_section(probe: dict[str, Any]) -> Section:
         f"Encoder {probe['encoder']['name']}, frozen, on {train['images']:,} training and {test['images']:,} test"
         f" images in {len(probe['classes'])} classes ({probe['split']}). " + probe_verdict(probe)
     )
+    body += "".join(page.paragraph(f"{caution[0].upper()}{caution[1:]}.") for caution in cautions(probe))
     body += page.figure(
         chart, "Points: accuracy on the test images. Bars: two standard errors to each side.", "Probe scores."
     )

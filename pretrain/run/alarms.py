@@ -7,18 +7,14 @@ off.
 """
 
 import math
-from collections import defaultdict, deque
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
 
-REMEMBERED = 4096  # values of each figure that rules can look back on
-SETTLED = (
-    1000  # steps, or the warm-up where it is shorter: before that, features and prototypes are those of random weights
-)
+from pretrain.run.history import Alarm, Facts, History, settled, since
+from pretrain.run.slide_alarms import no_tissue_learned, slides_recognised
+
 LOOKS = 2  # looks in a row that a figure of features must be bad for
 RECENT = 50  # records that make up "now" where a figure is logged at every step
 # Times the usual gradient norm: where a small DINOv2 run came apart, it was 3.5 before the k-NN accuracy had fallen by
@@ -27,69 +23,9 @@ GROWN = 3
 FLAT = 500  # records over which a class-token loss at log K is no accident
 
 
-@dataclass(frozen=True)
-class Facts:
-    """What rules need to know of a run beside its record."""
-
-    prototypes: Mapping[str, int]  # of each kind of target; the largest entropy is the logarithm of it
-    settled: int  # the step from which features can be judged
-
-
-def known_facts(prototypes: Mapping[str, int], warmup_steps: int) -> Facts:
-    """The facts of a run whose objective says how many ``prototypes`` each kind of its targets has."""
-    return Facts(prototypes, min(SETTLED, warmup_steps))
-
-
-@dataclass(frozen=True)
-class Alarm:
-    """One thing that is wrong: its name, the step since which it shows, and a line for people."""
-
-    name: str
-    since: int
-    says: str
-
-
-class History:
-    """The record as rules see it: of each figure its last values with their steps."""
-
-    def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
-        self.values: dict[str, deque[tuple[int, float]]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
-        for record in records:
-            self.add(int(record["step"]), record)
-
-    def add(self, step: int, figures: Mapping[str, Any]) -> None:
-        """Append the figures of ``step``; what is no finite number is left out."""
-        for name, value in figures.items():
-            if (
-                name != "step"
-                and isinstance(value, int | float)
-                and not isinstance(value, bool)
-                and math.isfinite(value)
-            ):
-                self.values[name].append((step, float(value)))
-
-    def of(self, name: str) -> tuple[np.ndarray, np.ndarray]:
-        """Steps int64 (n,) and values float64 (n,) of a figure; empty where it was never recorded."""
-        found = self.values.get(name, ())
-        return np.array([step for step, _ in found], dtype=np.int64), np.array([value for _, value in found])
-
-
 def find_alarms(history: History, known: Facts) -> list[Alarm]:
     """The alarms that the record raises, in the order of the rules."""
     return [alarm for rule in ALARM_RULES if (alarm := rule(history, known)) is not None]
-
-
-def since(steps: np.ndarray, bad: np.ndarray, least: int) -> int | None:
-    """The step at which the last unbroken run of ``bad`` begins, None where it has fewer than ``least`` members."""
-    good = np.flatnonzero(~bad)
-    first = 0 if not len(good) else int(good[-1]) + 1
-    return int(steps[first]) if len(steps) - first >= least else None
-
-
-def settled(history: History, name: str, known: Facts) -> tuple[np.ndarray, np.ndarray]:
-    """A figure from the step on from which features can be judged."""
-    steps, values = history.of(name)
-    return steps[steps >= known.settled], values[steps >= known.settled]
 
 
 # Collapse -----------------------------------------------------------------------------------------------------------
@@ -191,30 +127,6 @@ def parallel_features(history: History, known: Facts) -> Alarm | None:
         f"the features of different tiles are nearly one: mean cosine {values[-1]:.4f} since step {begin}. Usually"
         " helps: a spread regulariser (objective.spread=koleo or kde, never kde_as_published alone), a lower"
         " optim.lr.",
-    )
-
-
-def slides_recognised(history: History, known: Facts) -> Alarm | None:
-    """Features tell slides better and better while they tell tissue worse."""
-    steps, tissue = settled(history, "probe_knn", known)
-    looks, slides = settled(history, "slide_knn", known)
-    errors = dict(zip(*(part.tolist() for part in history.of("probe_knn_se")), strict=True))
-    if len(tissue) < 3 or not len(slides):
-        return None
-    best = int(np.argmax(tissue))
-    before = slides[looks <= steps[best]]
-    then = float(before[-1]) if len(before) else float(slides[0])
-    fallen = tissue[best] - tissue > np.array([max(0.02, 2 * errors.get(step, 0.0)) for step in steps.tolist()])
-    begin = since(steps, fallen & (np.arange(len(steps)) > best), LOOKS)
-    if begin is None or slides[-1] < then + min(0.05, (1 - then) / 2):
-        return None
-    return Alarm(
-        "slides recognised",
-        begin,
-        "features recognise slides rather than tissue: labelled tiles are told by k-NN with"
-        f" {tissue[-1]:.3f} since step {begin}, {tissue[best]:.3f} at step {steps[best]}, while the slide of a tile is"
-        f" told with {slides[-1]:.3f}, {then:.3f} then. Usually helps: stronger data.colour (DINOv2's jitter,"
-        " data.colour.stain_probability), more slides.",
     )
 
 
@@ -328,6 +240,7 @@ ALARM_RULES: tuple[Rule, ...] = (
     low_rank,
     parallel_features,
     slides_recognised,
+    no_tissue_learned,
     flat_loss,
     jump,
     growing_gradient,

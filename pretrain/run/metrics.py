@@ -7,6 +7,7 @@ sample of its lines: neither takes longer, or more memory, for a longer run than
 
 import json
 from collections.abc import Iterator
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -33,6 +34,11 @@ def tail(run: Path) -> list[dict[str, Any]]:
     if begin:
         next(lines, None)  # a piece of one
     return list(_parsed(lines))
+
+
+def of_the_start(run: Path) -> list[dict[str, Any]]:
+    """The records of step 0, before the first step was taken."""
+    return list(takewhile(lambda record: record.get("step") == 0, _parsed(_lines(path_of(run)))))
 
 
 def thinned(run: Path) -> list[dict[str, Any]]:

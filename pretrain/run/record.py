@@ -20,7 +20,7 @@ from data.files import refused, write_whole
 from data.redaction import redacted_settings
 from models.allowed import one_of
 from pretrain.run import metrics as metrics_file
-from pretrain.run.alarms import Alarm, History
+from pretrain.run.history import Alarm, History
 from pretrain.run.progress import say
 
 
@@ -72,11 +72,13 @@ class RunRecord(OfARun):
     def begin(self, step: int) -> None:
         """Open the file for what comes after ``step``. Raises Fault where the disk refuses."""
         try:
-            metrics_file.rewind(self.folder, step)
+            metrics_file.rewind(
+                self.folder, step or -1
+            )  # what a start looked at before its first step is looked at again
             self.file = self.path.open("ab", buffering=0)
         except OSError as error:
             raise refused(self.path, error) from error
-        self.history = History(metrics_file.tail(self.folder))
+        self.history = History([*metrics_file.of_the_start(self.folder), *metrics_file.tail(self.folder)])
 
     @rank_zero_only
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:

@@ -16,11 +16,23 @@ from pretrain.training.module import Training
 
 
 class Judgement(L.Callback):
-    """Records what the stage's `evaluate` says, and notes the score. A signal ends an evaluation, and the run."""
+    """Records what the stage's `evaluate` says, of the first weights what `evaluate_first` does, and notes the score. A
+    signal ends an evaluation, and the run."""
 
     def __init__(self, ending: EndWhenAsked) -> None:
         self.ending = ending
         self.cut_short = False  # whether a signal ended an evaluation: the checkpoint of that step is written
+
+    def on_train_start(self, trainer: L.Trainer, training: Training) -> None:  # type: ignore[override]
+        if training.step > 0 or training.asked is not None:
+            return
+        try:
+            figures = training.evaluate_first()
+        except signals.Asked as during:
+            self.ending.end(training, during.signal)
+            return
+        if figures:
+            training.record(figures)
 
     def on_train_batch_end(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
         if not training.is_due or training.asked is not None:

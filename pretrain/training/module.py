@@ -30,9 +30,10 @@ from data.redaction import redacted_settings
 from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.schedules import cosine
-from pretrain.run import alarms, checkpoints, signals
+from pretrain.run import checkpoints, signals
 from pretrain.run import folder as run_folder
 from pretrain.run.across_ranks import total, world_size
+from pretrain.run.history import known_facts
 from pretrain.run.preemption import Preemption
 from pretrain.run.progress import SECONDS_BETWEEN_LINES, Progress, say
 from pretrain.run.watchdog import Watchdog
@@ -71,7 +72,7 @@ class Training(L.LightningModule, ABC):
         self.sharing = 1  # processes that share a sample
         self.peak: float | None = None  # operations a second of a process's device, where they are to be recorded
         self.operations = 0.0  # of the present step, the mean over processes
-        self.facts = alarms.known_facts({}, 0)  # until the objective is there
+        self.facts = known_facts({}, 0)  # until the objective is there
         self.raised: set[str] = set()  # names of alarms: each is said once in the run's life
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
         self.watchdog = Watchdog(self.settings.stalled_minutes)
@@ -109,6 +110,10 @@ class Training(L.LightningModule, ABC):
         """Figures of held-out data, asked for at every checkpoint."""
         return {}
 
+    def evaluate_first(self) -> dict[str, float]:
+        """Figures of the first weights that later ones are compared with, asked for before the first step."""
+        return {}
+
     def position(self) -> int:
         """Samples of the stream that were taken until now; a function of the step, as everything about the data is."""
         return self.step * self.batch_size
@@ -135,7 +140,7 @@ class Training(L.LightningModule, ABC):
         begin = self.begin if checkpoints.newest(self.run) is None else None
         materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin, self.make_objective)
         self.objective = objective
-        self.facts = alarms.known_facts(objective.prototype_counts(), self.optim.warmup_steps)
+        self.facts = known_facts(objective.prototype_counts(), self.optim.warmup_steps)
 
     def configure_optimizers(self) -> ShardAdamW:
         groups = parameter_groups(self.objective.trained(), self.optim)

@@ -1,9 +1,9 @@
 """k-NN accuracy of the encoder in training on a small labelled set: one number, at every checkpoint, by all ranks
 together.
 
-Where the set is split here, tiles of one slide stay on one side (`pretrain.probing.slide_groups`), and the accuracy
-with tiles of the same slides on both sides is recorded beside it: a run that learns to recognise slides gains in that
-one alone.
+Where the set is split here, tiles of one slide stay on one side (`pretrain.probing.slide_groups`). The accuracy with
+tiles of the same slides on both sides, of a random split, is recorded beside it: a run that learns to recognise slides
+gains in that one alone.
 """
 
 from pathlib import Path
@@ -15,10 +15,12 @@ from torch import nn
 from data.keyed import rng
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.objectives.figures import rankme
+from pretrain.probing.grouping import Groups
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
+from pretrain.probing.likeness import LOOKS_OF_AN_IMAGE, by_looks, looks_of
 from pretrain.probing.scores import knn_predict, standard_error
-from pretrain.probing.slide_groups import TRAITS, by_name, by_traits, traits_of
-from pretrain.probing.splits import grouped_split, stratified_split
+from pretrain.probing.slide_names import by_name
+from pretrain.probing.splits import best_group_split, group_split, stratified_split
 from pretrain.run.across_ranks import gathered
 from pretrain.training.fixed_images import FixedImages, Walk, agreed
 
@@ -28,7 +30,7 @@ Side = tuple[np.ndarray, np.ndarray]
 
 class ProbeSet:
     """Labelled images below ``folder``, at most ``most`` of them: class folders, or ``train/`` and ``test/`` that hold
-    class folders.
+    class folders. Of those the test images may be half of ``most``, and more where there are few to train on.
 
     Without ``test/``, each half of the images classifies the other, so that all of them are judged. Raises Fault as
     `read_class_folders` does.
@@ -36,58 +38,68 @@ class ProbeSet:
 
     def __init__(self, folder: Path, most: int) -> None:
         self.given: Side | None = None
+        self.groups: np.ndarray | None = None  # of the images that are asked, where they are told
         if (folder / "train").is_dir() and (folder / "test").is_dir():
             train, test = (read_class_folders(folder / part) for part in ("train", "test"))
             require_same_classes(train, test)
-            share = most / (len(train.files) + len(test.files))
-            train, test = (fewer(part, max(1, round(share * len(part.files)))) for part in (train, test))
+            asked = min(len(test.files), max(most // 2, most - len(train.files)))
+            train, test = fewer(train, max(1, most - asked)), fewer(test, max(1, asked))
             files, labels = [*train.files, *test.files], np.concatenate([train.labels, test.labels])
             self.set = LabelledImages(folder, train.classes, files, labels)
             self.given = np.arange(len(train.files)), np.arange(len(train.files), len(files))
+            named = by_name(test.files, test.folder)
+            self.groups = None if named is None else np.concatenate([np.zeros(len(train.files), int), named.of])
+            mixed = rng(0, "same slides").permutation(len(files))
+            self.within = [(mixed[: len(train.files)], mixed[len(train.files) :])]
         else:
             self.set = fewer(read_class_folders(folder), most)
-            self.mixed = stratified_split(self.set, 0.5, seed=0)  # without a look at slides
+            self.within = both_ways(stratified_split(self.set, 0.5, seed=0))
 
     def load(self, preprocessing: Preprocessing, rank: int, world_size: int, device: torch.device) -> str:
         """Read this rank's share of the images, and split them; returns in words how. Raises Fault for an image that
         can't be read."""
         files, named = self.set.files, by_name(self.set.files, self.set.folder)
-        looks_alike = self.given is None and named is None
-        traits: list[np.ndarray] = []
+        enough = named is not None and group_split(self.set, named, 0.5, seed=0).leaves_most
+        looks_alike = self.given is None and not enough
+        looks: list[np.ndarray] = []
 
         def read(which: int) -> np.ndarray:
             pixels = read_image(files[which])
-            traits.append(traits_of(pixels) if looks_alike else np.zeros(TRAITS))
+            looks.append(looks_of(pixels) if looks_alike else np.zeros(LOOKS_OF_AN_IMAGE))
             return pixels
 
         self.images = FixedImages(len(files), read, preprocessing, rank, world_size)
-        self.within: Side | None = None
         if self.given is not None:
             self.across = [self.given]
             return "train and test given"
-        groups = named or by_traits(self.images.of_all(torch.from_numpy(np.stack(traits)).to(device)).cpu().numpy())
-        of = gathered(torch.from_numpy(groups.of).to(device))[0].cpu().numpy()  # as the first rank has it
-        found = grouped_split(self.set, of, 0.5, seed=0)
+        groupings = [] if named is None else [named]
+        if looks_alike:
+            likely = by_looks(self.images.of_all(torch.from_numpy(np.stack(looks)).to(device)).cpu().numpy())
+            of = gathered(torch.from_numpy(likely.of).to(device))[0].cpu().numpy()  # as the first rank has it
+            groupings.append(Groups(of, likely.how, likely.known))
+        found = best_group_split(self.set, groupings, 0.5, seed=0)
         if found is None:
-            self.across = both_ways(self.mixed)
-            return f"same slides on both sides: by {groups.how} no class can be"
-        self.across, self.within = both_ways(found), self.mixed
-        return f"split by {groups.how}"
+            self.across, self.groups = self.within, None
+            return f"same slides on both sides: by {groupings[-1].how} no class can be"
+        self.across, self.groups = both_ways((found.train, found.test)), found.groups.of
+        return f"{found.kind}, split by {found.how}"
 
     def score(
         self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches
     ) -> dict[str, float]:
-        """``probe_knn`` with its binomial standard error, ``probe_knn_same_slides`` where it is another, and
-        ``probe_rankme``; every rank calls it and gets the same numbers."""
+        """``probe_knn`` with its standard error, over slides where they are told, and that over tiles (of the same tiles
+        at another step); ``probe_knn_same_slides`` where it is another, and ``probe_rankme``; every rank calls it and gets the same numbers."""
         features = self.images.features(encoder, device, walk).cpu().numpy()
         correct = self._correct(features, self.across)
+        groups = None if self.groups is None else self.groups[np.concatenate([asked for _, asked in self.across])]
         figures = {
             "probe_knn": float(correct.mean()),
-            "probe_knn_se": standard_error(correct),
+            "probe_knn_se": standard_error(correct, groups),
+            "probe_knn_se_tiles": standard_error(correct),
             "probe_rankme": rankme(features),
         }
-        if self.within is not None:
-            figures["probe_knn_same_slides"] = float(self._correct(features, both_ways(self.within)).mean())
+        if self.within is not self.across:
+            figures["probe_knn_same_slides"] = float(self._correct(features, self.within).mean())
         return agreed(figures, device)
 
     def _correct(self, features: np.ndarray, sides: list[Side]) -> np.ndarray:

@@ -324,6 +324,13 @@ class TileTraining(Training):
             return {}
         return self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
 
+    def evaluate_first(self) -> dict[str, float]:
+        if not self.probe:
+            return {}
+        encoder = watched_encoder(self.objective)
+        figures = self.probe.score(encoder, self.device, self.heeding)
+        return figures | (self.slides.score(encoder, self.device) if self.slides and self.slides.chosen else {})
+
 
 def view_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:
     """Rows of tiles, columns of views: global crops with their masked patches greyed, then local crops."""

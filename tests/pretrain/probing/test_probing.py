@@ -163,5 +163,36 @@ def test_standard_errors_are_binomial_and_gains_are_paired():
     better = np.array([True] * 70 + [False] * 30)
     difference, error = scores.gain(better, correct)
     assert difference == pytest.approx(0.1)
-    assert error == pytest.approx(np.array([1.0] * 10 + [0.0] * 90).std(ddof=1) / 10)
+    assert error == pytest.approx(np.array([1.0] * 10 + [0.0] * 90).std() / 10)
     assert error < math.hypot(scores.standard_error(correct), scores.standard_error(better))
+
+
+def test_the_standard_error_over_slides_is_the_scatter_of_the_mean_when_slides_are_drawn_anew():
+    """1,000 times 20 slides of 12 tiles; of each slide another share is right."""
+    draw, slides = rng(0, "slides"), np.repeat(np.arange(20), 12)
+    means, over_slides, over_tiles, gains = [], [], [], []
+    for _ in range(1000):
+        right = draw.random(240) < draw.uniform(0, 1, 20)[slides]
+        means.append(right.mean())
+        over_slides.append(scores.standard_error(right, slides))
+        over_tiles.append(scores.standard_error(right))
+        gains.append(scores.gain(right, np.zeros(240, dtype=bool), slides)[1])
+    assert np.mean(over_slides) == pytest.approx(np.std(means), rel=0.06)
+    assert np.mean(over_tiles) < 0.6 * np.std(means)
+    assert gains == over_slides
+
+
+def test_an_error_over_slides_of_one_tile_each_is_that_over_tiles_and_one_slide_tells_none():
+    right = np.array([True] * 60 + [False] * 40)
+    alone = scores.standard_error(right, np.arange(100))
+    assert alone == pytest.approx(scores.standard_error(right) * math.sqrt(100 / 99))
+    assert scores.standard_error(right, np.zeros(100, int)) == scores.standard_error(right)
+
+
+def test_what_an_error_is_over_is_said():
+    assert scores.words_of_error(None, "").startswith("over tiles, which takes them for independent")
+    assert scores.words_of_error(np.zeros(5, int), "slides").startswith("over tiles")
+    assert scores.words_of_error(np.arange(20), "slides of t.csv").startswith(
+        "over 20 groups of test images, since those of one slide err together (slides of t.csv); of a gain"
+    )
+    assert "few to tell an error by" in scores.words_of_error(np.arange(3), "slides")

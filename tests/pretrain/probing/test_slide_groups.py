@@ -7,10 +7,10 @@ import pytest
 from openslide import OpenSlide
 from PIL import Image
 
-from data.fault import Fault
 from data.keyed import rng
 from pretrain.commands.probe import Config, run
-from pretrain.probing import slide_groups, splits
+from pretrain.probing import likeness, slide_groups, splits
+from pretrain.probing.grouping import Groups
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image
 from tests.pretrain.probing.test_probing import write_class_folders
 
@@ -74,41 +74,14 @@ def test_on_real_slides_groups_by_likeness_are_of_few_slides_each(shared: Path) 
             for x in range(0, 960, 160):
                 tiles.append(region[y : y + 160, x : x + 160])
                 own.append(number)
-    groups = slide_groups.by_likeness(tiles, len(tiles)).of
+    groups = likeness.by_likeness(tiles, len(tiles)).of
     purity = sum(np.bincount(np.array(own)[groups == group]).max() for group in np.unique(groups)) / len(own)
     assert purity > 0.8
 
 
-@pytest.mark.parametrize(
-    ("names", "how", "groups"),
-    [
-        (["TCGA-AB-1234-01A_x.png", "TCGA-AB-1234-02B.png", "TCGA-CD-9999-01.png"], "TCGA's patients", [0, 0, 1]),
-        (["s1_0_224.png", "s1_224_0.png", "a-b_x10_y20.png"], "slides, by the names", [1, 1, 0]),
-        (["one/1.png", "one/2.png", "two/1.png"], "slides, by their folders", [0, 0, 1]),
-        (["image_1.png", "image_2.png", "s_1_2.png"], None, None),
-    ],
-)
-def test_names_tell_patients_and_slides_only_where_all_of_them_do(
-    names: list[str], how: str | None, groups: list[int] | None
-) -> None:
-    found = slide_groups.by_name([Path("set/class") / name for name in names], Path("set"))
-    if how is None:
-        assert found is None
-    else:
-        assert found is not None and found.known and how in found.how and found.of.tolist() == groups
-
-
-def test_a_table_tells_by_path_or_name_and_names_what_it_lacks(tmp_path: Path) -> None:
-    files = [tmp_path / "a" / "1.png", tmp_path / "b" / "2.png"]
-    (tmp_path / "slides.csv").write_text("\ufefffile,slide,patient\na/1.png,s1,p\n2.png,s2,p\n")
-    found = slide_groups.by_table(files, tmp_path, tmp_path / "slides.csv")
-    assert found.of.tolist() == [0, 0] and found.how == "patients of slides.csv"
-    (tmp_path / "slides.csv").write_text("file,slide\na/1.png,s1\n")
-    with pytest.raises(Fault, match=r"says no slide of 1 of 2 images, the first is .*2\.png"):
-        slide_groups.by_table(files, tmp_path, tmp_path / "slides.csv")
-    (tmp_path / "slides.csv").write_text("name,slide\na/1.png,s1\n")
-    with pytest.raises(Fault, match="has the columns name, slide: it needs file, and patient or slide"):
-        slide_groups.by_table(files, tmp_path, tmp_path / "slides.csv")
+def split_classes(images: LabelledImages, split: splits.GroupSplit, label: int) -> tuple[int, int]:
+    """How many images of a class are for training, and how many for testing."""
+    return tuple(int((images.labels[part] == label).sum()) for part in (split.train, split.test))  # type: ignore[return-value]
 
 
 def test_a_class_of_one_group_cannot_be_split_by_groups(tmp_path: Path) -> None:
@@ -117,6 +90,81 @@ def test_a_class_of_one_group_cannot_be_split_by_groups(tmp_path: Path) -> None:
     split = splits.grouped_split(images, np.array([0, 0, 0, 1, 1, 1] * 2), 0.5, 0)
     assert split is not None and len(split[0]) == len(split[1]) == 6
     assert (split[1] % 6 // 3).std() == 0
+
+
+def test_a_class_of_one_patient_is_split_inside_it_and_named_and_the_others_keep_their_groups(tmp_path: Path) -> None:
+    images = read_class_folders(write_class_folders(tmp_path / "set", {"a": 40, "b": 40, "rare": 5}))
+    patients = np.array([*(np.arange(80) % 8), *([3] * 5)])
+    split = splits.group_split(images, Groups(patients, "patients of t.csv", known=True), 0.25, seed=0)
+    assert split.inside == ["rare"] and split_classes(images, split, 2) == (4, 1)
+    common = [part[images.labels[part] < 2] for part in (split.train, split.test)]
+    assert not set(patients[common[0]]) & set(patients[common[1]]) and len(common[1]) == 20
+    assert split.kind == "other slides but for class rare"
+    assert "class rare can't be on both sides by these, and is split at random" in split.how
+
+
+def test_a_few_classes_that_cannot_be_on_both_sides_do_not_undo_what_is_known_and_most_of_them_do(
+    tmp_path: Path,
+) -> None:
+    images = read_class_folders(write_class_folders(tmp_path / "set", {"a": 24, "b": 24, "c": 24}))
+    number = np.arange(24) % 6
+    one_alone = Groups(np.concatenate([number, number, number * 0]), "known", known=True)
+    two_alone = Groups(np.concatenate([number, number * 0, number * 0 + 1]), "known", known=True)
+    all_alone = Groups(np.concatenate([number * 0, number * 0, number * 0 + 1]), "known", known=True)
+    guess = Groups(np.concatenate([number, number, number]), "guess", known=False)
+
+    def chosen(*groupings: Groups) -> tuple[str, list[str]] | None:
+        found = splits.best_group_split(images, groupings, 0.25, seed=0)
+        return found and (found.groups.how, found.inside)
+
+    assert chosen(one_alone, guess) == ("known", ["c"])
+    assert chosen(two_alone, guess) == ("guess", [])
+    assert chosen(two_alone) == ("known", ["b", "c"])
+    assert chosen(all_alone) is None
+
+
+def test_names_that_cannot_split_any_class_are_followed_by_likeness(
+    of_slides: tuple[Path, dict[Path, int]], tmp_path: Path
+) -> None:
+    folder, _ = of_slides
+    for number, path in enumerate(sorted(folder.rglob("*.png"))):
+        place = tmp_path / path.parent.name / f"S19-1000_{number}.png"
+        place.parent.mkdir(exist_ok=True)
+        place.symlink_to(path)
+    own = splits.own_split(read_class_folders(tmp_path), None, 0.2, 0, threads=1, ahead=4)
+    assert own.words.startswith("likely other slides: ") and "by glass, stains and texture" in own.words
+
+
+def test_near_duplicates_are_of_one_group_turned_mirrored_and_compressed_too(
+    of_slides: tuple[Path, dict[Path, int]],
+) -> None:
+    folder, _ = of_slides
+    tiles = [read_image(path) for path in sorted(folder.rglob("*.png"))[:60]]
+    draw = rng(0, "duplicates")
+    copies = []
+    for number, one in enumerate(tiles):
+        copy = np.rot90(one, number % 4)[:, :: 1 - 2 * (number // 4 % 2)].astype(np.float64)
+        copies.append((copy + draw.normal(0, 2, copy.shape) + 10 * (number % 3)).clip(0, 255).astype(np.uint8))
+    groups = likeness.by_likeness(tiles + copies, 120)
+    assert (groups.of[:60] == groups.of[60:]).all() and "60 near duplicates" in groups.how
+    alike = likeness.near_duplicates(np.stack([likeness.thumbnail_of(one) for one in tiles + copies]), chunk=7)
+    assert (alike[:60] == alike[60:]).all() and len(set(alike.tolist())) == 60
+
+
+def test_blank_tiles_are_no_duplicates() -> None:
+    draw = rng(0, "blank")
+    blank = [(240 + draw.normal(0, 1, (64, 64, 3))).clip(0, 255).astype(np.uint8) for _ in range(4)]
+    assert not np.stack([likeness.thumbnail_of(one) for one in blank]).any()
+    assert len(set(likeness.near_duplicates(np.zeros((4, 256))).tolist())) == 4
+
+
+def test_the_five_turned_copies_among_the_colorectal_tiles_are_found(shared: Path) -> None:
+    files = sorted(path for name in ("H", "T") for path in (shared / "tiles" / "crc5" / name).glob("*.jpg"))
+    alike = likeness.near_duplicates(np.stack([likeness.thumbnail_of(read_image(path)) for path in files]))
+    numbers = [
+        sorted(files[i].stem for i in np.flatnonzero(alike == one)) for one in np.flatnonzero(np.bincount(alike) > 1)
+    ]
+    assert len(numbers) == 5 and ["image_T_504", "image_T_584"] in numbers
 
 
 def test_the_probe_splits_by_slides_and_warns_where_colour_recognises_them(
@@ -131,16 +179,3 @@ def test_the_probe_splits_by_slides_and_warns_where_colour_recognises_them(
     said = capsys.readouterr().out
     assert "other slides: 0.25 held out by slides of slides.csv, seed 0" in said and "a guess" not in said
     assert "beware: with tiles of the same slides on both sides the colour histogram reaches" in said
-
-
-@pytest.mark.parametrize(
-    ("names", "how"),
-    [
-        (["a/s0/tile_0_0.jpg", "a/s1/tile_0_1.jpg", "b/s2/tile_0_0.jpg"], "slides, by their folders"),
-        (["a/images/1.jpg", "b/images/2.jpg"], None),
-        (["a/a_1_1.jpg", "b/b_2_1.jpg"], None),
-    ],
-)
-def test_names_that_are_one_for_all_or_the_class_again_tell_no_slides(names: list[str], how: str | None) -> None:
-    found = slide_groups.by_name([Path("set") / name for name in names], Path("set"))
-    assert found.how == how if found else how is None

@@ -269,6 +269,28 @@ def test_a_folder_with_nothing_and_a_part_that_is_not_there_are_refused(tmp_path
     assert not (tmp_path / "page.html").exists()
 
 
+def test_what_flatters_a_probe_is_on_the_page_as_the_command_says_it(road):
+    scores = json.loads((road / "probe.json").read_text())
+    scores["split"], scores["histogram_same_slides"] = "likely other slides: 0.2 held out", 0.95
+    scores["scores"]["colour histogram"]["knn"], scores["test"]["images"] = 0.4, 500
+    (road / "probe.json").write_text(json.dumps(scores))
+    text = written(road)
+    assert "Beware: with tiles of the same slides on both sides the colour histogram reaches 0.950" in text
+    assert "Likely other slides: a guess; give test=, or groups= with their slides, to be sure." in text
+    scores["split"], scores["histogram_same_slides"] = "other slides: 0.2 held out", 0.45
+    (road / "probe.json").write_text(json.dumps(scores))
+    assert "eware: with tiles" not in (text := written(road)) and "a guess" not in text
+
+
+def test_the_panels_of_slides_say_whether_their_alarm_was_raised(road):
+    with (road / "tile" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 200, "slide_knn": 0.8, "slide_chance": 0.1}\n')
+    assert "is a slide learned by heart." in written(road)
+    with (road / "tile" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 1200, "alarm": "slides recognised", "since": 900, "says": "…"}\n')
+    assert "learned by heart: the alarm “slides recognised” at step 1,200 was raised of it." in written(road)
+
+
 def test_text_from_files_cannot_inject_markup(road):
     config = yaml.safe_load((road / "tile" / "config.yaml").read_text())
     config["note"] = "<script>alert(1)</script>"

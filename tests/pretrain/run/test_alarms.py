@@ -7,7 +7,7 @@ import pytest
 
 from data.keyed import rng
 from pretrain.run import alarms
-from pretrain.run.alarms import Facts, History
+from pretrain.run.history import Alarm, Facts, History, known_facts
 
 K = 512
 KNOWN = Facts({"dino": K}, settled=100)
@@ -43,7 +43,7 @@ def record(curves: Curves) -> list[dict[str, float]]:
     return [lines[step] for step in sorted(lines)]
 
 
-def found(curves: Curves, known: Facts = KNOWN) -> list[alarms.Alarm]:
+def found(curves: Curves, known: Facts = KNOWN) -> list[Alarm]:
     return alarms.find_alarms(History(record(curves)), known)
 
 
@@ -141,23 +141,5 @@ def test_figures_that_are_not_finite_or_no_numbers_are_left_out() -> None:
 
 
 def test_the_facts_of_a_configuration() -> None:
-    assert alarms.known_facts({"dino": 64, "ibot": 32}, 300) == Facts({"dino": 64, "ibot": 32}, 300)
-    assert alarms.known_facts({"dino": 64}, 10**5) == Facts({"dino": 64}, 1000)
-
-
-def recognising(tissue: list[float], slides: list[float]) -> list[str]:
-    """The alarms of a run that was probed and looked at every 200 steps."""
-    steps = np.arange(200, 200 * len(tissue) + 1, 200)
-    probed = {
-        "probe_knn": (steps, np.array(tissue)),
-        "probe_knn_se": (steps, np.full(len(steps), 0.02)),
-        "slide_knn": (steps, np.array(slides)),
-    }
-    return [alarm.name for alarm in found(healthy() | probed)]
-
-
-def test_slides_told_better_while_tissue_is_told_worse_is_said_and_neither_alone_is() -> None:
-    rising, falling, level = [0.3, 0.35, 0.5, 0.6, 0.7], [0.5, 0.55, 0.5, 0.47, 0.45], [0.5, 0.55, 0.56, 0.57, 0.57]
-    assert recognising(falling, rising) == ["slides recognised"]
-    assert recognising(level, rising) == [] == recognising(falling, [0.4] * 5)
-    assert recognising(falling[:3], rising[:3]) == []  # once may be chance
+    assert known_facts({"dino": 64, "ibot": 32}, 300) == Facts({"dino": 64, "ibot": 32}, 300)
+    assert known_facts({"dino": 64}, 10**5) == Facts({"dino": 64}, 1000)

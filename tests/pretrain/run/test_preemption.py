@@ -83,16 +83,18 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_noth
     assert all(torch.equal(found[name], expected[name]) for name in found | expected)
 
 
+@pytest.mark.parametrize("passes", [1, 11], ids=["of the first weights", "of a checkpoint"])
 def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_them(
-    tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    passes: int, tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """80 images, 8 a pass: the first ten passes are before the first step."""
     run, judged = tmp_path / "run", []
-    watched = [*SETTINGS, f"watch.probe={write_classes(tmp_path / 'classes', {'a': 40, 'b': 40})}"]
+    watched = [*SETTINGS, "watch.every=0", f"watch.probe={write_classes(tmp_path / 'classes', {'a': 40, 'b': 40})}"]
     features = fixed_images.class_tokens
 
     def interrupted(*arguments: Any) -> Any:
         judged.append(1)
-        if len(judged) == 1:
+        if len(judged) == passes:
             os.kill(os.getpid(), signal.SIGTERM)
         return features(*arguments)
 
@@ -100,9 +102,9 @@ def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_t
         patch.setattr(fixed_images, "class_tokens", interrupted)
         patch.setattr(fixed_images, "IMAGES_A_PASS", 8)
         run_command_line(command(tile_shards, run, *watched))
-    assert ended.value.code == TRY_AGAIN and len(judged) == 1
-    newest = checkpoints.newest(run)
-    assert newest is not None and "stopped by SIGTERM after step" in capsys.readouterr().err
+    assert ended.value.code == TRY_AGAIN and len(judged) == passes
+    assert "stopped by SIGTERM after step" in capsys.readouterr().err
+    assert (checkpoints.newest(run) is None) == (passes == 1)
     run_command_line(command(tile_shards, run, *watched))
     assert metrics(run)[-1]["step"] == STEPS
 

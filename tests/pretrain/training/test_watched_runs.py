@@ -111,6 +111,8 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
     assert "longer training has made published models worse" in said
     finish(process)
     assert_close(two, one)
+    first = [line for line in read_metrics(one) if line["step"] == 0]
+    assert len(first) == 1 and {"probe_knn", "probe_knn_se_tiles", "slide_knn"} <= first[0].keys()
     for run in (one, two):
         assert [path.name for path in checkpoints.published(run)] == ["step-00000002", "step-00000006"]
         assert os.readlink(run / "checkpoints" / "best") == "step-00000002"

@@ -148,7 +148,7 @@ def test_the_score_is_that_of_pretrain_probes_neighbours_on_the_same_images(tmp_
     found = images.score(network, torch.device("cpu"))
     features = images.images.features(network, torch.device("cpu")).detach().numpy()
     labels = np.array([0] * 12 + [1] * 9)
-    assert len(features) == 42 and images.within is None
+    assert len(features) == 42 and 0 < found["probe_knn_same_slides"] <= 1
     assert found["probe_knn"] == np.mean(knn_predict(features[:21], labels, features[21:], 2) == labels)
     assert found["probe_rankme"] == pytest.approx(rankme(features))
 
@@ -158,6 +158,37 @@ def test_as_many_images_are_used_as_asked_for_and_every_class_keeps_its_share(tm
     assert [int((images.set.labels == label).sum()) for label in range(3)] == [19, 10, 2]
     again = ProbeSet(tmp_path / "classes", 30)
     assert images.set.files == again.set.files
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "most", "kept"), [(190, 25, 100, (75, 25)), (190, 90, 100, (50, 50)), (20, 90, 100, (20, 80))]
+)
+def test_of_given_parts_as_many_images_are_asked_as_half_of_them_and_the_others_are_the_bank(
+    train: int, test: int, most: int, kept: tuple[int, int], tmp_path: Path
+) -> None:
+    write_classes(tmp_path / "train", {"a": train, "b": train})
+    write_classes(tmp_path / "test", {"a": test, "b": test})
+    bank, asked = ProbeSet(tmp_path, 2 * most).given or ((), ())
+    assert (len(bank), len(asked)) == (2 * kept[0], 2 * kept[1])
+
+
+def test_with_given_parts_a_random_split_of_both_is_beside_them(tmp_path: Path) -> None:
+    """The test part is of another brightness, so that only a random split tells its classes by colour."""
+    write_classes(tmp_path / "train", {"a": 20, "b": 20}, gap=60)
+    for path in write_classes(tmp_path / "test", {"a": 20, "b": 20}, gap=60).rglob("*.png"):
+        Image.fromarray(255 - read_image(path)).save(path)
+    found = probe(tmp_path).score(Colour(), torch.device("cpu"))
+    assert found["probe_knn"] <= 0.5 < 0.6 < found["probe_knn_same_slides"]
+
+
+def test_the_error_of_the_probe_is_over_slides_where_names_tell_them(tmp_path: Path) -> None:
+    folder = write_classes(tmp_path / "set", {"a": 60, "b": 60}, gap=0)
+    plain = probe(folder).score(Colour(), torch.device("cpu"))["probe_knn_se"]
+    for path in sorted(folder.rglob("*.png")):
+        path.rename(path.with_name(f"case{int(path.stem) // 10}_{path.stem}.png"))
+    images = probe(folder)
+    assert images.groups is not None and len(np.unique(images.groups)) == 6
+    assert images.score(Colour(), torch.device("cpu"))["probe_knn_se"] != plain
 
 
 def test_the_shares_of_any_number_of_ranks_are_all_images_and_equally_long(tmp_path: Path) -> None:
