@@ -129,9 +129,8 @@ class Block(nn.Module):
         part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
         return add_rows(x, second.rows, part, scales[1])
 
-    def operations(self, shapes: Sequence[Shape], rows: float | None = None, skipped: bool = False) -> Operations:
-        """Of a pass over crops of ``shapes``, of which the results of so many ``rows`` are wanted (None: all);
-        ``skipped``: whether other samples skip its branches."""
+    def operations(self, shapes: Sequence[Shape], rows: float | None = None) -> Operations:
+        """Of a pass over crops of ``shapes``, of which the results of so many ``rows`` are wanted (None: all)."""
         tokens = sum(crops * length for crops, length in shapes)
         rows = tokens if rows is None else rows
         found = (
@@ -139,10 +138,7 @@ class Block(nn.Module):
             + self.attn.products(shapes)
             + linear_maps(rows, self.attn.proj, self.mlp)
         )
-        # A checkpointed block is computed anew up to what its backward last asks for: any scale comes after all of it.
-        scaled = skipped or isinstance(self.ls2, LayerScale)
-        last = 0.0 if scaled else linear_maps(rows, self.mlp.fc2).forward
-        return replace(found, full=found.forward - last)
+        return replace(found, full=found.forward)  # a checkpointed block is computed anew to its end
 
 
 class PatchEmbedding(nn.Module):
@@ -327,8 +323,8 @@ class VisionTransformer(nn.Module):
         run = shapes if kept is None else kept
         rows = None if wanted is None else sum(wanted)
         *before, last = (block for block in self.blocks if isinstance(block, Block))
-        blocks = total_operations(block.operations(run, skipped=kept is not None) for block in before)
-        blocks += last.operations(run, rows, skipped=kept is not None)
+        blocks = total_operations(block.operations(run) for block in before)
+        blocks += last.operations(run, rows)
         return linear_maps(embedded, self.patch_embed, of_data=True) + blocks
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:

@@ -27,9 +27,10 @@ FURTHER_VIEWS = {
 OF_THE_RECORD = re.compile(
     "step|loss|operations|lr|weight_decay|skipped|grad_norm(/.*)?|data_wait|peak_memory_gib|flop_utilisation"
     "|tiles|slides|bad_tiles|(tiles|slides)_per_second|look_seconds|failed_saves|alarm|since|says|epoch"
-    "|rankme|feature_cosine|feature_std|slide_knn|slide_chance|probe_\\w+"
 )
 """Names in ``metrics.jsonl`` of what the run itself finds out."""
+OF_TILE_LOOKS = re.compile(r"rankme|feature_cosine|feature_std|slide_knn|slide_chance|probe_\w+")
+"""Further ones, in the tile stage."""
 FIGURES = "figures by name, {'accuracy': 0.5, …}"
 
 
@@ -136,7 +137,9 @@ def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, di
             f"{who}.loss gives a loss that depends on nothing that is trained: is there a detach() or no_grad() on its"
             " way?"
         )
-    return loss, {name: _beside(loss, value) for name, value in _figures(f"{who}.loss", figures).items()}
+    return loss, {
+        name: _beside(loss, value) for name, value in _figures(f"{who}.loss", figures, objective.stage).items()
+    }
 
 
 def _beside(loss: Tensor, value: Tensor | float) -> Tensor:
@@ -149,7 +152,7 @@ def _beside(loss: Tensor, value: Tensor | float) -> Tensor:
 def look_of(objective: Objective, parts: Sequence[Any], moment: Moment) -> dict[str, float]:
     """The figures of the objective's look. Raises Fault for one that isn't one number, or whose name the record has for
     its own."""
-    found = _figures(f"{type(objective).__name__}.look", objective.look(parts, moment))
+    found = _figures(f"{type(objective).__name__}.look", objective.look(parts, moment), objective.stage)
     return {name: float(value) for name, value in found.items()}
 
 
@@ -159,7 +162,7 @@ def evaluation_of(objective: SlideObjective, batches: Iterable[Any]) -> dict[str
     kind = type(objective).__name__
     given = _given(f"{kind}.evaluate", objective.evaluate(batches), Mapping, FIGURES)
     own = {"validation_loss" if name == "loss" else name: value for name, value in given.items()}
-    found = {name: float(value) for name, value in _figures(f"{kind}.evaluate", own).items()}
+    found = {name: float(value) for name, value in _figures(f"{kind}.evaluate", own, objective.stage).items()}
     if objective.score and objective.score not in found:
         raise Fault(
             f"{kind}.score is {objective.score!r}, which {kind}.evaluate doesn't give: name one of its figures"
@@ -182,11 +185,12 @@ def _given(who: str, given: Any, kind: type, form: str) -> Any:
     return given
 
 
-def _figures(who: str, given: Any) -> dict[str, Tensor | float]:
+def _figures(who: str, given: Any, stage: str) -> dict[str, Tensor | float]:
     """Figures to record by name, each a number or a tensor without dimensions. Raises Fault for names that the record
     has for its own."""
     figures = _given(who, given, Mapping, FIGURES)
-    if taken := [str(name) for name in figures if OF_THE_RECORD.fullmatch(str(name))]:
+    owned = [OF_THE_RECORD, OF_TILE_LOOKS] if stage == "tile" else [OF_THE_RECORD]
+    if taken := [str(name) for name in figures if any(names.fullmatch(str(name)) for names in owned)]:
         raise Fault(
             f"{who} gives {', '.join(taken)}, which the record names figures of its own: call them something else,"
             f" own_{taken[0].rpartition('/')[2]} say."
