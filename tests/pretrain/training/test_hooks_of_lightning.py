@@ -2,11 +2,13 @@
 
 import csv
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import pytest
+import torch
 
 from data.fault import Fault
 from launch.entry import run_command_line
@@ -39,6 +41,16 @@ class Stopping(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
         trainer.should_stop = module.step >= self.after
+
+
+class Logging(L.Callback):
+    """Logs a step's number in every way that Lightning has, and a loss that is not the run's."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+        self.log("mine", float(module.step))  # type: ignore[attr-defined]
+        module.log("loss", 77.0)
+        trainer.logger.log_metrics({"straight": torch.tensor(module.step)})  # type: ignore[union-attr]
+        trainer.logger.log_metrics({"counted": trainer.global_step}, step=trainer.global_step)  # type: ignore[union-attr]
 
 
 def test_callbacks_and_loggers_of_lightning_s_and_of_ones_own_are_called(tile_shards: Path, tmp_path: Path) -> None:
@@ -113,6 +125,33 @@ def test_a_callback_that_ends_the_run_loses_no_step(
         for run in ("run", "whole")
     )
     assert one == other and len(one) == 6
+
+
+def test_what_callbacks_log_is_of_the_step_just_taken_also_after_a_kill(tile_shards: Path, tmp_path: Path) -> None:
+    words = command(
+        tile_shards,
+        tmp_path / "run",
+        f"trainer.callbacks=[{{_target_:{__name__}.Logging}},"
+        "{_target_:lightning.pytorch.callbacks.LearningRateMonitor}]",
+        f"trainer.loggers=[{{_target_:lightning.pytorch.loggers.CSVLogger,save_dir:{tmp_path / 'csv'}}}]",
+    )
+    run_command_line(words)
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step-00000006")  # as a kill after step 5 leaves it
+    run_command_line(words)
+    lines = read_metrics(tmp_path / "run")
+    every = list(range(1, 7))
+    for name in ("mine", "straight", "counted"):
+        found = [(line["step"], line[f"callbacks/{name}"]) for line in lines if f"callbacks/{name}" in line]
+        assert found == [(step, step) for step in every]
+    assert sorted({line["step"] for line in lines if "callbacks/lr-ShardAdamW/pg1" in line}) == every
+    assert [line["step"] for line in lines if line.get("callbacks/loss") == 77] == every
+    assert [line["step"] for line in lines if "loss" in line] == every and 77 not in [
+        line.get("loss") for line in lines
+    ]
+    assert [line["step"] for line in lines] == sorted(line["step"] for line in lines)
+    for table, steps in zip(sorted((tmp_path / "csv").rglob("metrics.csv")), (every, every[4:]), strict=True):
+        mine = [(int(row["step"]), float(row["mine"])) for row in csv.DictReader(table.open()) if row["mine"]]
+        assert mine == [(step, step) for step in steps]
 
 
 @pytest.mark.parametrize(
