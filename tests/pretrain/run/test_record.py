@@ -23,9 +23,10 @@ class Config:
 
 
 @dataclass
-class WithUrl:
+class WithSecrets:
     wandb: WandbSettings
     url: str
+    api_key: str
 
 
 def config(mode: str) -> Config:
@@ -185,11 +186,13 @@ def test_a_signal_to_every_process_leaves_the_run_alive_without_its_mirror(tmp_p
     assert "alive" in done.stdout and "what follows is in metrics.jsonl only" in done.stderr, done.stderr
 
 
-def test_weights_and_biases_gets_no_secret_of_a_url(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_and_biases_gets_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     secret = "https://me:hunter2@host/shards?token=hunter2"
-    monkeypatch.setattr(sys, "argv", ["pretrain", f"data.shards={secret}"])
-    mirror = mirror_of(tmp_path, WithUrl(WandbSettings("offline", "slidewright"), secret))
+    words = [f"data.shards={secret}", "trainer.loggers=[{_target_:x.L,api_key:hunter2}]"]
+    monkeypatch.setattr(sys, "argv", ["pretrain", *words])
+    mirror = mirror_of(tmp_path, WithSecrets(WandbSettings("offline", "slidewright"), secret, "hunter2"))
     assert mirror.run is not None and mirror.run.config["url"] == "https://***@host/shards?token=***"
+    assert mirror.run.config["api_key"] == "***"
     mirror.close()
     kept = b"".join(path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
-    assert b"host/shards" in kept and b"hunter2" not in kept and sys.argv[1].endswith("hunter2")
+    assert b"host/shards" in kept and b"hunter2" not in kept and sys.argv[1:] == words
