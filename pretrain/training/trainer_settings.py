@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import lightning as L
 import lightning.pytorch.callbacks as pl
 import torch
+from lightning.pytorch.callbacks.pruning import ModelPruning
 from lightning.pytorch.loggers import Logger
 
 from data.fault import Fault
@@ -21,11 +22,16 @@ PROFILERS = ("simple", "pytorch")
 
 
 IN_PLACE_OF: dict[type[L.Callback], str] = {
-    pl.ModelCheckpoint: "trainer.checkpoint_every=, keep_checkpoints= and keep_every= say what is saved, and watch.probe= keeps the best",
+    pl.Checkpoint: "trainer.checkpoint_every=, keep_checkpoints= and keep_every= say what is saved, and watch.probe= keeps the best",
     pl.EarlyStopping: "watch.probe= and watch.patience= end a run that no longer gains",
     pl.ProgressBar: "progress is shown already",
     pl.GradientAccumulationScheduler: "trainer.accumulate= is the number of micro-batches",
     pl.StochasticWeightAveraging: "the teacher is the average of the student's weights",
+    pl.WeightAveraging: "the teacher is the average of the student's weights",
+    pl.LearningRateFinder: "optim.lr= is given, and a run of a few hundred steps of each (optim.steps= with optim.schedule_steps=) compares some",
+    pl.BatchSizeFinder: "'pretrain plan' says what fits, and trainer.accumulate= fits the rest",
+    pl.BaseFinetuning: "optim.frozen_backbone_steps= holds the encoder still at first, and optim.layer_decay= its lower blocks back",
+    ModelPruning: "a smaller network is trained as one, with model.width= and model.depth=",
 }
 """Callbacks of Lightning's that ask for a step or a saving of its own kind, and what there is here."""
 

@@ -160,6 +160,12 @@ def test_what_callbacks_log_is_of_the_step_just_taken_also_after_a_kill(tile_sha
         ("lightning.pytorch.callbacks.ModelCheckpoint", "trainer.checkpoint_every="),
         ("lightning.pytorch.callbacks.EarlyStopping,monitor:loss", "watch.patience="),
         ("lightning.pytorch.callbacks.StochasticWeightAveraging,swa_lrs:0.1", "the teacher is the average"),
+        ("lightning.pytorch.callbacks.EMAWeightAveraging", "the teacher is the average"),
+        ("lightning.pytorch.callbacks.OnExceptionCheckpoint,dirpath:a", "trainer.checkpoint_every="),
+        ("lightning.pytorch.callbacks.LearningRateFinder", "optim.lr="),
+        ("lightning.pytorch.callbacks.BatchSizeFinder", "'pretrain plan' says what fits"),
+        ("lightning.pytorch.callbacks.BackboneFinetuning", "optim.frozen_backbone_steps="),
+        ("lightning.pytorch.callbacks.ModelPruning,pruning_fn:l1_unstructured", "model.width="),
         (f"{__name__}.Stopping,afetr:1", "Stopping can't be made of"),
     ],
 )
@@ -169,6 +175,36 @@ def test_callbacks_that_have_no_place_here_are_told_what_has(
     with pytest.raises(SystemExit) as ended:
         run_command_line(command(tile_shards, tmp_path / "run", f"trainer.callbacks=[{{_target_:{callback}}}]"))
     assert ended.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+class Lacking(L.Callback):
+    """Needs a package that nobody has, when it is made or when it is set up."""
+
+    def __init__(self, made: bool) -> None:
+        if made:
+            import nobody_has_this  # noqa: F401  # type: ignore[import-not-found]
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        raise ModuleNotFoundError("`that` is not installed. HINT: Try\nrunning `pip install that`")
+
+
+@pytest.mark.parametrize(
+    ("made", "sentence"),
+    [
+        ("true", "Lacking needs a package that is not there (No module named 'nobody_has_this'): pip install nobody_has_this"),
+        ("false", "trainer.callbacks or trainer.loggers name needs a package that is not there (`that` is not installed. HINT"),
+    ],
+)  # fmt: skip
+def test_a_package_that_a_callback_lacks_is_a_sentence_before_any_work(
+    made: str, sentence: str, tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        run_command_line(
+            command(tile_shards, tmp_path / "run", f"trainer.callbacks=[{{_target_:{__name__}.Lacking,made:{made}}}]")
+        )
+    said = capsys.readouterr().err.strip().splitlines()
+    assert sentence in said[-1] and "Traceback" not in "".join(said)
+    assert not (tmp_path / "run" / "config.yaml").exists()
 
 
 def test_a_trial_removes_nothing_that_was_there(
