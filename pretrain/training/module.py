@@ -4,8 +4,8 @@
     clip each network → (skip the step if anything is not finite) → AdamW → teacher, centre → record
 
 What happens around a step lies in callbacks, in this order after each: a signal is heeded (`ending`), features are
-looked at (`looking`), held-out data judge (`judging`), alarms are raised (`alarming`), a checkpoint is written
-(`checkpointing`), and progress is shown (`showing`).
+looked at (`looking`), held-out data judge (`judging`), the user's own callbacks are called, alarms are raised
+(`alarming`), a checkpoint is written (`checkpointing`), and progress is shown (`showing`).
 
 All a resumed run needs beside networks and optimiser is the number of steps taken: data, schedules and random draws are
 functions of it.

@@ -51,6 +51,14 @@ def check_hooks(callbacks: list[Plugin], loggers: list[Plugin]) -> None:
             raise Fault(f"trainer: {kind.__name__} can't be made of {dict(settings)}: {error}.") from error
 
 
+def check_trial(fast_dev_run: int, profiler: str | None) -> None:
+    """Raise ValueError for a profile that would be thrown away with the trial that it is of."""
+    if fast_dev_run and profiler:
+        raise ValueError(
+            "a trial's folder is thrown away, and the profile in it; a run of a few steps, optim.steps=, keeps one"
+        )
+
+
 @dataclass
 class TrainerSettings:
     """The settings under ``trainer:``, explained in ``configs/trainer/default.yaml``."""
@@ -72,9 +80,12 @@ class TrainerSettings:
     callbacks: list[Plugin]
     loggers: list[Plugin]
     profiler: Annotated[str | None, one_of(*PROFILERS)]
-    fast_dev_run: bool
+    fast_dev_run: Annotated[int | bool, within(least=0)]
 
-    agreements: ClassVar[Agreements] = {("callbacks", "loggers"): check_hooks}
+    agreements: ClassVar[Agreements] = {
+        ("callbacks", "loggers"): check_hooks,
+        ("fast_dev_run", "profiler"): check_trial,
+    }
 
 
 def require_devices(settings: TrainerSettings) -> None:

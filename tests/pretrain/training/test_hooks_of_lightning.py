@@ -14,7 +14,10 @@ from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain.run.metrics import read_metrics
 from pretrain.settings.composition import load
+from tests.pretrain.training.test_slide_training import SMALL
+from tests.pretrain.training.test_slide_training import words as slide_words
 from tests.pretrain.training.test_tile_training import command
+from tests.pretrain.training.wavy_slides import write_wavy_slides
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 SEEN: list[tuple[int, int, float]] = []
@@ -103,8 +106,17 @@ def test_a_profiler_writes_a_trace_of_some_steps(tile_shards: Path, tmp_path: Pa
 def test_a_trial_takes_a_step_and_leaves_nothing(
     tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_command_line(command(tile_shards, tmp_path / "run", "trainer.fast_dev_run=true"))
-    assert "went well" in capsys.readouterr().err and not list(tmp_path.iterdir())
+    for settings, done in (
+        (["true"], "1 step, 1 look and 1 checkpoint went well"),
+        (["3", "trainer.log_every=2"], "3 steps, 3 looks and 2 checkpoints went well"),
+        (["true", f"trainer.callbacks=[{{_target_:{__name__}.Logging}}]"], "1 step, 1 look and 1 checkpoint went well"),
+        (
+            ["true", f"trainer.callbacks=[{{_target_:{__name__}.Stopping,after:0}}]"],
+            "no step was taken, since a callback",
+        ),
+    ):
+        run_command_line(command(tile_shards, tmp_path / "run", f"trainer.fast_dev_run={settings[0]}", *settings[1:]))
+        assert f"{tmp_path / 'run'}: {done}" in capsys.readouterr().err and not list(tmp_path.iterdir())
     run_command_line(command(tile_shards, tmp_path / "run"))
     assert [line["step"] for line in read_metrics(tmp_path / "run") if "loss" in line] == list(range(1, 7))
 
@@ -175,6 +187,37 @@ def test_callbacks_that_have_no_place_here_are_told_what_has(
     with pytest.raises(SystemExit) as ended:
         run_command_line(command(tile_shards, tmp_path / "run", f"trainer.callbacks=[{{_target_:{callback}}}]"))
     assert ended.value.code == 2 and sentence in capsys.readouterr().err and not (tmp_path / "run").exists()
+
+
+def test_a_trial_of_the_slide_stage_says_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    store = write_wavy_slides(tmp_path / "store", 6, columns=8, rows=6, fewer=6)
+    held_out = ["data.validation_fraction=0.4", "trainer.fast_dev_run=true"]
+    run_command_line(slide_words(tmp_path / "run", store, *SMALL, "optim.warmup_steps=1", *held_out))
+    assert "run: 1 step, 1 checkpoint and 1 evaluation went well" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("run", [".", "/", "runs/.."])
+def test_a_trial_needs_a_run_with_a_name(
+    run: str, tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit):
+        run_command_line(command(tile_shards, Path(run), "trainer.fast_dev_run=true"))
+    assert f"pretrain: run={run} has no name for a trial to be beside" in capsys.readouterr().err
+
+
+def test_a_trials_profile_would_be_thrown_away() -> None:
+    sentence = (
+        "trainer.fast_dev_run=true and trainer.profiler=simple don't go together: a trial's folder is thrown away"
+    )
+    with pytest.raises(Fault, match=sentence):
+        load("tile", ["run=a", "data.shards=b", "trainer.fast_dev_run=true", "trainer.profiler=simple"])
+
+
+@pytest.mark.parametrize("word", ["-1", "1.5", "some"])
+def test_a_trial_is_of_whole_steps(word: str) -> None:
+    with pytest.raises(Fault, match=r"^trainer\.fast_dev_run"):
+        load("tile", ["run=a", "data.shards=b", f"trainer.fast_dev_run={word}"])
 
 
 class Lacking(L.Callback):
