@@ -1,4 +1,5 @@
-"""Files that are there whole or not at all, whatever kills their writer and whoever else writes them at the same time.
+"""Files and folders that are there whole or not at all, whatever kills their writer and whoever else writes them at the
+same time.
 
     .index.npz.4211-node7-1f3a.partial   being written: no two processes of any nodes share such a name
     index.npz                            flushed to the disk and renamed: this writer's or another's, never a mixture
@@ -7,12 +8,13 @@ This is the only place that knows what a file system refuses, and says it in a s
 """
 
 import errno
+import filecmp
 import os
 import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -84,7 +86,10 @@ def make_folder(folder: Path) -> Path:
 
 
 def unfinished(path: Path) -> Path:
-    """A name beside ``path`` for what isn't whole yet, unlike that of any other process on any node."""
+    """A name beside ``path`` for what isn't whole yet, unlike that of any other process on any node. Raises Fault where
+    ``path`` ends in no name, as ``.`` and ``/`` do."""
+    if path.name in ("", ".."):
+        raise Fault(f"{path} names nothing that could be made: give a path that ends in a name.")
     host = re.sub(r"[^A-Za-z0-9]+", "", platform.node())[:16]
     ending = f".{os.getpid()}-{host}-{secrets.token_hex(4)}{PARTIAL}"
     return path.with_name(f".{path.name[: 250 - len(ending)]}{ending}")
@@ -142,6 +147,39 @@ def create_whole(path: Path, content: str) -> bool:
         raise refused(path, error) from error
     finally:
         remove(partial)
+
+
+def create_folder_whole(folder: Path, fill: Callable[[Path], None]) -> bool:
+    """Let ``fill`` write into an empty folder, which gets the name ``folder`` when it is whole. Of those who try at once
+    each fills its own, and one gets the name.
+
+    False where ``folder`` holds the very same files already. Raises Fault where it holds anything else, and Refused
+    where the file system refuses any of it.
+    """
+    partial = make_folder(unfinished(folder))
+    try:
+        with refusals(folder):
+            fill(partial)
+            for path in (*partial.rglob("*"), partial):
+                flush(path)
+            try:
+                partial.rename(folder)  # an empty folder gives way
+            except OSError as error:
+                if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                    raise
+                if _hold_the_same(partial, folder):
+                    return False
+                raise Fault(f"{folder} already holds something else: give another name, or remove it.") from error
+            flush(folder.parent)
+            return True
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _hold_the_same(one: Path, other: Path) -> bool:
+    names, others = (sorted(str(path.relative_to(root)) for path in root.rglob("*")) for root in (one, other))
+    files = [name for name in names if (one / name).is_file()]
+    return names == others and filecmp.cmpfiles(one, other, files, shallow=False)[0] == files
 
 
 def remove(path: Path) -> None:

@@ -1,7 +1,8 @@
-"""What is private in a URL, taken out of everything that is written or said.
+"""What is private, in a URL or under a name that says so, taken out of everything that is written or said.
 
     https://user:password@host/shards      → https://***@host/shards
     https://host/shards?token=abc&sig=def  → https://host/shards?token=***&sig=***       what stands behind a # likewise
+    {_target_: x.Logger, api_key: abc}     → {_target_: x.Logger, api_key: ***}          in settings, words and sentences
 
 Of a query every value goes, since nobody knows which of them signs it. What names a variable
 (``?token=${oc.env:TOKEN}``) tells nothing and stays. Settings are compared as they are written, so a new token is not a
@@ -9,7 +10,7 @@ changed setting.
 """
 
 import re
-from typing import TypeVar
+from typing import Any, TypeVar
 
 HIDDEN = "***"
 # A path made of a URL has one slash where this had two. A comma ends one where another follows, as in lists.
@@ -20,21 +21,37 @@ URL = re.compile(
 # A password may hold what should have been escaped; a number behind a colon is a port.
 USER = re.compile(r"^(?:[^/?#]*|[^/?#@]*:(?!\d+/)[^@]*)@")
 VARIABLE_PARTS = re.compile(r"(?:\$\{[^}]*\}|[:&=@])*")
+# How a secret's name ends, in words joined by _ . or -. A number under the latter (token=1) is none, and neither is what a
+# network calls a token.
+SECRET_NAME = re.compile(
+    r"(?:.*[_.-])?(?:(?:(?:api|access|account|secret|private)[_-]?key|secret|password|passwd|passphrase|pwd|credentials?)"
+    r"|(?P<texts_only>(?<!class.)(?<!cls.)(?<!mask.)(?<!pad.)(?<!patch.)(?<!register.)(?<!pool.)token|auth|authorization))"
+)
+NO_SECRET = re.compile(r"(?i)\*\*\*|null|none|true|false|")
+NAMED_VALUE = re.compile(
+    r"""(?<![\w.?&\#-])(?P<name>[\w.-]*(?i:key|secret|password|passwd|passphrase|pwd|credentials?|token|auth|authorization))
+    (?P<to>["']?(?:=|:(?P<loose>[ \t]+)?))
+    (?P<value>"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|\[[^\]]*\]|\{[^}]*\}
+    |(?(loose)[^,{}\[\]\n"']+?(?=[).;]*(?:[ \t]+\#|[,{}\[\]\n"']|$))   # of YAML, which has spaces in words
+    |(?:\$\{[^}]*\}|[^\s,{}\[\]"'])+?(?=[).;]*(?:[\s,{}\[\]"']|$))))""",
+    re.VERBOSE,
+)
 
 Settings = TypeVar("Settings")
 
 
 def redacted(text: str) -> str:
-    """The text, with what is private in its URLs as ``***``."""
-    return URL.sub(_redacted_url, text) if ":/" in text else text
+    """The text, with what is private in its URLs, or named as a secret, as ``***``."""
+    without = URL.sub(_redacted_url, text) if ":/" in text else text
+    return NAMED_VALUE.sub(_redacted_value, without)
 
 
 def redacted_settings(settings: Settings) -> Settings:
-    """Nested dictionaries and lists with every text in them redacted."""
+    """Nested dictionaries and lists with every text in them redacted, and every value that is named as a secret."""
     if isinstance(settings, str):
         return redacted(settings)  # type: ignore[return-value]
     if isinstance(settings, dict):
-        return {key: redacted_settings(value) for key, value in settings.items()}  # type: ignore[return-value]
+        return {key: _of_a_name(str(key), value) for key, value in settings.items()}  # type: ignore[return-value]
     if isinstance(settings, list | tuple):
         return type(settings)(redacted_settings(value) for value in settings)  # type: ignore[call-arg, return-value]
     return settings
@@ -43,6 +60,36 @@ def redacted_settings(settings: Settings) -> Settings:
 def is_private(text: str) -> bool:
     """Whether the text holds something that is to be redacted."""
     return redacted(text) != text
+
+
+def names_a_secret(name: str, value: Any) -> bool:
+    """Whether a setting's name says that its ``value`` is a secret: ``api_key``, ``comet.apiKey``, ``auth_token``; not
+    ``batch_tokens``."""
+    found = SECRET_NAME.fullmatch(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", name).lower())
+    if found is None or value is None or isinstance(value, bool):
+        return False
+    if not isinstance(value, str):
+        return not (found["texts_only"] and isinstance(value, int | float | dict))
+    plain = value.strip("'\"")
+    if NO_SECRET.fullmatch(plain) or VARIABLE_PARTS.fullmatch(plain):
+        return False
+    return not (found["texts_only"] and re.fullmatch(r"[\d.+-]+", plain))
+
+
+def _of_a_name(name: str, value: Any) -> Any:
+    return HIDDEN if names_a_secret(name, value) else redacted_settings(value)
+
+
+def _redacted_value(match: re.Match[str]) -> str:
+    """A name and its value in a text: ``name=value``, ``'name': value``, or ``name: value`` where no sentence could be
+    meant."""
+    name, to, value = match.group("name", "to", "value")
+    before = match.string[: match.start()].rpartition("\n")[2].rstrip(" \t")
+    is_prose = to[0] == ":" and to != ":" and before != "" and before[-1] not in "{[,-"
+    if is_prose or not names_a_secret(name, value):
+        return f"{name}{to}{NAMED_VALUE.sub(_redacted_value, value)}"
+    quote = value[0] if value[0] in "\"'" else ""
+    return f"{name}{to}{quote}{HIDDEN}{quote}"
 
 
 def _redacted_url(match: re.Match[str]) -> str:

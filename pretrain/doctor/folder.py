@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from data.files import remove
+from data.files import Refused, remove, write_whole
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.objectives.interface import Objective
 
@@ -28,24 +28,22 @@ def existing(folder: Path) -> Path:
 
 
 def write_and_rename(folder: Path) -> list[Finding]:
-    """Write a file as checkpoints are written (flush, rename), and read it in another process."""
-    place, name = existing(folder), f".doctor-{os.getpid()}-{secrets.token_hex(4)}"
-    partial, final, content = place / f"{name}.partial", place / name, secrets.token_hex(512)
+    """Write a file as all that must be whole is written (flush, rename), and read it in another process."""
+    place = existing(folder)
+    file, content = place / f".doctor-{os.getpid()}-{secrets.token_hex(4)}", secrets.token_hex(512)
     try:
-        with partial.open("w") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, final)
-        reader = [sys.executable, "-c", "import sys; print(open(sys.argv[1]).read())", str(final)]
+        write_whole(file, content)
+        reader = [sys.executable, "-c", "import sys; print(open(sys.argv[1]).read())", str(file)]
         seen = subprocess.run(reader, capture_output=True, text=True).stdout.strip()
-    except OSError as error:
+    except Refused as refusal:
         return [
-            failed("folder", f"{place} can't be written ({error}): give a run= on a disk that this user may write to")
+            failed(
+                "folder",
+                f"{place} can't be written ({refusal.__cause__}): give a run= on a disk that this user may write to",
+            )
         ]
     finally:
-        for path in (partial, final):
-            remove(path)
+        remove(file)
     if seen != content:
         return [
             failed(

@@ -1,18 +1,23 @@
 """``metrics.jsonl`` of a run: one JSON object a line, in order of steps; read whole, from its end, or thinned while it
 is read.
 
-A run of a million steps has half a gigabyte of it. What a resumed run needs is at its end, and what a page shows is a
-sample of its lines: neither takes longer, or more memory, for a longer run than reading the bytes does.
+A run of a million steps has half a gigabyte of it. What a resumed run looks back on is at its end, and what a page shows
+is a sample of its lines: neither takes longer, or more memory, for a longer run than reading the bytes does.
 """
 
 import json
+import os
+import re
 from collections.abc import Iterator
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
+
+from data.files import appearing
 
 BYTES_A_READ = 2**20  # bytes read at a time
 TAIL = 2**23  # bytes that a resumed run looks back on: some 15,000 steps
+STEP = re.compile(rb'\{"step": (\d+)[,}]')  # how a line begins
 SHOWN = 8192  # ordinary lines that `thinned` gives at most
 
 
@@ -64,43 +69,27 @@ def thinned(run: Path) -> list[dict[str, Any]]:
 
 
 def rewind(run: Path, step: int) -> None:
-    """Cut off what was recorded after ``step``, the steps that are about to be taken again, and a line that a kill cut
-    short."""
-    path = path_of(run)
-    if not path.exists():
+    """Take out what was recorded after ``step``, wherever it stands: the steps that are about to be taken again. A line
+    that a kill cut short, or that is none, goes too."""
+    path, kept, end = path_of(run), 0, 0  # kept: where the lines end that stay and have none before them that goes
+    for line in _lines(path):
+        begin, end = end, end + len(line)
+        if _is_of(line, step):
+            if kept < begin:
+                break
+            kept = end
+    else:
+        if kept < end:
+            os.truncate(path, kept)
         return
-    with path.open("r+b") as file:
-        for end, line in _backwards(file):
-            found = _step(line)
-            if found is not None and found <= step:
-                file.truncate(end)
-                if not line.endswith(b"\n"):
-                    file.seek(end)
-                    file.write(b"\n")
-                return
-        file.truncate(0)
+    with appearing(path) as partial, partial.open("wb") as file:
+        file.writelines(line for line in _lines(path) if _is_of(line, step))
 
 
-def _backwards(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
-    """The lines of a file from the last to the first, each with the place where it ends."""
-    position, held = file.seek(0, 2), b""  # held: the end of a line that begins further up
-    while position:
-        begin = max(0, position - BYTES_A_READ)
-        file.seek(begin)
-        block = file.read(position - begin) + held
-        lines, end = block.splitlines(keepends=True), begin + len(block)
-        held = lines.pop(0) if begin else b""
-        for line in reversed(lines):
-            yield end, line
-            end -= len(line)
-        position = begin
-
-
-def _step(line: bytes) -> int | None:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return None
+def _is_of(line: bytes, most: int) -> bool:
+    """Whether a line is whole, and of a step up to ``most``. A line is read no further than its step."""
+    found = STEP.match(line)
+    return found is not None and int(found[1]) <= most and line.endswith(b"\n")
 
 
 def _lines(path: Path, begin: int = 0) -> Iterator[bytes]:

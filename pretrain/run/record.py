@@ -1,4 +1,8 @@
-"""The record of a run, as Lightning's loggers: ``metrics.jsonl`` always, Weights & Biases beside it when asked."""
+"""The record of a run, as Lightning's loggers: ``metrics.jsonl`` always, Weights & Biases beside it when asked.
+
+What the run itself finds out is given to `OfARun.record`. Whatever else comes, by Lightning's ``log`` or straight from a
+user's callback, is recorded as ``callbacks/NAME``: a callback's ``loss`` is never taken for the run's.
+"""
 
 import errno
 import json
@@ -6,6 +10,7 @@ import math
 import os
 import secrets
 import sys
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -16,6 +21,7 @@ from typing import Annotated, Any
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from data.fault import Fault
 from data.files import refused, write_whole
 from data.redaction import redacted_settings
 from models.allowed import one_of
@@ -33,11 +39,27 @@ class WandbSettings:
 
 
 class OfARun(Logger):
-    """What Lightning asks of any logger, of one that belongs to a run's folder. Only the first rank logs."""
+    """What Lightning asks of any logger, of one that belongs to a run's folder. Only the first rank logs.
+
+    ``present``: the step that is being taken, or was just taken.
+    """
 
     def __init__(self, run: Path) -> None:
         super().__init__()
-        self.folder = run
+        self.folder, self.present = run, 0
+
+    @abstractmethod
+    def record(self, figures: Mapping[str, float], step: int) -> None:
+        """Take figures of ``step``, under the names that they have."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, Any], step: int | None = None) -> None:
+        """Take what callbacks log, each as ``callbacks/NAME``; without a ``step``, of the present one. Raises Fault for
+        what is no number."""
+        # Lightning adds the epoch, of which a run has one.
+        figures = {f"callbacks/{name}": number(name, value) for name, value in metrics.items() if name != "epoch"}
+        if figures:
+            self.record(figures, self.present if step is None else step)
 
     @property
     def name(self) -> str:
@@ -53,6 +75,20 @@ class OfARun(Logger):
 
     def log_hyperparams(self, *_: Any, **__: Any) -> None:
         """They are in the run's ``config.yaml``."""
+
+
+def number(name: str, value: Any) -> float:
+    """A figure of a callback's as Python's number: what is one already, or a tensor or an array of one. Raises Fault
+    for anything else."""
+    try:
+        plain = value.item() if hasattr(value, "item") else value
+        math.isfinite(plain)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise Fault(
+            f"trainer.callbacks: the figure {name} is {value!r}, and the record takes single numbers: log one, as"
+            " value.mean()."
+        ) from error
+    return plain  # type: ignore[no-any-return]
 
 
 class RunRecord(OfARun):
@@ -81,13 +117,17 @@ class RunRecord(OfARun):
         self.history = History([*metrics_file.of_the_start(self.folder), *metrics_file.tail(self.folder)])
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Record the figures of ``step``."""
-        assert step is not None
+    def record(self, figures: Mapping[str, float], step: int) -> None:
+        """Write a line. Raises Fault while the file isn't open, where only a callback can have called."""
+        if self.file is None:
+            raise Fault(
+                f"trainer.callbacks: {', '.join(figures)} came while no step was being taken: log from on_train_start to"
+                " on_train_end."
+            )
         # JSON knows no NaN: the figures of a skipped step that aren't finite are null.
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        finite = {name: value if math.isfinite(value) else None for name, value in figures.items()}
         self._write({"step": step, **finite})
-        self.history.add(step, metrics)
+        self.history.add(step, figures)
 
     @rank_zero_only
     def alarm(self, step: int, alarm: Alarm) -> None:
@@ -102,6 +142,7 @@ class RunRecord(OfARun):
         if self.waiting and self._written():
             say(f"{self.path} lacks its last {len(self.waiting)} lines, for which there was no room")
         self.file.close()
+        self.file = None
 
     def _write(self, line: dict[str, Any]) -> None:
         first = not self.waiting
@@ -188,9 +229,9 @@ class WandbMirror(OfARun):
             )
 
     @rank_zero_only
-    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
-        """Mirror the figures of ``step``."""
-        self._ask(lambda run: run.log(dict(metrics), step=step))
+    def record(self, figures: Mapping[str, float], step: int) -> None:
+        """Send a line."""
+        self._ask(lambda run: run.log(dict(figures), step=step))
 
     def alarm(self, alarm: Alarm) -> None:
         """Send an alarm, which W&B mails to those who asked for it."""

@@ -12,7 +12,7 @@ from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseExceptio
 from data.fault import Fault
 from pretrain.settings import plugins, ranges
 from pretrain.settings.command_schema import config_class, setting_types
-from pretrain.settings.refusals import dotted_keys, nearest
+from pretrain.settings.refusals import dotted_keys, in_its_place
 from pretrain.settings.shell_words import key_of, of_home, readable
 
 
@@ -88,10 +88,8 @@ def merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> D
             target = OmegaConf.select(values, f"{node}._target_") if node else None
             if target is not None and (why := plugins.why_unknown(target, name)):
                 raise Fault(f"there is no setting {key!r}: {why}") from error
-            raise Fault(
-                f"there is no setting {key!r} in 'pretrain"
-                f" {command}'{nearest(key, {known for known in dotted_keys(values) if known != key and not known.startswith(f'{key}.')})}"
-            ) from error
+            others = {known for known in dotted_keys(values) if known != key and not known.startswith(f"{key}.")}
+            raise Fault(f"there is no setting {key!r} in 'pretrain {command}'{in_its_place(key, others)}") from error
         if "is not Optional" in str(error):
             raise Fault(f"{key} can't be null: give a value, or leave it out.") from error
         raise Fault(f"{key}: {str(error).splitlines()[0]}") from error
@@ -138,9 +136,13 @@ def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -
     for name, kind in kinds.items():
         value = None if name not in values or OmegaConf.is_missing(values, name) else values[name]
         if kind == list[plugins.Plugin]:
-            for one in [value] if isinstance(value, str) else value or ():
+            for one in value if isinstance(value, ListConfig) else [] if value is None else [value]:
                 if not isinstance(one, DictConfig):
-                    raise Fault(f"{prefix}{name}: {one!r} is no class with its settings: write [{{_target_: {one}}}].")
+                    known = one if isinstance(one, str) else "dotted.path.Of"
+                    raise Fault(
+                        f"{prefix}{name}: {one!r} is no class with its settings: write [{{_target_: {known}}}], or [] for"
+                        " none."
+                    )
         elif list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
             one_path = isinstance(value, str) and Path(value).expanduser().exists()  # which may hold spaces
             try:

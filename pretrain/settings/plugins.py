@@ -171,7 +171,7 @@ def build(
     see `locate_class`.
 
     A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so
-    does any error of a class that isn't ours, with its traceback.
+    does any error of a class that isn't ours, with its traceback, or without where it only lacks a package.
     """
     target = locate_class(settings["_target_"], base, allowed)
     try:
@@ -181,8 +181,16 @@ def build(
     except Exception as error:
         if isinstance(error, Fault) or is_ours(target):
             raise
+        if isinstance(error, ModuleNotFoundError):
+            raise package_missing(target.__name__, error) from error
         said = traceback.format_exception_only(error)[-1].strip()
         raise Fault(f"{target.__name__} can't be built: {said}; above is where.", trace=own_trace(error)) from error
+
+
+def package_missing(who: str, error: ModuleNotFoundError) -> Fault:
+    """The sentence for a package that a user's class asks for, or Lightning's for it, and that isn't installed."""
+    name = f"pip install {error.name}" if error.name else "install it"
+    return Fault(f"{who} needs a package that is not there ({' '.join(str(error).split())}): {name}, or leave it out.")
 
 
 def is_ours(kind: type) -> bool:

@@ -11,6 +11,24 @@ from omegaconf import DictConfig, OmegaConf
 from pretrain.settings.command_schema import file_stem, with_launch
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
 
+OF_LIGHTNINGS_TRAINER = {
+    "max_steps": "optim.steps= is a run's length, and optim.schedule_steps= that of its schedules where it stops before",
+    "max_epochs": "optim.steps= is a run's length, in steps",
+    "max_time": "a job's time is launch.time=, and a run goes on where it was stopped",
+    "accumulate_grad_batches": "trainer.accumulate= is the micro-batches of a step",
+    "gradient_clip_val": "optim.clip= is the largest gradient norm",
+    "val_check_interval": "held-out data are judged at checkpoints, trainer.checkpoint_every=",
+    "num_nodes": "trainer.nodes= is the number of machines",
+    "strategy": "training is FSDP2, and trainer.shard_size= says over how many processes",
+    "log_every_n_steps": "trainer.log_every= is the steps between lines of metrics.jsonl",
+    "logger": "trainer.loggers= is a list of them",
+    "default_root_dir": "run= is the folder",
+} | dict.fromkeys(
+    ("limit_steps", "limit_train_batches"),
+    "optim.steps= with optim.schedule_steps= stops a run before its schedules end, and trainer.fast_dev_run= tries it",
+)
+"""What there is here in place of the settings of Lightning's trainer that people know by heart."""
+
 
 def why_refused(
     command: str, overrides: list[str], search: list[str], directories: list[Path], error: Exception
@@ -21,7 +39,8 @@ def why_refused(
         word for word in overrides if word in {f"launch={choice}" for choice in choices_of("launch", directories)}
     ]
     with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=file_stem(command)):
-        known = dotted_keys(compose(file_stem(command), with_launch(command, launch) + search))
+        tree = compose(file_stem(command), with_launch(command, launch) + search)
+    known = dotted_keys(tree)
     groups = {folder.name for directory in directories for folder in directory.iterdir() if folder.is_dir()}
     for text in overrides:
         try:
@@ -41,7 +60,9 @@ def why_refused(
                 f"{key} is a setting of {' and of '.join(others)}: give that too, as without it the command runs here."
             )
         elif key not in known and not override.is_add():
-            return f"there is no setting {key!r} in 'pretrain {command}'{nearest(key, known)}"
+            return f"there is no setting {key!r} in 'pretrain {command}'{in_its_place(key, known)}"
+        elif isinstance(value, dict) and key in known and OmegaConf.is_list(OmegaConf.select(tree, key)):
+            return f"{key} is a list: write {key}=[{text.partition('=')[2]}]."
         elif key in known and override.is_add() and not override.is_force_add():
             return f"{key} is a setting already, and + adds one: write {text.lstrip('+')}."
     return " ".join(str(error).split())
@@ -66,6 +87,15 @@ def dotted_keys(tree: DictConfig, prefix: str = "") -> set[str]:
         if not OmegaConf.is_missing(tree, key) and isinstance(tree[key], DictConfig):
             found |= dotted_keys(tree[key], f"{prefix}{key}.")
     return found
+
+
+def in_its_place(key: str, known: set[str]) -> str:
+    """The end of a sentence about an unknown setting: what there is in place of one of Lightning's trainer, or the
+    `nearest`."""
+    node, _, name = key.rpartition(".")
+    if node in ("", "trainer") and "trainer" in known and name in OF_LIGHTNINGS_TRAINER:
+        return f": {OF_LIGHTNINGS_TRAINER[name]}."
+    return nearest(key, known)
 
 
 def nearest(key: str, known: set[str]) -> str:

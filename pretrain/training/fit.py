@@ -92,6 +92,8 @@ def fit(training: Training, lease: Lease | None) -> None:
             if fault := ended_by(error) or out_of_memory(run, error):
                 raise fault from error
             raise
+        except ModuleNotFoundError as error:  # Lightning's callbacks look for theirs in setup, before anything is done
+            raise plugins.package_missing("what trainer.callbacks or trainer.loggers name", error) from error
         finally:
             if training.loader is not None:
                 training.loader.end()

@@ -16,5 +16,5 @@ class Looks(L.Callback):
     ) -> None:
         if training.looks_now:
             began = time.monotonic()
-            figures = training.look(batch)
-            training.record(figures | {"look_seconds": time.monotonic() - began})
+            if figures := training.look(batch):  # a stage may have nothing to look at
+                training.record(figures | {"look_seconds": time.monotonic() - began})

@@ -4,8 +4,8 @@
     clip each network → (skip the step if anything is not finite) → AdamW → teacher, centre → record
 
 What happens around a step lies in callbacks, in this order after each: a signal is heeded (`ending`), features are
-looked at (`looking`), held-out data judge (`judging`), alarms are raised (`alarming`), a checkpoint is written
-(`checkpointing`), and progress is shown (`showing`).
+looked at (`looking`), held-out data judge (`judging`), the user's own callbacks are called, alarms are raised
+(`alarming`), a checkpoint is written (`checkpointing`), and progress is shown (`showing`).
 
 All a resumed run needs beside networks and optimiser is the number of steps taken: data, schedules and random draws are
 functions of it.
@@ -36,6 +36,7 @@ from pretrain.run.across_ranks import total, world_size
 from pretrain.run.history import known_facts
 from pretrain.run.preemption import Preemption
 from pretrain.run.progress import SECONDS_BETWEEN_LINES, Progress, say
+from pretrain.run.record import OfARun
 from pretrain.run.watchdog import Watchdog
 from pretrain.training.adamw import ShardAdamW
 from pretrain.training.even_shares import require_even
@@ -155,8 +156,11 @@ class Training(L.LightningModule, ABC):
             state = checkpoints.restore(newest, self.objective, self.optimiser)
             self.step, self.skipped = state["step"], state["skipped"]
             self.raised, self.scored = set(state["alarms"]), [(step, score) for step, score in state["scores"]]
-            # What Lightning's own callbacks say belongs to a step of the run, not of this start.
-            self.trainer.fit_loop.epoch_loop._batches_that_stepped = self.step
+        # What is logged through Lightning, or by its trainer.global_step, belongs to a step of the run as the record
+        # counts it: 1 is the first, and a start is none.
+        loop = self.trainer.fit_loop.epoch_loop
+        loop._batches_that_stepped = self.step + 1
+        loop.manual_optimization.optim_step_progress.total.completed = self.step
         self.preemption = Preemption()
 
     def train_dataloader(self) -> LoaderProcess:
@@ -228,7 +232,7 @@ class Training(L.LightningModule, ABC):
     def record(self, figures: dict[str, float]) -> None:
         """Give the figures of the present step to every logger."""
         for logger in self.trainer.loggers:
-            logger.log_metrics(figures, self.step)
+            (logger.record if isinstance(logger, OfARun) else logger.log_metrics)(figures, self.step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds beside networks and optimiser."""

@@ -1,4 +1,7 @@
-"""A run's record and its mirror are opened where its first step is known, and closed where it ends."""
+"""A run's record and its mirror are opened where its first step is known, told which one is being taken, and closed where
+it ends."""
+
+from typing import Any
 
 import lightning as L
 
@@ -13,8 +16,12 @@ class Recording(L.Callback):
         self.own, self.mirror = record, mirror
 
     def on_train_start(self, trainer: L.Trainer, training: Training) -> None:  # type: ignore[override]
+        self.on_train_batch_start(trainer, training)
         self.own.begin(training.step)
         self.mirror.begin()
+
+    def on_train_batch_start(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
+        self.own.present = self.mirror.present = training.step + 1
 
     def on_fit_end(self, trainer: L.Trainer, training: Training) -> None:  # type: ignore[override]
         self.mirror.close()

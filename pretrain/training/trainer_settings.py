@@ -9,6 +9,7 @@ from typing import Annotated, ClassVar
 import lightning as L
 import lightning.pytorch.callbacks as pl
 import torch
+from lightning.pytorch.callbacks.pruning import ModelPruning
 from lightning.pytorch.loggers import Logger
 
 from data.fault import Fault
@@ -21,11 +22,16 @@ PROFILERS = ("simple", "pytorch")
 
 
 IN_PLACE_OF: dict[type[L.Callback], str] = {
-    pl.ModelCheckpoint: "trainer.checkpoint_every=, keep_checkpoints= and keep_every= say what is saved, and watch.probe= keeps the best",
+    pl.Checkpoint: "trainer.checkpoint_every=, keep_checkpoints= and keep_every= say what is saved, and watch.probe= keeps the best",
     pl.EarlyStopping: "watch.probe= and watch.patience= end a run that no longer gains",
     pl.ProgressBar: "progress is shown already",
     pl.GradientAccumulationScheduler: "trainer.accumulate= is the number of micro-batches",
     pl.StochasticWeightAveraging: "the teacher is the average of the student's weights",
+    pl.WeightAveraging: "the teacher is the average of the student's weights",
+    pl.LearningRateFinder: "optim.lr= is given, and a run of a few hundred steps of each (optim.steps= with optim.schedule_steps=) compares some",
+    pl.BatchSizeFinder: "'pretrain plan' says what fits, and trainer.accumulate= fits the rest",
+    pl.BaseFinetuning: "optim.frozen_backbone_steps= holds the encoder still at first, and optim.layer_decay= its lower blocks back",
+    ModelPruning: "a smaller network is trained as one, with model.width= and model.depth=",
 }
 """Callbacks of Lightning's that ask for a step or a saving of its own kind, and what there is here."""
 
@@ -43,6 +49,14 @@ def check_hooks(callbacks: list[Plugin], loggers: list[Plugin]) -> None:
             inspect.signature(kind).bind(**{str(name): settings[name] for name in settings if name != "_target_"})
         except TypeError as error:
             raise Fault(f"trainer: {kind.__name__} can't be made of {dict(settings)}: {error}.") from error
+
+
+def check_trial(fast_dev_run: int, profiler: str | None) -> None:
+    """Raise ValueError for a profile that would be thrown away with the trial that it is of."""
+    if fast_dev_run and profiler:
+        raise ValueError(
+            "a trial's folder is thrown away, and the profile in it; a run of a few steps, optim.steps=, keeps one"
+        )
 
 
 @dataclass
@@ -66,9 +80,12 @@ class TrainerSettings:
     callbacks: list[Plugin]
     loggers: list[Plugin]
     profiler: Annotated[str | None, one_of(*PROFILERS)]
-    fast_dev_run: bool
+    fast_dev_run: Annotated[int | bool, within(least=0)]
 
-    agreements: ClassVar[Agreements] = {("callbacks", "loggers"): check_hooks}
+    agreements: ClassVar[Agreements] = {
+        ("callbacks", "loggers"): check_hooks,
+        ("fast_dev_run", "profiler"): check_trial,
+    }
 
 
 def require_devices(settings: TrainerSettings) -> None:

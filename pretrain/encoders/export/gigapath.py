@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from data.fault import Fault
+from data.files import create_folder_whole
 from data.redaction import redacted
-from pretrain.encoders.export.publishing import Exported, provenance, publish
+from pretrain.encoders.export.publishing import Exported, provenance
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, find_checkpoint
 from pretrain.run import checkpoints
 
@@ -34,7 +35,7 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
         (folder / "README.md").write_text(slide_card(found, weights, license))
 
     use = f'torch.load("{out}/slide_encoder.pth")["model"]'
-    return Exported(publish(out, fill), f"{out}/slide_encoder.pth: the released key names", use)
+    return Exported(create_folder_whole(out, fill), f"{out}/slide_encoder.pth: the released key names", use)
 
 
 def slide_card(found: RunCheckpoint, weights: dict[str, Tensor], license: str) -> str:

@@ -10,10 +10,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.fault import Fault
+from data.files import create_folder_whole
 from data.keyed import rng
 from data.redaction import redacted
 from models.vit import VisionTransformer
-from pretrain.encoders.export.publishing import provenance, publish
+from pretrain.encoders.export.publishing import provenance
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, teacher
 
@@ -58,7 +59,7 @@ def export_tiles(
                 f" {found.run / RUN_CONFIG}"
             )
 
-    return publish(out, fill), difference
+    return create_folder_whole(out, fill), difference
 
 
 def largest_difference(

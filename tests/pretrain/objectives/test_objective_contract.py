@@ -364,7 +364,7 @@ def test_a_score_that_is_no_figure_of_the_evaluation_is_refused_with_those_there
 RECORDED = [
     *("step", "loss", "operations", "lr", "weight_decay", "skipped", "grad_norm", "grad_norm/encoder", "data_wait"),
     *("tiles_per_second", "slides_per_second", "peak_memory_gib", "flop_utilisation", "tiles", "slides", "bad_tiles"),
-    *("look_seconds", "failed_saves", "alarm", "epoch"),
+    *("look_seconds", "failed_saves", "alarm", "epoch", "callbacks/loss"),
     *("rankme", "feature_cosine", "feature_std", "slide_knn", "slide_chance", "probe_knn", "probe_rankme"),
 ]
 

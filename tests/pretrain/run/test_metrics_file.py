@@ -1,4 +1,4 @@
-"""metrics.jsonl at a million steps: rewound from its end, read by its tail, thinned while it is read."""
+"""metrics.jsonl at a million steps: rewound wherever later steps stand, read by its tail, thinned while it is read."""
 
 import json
 import tracemalloc
@@ -33,6 +33,15 @@ def test_rewinding_keeps_the_bytes_up_to_a_step(
     metrics_file.rewind(tmp_path, step)
     kept = [line for line in lines if json.loads(line)["step"] <= step]
     assert (tmp_path / "metrics.jsonl").read_text() == "".join(line + "\n" for line in kept)
+
+
+def test_rewinding_takes_out_later_steps_wherever_they_stand(tmp_path: Path) -> None:
+    lines = [json.dumps({"step": step, "loss": 1.0}) for step in (1, 9, 2, 3, 8, 7, 3)]
+    for ending in ("\n", '\n{"step": 2, "lo', "\nnothing\n"):
+        (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + ending)
+        metrics_file.rewind(tmp_path, 3)
+        assert [line["step"] for line in metrics_file.read_metrics(tmp_path)] == [1, 2, 3, 3]
+        assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
 def test_the_tail_is_the_last_whole_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

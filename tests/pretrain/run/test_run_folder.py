@@ -175,3 +175,16 @@ def test_a_line_cut_short_by_a_kill_is_left_out_and_then_rewritten(tmp_path: Pat
 
 def test_a_run_without_metrics_has_none(tmp_path: Path) -> None:
     assert metrics_file.read_metrics(tmp_path) == []
+
+
+def test_a_loggers_secret_is_in_no_file_and_a_new_one_is_no_change(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for secret in ("hunter1", "hunter2"):
+        monkeypatch.setattr(sys, "argv", ["pretrain", f"trainer.loggers=[{{_target_:x.L,api_key:{secret}}}]"])
+        loggers = [{"_target_": "x.L", "api_key": secret}]
+        config = Config(trainer={"loggers": loggers}, data={"source": {"password": secret, "batch_tokens": 4096}})
+        run_folder.open_run(tmp_path, config, first_rank=True)
+    assert run_folder.read_config(tmp_path)["data"]["source"] == {"password": "***", "batch_tokens": 4096}
+    kept = "".join(path.read_text() for path in tmp_path.rglob("*") if path.is_file())
+    assert "hunter" not in kept and kept.count("api_key:***") == 2 and '"changes"' not in kept

@@ -13,7 +13,7 @@ from pretrain.settings.annotation import annotated
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import load
 from pretrain.settings.config_files import CONFIGS, choices_of, comments
-from pretrain.settings.refusals import nearest
+from pretrain.settings.refusals import OF_LIGHTNINGS_TRAINER, dotted_keys, nearest
 
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 
@@ -85,6 +85,38 @@ def test_every_value_says_what_it_means_where_it_is_introduced(file: Path) -> No
         (["optim=null"], "optim=null is not a choice"),
         (["model._target_=models.vit.Nothing"], "models.vit.Nothing can't be imported"),
         (["data.shards=null"], "data.shards can't be null: give a value, or leave it out."),
+        (
+            ["trainer.max_steps=5"],
+            "there is no setting 'trainer.max_steps' in 'pretrain tile': optim.steps= is a run's",
+        ),
+        (
+            ["+trainer.max_epochs=5"],
+            "'trainer.max_epochs' in 'pretrain tile': optim.steps= is a run's length, in steps.",
+        ),
+        (["trainer.limit_train_batches=5"], "optim.steps= with optim.schedule_steps= stops a run before its schedules"),
+        (["++trainer.limit_steps=5"], "optim.steps= with optim.schedule_steps= stops a run before its schedules"),
+        (
+            ["accumulate_grad_batches=2"],
+            "there is no setting 'accumulate_grad_batches' in 'pretrain tile': trainer.acc",
+        ),
+        (["trainer.gradient_clip_val=1"], "in 'pretrain tile': optim.clip= is the largest gradient norm."),
+        (["trainer.val_check_interval=9"], "held-out data are judged at checkpoints, trainer.checkpoint_every=."),
+        (
+            ["trainer.loggers=true"],
+            "trainer.loggers: True is no class with its settings: write [{_target_: dotted.path.Of}]",
+        ),
+        (
+            ["trainer.loggers=false"],
+            "trainer.loggers: False is no class with its settings: write [{_target_: dotted.path",
+        ),
+        (
+            ["trainer.callbacks=3"],
+            "trainer.callbacks: 3 is no class with its settings: write [{_target_: dotted.path.Of}]",
+        ),
+        (
+            ["trainer.callbacks={_target_: x.Y, n: 1}"],
+            "trainer.callbacks is a list: write trainer.callbacks=[{_target_: x.Y, n: 1}].",
+        ),
         (["model._target_=pathlib.Path"], "pathlib.Path is no torch nn.Module class"),
     ],
 )
@@ -92,6 +124,14 @@ def test_what_is_not_known_is_refused_in_one_line_with_the_nearest_name(override
     with pytest.raises(Fault) as refused:
         load("tile", overrides)
     assert sentence in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_stands_in_for_a_setting_of_lightnings_is_a_setting_of_every_command_that_trains() -> None:
+    for command in ("tile", "slide", "doctor", "doctor slide"):
+        known = dotted_keys(load(command, []).tree)
+        for sentence in OF_LIGHTNINGS_TRAINER.values():
+            named = set(re.findall(r"([a-z_.]+)=", sentence))
+            assert named and named <= known | {"launch.time"}, sentence
 
 
 def test_a_suggestion_is_never_the_refused_key_itself() -> None:

@@ -129,6 +129,23 @@ def test_an_export_whose_features_differ_is_not_published(make_tile_run, tmp_pat
     assert not list(tmp_path.glob(".encoder*"))
 
 
+def test_an_export_that_is_being_written_is_left_alone_by_another(make_tile_run, tmp_path, monkeypatch):
+    folder, _ = make_tile_run()
+    other, _ = make_tile_run("other", seed=1)
+    out, save, said = tmp_path / "encoder", save_file, []
+
+    def meanwhile(*arguments, **settings):
+        monkeypatch.setattr("pretrain.encoders.export.tiles.save_file", save)
+        said.append(export_timm(other, out, "mit").new)
+        save(*arguments, **settings)
+
+    monkeypatch.setattr("pretrain.encoders.export.tiles.save_file", meanwhile)
+    with pytest.raises(Fault, match="already holds something else"):
+        export_timm(folder, out, "mit")
+    assert said == [True] and not export_timm(other, out, "mit").new
+    assert not list(tmp_path.glob(".encoder*"))
+
+
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("[enforce fail at inline_container.cc:603] . unexpected pos 3392 vs 3280")]
 )  # fmt: skip
