@@ -43,6 +43,10 @@ class Objective(nn.Module, ABC):
     reading: ClassVar[str] = ""
     """For the report, sentences on where its losses start and what they tell."""
 
+    chance_losses: ClassVar[Mapping[str, Sequence[str]]] = {}
+    """Of kinds of target of `prototype_counts`, the losses whose sum is the logarithm of that number as long as nothing
+    is learned; an alarm says when it stays there."""
+
     @classmethod
     def further_views(cls, settings: Mapping[str, Any]) -> Sequence[FurtherViews]:
         """Kinds of view that the tile stage cuts beside global and local ones, by the objective's ``settings``. They

@@ -7,7 +7,7 @@ global crops    all crops
 """
 
 from abc import abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar, TypedDict, Unpack
 
@@ -68,6 +68,7 @@ class SelfDistillation(Objective):
         " prototypes, and the teacher's temperature moves it. Watch for a class-token loss that stays where it started"
         " (nothing learned)."
     )
+    chance_losses: ClassVar[Mapping[str, Sequence[str]]] = {"dino": ("dino_global", "dino_local")}
     all_patches: ClassVar[bool] = False
     """Whether the loss is given the student's patch tokens of all crops, in place of the masked ones alone."""
 

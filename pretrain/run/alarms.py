@@ -7,7 +7,9 @@ off.
 """
 
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 from numpy.lib.stride_tricks import sliding_window_view
@@ -15,6 +17,7 @@ from numpy.lib.stride_tricks import sliding_window_view
 from pretrain.run.history import Alarm, Facts, History, settled, since
 from pretrain.run.slide_alarms import no_tissue_learned, slides_recognised
 
+HELPS = "Usually helps: "  # what follows are ways out, apart by commas
 LOOKS = 2  # looks in a row that a figure of features must be bad for
 RECENT = 50  # records that make up "now" where a figure is logged at every step
 # Times the usual gradient norm: where a small DINOv2 run came apart, it was 3.5 before the k-NN accuracy had fallen by
@@ -25,7 +28,18 @@ FLAT = 500  # records over which a class-token loss at log K is no accident
 
 def find_alarms(history: History, known: Facts) -> list[Alarm]:
     """The alarms that the record raises, in the order of the rules."""
-    return [alarm for rule in ALARM_RULES if (alarm := rule(history, known)) is not None]
+    raised = [alarm for rule in ALARM_RULES if (alarm := rule(history, known)) is not None]
+    return [replace(alarm, says=that_can_be_taken(alarm.says, known)) for alarm in raised]
+
+
+def that_can_be_taken(says: str, known: Facts) -> str:
+    """An alarm's line without the advice that names settings which the run hasn't got."""
+    what, helps, ways = says.partition(f" {HELPS}")
+    if not helps:
+        return says
+    each = re.split(r", (?![^(]*\))", ways.removesuffix("."))
+    left = [way for way in each if all(map(known.has, re.findall(r"\b(?:objective|data|optim)\.\w+", way)))]
+    return f"{what} {HELPS}{', '.join(left)}." if left else what
 
 
 # Collapse -----------------------------------------------------------------------------------------------------------
@@ -134,23 +148,22 @@ def parallel_features(history: History, known: Facts) -> Alarm | None:
 
 
 def flat_loss(history: History, known: Facts) -> Alarm | None:
-    """The class-token loss stays at the logarithm of the number of prototypes: the student's guess is no better than
-    any."""
-    steps, values = history.of("dino_global")
-    more_steps, more = history.of("dino_local")
-    count = known.prototypes.get("dino")
-    if not count or not np.array_equal(steps, more_steps):
-        return None
-    steps, off = steps[steps >= known.settled], np.abs(values + more - math.log(count))[steps >= known.settled]
-    if (begin := since(steps, off < 0.005 * math.log(count), FLAT)) is None:
-        return None
-    return Alarm(
-        "flat loss",
-        begin,
-        f"the class-token loss has stayed at log K = {math.log(count):.2f} since step {begin}: the student learns"
-        " nothing from the teacher. Usually helps: a lower objective.teacher_temperature, a higher optim.lr (or the"
-        " end of its warm-up), a look at the crops in samples/.",
-    )
+    """A loss stays at the logarithm of the number of prototypes: the student's guess is no better than any."""
+    for kind, names in known.chance_losses.items():
+        count, (steps, *others) = known.prototypes.get(kind), (history.of(name)[0] for name in names)
+        if not count or not all(np.array_equal(steps, other) for other in others):
+            continue
+        together = np.sum([history.of(name)[1] for name in names], axis=0)
+        steps, off = steps[steps >= known.settled], np.abs(together - math.log(count))[steps >= known.settled]
+        if (begin := since(steps, off < 0.005 * math.log(count), FLAT)) is not None:
+            return Alarm(
+                "flat loss",
+                begin,
+                f"{' + '.join(names)} has stayed at log K = {math.log(count):.2f} since step {begin}: the student learns"
+                " nothing from the teacher. Usually helps: a lower objective.teacher_temperature, a higher optim.lr (or"
+                " the end of its warm-up), a look at the crops in samples/.",
+            )
+    return None
 
 
 def jump(history: History, known: Facts) -> Alarm | None:

@@ -3,8 +3,8 @@ them."""
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,11 +21,22 @@ class Facts:
 
     prototypes: Mapping[str, int]  # of each kind of target; the largest entropy is the logarithm of it
     settled: int  # the step from which features can be judged
+    chance_losses: Mapping[str, Sequence[str]] = field(default_factory=dict)  # see `Objective.chance_losses`
+    settings: Collection[str] | None = None  # the names that the run has, ``objective.spread`` say; None: any
+
+    def has(self, setting: str) -> bool:
+        """Whether the run has a setting, or a group of that name."""
+        return self.settings is None or any(f"{name}.".startswith(f"{setting}.") for name in self.settings)
 
 
-def known_facts(prototypes: Mapping[str, int], warmup_steps: int) -> Facts:
+def known_facts(
+    prototypes: Mapping[str, int],
+    warmup_steps: int,
+    chance_losses: Mapping[str, Sequence[str]],
+    settings: Collection[str],
+) -> Facts:
     """The facts of a run whose objective says how many ``prototypes`` each kind of its targets has."""
-    return Facts(prototypes, min(SETTLED, warmup_steps))
+    return Facts(prototypes, min(SETTLED, warmup_steps), chance_losses, settings)
 
 
 @dataclass(frozen=True)

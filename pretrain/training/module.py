@@ -73,7 +73,7 @@ class Training(L.LightningModule, ABC):
         self.sharing = 1  # processes that share a sample
         self.peak: float | None = None  # operations a second of a process's device, where they are to be recorded
         self.operations = 0.0  # of the present step, the mean over processes
-        self.facts = known_facts({}, 0)  # until the objective is there
+        self.facts = known_facts({}, 0, {}, ())  # until the objective is there
         self.raised: set[str] = set()  # names of alarms: each is said once in the run's life
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
         self.watchdog = Watchdog(self.settings.stalled_minutes)
@@ -141,7 +141,12 @@ class Training(L.LightningModule, ABC):
         begin = self.begin if checkpoints.newest(self.run) is None else None
         materialise(objective, self.trainer.strategy.root_device, self.config.seed, begin, self.make_objective)
         self.objective = objective
-        self.facts = known_facts(objective.prototype_counts(), self.optim.warmup_steps)
+        self.facts = known_facts(
+            objective.prototype_counts(),
+            self.optim.warmup_steps,
+            objective.chance_losses,
+            run_folder.flat(asdict(self.config)),
+        )
 
     def configure_optimizers(self) -> ShardAdamW:
         groups = parameter_groups(self.objective.trained(), self.optim)

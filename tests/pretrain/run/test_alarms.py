@@ -10,7 +10,7 @@ from pretrain.run import alarms
 from pretrain.run.history import Alarm, Facts, History, known_facts
 
 K = 512
-KNOWN = Facts({"dino": K}, settled=100)
+KNOWN = Facts({"dino": K}, settled=100, chance_losses={"dino": ("dino_global", "dino_local")})
 Curves = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -141,5 +141,13 @@ def test_figures_that_are_not_finite_or_no_numbers_are_left_out() -> None:
 
 
 def test_the_facts_of_a_configuration() -> None:
-    assert known_facts({"dino": 64, "ibot": 32}, 300) == Facts({"dino": 64, "ibot": 32}, 300)
-    assert known_facts({"dino": 64}, 10**5) == Facts({"dino": 64}, 1000)
+    assert known_facts({"dino": 64, "ibot": 32}, 300, {}, ()) == Facts({"dino": 64, "ibot": 32}, 300, {}, ())
+    assert known_facts({"dino": 64}, 10**5, {}, ()) == Facts({"dino": 64}, 1000, {}, ())
+
+
+def test_advice_names_no_setting_that_the_run_has_not_got() -> None:
+    says = "it fell. Usually helps: a lower optim.lr, a spread regulariser (objective.spread=koleo, or kde), stronger data.colour."
+    known = Facts({}, 0, settings=["optim.lr", "optim.clip", "objective.spread_weight", "data.colour.hue"])
+    assert alarms.that_can_be_taken(says, known) == "it fell. Usually helps: a lower optim.lr, stronger data.colour."
+    assert alarms.that_can_be_taken(says, Facts({}, 0, settings=[])) == "it fell."
+    assert alarms.that_can_be_taken(says, Facts({}, 0)) == says
