@@ -35,7 +35,7 @@ def _swiglu_backward(grad: Tensor, x: Tensor) -> Tensor:
     return torch.cat([torch.ops.aten.silu_backward(grad * value, gate), grad * F.silu(gate)], dim=-1)
 
 
-def add_rows(x: Tensor, rows: Tensor, part: Tensor, scale: Tensor) -> Tensor:
+def add_to_rows(x: Tensor, rows: Tensor, part: Tensor, scale: Tensor) -> Tensor:
     """``x`` ``(T, width)`` with ``part * scale`` added to its ``rows`` ``(S,)``, which are distinct: ``part`` ``(S,
     width)``, ``scale`` ``(S, 1)``; kept are ``rows`` and ``scale``."""
     return _AddRows.apply(x, rows, part, scale)

@@ -19,7 +19,7 @@ from models.allowed import Agreements, one_of, within
 from models.attention import Attention, Shape, backend, check_heads
 from models.operations import Operations, linear_maps, total_operations
 from models.positions import check_sines, grid_embedding
-from models.recomputed import add_rows, gelu_linear, swiglu_linear
+from models.recomputed import add_to_rows, gelu_linear, swiglu_linear
 
 
 class Tokens(NamedTuple):
@@ -125,9 +125,9 @@ class Block(nn.Module):
         if wanted is not None:
             x = x.index_select(0, wanted) + part * scales[0]
             return x + self.ls2(self.mlp(self.norm2(x))) * scales[1]
-        x = add_rows(x, first.rows, part, scales[0])
+        x = add_to_rows(x, first.rows, part, scales[0])
         part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
-        return add_rows(x, second.rows, part, scales[1])
+        return add_to_rows(x, second.rows, part, scales[1])
 
     def operations(self, shapes: Sequence[Shape], rows: float | None = None) -> Operations:
         """Of a pass over crops of ``shapes``, of which the results of so many ``rows`` are wanted (None: all)."""

@@ -16,13 +16,10 @@ Examples:
     pretrain probe checkpoint=vit_small_patch14_dinov2 train=crc groups=slides.csv
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
-
-import numpy as np
+from typing import Annotated
 
 from data.fault import Fault
 from data.files import require_writable, write_whole
@@ -31,10 +28,6 @@ from pretrain.probing.score_file import read_scores
 from pretrain.probing.table import score_table
 from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
-
-if TYPE_CHECKING:
-    from pretrain.probing.features import Extracted
-    from pretrain.probing.images import LabelledImages
 
 
 @dataclass
@@ -56,129 +49,28 @@ class Config:
 def run(config: Config) -> None:
     """Probe, print the table and write the JSON."""
     from pretrain.encoders.loading import load_encoder
-    from pretrain.probing import features, images, scores, splits
-    from pretrain.probing.slide_names import by_name
+    from pretrain.probing.answer import answered
+    from pretrain.probing.question import asked_of
 
     if config.test and config.groups:
         with of_the_command_line():
             raise Fault("groups= says how train= is split, and test= is given: leave one of them out.")
-    out = Path(config.out) if config.out else None
+    test, groups, out = (None if path is None else Path(path) for path in (config.test, config.groups, config.out))
     if out is not None:
         require_writable(out)
-    train = images.read_class_folders(Path(config.train))
-    if config.test is None:
-        own = splits.own_split(
-            train,
-            Path(config.groups) if config.groups else None,
-            config.test_fraction,
-            config.seed,
-            config.threads,
-            ahead=2 * config.batch,
-        )
-        train, test, split, groups = own.train, own.test, own.words, own.test_groups
-    else:
-        test = images.read_class_folders(Path(config.test))
-        images.require_same_classes(train, test)
-        split, groups = "train and test given", by_name(test.files, test.folder)
+    question = asked_of(
+        Path(config.train), test, groups, config.test_fraction, config.seed, config.threads, ahead=2 * config.batch
+    )
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
-    told_apart = [] if groups is None else [groups.how, str(groups.of.tolist())]
-    question = question_hash([encoder.hash, str(config.seed), *told_apart], train, test)
+    asked = question.hash(encoder.hash, config.seed)
     earlier = read_scores(out, "choose another out=, or remove it") if out is not None and out.exists() else {}
-    if out is not None and earlier.get("question") == question:
+    if out is not None and earlier.get("question") == asked:
         say(f"{out} holds these scores already, nothing to do")
         print(score_table(earlier))
         return
-    random = encoder.random_twin(config.seed)
-    extractors: dict[str, features.Extractor] = {
-        "encoder": encoder.embed_each,
-        "random weights": random.embed_each,
-        "colour histogram": features.colour_histogram,
-    }
-    fitted = features.extract(train, extractors, config.batch, config.threads, "train")
-    tested = features.extract(test, extractors, config.batch, config.threads, "test")
-    of = None if groups is None else groups.of[tested.positions]
-    colours = [part.features["colour histogram"] for part in (fitted, tested)]
-    found = {
-        name: scores.score(
-            fitted.features[name], fitted.labels, tested.features[name], tested.labels, len(train.classes), of
-        )
-        for name in extractors
-    }
-    result: dict[str, Any] = {
-        "question": question,
-        "encoder": {
-            "name": encoder.name,
-            "source": encoder.source,
-            "hash": encoder.hash,
-            "width": encoder.width,
-            "input": str(encoder.preprocessing),
-            "precision": encoder.precision,
-        },
-        "train": describe_images(train, fitted),
-        "test": describe_images(test, tested),
-        "classes": train.classes,
-        "split": split,
-        **(
-            {}
-            if config.test
-            else {
-                "histogram_same_slides": scores.knn_within(
-                    colours[0], fitted.labels, colours[1], tested.labels, len(train.classes), config.seed
-                )
-            }
-        ),
-        "chance": float(np.bincount(tested.labels).max() / len(tested.labels)),
-        "method": {
-            "knn": (
-                f"{min(scores.KNN_NEIGHBOURS, len(fitted.labels))} nearest by cosine, votes weighted exp(cosine /"
-                f" {scores.TEMPERATURE})"
-            ),
-            "linear": (
-                f"logistic regression on standardised features, L2, C = {scores.INVERSE_REGULARISATION:g}, up to 1000"
-                " iterations"
-            ),
-            "rankme": "of the test features, not centred (Garrido 2023)",
-            "standard_error": scores.words_of_error(of, "" if groups is None else groups.how),
-        },
-        "scores": {
-            name: {
-                "knn": got.knn,
-                "knn_se": got.knn_se,
-                "linear": got.linear,
-                "linear_se": got.linear_se,
-                "linear_converged": got.linear_converged,
-                "rankme": got.rankme,
-                "width": fitted.features[name].shape[1],
-            }
-            for name, got in found.items()
-        },
-        "gains": {
-            baseline: scores.gains(found["encoder"], found[baseline], of)
-            for baseline in ("random weights", "colour histogram")
-        },
-    }
+    result = {"question": asked} | answered(question, encoder, config.seed, config.batch, config.threads)
     if out is not None:
-        write_scores(out, result)
+        write_whole(out, json.dumps(result, indent=2) + "\n")
     print(score_table(result))
     if out is not None:
         say(f"written to {out}")
-
-
-def question_hash(parts: list[str], *folders: "LabelledImages") -> str:
-    """A hash of what was asked: the given parts, and every image's class, name and size in bytes."""
-    digest = hashlib.sha256("\n".join(parts).encode())
-    for images in folders:
-        for path, label in zip(images.files, images.labels, strict=True):
-            digest.update(f"{images.classes[label]} {path.name} {path.stat().st_size}\n".encode())
-        digest.update(b"--\n")
-    return digest.hexdigest()[:16]
-
-
-def describe_images(images: "LabelledImages", extracted: "Extracted") -> dict[str, Any]:
-    """How many images of a folder were used, and which were not."""
-    return {"folder": str(images.folder), "images": len(extracted.labels), "unreadable": extracted.unreadable}
-
-
-def write_scores(path: Path, result: dict[str, Any]) -> None:
-    """Write the JSON whole or not at all."""
-    write_whole(path, json.dumps(result, indent=2) + "\n")

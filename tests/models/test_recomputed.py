@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from models.recomputed import add_rows, gelu_linear, swiglu, swiglu_linear
+from models.recomputed import add_to_rows, gelu_linear, swiglu, swiglu_linear
 
 DRAW = torch.Generator().manual_seed(0)
 
@@ -43,10 +43,10 @@ def test_rows_are_added_with_torchs_results_and_gradients_and_no_copy_of_them_is
     scale = torch.tensor([1.0, 2, 3, 4], dtype=torch.float64).unsqueeze(1)
     kept: list[Tensor] = []
     with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        found = add_rows(x, rows, part, scale)
+        found = add_to_rows(x, rows, part, scale)
     torch.testing.assert_close(found, x.index_add(0, rows, part * scale))
     assert {id(tensor) for tensor in kept} == {id(rows), id(scale)}
-    assert torch.autograd.gradcheck(lambda x, part: add_rows(x, rows, part, scale), (x, part))
+    assert torch.autograd.gradcheck(lambda x, part: add_to_rows(x, rows, part, scale), (x, part))
 
 
 def test_a_frozen_map_asks_for_no_gradient_of_its_own() -> None:
