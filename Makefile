@@ -19,7 +19,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-embed bench-checkpoint soak lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-embed bench-checkpoint soak lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -43,6 +43,9 @@ bench-plan: setup
 
 bench-packed: setup
 	$(BIN)/python tests/bench/packed_crops.py
+
+bench-step: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/step.py
 
 # What a small network learns, judged on other slides: an hour and a half. Your own tiles: make bench-learning ARGS="TILES=folder OTHER=folder".
 bench-learning: setup

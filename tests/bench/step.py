@@ -1,7 +1,6 @@
 """A DINOv2 step by count: what a GPU would be given to do, and what its host would do for it, without a GPU.
 
-    python tests/bench/step.py                       ViT-L with 64 tiles, ViT-g with 48: two minutes
-    python tests/bench/step.py TILES=8               fewer of them
+    python tests/bench/step.py              ViT-L with 64 tiles, ViT-g with 48: a minute
 
 Forward and backward of the recipe's objective are run on torch's fake tensors, in bfloat16 as FSDP gives it, with the
 attention of a GPU. Counted are
@@ -146,11 +145,10 @@ NARROW = [
 
 def main() -> None:
     torch.set_num_threads(1)
-    asked = dict(word.split("=") for word in sys.argv[1:])
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     line = {}
     for name, (recipe, tiles) in NETWORKS.items():
-        found = counts(recipe, int(asked.get("TILES", tiles)))
+        found = counts(recipe, tiles)
         print(f"{name}: {found}", flush=True)
         del found["most"]
         line |= {f"{name}_{what}": value for what, value in found.items()}
