@@ -19,7 +19,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-embed bench-checkpoint soak lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-embed bench-checkpoint gpu soak lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -71,6 +71,11 @@ bench-longnet: setup
 
 bench-embed: setup
 	$(BIN)/python tests/bench/embed.py
+
+# What only a GPU can tell, in ten minutes; without one it says so. With another Python than ours: make gpu GPU_PYTHON=python3.
+GPU_PYTHON ?= $(BIN)/python
+gpu:
+	PYTHONPATH=. $(GPU_PYTHON) tests/gpu/check.py $(ARGS)
 
 bench-checkpoint: setup
 	$(BIN)/python tests/bench/checkpoint.py $(ARGS)

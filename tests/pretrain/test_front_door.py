@@ -23,7 +23,7 @@ def test_a_package_in_another_place_is_reported_with_both_places_and_the_way_out
         sentence is not None
         and str(tmp_path / "data") in sentence
         and str(ROOT / "data") in sentence
-        and "pip install -e" in sentence
+        and "an environment of its own" in sentence
     )
 
 

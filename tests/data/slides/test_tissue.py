@@ -12,7 +12,7 @@ from data.keyed import rng
 from data.slides.coordinates import plan_grid
 from data.slides.reading import Slide
 from data.slides.tiling import TilingSettings, downsample_for, tile_slide
-from data.slides.tissue import TISSUE_RULES, _closed, _hsv, is_empty, is_fluorescence, otsu, pen, shares
+from data.slides.tissue import TISSUE_RULES, _closed, _hsv, covered_shares, is_empty, is_fluorescence, otsu, pen
 from tests.data.slides.synthetic_slides import stained
 
 INKS = {"green": (40, 130, 110), "blue": (40, 80, 190), "red": (205, 25, 30), "black": (35, 33, 36)}
@@ -78,7 +78,7 @@ def test_flat_and_missing_tiles_are_empty_and_textured_ones_are_not() -> None:
 def test_shares_are_the_means_of_the_squares() -> None:
     mask = rng(3, "mask").random((50, 70)) < 0.4
     left, top, side = np.array([0.0, 10.4, 62.0]), np.array([0.0, 30.2, 45.0]), 9.7
-    result = shares(mask, left, top, side)
+    result = covered_shares(mask, left, top, side)
     for row, y in enumerate(top):
         for column, x in enumerate(left):
             square = mask[round(y) : round(y + side), round(x) : round(x + side)]
@@ -143,5 +143,5 @@ def test_tiles_kept_on_a_frozen_section_are_the_systems_own_counts(shared: Path,
         left, top = (np.ceil(np.arange(int(length / side)) * side) / 2 for length in (slide.width, slide.height))
         grid = plan_grid(slide.dimensions, 0.504, 0.5, 256, "TCGA-CR")
         assert downsample_for(TISSUE_RULES["clam"], grid, slide.downsamples) == 2.0
-    share = shares(TISSUE_RULES[rule].mask(image), left, top, side / 2)
+    share = covered_shares(TISSUE_RULES[rule].mask(image), left, top, side / 2)
     assert share.size == 238 and int((share >= TISSUE_RULES[rule].min_tissue).sum()) == published

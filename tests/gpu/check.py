@@ -1,0 +1,516 @@
+"""What only a GPU can tell, in ten minutes: sections by themselves, each a process with a time limit and a JSON line.
+
+    make gpu                                       all of it, and a table; without a GPU it says so and does nothing
+    python tests/gpu/check.py kernels parity       some sections
+    python tests/gpu/check.py --tiny               everything small, on the CPU too: for faults of this script
+
+    environment   versions, what the GPU multiplies and copies a second, against its file in configs/hardware/
+    kernels       attention with its statistics, and dilated attention, against products in float64
+    parity        losses and gradients of every objective in float32, and augmentation, against the CPU
+    run           'pretrain tile' and 'slide' and 'embed' as they are: steps, checkpoint, resumed, bf16
+    compiled      a network's blocks compiled: the same losses, and how many graphs
+    step          a ViT-L's step: tiles a second, memory beside the plan's, operations as a share of the peak, waits
+    longnet       forward and backward of the released slide encoder by length
+    loader        tiles a second of the loader alone
+    preemption    a signal in mid-run: how long until a published checkpoint, and going on
+
+A section that fails doesn't stop the next. With OUT set, or $OUT, the lines are left there as gpu_check.json. What is
+needed beside a plain CUDA image of torch is in WHEELS, as wheels of that Python.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+WHEELS = "hydra-core omegaconf antlr4-python3-runtime==4.9.3 simplejpeg openslide-python openslide-bin"
+TINY = "--tiny" in sys.argv
+
+
+def environment() -> dict[str, Any]:
+    import torch
+
+    from pretrain.settings.hardware import peak_of
+
+    side = 256 if TINY else 8192
+    found: dict[str, Any] = {"torch": torch.__version__, "cuda": torch.version.cuda, "device": device_name()}
+    for name, dtype, tf32 in (
+        ("bf16", torch.bfloat16, False),
+        ("tf32", torch.float32, True),
+        ("fp32", torch.float32, False),
+    ):
+        torch.backends.cuda.matmul.allow_tf32 = tf32
+        a, b = (torch.randn(side, side, device=device(), dtype=dtype) for _ in range(2))
+        found[f"{name}_tflops"] = 2 * side**3 / seconds_of(lambda a=a, b=b: a @ b) / 1e12
+    block = torch.empty(2**20 if TINY else 2**30, device=device())
+    found["copy_tb_s"] = 2 * block.nbytes / seconds_of(lambda: block.clone()) / 1e12
+    peak = peak_of(device(), "bf16")
+    found["of_the_data_sheet"] = found["bf16_tflops"] * 1e12 / peak if peak else None
+    return found | {"ok": TINY or bool(peak and found["of_the_data_sheet"] > 0.6)}
+
+
+def kernels() -> dict[str, Any]:
+    import torch
+
+    from models.attention_kernels import kernel
+    from models.attention_statistics import Batched, matrix_products, plain_backward, takes_flash
+    from models.dilated_attention import dilated_attention
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    shapes = (
+        [(3, 1), (2, 5), (4, 64), (3, 65)]
+        if TINY
+        else [(3, 1), (2, 5), (4, 64), (3, 65), (2, 1023), (1, 4097), (300, 17)]
+    )
+    rows, exact = sum(runs * length for runs, length in shapes), Batched(matrix_products, plain_backward)
+    worst: dict[str, float] = {}
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        for heads, width in ((1, 48), (16, 48), (4, 64), (4, 32)):
+            q, k, v, grad = (normal(rows, heads, width, seed=i, dtype=dtype) for i in range(4))
+            wide = [x.double() for x in (q, k, v, grad)]
+            out, lse = exact.forward(*wide[:3], shapes)
+            expected = (out, lse, *exact.backward(wide[3], *wide[:3], out, lse, shapes))
+            for name in ("sdpa", *(["varlen"] if takes_flash(q) else [])):
+                each = kernel(name)
+                got = each.forward(q, k, v, shapes)
+                got = (*got, *each.backward(grad, q, k, v, out.to(dtype), lse.float(), shapes))
+                for what, one, other in zip(("out", "lse", "dq", "dk", "dv"), got, expected, strict=True):
+                    key = f"{name} {str(dtype)[6:]} {what}"
+                    worst[key] = max(worst.get(key, 0.0), relative(one, other))
+    lengths = [500, 70, 123] if TINY else [5000, 7000, 1233]
+    schedule = ([64, 128, 256], [1, 2, 4]) if TINY else ([1024, 5792, 32768], [1, 4, 16])
+    for compatible in (False, True):
+        results = []
+        for where, dtype in (
+            (device(), torch.float32),
+            (torch.device("cpu"), torch.float32),
+            (device(), torch.bfloat16),
+        ):
+            q, k, v = (normal(sum(lengths), 16, 48, seed=i).to(where, dtype).requires_grad_() for i in range(3))
+            out = dilated_attention(q, k, v, lengths, *schedule, compatible)
+            results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
+        for name, some in (("float32", results[0]), ("bfloat16", results[2])):
+            worst[f"dilated {name} {'compatible' if compatible else 'exact'}"] = max(map(relative, some, results[1]))
+    many = torch.ones(70_000, 1, 64, device=device(), dtype=torch.bfloat16)
+    kernel("sdpa").forward(many, many, many, [(70_000, 1)])  # more runs than a grid has rows
+    limits = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
+    bad = {
+        name: error for name, error in worst.items() if error > next(limits[kind] for kind in limits if kind in name)
+    }
+    return {"ok": not bad, "worst": max(worst.values()), "bad": bad, "cases": len(worst)}
+
+
+def parity() -> dict[str, Any]:
+    import numpy as np
+    import torch
+
+    from data.keyed import rng
+    from data.tiles.augment import augment_together
+    from data.tiles.augment_cpu import augment_each
+    from data.tiles.augment_parameters import Colour, draw_parameters
+    from pretrain.objectives.interface import Moment
+    from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, mae
+
+    torch.backends.cuda.matmul.allow_tf32 = False
+    found: dict[str, float] = {}
+    made = {
+        "dinov2 sinkhorn": lambda: dinov2(drop_path=0.3),
+        "dinov2 centre kde": lambda: dinov2("centre", spread="kde"),
+        "dino": lambda: dino(drop_path=0.3),
+        "mae": mae,
+    }
+    for name, make in made.items():
+        results = []
+        for where in (torch.device("cpu"), device()):
+            objective, given = make().to(where), batch(8, (1, 0) if name == "mae" else (2, 3))
+            given.crops = [(images.to(where), views) for images, views in given.crops]
+            given.masks = given.masks.to(where)
+            loss, _ = objective.loss(given, Moment(0, 10, 0))
+            loss.backward()
+            gradients = [p.grad.cpu() for p in objective.parameters() if p.grad is not None]
+            results.append((loss.detach().cpu(), gradients))
+        (loss, gradients), (other, others) = results
+        largest = max(float(g.norm()) for g in gradients)
+        found[f"{name} loss"] = float((loss - other).abs() / loss.abs())
+        found[f"{name} gradients"] = max(
+            relative(b, a) for a, b in zip(gradients, others, strict=True) if float(a.norm()) > 1e-6 * largest
+        )
+    colours = Colour(0.8, 0.4, 0.4, 0.2, 0.1, 0.2, (0.5, 0.5, 0.5), (0.1, 2.0), (0.2, 0.2, 0.2), 0.0, 0.0)
+    rows = np.stack([draw_parameters(colours, [0], rng(0, "check", i))[0] for i in range(32)])
+    images = torch.randint(0, 256, (32, 3, 96, 96), dtype=torch.uint8)
+    scale, offset = torch.ones(3), torch.zeros(3)
+    expected = torch.empty(images.shape)
+    augment_each(images.numpy(), rows, scale.numpy(), offset.numpy(), expected.numpy())
+    got = augment_together(images.to(device()), rows, scale.to(device()), offset.to(device())).cpu()
+    found["augmentation, largest"] = float((got - expected).abs().max())
+    limits = {"loss": 5e-5, "gradients": 5e-4, "largest": 2 / 255}
+    bad = {
+        name: error for name, error in found.items() if error > next(limits[kind] for kind in limits if kind in name)
+    }
+    return {"ok": not bad, **found, "bad": bad}
+
+
+def run() -> dict[str, Any]:
+    from pretrain.run.metrics import read_metrics
+    from tests.pretrain.training.wavy_slides import write_wavy_slides
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        shards = tile_shards(place)
+        small = [*tile_words(place / "tile", shards), "optim.schedule_steps=12"]
+        pretrain(*small, "optim.steps=8")
+        pretrain(*small, "optim.steps=12", "allow_changes=true")  # goes on
+        losses = [line["loss"] for line in read_metrics(place / "tile") if "loss" in line]
+        store = write_wavy_slides(place / "embeddings", 6, columns=8, rows=6, fewer=6)
+        slide = [f"run={place / 'slide'}", f"data.embeddings={store}", "recipe=small_slide", "optim.steps=6"]
+        pretrain("slide", *slide, "optim.warmup_steps=1", "trainer.checkpoint_every=3", *accelerator())
+        slides = [line["loss"] for line in read_metrics(place / "slide") if "loss" in line]
+        pretrain("embed", f"checkpoint={place / 'tile'}", f"shards={shards}", f"out={place / 'tiles'}")
+    fine = all(loss == loss and abs(loss) < 1e6 for loss in [*losses, *slides])
+    return {"ok": fine and len(losses) == 12 and len(slides) == 6, "tile_losses": losses[::4], "slide_losses": slides}
+
+
+def compiled() -> dict[str, Any]:
+    import torch
+    from torch._dynamo.utils import counters
+
+    from pretrain.objectives.interface import Moment
+
+    losses: dict[bool, list[float]] = {}
+    seconds = 0.0
+    for compiles in (False, True):
+        with single_process():
+            objective, batches = built("small", compiles), [random_batch("small", 16, seed) for seed in range(4)]
+            losses[compiles], began = [], time.monotonic()
+            for step, given in enumerate(batches):
+                loss, _ = objective.loss(given, Moment(step, 12, 0))
+                loss.backward()
+                losses[compiles].append(float(loss))
+            seconds = time.monotonic() - began
+    apart = max(abs(a - b) / abs(a) for a, b in zip(*losses.values(), strict=True))
+    graphs, breaks = counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+    torch.compiler.reset()
+    return {
+        "ok": apart < 2e-2 and not breaks and graphs <= 8,
+        "apart": apart,
+        "graphs": graphs,
+        "seconds_of_it": seconds,
+    }
+
+
+def step() -> dict[str, Any]:
+    import torch
+
+    from pretrain.objectives.interface import Moment
+    from pretrain.settings.hardware import peak_of
+    from pretrain.training.adamw import ShardAdamW
+    from pretrain.training.gradients import gradients
+    from pretrain.training.optimisation import clip
+    from pretrain.training.utilisation import operations_of_step
+
+    found: dict[str, Any] = {}
+    recipe, tiles = ("small", 16) if TINY else ("dinov2_vitl16_short", 64)
+    for compiles in (False, True):
+        with single_process():
+            objective, given = built(recipe, compiles), random_batch(recipe, tiles, 0)
+            trained = list(objective.trained().values())
+            optimiser = ShardAdamW([p for n in trained for p in n.parameters() if p.requires_grad], lr=1e-5, fused=True)
+
+            def one(
+                objective: Any = objective, given: Any = given, optimiser: Any = optimiser, trained: Any = trained
+            ) -> None:
+                optimiser.zero_grad()
+                gradients(objective, [(given, 0)], Moment(0, 10, 0), lambda loss: loss.backward())
+                for network in trained:
+                    clip(network.parameters(), 3.0)
+                optimiser.step()
+                objective.after_step(Moment(0, 10, 0))
+
+            if device().type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            took = seconds_of(one, rounds=2 if TINY else 10)
+            passed = operations_of_step(objective, [given], "none")
+            kind = "compiled" if compiles else "eager"
+            found |= {f"{kind}_tiles_per_second": tiles / took, f"{kind}_tflop_per_second": passed / took / 1e12}
+            if peak := peak_of(device(), "bf16"):
+                found[f"{kind}_utilisation"] = passed / took / peak
+            if device().type == "cuda":
+                found[f"{kind}_allocated_gib"] = torch.cuda.max_memory_allocated() / 2**30
+                found[f"{kind}_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
+                torch.cuda.set_sync_debug_mode("warn")
+                with warnings.catch_warnings(record=True) as waits:
+                    one()
+                torch.cuda.set_sync_debug_mode("default")
+                found[f"{kind}_waits"] = len(waits)
+    return {"ok": all(count <= 2 for name, count in found.items() if name.endswith("_waits")), **found}
+
+
+def longnet() -> dict[str, Any]:
+    import torch
+
+    from models.longnet import Layers, LayerSettings
+
+    found: dict[str, Any] = {}
+    layers = Layers(
+        LayerSettings(768, 16, 3072, (1024, 5792, 32768, 185363 // 16 * 16, 1048576), (1, 2, 4, 8, 16)),
+        1 if TINY else 12,
+    ).to(device(), torch.bfloat16 if device().type == "cuda" else torch.float32)
+    for tokens in (500,) if TINY else (16_000, 64_000, 256_000):
+        x = torch.randn(tokens, 768, device=device(), dtype=next(layers.parameters()).dtype, requires_grad=True)
+
+        def one(x: Any = x, tokens: int = tokens) -> None:
+            layers(x, [tokens], None)[0].float().mean().backward()
+
+        found[f"seconds_of_{tokens}"] = seconds_of(one, rounds=2)
+        if device().type == "cuda":
+            began = time.process_time()
+            one()
+            found[f"host_seconds_of_{tokens}"] = time.process_time() - began
+    return {"ok": True, **found}
+
+
+def loader() -> dict[str, Any]:
+    from omegaconf import OmegaConf
+
+    from pretrain.doctor.tiles import loading, open_stream, tiles_per_second
+    from pretrain.settings.composition import load
+
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        shards = tile_shards(Path(folder), tiles=64 if TINY else 2048, side=256)
+        words = [f"recipe={'small' if TINY else 'dinov2_vitl16_short'}", "run=none", f"data.shards={shards}"]
+        for threads in (1,) if TINY else (2, 4, 8):
+            settings = ["data.batch_size=64", "data.lanes=4", f"data.threads={threads}"]
+            tree: Any = OmegaConf.to_container(load("tile", [*words, *settings]).tree, resolve=True)
+            source, stream = open_stream(tree["data"], 0)
+            batches = loading(source, stream, tree["data"], 1, 1, tree["model"]["patch_size"], 0)
+            found[f"tiles_per_second_{threads}"] = tiles_per_second(batches)
+    return {"ok": True, **found}
+
+
+def preemption() -> dict[str, Any]:
+    from pretrain.run.metrics import read_metrics
+
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        words = [
+            *tile_words(place / "run", tile_shards(place)),
+            "optim.steps=100000",
+            "trainer.checkpoint_every=100000",
+        ]
+        process = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        while not (place / "run" / "metrics.jsonl").exists() or len(read_metrics(place / "run")) < 3:
+            assert process.poll() is None, "the run ended by itself"
+            time.sleep(0.2)
+        began = time.monotonic()
+        process.send_signal(signal.SIGUSR1)
+        code = process.wait(120)
+        took = time.monotonic() - began
+        written = len(list((place / "run" / "checkpoints").glob("step-*")))
+    return {"ok": code == 75 and written == 1, "code": code, "seconds_until_over": took}
+
+
+# What sections share -------------------------------------------------------------------------------------------------
+
+
+def device() -> Any:
+    import torch
+
+    return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def device_name() -> str:
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
+
+
+def seconds_of(work: Callable[[], Any], rounds: int = 5) -> float:
+    """The median of some rounds, after two to warm up."""
+    import torch
+
+    times = []
+    for _ in range(rounds + 2):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    return median(times[2:])
+
+
+def normal(*size: int, seed: int, dtype: Any = None) -> Any:
+    """Normal numbers, the same on every device."""
+    import torch
+
+    made = torch.randn(*size, generator=torch.Generator().manual_seed(seed))
+    return made.to(device(), dtype or torch.float32)
+
+
+def relative(one: Any, other: Any) -> float:
+    """``‖a − b‖ / ‖b‖``."""
+    one, other = one.detach().double().cpu(), other.detach().double().cpu()
+    return float((one - other).norm() / other.norm().clamp(min=1e-30))
+
+
+def accelerator() -> list[str]:
+    return (
+        ["trainer.accelerator=gpu", "trainer.precision=bf16"]
+        if device().type == "cuda"
+        else ["trainer.accelerator=cpu"]
+    )
+
+
+def command(*words: str) -> list[str]:
+    return [sys.executable, "-m", "pretrain", *words]
+
+
+def pretrain(*words: str) -> None:
+    """Run a command to its end. Raises RuntimeError with its last lines where it fails."""
+    done = subprocess.run(command(*words), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode:
+        raise RuntimeError(f"pretrain {' '.join(words)}: {done.stdout[-2000:]}")
+
+
+def tile_shards(place: Path, tiles: int = 48, side: int = 48) -> Path:
+    from tests.data.shards.tile_folders import write_tiles
+
+    return write_tiles(place / "shards", [tiles // 4] * 4, side)
+
+
+def tile_words(run: Path, shards: Path) -> list[str]:
+    from tests.pretrain.training.test_tile_training import TINY as SMALL
+
+    words = [word for word in SMALL if not word.startswith(("optim.steps", "trainer.accelerator"))]
+    return ["tile", f"run={run}", f"data.shards={shards}", *words, "trainer.checkpoint_every=4", *accelerator()]
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """A process group of one, as a run has it."""
+    import torch.distributed as dist
+
+    backend = "nccl" if device().type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def shape_of_recipe(recipe: str) -> Any:
+    from pretrain.plan.batches import Slides
+    from pretrain.plan.of_a_run import compose_run
+    from pretrain.plan.run_shape import run_shape
+
+    return run_shape(compose_run([f"recipe={recipe}"], []), Slides(1, 1, 1))
+
+
+def built(recipe: str, compiles: bool) -> Any:
+    """A recipe's objective as a run on one GPU has it, in bf16."""
+    import torch
+
+    from pretrain.training.sharding import lay_mesh, materialise, shard
+
+    with torch.device("meta"):
+        objective = shape_of_recipe(recipe).build()()
+    shard(objective, lay_mesh(device().type, 1, None), "bf16", "none", compiles)
+    materialise(objective, device(), 0)
+    return objective
+
+
+def random_batch(recipe: str, tiles: int, seed: int) -> Any:
+    """Noise of the recipe's crops, and its share of masked patches."""
+    import torch
+
+    from pretrain.objectives.tile_batch import TileBatch
+
+    data, model = shape_of_recipe(recipe).data, shape_of_recipe(recipe).model
+    draw, crops, masks = torch.Generator().manual_seed(seed), data.crops, data.masks
+    sizes = [(crops.global_size, crops.global_count), (crops.local_size, crops.local_count)]
+    images = [(torch.randn(tiles * n, 3, s, s, generator=draw).to(device()), n) for s, n in sizes if n]
+    grid = crops.global_size // model["patch_size"]
+    masked = (
+        torch.rand(tiles * crops.global_count, grid, grid, generator=draw) < masks.share * (masks.low + masks.high) / 2
+    )
+    return TileBatch(images, masked.to(device()), masked_numbers=masked.flatten().nonzero()[:, 0].to(device()))
+
+
+@dataclass(frozen=True)
+class Section:
+    work: Callable[[], dict[str, Any]]
+    limit: int  # seconds
+
+
+SECTIONS = {
+    "environment": Section(environment, 40),
+    "kernels": Section(kernels, 60),
+    "parity": Section(parity, 60),
+    "run": Section(run, 90),
+    "compiled": Section(compiled, 90),
+    "step": Section(step, 120),
+    "longnet": Section(longnet, 60),
+    "loader": Section(loader, 45),
+    "preemption": Section(preemption, 60),
+}
+
+
+def one_section(name: str) -> None:
+    """Run a section in this process, and print its line."""
+    warnings.filterwarnings("ignore", ".*returned a view tensor.*")  # FSDP's, about what isn't done here
+    began = time.monotonic()
+    try:
+        found = SECTIONS[name].work()
+    except Exception as error:  # told, and the next section is run all the same
+        found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+    print(json.dumps({"section": name, "seconds": round(time.monotonic() - began, 1), **found}, default=str))
+
+
+def main() -> int:
+    names = [word for word in sys.argv[1:] if not word.startswith("--")]
+    if "--here" in sys.argv:
+        one_section(names[0])
+        return 0
+    import torch
+
+    if not torch.cuda.is_available() and not TINY:
+        print("skipped: torch sees no CUDA device here; --tiny tries the script itself on the CPU")
+        return 0
+    lines = []
+    for name in names or SECTIONS:
+        words = [sys.executable, __file__, name, "--here", *(["--tiny"] if TINY else [])]
+        try:
+            limit = SECTIONS[name].limit * (3 if TINY else 1)
+            done = subprocess.run(words, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=limit)
+            lines.append(json.loads(done.stdout.splitlines()[-1]))
+        except subprocess.TimeoutExpired:
+            lines.append({"section": name, "ok": False, "error": f"not over after {limit} s"})
+        except (IndexError, ValueError):
+            lines.append({"section": name, "ok": False, "error": f"ended with code {done.returncode} and no line"})
+        print(json.dumps(lines[-1]), flush=True)
+    print(f"\n{'section':<14}{'':<6}{'s':>6}")
+    for line in lines:
+        print(
+            f"{line['section']:<14}{'ok' if line['ok'] else 'FAIL':<6}{line.get('seconds', '–'):>6}  {line.get('error', '')[:90]}"
+        )
+    if out := os.environ.get("OUT"):
+        (Path(out) / "gpu_check.json").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    return 0 if all(line["ok"] for line in lines) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
