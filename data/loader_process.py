@@ -10,6 +10,7 @@ A batch travels in shared memory where that has room for what is on its way, els
 """
 
 import errno
+import gc
 import multiprocessing
 import os
 import pickle
@@ -50,7 +51,14 @@ class LoaderProcess(DataLoader):
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         before = set(multiprocessing.active_children())
-        batches = super().__iter__()
+        # The new process is a copy of this one, without its threads. Were it to tidy up what lies about here (a group
+        # of processes, say, that waits for its threads to end), it would crash.
+        gc.collect()
+        gc.freeze()
+        try:
+            batches = super().__iter__()
+        finally:
+            gc.unfreeze()
         self._processes = set(multiprocessing.active_children()) - before
         return self._received(batches)
 
