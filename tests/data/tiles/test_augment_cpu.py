@@ -26,6 +26,7 @@ print(augment(images, rows, mean, std).numpy().tobytes().hex())
 """
 
 
+@pytest.mark.slow
 def test_what_was_just_compiled_and_what_is_found_on_disk_give_the_same_bits(tmp_path: Path) -> None:
     environment = os.environ | {"NUMBA_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     found = [
