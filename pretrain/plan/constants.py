@@ -10,7 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pretrain.plan.torch_internals import FakeTensor, tree_leaves, tree_map, without_modes
+from pretrain.plan.torch_internals import (
+    FakeTensor,
+    operator_name,
+    overwrites,
+    tree_leaves,
+    tree_map,
+    without_modes,
+)
 
 LARGEST_COMPUTED = 2**22  # elements: more are too slow to compute for the sake of a number
 
@@ -42,10 +49,10 @@ def follow(function: Any, args: Any, kwargs: Any, result: Any) -> None:
     results = [
         leaf for leaf in tree_leaves(result) if isinstance(leaf, FakeTensor) and leaf.numel() <= LARGEST_COMPUTED
     ]
-    drawn = torch.Tag.nondeterministic_seeded in function.tags or "empty" in function._opname
+    drawn = torch.Tag.nondeterministic_seeded in function.tags or "empty" in operator_name(function)
     values = [value_of(tensor) for tensor in given]
     if function.namespace != "aten" or not results or drawn or any(value is None for value in values):
-        if function._schema.is_mutable:
+        if overwrites(function):
             for leaf in tree_leaves(result):
                 if isinstance(leaf, FakeTensor) and value_of(leaf) is not None:
                     leaf.rehearsed_value = None  # type: ignore[attr-defined]

@@ -29,6 +29,9 @@ from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan import constants
 from pretrain.plan.torch_internals import (
+    FLASH_BACKWARD_OF_CPUS,
+    FLASH_OF_CPUS,
+    READ_A_NUMBER,
     FakeStore,
     FakeTensor,
     FakeTensorMode,
@@ -36,6 +39,9 @@ from pretrain.plan.torch_internals import (
     backward_node,
     in_backward,
     newest_node,
+    operator_name,
+    operator_of,
+    sequence_number,
     tree_leaves,
     without_modes,
 )
@@ -257,7 +263,7 @@ class OperationWatch(TorchDispatchMode):
             some, mask = args
             whole = torch.broadcast_shapes(some.shape, mask.shape)
             return some.new_empty(self._true(mask) * math.prod(whole) // max(1, mask.numel()))
-        if function is aten._local_scalar_dense.default and isinstance(args[0], FakeTensor):
+        if function is READ_A_NUMBER and isinstance(args[0], FakeTensor):
             if (value := constants.sum_of(args[0])) is not None:
                 return value
             dtype = args[0].dtype
@@ -290,13 +296,13 @@ class OperationWatch(TorchDispatchMode):
         if self.running:
             part = self.running[-1]
         elif backward:
-            part = self.made_by.get(node._sequence_nr(), "") if node is not None else ""
+            part = self.made_by.get(sequence_number(node), "") if node is not None else ""
         else:
             part = ""
         if torch.is_grad_enabled() and (self.running or not backward):
             # The newest node; operations that make none come after it and change nothing.
             self.made_by.setdefault(newest_node(), part)
-        count = FLOPS.get(function._overloadpacket)
+        count = FLOPS.get(operator_of(function))
         if count is not None:
             direction = "again" if backward and self.running else "backward" if backward else "forward"
             self.flops[named(part, function), direction] += count(*args, **kwargs, out_val=result)
@@ -366,7 +372,7 @@ def named(part: str, function: Any) -> str:
     """A part's name in a table of operations: blocks apart into linear maps and attention."""
     if not part.endswith("blocks"):
         return part or "losses"
-    operator = function._overloadpacket.__name__
+    operator = operator_name(function)
     return f"{part}, {'attention' if operator in ATTENTION or 'attention' in operator else 'linear maps'}"
 
 
@@ -381,8 +387,8 @@ def _flash_for_cpu_backward(
 
 
 CPU_ATTENTION = {  # torch counts the other fused kernels, by these formulas, and not the CPU's
-    aten._scaled_dot_product_flash_attention_for_cpu: _flash_for_cpu,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _flash_for_cpu_backward,
+    FLASH_OF_CPUS: _flash_for_cpu,
+    FLASH_BACKWARD_OF_CPUS: _flash_for_cpu_backward,
 }
 FLOPS = flop_registry | {operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}
 """Floating-point operations by operator: torch's own formulas."""

@@ -13,6 +13,9 @@ from torch.utils._python_dispatch import _disable_current_modes as without_modes
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
+    "FLASH_BACKWARD_OF_CPUS",
+    "FLASH_OF_CPUS",
+    "READ_A_NUMBER",
     "FakeStore",
     "FakeTensor",
     "FakeTensorMode",
@@ -20,6 +23,10 @@ __all__ = [
     "backward_node",
     "in_backward",
     "newest_node",
+    "operator_name",
+    "operator_of",
+    "overwrites",
+    "sequence_number",
     "tree_leaves",
     "tree_map",
     "without_modes",
@@ -37,5 +44,31 @@ def backward_node() -> Any:
 
 
 def newest_node() -> int:
-    """The sequence number of the node that a forward pass has made last, as a node's ``_sequence_nr()`` is."""
+    """The sequence number of the node that a forward pass has made last: see `sequence_number`."""
     return torch.autograd._get_sequence_nr() - 1  # type: ignore[attr-defined]
+
+
+def sequence_number(node: Any) -> int:
+    """Which node of its forward pass one is; the backward's has the same."""
+    return node._sequence_nr()  # type: ignore[no-any-return]
+
+
+def operator_of(function: Any) -> Any:
+    """The operator of which a dispatched function is one overload: ``aten.mm`` of ``aten.mm.default``."""
+    return function._overloadpacket
+
+
+def operator_name(function: Any) -> str:
+    """Its name, without a namespace."""
+    return operator_of(function).__name__  # type: ignore[no-any-return]
+
+
+def overwrites(function: Any) -> bool:
+    """Whether a dispatched function changes one of its arguments."""
+    return function._schema.is_mutable  # type: ignore[no-any-return]
+
+
+_aten = torch.ops.aten
+READ_A_NUMBER = _aten._local_scalar_dense.default
+FLASH_OF_CPUS = _aten._scaled_dot_product_flash_attention_for_cpu
+FLASH_BACKWARD_OF_CPUS = _aten._scaled_dot_product_flash_attention_for_cpu_backward

@@ -26,7 +26,7 @@ from tests.pretrain.training.test_tile_training import command, metrics, start
         ),
         pytest.param("OSError", 1, "pretrain: the loader may open no more files", marks=pytest.mark.slow),
         pytest.param("MemoryError", 1, "pretrain: the loader has no memory left", marks=pytest.mark.slow),
-        ("SIGKILL", 1, "was ended by Killed (out of memory, most likely"),
+        pytest.param("SIGKILL", 1, "was ended by Killed (out of memory, most likely", marks=pytest.mark.slow),
         pytest.param("SIGKILL", 2, "was ended by Killed (out of memory, most likely", marks=pytest.mark.slow),
         ("SIGBUS", 1, "was ended by Bus error (/dev/shm is full"),
     ],

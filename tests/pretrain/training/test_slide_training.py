@@ -137,6 +137,7 @@ def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else() -> None:
     assert smoke["optim.steps"] == 20 and smoke["model.width"] < full["model.width"]
 
 
+@pytest.mark.slow
 def test_the_small_recipe_as_it_stands_beats_the_nearest_neighbours_on_slides_it_has_not_seen(tmp_path: Path) -> None:
     """40 slides with waves 6.3 tiles long, in phases of each slide's own: half a wave away the opposite lies, which no
     mean of neighbours knows. Cut to fields, cropped, mirrored and shifted as the recipe says, in a quarter of its
