@@ -125,7 +125,7 @@ def is_empty(tile: np.ndarray) -> bool:
 
 
 def covered_shares(mask: np.ndarray, left: np.ndarray, top: np.ndarray, side: float) -> np.ndarray:
-    """TokenShare of each square that is True in ``mask``: squares with corners at columns ``left`` and rows ``top`` (both
+    """Share of each square that is True in ``mask``: squares with corners at columns ``left`` and rows ``top`` (both
     float, in mask pixels) and ``side`` mask pixels wide → float32 (len(top), len(left)), from one summed-area table."""
     table = np.zeros((mask.shape[0] + 1, mask.shape[1] + 1), dtype=np.int64)
     table[1:, 1:] = mask.cumsum(axis=0).cumsum(axis=1)

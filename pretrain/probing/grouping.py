@@ -22,9 +22,15 @@ def numbered(names: Iterable[str]) -> np.ndarray:
 
 def joined(one: np.ndarray, other: np.ndarray) -> np.ndarray:
     """The finest groups that keep together whatever either of two groupings does, each int64 (n,) from 0."""
+    first, second = int(one.max()) + 1, int(other.max()) + 1
+    return connected(one, first + other, first + second)[one]
+
+
+def connected(one: np.ndarray, other: np.ndarray, count: int) -> np.ndarray:
+    """A number for each of ``count`` things, int64 from 0: the same where pairs (``one[i]``, ``other[i]``) lead from one
+    to another."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    first, second = int(one.max()) + 1, int(other.max()) + 1
-    edges = coo_array((np.ones(len(one)), (one, first + other)), shape=(first + second,) * 2)
-    return connected_components(edges, directed=False)[1][one].astype(np.int64)
+    pairs = coo_array((np.ones(len(one)), (one, other)), shape=(count, count))
+    return connected_components(pairs, directed=False)[1].astype(np.int64)

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from data.fault import Fault
-from pretrain.probing.grouping import Groups
+from pretrain.probing.grouping import Groups, connected
 from pretrain.run.progress import track
 
 TRAITS = 13
@@ -60,9 +60,6 @@ def by_looks(looks: np.ndarray) -> Groups:
 def near_duplicates(thumbnails: np.ndarray, chunk: int = 256) -> np.ndarray:
     """A number for each of n `thumbnail_of`, float64 (n, 256): the same, int64 (n,) from 0, for those that correlate by
     more than .95, one of them turned or mirrored or not, and for those that are joined by one between."""
-    from scipy.sparse import coo_array
-    from scipy.sparse.csgraph import connected_components
-
     count = len(thumbnails)
     small = thumbnails.astype(np.float32).reshape(count, THUMBNAIL_SIDE, THUMBNAIL_SIDE)
     pairs = [np.empty((0, 2), dtype=np.int64)]
@@ -71,9 +68,8 @@ def near_duplicates(thumbnails: np.ndarray, chunk: int = 256) -> np.ndarray:
         for start in range(0, count, chunk):
             alike = small[start : start + chunk].reshape(-1, THUMBNAIL_SIDE**2) @ turned[start:].T > SAME_IMAGE
             pairs.append(np.argwhere(alike) + start)
-    ends = np.concatenate(pairs).T
-    graph = coo_array((np.ones(ends.shape[1]), (ends[0], ends[1])), shape=(count, count))
-    return connected_components(graph, directed=False)[1].astype(np.int64)
+    ends = np.concatenate(pairs)
+    return connected(ends[:, 0], ends[:, 1], count)
 
 
 def looks_of(image: np.ndarray) -> np.ndarray:

@@ -23,7 +23,6 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
@@ -32,16 +31,13 @@ from torch.utils._pytree import tree_leaves
 
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.teacher import ema_update
-from pretrain.plan.batches import Slides
-from pretrain.plan.of_a_run import compose_run
 from pretrain.plan.rehearsal import as_on_a_gpu
-from pretrain.plan.run_shape import run_shape
 from pretrain.training.adamw import ShardAdamW
 from pretrain.training.optimisation import clip
 from pretrain.training.sharding import lay_mesh, shard, units_of
+from tests.pretrain.training.real_steps import one_process, shape_of
 
 NETWORKS = {"vitl": ("dinov2_vitl16_short", 64), "vitg": ("openmidnight", 48)}
-NO_SLIDES = Slides(width=1, tiles=1, largest=1)
 PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
@@ -67,7 +63,7 @@ class Counted(TorchDispatchMode):
 
 def counts(recipe: str, tiles: int) -> dict[str, float]:
     """Operators, gigabytes and widths of a micro-batch's forward and backward."""
-    shape = run_shape(compose_run([f"recipe={recipe}"], []), NO_SLIDES)
+    shape = shape_of(f"recipe={recipe}")[0]
     with torch.device("meta"):
         objective: Any = shape.build()().to(torch.bfloat16)
     widths: list[float] = []
@@ -112,7 +108,7 @@ def saving(forward: Any, widths: list[float], width: int) -> Any:
 def optimiser_and_ema(recipe: str) -> float:
     """Host milliseconds of clipping, AdamW and the average, for the recipe's parameters with one row each, on the
     shards of one process."""
-    shape = run_shape(compose_run([f"recipe={recipe}", *NARROW], []), NO_SLIDES)
+    shape = shape_of(f"recipe={recipe}", *NARROW)[0]
     with torch.device("meta"):
         objective: Any = shape.build()()
     shard(objective, lay_mesh("cpu", 1, None), "float32")
@@ -145,15 +141,14 @@ NARROW = [
 
 def main() -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     line = {}
     for name, (recipe, tiles) in NETWORKS.items():
         found = counts(recipe, tiles)
         print(f"{name}: {found}", flush=True)
         del found["most"]
         line |= {f"{name}_{what}": value for what, value in found.items()}
-        line[f"{name}_optimiser_and_ema_ms"] = optimiser_and_ema(recipe)
-    dist.destroy_process_group()
+        with one_process():
+            line[f"{name}_optimiser_and_ema_ms"] = optimiser_and_ema(recipe)
     print(json.dumps(line))
 
 

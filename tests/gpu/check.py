@@ -26,8 +26,7 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
@@ -399,25 +398,17 @@ def tile_words(run: Path, shards: Path) -> list[str]:
     return ["tile", f"run={run}", f"data.shards={shards}", *words, "trainer.checkpoint_every=4", *accelerator()]
 
 
-@contextmanager
-def single_process() -> Iterator[None]:
+def single_process() -> Any:
     """A process group of one, as a run has it."""
-    import torch.distributed as dist
+    from tests.pretrain.training.real_steps import one_process
 
-    backend = "nccl" if device().type == "cuda" else "gloo"
-    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    return one_process("nccl" if device().type == "cuda" else "gloo")
 
 
 def shape_of_recipe(recipe: str) -> Any:
-    from pretrain.plan.batches import Slides
-    from pretrain.plan.of_a_run import compose_run
-    from pretrain.plan.run_shape import run_shape
+    from tests.pretrain.training.real_steps import shape_of
 
-    return run_shape(compose_run([f"recipe={recipe}"], []), Slides(1, 1, 1))
+    return shape_of(f"recipe={recipe}")[0]
 
 
 def built(recipe: str, compiles: bool) -> Any:
@@ -439,11 +430,11 @@ def random_batch(recipe: str, tiles: int, seed: int) -> Any:
 
     from pretrain.objectives.tile_batch import TileBatch
 
-    data, model = shape_of_recipe(recipe).data, shape_of_recipe(recipe).model
-    draw, crops, masks = torch.Generator().manual_seed(seed), data.crops, data.masks
+    shape = shape_of_recipe(recipe)
+    draw, crops, masks = torch.Generator().manual_seed(seed), shape.data.crops, shape.data.masks
     sizes = [(crops.global_size, crops.global_count), (crops.local_size, crops.local_count)]
     images = [(torch.randn(tiles * n, 3, s, s, generator=draw).to(device()), n) for s, n in sizes if n]
-    grid = crops.global_size // model["patch_size"]
+    grid = crops.global_size // shape.model["patch_size"]
     masked = (
         torch.rand(tiles * crops.global_count, grid, grid, generator=draw) < masks.share * (masks.low + masks.high) / 2
     )

@@ -59,9 +59,9 @@ def filled(batch: Any, true: dict[int, int]) -> Any:
 
 
 @contextmanager
-def one_process() -> Iterator[None]:
+def one_process(backend: str = "gloo") -> Iterator[None]:
     """A process group of one."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield
     finally:
