@@ -24,7 +24,7 @@ from data.files import create_whole, make_folder, write_whole
 BEAT, SILENCE = 5.0, 60.0  # seconds
 LONG_AGO = 15 * 60.0  # seconds: a last beat before that needs no waiting, however wrong the clocks are
 
-Heed = Callable[[], None]
+WhileWaiting = Callable[[], None]
 """Called again and again while waiting: raises what ends it."""
 
 
@@ -118,17 +118,19 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
-def take(path: Path, enough: Callable[[], bool] = lambda: False, heed: Heed = nothing) -> Lease | Holder | None:
+def take(
+    path: Path, enough: Callable[[], bool] = lambda: False, while_waiting: WhileWaiting = nothing
+) -> Lease | Holder | None:
     """Take the lease at ``path``, or return who holds it: at once where that can be told, else after at most `SILENCE`
     seconds.
 
     None where ``enough`` says meanwhile that it is needed no more. Raises Fault where the file system refuses, and
-    whatever ``heed`` does.
+    whatever ``while_waiting`` does.
     """
     me = _me()
     first, last_beat, unread, refusals = time.monotonic(), None, 0, 0
     while not enough():
-        heed()
+        while_waiting()
         if create_whole(path, json.dumps(asdict(me))):
             return Lease(path, me)
         try:
@@ -190,10 +192,12 @@ def _take_over(path: Path, holder: Holder | None, me: Holder) -> bool:
         mark.unlink(missing_ok=True)
 
 
-def hold(folder: Path, name: str = ".lease", doing: str = "another run", heed: Heed = nothing) -> Lease:
+def hold(
+    folder: Path, name: str = ".lease", doing: str = "another run", while_waiting: WhileWaiting = nothing
+) -> Lease:
     """Hold a folder until `Lease.end`. Raises Fault where ``doing`` is somebody else's there, with who it is."""
     make_folder(folder)
-    lease = take(folder / name, heed=heed)
+    lease = take(folder / name, while_waiting=while_waiting)
     if isinstance(lease, Holder):
         raise Fault(f"{doing} is writing to {folder}: {lease}; wait for it or end it, or give another folder.")
     assert lease is not None
@@ -201,16 +205,18 @@ def hold(folder: Path, name: str = ".lease", doing: str = "another run", heed: H
 
 
 @contextmanager
-def alone(folder: Path, name: str = ".lease", doing: str = "another run", heed: Heed = nothing) -> Iterator[Lease]:
+def alone(
+    folder: Path, name: str = ".lease", doing: str = "another run", while_waiting: WhileWaiting = nothing
+) -> Iterator[Lease]:
     """`hold` a folder while a block runs."""
-    lease = hold(folder, name, doing, heed)
+    lease = hold(folder, name, doing, while_waiting)
     try:
         yield lease
     finally:
         lease.end()
 
 
-def once(path: Path, make: Callable[[], None], heed: Heed = nothing) -> None:
+def once(path: Path, make: Callable[[], None], while_waiting: WhileWaiting = nothing) -> None:
     """Have ``path`` made by one of all processes that need it; the others wait for it, and an error of that one is
     everybody's.
 
@@ -222,7 +228,7 @@ def once(path: Path, make: Callable[[], None], heed: Heed = nothing) -> None:
     waited_for: set[str] = set()
     make_folder(path.parent)
     while not path.exists():
-        lease = take(lease_path, enough=path.exists, heed=heed)
+        lease = take(lease_path, enough=path.exists, while_waiting=while_waiting)
         if lease is None:
             return
         if isinstance(lease, Holder):

@@ -125,7 +125,7 @@ def run_together(composed: Composed, logs: Path) -> None:
     if number := signals.noted():  # while this process read the command line
         pass_on(number, None)
     try:
-        code, culprit = watch(processes, told)
+        code, culprit = wait_for_all(processes, told)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -139,7 +139,7 @@ def run_together(composed: Composed, logs: Path) -> None:
         sys.exit(code if code > 0 else 128 - code)
 
 
-def watch(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]:
+def wait_for_all(processes: list[subprocess.Popen], told: list[int]) -> tuple[int, int]:
     """Wait for all to end; the code and the place of the first that failed, or zeros.
 
     After a failure, or a second Ctrl-C, those that linger are killed: a process may wait for ever for another that is

@@ -241,7 +241,7 @@ def plain_backward(
     return torch.cat(dqs, dim=2), dk.to(k.dtype), dv.to(v.dtype)
 
 
-class Stock:
+class TorchKernels:
     """torch's own kernels: `flash` where it runs, and else `stock`."""
 
     def __init__(self) -> None:
@@ -260,4 +260,4 @@ class Stock:
         return self.all_lengths if takes_flash(q) else self.each_length
 
 
-SDPA = Stock()
+SDPA = TorchKernels()

@@ -10,7 +10,7 @@ import yaml
 
 from data.fault import Fault
 from data.redaction import redacted
-from pretrain.plan import of_a_run
+from pretrain.plan import composed_run
 from pretrain.run.launched import rank
 from pretrain.run.progress import say
 from pretrain.settings import plugins, ranges
@@ -117,7 +117,7 @@ def parse(arguments: list[str]) -> Composed | None:
         print(explain(command))
         return None
     if command == "plan":  # it takes a run's settings beside its own
-        overrides = of_a_run.set_run_words_aside(overrides, config_dirs)
+        overrides = composed_run.set_run_words_aside(overrides, config_dirs)
     composed = load(command, overrides, config_dirs)
     if composed.left_out and rank() is None:
         say(composed.says_left_out())

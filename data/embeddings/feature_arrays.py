@@ -34,7 +34,7 @@ NO_FEATURES = "it is not a feature file of TRIDENT, AtlasPatch, CLAM, STAMP or s
 
 
 @dataclass(frozen=True)
-class Raw:
+class RawFeatures:
     """``features`` (n, D), D = 0 where a slide without tiles doesn't say; ``coords`` (n, 2) or None; attributes by
     name; ``kind`` is the name of the features' data set, ``encoder`` that of an encoder where they are kept under
     it."""
@@ -47,7 +47,7 @@ class Raw:
 
 
 @dataclass
-class Held:
+class FileArrays:
     """What a file holds: ways to read an array and its shape, by name; nothing is read yet."""
 
     path: Path
@@ -85,10 +85,10 @@ class Held:
         return wanted[0]
 
 
-def read_arrays(path: Path, encoder: str | None = None) -> Raw:
+def read_arrays(path: Path, encoder: str | None = None) -> RawFeatures:
     """The features of a file, of ``encoder`` where it has several's. Raises Fault where there are none, or the file
     can't be read."""
-    with held_in(path) as held:
+    with opened_arrays(path) as held:
         name = held.features(encoder)
         try:
             features = held.read[name]()
@@ -97,7 +97,7 @@ def read_arrays(path: Path, encoder: str | None = None) -> Raw:
         except MemoryError as error:
             raise Fault(f"{path} is larger than the memory here ({' × '.join(map(str, held.shapes[name]))})") from error
         of = name.removeprefix("features/") if name.startswith("features/") else None
-        return Raw(
+        return RawFeatures(
             _rows(path, features),
             None if coords is None else _places(path, coords),
             held.attributes,
@@ -109,7 +109,7 @@ def read_arrays(path: Path, encoder: str | None = None) -> Raw:
 def width_and_encoder(path: Path, encoder: str | None = None) -> tuple[int, str | None, dict[str, Any]]:
     """How many dimensions the features have (0 where a slide without tiles doesn't say), the encoder under whose name
     they are kept, and attributes."""
-    with held_in(path) as held:
+    with opened_arrays(path) as held:
         name = held.features(encoder)
         shape = held.shapes[name]
         of = name.removeprefix("features/") if name.startswith("features/") else None
@@ -117,9 +117,9 @@ def width_and_encoder(path: Path, encoder: str | None = None) -> tuple[int, str 
 
 
 @contextmanager
-def held_in(path: Path) -> Iterator[Held]:
+def opened_arrays(path: Path) -> Iterator[FileArrays]:
     """What a file holds, to read while the block lasts. Raises Fault for a file that can't be read."""
-    held = Held(path)
+    held = FileArrays(path)
     if path.is_file():
         refuse_pointer(path)
     if path.suffix in (".h5", ".hdf5"):
@@ -134,7 +134,7 @@ def held_in(path: Path) -> Iterator[Held]:
         yield held
 
 
-def _find_in_h5(held: Held, file: h5py.File) -> None:
+def _find_in_h5(held: FileArrays, file: h5py.File) -> None:
     datasets = {name: entry for name, entry in file.items() if isinstance(entry, h5py.Dataset)}
     if isinstance(file.get("features"), h5py.Group):
         datasets |= {
@@ -147,7 +147,7 @@ def _find_in_h5(held: Held, file: h5py.File) -> None:
         held.attributes |= dict(holder.attrs)
 
 
-def _find_in_npz(held: Held) -> None:
+def _find_in_npz(held: FileArrays) -> None:
     path = held.path
     try:
         if path.suffix == ".npy":
@@ -171,7 +171,7 @@ def _find_in_npz(held: Held) -> None:
         raise Fault(f"{path} can't be read as arrays ({error})") from error
 
 
-def _find_in_tensors(held: Held) -> None:
+def _find_in_tensors(held: FileArrays) -> None:
     path = held.path
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from data.embeddings import slide2vec
-from data.embeddings.feature_arrays import Raw, read_arrays, width_and_encoder
+from data.embeddings.feature_arrays import RawFeatures, read_arrays, width_and_encoder
 from data.embeddings.store import SlideEmbeddings
 from data.fault import Fault, Notice
 from data.slides.coordinates import FARTHEST, row_major
@@ -236,7 +236,7 @@ FEATURE_NUMBERS = (
 )
 
 
-def _told(path: Path, raw: Raw) -> tuple[np.ndarray, dict[str, Any]]:
+def _told(path: Path, raw: RawFeatures) -> tuple[np.ndarray, dict[str, Any]]:
     """Coordinates (n, 2) as they are counted, and what the file, or one beside it, says."""
     said: dict[str, Any] = {
         name: value

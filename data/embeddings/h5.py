@@ -87,7 +87,7 @@ EXPORTS: dict[str, Callable[[EmbeddingStore, str, Path], None]] = {
 }
 
 
-def exported(kind: str, slide: str, folder: Path) -> bool:
+def is_exported(kind: str, slide: str, folder: Path) -> bool:
     """Whether the files of a slide are there, whole."""
     return (folder / "h5_files" / f"{slide}.h5" if kind == "clam" else folder / f"{slide}.h5").exists()
 

@@ -18,7 +18,7 @@ from data import lease
 from data.fault import Fault
 from data.files import appearing, write_whole
 from data.lease import Lease
-from data.shards.writing import Shard, TileRange, is_published
+from data.shards.writing import PlannedShard, TileRange, is_published
 from data.slides.tiling import Tiling
 
 PENDING, TILED, NO_TISSUE, FAILED = "pending", "tiled", "no tissue", "failed"
@@ -57,7 +57,7 @@ class ShardFolder:
     out: Path
     made: dict[str, Any]  # how tiles are cut
     state: str  # "", or that of a part of a job array
-    plan: list[Shard]
+    plan: list[PlannedShard]
     rows: dict[str, SlideRow]  # by slide id
 
     @classmethod
@@ -71,7 +71,7 @@ class ShardFolder:
         return {part.slide for shard in self.plan for part in shard.parts}
 
     @property
-    def published(self) -> list[Shard]:
+    def published(self) -> list[PlannedShard]:
         """The shards that are there, whole."""
         return [shard for shard in self.plan if is_published(self.out, shard.name)]
 
@@ -84,7 +84,7 @@ class ShardFolder:
         save_plan(self.out, self.made, self.plan, self.state)
 
 
-def prepare(out: Path, settings: dict[str, Any], state: str = "") -> list[Shard]:
+def prepare(out: Path, settings: dict[str, Any], state: str = "") -> list[PlannedShard]:
     """Make the folder for shards cut with ``settings``, or take up an earlier run's: the shards planned so far.
 
     Leftovers of a killed run are removed. Raises Fault where the folder's tiles were cut differently.
@@ -114,19 +114,19 @@ def sweep(out: Path, state: str = "") -> None:
             leftover.unlink()
 
 
-def load_plan(out: Path, state: str = "") -> tuple[dict[str, Any], list[Shard]]:
+def load_plan(out: Path, state: str = "") -> tuple[dict[str, Any], list[PlannedShard]]:
     """The settings and the shards of ``plan.json``. Raises Fault where it is damaged."""
     path = out / f"plan{state}.json"
     try:
         plan = json.loads(path.read_text())
         return plan["settings"], [
-            Shard(shard["name"], [TileRange(*part) for part in shard["parts"]]) for shard in plan["shards"]
+            PlannedShard(shard["name"], [TileRange(*part) for part in shard["parts"]]) for shard in plan["shards"]
         ]
     except (ValueError, KeyError, TypeError) as error:
         raise Fault(f"{path} is damaged ({error}): shard into another folder") from error
 
 
-def save_plan(out: Path, settings: dict[str, Any], shards: list[Shard], state: str = "") -> None:
+def save_plan(out: Path, settings: dict[str, Any], shards: list[PlannedShard], state: str = "") -> None:
     """Write ``plan.json``, whole or not at all."""
     planned = [{"name": shard.name, "parts": [[p.slide, p.first, p.last] for p in shard.parts]} for shard in shards]
     write_whole(out / f"plan{state}.json", json.dumps({"settings": settings, "shards": planned}))

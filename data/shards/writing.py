@@ -39,7 +39,7 @@ class TileRange:
 
 
 @dataclass(frozen=True)
-class Shard:
+class PlannedShard:
     """A planned shard: its name (without ``.tar``) and what goes into it."""
 
     name: str
@@ -59,7 +59,7 @@ class WrittenShard:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-def plan_shards(parts: list[TileRange], limit: int, name: str, first_number: int) -> list[Shard]:
+def plan_shards(parts: list[TileRange], limit: int, name: str, first_number: int) -> list[PlannedShard]:
     """Put ``parts``, in their order, into shards of at most ``limit`` tiles; only a part larger than that is split."""
     shards: list[list[TileRange]] = []
     room = 0
@@ -73,7 +73,7 @@ def plan_shards(parts: list[TileRange], limit: int, name: str, first_number: int
                 room = limit
             shards[-1].append(TileRange(part.slide, first, last))
             room = 0 if pieces > 1 else room - (last - first)
-    return [Shard(f"{name}-{first_number + number:06d}", inside) for number, inside in enumerate(shards)]
+    return [PlannedShard(f"{name}-{first_number + number:06d}", inside) for number, inside in enumerate(shards)]
 
 
 def is_published(folder: Path, name: str) -> bool:
@@ -95,7 +95,7 @@ def read_shard_facts(folder: Path, name: str) -> dict[str, Any]:
         return json.loads(str(record["facts"]))
 
 
-def write_shard(folder: Path, shard: Shard, sources: dict[str, str]) -> WrittenShard:
+def write_shard(folder: Path, shard: PlannedShard, sources: dict[str, str]) -> WrittenShard:
     """Cut the tiles of ``shard`` and publish its tar and its record.
 
     ``sources`` gives each slide's file. Tiles that turn out empty, or whose data is damaged, are left out and recorded

@@ -32,7 +32,7 @@ from data.slides.tiling import KEPT, Tiling, TilingSettings, tile_slide, write_t
 
 
 @dataclass(frozen=True)
-class Look:
+class SurveyedSlide:
     """What came of looking at one slide: its tiling, what of the tiles given for it was left out, and which of its
     statements the user overruled."""
 
@@ -65,7 +65,7 @@ def survey(
     slides_mpp: SlidesMpp,
     patient_pattern: str = "",
     coordinates: Path | None = None,
-) -> Look:
+) -> SurveyedSlide:
     """Find one slide's tissue, or take the tiles given in the folder ``coordinates``, and write coordinates and
     thumbnail; or read what an earlier run wrote, where that counts as many µm per pixel as the user says now."""
     path, name = job
@@ -74,7 +74,7 @@ def survey(
         try:
             tiling = read_tiling(written)
             if tiling.source == str(path) and mpp in (None, tiling.grid.mpp_level0):
-                return Look(tiling, left, "")
+                return SurveyedSlide(tiling, left, "")
         except Fault as fault:
             warnings.warn(f"made again: {fault}", Notice, stacklevel=2)
     with Slide(path) as slide:
@@ -86,7 +86,7 @@ def survey(
             tiling, thumbnail, left = given_tiles(slide, name, file, settings, mpp, patient_pattern)
     write_thumbnail(out / "thumbnails" / f"{name}.jpg", thumbnail)
     write_tiling(out, tiling)
-    return Look(tiling, left, overruled)
+    return SurveyedSlide(tiling, left, overruled)
 
 
 def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp) -> Surveyed | None:
@@ -118,7 +118,7 @@ def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slid
 
 def survey_slides(
     folder: Path, paths: list[Path], settings: TilingSettings, slides_mpp: SlidesMpp, workers: int
-) -> Iterator[tuple[Path, Look | Fault]]:
+) -> Iterator[tuple[Path, SurveyedSlide | Fault]]:
     """Look at every slide, yielding each as it is done; afterwards ``survey.json`` is there."""
     for inside in ("coordinates", "thumbnails"):
         make_folder(folder / inside)

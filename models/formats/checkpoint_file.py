@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from models.formats import dinov2, timm
-from models.formats.published import Published, Weights, listed
+from models.formats.published import PublishedWeights, Weights, listed
 
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 CLASS_TOKEN, MASK_TOKEN = "cls_token", "mask_token"
@@ -43,7 +43,7 @@ class Found:
     weights: Weights
 
 
-def read_checkpoint_file(checkpoint: Mapping[str, Any], place: str = "") -> Published:
+def read_checkpoint_file(checkpoint: Mapping[str, Any], place: str = "") -> PublishedWeights:
     """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint, of several the
     one at ``place``.
 

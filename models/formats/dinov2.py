@@ -9,7 +9,7 @@ everything else              the same name
 
 import re
 
-from models.formats.published import Published, Weights
+from models.formats.published import PublishedWeights, Weights
 from models.vit import VisionTransformer
 
 RELEASED_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}  # by width; the published files don't say
@@ -17,7 +17,7 @@ REGISTERS = (("register_tokens", "reg_token"),)
 DINOV2_SWIGLU = (("mlp.w12.", "mlp.fc1."), ("mlp.w3.", "mlp.fc2."))
 
 
-def read_dinov2(weights: Weights) -> Published:
+def read_dinov2(weights: Weights) -> PublishedWeights:
     """A DINOv2 backbone's weights. Positions are resampled as its own code does it: see `models.formats`."""
     ours: Weights = {}
     for name, tensor in weights.items():
@@ -29,7 +29,9 @@ def read_dinov2(weights: Weights) -> Published:
         raise ValueError(f"missing: {', '.join(lacking)}")
     registers = "reg_token" in ours
     heads = RELEASED_HEADS.get(ours["cls_token"].shape[-1])
-    return Published("DINOv2", ours, heads, position_antialias=registers, position_offset=0.0 if registers else 0.1)
+    return PublishedWeights(
+        "DINOv2", ours, heads, position_antialias=registers, position_offset=0.0 if registers else 0.1
+    )
 
 
 def write_dinov2(network: VisionTransformer) -> Weights:

@@ -16,7 +16,7 @@ LAYER_SCALE = 1e-5  # DINOv2's initial value; the learned one is in the weights
 
 
 @dataclass
-class Published:
+class PublishedWeights:
     """Weights under our names, on the source's own position grid, and what their shapes don't tell."""
 
     format: str

@@ -14,11 +14,11 @@ from typing import Any
 
 import torch
 
-from models.formats.published import Published, Weights
+from models.formats.published import PublishedWeights, Weights
 from models.vit import VisionTransformer
 
 
-def read_timm(weights: Weights, *, heads: int | None = None, grid: int | None = None) -> Published:
+def read_timm(weights: Weights, *, heads: int | None = None, grid: int | None = None) -> PublishedWeights:
     """A timm state dict. ``grid`` is the position grid's side, needed only where the count of tokens leaves it open.
 
     Raises ValueError where the positions are no square grid, or could be two.
@@ -36,7 +36,7 @@ def read_timm(weights: Weights, *, heads: int | None = None, grid: int | None = 
     elif registers:
         weights["pos_embed"] = torch.cat([positions[:, :1], positions[:, own:]], dim=1)
         weights["reg_token"] = weights["reg_token"] + positions[:, 1:own]
-    return Published("timm", weights, heads, position_antialias=True, position_offset=0.0, left_out=left_out)
+    return PublishedWeights("timm", weights, heads, position_antialias=True, position_offset=0.0, left_out=left_out)
 
 
 def own_positions(count: int, registers: int, grid: int | None) -> int:

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from models.formats.published import Published, Weights
+from models.formats.published import PublishedWeights, Weights
 from models.vit import VisionTransformer
 
 PREFIXES = ("dinov2.", "dinov2_with_registers.")  # of a model with a head on top
@@ -50,7 +50,7 @@ IN_MEMORY = (
 THREE = ("query", "key", "value")
 
 
-def read_transformers(weights: Weights, config: dict[str, Any]) -> Published:
+def read_transformers(weights: Weights, config: dict[str, Any]) -> PublishedWeights:
     """A folder's weights and its ``config.json``.
 
     Raises ValueError for a model of another kind, and for settings that would change what the weights compute.
@@ -87,7 +87,7 @@ def read_transformers(weights: Weights, config: dict[str, Any]) -> Published:
         del ours["reg_token"]
     registers = kind == "dinov2_with_registers"
     heads = int(config["num_attention_heads"])
-    return Published("transformers", ours, heads, registers, position_offset=0.0, left_out=sorted(left_out))
+    return PublishedWeights("transformers", ours, heads, registers, position_offset=0.0, left_out=sorted(left_out))
 
 
 def write_transformers(network: VisionTransformer, image_size: int) -> Weights:

@@ -24,7 +24,7 @@ from omegaconf import OmegaConf
 from data.tiles.source import TileSource
 from models.allowed import ON_DISK, within
 from pretrain.commands import tile
-from pretrain.doctor import as_a_run, machine, own_objective, report, tiles
+from pretrain.doctor import machine, own_objective, report, run_settings, tiles
 from pretrain.encoders import init
 from pretrain.objectives.interface import Objective
 from pretrain.settings import plugins
@@ -61,7 +61,7 @@ def run(config: Config) -> None:
 
     checks = report.of_processes(trainer) + report.of_folder(place)
     checks.append(lambda: machine.slides([Path(slide) for slide in config.slides]))
-    checks.append(lambda: as_a_run.check_as_a_run(place, config, whole if with_data else None, build))
+    checks.append(lambda: run_settings.check_settings(place, config, whole if with_data else None, build))
     checks.append(lambda: own_objective.check_own_objective(config))
     if with_data:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
@@ -71,7 +71,7 @@ def run(config: Config) -> None:
             )
         )
     report.say_findings(
-        checks + report.of_a_run(place, objective, config.optim.steps, trainer, config.wandb, config.partition)
+        checks + report.run_checks(place, objective, config.optim.steps, trainer, config.wandb, config.partition)
     )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 from data.embeddings.store import EmbeddingStore
 from models.allowed import within
 from pretrain.commands import slide
-from pretrain.doctor import as_a_run, embeddings, report
+from pretrain.doctor import embeddings, report, run_settings
 from pretrain.objectives.interface import Objective
 from pretrain.settings import plugins
 
@@ -41,10 +41,10 @@ def run(config: Config) -> None:
         [
             *report.of_processes(trainer),
             *report.of_folder(place),
-            lambda: as_a_run.check_as_a_run(place, as_slide, lambda: as_slide, None),
+            lambda: run_settings.check_settings(place, as_slide, lambda: as_slide, None),
             lambda: embeddings.check_embeddings(
                 config.data, processes, trainer.accumulate, config.slides_per_second, config.seed
             ),
-            *report.of_a_run(place, objective, config.optim.steps, trainer, config.wandb, config.partition),
+            *report.run_checks(place, objective, config.optim.steps, trainer, config.wandb, config.partition),
         ]
     )

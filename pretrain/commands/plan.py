@@ -21,11 +21,11 @@ from typing import Annotated, Any
 
 from data.files import require_writable, write_whole
 from models.allowed import ON_DISK
-from pretrain.plan.batches import Slides
+from pretrain.plan.batches import SupposedSlides
+from pretrain.plan.full_plan import make_plan
 from pretrain.plan.published import PublishedRun, implied
 from pretrain.plan.table import plan_table, published_table
 from pretrain.plan.throughput import Input
-from pretrain.plan.whole import make_plan
 from pretrain.settings.hardware import Machine
 from pretrain.settings.ranges import within
 
@@ -49,7 +49,7 @@ class Config:
     reserve: Annotated[float, within(least=0, below=1)]
     out: Annotated[str | None, ON_DISK]
     published: bool
-    slides: Slides
+    slides: SupposedSlides
     input: Input
     runs: dict[str, PublishedRun]
     settings: list[str]

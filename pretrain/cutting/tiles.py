@@ -7,7 +7,7 @@ from pathlib import Path
 from data.fault import Fault
 from data.parallel import in_processes
 from data.shards.folder import FAILED, NO_TISSUE, TILED, ShardFolder, SlideRow
-from data.shards.writing import Shard, TileRange, WrittenShard, is_published, read_shard_facts, write_shard
+from data.shards.writing import PlannedShard, TileRange, WrittenShard, is_published, read_shard_facts, write_shard
 from data.slides.coordinates_h5 import coordinates_path, read_tiling, write_tiling
 from pretrain.run.progress import Progress, say
 
@@ -37,7 +37,7 @@ def cut_shards(folder: ShardFolder, names: dict[Path, str], workers: int) -> dic
     return failed
 
 
-def _write(shard: Shard, out: Path, sources: dict[str, str]) -> WrittenShard:
+def _write(shard: PlannedShard, out: Path, sources: dict[str, str]) -> WrittenShard:
     return write_shard(out, shard, sources)
 
 
@@ -53,7 +53,7 @@ def record_outcomes(folder: ShardFolder, failed: dict[str, str]) -> None:
         rows[slide].outcome, rows[slide].message = FAILED, message
 
 
-def _record_rejected(out: Path, shards: list[Shard], rows: dict[str, SlideRow]) -> None:
+def _record_rejected(out: Path, shards: list[PlannedShard], rows: dict[str, SlideRow]) -> None:
     """Move tiles that turned out empty or damaged from kept to their verdict, in the slides' h5 and rows."""
     rejected: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for shard in shards:

@@ -9,11 +9,11 @@ from omegaconf import OmegaConf
 
 from data.fault import Fault
 from pretrain.doctor.finding import Finding, failed, passed, warned
-from pretrain.plan.batches import Slides
+from pretrain.plan.batches import SupposedSlides
 from pretrain.plan.rehearsal import rehearse
 from pretrain.plan.run_shape import RunShape
 from pretrain.settings import plugins
-from pretrain.training.even_shares import settings
+from pretrain.training.even_shares import settings_by_name
 
 
 def check_own_objective(config: Any) -> list[Finding]:
@@ -21,8 +21,8 @@ def check_own_objective(config: Any) -> list[Finding]:
     target, trainer = plugins.locate_class(config.objective["_target_"]), config.trainer
     if plugins.is_ours(target):
         return []
-    data = OmegaConf.create(dict(settings(config.data)))
-    run = RunShape("tile", config.model, config.objective, data, trainer, config.watch, 1, Slides(0, 0, 0))
+    data = OmegaConf.create(dict(settings_by_name(config.data)))
+    run = RunShape("tile", config.model, config.objective, data, trainer, config.watch, 1, SupposedSlides(0, 0, 0))
     try:
         batch = run.batch(trainer.devices * trainer.nodes, trainer.accumulate)
         rehearse(run.build(dict.fromkeys(run.depths, 1)), batch, processes=1)

@@ -57,7 +57,7 @@ def of_folder(place: Path) -> list[Check]:
     ]
 
 
-def of_a_run(
+def run_checks(
     place: Path,
     make_objective: Callable[[], Objective],
     steps: int,

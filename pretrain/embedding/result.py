@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from data.embeddings.h5 import EXPORTS, exported
+from data.embeddings.h5 import EXPORTS, is_exported
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from pretrain.run.progress import say, track
@@ -16,7 +16,7 @@ def write_exports(kinds: list[str], out: Path, store: EmbeddingStore, slides: li
     """For each format of ``kinds`` the files of the slides that have none yet, in ``out/KIND``."""
     for kind in kinds:
         folder = out / kind
-        absent = [slide for slide in slides if not exported(kind, slide, folder)]
+        absent = [slide for slide in slides if not is_exported(kind, slide, folder)]
         for slide in track(absent, len(absent), kind, "slides"):
             EXPORTS[kind](store, slide, folder)
 

@@ -90,7 +90,7 @@ class Outcomes:
         say(f"left out: {fault}")
 
 
-Rows = list[tuple[SlideUnderway, np.ndarray]]
+RowsOfSlides = list[tuple[SlideUnderway, np.ndarray]]
 """Rows of one or several slides, one after another."""
 
 
@@ -98,7 +98,7 @@ Rows = list[tuple[SlideUnderway, np.ndarray]]
 class PixelBatch:
     """Rows and their pixels; ``stacked`` has those of a shape together, with their places in ``pixels``."""
 
-    rows: Rows
+    rows: RowsOfSlides
     pixels: list[Pixels]
     stacked: list[tuple[np.ndarray, Tensor]]
 
@@ -161,9 +161,9 @@ def _attempt(source: EmbeddingSource, slide: str) -> TilesToEmbed | Fault:
         return fault
 
 
-def _batches(slides: Iterator[SlideUnderway], size: int) -> Iterator[Rows]:
+def _batches(slides: Iterator[SlideUnderway], size: int) -> Iterator[RowsOfSlides]:
     """Rows of consecutive slides in batches of ``size`` tiles, the last one shorter."""
-    parts: Rows = []
+    parts: RowsOfSlides = []
     room = size
     for underway in slides:
         rows = iter(range(len(underway.embedded)))
@@ -177,7 +177,7 @@ def _batches(slides: Iterator[SlideUnderway], size: int) -> Iterator[Rows]:
         yield parts
 
 
-def _read(rows: Rows, pin: bool) -> PixelBatch:
+def _read(rows: RowsOfSlides, pin: bool) -> PixelBatch:
     pixels = [tile for underway, wanted in rows for tile in underway.tiles.read(wanted)]
     stacked = [(where, torch.from_numpy(images)) for where, images in stack_by_shape(pixels)]
     return PixelBatch(rows, pixels, [(where, images.pin_memory() if pin else images) for where, images in stacked])

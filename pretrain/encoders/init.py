@@ -12,7 +12,7 @@ import torch
 
 from data.fault import Fault
 from models.formats import checkpoint_file, timm
-from models.formats.published import Published, require_finite
+from models.formats.published import PublishedWeights, require_finite
 from models.initialise import assign
 from models.vit import VisionTransformer
 from pretrain.encoders.run_checkpoint import find_checkpoint, teacher
@@ -21,7 +21,7 @@ from pretrain.encoders.weight_files import TRANSFORMERS_CONFIG, is_transformers,
 from pretrain.objectives.interface import Objective
 
 
-def find_encoder(source: str, plugins: Collection[str] = ()) -> Published:
+def find_encoder(source: str, plugins: Collection[str] = ()) -> PublishedWeights:
     """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain
     export`` or transformers wrote, a weight file with DINOv2's or timm's names (of several encoders in it, the one at
     ``FILE::PLACE``), or a model that timm has weights for.
@@ -45,10 +45,10 @@ def find_encoder(source: str, plugins: Collection[str] = ()) -> Published:
     if not isinstance(network, VisionTransformer):
         raise Fault(f"init={source} holds a {type(network).__name__}, not a models.vit.VisionTransformer")
     weights = dict(network.state_dict())
-    return Published("its run", weights, network.heads, network.position_antialias, network.position_offset)
+    return PublishedWeights("its run", weights, network.heads, network.position_antialias, network.position_offset)
 
 
-def from_timm(name: str, source: str) -> Published:
+def from_timm(name: str, source: str) -> PublishedWeights:
     """A model that timm loads with its weights."""
     from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 

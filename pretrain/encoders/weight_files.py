@@ -18,7 +18,7 @@ from data.fault import Fault
 from data.git_lfs import refuse_pointer
 from data.torch_files import why_unreadable
 from models.formats import transformers
-from models.formats.published import Published
+from models.formats.published import PublishedWeights
 
 TRANSFORMERS_CONFIG = "config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -48,7 +48,7 @@ def zipped(path: Path) -> bool:
         return file.read(2) == b"PK"
 
 
-def read_transformers_folder(folder: Path) -> Published:
+def read_transformers_folder(folder: Path) -> PublishedWeights:
     """The encoder in a folder that transformers' ``save_pretrained`` wrote, in one file or several."""
     config = read_json(folder / TRANSFORMERS_CONFIG)
     weights: dict[str, Tensor] = {}

@@ -18,7 +18,7 @@ from data.shards.open_tars import OpenTars
 from data.slides.coordinates import UNKNOWN_PLACE
 from data.slides.coordinates_h5 import read_tiling
 from pretrain.inspection.page import Page
-from pretrain.inspection.slides import contact_sheet, histogram, mixture, tile_map
+from pretrain.inspection.slides import contact_sheet, histogram, mixture_chart, tile_map
 from pretrain.inspection.views import recipe_settings, seen
 
 SEEN = 8  # tiles whose views are shown
@@ -64,7 +64,7 @@ def shards_page(
             (f"share of {name}", f"{share:.1%} of what is drawn, {count / counts.sum():.1%} of the tiles")
             for name, share, count in zip(names, shares, counts, strict=True)
         ]
-        page.pictures.append(("mixture", "", mixture(names, counts, shares)))
+        page.pictures.append(("mixture", "", mixture_chart(names, counts, shares)))
     page.pictures += _maps(indices, maps)
     return _with_histograms(page, indices)
 

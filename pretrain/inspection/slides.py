@@ -119,7 +119,7 @@ def histogram(values: np.ndarray, title: str, label: str, bins: int = 40) -> Ima
     return _rendered(figure)
 
 
-def mixture(names: Sequence[str], tiles: np.ndarray, shares: np.ndarray) -> Image.Image:
+def mixture_chart(names: Sequence[str], tiles: np.ndarray, shares: np.ndarray) -> Image.Image:
     """Each data set's share of the tiles that there are and of those that are drawn, and how often each of its tiles
     comes while the whole is passed through once. ``tiles`` (n,) counts, ``shares`` (n,) sum to 1."""
     figure = Figure(figsize=(6.4, 1.3 + 0.55 * len(names)), dpi=110, layout="constrained")

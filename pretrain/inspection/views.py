@@ -15,7 +15,7 @@ from data.tiles.augment_parameters import draw_parameters
 from data.tiles.crops import cut
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.settings.composition import load
-from pretrain.training.tile_stage import colour, crop_sizes, further_views, view_sheet
+from pretrain.training.tile_stage import checked_views, colour, crop_sizes, view_sheet
 
 
 def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
@@ -30,7 +30,7 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
     colours are those after augmentation, before they are normalised.
     """
     patch = config.model["patch_size"]
-    sizes = crop_sizes(config.data.crops, further_views(config.objective, patch, config.data.crops.relative_to))
+    sizes = crop_sizes(config.data.crops, checked_views(config.objective, patch, config.data.crops.relative_to))
     colours, side = colour(config.data.colour), sizes.global_size // patch
     of_masks = config.data.masks
     ratios = masks.ratios(

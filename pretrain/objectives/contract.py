@@ -34,7 +34,7 @@ OF_TILE_LOOKS = re.compile(r"rankme|feature_cosine|feature_std|slide_knn|slide_c
 FIGURES = "figures by name, {'accuracy': 0.5, …}"
 
 
-def views_of(kind: type[Objective], settings: Mapping[str, Any]) -> tuple[FurtherViews, ...]:
+def declared_views(kind: type[Objective], settings: Mapping[str, Any]) -> tuple[FurtherViews, ...]:
     """The further views that an objective's class asks for by its ``settings``. Raises Fault for what is none, or
     can't be cut."""
     who = f"{kind.__name__}.further_views"
@@ -112,7 +112,7 @@ def prepared(objective: Objective, parts: Sequence[Any], moment: Moment) -> Sequ
     return given
 
 
-def loss_of(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
+def checked_loss(objective: Objective, part: Any, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
     """The objective's loss of a micro-batch and its figures, scalars on the loss's device. Raises Fault where it gives
     something else."""
     who = type(objective).__name__

@@ -11,11 +11,11 @@ from pretrain.objectives.tile_batch import TileBatch
 from pretrain.plan.rehearsal import LARGEST_CELL, RehearsedBatch
 from pretrain.settings import plugins
 from pretrain.settings.ranges import within
-from pretrain.training.tile_stage import further_views
+from pretrain.training.tile_stage import checked_views
 
 
 @dataclass
-class Slides:
+class SupposedSlides:
     """``slides:`` in ``configs/plan.yaml``: what a plan must suppose of slides, which only their embeddings would
     tell."""
 
@@ -30,7 +30,7 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
     crops, patch = data.crops, model["patch_size"]
     grid = crops.global_size // patch
     sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
-    sides += [(views.count, views.size) for views in further_views(objective, patch, crops.relative_to)]
+    sides += [(views.count, views.size) for views in checked_views(objective, patch, crops.relative_to)]
     sides = [(views, side) for views, side in sides if views]
     global_crops = crops.global_count * tiles
 
@@ -51,7 +51,7 @@ def masked_patches(crops: int, grid: int, share: float, low: float, high: float)
     return round(int(crops * share) * grid * grid * (low + high) / 2)
 
 
-def lane(slides: Slides, most: int, room: int | None, field_cells: int, largest: bool) -> list[int]:
+def lane(slides: SupposedSlides, most: int, room: int | None, field_cells: int, largest: bool) -> list[int]:
     """Tiles of the sequences of a lane, before the crop: of mean slides, or with the largest slide among them."""
     usual = min(slides.tiles, field_cells**2) if field_cells else slides.tiles
     sizes = [min(slides.largest, field_cells**2) if field_cells else slides.largest] if largest else [usual]
@@ -61,7 +61,7 @@ def lane(slides: Slides, most: int, room: int | None, field_cells: int, largest:
 
 
 def slide_batch(
-    objective: dict[str, Any], data: Any, slides: Slides, lanes: int, parts: int, largest: bool
+    objective: dict[str, Any], data: Any, slides: SupposedSlides, lanes: int, parts: int, largest: bool
 ) -> RehearsedBatch:
     """Micro-batches of ``lanes`` lanes for the slide stage; ``data`` as in `SlideData`. ``largest``: one holds the
     largest slide."""

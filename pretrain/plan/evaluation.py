@@ -40,7 +40,7 @@ def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evalu
     """Of a run of the slide stage that has ``slides.count`` slides."""
     data = run.data
     slides = max(1, round(data.validation_fraction * run.slides.count)) if data.validation_fraction else 0
-    times = len(checkpoints(run))
+    times = len(judged_steps(run))
     one = data.copy()
     one.update(batch_size=1, lanes=1, batch_tokens=None, field_cells=0, crop=1.0)
     # One slide, shared by as many processes as in the run; sharded over so many, which changes no operation.
@@ -55,7 +55,7 @@ def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evalu
 
 def of_tiles(run: RunShape, settings: Settings) -> Evaluation:
     """Of a run of the tile stage whose probe, where it has one, has ``watch.probe_images`` tiles."""
-    times, judged = len(checkpoints(run)), run.watch.probe_images if run.watch.probe else 0
+    times, judged = len(judged_steps(run)), run.watch.probe_images if run.watch.probe else 0
     looks = run.steps // run.watch.every if run.watch.every else 0
     crops = run.data.crops.global_count * run.data.batch_size
     sample = slide_sample.SLIDES * slide_sample.TILES
@@ -63,7 +63,7 @@ def of_tiles(run: RunShape, settings: Settings) -> Evaluation:
     return Evaluation(times, judged, looks, images * forward_of_an_image(run) / settings.processes)
 
 
-def checkpoints(run: RunShape) -> set[int]:
+def judged_steps(run: RunShape) -> set[int]:
     """The steps after which a run judges itself."""
     every = [step for step in (run.trainer.checkpoint_every, run.trainer.keep_every) if step]
     return {run.steps, *(done for step in every for done in range(step, run.steps + 1, step))}

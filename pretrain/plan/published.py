@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from typing import Annotated
 
-from pretrain.plan.batches import Slides
+from pretrain.plan.batches import SupposedSlides
+from pretrain.plan.composed_run import compose_run
 from pretrain.plan.estimate import Settings, estimate, parameter_counts
-from pretrain.plan.of_a_run import compose_run
 from pretrain.plan.run_shape import run_shape
 from pretrain.settings.hardware import described
 from pretrain.settings.ranges import within
@@ -33,7 +33,7 @@ class Implied:
     utilisation: float
 
 
-def implied(recipe: str, published: PublishedRun, slides: Slides) -> Implied:
+def implied(recipe: str, published: PublishedRun, slides: SupposedSlides) -> Implied:
     """Operations of our plan of ``recipe`` over what its GPUs could have done in the hours that were published."""
     run = run_shape(compose_run([f"recipe={recipe}", "trainer.precision=bf16"], []), slides)
     processes = run.data.lanes  # in these recipes, one for each GPU of the published run

@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pretrain.objectives.interface import Objective
-from pretrain.plan.batches import Slides, slide_batch, tile_batch
+from pretrain.plan.batches import SupposedSlides, slide_batch, tile_batch
 from pretrain.plan.rehearsal import RehearsedBatch
 from pretrain.settings import plugins
 from pretrain.settings.annotation import as_dictionary
@@ -30,7 +30,7 @@ class RunShape:
     trainer: DictConfig
     watch: DictConfig
     steps: int
-    slides: Slides
+    slides: SupposedSlides
     depths: dict[tuple[str, str], int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -58,7 +58,7 @@ class RunShape:
         return tile_batch(self.model, self.objective, self.data, mine, parts)
 
 
-def run_shape(composed: Composed, slides: Slides) -> RunShape:
+def run_shape(composed: Composed, slides: SupposedSlides) -> RunShape:
     """The shape of the run that a configuration describes."""
     tree = composed.tree
     model, objective = on_any_machine(as_dictionary(tree.model)), as_dictionary(tree.objective)

@@ -2,8 +2,8 @@
 
 from typing import Any
 
+from pretrain.plan.full_plan import GIB
 from pretrain.plan.published import Implied
-from pretrain.plan.whole import GIB
 
 
 def plan_table(found: dict[str, Any]) -> str:

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 from data.tiles.crops import FurtherViews
 from data.tiles.source import TileSource
-from pretrain.plan.batches import Slides
+from pretrain.plan.batches import SupposedSlides
 from pretrain.plan.estimate import Estimate
 from pretrain.settings.plugins import locate_class
 from pretrain.settings.ranges import within
@@ -90,7 +90,7 @@ def tile_cost(data: Any, further: Sequence[FurtherViews], cost: Input) -> tuple[
     return cost.tile_kb * tile / 1000, (got * tile + cost.crops_ms * pixels / MEASURED_CROPS) / 1000
 
 
-def slide_cost(slides: Slides, cost: Input) -> tuple[float, float]:
+def slide_cost(slides: SupposedSlides, cost: Input) -> tuple[float, float]:
     """MB (float16) and core-seconds of a mean slide's embeddings."""
     numbers = slides.tiles * slides.width
     return 2 * numbers / 1e6, cost.slide_ms * numbers / MEASURED_SLIDE / 1000

@@ -11,7 +11,7 @@ from data.files import write_whole
 from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.pages import page
 from pretrain.pages.page import Section
-from pretrain.report.parts import Parts, Run, find_parts, inputs
+from pretrain.report.parts import Parts, ReportedRun, find_parts, inputs
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
 from pretrain.settings import plugins
@@ -46,7 +46,7 @@ def build_page(
     write_whole(out, text)
 
 
-def objective_of(run: Run, allowed: Collection[str]) -> type[Objective]:
+def objective_of(run: ReportedRun, allowed: Collection[str]) -> type[Objective]:
     """The class of a run's objective, which says what it learns; where it isn't known, or not ``allowed``, the one that
     all of its stage derive from."""
     base, named = SlideObjective if "embeddings" in inputs(run) else Objective, run.config.get("objective")
@@ -136,7 +136,7 @@ def glance(parts: Parts) -> list[tuple[str, str]]:
     return rows
 
 
-def steps(run: Run) -> int:
+def steps(run: ReportedRun) -> int:
     """The last step on record."""
     return max((int(values[0][-1]) for values in run.metrics.values() if len(values[0])), default=0)
 

@@ -19,7 +19,7 @@ Series = dict[str, tuple[np.ndarray, np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Run:
+class ReportedRun:
     """A training run's folder and what it recorded."""
 
     folder: Path
@@ -35,8 +35,8 @@ class Parts:
     """The parts of the road that were found; None for those that weren't."""
 
     folder: Path
-    tile: Run | None
-    slide: Run | None
+    tile: ReportedRun | None
+    slide: ReportedRun | None
     shards: Path | None
     embeddings: Path | None
     probe: dict[str, Any] | None
@@ -73,7 +73,7 @@ def find_parts(run: Path, shards: Path | None, embeddings: Path | None, probe: P
     return parts
 
 
-def inputs(run: Run) -> dict[str, Any]:
+def inputs(run: ReportedRun) -> dict[str, Any]:
     """The run's ``data`` settings."""
     data = run.config.get("data")
     return data if isinstance(data, dict) else {}
@@ -88,11 +88,11 @@ def first_folder(*candidates: object) -> Path | None:
     return None
 
 
-def read_run(folder: Path) -> Run:
+def read_run(folder: Path) -> ReportedRun:
     """A run's configuration, provenance, metrics and sample pictures."""
     provenance = folder / "provenance.json"
     records = thinned(folder)
-    return Run(
+    return ReportedRun(
         folder=folder,
         config=read_config(folder),
         provenance=_read_provenance(provenance),

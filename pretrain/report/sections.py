@@ -15,7 +15,7 @@ from data.shards.index import ShardIndex
 from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.report import maps
-from pretrain.report.parts import Parts, Run
+from pretrain.report.parts import Parts, ReportedRun
 
 MOST_SLIDES = 6
 MOST_SAMPLES = 4
@@ -118,7 +118,7 @@ def caption_of(shown: list[SlideFacts]) -> str:
     return (", ".join(facts.name for facts in shown) + ".") if shown else ""
 
 
-def samples_section(run: Run) -> Section | None:
+def samples_section(run: ReportedRun) -> Section | None:
     """The crops that the network saw."""
     if not run.samples:
         return None

@@ -9,7 +9,7 @@ from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.probing.table import cautions
 from pretrain.report.figures import Panel, curves, dots
-from pretrain.report.parts import Run, Series
+from pretrain.report.parts import ReportedRun, Series
 
 TILE_LOSSES = [
     ("Total loss", "", ["loss"]),
@@ -111,7 +111,7 @@ def ends(metrics: Series, name: str) -> tuple[float, float] | None:
     return float(values[:part].mean()), float(values[-part:].mean())
 
 
-def tile_section(run: Run, reading: str) -> Section | None:
+def tile_section(run: ReportedRun, reading: str) -> Section | None:
     """Losses and the course of a tile run; ``reading``: what its objective says of them."""
     if "loss" not in run.metrics:
         return None
@@ -150,7 +150,7 @@ def tile_section(run: Run, reading: str) -> Section | None:
     return Section("tile-training", "Training the tile encoder", body)
 
 
-def about_slides(run: Run) -> str:
+def about_slides(run: ReportedRun) -> str:
     """What the panel of slides told by k-NN says, and which alarm was raised of it, behind a space."""
     if "slide_knn" not in run.metrics:
         return ""
@@ -159,7 +159,7 @@ def about_slides(run: Run) -> str:
     return f"{text}: the alarm {' and '.join(raised)} was raised of it." if raised else f"{text}."
 
 
-def alarms_list(run: Run) -> str:
+def alarms_list(run: ReportedRun) -> str:
     """What went wrong while the run trained, in its own words; nothing where nothing did."""
     if not run.alarms:
         return ""
@@ -167,7 +167,7 @@ def alarms_list(run: Run) -> str:
     return page.paragraph("While the run trained, its record raised alarms, each of them once:") + page.fact_list(found)
 
 
-def slide_section(run: Run, reading: str) -> Section | None:
+def slide_section(run: ReportedRun, reading: str) -> Section | None:
     """Loss, R² beside its baselines, and signs of collapse of a slide run; ``reading``: what its objective says of
     them."""
     metrics = run.metrics

@@ -30,7 +30,7 @@ def waited(scored: Scores) -> int:
 
 def mark(run: Path, scored: Scores) -> None:
     """Point ``checkpoints/best`` at the best-scored published checkpoint; nothing where none is scored."""
-    there = {checkpoints.step_of(path): path for path in checkpoints.published(run)}
+    there = {checkpoints.step_of(path): path for path in checkpoints.complete(run)}
     candidates = [pair for pair in scored if pair[0] in there]
     if not candidates:
         return

@@ -50,7 +50,7 @@ def folder(run: Path) -> Path:
     return run / "checkpoints"
 
 
-def published(run: Path) -> list[Path]:
+def complete(run: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first. What people call otherwise is theirs: a copy,
     ``step-00000004.bak``."""
     found = [
@@ -122,12 +122,12 @@ def words_for_newest(run: Path) -> str:
 
 def newest_whole(run: Path) -> Path | None:
     """The newest checkpoint of a run that isn't damaged, or None."""
-    return next((path for path in reversed(published(run)) if damage(path) is None), None)
+    return next((path for path in reversed(complete(run)) if damage(path) is None), None)
 
 
 def whole_before(checkpoint: Path) -> str:
     """Which checkpoint before a damaged one is whole, in words to put behind a sentence."""
-    earlier = [path for path in published(checkpoint.parent.parent) if path.name < checkpoint.name]
+    earlier = [path for path in complete(checkpoint.parent.parent) if path.name < checkpoint.name]
     found = next((path for path in reversed(earlier) if damage(path) is None), None)
     return f" (step {step_of(found)} is whole)" if found else " (none before it is whole)"
 
@@ -137,7 +137,7 @@ def set_damaged_aside(run: Path) -> list[Path]:
     called now."""
     whole = newest_whole(run)
     moved = []
-    for path in published(run):
+    for path in complete(run):
         if whole is None or path.name > whole.name:
             aside = path.with_name(f"damaged-{path.name}")
             shutil.rmtree(aside, ignore_errors=True)
@@ -147,7 +147,7 @@ def set_damaged_aside(run: Path) -> list[Path]:
 
 def newest(run: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
-    found = published(run)
+    found = complete(run)
     return found[-1] if found else None
 
 
@@ -194,7 +194,7 @@ class Writer(dcp.FileSystemWriter):
             _remove(self.final)
         partial.rename(self.final)
         flush(self.final.parent)
-        for old in published(self.run)[: -self.keep] if self.keep else []:
+        for old in complete(self.run)[: -self.keep] if self.keep else []:
             milestone = self.milestones and step_of(old) % self.milestones == 0
             if not (milestone or is_best(old)):
                 _remove(old)

@@ -61,7 +61,7 @@ def held(run: Path) -> Iterator[Lease | None]:
     if rank():
         yield None
         return
-    with alone(run, doing="another job", heed=signals.heed) as lease:
+    with alone(run, doing="another job", while_waiting=signals.heed) as lease:
         yield lease
 
 

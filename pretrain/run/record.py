@@ -1,6 +1,6 @@
 """The record of a run, as Lightning's loggers: ``metrics.jsonl`` always, Weights & Biases beside it when asked.
 
-What the run itself finds out is given to `OfARun.record`. Whatever else comes, by Lightning's ``log`` or straight from a
+What the run itself finds out is given to `RunLogger.record`. Whatever else comes, by Lightning's ``log`` or straight from a
 user's callback, is recorded as ``callbacks/NAME``: a callback's ``loss`` is never taken for the run's.
 """
 
@@ -38,7 +38,7 @@ class WandbSettings:
     project: str
 
 
-class OfARun(Logger):
+class RunLogger(Logger):
     """What Lightning asks of any logger, of one that belongs to a run's folder. Only the first rank logs.
 
     ``present``: the step that is being taken, or was just taken.
@@ -91,7 +91,7 @@ def number(name: str, value: Any) -> float:
     return plain  # type: ignore[no-any-return]
 
 
-class RunRecord(OfARun):
+class RunRecord(RunLogger):
     """``metrics.jsonl``: one JSON object a line, on disk at once; a resumed run first drops the steps it will retake.
 
     Lines that the disk refuses are kept, said once, and written before the next one that it takes. ``history``: what
@@ -189,7 +189,7 @@ def logged_in() -> bool:
     return bool(wandb.login(prompt=False))
 
 
-class WandbMirror(OfARun):
+class WandbMirror(RunLogger):
     """A mirror of the record in Weights & Biases; the run's id is kept in its folder, so that a resumed run goes on
     there.
 

@@ -19,13 +19,13 @@ def require_even(run: Any, processes: int) -> None:
     """Raise Fault where so many processes can't share ``run`` evenly, which has model, objective, data and trainer: a
     command's ``Config``, or its tree."""
     processes_a_copy(processes, run.trainer.shard_size)
-    micro_batch_share(run, processes, run.trainer.accumulate, settings(run.data).get("processes_per_slide", 1))
+    micro_batch_share(run, processes, run.trainer.accumulate, settings_by_name(run.data).get("processes_per_slide", 1))
 
 
 def micro_batch_share(run: Any, processes: int, accumulate: int, together: int = 1) -> int:
     """Of a process's micro-batch: tiles, or lanes of slides where ``together`` processes share each slide. Raises Fault
     where the settings of ``run``, as of `require_even`, don't divide."""
-    data = settings(run.data)
+    data = settings_by_name(run.data)
     if "processes_per_slide" not in data:
         return tiles_of(data, processes, accumulate, run.objective.get("group_size", 1))
     lanes = lanes_of(data, processes, accumulate, together)
@@ -81,6 +81,6 @@ def lanes_of(data: Mapping[str, Any], processes: int, accumulate: int, together:
     return each
 
 
-def settings(data: Any) -> Mapping[str, Any]:
+def settings_by_name(data: Any) -> Mapping[str, Any]:
     """``data:`` by names: the doctor's, which may lack some, is a dictionary already."""
     return data if isinstance(data, Mapping) else vars(data)

@@ -15,7 +15,7 @@ from pretrain.objectives.figures import class_tokens
 from pretrain.run.across_ranks import gathered
 
 IMAGES_A_PASS = 64  # images a pass
-Walk = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
+BetweenBatches = Callable[[Iterable[Tensor], int], Iterable[Tensor]]
 
 
 class FixedImages:
@@ -38,15 +38,19 @@ class FixedImages:
         images = [plain(torch.from_numpy(np.array(read(i))).unsqueeze(0)) for i in own]
         self.images = (torch.cat(images) * 255).round().byte()  # (share, 3, S, S)
 
-    def features(self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches) -> Tensor:
-        """Features ``(count, width)`` of all images, on every rank; ``walk`` hands on the batches, told how many there
+    def features(
+        self, encoder: nn.Module, device: torch.device, between: BetweenBatches = lambda batches, _: batches
+    ) -> Tensor:
+        """Features ``(count, width)`` of all images, on every rank; ``between`` hands on the batches, told how many there
         are."""
         mean, std = (
             torch.tensor(values, device=device).view(3, 1, 1)
             for values in (self.preprocessing.mean, self.preprocessing.std)
         )
         parts = self.images.split(IMAGES_A_PASS)
-        own = [class_tokens(encoder, (part.to(device).float() / 255 - mean) / std) for part in walk(parts, len(parts))]
+        own = [
+            class_tokens(encoder, (part.to(device).float() / 255 - mean) / std) for part in between(parts, len(parts))
+        ]
         return self.of_all(torch.cat(own))
 
     def of_all(self, own: Tensor) -> Tensor:

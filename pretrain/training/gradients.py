@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
-from pretrain.objectives.contract import loss_of, prepared
+from pretrain.objectives.contract import checked_loss, prepared
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.precision import at_least_float32
 
@@ -26,7 +26,7 @@ def gradients(
         for module in objective.modules():
             if isinstance(module, FSDPModule):
                 module.set_requires_gradient_sync(i == len(parts) - 1, recurse=False)
-        loss, figures = loss_of(objective, part, replace(moment, first=first))
+        loss, figures = checked_loss(objective, part, replace(moment, first=first))
         backward(loss / len(parts))
         for name, value in {"loss": loss, **figures}.items():
             means[name] = means.get(name, 0.0) + at_least_float32(value.detach()) / len(parts)

@@ -36,7 +36,7 @@ from pretrain.run.across_ranks import total, world_size
 from pretrain.run.history import known_facts
 from pretrain.run.preemption import Preemption
 from pretrain.run.progress import SECONDS_BETWEEN_LINES, Progress, say
-from pretrain.run.record import OfARun
+from pretrain.run.record import RunLogger
 from pretrain.run.watchdog import Watchdog
 from pretrain.training.adamw import ShardAdamW
 from pretrain.training.even_shares import require_even
@@ -237,7 +237,7 @@ class Training(L.LightningModule, ABC):
     def record(self, figures: dict[str, float]) -> None:
         """Give the figures of the present step to every logger."""
         for logger in self.trainer.loggers:
-            (logger.record if isinstance(logger, OfARun) else logger.log_metrics)(figures, self.step)
+            (logger.record if isinstance(logger, RunLogger) else logger.log_metrics)(figures, self.step)
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint of this moment holds beside networks and optimiser."""

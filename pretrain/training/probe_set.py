@@ -22,7 +22,7 @@ from pretrain.probing.scores import knn_predict, standard_error
 from pretrain.probing.slide_names import by_name
 from pretrain.probing.splits import best_group_split, group_split, stratified_split
 from pretrain.run.across_ranks import gathered
-from pretrain.training.fixed_images import FixedImages, Walk, agreed
+from pretrain.training.fixed_images import BetweenBatches, FixedImages, agreed
 
 Side = tuple[np.ndarray, np.ndarray]
 """Positions of the images of the bank, and of those that are asked."""
@@ -85,11 +85,11 @@ class ProbeSet:
         return f"{found.kind}, split by {found.how}"
 
     def score(
-        self, encoder: nn.Module, device: torch.device, walk: Walk = lambda batches, _: batches
+        self, encoder: nn.Module, device: torch.device, between: BetweenBatches = lambda batches, _: batches
     ) -> dict[str, float]:
         """``probe_knn`` with its standard error, over slides where they are told, and that over tiles (of the same tiles
         at another step); ``probe_knn_same_slides`` where it is another, and ``probe_rankme``; every rank calls it and gets the same numbers."""
-        features = self.images.features(encoder, device, walk).cpu().numpy()
+        features = self.images.features(encoder, device, between).cpu().numpy()
         correct = self._correct(features, self.across)
         groups = None if self.groups is None else self.groups[np.concatenate([asked for _, asked in self.across])]
         figures = {

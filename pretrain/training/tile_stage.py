@@ -23,7 +23,7 @@ from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbe
 from pretrain.encoders import init
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import evaluation_size
-from pretrain.objectives.contract import look_of, views_of
+from pretrain.objectives.contract import declared_views, look_of
 from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
@@ -145,11 +145,11 @@ def check_crop_patches(size: int, count: int, patch_size: int) -> None:
         raise ValueError("the side of a crop is a multiple of the patch's")
 
 
-def further_views(objective: Mapping[str, Any], patch_size: int, relative_to: str) -> tuple[FurtherViews, ...]:
+def checked_views(objective: Mapping[str, Any], patch_size: int, relative_to: str) -> tuple[FurtherViews, ...]:
     """The kinds of view that an objective's settings ask for beside global and local ones. Raises Fault for a size that
     patches don't fill, and for a scale that isn't one ``relative_to`` what ``data.crops`` says."""
     kind: type[Objective] = plugins.locate_class(objective["_target_"], Objective)
-    found = views_of(kind, {name: value for name, value in objective.items() if name != "_target_"})
+    found = declared_views(kind, {name: value for name, value in objective.items() if name != "_target_"})
     for views in found:
         if views.size % patch_size:
             raise Fault(
@@ -204,7 +204,7 @@ class TileTraining(Training):
         self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
         crops, patch = self.data.crops, config.model["patch_size"]
-        self.sizes = crop_sizes(crops, further_views(config.objective, patch, crops.relative_to))
+        self.sizes = crop_sizes(crops, checked_views(config.objective, patch, crops.relative_to))
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
         self.slides = SlideSample(self.tiles, config.seed) if watch.every else None

@@ -62,7 +62,7 @@ def what_was_done(trial: Path) -> str:
     counts = (
         (steps, "step"),
         (looks, "look"),
-        (len(checkpoints.published(trial)), "checkpoint"),
+        (len(checkpoints.complete(trial)), "checkpoint"),
         (evaluations, "evaluation"),
     )
     said = [f"{count} {what}{'s' if count > 1 else ''}" for count, what in counts if count]

@@ -21,7 +21,7 @@ import openslide
 import simplejpeg
 from PIL import Image
 
-from data.shards.writing import Shard, TileRange, write_shard
+from data.shards.writing import PlannedShard, TileRange, write_shard
 from data.slides.coordinates_h5 import write_tiling
 from data.slides.cutting import JPEG_QUALITY
 from data.slides.reading import Slide
@@ -67,7 +67,7 @@ def measure(path: Path, out: Path) -> dict[str, object]:
     survey = time.process_time() - started
     write_tiling(out, tiling)
     tiles = min(len(tiling.tiles(*READ)[0]), MOST_TILES)
-    one, all_of_them = (Shard("tiles-000000", [TileRange("s", 0, count)]) for count in (1, tiles))
+    one, all_of_them = (PlannedShard("tiles-000000", [TileRange("s", 0, count)]) for count in (1, tiles))
     work = {
         "bare": lambda: bare(path, tiling, tiles),
         "ours": lambda: write_shard(out, all_of_them, {"s": str(path)}),

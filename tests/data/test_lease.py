@@ -190,7 +190,7 @@ def test_who_is_asked_to_end_does_not_wait_for_a_silent_holder(tmp_path: Path) -
     elsewhere = {**asdict(lease._me()), "host": "elsewhere", "machine": "another"}
     (tmp_path / ".lease").write_text(json.dumps(elsewhere))
     with pytest.raises(TimeoutError, match="told to stop"):
-        lease.hold(tmp_path, heed=_stop)
+        lease.hold(tmp_path, while_waiting=_stop)
 
 
 def _stop() -> None:
@@ -204,7 +204,7 @@ def test_who_is_asked_to_end_leaves_what_it_makes_or_waits_for_to_another(tmp_pa
     other = take(tmp_path / ".statistics.json.lease")
     assert isinstance(other, Lease)  # nobody holds it now
     with pytest.raises(TimeoutError, match="told to stop"):
-        once(path, lambda: None, heed=_stop)  # while another makes it
+        once(path, lambda: None, while_waiting=_stop)  # while another makes it
     other.end()
     once(path, lambda: files.write_whole(path, "whole"))
     assert [found.name for found in tmp_path.iterdir()] == [path.name]

@@ -12,7 +12,7 @@ import pytest
 
 from launch import ranks
 from launch.entry import run_command_line
-from launch.local import watch
+from launch.local import wait_for_all
 from launch.torchrun import run_and_tell
 from pretrain.run import checkpoints
 from pretrain.run.metrics import read_metrics
@@ -28,12 +28,12 @@ def python(program: str, **options: object) -> subprocess.Popen[str]:
 def test_the_first_that_fails_is_told_from_those_that_are_ended_after_it() -> None:
     # The second waits for ever for the third, as a rank does in a collective.
     processes = [python("pass"), python("import time; time.sleep(600)"), python("raise SystemExit(3)")]
-    assert watch(processes, []) == (3, 2)
+    assert wait_for_all(processes, []) == (3, 2)
     assert [process.returncode for process in processes] == [0, -signal.SIGKILL, 3]
 
 
 def test_nobody_failed() -> None:
-    assert watch([python("pass"), python("pass")], []) == (0, 0)
+    assert wait_for_all([python("pass"), python("pass")], []) == (0, 0)
 
 
 def test_a_rank_does_not_outlive_what_started_it(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from data.embeddings.feature_files import import_features, list_features, maker
-from data.embeddings.h5 import EXPORTS, exported
+from data.embeddings.h5 import EXPORTS, is_exported
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault, Notice
 from data.keyed import rng
@@ -39,9 +39,9 @@ def row_major(values: np.ndarray, coords: np.ndarray) -> tuple[np.ndarray, np.nd
 
 @pytest.mark.parametrize("kind", EXPORTS)
 def test_what_is_exported_comes_back_the_same(store: EmbeddingStore, tmp_path: Path, kind: str) -> None:
-    assert not exported(kind, "a", tmp_path / kind)
+    assert not is_exported(kind, "a", tmp_path / kind)
     EXPORTS[kind](store, "a", tmp_path / kind)
-    assert exported(kind, "a", tmp_path / kind)
+    assert is_exported(kind, "a", tmp_path / kind)
     (path,) = list_features(tmp_path / kind).values()
     back, there = import_features(path).slide, store.read("a")
     assert np.array_equal(back.embeddings, there.embeddings) and np.array_equal(back.coordinates, there.coordinates)

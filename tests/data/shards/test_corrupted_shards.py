@@ -17,7 +17,7 @@ from data.keyed import rng
 from data.shards.index import ShardIndex
 from data.shards.records import merge_records
 from data.shards.verify import Defect, list_shards, verify_folder, verify_shard
-from data.shards.writing import Shard, TileRange, write_shard
+from data.shards.writing import PlannedShard, TileRange, write_shard
 from data.slides.coordinates_h5 import read_tiling, write_tiling
 from data.slides.reading import Slide
 from data.slides.tiling import READ, TilingSettings, tile_slide
@@ -48,7 +48,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         with Slide(path) as slide:
             tiling, _ = tile_slide(slide, slide_name, TilingSettings(0.5, 64, "otsu", 0.25), None, "")
         write_tiling(ours, tiling)
-        shard = Shard(f"tiles-{number:06d}", [TileRange(slide_name, 0, len(tiling.tiles(*READ)[0]))])
+        shard = PlannedShard(f"tiles-{number:06d}", [TileRange(slide_name, 0, len(tiling.tiles(*READ)[0]))])
         assert write_shard(ours, shard, {}).tiles == 8
         names.append(shard.name)
     merge_records(ours, names, {})

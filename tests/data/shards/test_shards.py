@@ -16,7 +16,7 @@ from data.fault import Fault
 from data.keyed import rng
 from data.shards.index import ShardIndex, read_jpeg
 from data.shards.records import merge_records
-from data.shards.writing import Shard, TileRange, is_published, plan_shards, read_shard_facts, write_shard
+from data.shards.writing import PlannedShard, TileRange, is_published, plan_shards, read_shard_facts, write_shard
 from data.slides import cutting
 from data.slides.coordinates_h5 import write_tiling
 from data.slides.reading import Slide
@@ -58,7 +58,7 @@ def test_a_plan_covers_every_tile_once_and_splits_only_large_slides(counts: list
 
 def test_tiles_in_a_shard_are_the_slides_pixels_through_the_index(tmp_path: Path) -> None:
     tilings = [tiled(tmp_path, name) for name in ("a", "b")]
-    shard = Shard("tiles-000000", [part_of(tiling) for tiling in tilings])
+    shard = PlannedShard("tiles-000000", [part_of(tiling) for tiling in tilings])
     written = write_shard(tmp_path, shard, {})
     merge_records(tmp_path, [shard.name], {})
     index = ShardIndex.open(tmp_path)
@@ -76,7 +76,7 @@ def test_tiles_in_a_shard_are_the_slides_pixels_through_the_index(tmp_path: Path
 
 def test_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
     tiling = tiled(tmp_path, "a_b")
-    write_shard(tmp_path, Shard("tiles-000000", [part_of(tiling)]), {})
+    write_shard(tmp_path, PlannedShard("tiles-000000", [part_of(tiling)]), {})
     samples = list(webdataset.WebDataset(str(tmp_path / "tiles-000000.tar"), shardshuffle=False).decode("rgb8"))
     xs, ys, shares = tiling.tiles(*READ)
     assert [sample["__key__"] for sample in samples] == [f"a_b_{x}_{y}" for x, y in zip(xs, ys, strict=True)]
@@ -89,7 +89,7 @@ def test_stock_webdataset_reads_the_shards(tmp_path: Path) -> None:
 
 
 def test_writing_a_shard_twice_gives_the_same_bytes(tmp_path: Path) -> None:
-    shard = Shard("tiles-000000", [part_of(tiled(tmp_path, "a"))])
+    shard = PlannedShard("tiles-000000", [part_of(tiled(tmp_path, "a"))])
     write_shard(tmp_path, shard, {})
     first, record = (tmp_path / "tiles-000000.tar").read_bytes(), read_shard_facts(tmp_path, shard.name)
     write_shard(tmp_path, shard, {})
@@ -98,7 +98,7 @@ def test_writing_a_shard_twice_gives_the_same_bytes(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_shard_leaves_nothing_under_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shard = Shard("tiles-000000", [part_of(tiled(tmp_path, "a"))])
+    shard = PlannedShard("tiles-000000", [part_of(tiled(tmp_path, "a"))])
     calls = []
 
     def full(tile: np.ndarray) -> bytes:
@@ -130,7 +130,7 @@ def test_a_shard_whose_record_is_damaged_in_whatever_way_is_made_again_or_is_wha
 def test_a_slide_that_fails_is_taken_out_and_the_others_stay(tmp_path: Path) -> None:
     tilings = [tiled(tmp_path, name) for name in ("a", "b", "c")]
     (tmp_path / "slides/b.tiff").write_bytes(b"gone bad")
-    written = write_shard(tmp_path, Shard("tiles-000000", [part_of(tiling) for tiling in tilings]), {})
+    written = write_shard(tmp_path, PlannedShard("tiles-000000", [part_of(tiling) for tiling in tilings]), {})
     assert list(written.failed) == ["b"] and "b.tiff cannot be read" in written.failed["b"]
     with tarfile.open(tmp_path / "tiles-000000.tar") as tar:
         slides = {name.split("_")[0] for name in tar.getnames()}
@@ -156,7 +156,7 @@ def damage(path: Path, share: float) -> None:
 def test_a_few_damaged_tiles_are_left_out_and_counted(tmp_path: Path) -> None:
     tiling = tiled(tmp_path, "a", stained(1200, 1200, [(600, 600, 590)]))
     damage(tmp_path / "slides/a.tiff", share=0.01)
-    shard = Shard("tiles-000000", [part_of(tiling)])
+    shard = PlannedShard("tiles-000000", [part_of(tiling)])
     written = write_shard(tmp_path, shard, {})
     facts = read_shard_facts(tmp_path, shard.name)
     assert 0 < len(facts["rejected"]) == len(shard) - written.tiles <= 9 and not written.failed
@@ -164,7 +164,7 @@ def test_a_few_damaged_tiles_are_left_out_and_counted(tmp_path: Path) -> None:
 
 
 def test_a_slide_damaged_through_and_through_fails_by_name(tmp_path: Path) -> None:
-    shard = Shard("tiles-000000", [part_of(tiled(tmp_path, "a", stained(1200, 1200, [(600, 600, 590)])))])
+    shard = PlannedShard("tiles-000000", [part_of(tiled(tmp_path, "a", stained(1200, 1200, [(600, 600, 590)])))])
     damage(tmp_path / "slides/a.tiff", share=0.5)
     written = write_shard(tmp_path, shard, {})
     assert "a.tiff is damaged" in written.failed["a"] and "too many" in written.failed["a"]
@@ -176,13 +176,13 @@ def test_tiles_found_empty_are_recorded_with_their_cell(tmp_path: Path) -> None:
     flat = stained(500, 600, [(250, 250, 180)])
     flat[192:256, 256:320] = (190, 110, 170)
     write_slide(tmp_path / "slides/a.tiff", flat, 0.5)
-    written = write_shard(tmp_path, Shard("tiles-000000", [part_of(tiling)]), {})
+    written = write_shard(tmp_path, PlannedShard("tiles-000000", [part_of(tiling)]), {})
     assert read_shard_facts(tmp_path, "tiles-000000")["rejected"] == [["a", 256, 192, 3]]
     assert written.tiles == len(tiling.tiles(*READ)[0]) - 1
 
 
 def test_members_say_nothing_of_this_machine(tmp_path: Path) -> None:
-    write_shard(tmp_path, Shard("tiles-000000", [part_of(tiled(tmp_path, "a"))]), {})
+    write_shard(tmp_path, PlannedShard("tiles-000000", [part_of(tiled(tmp_path, "a"))]), {})
     with tarfile.open(tmp_path / "tiles-000000.tar") as tar:
         for member in tar:
             assert (member.mtime, member.uid, member.uname) == (0, 0, "")

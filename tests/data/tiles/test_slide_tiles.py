@@ -15,7 +15,7 @@ from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.reading import Slide
 from data.slides.shared import SharedSlide
-from data.slides.survey import Look, Surveyed, known_survey, survey_slides
+from data.slides.survey import Surveyed, SurveyedSlide, known_survey, survey_slides
 from data.slides.tiling import KEPT, PEN, TilingSettings
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
@@ -174,7 +174,7 @@ def test_a_survey_is_bound_to_what_the_user_says_of_resolution(slides: Path, tmp
     paths, said = list_slides([str(slides)]), SlidesMpp.parse(0.25)
     looks = [look for _, look in survey_slides(tmp_path, paths, replace(SETTINGS, mpp=0.25), said, 1)]
     assert all(
-        isinstance(look, Look) and "says 0.5 µm per pixel, and slides_mpp=0.25 overrules" in look.overruled
+        isinstance(look, SurveyedSlide) and "says 0.5 µm per pixel, and slides_mpp=0.25 overrules" in look.overruled
         for look in looks
     )
     assert known_survey(tmp_path, paths, replace(SETTINGS, mpp=0.25), said) is not None

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from models.formats import checkpoint_file, dinov2
 from models.formats import timm as timm_format
 from models.formats import transformers as transformers_format
-from models.formats.published import Published, Weights, require_finite
+from models.formats.published import PublishedWeights, Weights, require_finite
 from models.initialise import initialise
 from models.vit import VisionTransformer
 
@@ -49,7 +49,7 @@ def network(feed_forward: str = "mlp", registers: int = 0, **changes: object) ->
     return perturb(vit)  # type: ignore[return-value]
 
 
-def built(published: Published, **changes: object) -> VisionTransformer:
+def built(published: PublishedWeights, **changes: object) -> VisionTransformer:
     """The network that a published encoder describes, with its weights, loaded strictly."""
     vit = VisionTransformer(**(published.settings() | changes)).eval()
     weights, _ = published.fit(vit)

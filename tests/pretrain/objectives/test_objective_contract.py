@@ -14,20 +14,20 @@ from data.tiles.crops import FurtherViews
 from launch.entry import run_command_line
 from models.operations import Operations
 from pretrain.objectives.contract import (
+    checked_loss,
+    declared_views,
     evaluation_of,
     look_of,
-    loss_of,
     operations_of,
     prepared,
     require_trainable,
-    views_of,
 )
 from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan.rehearsal import RehearsedBatch, rehearse
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.training.sharding import units_of
-from pretrain.training.tile_stage import further_views
+from pretrain.training.tile_stage import checked_views
 from tests.pretrain.objectives.test_own_objective import SIZES
 from tests.pretrain.objectives.tile_objectives import batch, encoder
 from tests.pretrain.training.test_tile_training import TINY
@@ -262,7 +262,7 @@ def test_a_loss_that_is_not_one_number_says_what_it_is(given: Callable[[Tensor],
     objective = Own(encoder(depth=1))
     objective.loss = lambda *_: given(torch.ones(4, 8, requires_grad=True))  # type: ignore[method-assign]
     with pytest.raises(Fault) as refused:
-        loss_of(objective, None, Moment(0, 1, 0))
+        checked_loss(objective, None, Moment(0, 1, 0))
     assert str(refused.value).startswith("Own.loss ") and sentence in str(refused.value)
 
 
@@ -270,7 +270,7 @@ def test_a_figure_may_be_a_plain_number_or_a_tensor_of_one() -> None:
     objective = Own(encoder(depth=1))
     one = torch.ones((), requires_grad=True)
     objective.loss = lambda *_: (one, {"a": 0.5, "b": 3, "c": torch.tensor([2.0])})  # type: ignore[method-assign]
-    _, figures = loss_of(objective, None, Moment(0, 1, 0))
+    _, figures = checked_loss(objective, None, Moment(0, 1, 0))
     assert {name: (value.item(), value.dim()) for name, value in figures.items()} == {
         "a": (0.5, 0),
         "b": (3, 0),
@@ -374,7 +374,7 @@ def test_a_figure_never_takes_the_name_of_one_of_the_records_own(name: str) -> N
     objective, one = Own(encoder(depth=1)), torch.ones((), requires_grad=True)
     objective.loss = lambda *_: (one, {name: 42.0, "fine": 1.0})  # type: ignore[method-assign]
     with pytest.raises(Fault, match=rf"^Own\.loss gives {name}, which the record names figures of its own"):
-        loss_of(objective, None, MOMENT)
+        checked_loss(objective, None, MOMENT)
 
 
 class Viewed(Own):
@@ -419,26 +419,26 @@ def test_further_views_that_cannot_be_cut_are_refused(
 ) -> None:
     monkeypatch.setattr(Viewed, "given", given)
     with pytest.raises(Fault) as refused:
-        views_of(Viewed, {})
+        declared_views(Viewed, {})
     assert str(refused.value).startswith("Viewed.further_views") and sentence in str(refused.value)
 
 
 def test_further_views_that_cannot_be_asked_for_say_why() -> None:
     with pytest.raises(Fault, match=r"^Unclassed\.further_views is asked before there is .*: write @classmethod"):
-        views_of(Unclassed, {})
+        declared_views(Unclassed, {})
     with pytest.raises(Fault, match=r"^Keyed\.further_views can't tell its views: KeyError: 'hight'; above") as refused:
-        views_of(Keyed, {})
+        declared_views(Keyed, {})
     assert 'settings["hight"]' in refused.value.trace
 
 
 def test_further_views_are_held_to_the_run_s_patches_and_to_what_a_scale_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     target = {"_target_": f"{Viewed.__module__}.Viewed"}
     monkeypatch.setattr(plugins.locate_class(target["_target_"], Viewed), "given", [FurtherViews(1, 8, (0.5, 2))])
-    assert further_views(target, 4, "crop") == (FurtherViews(1, 8, (0.5, 2)),)
+    assert checked_views(target, 4, "crop") == (FurtherViews(1, 8, (0.5, 2)),)
     with pytest.raises(Fault, match=r"^Viewed asks for views of scale=\(0.5, 2\) with data.crops.relative_to=tile: "):
-        further_views(target, 4, "tile")
+        checked_views(target, 4, "tile")
     with pytest.raises(Fault, match=r"^Viewed asks for views of 8 px, which isn't a multiple of model\.patch_size=3"):
-        further_views(target, 3, "crop")
+        checked_views(target, 3, "crop")
 
 
 @pytest.fixture

@@ -12,16 +12,16 @@ from launch.entry import run_command_line
 from pretrain import cli
 from pretrain.commands import recipes
 from pretrain.commands.plan import Config
-from pretrain.plan.batches import Slides, lane
+from pretrain.plan.batches import SupposedSlides, lane
+from pretrain.plan.composed_run import compose_run, set_run_words_aside
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
-from pretrain.plan.of_a_run import compose_run, set_run_words_aside
+from pretrain.plan.full_plan import make_plan
 from pretrain.plan.published import implied
 from pretrain.plan.rehearsal import rehearse
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
 from pretrain.plan.table import plan_table
 from pretrain.plan.throughput import pace
-from pretrain.plan.whole import make_plan
 from pretrain.settings.composition import load
 from pretrain.training.even_shares import micro_batch_share, tiles_of
 from tests.pretrain.training.real_steps import Step, one_process, peak_of_sharing, shape_of
@@ -140,7 +140,7 @@ def test_pace_is_operations_over_what_is_used_of_the_peak() -> None:
 
 
 def test_lanes_hold_the_largest_slide_and_then_what_fits() -> None:
-    slides = Slides(width=8, tiles=100, largest=450)
+    slides = SupposedSlides(width=8, tiles=100, largest=450)
     assert lane(slides, 4, None, 0, largest=True) == [450, 100, 100, 100]
     assert lane(slides, 4, 600, 0, largest=True) == [450, 100]
     assert lane(slides, 4, 400, 0, largest=True) == [450]  # a slide larger than a lane's share goes alone
@@ -213,7 +213,7 @@ def test_evaluation_is_counted_and_said() -> None:
     )
     found = make_plan(planned(*SLIDE, *words))
     assert (found["evaluation"]["times"], found["evaluation"]["samples"]) == (3, 10)  # after steps 4, 8 and the last
-    run = run_shape(compose_run([*SLIDE, "data.crop=1"], []), Slides(48, 60, 60))
+    run = run_shape(compose_run([*SLIDE, "data.crop=1"], []), SupposedSlides(48, 60, 60))
     four = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False).flops
     forward = sum(count for (_, way), count in four.items() if way == "forward") / 4
     assert found["evaluation"]["flops"] == pytest.approx(3 * 10 * 2 * forward, rel=0.01)
@@ -237,7 +237,7 @@ def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:
         "watch.probe_images=700",
     )
     found = make_plan(planned(*words))
-    judged, run = found["evaluation"], run_shape(compose_run(list(words[:1]), []), Slides(1, 1, 1))
+    judged, run = found["evaluation"], run_shape(compose_run(list(words[:1]), []), SupposedSlides(1, 1, 1))
     assert (judged["times"], judged["samples"], judged["looks"]) == (
         4,
         700,
@@ -266,7 +266,7 @@ def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:
 
 
 def test_processes_that_share_a_slide_hold_less_of_the_largest() -> None:
-    slides = Slides(width=48, tiles=60, largest=1500)
+    slides = SupposedSlides(width=48, tiles=60, largest=1500)
     run = run_shape(compose_run(list(SLIDE), []), slides)
     alone, together = (estimate(run, Settings(4, 4, "float32", "none", n, n), fused_attention=True) for n in (1, 4))
     blocks = "activations of blocks"
@@ -283,7 +283,7 @@ def test_processes_that_share_a_slide_hold_less_of_the_largest() -> None:
 def test_processes_that_share_a_slide_take_the_memory_that_is_planned(tmp_path: Path) -> None:
     words, slides = (
         ("recipe=small_slide", "data.batch_size=4", "data.lanes=4", "data.field_cells=0"),
-        Slides(48, 600, 1500),
+        SupposedSlides(48, 600, 1500),
     )
     torch.multiprocessing.spawn(peak_of_sharing, (tmp_path, 2, words, slides), nprocs=2)
     run, _ = shape_of(*words, slides=slides)

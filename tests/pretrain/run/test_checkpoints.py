@@ -87,7 +87,7 @@ def test_the_newest_published_one_counts_and_half_written_ones_do_not(tmp_path: 
     (half / "state.json").write_text("{}")
     (last.with_name("step-00000030")).mkdir()  # nothing inside: no state, no checkpoint
     assert checkpoints.newest(tmp_path) == last
-    assert [path.name for path in checkpoints.published(tmp_path)] == ["step-00000002", "step-00000010"]
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-00000002", "step-00000010"]
 
 
 def test_the_next_save_sweeps_what_a_kill_left_behind(tmp_path: Path) -> None:
@@ -102,7 +102,7 @@ def test_the_next_save_sweeps_what_a_kill_left_behind(tmp_path: Path) -> None:
 def test_as_many_are_kept_as_was_asked(keep: int, left: list[int], tmp_path: Path) -> None:
     for step in (1, 2, 3):
         save(tmp_path, step, keep=keep)
-    assert [int(path.name[-8:]) for path in checkpoints.published(tmp_path)] == left
+    assert [int(path.name[-8:]) for path in checkpoints.complete(tmp_path)] == left
 
 
 def test_a_full_disk_is_one_sentence_and_the_last_checkpoint_stays_whole(tmp_path: Path) -> None:
@@ -179,7 +179,7 @@ def test_at_most_one_save_is_under_way(tmp_path: Path) -> None:
     saver.begin(1, *trained(1), {})
     with pytest.raises(AssertionError):
         saver.begin(2, *trained(2), {})
-    assert saver.wait() is None and [path.name for path in checkpoints.published(tmp_path)] == ["step-00000001"]
+    assert saver.wait() is None and [path.name for path in checkpoints.complete(tmp_path)] == ["step-00000001"]
 
 
 def test_a_failed_save_is_told_once_leaves_no_half_checkpoint_and_the_next_one_succeeds(
@@ -200,7 +200,7 @@ def test_a_failed_save_is_told_once_leaves_no_half_checkpoint_and_the_next_one_s
         with pytest.raises(Fault, match=r"free some room .* The newest whole one is .*step-00000001"):
             saver.save(3, *trained(), {})
     saver.begin(4, *trained(), {})
-    assert saver.wait() is None and [path.name for path in checkpoints.published(tmp_path)] == ["step-00000004"]
+    assert saver.wait() is None and [path.name for path in checkpoints.complete(tmp_path)] == ["step-00000004"]
 
 
 def test_an_error_that_is_not_the_disks_is_not_taken_for_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,7 +297,7 @@ def test_a_save_beside_training_goes_from_any_number_of_processes_to_any_other(t
 def test_milestones_stay_beside_the_newest(tmp_path: Path) -> None:
     for step in range(1, 9):
         checkpoints.save(tmp_path, step, *trained(), {}, keep=2, milestones=3)
-    assert [int(path.name[-8:]) for path in checkpoints.published(tmp_path)] == [3, 6, 7, 8]
+    assert [int(path.name[-8:]) for path in checkpoints.complete(tmp_path)] == [3, 6, 7, 8]
 
 
 def test_a_kill_while_an_old_one_is_removed_leaves_none_that_looks_whole(
@@ -314,7 +314,7 @@ def test_a_kill_while_an_old_one_is_removed_leaves_none_that_looks_whole(
     with monkeypatch.context() as patch, pytest.raises(BaseException, match="Kill"):
         patch.setattr(shutil, "rmtree", dying)
         save(tmp_path, 2, keep=1)
-    assert [path.name for path in checkpoints.published(tmp_path)] == ["step-00000002"]
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-00000002"]
     save(tmp_path, 3)
     assert not list(checkpoints.folder(tmp_path).glob("*.partial"))
 
@@ -374,7 +374,7 @@ def test_a_persons_copy_of_a_checkpoint_is_left_alone(tmp_path: Path) -> None:
     for name in ("step-00000002", "step-00000004.bak", "step-00000006-good", "step-00000004"):
         (tmp_path / "checkpoints" / name).mkdir(parents=True)
         (tmp_path / "checkpoints" / name / "state.json").write_text("{}")
-    assert [path.name for path in checkpoints.published(tmp_path)] == ["step-00000002", "step-00000004"]
+    assert [path.name for path in checkpoints.complete(tmp_path)] == ["step-00000002", "step-00000004"]
 
 
 def test_the_writing_thread_keeps_to_its_process_s_gpu_and_waits_for_none(

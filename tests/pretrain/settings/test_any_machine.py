@@ -11,7 +11,7 @@ from torch import nn
 from models.initialise import initialise
 from models.longnet import LongNet
 from pretrain.encoders.slide_encoders import load_slide_encoder
-from pretrain.plan.batches import Slides
+from pretrain.plan.batches import SupposedSlides
 from pretrain.plan.run_shape import run_shape
 from pretrain.report.build import describe_network
 from pretrain.run import checkpoints
@@ -29,7 +29,7 @@ SLIDE = {
 def test_a_slide_run_is_planned_and_loaded_without_its_kernel(kernel: str, tmp_path: Path) -> None:
     words = ["recipe=small_slide", "run=none", "data.embeddings=none", f"model.attention={kernel}"]
     with torch.device("meta"):
-        run_shape(load("slide", words), Slides(32, 50, 50)).build()()
+        run_shape(load("slide", words), SupposedSlides(32, 50, 50)).build()()
     objective = nn.Module()
     objective.encoder = LongNet(12, **{name: value for name, value in SLIDE.items() if name != "_target_"})  # type: ignore[arg-type]
     initialise(objective.encoder, 0)
@@ -43,5 +43,5 @@ def test_a_slide_run_is_planned_and_loaded_without_its_kernel(kernel: str, tmp_p
 def test_a_tile_run_is_planned_and_reported_without_its_kernel() -> None:
     composed = load("tile", ["recipe=small", "run=none", "data.shards=none", "model.attention=xformers"])
     with torch.device("meta"):
-        run_shape(composed, Slides(0, 0, 0)).build()()
+        run_shape(composed, SupposedSlides(0, 0, 0)).build()()
     assert "a vision transformer of 2.8 M parameters" in describe_network(as_dictionary(composed.tree.model), ())

@@ -14,8 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.slide_mae import SlideMAE
-from pretrain.plan.batches import Slides
-from pretrain.plan.of_a_run import compose_run
+from pretrain.plan.batches import SupposedSlides
+from pretrain.plan.composed_run import compose_run
 from pretrain.plan.rehearsal import CPU_ATTENTION, tensors_in
 from pretrain.plan.run_shape import RunShape, run_shape
 from pretrain.run.across_ranks import local_shard
@@ -23,11 +23,11 @@ from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups
 from pretrain.training.sharding import lay_mesh, materialise, shard
 
-SLIDES = Slides(width=48, tiles=60, largest=100)
+SLIDES = SupposedSlides(width=48, tiles=60, largest=100)
 MOMENT = Moment(0, 10, 0)
 
 
-def shape_of(*settings: str, slides: Slides = SLIDES) -> tuple[RunShape, Any]:
+def shape_of(*settings: str, slides: SupposedSlides = SLIDES) -> tuple[RunShape, Any]:
     """The shape of a run and its ``optim`` settings."""
     composed = compose_run(list(settings), [])
     values = dict(composed.tree.optim) | {"betas": list(composed.tree.optim.betas)}
@@ -68,7 +68,7 @@ def one_process(backend: str = "gloo") -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def peak_of_sharing(rank: int, folder: Path, together: int, settings: tuple[str, ...], slides: Slides) -> None:
+def peak_of_sharing(rank: int, folder: Path, together: int, settings: tuple[str, ...], slides: SupposedSlides) -> None:
     """As one of ``together`` processes that share every slide: take a step, and leave its peak in a file named by the
     rank."""
     torch.set_num_threads(1)

@@ -236,7 +236,7 @@ def test_an_interruption_before_any_checkpoint_and_one_inside_a_save_change_noth
     run_command_line(command(tile_shards, run, *settings))
     assert metrics(run) == metrics(uninterrupted["sinkhorn"])
     assert not list((run / "checkpoints").glob("*.partial"))
-    assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in checkpoints.complete(run)] == ["step-00000004", "step-00000006"]
 
 
 @pytest.mark.slow
@@ -406,7 +406,7 @@ def test_a_save_that_fails_is_said_counted_and_tried_again(
     run_command_line(command(tile_shards, run, *WAYS["sinkhorn"]))
     said = capsys.readouterr().err
     assert said.count("step-00000002 could not be written (No space left on device); training goes on") == 1
-    assert [path.name for path in checkpoints.published(run)] == ["step-00000004", "step-00000006"]
+    assert [path.name for path in checkpoints.complete(run)] == ["step-00000004", "step-00000006"]
     assert [line["failed_saves"] for line in metrics(run) if "failed_saves" in line] == [1]
     assert [line for line in metrics(run) if "loss" in line] == metrics(uninterrupted["sinkhorn"])
 
@@ -480,7 +480,7 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(
     lines = metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [0, 0, 1, 2, 2, 2]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
-    assert checkpoints.read_state(checkpoints.published(tmp_path / "run")[-1])["skipped"] == 2
+    assert checkpoints.read_state(checkpoints.complete(tmp_path / "run")[-1])["skipped"] == 2
 
 
 def test_a_skipped_step_leaves_every_weight_and_centre_as_it_was(
@@ -514,9 +514,9 @@ def test_a_run_that_diverges_keeps_a_finite_checkpoint_and_goes_on_from_it_with_
         poison(context, set(range(3, STEPS)))
         line = refused(command(tile_shards, run, *every), capsys)
     assert "is not done" in line and "step-00000003" in line
-    assert [path.name for path in checkpoints.published(run)] == ["step-00000003"]
+    assert [path.name for path in checkpoints.complete(run)] == ["step-00000003"]
     run_command_line(command(tile_shards, run, *every, "optim.lr=1e-5", "allow_changes=true"))
-    assert checkpoints.step_of(checkpoints.published(run)[-1]) == STEPS
+    assert checkpoints.step_of(checkpoints.complete(run)[-1]) == STEPS
     assert all(tensor.isfinite().all() for tensor in weights(run).values())
 
 
@@ -527,7 +527,7 @@ def test_weights_that_are_not_finite_are_never_published(
     line = refused(
         command(tile_shards, run, "trainer.checkpoint_every=1", "optim.lr=1e39", "optim.warmup_steps=0"), capsys
     )
-    assert "is not done" in line and not checkpoints.published(run)
+    assert "is not done" in line and not checkpoints.complete(run)
 
 
 def test_a_picture_of_crops_that_the_disk_refuses_is_said_and_training_goes_on(

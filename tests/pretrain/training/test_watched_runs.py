@@ -82,7 +82,7 @@ def test_a_collapsing_run_says_so_in_words_once_and_puts_it_on_record(
     for line in raised:
         assert f"ALARM at step {line['step']}, {line['alarm']}: {line['says']}" in said
         assert line["since"] <= line["step"] and "Usually helps" in line["says"]
-    shutil.rmtree(checkpoints.published(run)[-1])  # the run goes on from step 20
+    shutil.rmtree(checkpoints.complete(run)[-1])  # the run goes on from step 20
     run_command_line(command(shards, run, *TEACHING, *settings))
     assert alarms_of(run) == raised
     again = capsys.readouterr().err
@@ -114,7 +114,7 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
     first = [line for line in read_metrics(one) if line["step"] == 0]
     assert len(first) == 1 and {"probe_knn", "probe_knn_se_tiles", "slide_knn"} <= first[0].keys()
     for run in (one, two):
-        assert [path.name for path in checkpoints.published(run)] == ["step-00000002", "step-00000006"]
+        assert [path.name for path in checkpoints.complete(run)] == ["step-00000002", "step-00000006"]
         assert os.readlink(run / "checkpoints" / "best") == "step-00000002"
     assert (
         load_encoder(str(one / "checkpoints" / "best"), "cpu").hash
@@ -128,7 +128,7 @@ def test_a_probe_ends_a_run_that_no_longer_gains_keeps_its_best_checkpoint_and_i
     assert [
         line["step"] for line in map(json.loads, (one / "metrics.jsonl").read_text().splitlines()) if "loss" in line
     ] == list(range(1, 9))
-    assert [path.name for path in checkpoints.published(one)] == ["step-00000002", "step-00000008"]
+    assert [path.name for path in checkpoints.complete(one)] == ["step-00000002", "step-00000008"]
 
 
 def test_patience_without_a_probe_is_refused(shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -228,7 +228,7 @@ def test_the_best_checkpoint_is_kept_pointed_at_and_read_by_its_name(tmp_path: P
             model["encoder"].bias.fill_(step)
         checkpoints.save(tmp_path, step, model, optimiser, {}, keep=1)
         best.mark(tmp_path, scored)
-    assert [checkpoints.step_of(path) for path in checkpoints.published(tmp_path)] == [4, 8]
+    assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path)] == [4, 8]
     link = checkpoints.folder(tmp_path) / "best"
     assert os.readlink(link) == "step-00000004"  # relative: the folder may move
     assert checkpoints.read_network(link, "encoder.")["bias"].tolist() == [4, 4, 4]
@@ -247,7 +247,7 @@ def test_without_symbolic_links_the_best_one_is_marked_by_a_file_kept_and_found(
     for step, score in ((2, 0.9), (4, 0.5), (6, 0.4)):
         checkpoints.save(tmp_path, step, model, torch.optim.SGD(model.parameters(), lr=0.1), {}, keep=1)
         best.mark(tmp_path, [(2, 0.9), (step, score)])
-    assert [checkpoints.step_of(path) for path in checkpoints.published(tmp_path)] == [2, 6]
+    assert [checkpoints.step_of(path) for path in checkpoints.complete(tmp_path)] == [2, 6]
     link = checkpoints.folder(tmp_path) / "best"
     assert link.is_file() and checkpoints.resolved(link).name == "step-00000002"
     assert [path.name for path in tmp_path.rglob("*.partial")] == []

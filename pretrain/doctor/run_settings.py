@@ -13,7 +13,7 @@ from pretrain.run import folder as run_folder
 from pretrain.training.even_shares import require_even
 
 
-def check_as_a_run(
+def check_settings(
     run: Path, config: Any, whole: Callable[[], Any] | None, build: Callable[[Any], object] | None
 ) -> list[Finding]:
     """Settings of a run ``config`` against each other and against what ``run`` holds.

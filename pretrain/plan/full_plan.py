@@ -6,15 +6,15 @@ from typing import Any
 from data.fault import Fault
 from data.redaction import redacted_settings
 from pretrain.plan import evaluation
+from pretrain.plan.composed_run import compose_run
 from pretrain.plan.estimate import Estimate, Settings, estimate, parameter_counts
-from pretrain.plan.of_a_run import compose_run
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import RunShape, run_shape
 from pretrain.plan.throughput import pace, slide_cost, tile_cost
 from pretrain.settings.composition import of_the_command_line
 from pretrain.training.even_shares import require_even
 from pretrain.training.sharding import CHECKPOINTING
-from pretrain.training.tile_stage import further_views
+from pretrain.training.tile_stage import checked_views
 
 GIB = 2**30
 GPUS = 8  # of a node, unless launch.gpus_per_node says so
@@ -105,5 +105,5 @@ def _reading_cost(shape: RunShape, config: Any) -> tuple[float, float]:
     """Megabytes and core-seconds of a tile or slide."""
     if shape.stage == "slide":
         return slide_cost(config.slides, config.input)
-    further = further_views(shape.objective, shape.model["patch_size"], shape.data.crops.relative_to)
+    further = checked_views(shape.objective, shape.model["patch_size"], shape.data.crops.relative_to)
     return tile_cost(shape.data, further, config.input)
