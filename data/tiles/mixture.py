@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
+from data.tiles.numbering import Numbering
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Part
 
@@ -18,7 +19,7 @@ class Mixture(TileSource):
     def __init__(self, members: Mapping[str, tuple[TileSource, float]]) -> None:
         self.names = list(members)
         self.sources = [source for source, _ in members.values()]
-        self.starts = np.cumsum([0, *(len(source) for source in self.sources)])
+        self.numbering = Numbering(map(len, self.sources))
         self.parts = [
             Part(part.block_sizes, _share(part, source, weight), f"{name}: {part.name}")
             for name, (source, weight) in members.items()
@@ -26,36 +27,30 @@ class Mixture(TileSource):
         ]
         self.digest = "+".join(f"{weight:g}×{source.digest}" for source, weight in members.values())
 
-    def locate(self, number: int) -> tuple[int, int]:
-        """Which member has tile ``number``, and its number there."""
-        member = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return member, int(number - self.starts[member])
-
     def name(self, number: int) -> str:
-        member, own = self.locate(number)
+        member, own = self.numbering.locate(number)
         return self.sources[member].name(own)
 
     def slide(self, number: int) -> str | None:
-        member, own = self.locate(number)
+        member, own = self.numbering.locate(number)
         return self.sources[member].slide(own)
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
-        member, own = self.locate(number)
+        member, own = self.numbering.locate(number)
         try:
             return self.sources[member].read(own, seed, sample)
         except UnreadableTile as error:
             # The replacement is of the same member, so a bad file costs nothing of the shares.
-            following = self.starts[member] + error.next % len(self.sources[member])
-            raise UnreadableTile(str(error), int(following)) from error
+            following = self.numbering.number(member, error.next % len(self.sources[member]))
+            raise UnreadableTile(str(error), following) from error
 
     def hold(self, blocks: int) -> None:
         for source in self.sources:
             source.hold(blocks)
 
     def expect(self, numbers: np.ndarray) -> None:
-        member = np.searchsorted(self.starts, numbers, side="right") - 1
-        for which in np.unique(member):
-            self.sources[which].expect(numbers[member == which] - self.starts[which])
+        for member, own in self.numbering.sort_out(numbers):
+            self.sources[member].expect(own)
 
 
 def _share(part: Part, source: TileSource, weight: float) -> float:

@@ -1,8 +1,6 @@
 """Tiles of one or several folders of shards, by number: bytes from an index and a range read, never a scan."""
 
 import re
-from bisect import bisect_right
-from itertools import accumulate
 from pathlib import PurePath
 
 import numpy as np
@@ -13,6 +11,7 @@ from data.remote import BlockCache, Truncated, read_range
 from data.shards.index import ShardIndex
 from data.shards.open_tars import OpenTars, without_header
 from data.shards.tar_members import TAR_BLOCK
+from data.tiles.numbering import Numbering
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
 
@@ -31,7 +30,7 @@ class ShardTiles(TileSource):
         if not shards:
             raise Fault("data.shards is empty: give a folder of shards.")
         self.indices = [ShardIndex.open(folder) for folder in shards]
-        self.starts = [*accumulate(map(len, self.indices), initial=0)]
+        self.numbering = Numbering(map(len, self.indices))
         sizes = np.concatenate([cut_blocks(_runs(index, group), group) for index in self.indices])
         self.parts = [Part(sizes, name=", ".join(map(str, shards)))]
         self.digest = "+".join(index.digest for index in self.indices)
@@ -41,8 +40,8 @@ class ShardTiles(TileSource):
 
     def locate(self, number: int) -> tuple[ShardIndex, int]:
         """The index that holds tile ``number``, and its row there."""
-        which = bisect_right(self.starts, number) - 1
-        return self.indices[which], number - self.starts[which]
+        which, row = self.numbering.locate(number)
+        return self.indices[which], row
 
     def name(self, number: int) -> str:
         index, row = self.locate(number)

@@ -16,6 +16,7 @@ from data.recently_made import RecentlyMade
 from data.slides.shared import SharedSlide
 from data.slides.survey import Surveyed
 from data.slides.tiling import KEPT, PEN, Tiling
+from data.tiles.numbering import Numbering
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
 
@@ -34,7 +35,7 @@ class SlideTiles(TileSource):
     def __init__(self, surveyed: Surveyed, group: int = 1, shifted: bool = True) -> None:
         self.surveyed, self.shifted = surveyed, shifted
         tiles = np.array(surveyed.tiles, dtype=np.int64)
-        self.starts = np.concatenate([[0], np.cumsum(tiles)])
+        self.numbering = Numbering(surveyed.tiles)
         self.parts = [
             Part(cut_blocks(tiles, group, most=TILES_PER_SLIDE_BLOCK), name=f"the slides in {surveyed.folder}")
         ]
@@ -43,25 +44,20 @@ class SlideTiles(TileSource):
         self._slides = RecentlyMade(self._opened, FEWEST_SLIDES_OPEN)
 
     def name(self, number: int) -> str:
-        slide, cell = self.locate(number)
+        slide, cell = self.numbering.locate(number)
         return f"tile {cell} of {self.surveyed.files[slide]}"
 
     def slide(self, number: int) -> str:
-        return str(self.surveyed.files[self.locate(number)[0]])
-
-    def locate(self, number: int) -> tuple[int, int]:
-        """The slide that tile ``number`` is of, and which of its kept cells it is."""
-        slide = int(np.searchsorted(self.starts, number, side="right")) - 1
-        return slide, int(number - self.starts[slide])
+        return str(self.surveyed.files[self.numbering.locate(number)[0]])
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
-        which, cell = self.locate(number)
+        which, cell = self.numbering.locate(number)  # of the slide's kept cells
         try:
             tiling, cells = self._tilings.get(which)
             slide = self._slides.get(which)
         except Fault as error:  # the slide is gone: the tile as far into the next one
             following = (which + 1) % len(self.surveyed.slides)
-            tile = self.starts[following] + cell % self.surveyed.tiles[following]
+            tile = self.numbering.number(following, cell % self.surveyed.tiles[following])
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", int(tile)) from error
         x, y = self.place(tiling, int(cells[cell]), seed, sample)
         try:

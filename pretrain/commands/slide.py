@@ -16,37 +16,22 @@ from typing import Annotated
 
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
-from models.allowed import ON_DISK, within
 from pretrain.objectives.interface import SlideObjective
-from pretrain.run.folder import held
-from pretrain.run.preemption import ending_when_asked
-from pretrain.run.record import WandbSettings
 from pretrain.settings import plugins
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
-from pretrain.training.fit import fit
-from pretrain.training.optimisation import Optim
+from pretrain.training.run_config import RunConfig, train
 from pretrain.training.slide_stage import SlideData, SlideTraining
-from pretrain.training.trainer_settings import RESUME, TrainerSettings, require_devices
-from pretrain.training.trial import run_or_trial
 from pretrain.training.watching import Watch
 
 
 @dataclass
-class Config:
+class Config(RunConfig):
     """Types of the settings; values and explanations are in ``configs/``."""
 
-    run: Annotated[str, ON_DISK]
-    seed: Annotated[int, within(least=0)]
-    allow_changes: bool
-    resume: Annotated[str, RESUME]
-    model: Plugin
     objective: Annotated[Plugin, SlideObjective]
     data: SlideData
-    optim: Optim
-    trainer: TrainerSettings
     watch: Watch
-    wandb: WandbSettings
 
 
 def run(config: Config) -> None:
@@ -57,11 +42,9 @@ def run(config: Config) -> None:
                 "trainer.compile=true is for 'pretrain tile': slides have other lengths at every step, and each would"
                 " be compiled anew; leave it out."
             )
-    require_devices(config.trainer)
     store = EmbeddingStore.open(Path(config.data.embeddings))
 
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
 
-    with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease:
-        fit(SlideTraining(folder, config, objective, store), lease)
+    train(config, lambda folder: SlideTraining(folder, config, objective, store))

@@ -18,7 +18,8 @@ from pretrain.training.even_shares import settings_by_name
 
 def check_own_objective(config: Any) -> list[Finding]:
     """``config``: that of 'pretrain tile', whose data may lack what it can't do without."""
-    target, trainer = plugins.locate_class(config.objective["_target_"]), config.trainer
+    target: type = plugins.locate_class(config.objective["_target_"])
+    trainer = config.trainer
     if plugins.is_ours(target):
         return []
     data = OmegaConf.create(dict(settings_by_name(config.data)))

@@ -39,7 +39,7 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
         masks, numbers = torch.empty(global_crops, grid, grid, dtype=torch.bool), torch.empty(masked, dtype=torch.int64)
         return TileBatch(images, masks, masked_numbers=numbers)
 
-    wanted = plugins.locate_class(objective["_target_"], Objective).masks  # type: ignore[attr-defined]
+    wanted = plugins.locate_class(objective["_target_"], Objective).masks
     share = data.masks.share if wanted else 0.0
     masked = masked_patches(global_crops, grid, share, data.masks.low, data.masks.high)
     return RehearsedBatch(make, {global_crops * grid * grid: masked}, tiles, parts)
@@ -69,7 +69,7 @@ def slide_batch(
     room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
     sizes = [n for i in range(lanes) for n in lane(slides, most, room, data.field_cells, largest and i == 0)]
     lengths = [max(2, round(n * data.crop**2)) for n in sizes]  # the crop's sides are shares of the tile grid's
-    masks = plugins.locate_class(objective["_target_"], SlideObjective).masks  # type: ignore[attr-defined]
+    masks = plugins.locate_class(objective["_target_"], SlideObjective).masks
     hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) if masks else 0 for n in lengths]
     tiles, masked = sum(lengths), sum(hidden)
 

@@ -48,7 +48,7 @@ def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evalu
         settings, processes=settings.together, shard_size=settings.together, checkpointing="none", accumulate=1
     )
     found = estimate(replace(run, data=one), alone, fused_attention, largest=False)
-    passes: int = plugins.locate_class(run.objective["_target_"], SlideObjective).evaluation_passes  # type: ignore[attr-defined]
+    passes: int = plugins.locate_class(run.objective["_target_"], SlideObjective).evaluation_passes
     forward = sum(count for (_, way), count in found.flops.items() if way == "forward")
     return Evaluation(times, slides, 0, passes * times * slides * forward)
 

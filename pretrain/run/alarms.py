@@ -8,7 +8,7 @@ off.
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -47,47 +47,52 @@ def that_can_be_taken(says: str, known: Facts) -> str:
 
 def uniform_teacher(history: History, known: Facts) -> Alarm | None:
     """The teacher's targets are (nearly) uniform over prototypes."""
-    for kind, count in known.prototypes.items():
-        steps, values = settled(history, f"teacher_entropy/{kind}", known)
-        if (begin := since(steps, values > 0.98 * math.log(count), LOOKS)) is not None:
-            return Alarm(
-                "uniform teacher",
-                begin,
-                f"the teacher's {kind} targets say any prototype will do: entropy {values[-1]:.2f} of at most"
-                f" {math.log(count):.2f} nats since step {begin}. Usually helps: a lower objective.teacher_temperature"
-                " or a longer teacher_temperature_warmup, a lower optim.lr, objective.centring=sinkhorn.",
-            )
+    for kind, most, begin, entropy in _kinds(history, known, "teacher_entropy", lambda nats, most: nats > 0.98 * most):
+        return Alarm(
+            "uniform teacher",
+            begin,
+            f"the teacher's {kind} targets say any prototype will do: entropy {entropy:.2f} of at most {most:.2f} nats"
+            f" since step {begin}. Usually helps: a lower objective.teacher_temperature or a longer"
+            " teacher_temperature_warmup, a lower optim.lr, objective.centring=sinkhorn.",
+        )
     return None
 
 
 def certain_teacher(history: History, known: Facts) -> Alarm | None:
     """The teacher's targets are (nearly) one prototype each."""
-    for kind, count in known.prototypes.items():
-        steps, values = settled(history, f"teacher_entropy/{kind}", known)
-        if (begin := since(steps, values < 0.01 * math.log(count), LOOKS)) is not None:
-            return Alarm(
-                "certain teacher",
-                begin,
-                f"the teacher's {kind} targets are one prototype each, without doubt: entropy {values[-1]:.3f} nats"
-                f" since step {begin}. Usually helps: a higher objective.teacher_temperature (0.04 to 0.07), a lower"
-                " optim.lr.",
-            )
+    for kind, _, begin, entropy in _kinds(history, known, "teacher_entropy", lambda nats, most: nats < 0.01 * most):
+        return Alarm(
+            "certain teacher",
+            begin,
+            f"the teacher's {kind} targets are one prototype each, without doubt: entropy {entropy:.3f} nats since step"
+            f" {begin}. Usually helps: a higher objective.teacher_temperature (0.04 to 0.07), a lower optim.lr.",
+        )
     return None
 
 
 def same_target(history: History, known: Facts) -> Alarm | None:
     """All tiles get the same target, whatever it is: the sign that all collapses share."""
-    for kind, count in known.prototypes.items():
-        steps, values = settled(history, f"teacher_information/{kind}", known)
-        if (begin := since(steps, values < 0.01 * math.log(count), LOOKS)) is not None:
-            return Alarm(
-                "same target",
-                begin,
-                f"the teacher's {kind} targets are the same for every tile: they tell {values[-1]:.3f} nats about it"
-                f" since step {begin}. The run has collapsed: go back to a checkpoint before it. Usually helps: a lower"
-                " optim.lr, a longer optim.warmup_steps, objective.centring=sinkhorn.",
-            )
+    for kind, _, begin, told in _kinds(history, known, "teacher_information", lambda nats, most: nats < 0.01 * most):
+        return Alarm(
+            "same target",
+            begin,
+            f"the teacher's {kind} targets are the same for every tile: they tell {told:.3f} nats about it since step"
+            f" {begin}. The run has collapsed: go back to a checkpoint before it. Usually helps: a lower optim.lr, a"
+            " longer optim.warmup_steps, objective.centring=sinkhorn.",
+        )
     return None
+
+
+def _kinds(
+    history: History, known: Facts, figure: str, bad: Callable[[np.ndarray, float], np.ndarray]
+) -> Iterator[tuple[str, float, int, float]]:
+    """The kinds of target whose ``figure`` is bad up to the end, beside the most nats that there could be: that most,
+    since which step, and the figure now."""
+    for kind, count in known.prototypes.items():
+        steps, values = settled(history, f"{figure}/{kind}", known)
+        most = math.log(count)
+        if (begin := since(steps, bad(values, most), LOOKS)) is not None:
+            yield kind, most, begin, values[-1]
 
 
 def few_prototypes(history: History, known: Facts) -> Alarm | None:

@@ -18,7 +18,7 @@ import traceback
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ from data.fault import Fault
 Plugin = dict[str, Any]
 """The type of a configuration node that holds a plug-in: ``_target_`` and the settings of that class."""
 
-
+T = TypeVar("T")
 OUR_PACKAGES = ("data", "models", "pretrain", "launch")
 
 
@@ -37,7 +37,7 @@ def may_be_run(target: str, allowed: Collection[str] | None) -> bool:
     return allowed is None or any(target.startswith(f"{package}.") for package in (*OUR_PACKAGES, *allowed))
 
 
-def locate_class(target: str, base: type = nn.Module, allowed: Collection[str] | None = None) -> type:
+def locate_class(target: str, base: type[T] = nn.Module, allowed: Collection[str] | None = None) -> type[T]:  # type: ignore[assignment]
     """The class that a dotted path such as ``models.vit.VisionTransformer`` names; Fault unless it is a ``base``, and
     of its ``stage`` where it has one.
 
@@ -173,7 +173,7 @@ def build(
     A ValueError of the constructor (widths that don't divide, say) becomes a Fault with the class's name before it; so
     does any error of a class that isn't ours, with its traceback, or without where it only lacks a package.
     """
-    target = locate_class(settings["_target_"], base, allowed)
+    target: type = locate_class(settings["_target_"], base, allowed)
     try:
         return target(*arguments, **{key: value for key, value in settings.items() if key != "_target_"})
     except ValueError as error:

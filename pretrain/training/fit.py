@@ -80,8 +80,13 @@ def fit(training: Training, lease: Lease | None) -> None:
     if newest is not None and trainer.global_rank == 0:
         say(f"{run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
     # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
-    if hasattr(trainer, "_signal_connector"):  # a version that has none installs no handler
+    if hasattr(trainer, "_signal_connector"):
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+    else:
+        say(
+            f"{run}: Lightning {L.__version__} keeps its signal handlers where they can't be set aside, and a signal to"
+            " several processes may hang them: lightning==2.6.4 is a version whose handlers can."
+        )
     training.peak = device_peak(settings, trainer.strategy.root_device)
     began = time.monotonic()
     open_more_files()

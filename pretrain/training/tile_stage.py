@@ -237,7 +237,7 @@ class TileTraining(Training):
 
     def batches(self, start: int, stop: int) -> LoaderProcess:
         patch, masks = self.config.model["patch_size"], self.data.masks
-        wanted = plugins.locate_class(self.config.objective["_target_"], Objective).masks  # type: ignore[attr-defined]
+        wanted = plugins.locate_class(self.config.objective["_target_"], Objective).masks
         batches = TileBatches(
             self.tiles,
             self.stream,

@@ -57,7 +57,7 @@ def surveyed(slides: Path, tmp_path_factory: pytest.TempPathFactory) -> Surveyed
 
 
 def places(source: SlideTiles, number: int, samples: range) -> list[tuple[int, int]]:
-    slide, cell = source.locate(number)
+    slide, cell = source.numbering.locate(number)
     tiling = source.surveyed.tiling(slide)
     cells = np.flatnonzero(tiling.verdict == KEPT)
     return [source.place(tiling, int(cells[cell]), 0, sample) for sample in samples]
@@ -67,7 +67,7 @@ def test_a_tile_is_the_slides_pixels_at_its_place(surveyed: Surveyed) -> None:
     source = SlideTiles(surveyed)
     for number in range(0, len(source), 17):
         ((x, y),) = places(source, number, range(5, 6))
-        whole = stained(600, 640, [DISCS[source.locate(number)[0]]], source.locate(number)[0])
+        whole = stained(600, 640, [DISCS[source.numbering.locate(number)[0]]], source.numbering.locate(number)[0])
         assert np.array_equal(source.read(number, 0, 5), whole[y : y + SIDE, x : x + SIDE])
 
 
@@ -75,7 +75,7 @@ def test_places_are_random_off_the_grid_and_a_function_of_the_sample(surveyed: S
     source = SlideTiles(surveyed)
     drawn = np.array(places(source, 40, range(400)))
     assert places(SlideTiles(surveyed), 40, range(400)) == [tuple(place) for place in drawn.tolist()]
-    slide, cell = source.locate(40)
+    slide, cell = source.numbering.locate(40)
     tiling = surveyed.tiling(slide)
     row, column = divmod(int(np.flatnonzero(tiling.verdict == KEPT)[cell]), tiling.verdict.shape[1])
     shift = drawn / SIDE - (column, row)
@@ -128,7 +128,7 @@ def test_pen_is_kept_clear_of(surveyed: Surveyed) -> None:
 def test_without_shifts_tiles_are_the_grid(surveyed: Surveyed) -> None:
     source = SlideTiles(surveyed, shifted=False)
     x, y, _ = surveyed.tiling(1).tiles(KEPT)
-    first = int(source.starts[1])
+    first = int(source.numbering.starts[1])
     assert places(source, first + 3, range(2)) == [(int(x[3]), int(y[3]))] * 2
 
 
@@ -144,7 +144,7 @@ def test_a_slide_that_disappears_is_replaced_by_the_next(tmp_path: Path) -> None
     (slides / "slide0.tiff").unlink()
     with pytest.raises(UnreadableTile, match=r"tile 3 of .*slide0\.tiff can't be read") as gone:
         source.read(3)
-    assert gone.value.next == source.starts[1] + 3 and source.read(gone.value.next).shape == (SIDE, SIDE, 3)
+    assert gone.value.next == source.numbering.number(1, 3) and source.read(gone.value.next).shape == (SIDE, SIDE, 3)
 
 
 def test_a_survey_is_made_once_and_bound_to_its_slides_and_settings(tmp_path: Path) -> None:

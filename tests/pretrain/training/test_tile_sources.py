@@ -124,7 +124,7 @@ def test_a_mixture_of_shards_slides_and_a_server_trains_in_its_shares(folder: Pa
         assert len(losses(tmp_path / "run")) == 6
         training = stage(folder, *words)
         numbers = np.concatenate([training.stream.batch(step) for step in range(40)])
-        counts = np.histogram(numbers, training.tiles.starts)[0] / len(numbers)  # type: ignore[attr-defined]
+        counts = np.histogram(numbers, training.tiles.numbering.starts)[0] / len(numbers)  # type: ignore[attr-defined]
         assert counts == pytest.approx([0.5, 0.25, 0.25], abs=0.01)
 
 
