@@ -29,6 +29,7 @@ COMMANDS = {
     "embed": "tile shards or slides + tile encoder → tile embeddings; these + slide encoder → slide embeddings",
     "slide": "slide embeddings → slide encoder (LongNet masked autoencoder)",
     "probe": "encoder + labelled tiles → k-NN and linear accuracy beside their baselines",
+    "probe slide": "slide encoder + labels of slides → is it of use; 'probe stage=slide' is the same",
     "export": "run → a folder that timm or Prov-GigaPath's code loads",
     "report": "run → one HTML page",
     "doctor": "is this machine, cluster and data ready for a run; what to do where it isn't",
@@ -80,6 +81,8 @@ def parse(arguments: list[str]) -> Composed | None:
         return None
     # 'doctor slide' is a command, and so is 'doctor', which settings or options may follow.
     two_words = any(command.startswith(f"{arguments[0]} ") for command in COMMANDS)
+    if two_words and "stage=slide" in arguments and f"{arguments[0]} slide" in COMMANDS:
+        arguments = [arguments[0], "slide", *(word for word in arguments[1:] if word != "stage=slide")]
     length = 2 if two_words and not re.match("-|.*=", "".join(arguments[1:2])) else 1
     command, rest = " ".join(arguments[:length]), arguments[length:]
     if command not in COMMANDS:

@@ -11,7 +11,6 @@ import torch
 from data import lease
 from data.embeddings.slide_features import ABOUT, add_rows, slides_in
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
-from data.fault import Fault
 from data.files import make_folder
 from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
@@ -28,16 +27,7 @@ def embed_store(
     Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds another
     one's.
     """
-    if encoder.tile_encoder_hash not in (None, store.encoder_hash):
-        raise Fault(
-            f"{encoder.name} was trained on embeddings of another tile encoder ({encoder.tile_encoder_hash}) than"
-            f" {store.folder} holds ({store.encoder}, {store.encoder_hash}): embed the slides with that one."
-        )
-    if encoder.network.input_width != store.width:
-        raise Fault(
-            f"{encoder.name} takes {encoder.network.input_width}-wide embeddings, and {store.folder} holds"
-            f" {store.width}-wide ones."
-        )
+    encoder.require_fits(store)
     make_folder(out)
     about = {
         "format": 1,

@@ -9,6 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.json_files import read_object
 from models.longnet import LongNet
@@ -35,6 +36,19 @@ class SlideEncoder:
     tile_encoder_hash: str | None
     notes: list[str]  # what is worth saying about it
     device: torch.device
+
+    def require_fits(self, store: EmbeddingStore) -> None:
+        """Raise Fault unless ``store`` holds embeddings of the tile encoder that this one was trained on."""
+        if self.tile_encoder_hash not in (None, store.encoder_hash):
+            raise Fault(
+                f"{self.name} was trained on embeddings of another tile encoder ({self.tile_encoder_hash}) than"
+                f" {store.folder} holds ({store.encoder}, {store.encoder_hash}): embed the slides with that one."
+            )
+        if self.network.input_width != store.width:
+            raise Fault(
+                f"{self.name} takes {self.network.input_width}-wide embeddings, and {store.folder} holds"
+                f" {store.width}-wide ones."
+            )
 
 
 def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[str] = ()) -> SlideEncoder:

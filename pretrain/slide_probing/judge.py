@@ -1,0 +1,81 @@
+"""Predictions of many rounds become figures: each with its interval, and beside those of the mean of the tiles."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from data.keyed import rng
+from pretrain.slide_probing.labels import LabelledSlides, Round
+from pretrain.slide_probing.measures import MEASURES, Measure
+
+RESAMPLES = 1000  # of a bootstrap
+INTERVAL = (2.5, 97.5)  # percentiles
+
+Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
+"""Numbers of the bags to fit on and of those to predict → predictions of these."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """``predictions`` a round; ``resampled``: per measure, the figure of each bootstrap draw ``(RESAMPLES,)``."""
+
+    predictions: list[np.ndarray]
+    figures: dict[str, float]
+    resampled: dict[str, np.ndarray]
+
+
+class Judge:
+    """The same question to every row: the rounds, the measures of the kind of label, and the draws of patients."""
+
+    def __init__(self, labelled: LabelledSlides, rounds: Sequence[Round], seed: int) -> None:
+        self.labelled, self.rounds = labelled, rounds
+        self.kind = "grades" if labelled.ordered else labelled.kind
+        draw, n = rng(seed, "bootstrap"), len(labelled.bags)
+        # How often each patient is in a draw, the same for all rows, so that differences are paired.
+        self.times = np.stack([np.bincount(draw.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)])
+
+    @property
+    def main(self) -> str:
+        """The measure that rows are compared by."""
+        return next(iter(MEASURES[self.kind]))
+
+    def __call__(self, predict: Predict) -> Judged:
+        """Each round fits anew; a measure is the mean over the rounds of what it is among those judged."""
+        predictions = [predict(fitted, judged) for fitted, judged in self.rounds]
+        measures = MEASURES[self.kind]
+        figures = {name: self._mean(measure, predictions, None) for name, measure in measures.items()}
+        resampled = {
+            name: np.array([self._mean(measure, predictions, times) for times in self.times])
+            for name, measure in measures.items()
+        }
+        return Judged(predictions, figures, resampled)
+
+    def _mean(self, measure: Measure, predictions: list[np.ndarray], times: np.ndarray | None) -> float:
+        found = []
+        for (_, judged), prediction in zip(self.rounds, predictions, strict=True):
+            which = np.arange(len(judged)) if times is None else np.repeat(np.arange(len(judged)), times[judged])
+            if len(which) > 1:
+                found.append(measure(self.labelled.values[judged[which]], prediction[which]))
+        told = [value for value in found if np.isfinite(value)]
+        return float(np.mean(told)) if told else float("nan")
+
+    def row(self, judged: Judged, beside: Judged) -> dict[str, Any]:
+        """A row of the JSON: each figure with its interval, and how much it is above ``beside``'s with that one's."""
+        row: dict[str, Any] = {}
+        for name, value in judged.figures.items():
+            above = judged.resampled[name] - beside.resampled[name]
+            row[name] = {
+                "value": value,
+                "interval": interval(judged.resampled[name]),
+                "above_mean": value - beside.figures[name],
+                "above_mean_interval": interval(above),
+            }
+        return row
+
+
+def interval(draws: np.ndarray) -> list[float]:
+    """Between which 95 of 100 draws lie; draws that can't be told don't count."""
+    told = draws[np.isfinite(draws)]
+    return np.percentile(told, INTERVAL).tolist() if len(told) else [float("nan")] * 2

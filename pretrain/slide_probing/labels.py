@@ -1,0 +1,210 @@
+"""What slides are labelled with: a table of the user's, as Patho-Bench, eva and CLAM write them too.
+
+slide (slide_id, wsi_id, file)          a name in the store, also with the ending of its file
+label (target), or the column that label= names: classes, or a number
+time, event                              survival: how long, and whether it ended with the event (1) or unseen (0)
+patient (case_id, patient_id)            optional; slides of one patient are judged together
+fold | split | fold_0, fold_1, …         optional: a number, train/test, or a column a round, as Patho-Bench has them
+"""
+
+import csv
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from data.fault import Fault
+
+COLUMN_NAMES = {
+    "slide": ("slide", "slide_id", "wsi_id", "file", "filename"),
+    "patient": ("patient", "case_id", "patient_id", "case"),
+    "label": ("label", "target"),
+}
+ORDERED = 10  # classes: so many whole numbers at most are grades, more are a measurement
+Round = tuple[np.ndarray, np.ndarray]
+"""Numbers of the bags to fit on, and of those to judge by."""
+
+
+@dataclass(frozen=True)
+class LabelledSlides:
+    """Bags of slides, one a patient where patients are told, else one a slide, with what is asked of each."""
+
+    bags: list[list[str]]
+    names: list[str]  # of patients, or slides
+    kind: str  # "classes", "number" or "survival"
+    values: np.ndarray  # (n,) int64 class, (n,) float64, or (n, 2) float64 time and event
+    classes: list[str]
+    ordered: bool  # classes that are whole numbers
+    rounds: list[Round] | None  # where the table says who is judged when
+    left_out: list[str]  # sentences
+
+    @property
+    def strata(self) -> np.ndarray:
+        """A class (n,) whose shares folds keep: the class, quarters of a number, the event."""
+        if self.kind == "classes":
+            return self.values
+        if self.kind == "survival":
+            return self.values[:, 1].astype(np.int64)
+        return np.digitize(self.values, np.quantile(self.values, (0.25, 0.5, 0.75)))
+
+
+def read_labels(table: Path, column: str | None, known: Collection[str]) -> LabelledSlides:
+    """Read a CSV, TSV or Parquet table; ``known`` are the store's slides. Raises Fault, naming what is wrong and
+    where."""
+    columns, rows = _read(table)
+    named = {kind: next((name for name in names if name in columns), None) for kind, names in COLUMN_NAMES.items()}
+    if column is not None:
+        if column not in columns:
+            raise Fault(f"{table} has no column {column!r} (it has {', '.join(columns)}): name one of them, label=….")
+        named["label"] = column
+    survival = column is None and {"time", "event"} <= set(columns)
+    if named["slide"] is None or (named["label"] is None and not survival):
+        raise Fault(
+            f"{table} has the columns {', '.join(columns)}: it needs slide and label, or slide, time and event; label=…"
+            " names another column."
+        )
+    asked = ("time", "event") if survival else (str(named["label"]),)
+    slides, answers, patients, kept, unlabelled, unknown = [], [], [], [], [], []
+    for line, row in enumerate(rows, start=2):
+        slide, answer = _slide(row[str(named["slide"])], known), tuple(row[name] for name in asked)
+        if not slide:
+            raise Fault(f"{table} names no slide in line {line}: fill it in, or remove the line.")
+        if slide in slides:
+            raise Fault(f"{table} has {slide} twice, the second time in line {line}: remove one.")
+        if not all(answer):
+            unlabelled.append(slide)
+        elif slide not in known:
+            unknown.append(slide)
+        else:
+            slides.append(slide)
+            answers.append(answer)
+            patients.append((row[named["patient"]] if named["patient"] else slide) or slide)
+            kept.append(row)
+    if not slides:
+        raise Fault(
+            f"none of the slides of {table} is in the store ({_some(unknown)}, say; the store has"
+            f" {_some(sorted(known))}): the column {named['slide']} must have the store's names."
+        )
+    left_out = []
+    if unlabelled:
+        left_out.append(f"{_count(unlabelled)} of {table} without a label left out")
+    if unknown:
+        left_out.append(f"{_count(unknown)} of {table} not in the store left out")
+    if rest := sorted(set(known) - set(slides) - set(unlabelled)):
+        left_out.append(f"{_count(rest)} of the store without a line in {table} left out")
+    members: dict[str, list[int]] = {}
+    for i, patient in enumerate(patients):
+        first = members.setdefault(patient, [])
+        if first and answers[first[0]] != answers[i]:
+            raise Fault(
+                f"{table} says two things of patient {patient}: {' '.join(answers[first[0]])} ({slides[first[0]]}) and"
+                f" {' '.join(answers[i])} ({slides[i]}): slides of a patient are judged together; leave the column"
+                f" {named['patient']} out to judge each by itself."
+            )
+        first.append(i)
+    firsts = [some[0] for some in members.values()]
+    kind, values, classes, ordered = _values(table, asked, [answers[i] for i in firsts])
+    return LabelledSlides(
+        bags=[[slides[i] for i in some] for some in members.values()],
+        names=list(members),
+        kind=kind,
+        values=values,
+        classes=classes,
+        ordered=ordered,
+        rounds=_rounds(table, columns, {patient: [kept[i] for i in some] for patient, some in members.items()}),
+        left_out=left_out,
+    )
+
+
+def _read(table: Path) -> tuple[list[str], list[dict[str, str]]]:
+    try:
+        if table.suffix == ".parquet":
+            found = pq.read_table(table)
+            return list(found.column_names), [
+                {name: "" if value is None else str(value) for name, value in row.items()} for row in found.to_pylist()
+            ]
+        with table.open(newline="", encoding="utf-8-sig") as lines:
+            reader = csv.DictReader(lines, delimiter="\t" if table.suffix == ".tsv" else ",")
+            rows = [{name: (value or "").strip() for name, value in row.items() if name} for row in reader]
+            return list(reader.fieldnames or []), rows
+    except (OSError, ValueError, csv.Error) as error:
+        raise Fault(f"{table} can't be read as a table ({error}): give a CSV, TSV or Parquet file.") from error
+
+
+def _slide(name: str, known: Collection[str]) -> str:
+    """A slide as the store calls it, where the table has its file's name."""
+    if name in known:
+        return name
+    bare = name.replace("\\", "/").rpartition("/")[2]
+    return next((short for short in (bare, bare.rpartition(".")[0]) if short in known), name)
+
+
+def _values(
+    table: Path, asked: Sequence[str], answers: Sequence[tuple[str, ...]]
+) -> tuple[str, np.ndarray, list[str], bool]:
+    numbers = None
+    try:
+        numbers = np.array(answers, dtype=np.float64)
+    except ValueError as error:
+        if len(asked) == 2:
+            raise Fault(f"{table} has a time or an event that is no number ({error}): mend it.") from error
+    if len(asked) == 2:
+        assert numbers is not None
+        if not set(numbers[:, 1].tolist()) <= {0.0, 1.0} or not (numbers[:, 0] >= 0).all():
+            raise Fault(f"{table}: an event is 1 or 0 (not seen while it was looked for), and a time at least 0.")
+        if numbers[:, 1].sum() < 2:
+            raise Fault(f"{table} has {numbers[:, 1].sum():.0f} events: nobody can be compared; give more slides.")
+        return "survival", numbers, [], False
+    if numbers is not None:
+        whole, different = (numbers == numbers.round()).all(), len(np.unique(numbers))
+        if not np.isfinite(numbers).all():
+            raise Fault(f"{table} has a label that isn't finite: mend it.")
+        if not (whole and different <= ORDERED):
+            return "number", numbers[:, 0], [], False
+        classes = sorted({answer[0] for answer in answers}, key=float)
+    else:
+        classes = sorted({answer[0] for answer in answers})
+    if len(classes) < 2:
+        raise Fault(f"all labels of {table} are {classes[0]}: there is nothing to tell apart.")
+    codes = np.array([classes.index(answer[0]) for answer in answers])
+    if (np.bincount(codes) < 2).any():
+        rare = classes[int(np.bincount(codes).argmin())]
+        raise Fault(f"{table} has one case only of {rare}: it can't be both learned and judged; leave it out.")
+    return "classes", codes, classes, numbers is not None
+
+
+def _rounds(table: Path, columns: Sequence[str], members: dict[str, list[dict[str, str]]]) -> list[Round] | None:
+    """Who is judged when, where the table says it: by a split, by a number of fold, or by a column a round."""
+    by_round = sorted(
+        (name for name in columns if name.startswith("fold_") and name[5:].isdigit()), key=lambda name: int(name[5:])
+    )
+    names = by_round or [name for name in ("split", "fold") if name in columns][:1]
+    rounds: list[Round] = []
+    for name in names:
+        sides = []
+        for patient, rows in members.items():
+            told = sorted({row[name] for row in rows})
+            if len(told) > 1:
+                raise Fault(
+                    f"{table}: patient {patient} is in {name} {' and '.join(told)}: what is judged must not have been"
+                    " learned; put all slides of a patient on one side."
+                )
+            sides.append(told[0])
+        side = np.array(sides)
+        if name == "fold":
+            rounds += [(np.flatnonzero(side != one), np.flatnonzero(side == one)) for one in sorted(set(sides))]
+        else:
+            rounds.append((np.flatnonzero(np.isin(side, ("train", "val", "tune"))), np.flatnonzero(side == "test")))
+            if not all(map(len, rounds[-1])):
+                raise Fault(f"{table}: column {name} has no slide called train, or none called test: it needs both.")
+    return rounds or None
+
+
+def _count(slides: list[str]) -> str:
+    return f"1 slide ({slides[0]})" if len(slides) == 1 else f"{len(slides)} slides ({slides[0]}, …)"
+
+
+def _some(names: Sequence[str]) -> str:
+    return names[0] if names else "nothing"

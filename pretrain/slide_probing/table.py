@@ -1,0 +1,40 @@
+"""The rows of a slide probe as lines for a terminal."""
+
+from typing import Any
+
+TITLES = {
+    "auroc": "AUROC",
+    "balanced_accuracy": "balanced accuracy",
+    "quadratic_kappa": "quadratic κ",
+    "spearman": "Spearman",
+    "r2": "R²",
+    "c_index": "c-index",
+}
+
+
+def slide_table(result: dict[str, Any]) -> str:
+    """The table, what is beside it, and what was left out."""
+    labels, measures = result["labels"], list(next(iter(result["rows"].values())))
+    kind = {"classes": f"{len(labels['classes'])} classes", "number": "a number", "survival": "time and event"}
+    width = max(map(len, result["rows"])) + 2
+    lines = [
+        f"{labels['slides']} slides of {labels['cases']} cases, labelled with {kind[labels['kind']]}",
+        "",
+        f"{'':<{width}}" + "".join(f"{TITLES[name]:>24}" for name in measures) + f"{'above the mean':>26}",
+    ]
+    for name, row in result["rows"].items():
+        cells = "".join(
+            f"{_with_interval(row[measure]['value'], row[measure]['interval']):>24}" for measure in measures
+        )
+        first = row[result["measure"]]
+        lines.append(
+            f"{name:<{width}}{cells}{_with_interval(first['above_mean'], first['above_mean_interval'], '+'):>26}"
+        )
+    lines += ["", *result["how"], *labels["left_out"]]
+    return "\n".join(lines)
+
+
+def _with_interval(value: float, interval: list[float], sign: str = "") -> str:
+    """``0.612 (0.540–0.671)``."""
+    low, high = interval
+    return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"

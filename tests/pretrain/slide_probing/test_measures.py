@@ -1,0 +1,106 @@
+"""Measures against scikit-learn's and SciPy's, and against pairs counted one by one."""
+
+import numpy as np
+import pytest
+from scipy import stats
+from sklearn import metrics
+
+from data.keyed import rng
+from pretrain.slide_probing.judge import Judge
+from pretrain.slide_probing.labels import LabelledSlides
+from pretrain.slide_probing.linear import PENALTY, cox
+from pretrain.slide_probing.measures import (
+    auroc,
+    balanced_accuracy,
+    concordance,
+    explained,
+    quadratic_kappa,
+    spearman,
+)
+
+
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("seed", range(4))
+def test_measures_of_classes_are_scikit_learns(classes: int, seed: int) -> None:
+    draw = rng("measures", seed)
+    truth = np.concatenate([np.arange(classes), draw.integers(classes, size=50)])
+    shares = draw.dirichlet(np.ones(classes), len(truth)).round(1)  # rounded: with ties
+    shares /= shares.sum(1, keepdims=True)
+    score = shares[:, 1] if classes == 2 else shares
+    assert auroc(truth, shares) == pytest.approx(metrics.roc_auc_score(truth, score, multi_class="ovr"))
+    told = shares.argmax(1)
+    assert balanced_accuracy(truth, shares) == pytest.approx(metrics.balanced_accuracy_score(truth, told))
+    assert quadratic_kappa(truth, shares) == pytest.approx(metrics.cohen_kappa_score(truth, told, weights="quadratic"))
+
+
+def test_measures_of_numbers_are_scipys_and_scikit_learns() -> None:
+    draw = rng("numbers")
+    truth = draw.normal(size=40).round(1)
+    prediction = (truth + draw.normal(size=40)).round(1)
+    assert spearman(truth, prediction) == pytest.approx(stats.spearmanr(truth, prediction).statistic)
+    assert explained(truth, prediction) == pytest.approx(metrics.r2_score(truth, prediction))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_concordance_counts_each_pair_of_which_it_is_known_who_came_first(seed: int) -> None:
+    draw = rng("concordance", seed)
+    time, event, risk = draw.integers(1, 12, 40), draw.integers(0, 2, 40), draw.integers(0, 6, 40)
+    right = known = 0.0
+    for i in range(40):
+        for j in range(40):
+            if event[i] and (time[i] < time[j] or (time[i] == time[j] and not event[j])):
+                known += 1
+                right += (risk[i] > risk[j]) + 0.5 * (risk[i] == risk[j])
+    assert concordance(np.stack([time, event], 1).astype(float), risk) == pytest.approx(right / known)
+
+
+def test_proportional_hazards_have_no_slope_left() -> None:
+    """By differences of the penalised partial likelihood written out with loops."""
+    draw = rng("cox")
+    x, time, event = draw.normal(size=(25, 3)), draw.integers(1, 9, 25), draw.integers(0, 2, 25)
+    weights = cox(x, np.stack([time, event], 1).astype(float))
+
+    def loss(b: np.ndarray) -> float:
+        terms = [
+            x[i] @ b - np.log(sum(np.exp(x[j] @ b) for j in range(25) if time[j] >= time[i]))
+            for i in range(25)
+            if event[i]
+        ]
+        return -sum(terms) / 25 + PENALTY / 2 * b @ b
+
+    assert np.abs(weights).max() > 0.01
+    for axis in np.eye(3) * 1e-5:
+        assert (loss(weights + axis) - loss(weights - axis)) / 2e-5 == pytest.approx(0, abs=1e-4)
+
+
+def labelled(n: int) -> LabelledSlides:
+    return LabelledSlides(
+        [[str(i)] for i in range(n)],
+        [str(i) for i in range(n)],
+        "classes",
+        np.arange(n) % 2,
+        ["a", "b"],
+        False,
+        None,
+        [],
+    )
+
+
+def test_intervals_are_paired_and_hold_what_is_true_in_nearly_all_of_many_samples() -> None:
+    inside = 0
+    for seed in range(30):
+        n, draw = 80, rng("samples", seed)
+        truth = np.arange(n) % 2
+        better, worse = (
+            np.stack([-s, s], 1) for s in (truth * 1.0 + draw.normal(size=n), truth * 0.5 + draw.normal(size=n))
+        )
+        judge = Judge(labelled(n), [(np.arange(n), np.arange(n))], seed)
+        judge.times = judge.times[:100]
+        one, other = (judge(lambda _, who, given=given: given[who]) for given in (better, worse))
+        row = judge.row(one, other)["auroc"]
+        assert row["above_mean"] == pytest.approx(one.figures["auroc"] - other.figures["auroc"])
+        low, high = row["interval"]
+        inside += low <= stats.norm.cdf(1 / 2**0.5) <= high  # P(N(1, 1) > N(0, 1))
+    assert 25 <= inside <= 30
+    same = judge.row(one, one)["auroc"]
+    assert same["above_mean_interval"] == [0.0, 0.0]

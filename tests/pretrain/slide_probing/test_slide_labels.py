@@ -1,0 +1,102 @@
+"""Tables of labels: every way of writing them is read, and what can't be judged is said by name."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from data.fault import Fault
+from pretrain.slide_probing.folds import rounds_of
+from pretrain.slide_probing.labels import read_labels
+
+KNOWN = {f"s{i}" for i in range(8)}
+
+
+def table(folder: Path, text: str, name: str = "labels.csv") -> Path:
+    path = folder / name
+    path.write_text(text)
+    return path
+
+
+def rows(*answers: str) -> str:
+    return "\n".join(f"s{i},{answer}" for i, answer in enumerate(answers))
+
+
+def test_classes_numbers_grades_and_survival_are_told_by_what_is_written(tmp_path: Path) -> None:
+    classes = read_labels(table(tmp_path, "slide,label\n" + rows(*"abababab")), None, KNOWN)
+    assert (classes.kind, classes.classes, classes.ordered) == ("classes", ["a", "b"], False)
+    assert classes.values.tolist() == [0, 1] * 4 and classes.bags == [[f"s{i}"] for i in range(8)]
+    grades = read_labels(table(tmp_path, "slide,label\n" + rows(*"10010212")), None, KNOWN)
+    assert (grades.kind, grades.classes, grades.ordered) == ("classes", ["0", "1", "2"], True)
+    number = read_labels(table(tmp_path, "slide,label\n" + rows(*(f"{i / 3}" for i in range(8)))), None, KNOWN)
+    assert number.kind == "number" and number.values == pytest.approx(np.arange(8) / 3)
+    survival = read_labels(
+        table(tmp_path, "slide,time,event\n" + rows(*(f"{i},{i % 2}" for i in range(8)))), None, KNOWN
+    )
+    assert survival.kind == "survival" and survival.values[3].tolist() == [3, 1]
+
+
+def test_tables_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
+    lines = [f"p{i // 2}\ts{i}.svs\t{'mut' if i // 2 % 2 else 'wt'}\t{'test' if i < 4 else 'train'}" for i in range(8)]
+    patho_bench = table(tmp_path, "case_id\tslide_id\tBRAF\tfold_0\n" + "\n".join(lines), "k=all.tsv")
+    found = read_labels(patho_bench, "BRAF", KNOWN)
+    assert found.bags == [["s0", "s1"], ["s2", "s3"], ["s4", "s5"], ["s6", "s7"]] and found.classes == ["mut", "wt"]
+    assert found.rounds is not None and [part.tolist() for part in found.rounds[0]] == [[2, 3], [0, 1]]
+    clam = table(tmp_path, "case_id,slide_id,label\n" + "\n".join(f"p{i},s{i},{'ab'[i % 2]}" for i in range(8)))
+    assert read_labels(clam, None, KNOWN).names == [f"p{i}" for i in range(8)]
+    eva = table(
+        tmp_path,
+        "wsi_id,target,split\n"
+        + "\n".join(f"/x/s{i}.tiff,{i % 2},{['train', 'test', 'val'][i % 3]}" for i in range(8)),
+    )
+    assert [part.tolist() for part in (read_labels(eva, None, KNOWN).rounds or [])[0]] == [[0, 2, 3, 5, 6], [1, 4, 7]]
+    pq.write_table(pa.table({"slide": [f"s{i}" for i in range(8)], "label": list("abababab")}), tmp_path / "l.parquet")
+    assert read_labels(tmp_path / "l.parquet", None, KNOWN).classes == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("slide,grade\ns0,a", "has the columns slide, grade: it needs slide and label"),
+        ("slide,label\ns0,a\ns0,b", "has s0 twice, the second time in line 3"),
+        ("slide,label\n,a", "names no slide in line 2"),
+        ("slide,label\nx,a\ny,b", "none of the slides of"),
+        ("slide,label\n" + rows(*"aaaaaaaa"), "are a: there is nothing to tell apart"),
+        ("slide,label\n" + rows(*"aaaaaaab"), "has one case only of b"),
+        ("slide,patient,label\ns0,p,a\ns1,p,b\ns2,q,b", "says two things of patient p: a (s0) and b (s1)"),
+        ("slide,patient,label,fold\ns0,p,a,1\ns1,p,a,2\ns2,q,b,1\ns3,r,b,1\ns4,t,a,1", "patient p is in fold 1 and 2"),
+        ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},train" for i in range(8))), "none called test"),
+        ("slide,time,event\n" + rows(*(f"{i},2" for i in range(8))), "an event is 1 or 0"),
+        ("slide,time,event\n" + rows(*(f"{i},0" for i in range(8))), "has 0 events"),
+        ("slide,time,event\n" + rows(*(f"{i},yes" for i in range(8))), "that is no number"),
+    ],
+)
+def test_what_cannot_be_judged_is_a_sentence_with_its_place(tmp_path: Path, text: str, sentence: str) -> None:
+    with pytest.raises(Fault) as refused:
+        read_labels(table(tmp_path, text), None, KNOWN)
+    assert sentence in str(refused.value)
+
+
+def test_slides_without_label_and_labels_without_slide_are_left_out_and_said(tmp_path: Path) -> None:
+    text = "slide,label\ns0,a\ns1,b\ns2,\ns3,a\ns4,b\nelsewhere,a"
+    found = read_labels(table(tmp_path, text), None, KNOWN)
+    assert [bag[0] for bag in found.bags] == ["s0", "s1", "s3", "s4"]
+    said = "; ".join(found.left_out)
+    assert "1 slide (s2) of" in said and "1 slide (elsewhere)" in said and "3 slides (s5, …) of the store" in said
+
+
+def test_folds_keep_patients_together_and_classes_in_proportion(tmp_path: Path) -> None:
+    known = {f"s{i}" for i in range(60)}
+    lines = [f"s{i},p{i // 2},{'ab'[i // 2 % 3 == 0]}" for i in range(60)]
+    found = read_labels(table(tmp_path, "slide,patient,label\n" + "\n".join(lines)), None, known)
+    rounds = rounds_of(found, folds=5, repeats=2, seed=0)
+    assert len(rounds) == 10
+    for repeat in (rounds[:5], rounds[5:]):
+        assert sorted(np.concatenate([judged for _, judged in repeat]).tolist()) == list(range(30))
+    for fitted, judged in rounds:
+        assert not set(fitted) & set(judged) and (found.values[judged] == 1).sum() == 2
+    assert [judged.tolist() for _, judged in rounds_of(found, 5, 2, 0)] == [judged.tolist() for _, judged in rounds]
+    with pytest.raises(Fault, match="more than there are cases of b"):
+        rounds_of(found, folds=11, repeats=1, seed=0)
