@@ -22,6 +22,7 @@ from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
 from pretrain.training.slide_stage import SlideData, SlideTraining, SlideWatch
+from pretrain.training.trainer_settings import require_devices
 
 
 @dataclass
@@ -41,6 +42,7 @@ def run(config: Config) -> None:
                 "trainer.compile=true is for 'pretrain tile': slides have other lengths at every step, and each would"
                 " be compiled anew; leave it out."
             )
+    require_devices(config.trainer)
     store = EmbeddingStore.open(Path(config.data.embeddings))
 
     def objective():  # type: ignore[no-untyped-def]

@@ -21,6 +21,7 @@ from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
 from pretrain.training.tile_stage import TileData, TileTraining, TileWatch, check_crop_patches
+from pretrain.training.trainer_settings import require_devices
 
 
 @dataclass
@@ -41,6 +42,7 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Train, or say that the run is done."""
+    require_devices(config.trainer)
 
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model))

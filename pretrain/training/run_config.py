@@ -13,7 +13,7 @@ from pretrain.settings.plugins import Plugin
 from pretrain.training.fit import fit
 from pretrain.training.module import Training
 from pretrain.training.optimisation import Optim
-from pretrain.training.trainer_settings import RESUME, TrainerSettings, require_devices
+from pretrain.training.trainer_settings import RESUME, TrainerSettings
 from pretrain.training.trial import run_or_trial
 from pretrain.training.watching import Watch
 
@@ -38,7 +38,6 @@ class RunConfig:
 
 def train(config: RunConfig, training_in: Callable[[Path], Training]) -> None:
     """Train in the run's folder, or say that the run is done; ``training_in`` makes the stage's training of a folder,
-    once it is this job's alone. Raises Fault where devices are asked for that aren't here."""
-    require_devices(config.trainer)
+    once it is this job's alone."""
     with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease:
         fit(training_in(folder), lease)
