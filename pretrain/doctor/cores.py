@@ -22,12 +22,13 @@ def check_cores(
     says = f"{each:.3g} cores for each of {processes} processes"
     if each >= needed:
         return [passed("cores", says)]
+    feeds = "one to feed its GPU, " if gpu else ""
     loader = "one to read" if threads is None else f"data.threads={threads} to decode"
     lower = "" if threads in (None, 1) else ", set data.threads lower"
     return [
         warned(
             "cores",
-            f"{says}, and each needs {needed} ({'one to feed its GPU, ' if gpu else ''}{loader}): ask for more"
+            f"{says}, and each needs {needed} ({feeds}{loader}): ask for more"
             f" (launch.cpus_per_task={needed}, docker run --cpus={processes * needed}){lower}, or trainer.devices lower",
         )
     ]

@@ -145,7 +145,7 @@ def judge_products(
         kind = machine_called(gpu.name, described_in)
         if kind and rate < SOUND_SHARE * kind.peaks["bf16"]:
             share = 100 * rate / kind.peaks["bf16"]
-            low = f"{share:.0f} % of the peak in configs/hardware, of which a sound one does {100 * SOUND_SHARE:.0f} or more"
+            low = f"{share:.0f} % of the peak in configs/hardware, and a sound one does {100 * SOUND_SHARE:.0f} or more"
         elif rate < EVEN_SHARE * middle:
             low = f"{100 * rate / middle:.0f} % of the median here, and the others would wait for it in every step"
         else:
