@@ -19,7 +19,7 @@ def check_cores(
     """
     each = cores_of_each(processes, environment, here)
     needed = (threads or 1) + (1 if gpu else 0)
-    says = f"{each:.3g} cores for each of {processes} processes"
+    says = f"{each:.3g} core{'' if each == 1 else 's'} for each of {processes} processes"
     if each >= needed:
         return [passed("cores", says)]
     feeds = "one to feed its GPU, " if gpu else ""
@@ -28,8 +28,8 @@ def check_cores(
     return [
         warned(
             "cores",
-            f"{says}, and each needs {needed} ({feeds}{loader}): ask for more"
-            f" (launch.cpus_per_task={needed}, docker run --cpus={processes * needed}){lower}, or trainer.devices lower",
+            f"{says}, and each needs {needed} ({feeds}{loader}): ask for more (launch.cpus_per_task={needed}, docker"
+            f" run --cpus={processes * needed}){lower}, or trainer.devices lower",
         )
     ]
 

@@ -77,7 +77,7 @@ def check_peer_access(
                 "peer access",
                 f"GPUs {', '.join(apart)} ({len(apart)} of {len(pairs)} pairs) can't read each other's memory, so what"
                 " they exchange goes through the host: ask for GPUs that are linked ('nvidia-smi topo -p2p r' shows"
-                " which), and of a virtual machine for its IOMMU's leave",
+                " which), and in a virtual machine for its host's leave",
             )
         ]
     return [passed("peer access", f"all {len(pairs)} pairs of {count} GPUs")] if pairs else []
@@ -136,7 +136,7 @@ def judge_products(
         if isinstance(rate, str):
             found.append(
                 failed(
-                    "products",
+                    "matmul",
                     f"{who} can't multiply matrices ({rate}): 'nvidia-smi -q' shows who uses it and its errors, and"
                     " launch.exclude= leaves its node out",
                 )
@@ -152,7 +152,7 @@ def judge_products(
             continue
         found.append(
             warned(
-                "products",
+                "matmul",
                 f"{who} multiplies {rate / 1e12:,.3g} TFLOP/s in bf16, {low}: nvidia-smi shows its clocks and who else"
                 " uses it, and launch.exclude= leaves its node out",
             )
@@ -162,21 +162,18 @@ def judge_products(
     says = f"{len(gpus)} × {gpus[0].name}, {_range(numbers, 1e12)} TFLOP/s in bf16"
     kind = machine_called(gpus[0].name, described_in)
     if kind is None:
-        return [passed("products", f"{says}; configs/hardware doesn't describe it, so that isn't judged")]
-    return [
-        passed("products", f"{says}, {_range(numbers, kind.peaks['bf16'] / 100)} % of the peak in configs/hardware")
-    ]
+        return [passed("matmul", f"{says}; configs/hardware doesn't describe it, so that isn't judged")]
+    return [passed("matmul", f"{says}, {_range(numbers, kind.peaks['bf16'] / 100)} % of the peak in configs/hardware")]
 
 
 def check_clocks(gpus: Sequence[VisibleGpu], ask: Ask = answer) -> list[Finding]:
     """Does something hold the clocks of ``gpus`` down? Ask while they work: idle ones are slow on purpose."""
-    which = ",".join(f"GPU-{gpu.uuid}" for gpu in gpus)
-    fields = "clocks.sm,clocks.max.sm,clocks_event_reasons.active"
+    fields = "uuid,clocks.sm,clocks.max.sm,clocks_event_reasons.active"
     try:
-        said = ask(["nvidia-smi", f"--id={which}", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
-        lines = [[int(value, 0) for value in line.split(",")] for line in said.splitlines()]
-        by_gpu = [(i, *line) for i, line in zip(range(len(gpus)), lines, strict=True)]
-    except (OSError, subprocess.TimeoutExpired, ValueError) as error:
+        said = ask(["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"])
+        lines = {uuid: values for uuid, *values in (line.split(", ") for line in said.splitlines())}
+        by_gpu = [(i, *(int(value, 0) for value in lines[f"GPU-{gpu.uuid}"])) for i, gpu in enumerate(gpus)]
+    except (OSError, subprocess.TimeoutExpired, ValueError, KeyError) as error:
         return [warned("clocks", f"not looked at, since nvidia-smi doesn't tell them ({str(error).splitlines()[0]})")]
     found = []
     for i, clock, highest, reasons in by_gpu:

@@ -27,7 +27,7 @@ def test_a_node_s_cores_are_shared_by_its_processes(environment: dict[str, str],
 def test_too_few_cores_for_the_loader_are_said_with_the_number_to_ask_for() -> None:
     assert only(check_cores(8, 2, True, {}, 24)) == ("ok", "3 cores for each of 8 processes")
     status, says = only(check_cores(8, 2, True, {"SLURM_JOB_CPUS_PER_NODE": "8"}, 1))
-    assert status == "warn" and "1 cores for each of 8 processes, and each needs 3 (one to feed its GPU," in says
+    assert status == "warn" and "1 core for each of 8 processes, and each needs 3 (one to feed its GPU," in says
     assert "launch.cpus_per_task=3, docker run --cpus=24), set data.threads lower" in says
     assert only(check_cores(1, 2, False, {}, 2))[0] == "ok"
     status, says = only(check_cores(1000, 2, False, {}, 2))

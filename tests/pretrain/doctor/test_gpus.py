@@ -14,7 +14,12 @@ from tests.pretrain.doctor.test_doctor import only
 
 CPU = torch.device("cpu")
 H200 = [VisibleGpu(CPU, "NVIDIA H200", f"uuid-{i}") for i in range(3)]
-SOUND = "1980, 1980, 0x0000000000000000\n1755, 1980, 0x0000000000000004\n1740, 1980, 0x0000000000000004\n"
+
+
+def clocks_of(*values: str) -> str:
+    """What nvidia-smi prints for `H200`, in an order of its own, and for a GPU that this process may not use."""
+    lines = [f"GPU-uuid-{i}, {line}" for i, line in enumerate(values)]
+    return "\n".join(["GPU-of-others, [N/A], [N/A], [N/A]", *reversed(lines)]) + "\n"
 
 
 def hardware_with(name: str, bf16_tflops: float, folder: Path) -> Path:
@@ -47,11 +52,13 @@ def test_pairs_of_gpus_that_do_not_reach_each_other_are_named() -> None:
 
 
 def test_clocks_under_load() -> None:
-    asked: list[list[str]] = []
-    found = gpus.check_clocks(H200, lambda words: asked.append(words) or SOUND)
-    assert only(found) == ("ok", "1,740 to 1,980 of at most 1,980 MHz under load; the power limit holds some")
-    assert "--id=GPU-uuid-0,GPU-uuid-1,GPU-uuid-2" in asked[0]
-    hot, low = gpus.check_clocks(H200, lambda _: "1980, 1980, 0x0\n1200, 1980, 0x60\n345, 1980, 0x2\n")
+    sound = clocks_of("1980, 1980, 0x0000000000000000", "1755, 1980, 0x0000000000000004", "1740, 1980, 0x4")
+    assert only(gpus.check_clocks(H200, lambda _: sound)) == (
+        "ok",
+        "1,740 to 1,980 of at most 1,980 MHz under load; the power limit holds some",
+    )
+    bad = clocks_of("1980, 1980, 0x0", "1200, 1980, 0x60", "345, 1980, 0x2")
+    hot, low = gpus.check_clocks(H200, lambda _: bad)
     assert hot.status == low.status == "warn"
     assert (
         "GPU 1 (NVIDIA H200) runs at 1,200 of 1,980 MHz" in hot.says and "heat, by the driver and heat, by" in hot.says
@@ -59,7 +66,7 @@ def test_clocks_under_load() -> None:
     assert "GPU 2 (NVIDIA H200) runs at 345 of 1,980 MHz under load, held by what nvidia-smi calls 0x2" in low.says
 
 
-@pytest.mark.parametrize("said", ["1980, [N/A], 0x0\n" * 3, "1980, 1980, 0x0\n"])
+@pytest.mark.parametrize("said", [clocks_of(*["1980, [N/A], 0x0"] * 3), clocks_of("1980, 1980, 0x0"), "", "no devices"])
 def test_clocks_that_nvidia_smi_does_not_tell_are_said_to_be_unknown(said: str) -> None:
     status, says = only(gpus.check_clocks(H200, lambda _: said))
     assert status == "warn" and says.startswith("not looked at, since nvidia-smi doesn't tell them (")
@@ -89,9 +96,9 @@ def test_products_are_held_against_the_data_sheet_and_the_other_gpus() -> None:
 
 @pytest.mark.parametrize(("peak", "status"), [(1e-6, "ok"), (1e6, "warn")])
 def test_products_are_timed_while_the_clocks_are_asked_for(peak: float, status: str, tmp_path: Path) -> None:
-    described, gpu = hardware_with("Made up", peak, tmp_path), VisibleGpu(CPU, "Made up", "uuid")
-    found = gpus.check_under_load([gpu], lambda _: "9, 9, 0x0\n", described, side=32, seconds=0.02)
-    assert [(finding.about, finding.status) for finding in found] == [("products", status), ("clocks", "ok")]
+    described, gpu = hardware_with("Made up", peak, tmp_path), VisibleGpu(CPU, "Made up", "uuid-0")
+    found = gpus.check_under_load([gpu], lambda _: clocks_of("9, 9, 0x0"), described, side=32, seconds=0.02)
+    assert [(finding.about, finding.status) for finding in found] == [("matmul", status), ("clocks", "ok")]
     assert gpus.check_under_load([]) == []
 
 
@@ -100,8 +107,8 @@ def test_a_gpu_that_cannot_compute_is_no_crash_of_the_doctor(monkeypatch: pytest
         raise torch.OutOfMemoryError("CUDA out of memory.\nmore")
 
     monkeypatch.setattr(gpus, "products_per_second", full)
-    found = gpus.check_under_load(H200[:1], lambda _: "9, 9, 0x0", seconds=0.01)
-    assert (found[0].about, found[0].status) == ("products", "FAIL") and "(CUDA out of memory.)" in found[0].says
+    found = gpus.check_under_load(H200[:1], lambda _: clocks_of("9, 9, 0x0"), seconds=0.01)
+    assert (found[0].about, found[0].status) == ("matmul", "FAIL") and "(CUDA out of memory.)" in found[0].says
 
 
 def test_bandwidth_is_what_each_link_carries_whatever_the_number_of_processes() -> None:
@@ -128,6 +135,6 @@ def test_a_bad_gpu_node_is_told_line_by_line(
         "FAIL accelerators",
         "warn cores",
         "FAIL peer",
-        "warn products",
+        "warn matmul",
     ]
     assert lines[5].startswith("warn  allocator ")
