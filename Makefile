@@ -72,7 +72,7 @@ bench-longnet: setup
 bench-embed: setup
 	$(BIN)/python tests/bench/embed.py
 
-# What only a GPU can tell, in ten minutes; without one it says so. With another Python than ours: make gpu GPU_PYTHON=python3.
+# What only a GPU can tell, in nine minutes; without one it says so. With another Python than ours: make gpu GPU_PYTHON=python3.
 GPU_PYTHON ?= $(BIN)/python
 gpu:
 	PYTHONPATH=. $(GPU_PYTHON) tests/gpu/check.py $(ARGS)

@@ -8,8 +8,9 @@ those of 'pretrain slide', and 'pretrain doctor machine' looks at no run at all:
     pretrain doctor recipe=midnight data.shards=shards run=runs/midnight trainer.devices=8 tiles_per_second=600
     pretrain doctor slides="slides/a.svs slides/b.mrxs" partition=gpu
 
-Looked at: versions, accelerators, an all-reduce of this machine's processes, writing and renaming in the run's folder
-(under srun, that all nodes see it), openslide, the tiles against their index, the run's lanes and processes, the rate
+Looked at: versions, accelerators, cores for each process, on GPUs what they multiply and at which clocks, whether they
+reach each other, and how torch gives out their memory; an all-reduce of this machine's processes, writing and renaming
+in the run's folder (under srun, that all nodes see it), openslide, the tiles against their index, the run's lanes and processes, the rate
 at which one process reads and decodes them, W&B, SLURM, disk room for checkpoints. Exit code 1 where anything fails.
 Under srun one process of each node speaks, with the node's name. A process of each node adds up a tensor with the
 others'.
@@ -59,7 +60,7 @@ def run(config: Config) -> None:
         if run.init is not None:
             init.find_encoder(run.init)
 
-    checks = report.of_processes(trainer) + report.of_folder(place)
+    checks = report.of_processes(trainer, data["threads"]) + report.of_folder(place)
     checks.append(lambda: machine.slides([Path(slide) for slide in config.slides]))
     checks.append(lambda: run_settings.check_settings(place, config, whole if with_data else None, build))
     checks.append(lambda: own_objective.check_own_objective(config))

@@ -4,7 +4,8 @@ others?
     pretrain doctor machine
     pretrain doctor machine run=embeddings slides="slides/a.svs slides/b.mrxs" partition=gpu
 
-Looked at: versions, accelerators, writing and renaming in a folder, openslide, SLURM.
+Looked at: versions, accelerators, cores, on a GPU what it multiplies and at which clocks, writing and renaming in a
+folder, openslide, SLURM.
 """
 
 import os
@@ -30,7 +31,7 @@ def run(config: Config) -> None:
     report.say_findings(
         [
             machine.versions,
-            lambda: machine.accelerators("auto", 1, "float32"),
+            *report.of_machine("auto", 1, "float32", threads=None),
             *report.of_folder(Path(config.run)),
             lambda: machine.slides([Path(slide) for slide in config.slides]),
             lambda: services.slurm(os.environ, config.partition, 1, 1),

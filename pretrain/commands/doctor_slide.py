@@ -39,7 +39,7 @@ def run(config: Config) -> None:
     as_slide = slide.Config(**{field.name: getattr(config, field.name) for field in fields(slide.Config)})
     report.say_findings(
         [
-            *report.of_processes(trainer),
+            *report.of_processes(trainer, threads=None),
             *report.of_folder(place),
             lambda: run_settings.check_settings(place, as_slide, lambda: as_slide, None),
             lambda: embeddings.check_embeddings(

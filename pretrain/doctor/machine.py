@@ -15,12 +15,13 @@ import torch
 from data.fault import Fault
 from data.slides.reading import Slide
 from pretrain.doctor.finding import Finding, failed, passed, warned
+from pretrain.training.trainer_settings import way_out_of_own_gpus
 
 COMPROMISED = {"lightning": {"2.6.2", "2.6.3"}}  # releases that carried malicious code
 PROCESSES_TIMEOUT = (
     120  # that processes may take to find each other; starting Python and torch on a busy shared disk is most of it
 )
-VALUES = 2**20
+VALUES = {"gloo": 2**20, "nccl": 2**26}  # of float32 that are added up: 4 MiB, and on GPUs 256, which fill their links
 DOCTORS_PORT = 43_000  # and the job's number behind it: where processes of a job's nodes meet
 
 
@@ -82,37 +83,28 @@ def on_gpu(accelerator: str) -> bool:
     return accelerator == "gpu" or (accelerator == "auto" and torch.cuda.device_count() > 0)
 
 
-def accelerators(accelerator: str, devices: int, precision: str) -> list[Finding]:
+def accelerators(accelerator: str, devices: int, precision: str, environment: Mapping[str, str]) -> list[Finding]:
     """Are there as many GPUs as a run's processes, and can they compute in its precision?"""
-    cores, count = len(os.sched_getaffinity(0)), torch.cuda.device_count()
-    if accelerator == "cpu" or (accelerator == "auto" and not count):
-        hint = (
-            ""
-            if accelerator == "cpu"
-            else (
-                "; if there should be GPUs: is the driver loaded (nvidia-smi), and is torch one that was built for"
-                " CUDA?"
-            )
-        )
-        if devices > cores:
-            return [
-                warned(
-                    "accelerators",
-                    f"{devices} processes are to share {cores} cores; set trainer.devices lower, or ask for more"
-                    f" cores{hint}",
-                )
-            ]
+    count = torch.cuda.device_count()
+    if accelerator == "cpu":
+        return [passed("accelerators", "no GPU is used")]
+    if accelerator == "auto" and not count:
         return [
-            (passed if accelerator == "cpu" else warned)(
-                "accelerators", f"no GPU is used: {devices} processes on {cores} cores{hint}"
+            warned(
+                "accelerators",
+                "no GPU is used; if there should be GPUs: is the driver loaded (nvidia-smi), and is torch one that was"
+                " built for CUDA?",
             )
         ]
     if count < devices:
+        way_out = way_out_of_own_gpus(environment) or (
+            "ask for more GPUs, look at CUDA_VISIBLE_DEVICES and nvidia-smi, or set it lower"
+        )
         return [
             failed(
                 "accelerators",
-                f"{count} GPUs are visible and trainer.devices={devices}: ask for more GPUs, look at"
-                f" CUDA_VISIBLE_DEVICES and nvidia-smi, or set it lower (built for CUDA {torch.version.cuda})",
+                f"{count} GPUs are visible and trainer.devices={devices}: {way_out} (built for CUDA"
+                f" {torch.version.cuda})",
             )
         ]
     found = []
@@ -140,7 +132,7 @@ def accelerators(accelerator: str, devices: int, precision: str) -> list[Finding
 
 
 def all_reduce(processes: int, gpu: bool, seconds: float = PROCESSES_TIMEOUT) -> list[Finding]:
-    """Start so many processes here and let them add up a megabyte-sized tensor: gloo on CPUs, NCCL on GPUs."""
+    """Start so many processes here and let them add up a tensor of `VALUES`: gloo on CPUs, NCCL on GPUs."""
     backend = "nccl" if gpu else "gloo"
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-P", "-m", "pretrain.doctor.reduce_once"]
@@ -180,11 +172,20 @@ def all_reduce(processes: int, gpu: bool, seconds: float = PROCESSES_TIMEOUT) ->
             )
         ]
     slowest = max(float(answer.split()[-1]) for answer in answers)
-    return [
-        passed(
-            "all-reduce", f"{processes} processes, {backend}: {4 * VALUES / 1e6 / slowest:,.0f} MB/s on this machine"
-        )
-    ]
+    rate = bus_bandwidth(processes, 4 * VALUES[backend], slowest)
+    judged = "; NVLink gives hundreds, PCIe tens" if gpu and processes > 1 else ""
+    return [passed("all-reduce", f"{processes} processes, {backend}: {rate}{judged}")]
+
+
+def bus_bandwidth(processes: int, size: int, seconds: float) -> str:
+    """What each process's link carries in an all-reduce of ``size`` bytes, whatever their number: ``2 (n − 1) / n``
+    times them.
+
+    Source: nccl-tests, doc/PERFORMANCE.md (``busbw``).
+    """
+    if processes == 1:
+        return "nothing to exchange"
+    return f"{2 * (processes - 1) / processes * size / seconds / 1e9:,.3g} GB/s of bus bandwidth"
 
 
 def between_nodes(environment: Mapping[str, str], seconds: float = PROCESSES_TIMEOUT) -> list[Finding]:
@@ -230,8 +231,8 @@ def between_nodes(environment: Mapping[str, str], seconds: float = PROCESSES_TIM
     return [
         passed(
             "network",
-            f"{nodes} nodes, one process each, gloo: {4 * VALUES / 1e6 / float(answer.split()[-1]):,.0f} MB/s between"
-            " them",
+            f"{nodes} nodes, one process each, gloo:"
+            f" {bus_bandwidth(nodes, 4 * VALUES['gloo'], float(answer.split()[-1]))}",
         )
     ]
 

@@ -19,7 +19,7 @@ def main() -> None:
         torch.cuda.set_device(device)
     timeout = timedelta(seconds=float(seconds))
     dist.init_process_group(backend, init_method=meeting, rank=int(rank), world_size=int(world), timeout=timeout)
-    value = torch.full((VALUES,), float(int(rank) + 1), device=device)
+    value = torch.full((VALUES[backend],), float(int(rank) + 1), device=device)
     dist.all_reduce(value)
     total = int(value.mean().item())
     began = time.monotonic()

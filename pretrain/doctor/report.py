@@ -8,7 +8,7 @@ from pathlib import Path
 
 from data.fault import Fault
 from data.redaction import redacted
-from pretrain.doctor import folder, machine, services
+from pretrain.doctor import cores, folder, gpus, machine, services
 from pretrain.doctor.finding import Finding, failed
 from pretrain.objectives.interface import Objective
 from pretrain.run.record import WandbSettings, logged_in
@@ -38,14 +38,33 @@ def say_findings(checks: list[Check]) -> None:
         raise Fault(f"{host}what says FAIL above keeps a job from running well.")
 
 
-def of_processes(trainer: TrainerSettings) -> list[Check]:
-    """Versions, accelerators, and an all-reduce of the processes that a run has on this machine."""
-    gpu = machine.on_gpu(trainer.accelerator)
+def of_processes(trainer: TrainerSettings, threads: int | None) -> list[Check]:
+    """Versions, accelerators, the cores and GPUs of a run's processes on this machine, and an all-reduce of theirs.
+
+    ``threads``: those of a process's loader, None where that isn't a setting.
+    """
+    gpu, devices = machine.on_gpu(trainer.accelerator), trainer.devices
     return [
         machine.versions,
-        lambda: machine.accelerators(trainer.accelerator, trainer.devices, trainer.precision),
-        lambda: machine.all_reduce(max(2, trainer.devices) if not gpu else trainer.devices, gpu),
+        *of_machine(trainer.accelerator, devices, trainer.precision, threads),
+        *([lambda: gpus.check_allocator(os.environ)] if gpu else []),
+        lambda: machine.all_reduce(devices if gpu else max(2, devices), gpu),
     ]
+
+
+def of_machine(accelerator: str, devices: int, precision: str, threads: int | None) -> list[Check]:
+    """Accelerators, and cores and GPUs for so many processes."""
+    gpu = machine.on_gpu(accelerator)
+    checks: list[Check] = [
+        lambda: machine.accelerators(accelerator, devices, precision, os.environ),
+        lambda: cores.check_cores(devices, threads, gpu, os.environ, cores.usable_cores()),
+    ]
+    if gpu:
+        checks += [
+            lambda: gpus.check_peer_access(len(gpus.visible_gpus(devices))),
+            lambda: gpus.check_under_load(gpus.visible_gpus(devices)),
+        ]
+    return checks
 
 
 def of_folder(place: Path) -> list[Check]:

@@ -2,6 +2,7 @@
 source."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated
 
 import torch
@@ -52,11 +53,16 @@ def allow_tf32() -> None:
         torch.set_float32_matmul_precision("high")
 
 
+def machine_called(device_name: str, folder: Path = FOLDER) -> Machine | None:
+    """The machine in ``configs/hardware/`` that ``torch.cuda.get_device_name`` calls so; None where none is."""
+    machines = (Machine(**yaml.safe_load(path.read_text())) for path in sorted(folder.glob("*.yaml")))
+    return next((machine for machine in machines if device_name in machine.device_names), None)
+
+
 def peak_of(device: torch.device, precision: str) -> float | None:
     """Floating-point operations a second that a process's device can do, known by its name; None for one that isn't
     described."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    machines = [described(path.stem) for path in sorted(FOLDER.glob("*.yaml"))]
-    return next((machine.peaks.get(precision) for machine in machines if name in machine.device_names), None)
+    machine = machine_called(torch.cuda.get_device_name(device))
+    return machine.peaks.get(precision) if machine else None

@@ -3,6 +3,7 @@ into Lightning's trainer."""
 
 import inspect
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -97,16 +98,21 @@ def require_devices(settings: TrainerSettings) -> None:
             " cores, and 'pretrain doctor' says what there is."
         )
     if settings.accelerator != "cpu" and 0 < gpus < settings.devices:
-        way_out = f"set it to {gpus} or less."
-        if "SLURM_GPUS_PER_TASK" in os.environ:
-            way_out = (
-                "this job gives each task GPUs of its own (--gpus-per-task); give --gpus-per-node in its place, so that"
-                " a process sees all of its node."
-            )
+        way_out = way_out_of_own_gpus(os.environ) or f"set it to {gpus} or less"
         raise Fault(
             f"trainer.devices={settings.devices} is more than the {gpus} GPUs that PyTorch finds on this machine:"
-            f" {way_out}"
+            f" {way_out}."
         )
+
+
+def way_out_of_own_gpus(environment: Mapping[str, str]) -> str | None:
+    """What to do where SLURM lets each task of a job see GPUs of its own alone; None elsewhere."""
+    if "SLURM_GPUS_PER_TASK" not in environment:
+        return None
+    return (
+        "this job gives each task GPUs of its own (--gpus-per-task); give --gpus-per-node in its place, so that a"
+        " process sees all of its node"
+    )
 
 
 RESUME = one_of("newest", "previous")

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.gpu.check import SECTIONS
+
 ROOT = Path(__file__).resolve().parents[2]
 CHECK = [sys.executable, str(ROOT / "tests" / "gpu" / "check.py")]
 
@@ -21,7 +23,11 @@ def lines_of(*sections: str) -> dict[str, dict]:
 
 @pytest.mark.slow
 def test_all_sections_run_on_a_cpu() -> None:
-    assert len(lines_of()) == 9
+    assert len(lines_of()) == len(SECTIONS)
+
+
+def test_all_sections_together_take_less_than_nine_minutes() -> None:
+    assert sum(section.limit for section in SECTIONS.values()) < 9 * 60
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing() -> None:

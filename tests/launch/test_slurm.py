@@ -201,7 +201,8 @@ def test_what_the_doctor_fails_on_any_node_keeps_the_job_from_starting(cluster: 
     (job,) = submit(cluster, *command(tmp_path / "none", tmp_path / "run"), *nodes(2, 1), "launch.doctor=true")
     cluster.wait(job, "FAILED", seconds=300)
     said = (tmp_path / "run" / "logs" / f"{job}.log").read_text()
-    assert said.count("FAIL  tiles") == 2 and "one folder on all 2 nodes" in said
+    assert said.count("FAIL  run") == 2 and said.count("there are no tile shards in") == 2, said
+    assert "one folder on all 2 nodes" in said
     assert not list((tmp_path / "run" / "logs" / job).glob("rank-*"))
 
 

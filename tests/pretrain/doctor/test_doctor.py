@@ -80,12 +80,17 @@ def test_this_environment_is_as_pyproject_asks() -> None:
 
 def test_accelerators(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    status, says = only(machine.accelerators("gpu", 8, "bf16"))
-    assert status == "FAIL" and "0 GPUs are visible and trainer.devices=8" in says
-    assert only(machine.accelerators("cpu", 1, "float32"))[0] == "ok"
-    assert only(machine.accelerators("auto", 1, "float32"))[0] == "warn"
-    status, says = only(machine.accelerators("cpu", 1000, "float32"))
-    assert status == "warn" and "1000 processes are to share" in says
+    status, says = only(machine.accelerators("gpu", 8, "bf16", {}))
+    assert status == "FAIL" and "0 GPUs are visible and trainer.devices=8: ask for more GPUs" in says
+    assert only(machine.accelerators("cpu", 1, "float32", {}))[0] == "ok"
+    assert only(machine.accelerators("auto", 1, "float32", {}))[0] == "warn"
+
+
+def test_tasks_with_a_gpu_each_are_told_to_see_all_of_their_node(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    status, says = only(machine.accelerators("gpu", 8, "bf16", {"SLURM_GPUS_PER_TASK": "1"}))
+    assert status == "FAIL" and "1 GPUs are visible and trainer.devices=8" in says
+    assert "(--gpus-per-task); give --gpus-per-node in its place" in says
 
 
 def test_processes_add_up_and_one_that_is_not_let_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -350,6 +355,7 @@ def test_the_command_says_a_line_a_check_and_ends_with_one_where_something_fails
     assert about == [
         "versions",
         "accelerators",
+        "cores",
         "all-reduce",
         "folder",
         "links",
@@ -381,7 +387,7 @@ def test_under_srun_one_process_of_a_node_speaks_with_its_name(
     monkeypatch.setattr(machine, "all_reduce", lambda *_: [])
     monkeypatch.setattr(services.shutil, "which", lambda _: None)
     monkeypatch.setenv("SLURM_STEP_ID", "0")
-    for local, lines in (("1", 0), ("0", 9)):
+    for local, lines in (("1", 0), ("0", 10)):
         monkeypatch.setenv("SLURM_LOCALID", local)
         run_command_line(["doctor", "trainer.accelerator=cpu", f"run={tmp_path}"])
         said = capsys.readouterr().out.splitlines()
@@ -399,6 +405,7 @@ def test_a_run_of_the_slide_stage_is_looked_at_too_and_one_without_embeddings_fa
     assert [line.split()[1] for line in lines] == [
         "versions",
         "accelerators",
+        "cores",
         "folder",
         "links",
         "run",
@@ -490,7 +497,7 @@ def test_a_machine_is_looked_at_without_a_run(
     monkeypatch.setattr(services.shutil, "which", lambda _: None)
     run_command_line(["doctor", "machine", f"run={tmp_path}"])
     about = [line.split()[1] for line in capsys.readouterr().out.splitlines()]
-    assert about == ["versions", "accelerators", "folder", "links", "openslide", "slurm"]
+    assert about == ["versions", "accelerators", "cores", "folder", "links", "openslide", "slurm"]
 
 
 def test_a_recipe_is_looked_at_as_a_run_of_it_would_be() -> None:
