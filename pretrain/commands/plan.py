@@ -45,6 +45,7 @@ class Config:
     launch: Launch
     hardware: Machine
     utilisation: Annotated[float | None, within(above=0, most=1)]
+    operator_us: Annotated[float, within(least=0)]
     dollars_per_hour: Annotated[float | None, within(least=0)]
     reserve: Annotated[float, within(least=0, below=1)]
     out: Annotated[str | None, ON_DISK]
