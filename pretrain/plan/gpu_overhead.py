@@ -22,13 +22,14 @@ for Hopper and Blackwell, and a quarter of it for GPUs before."""
 
 
 def gpu_overhead(calls: Iterable[Collective], processes: int, workspace: int) -> dict[str, int]:
-    """Bytes by name, of a process whose step makes these ``calls``, and whose attention needs a ``workspace`` (computed).
+    """Bytes by name, of a process whose step makes these ``calls``, and whose attention needs a ``workspace``.
 
-    NCCL has buffers for each group; that of all processes is there for a run's figures, whatever a step calls."""
+    NCCL has buffers for each group; that of all processes is there for a run's figures, whatever a step calls. What is
+    computed of the last one is attention's; cuBLAS takes what torch gives it."""
     groups = {call.ranks for call in calls if len(call.ranks) > 1}
     groups |= {tuple(range(processes))} if processes > 1 else set()
     return {
-        "CUDA's context": CONTEXT,
-        **({f"NCCL's buffers, groups: {len(groups)}": len(groups) * CHANNELS * BUFFERS} if groups else {}),
+        "CUDA's context (assumed)": CONTEXT,
+        **({f"NCCL's buffers, groups: {len(groups)} (assumed)": len(groups) * CHANNELS * BUFFERS} if groups else {}),
         "workspaces of cuBLAS and attention": CUBLAS + workspace,
     }

@@ -188,7 +188,7 @@ def test_machines_that_cannot_be_are_refused(words: list[str], sentence: str) ->
 def test_a_machine_of_cores_is_one_process_unless_it_is_told() -> None:
     found = make_plan(planned(*SMALL, "hardware=cpu"))
     assert found["processes"] == 1
-    assert "CUDA's context" not in found["peak_bytes_by_part"] and found["augmentation_bytes"] == 0
+    assert "CUDA's context (assumed)" not in found["peak_bytes_by_part"] and found["augmentation_bytes"] == 0
     with pytest.raises(Fault, match="can't be shared by 4 processes") as refused:
         make_plan(planned(*SMALL, "hardware=cpu", "launch.gpus_per_node=4"))
     assert refused.value.code == 2  # as a run's command line has it
@@ -333,6 +333,19 @@ def test_midnight_at_full_size_fits_and_says_so(tmp_path: Path, capsys: pytest.C
     assert found["flops_per_sample"]["encoder blocks, linear maps, forward"] == pytest.approx(
         2 * tokens * 0.6 * weights, rel=0.05
     )
+
+
+@pytest.mark.slow
+def test_openmidnight_fits_as_it_was_published() -> None:
+    found = make_plan(planned("recipe=openmidnight", "hardware=h100_80gb"))  # on eight, of 80 GB
+    assert found["fits"] and found["samples_per_step_and_process"] == 48
+    assert found["peak_bytes"] / 2**30 == pytest.approx(60.9, abs=0.5)  # the README says so
+    assert {"CUDA's context (assumed)", "NCCL's buffers, groups: 1 (assumed)"} <= set(found["peak_bytes_by_part"])
+    gathers, reduces = (
+        found["communication"]["sent"][f"{name}, backward"] for name in ("all-gather", "reduce-scatter")
+    )
+    assert reduces == pytest.approx(2 * gathers)  # float32, and bfloat16
+    assert found["step"]["exposed"] < 0.01 * found["step"]["computing"]
 
 
 @pytest.mark.slow
