@@ -214,7 +214,8 @@ class Layers(nn.Module):
         self.layer_norm = nn.LayerNorm(settings.width)
 
     def units(self) -> list[nn.Module]:
-        """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
+        """What is gathered, recomputed and compiled by itself, in the order in which it runs: see
+        `pretrain.training.sharding`."""
         return list(self.layers)
 
     def set_compatible(self, compatible: bool) -> None:

@@ -59,7 +59,8 @@ class PixelDecoder(nn.Module):
         self.head = nn.Linear(width, 3 * patch_size**2)
 
     def units(self) -> list[nn.Module]:
-        """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
+        """What is gathered, recomputed and compiled by itself, in the order in which it runs: see
+        `pretrain.training.sharding`."""
         return list(self.layers)
 
     def forward(self, cls: Tensor, visible: Tensor, rank: Tensor, rows: int) -> Tensor:

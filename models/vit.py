@@ -251,7 +251,8 @@ class VisionTransformer(nn.Module):
         self.norm = nn.LayerNorm(width, eps=1e-6)
 
     def units(self) -> list[nn.Module]:
-        """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
+        """What is gathered, recomputed and compiled by itself, in the order in which it runs: see
+        `pretrain.training.sharding`."""
         return list(self.blocks)
 
     @property

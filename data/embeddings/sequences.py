@@ -141,28 +141,23 @@ class SlideSequences:
             yield self.batch(step, rank, world_size)
             step += 1
 
-    def validation_batches(self) -> Iterator[SlideBatch]:
-        """The held-out sequences, a lane's share at a time: not augmented, masked the same way every time, the same on
-        every rank."""
-        for batch in self._validation_groups():
-            yield self._pack([self._item(self.validation[k], k, "validation") for k in batch])
-
-    def validation_batch_count(self) -> int:
-        """How many `validation_batches` there are."""
-        return sum(1 for _ in self._validation_groups())
-
-    def _validation_groups(self) -> Iterator[list[int]]:
-        waiting: list[int] = []
+    def held_out_batches(self, most: int) -> list[list[int]]:
+        """Numbers of the held-out sequences to judge by, ``most`` at most, a lane's share at a time."""
+        batches: list[list[int]] = []
         tiles = 0
-        for k, sequence in enumerate(self.validation):
-            n, room = len(sequence.rows), self.packing.room
-            if waiting and (len(waiting) == self.packing.most or (room is not None and tiles + n > room)):
-                yield waiting
-                waiting, tiles = [], 0
-            waiting.append(k)
+        for k in spread_by_size([len(sequence.rows) for sequence in self.validation], most, self.seed):
+            n, room = len(self.validation[k].rows), self.packing.room
+            full = not batches or len(batches[-1]) == self.packing.most or (room is not None and tiles + n > room)
+            if full:
+                batches.append([])
+                tiles = 0
+            batches[-1].append(k)
             tiles += n
-        if waiting:
-            yield waiting
+        return batches
+
+    def held_out(self, numbers: list[int]) -> SlideBatch:
+        """Held-out sequences by number: not augmented, and masked the same way every time."""
+        return self._pack([self._item(self.validation[k], k, "validation") for k in numbers])
 
     def _item(self, sequence: Sequence, position: int, what: str) -> "_Item":
         slide = self.store.read(sequence.slide)
@@ -236,6 +231,15 @@ def split_sequences(
             for parts in (training, held_out)
         )
     return training, held_out
+
+
+def spread_by_size(sizes: list[int], most: int, seed: int) -> list[int]:
+    """Numbers of ``most`` sequences, ascending, as long and as short as all of them: of ``most`` equal parts of the
+    order by size, one each, drawn by ``seed``. All where they aren't more."""
+    if len(sizes) <= most:
+        return list(range(len(sizes)))
+    draw, order = rng(seed, "judged"), np.argsort(sizes, kind="stable")
+    return sorted(int(part[draw.integers(len(part))]) for part in np.array_split(order, most))
 
 
 def _split_one(

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.fault import Fault
+from data.fused import fusible
 from data.on_device import on_device
 from data.tiles.augment_parameters import (
     BLUR_TAPS,
@@ -112,6 +113,7 @@ def _weights(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return blends, turns, factors[:, CONTRAST]
 
 
+@fusible
 def to_contrast(images: Tensor, blends: Tensor, turns: Tensor) -> tuple[Planes, Tensor]:
     """Bytes ``(N, 3, H, W)`` → what contrast is applied to, in (0, 1), and the mean ``(N,)`` of its luma."""
     red, green, blue = (plane.float() * (1 / 255) for plane in images.flatten(2).unbind(1))
@@ -119,6 +121,7 @@ def to_contrast(images: Tensor, blends: Tensor, turns: Tensor) -> tuple[Planes, 
     return planes, luma(planes).mean(1)
 
 
+@fusible
 def from_contrast(
     planes: Planes, level: Tensor, contrast: Tensor, blends: Tensor, turns: Tensor, grey: Tensor
 ) -> Planes:
@@ -183,13 +186,19 @@ def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
     Beer-Lambert: ``log x / log 1e-6 = stains · colours``, per pixel; stains are clipped to (0, 1) after the shift, as
     OpenMidnight does (scikit-image's ``rgb2hed`` and ``hed2rgb``, Ruifrok & Johnston 2001).
     """
-    unit, pixels = math.log(DARKEST), x.clamp(min=DARKEST).log_().flatten(2)
-    colours = torch.tensor(STAIN_COLOURS)
+    unit, colours = math.log(DARKEST), torch.tensor(STAIN_COLOURS)
     to_stains, to_light = (on_device(part, x.device) for part in (torch.linalg.inv(colours).T / unit, colours.T * unit))
+    return _shifted(x, shift, to_stains, to_light)
+
+
+@fusible
+def _shifted(x: Tensor, shift: Tensor, to_stains: Tensor, to_light: Tensor) -> Tensor:
+    pixels = x.clamp(min=DARKEST).log_().flatten(2)
     stains = (to_stains @ pixels).clamp_(min=0).add_(shift.view(-1, 3, 1)).clamp_(0, 1)
     return (to_light @ stains).exp_().clamp_(0, 1).view(x.shape)
 
 
+@fusible
 def blur(x: Tensor, sigma: Tensor) -> Tensor:
     """Gaussian of nine taps with a sigma (pixels) ``(N, 1, 1, 1)`` per image, reflected at the border: columns, then
     rows, as sums of shifted images."""

@@ -21,8 +21,7 @@ from pretrain.settings import plugins
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
-from pretrain.training.slide_stage import SlideData, SlideTraining
-from pretrain.training.watching import Watch
+from pretrain.training.slide_stage import SlideData, SlideTraining, SlideWatch
 
 
 @dataclass
@@ -31,7 +30,7 @@ class Config(RunConfig):
 
     objective: Annotated[Plugin, SlideObjective]
     data: SlideData
-    watch: Watch
+    watch: SlideWatch
 
 
 def run(config: Config) -> None:

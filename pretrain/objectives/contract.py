@@ -3,7 +3,7 @@ its class's name."""
 
 import inspect
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from numbers import Real
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ FURTHER_VIEWS = {
 }
 OF_THE_RECORD = re.compile(
     "step|loss|operations|lr|weight_decay|skipped|grad_norm(/.*)?|data_wait|peak_memory_gib|flop_utilisation"
-    "|tiles|slides|bad_tiles|(tiles|slides)_per_second|look_seconds|failed_saves|alarm|since|says|epoch|callbacks/.*"
+    "|tiles|slides|bad_tiles|(tiles|slides)_per_second|(look|evaluation)_seconds|failed_saves|alarm|since|says|epoch|callbacks/.*"
 )
 """Names in ``metrics.jsonl`` of what the run itself finds out."""
 OF_TILE_LOOKS = re.compile(r"rankme|feature_cosine|feature_std|slide_knn|slide_chance|probe_\w+")
@@ -156,11 +156,21 @@ def look_of(objective: Objective, parts: Sequence[Any], moment: Moment) -> dict[
     return {name: float(value) for name, value in found.items()}
 
 
-def evaluation_of(objective: SlideObjective, batches: Iterable[Any]) -> dict[str, float]:
+def judged_of(objective: SlideObjective, batch: Any) -> dict[str, Tensor]:
+    """Rows ``(B, …)`` of a batch's held-out sequences. Raises Fault where the objective gives something else."""
+    who, form = f"{type(objective).__name__}.judged", "rows by name, {'error': a tensor of a row a sequence, …}"
+    given = _given(who, objective.judged(batch), Mapping, form)
+    for name, rows in given.items():
+        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) != len(batch.lengths):
+            raise Fault(f"{who} must give {form}, {len(batch.lengths)} here, and gives {name} as {_kind(rows)}.")
+    return dict(given)
+
+
+def evaluation_of(objective: SlideObjective, rows: Mapping[str, Tensor]) -> dict[str, float]:
     """The figures of held-out slides, ``loss`` among them as ``validation_loss``. Raises Fault as `look_of` does, and
     where the objective's ``score`` isn't there."""
     kind = type(objective).__name__
-    given = _given(f"{kind}.evaluate", objective.evaluate(batches), Mapping, FIGURES)
+    given = _given(f"{kind}.evaluate", objective.evaluate(rows), Mapping, FIGURES)
     own = {"validation_loss" if name == "loss" else name: value for name, value in given.items()}
     found = {name: float(value) for name, value in _figures(f"{kind}.evaluate", own, objective.stage).items()}
     if objective.score and objective.score not in found:

@@ -6,7 +6,7 @@ beside it.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -114,7 +114,7 @@ class SlideObjective(Objective):
     score: ClassVar[str] = ""
     """The figure of `evaluate` by which the best checkpoint is told, higher is better; empty: none is."""
     evaluation_passes: ClassVar[int] = 0
-    """How often `evaluate` passes a held-out slide forward, for the plan."""
+    """How often `judged` passes a held-out slide forward, for the plan."""
 
     def share_slides(self, group: Group) -> None:
         """Let the processes of ``group`` share every slide's tokens; they get the same batches. Raises ValueError where
@@ -122,7 +122,12 @@ class SlideObjective(Objective):
         if group is not None:
             raise ValueError(f"{type(self).__name__} can't share a slide over processes")
 
-    def evaluate(self, batches: Iterable[Any]) -> Mapping[str, float]:
-        """Figures of held-out slides. Every rank passes the same batches; called without gradients and outside of a
-        step."""
+    def judged(self, batch: Any) -> Mapping[str, Tensor]:
+        """What `evaluate` wants to know of a batch of held-out sequences: tensors ``(B, …)`` by name, a row a sequence.
+        Called without gradients and outside of a step; each sequence is judged by one rank."""
+        return {}
+
+    def evaluate(self, rows: Mapping[str, Tensor]) -> Mapping[str, float]:
+        """Figures of the rows ``(N, …)`` of all held-out sequences that were judged, float64, in an order that is the
+        same on any number of ranks."""
         return {}

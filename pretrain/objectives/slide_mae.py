@@ -10,8 +10,7 @@ data: the frozen encoder's embedding, standardised by fixed statistics. Nothing 
 collapse.
 """
 
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, ClassVar
 
@@ -33,14 +32,8 @@ from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.run.across_ranks import total, world_size
 
-BASELINE_NEIGHBOURS = (
-    1,
-    4,
-    8,
-    16,
-    32,
-)  # the baseline is the best of these: the bar is as high as neighbours can make it
-DISTANCES = 2**22  # computed at a time
+BASELINE_NEIGHBOURS = (1, 4, 8, 16, 32)  # the best of these is the baseline: the bar is as high as they can make it
+BLOCK = 2**22  # numbers of a baseline that are in memory at a time
 
 
 class SlideMAE(SlideObjective):
@@ -157,9 +150,24 @@ class SlideMAE(SlideObjective):
             for part in parts
         )
 
-    @torch.no_grad()
-    def evaluate(self, batches: Iterable[SlideBatch]) -> dict[str, float]:
-        """How well masked tiles are predicted, against what needs no learning. Every rank passes the same batches.
+    def judged(self, batch: SlideBatch) -> dict[str, Tensor]:
+        """Of each sequence: summed squared errors over its masked tiles and their dimensions (``model``, ``shuffled``,
+        ``mean``, ``slide_mean``, ``neighbours`` (B, K) for each of `BASELINE_NEIGHBOURS`), how many ``numbers`` those
+        are, and its embedding ``pooled`` (B, width)."""
+        targets = batch.targets()
+        wanted, result = targets[batch.masked], self(batch, None)
+        shuffled = self(_shuffled(batch), None)["prediction"]
+        return {
+            "model": _error_of_each(batch, result["prediction"], wanted),
+            "shuffled": _error_of_each(batch, shuffled, wanted),
+            "mean": _error_of_each(batch, torch.zeros((), device=wanted.device), wanted),
+            **baseline_errors(batch, targets),
+            "numbers": torch.tensor(batch.masked_lengths, device=wanted.device) * wanted.shape[1],
+            "pooled": result["pooled"],
+        }
+
+    def evaluate(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
+        """How well masked tiles are predicted, against what needs no learning.
 
         ``r2`` = 1 - Σ (prediction - target)² / Σ (data-set mean - target)², over masked tiles and dimensions: the
         data-set mean has 0 by definition. ``r2_slide_mean``: of the mean of the slide's visible tiles.
@@ -167,56 +175,53 @@ class SlideMAE(SlideObjective):
         it is learning. ``shuffled_rise``: relative rise of the error when the visible tiles' places are shuffled within
         each slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled slide embeddings (at most
         the number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared
-        error, unweighted. Raises ValueError without batches.
+        error, unweighted.
         """
-        errors: dict[str, float] = defaultdict(float)
-        pooled, tiles, width = [], 0, 0
-        for batch in batches:
-            targets = batch.targets()
-            wanted = targets[batch.masked]
-            result = self(batch, None)
-            shuffled = self(_shuffled(batch), None)
-            errors["model"] += _squared(result["prediction"], wanted)
-            errors["shuffled"] += _squared(shuffled["prediction"], wanted)
-            errors["mean"] += _squared(torch.zeros_like(wanted), wanted)
-            for name, prediction in baselines(batch, targets):
-                errors[name] += _squared(prediction, wanted)
-            pooled.append(result["pooled"].float().cpu())
-            tiles, width = tiles + len(wanted), wanted.shape[1]
-        if not tiles:
-            raise ValueError("there is nothing to evaluate: no batches")
-        energy = errors["mean"] or float("nan")  # embeddings that never vary have nothing to explain
-        found = spread(torch.cat(pooled))
-        neighbours = min(error for name, error in errors.items() if name.startswith("neighbours"))
+        sums = {name: values.sum(0) for name, values in rows.items() if name != "pooled"}
+        energy = torch.where(sums["mean"] > 0, sums["mean"], torch.nan)  # what never varies has nothing to explain
+        found = spread(rows["pooled"])
         return {
-            "loss": errors["model"] / (tiles * width),
-            "r2": 1 - errors["model"] / energy,
-            "r2_slide_mean": 1 - errors["slide_mean"] / energy,
-            "r2_neighbours": 1 - neighbours / energy,
-            "shuffled_rise": errors["shuffled"] / errors["model"] - 1,
+            "loss": float(sums["model"] / sums["numbers"]),
+            "r2": float(1 - sums["model"] / energy),
+            "r2_slide_mean": float(1 - sums["slide_mean"] / energy),
+            "r2_neighbours": float(1 - sums["neighbours"].min() / energy),
+            "shuffled_rise": float(sums["shuffled"] / sums["model"] - 1),
             "effective_rank": found["rankme"],
             "feature_cosine": found["feature_cosine"],
             "feature_std": found["feature_std"],
         }
 
 
-def baselines(batch: SlideBatch, targets: Tensor) -> list[tuple[str, Tensor]]:
-    """Predictions (M, D) for the masked tiles that need no learning: the slide's visible mean, and means of nearest
-    visible tiles."""
-    found: dict[str, list[Tensor]] = defaultdict(list)
+def baseline_errors(batch: SlideBatch, targets: Tensor) -> dict[str, Tensor]:
+    """Squared errors, summed over each sequence's masked tiles, of predictions that need no learning: ``slide_mean``
+    (B,), the mean of its visible tiles, and ``neighbours`` (B, K), means of nearest visible tiles.
+
+    Masked tiles are looked at as many at a time as fill `BLOCK`, so a slide of a million tiles needs no more.
+    """
+    means, near = [], []
     visible, masked = batch.visible.split(batch.visible_lengths), batch.masked.split(batch.masked_lengths)
-    for seen, wanted in zip(visible, masked, strict=True):
-        values, places = targets[seen], batch.cells[seen].double()
-        found["slide_mean"].append(values.mean(dim=0).expand(len(wanted), -1))
-        most = min(max(BASELINE_NEIGHBOURS), len(seen))
-        rows = [
-            torch.cdist(some.double(), places).topk(most, largest=False, sorted=True).indices
-            for some in batch.cells[wanted].split(max(1, DISTANCES // len(seen)))
-        ]
-        nearest = torch.cat(rows)  # (masked tiles, most)
-        for k in BASELINE_NEIGHBOURS:
-            found[f"neighbours {k}"].append(values[nearest[:, :k]].mean(dim=1))
-    return [(name, torch.cat(parts)) for name, parts in found.items()]
+    for seen, hidden in zip(visible, masked, strict=True):
+        values, places = targets[seen], batch.cells[seen]
+        mean = values.mean(dim=0)
+        of_mean, of_near = [], []
+        for some in hidden.split(max(1, BLOCK // max(len(seen), BASELINE_NEIGHBOURS[-1] * values.shape[1]))):
+            of_mean.append(_errors(mean, targets[some]).sum())
+            predictions = neighbour_means(values, places, batch.cells[some])
+            of_near.append(torch.stack([_errors(one, targets[some]).sum() for one in predictions]))
+        means.append(torch.stack(of_mean).sum())
+        near.append(torch.stack(of_near).sum(dim=0))
+    return {"slide_mean": torch.stack(means), "neighbours": torch.stack(near)}
+
+
+def neighbour_means(values: Tensor, places: Tensor, wanted: Tensor) -> list[Tensor]:
+    """For each k of `BASELINE_NEIGHBOURS` the mean ``(m, D)`` of the k ``values`` (V, D) whose ``places`` (V, 2) are
+    nearest to each of the places ``wanted`` (m, 2), all integers; of equally near ones the first."""
+    n = len(places)
+    across, down = ((wanted[:, [axis]] - places[:, axis]).square() for axis in (0, 1))  # (m, V)
+    order = (across + down) * n + torch.arange(n, device=places.device)
+    nearest = order.topk(min(BASELINE_NEIGHBOURS[-1], n), largest=False, sorted=True).indices
+    found = values[nearest]  # (m, most, D)
+    return [found[:, :k].mean(dim=1) for k in BASELINE_NEIGHBOURS]
 
 
 def _shuffled(batch: SlideBatch) -> SlideBatch:
@@ -227,5 +232,14 @@ def _shuffled(batch: SlideBatch) -> SlideBatch:
     return replace(batch, embeddings=batch.embeddings[torch.from_numpy(order).to(batch.embeddings.device)])
 
 
-def _squared(prediction: Tensor, wanted: Tensor) -> float:
-    return (prediction.double() - wanted.double()).square().sum().item()
+def _errors(prediction: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error of each row ``(m,)``, in float64."""
+    return (at_least_float32(prediction) - wanted).square().sum(dim=1, dtype=torch.float64)
+
+
+def _error_of_each(batch: SlideBatch, prediction: Tensor, wanted: Tensor) -> Tensor:
+    """Squared error ``(B,)`` of each sequence's masked tiles, of ``prediction`` (M, D), or one number for all."""
+    rows = max(1, BLOCK // wanted.shape[1])
+    predicted = prediction.expand(wanted.shape).split(rows)
+    errors = torch.cat([_errors(*some) for some in zip(predicted, wanted.split(rows), strict=True)])
+    return torch.stack([each.sum() for each in errors.split(batch.masked_lengths)])

@@ -1,8 +1,8 @@
 """What judging itself costs a run.
 
-The slide stage: at every checkpoint each process passes all held-out slides forward, as often as the objective says
-(`SlideObjective.evaluation_passes`). The slides are whole, and nothing is kept for a backward; dropout costs no
-operations of those that are counted.
+The slide stage: at every checkpoint the processes share the held-out slides that judge it (``watch.held_out_slides``),
+and pass each forward as often as the objective says (`SlideObjective.evaluation_passes`). The slides are whole, and
+nothing is kept for a backward; dropout costs no operations of those that are counted.
 
 The tile stage: at every checkpoint the labelled tiles of ``watch.probe`` go forward once, shared by all processes; at
 every look (``watch.every``) so do a sample of the data's slides (`pretrain.training.slide_sample`) and the batch's
@@ -39,7 +39,8 @@ class Evaluation:
 def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evaluation:
     """Of a run of the slide stage that has ``slides.count`` slides."""
     data = run.data
-    slides = max(1, round(data.validation_fraction * run.slides.count)) if data.validation_fraction else 0
+    held_out = max(1, round(data.validation_fraction * run.slides.count)) if data.validation_fraction else 0
+    slides = min(held_out, run.watch.held_out_slides)
     times = len(judged_steps(run))
     one = data.copy()
     one.update(batch_size=1, lanes=1, batch_tokens=None, field_cells=0, crop=1.0)
@@ -50,7 +51,8 @@ def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evalu
     found = estimate(replace(run, data=one), alone, fused_attention, largest=False)
     passes: int = plugins.locate_class(run.objective["_target_"], SlideObjective).evaluation_passes
     forward = sum(count for (_, way), count in found.flops.items() if way == "forward")
-    return Evaluation(times, slides, 0, passes * times * slides * forward)
+    own = -(-slides * settings.together // settings.processes)
+    return Evaluation(times, slides, 0, passes * times * own * forward)
 
 
 def of_tiles(run: RunShape, settings: Settings) -> Evaluation:

@@ -144,8 +144,8 @@ def _of_evaluation(found: dict[str, Any]) -> str:
         return "  no evaluation: data.validation_fraction=0 holds no slides out"
     if found["slides"]:
         what = (
-            f"{at_checkpoints}two forwards on every process of {samples:,} slides "
-            f"(data.validation_fraction= of slides.count={found['slides']['count']:,})"
+            f"{at_checkpoints}two forwards of {samples:,} slides, shared by the processes (watch.held_out_slides= of"
+            f" data.validation_fraction= of slides.count={found['slides']['count']:,})"
         )
     elif not samples and not looks:
         return "  no evaluation: neither watch.probe nor watch.every is given"

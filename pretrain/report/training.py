@@ -39,7 +39,7 @@ TILE_WATCH = [
     ("k-NN accuracy on labelled tiles", "", ["probe_knn", "probe_knn_same_slides"]),
     ("Slide of a tile recognised by k-NN", "", ["slide_knn", "slide_chance"]),
 ]
-UNSHOWN = [("", "", ["look_seconds", "probe_knn_se", "probe_knn_se_tiles"])]
+UNSHOWN = [("", "", ["look_seconds", "evaluation_seconds", "probe_knn_se", "probe_knn_se_tiles"])]
 SLIDE_COURSE = [
     ("Loss", "", ["loss"]),
     ("Learning rate", "", ["lr"]),

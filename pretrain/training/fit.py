@@ -22,6 +22,7 @@ from pretrain.settings import plugins
 from pretrain.settings.hardware import allow_tf32
 from pretrain.training.alarming import Alarms
 from pretrain.training.checkpointing import Checkpoints
+from pretrain.training.collecting import CollectGarbage, collecting_by_itself
 from pretrain.training.ending import EndWhenAsked
 from pretrain.training.judging import Judgement, why_ended
 from pretrain.training.looking import Looks
@@ -59,6 +60,7 @@ def fit(training: Training, lease: Lease | None) -> None:
         max_epochs=1,
         # After each step in this order: what a checkpoint holds must have happened before it.
         callbacks=[
+            CollectGarbage(),
             Recording(record, mirror),
             ending,
             Looks(),
@@ -90,7 +92,7 @@ def fit(training: Training, lease: Lease | None) -> None:
     training.peak = device_peak(settings, trainer.strategy.root_device)
     began = time.monotonic()
     open_more_files()
-    with signals.listening(), training.watchdog:
+    with signals.listening(), training.watchdog, collecting_by_itself():
         try:
             trainer.fit(training)
         except RuntimeError as error:

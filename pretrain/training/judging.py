@@ -2,6 +2,7 @@
 ends, ``watch.patience``."""
 
 import math
+import time
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,7 @@ class Judgement(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
         if not training.is_due or training.asked is not None:
             return
+        began = time.monotonic()
         try:
             figures = training.evaluate()
         except signals.Asked as during:
@@ -44,7 +46,7 @@ class Judgement(L.Callback):
             self.cut_short = True
             return
         if figures:
-            training.record(figures)
+            training.record(figures | {"evaluation_seconds": time.monotonic() - began})
             self.judge(training, figures)
 
     def judge(self, training: Training, figures: dict[str, float]) -> None:

@@ -24,6 +24,7 @@ import lightning as L
 import torch
 
 from data.fault import Fault
+from data.fused import fusing
 from data.lease import SILENCE, Lease
 from data.loader_process import SHARED_MEMORY, LoaderProcess
 from data.redaction import redacted_settings
@@ -186,7 +187,8 @@ class Training(L.LightningModule, ABC):
                 " stopped process, or a disk that didn't answer): this one ends, and has written nothing since."
             )
         began = time.monotonic()
-        figures, counts, took_step = self._step(batch, self.before_step(batch))
+        with fusing(torch.compile if self.fuses else None):
+            figures, counts, took_step = self._step(batch, self.before_step(batch))
         figures |= self.after_step(counts)
         self.step += 1
         now = time.monotonic()
@@ -228,6 +230,12 @@ class Training(L.LightningModule, ABC):
     def looks_now(self) -> bool:
         """Whether features are looked at after the step just taken."""
         return bool(self.watch.every) and self.step % self.watch.every == 0
+
+    @property
+    def fuses(self) -> bool:
+        """Whether losses, targets and augmentation are compiled beside the blocks: not on a CPU, where they are small
+        and the minute that it takes to compile them is never got back."""
+        return self.settings.compile and self.device.type == "cuda"
 
     @property
     def optimiser(self) -> ShardAdamW:

@@ -9,15 +9,16 @@ process and many, CPU (gloo) and GPU (NCCL).
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from itertools import pairwise
+from typing import Any, NamedTuple, cast
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from data.fault import Fault
@@ -105,6 +106,7 @@ def shard(
             if compiled:
                 block.forward = torch.compile(block.forward)
             fully_shard(block, mesh=mesh, mp_policy=inside)
+        prefetch(units_of(network))
         # A teacher has no backward, so nothing but this would free its root's gathered parameters; at one process the
         # mistake goes unnoticed.
         try:
@@ -115,9 +117,21 @@ def shard(
             ) from error
 
 
+def prefetch(units: Sequence[nn.Module]) -> None:
+    """Gather the next unit's parameters while one computes, in the forward and, backwards, in the backward.
+
+    By itself FSDP2 asks for a unit's when its forward begins: where the host isn't far ahead of its device, the device
+    waits for them.
+    """
+    for before, after in pairwise(units):
+        cast(FSDPModule, before).set_modules_to_forward_prefetch([cast(FSDPModule, after)])
+        cast(FSDPModule, after).set_modules_to_backward_prefetch([cast(FSDPModule, before)])
+
+
 def units_of(network: nn.Module) -> list[nn.Module]:
     """What a network says is gathered, recomputed and compiled by itself, each once: the ``units()`` of the modules in
-    it that have such a method, which a module of that name isn't. A network that says nothing is one unit."""
+    it that have such a method, which a module of that name isn't, in the order in which they run. A network that says
+    nothing is one unit."""
     stacks = [units for module in network.modules() if inspect.ismethod(units := getattr(module, "units", None))]
     return list(dict.fromkeys(unit for units in stacks for unit in units()))
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
+import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
@@ -21,13 +22,15 @@ from data.loader_process import LoaderProcess, shared_memory_room
 from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from pretrain.encoders.slide_encoders import TILE_ENCODER
-from pretrain.objectives.contract import evaluation_of
+from pretrain.objectives.contract import evaluation_of, judged_of
 from pretrain.objectives.interface import SlideObjective
 from pretrain.run import signals
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
 from pretrain.settings.plugins import locate_class
+from pretrain.training.judged_together import own_passes, rows_of_all
 from pretrain.training.module import Training
+from pretrain.training.watching import Watch
 
 SLIDE_STEPS_ON_THE_WAY = 4
 
@@ -56,6 +59,13 @@ class SlideData:
     processes_per_slide: Annotated[int, within(least=1)]
 
     agreements: ClassVar[Agreements] = {("batch_size", "batch_tokens", "lanes"): check_packing}
+
+
+@dataclass
+class SlideWatch(Watch):
+    """The settings under ``watch:``, explained in ``configs/slide.yaml``."""
+
+    held_out_slides: Annotated[int, within(least=1)]
 
 
 class SlideBatches(IterableDataset["list[SlideBatch]"]):
@@ -180,8 +190,22 @@ class SlideTraining(Training):
             yield part.to(self.device, non_blocking=True), first
 
     def evaluate(self) -> dict[str, float]:
-        assert isinstance(self.objective, SlideObjective)
-        if not self.sequences.validation:
+        objective = self.objective
+        assert isinstance(objective, SlideObjective)
+        batches = self.sequences.held_out_batches(self.config.watch.held_out_slides)
+        if not batches:
             return {}
-        batches = self.heeding(self.sequences.validation_batches(), self.sequences.validation_batch_count())
-        return evaluation_of(self.objective, (batch.to(self.device) for batch in batches))
+        rank, groups = self.global_rank // self.sharing, self.trainer.world_size // self.sharing
+        # Of processes that share slides, which all have the same rows, the first one's count.
+        passes = [
+            (numbers, counts and self.global_rank % self.sharing == 0)
+            for numbers, counts in own_passes(batches, rank, groups)
+        ]
+        with torch.no_grad():
+            rows = rows_of_all(
+                self.heeding(passes, len(passes)),
+                lambda numbers: judged_of(objective, self.sequences.held_out(list(numbers)).to(self.device)),
+                [number for numbers in batches for number in numbers],
+                self.device,
+            )
+            return evaluation_of(objective, rows)

@@ -23,6 +23,8 @@ from tests.pretrain.training import test_slide_training as slide_stage
 from tests.pretrain.training.test_tile_training import GROUP, ROOT, assert_close, command
 from tests.pretrain.training.wavy_slides import write_wavy_slides
 
+SLOWLY = "objective._target_=tests.launch.slow_steps.SlowDINOv2"
+
 
 def environment(own: Path | None = None, **variables: str) -> dict[str, str]:
     """Ours for a command, with a folder of the user's own modules."""
@@ -168,9 +170,8 @@ def test_a_chain_goes_on_where_its_last_job_was_stopped_and_ends_at_once_where_t
     cluster: Cluster, shards: Path, here: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
-    slowly = "objective._target_=tests.launch.slow_steps.SlowDINOv2"
     limit = ["launch.time=2", "launch.signal_seconds=60", "launch.chain=3"]
-    jobs = submit(cluster, *command(shards, run, slowly), *nodes(1, 1), *limit)
+    jobs = submit(cluster, *command(shards, run, SLOWLY), *nodes(1, 1), *limit)
     assert len(jobs) == 3
     cluster.wait(jobs[2], "COMPLETED", seconds=500)
     assert cluster.states(jobs[0]) == ["FAILED"] and cluster.states(jobs[1]) == ["COMPLETED"]
@@ -210,23 +211,30 @@ def test_what_the_doctor_fails_on_any_node_keeps_the_job_from_starting(cluster: 
 
 @pytest.fixture(scope="module")
 def stopped(cluster: Cluster, shards: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Slow jobs side by side on two nodes, and what stops each of them. The folders of their runs, and of two that
+    """Slow jobs side by side on two nodes, and what stops each of them. The folders of their runs, and of one that
     nothing stops."""
     folder = tmp_path_factory.mktemp("stopped")
-    runs = {name: folder / name for name in ("limit", "requeue", "priority", "slide on two nodes", "slide on one node")}
-    slowly = "objective._target_=tests.launch.slow_steps.SlowDINOv2"
-    # Of six cores a node these two leave three at most, which is what each of those below needs. SLURM looks at time
-    # limits twice a minute and tells a job up to half a minute early: here, within its second half minute.
-    limit = ["launch.time=2", "launch.signal_seconds=60", "launch.partition=high"]
-    submit(cluster, *command(shards, runs["limit"], slowly), *nodes(2, 1), *limit)
-    (job,) = submit(cluster, *command(shards, runs["requeue"], slowly), *nodes(1, 2), "launch.partition=high")
-    wide = ["launch.cpus_per_task=3", "launch.setup=['export OMP_NUM_THREADS=1']"]
-    submit(cluster, *command(shards, runs["priority"], slowly), *nodes(2, 1), *wide, "launch.partition=low")
-    until_steps(runs["priority"], 2)
-    submit(cluster, *slide_run(store, runs["slide on two nodes"]), *nodes(2, 1), *wide, "launch.partition=high")
+    runs = {name: folder / name for name in ("limit", "requeue", "slide on two nodes")}
+    # SLURM looks at time limits twice a minute and tells a job up to half a minute early: here, within its second half
+    # minute.
+    limit = ["launch.time=2", "launch.signal_seconds=60"]
+    submit(cluster, *command(shards, runs["limit"], SLOWLY), *nodes(2, 1), *limit)
+    (job,) = submit(cluster, *command(shards, runs["requeue"], SLOWLY), *nodes(1, 2))
+    submit(cluster, *slide_run(store, runs["slide on two nodes"]), *nodes(2, 1))
     until_steps(runs["requeue"], 2)
     cluster.ask("scontrol", "requeue", job)
-    submit(cluster, *slide_run(store, runs["slide on one node"]), *nodes(1, 2))
+    return runs
+
+
+@pytest.fixture(scope="module")
+def preempted(cluster: Cluster, shards: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A job on all cores of both nodes, and one that takes its place on one of them."""
+    folder = tmp_path_factory.mktemp("preempted")
+    runs = {name: folder / name for name in ("priority", "slide on one node")}
+    wide = ["launch.cpus_per_task=6", "launch.setup=['export OMP_NUM_THREADS=1']"]
+    submit(cluster, *command(shards, runs["priority"], SLOWLY), *nodes(2, 1), *wide, "launch.partition=low")
+    until_steps(runs["priority"], 2)
+    submit(cluster, *slide_run(store, runs["slide on one node"]), *nodes(1, 2), "launch.partition=high")
     return runs
 
 
@@ -242,27 +250,45 @@ def job_of(run: Path) -> str:
     return folder.name
 
 
-@pytest.mark.parametrize(("way", "number"), [("priority", "SIGTERM"), ("requeue", "SIGTERM"), ("limit", "SIGUSR1")])
+@pytest.mark.parametrize(("way", "number"), [("requeue", "SIGTERM"), ("limit", "SIGUSR1")])
 def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     cluster: Cluster, here: Path, stopped: dict[str, Path], way: str, number: str
 ) -> None:
-    job = job_of(stopped[way])
+    ends_as_if_it_had_not_been_put_back(cluster, here, stopped[way], number)
+
+
+@pytest.mark.slow
+def test_a_job_that_another_takes_the_place_of_ends_as_if_it_had_not(
+    cluster: Cluster, here: Path, preempted: dict[str, Path]
+) -> None:
+    ends_as_if_it_had_not_been_put_back(cluster, here, preempted["priority"], "SIGTERM")
+
+
+def ends_as_if_it_had_not_been_put_back(cluster: Cluster, here: Path, run: Path, number: str) -> None:
+    job = job_of(run)
     cluster.wait(job, "COMPLETED", seconds=500)
     assert cluster.restarts(job) >= 1
-    logs = stopped[way] / "logs"
+    logs = run / "logs"
     assert {path.name for path in (logs / job).iterdir()} == {"rank-00000.log", "rank-00001.log"}
     said = (logs / job / "rank-00000.log").read_text()
     assert f"stopped by {number}" in said and "resuming after step" in said and "6 steps in" in said
-    assert (stopped[way] / "tile.sbatch").read_text().startswith("#!/bin/bash\n# Written by: pretrain tile run=")
-    assert_close(stopped[way], here)
+    assert (run / "tile.sbatch").read_text().startswith("#!/bin/bash\n# Written by: pretrain tile run=")
+    assert_close(run, here)
 
 
-@pytest.mark.parametrize("name", ["slide on two nodes", "slide on one node"])
-def test_the_slide_stage_trains_to_the_losses_of_one_process_here(
-    cluster: Cluster, slides_here: Path, stopped: dict[str, Path], name: str
+def test_the_slide_stage_trains_on_two_nodes_to_the_losses_of_one_process_here(
+    cluster: Cluster, slides_here: Path, stopped: dict[str, Path]
 ) -> None:
-    cluster.wait(job_of(stopped[name]), "COMPLETED", seconds=300)
-    assert_slides_close(stopped[name], slides_here)
+    cluster.wait(job_of(stopped["slide on two nodes"]), "COMPLETED", seconds=300)
+    assert_slides_close(stopped["slide on two nodes"], slides_here)
+
+
+@pytest.mark.slow
+def test_the_slide_stage_trains_on_one_node_to_the_losses_of_one_process_here(
+    cluster: Cluster, slides_here: Path, preempted: dict[str, Path]
+) -> None:
+    cluster.wait(job_of(preempted["slide on one node"]), "COMPLETED", seconds=300)
+    assert_slides_close(preempted["slide on one node"], slides_here)
 
 
 # The same tiles, whatever the time that cutting one takes.

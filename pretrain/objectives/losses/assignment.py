@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.fused import fusible
 from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.run.across_ranks import log_total_exp, total
 
@@ -14,6 +15,7 @@ ITERATIONS = 3  # of Sinkhorn-Knopp
 
 
 @torch.no_grad()
+@fusible
 def centred_softmax(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
     """``softmax((logits − centre) / temperature)``: ``(N, K)`` probabilities in float32 (Caron et al. 2021, §3.1)."""
     return F.softmax((at_least_float32(logits) - centre) / temperature, dim=-1)
@@ -48,20 +50,26 @@ def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, 
     for _ in range(iterations):
         column: Tensor | None = None
         for logits in scores():
-            scaled = at_least_float32(logits) / temperature
-            if v is not None:
-                scaled = scaled - torch.logsumexp(scaled - v, dim=1, keepdim=True)
-            # A micro-batch or rank with no sample of its own contributes exp(−∞) = 0.
             part = (
-                torch.logsumexp(scaled, dim=0, keepdim=True)
-                if len(scaled)
-                else scaled.new_full((1, scaled.shape[1]), -math.inf)
+                _column_sums(logits, v, temperature)
+                if len(logits)
+                # A micro-batch or rank with no sample of its own contributes exp(−∞) = 0.
+                else at_least_float32(logits).new_full((1, logits.shape[1]), -math.inf)
             )
             column = part if column is None else torch.logaddexp(column, part)
         assert column is not None
         v = log_total_exp(column)
     assert v is not None
     return v * temperature
+
+
+@fusible
+def _column_sums(logits: Tensor, v: Tensor | None, temperature: float) -> Tensor:
+    """``log Σ_samples exp(L − u)`` ``(1, K)``, with u of the ``v`` before; no ``v`` yet: u = 0."""
+    scaled = at_least_float32(logits) / temperature
+    if v is not None:
+        scaled = scaled - torch.logsumexp(scaled - v, dim=1, keepdim=True)
+    return torch.logsumexp(scaled, dim=0, keepdim=True)
 
 
 @torch.no_grad()

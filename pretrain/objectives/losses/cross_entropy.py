@@ -5,9 +5,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.fused import fusible
 from pretrain.objectives.losses.precision import at_least_float32
 
 
+@fusible
 def dino_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """Mean cross-entropy over all pairs of a student view and a teacher view of the same tile.
 
@@ -44,6 +46,7 @@ def cross_view_entropy(student: Sequence[Tensor], teacher: Tensor, temperature: 
     return of_globals / terms, of_locals / terms
 
 
+@fusible
 def masked_cross_entropy(student: Tensor, teacher: Tensor, weight: Tensor, crops: int, temperature: float) -> Tensor:
     """iBOT's loss on masked patches (Zhou et al. 2022, eq. 3).
 

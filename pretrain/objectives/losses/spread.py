@@ -4,9 +4,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.fused import fusible
 from pretrain.objectives.losses.precision import at_least_float32
 
 
+@fusible
 def koleo(x: Tensor, group: int, eps: float = 1e-8) -> Tensor:
     """Kozachenko-Leonenko: ``− mean log |x_i − nearest neighbour of x_i|`` on unit vectors (Sablayrolles et al. 2019).
 
@@ -26,6 +28,7 @@ def koleo(x: Tensor, group: int, eps: float = 1e-8) -> Tensor:
     return -torch.log(distance + eps).mean()
 
 
+@fusible
 def kde(x: Tensor, group: int, concentration: float = 5.0) -> Tensor:
     """``mean_i log mean_{j≠i} exp(κ x_i·x_j)`` on unit vectors: low when features are spread over the sphere.
 
@@ -40,6 +43,7 @@ def kde(x: Tensor, group: int, concentration: float = 5.0) -> Tensor:
     return (density - torch.log(torch.tensor(group - 1.0))).mean()
 
 
+@fusible
 def kde_as_published(x: Tensor, group: int, concentration: float = 5.0) -> Tensor:
     """``− mean_i log Σ_j exp(κ x_i·x_j)``, self-pairs included: the term that OpenMidnight minimises.
 

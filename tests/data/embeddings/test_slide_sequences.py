@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.embeddings.sequences import Sequence, SlideBatch, SlideSequences, cut_fields
+from data.embeddings.sequences import Sequence, SlideBatch, SlideSequences, cut_fields, spread_by_size
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.embeddings.views import augment_sequence, block_mask, masked_count, random_mask
@@ -128,11 +128,29 @@ def test_held_out_slides_are_never_trained_on_and_always_masked_the_same_way(sto
     found = sequences(store)
     assert len(found.validation) == 3
     assert not {s.slide for s in found.training} & {s.slide for s in found.validation}
-    first, again = (list(sequences(store).validation_batches()) for _ in range(2))
+    first, again = (
+        [one.held_out(numbers) for numbers in one.held_out_batches(100)] for one in (sequences(store), sequences(store))
+    )
     assert all(same(one, other) for one, other in zip(first, again, strict=True))
     assert [slide for batch in first for slide in batch.slides] == [s.slide for s in found.validation]
     for batch in first:  # not augmented: cells are the slide's own
         assert torch.equal(batch.embeddings[:, 1:].long(), batch.cells)
+
+
+def test_the_slides_to_judge_by_are_as_long_and_as_short_as_all_of_them():
+    sizes = (rng(0, "sizes").permutation(1000) + 8).tolist()
+    chosen = spread_by_size(sizes, 50, seed=3)
+    found = sorted(sizes[k] for k in chosen)
+    assert chosen == sorted(set(chosen)) and chosen != spread_by_size(sizes, 50, seed=4)
+    assert [(size - 8) // 20 for size in found] == list(range(50))  # one of each fiftieth
+    assert spread_by_size(sizes, 1000, seed=3) == list(range(1000))
+
+
+def test_no_more_slides_than_asked_for_are_judged_in_batches_of_a_lanes_size(store):
+    found = sequences(store, validation_fraction=0.6)
+    batches = found.held_out_batches(5)
+    assert len(found.validation) > 5 and sum(map(len, batches)) == 5
+    assert max(map(len, batches)) <= found.packing.most
 
 
 def test_a_single_slide_is_split_into_regions_without_a_common_tile(tmp_path):

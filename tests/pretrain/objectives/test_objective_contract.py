@@ -3,6 +3,7 @@ its first step where it can be."""
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from pretrain.objectives.contract import (
     checked_loss,
     declared_views,
     evaluation_of,
+    judged_of,
     look_of,
     operations_of,
     prepared,
@@ -296,7 +298,7 @@ class Judged(SlideObjective):
     def loss(self, batch: Any, moment: Moment) -> Any:
         raise NotImplementedError
 
-    def evaluate(self, batches: Any) -> Any:
+    def evaluate(self, rows: Any) -> Any:
         return self.given
 
 
@@ -310,7 +312,8 @@ MOMENT = Moment(0, 1, 0)
 ASKED: dict[str, Callable[[Any], object]] = {
     "prepare": lambda own: prepared(own, [1, 2], MOMENT),
     "look": lambda own: look_of(own, [], MOMENT),
-    "evaluate": lambda own: evaluation_of(own, []),
+    "judged": lambda own: judged_of(own, SimpleNamespace(lengths=[3, 4])),
+    "evaluate": lambda own: evaluation_of(own, {}),
     "operations": lambda own: operations_of(own, []),
     "prototype_counts": require_trainable,
 }
@@ -324,6 +327,9 @@ ASKED: dict[str, Callable[[Any], object]] = {
         ("look", None, "must give figures by name, {'accuracy': 0.5, …}, and gives None."),
         ("look", {"a": torch.ones(2)}, "that are one number each, and gives a as a tensor of shape (2,)."),
         ("look", {"loss": 1.0}, "gives loss, which the record names figures of its own: call them something else"),
+        ("judged", None, "must give rows by name, {'error': a tensor of a row a sequence, …}, and gives None."),
+        ("judged", {"e": torch.ones(3)}, "a row a sequence, …}, 2 here, and gives e as a tensor of shape (3,)."),
+        ("judged", {"e": 0.5}, "2 here, and gives e as a float."),
         ("evaluate", None, "must give figures by name, {'accuracy': 0.5, …}, and gives None."),
         ("evaluate", torch.ones(()), "and gives a tensor of shape ()."),
         ("evaluate", {"acc": torch.ones(2)}, "and gives acc as a tensor of shape (2,)."),
@@ -334,7 +340,7 @@ ASKED: dict[str, Callable[[Any], object]] = {
     ],
 )
 def test_a_method_that_gives_something_else_says_what(method: str, given: Any, sentence: str) -> None:
-    objective = Judged() if method == "evaluate" else Own(encoder(depth=1))
+    objective = Judged() if method in ("judged", "evaluate") else Own(encoder(depth=1))
     setattr(objective, method, lambda *_: given)
     with pytest.raises(Fault) as refused:
         ASKED[method](objective)
@@ -347,7 +353,7 @@ def test_what_a_method_gives_in_its_form_is_taken() -> None:
     objective.operations = lambda _: Operations(1.0)  # type: ignore[method-assign]
     assert operations_of(objective, []) == Operations(1.0)
     accuracy = torch.tensor([0.25, 0.5])
-    assert evaluation_of(Judged({"acc": accuracy.mean(), "r2": 0.1, "n": 3, "loss": accuracy[:1]}), []) == {
+    assert evaluation_of(Judged({"acc": accuracy.mean(), "r2": 0.1, "n": 3, "loss": accuracy[:1]}), {}) == {
         "acc": 0.375,
         "r2": 0.1,
         "n": 3.0,
@@ -357,8 +363,8 @@ def test_what_a_method_gives_in_its_form_is_taken() -> None:
 
 def test_a_score_that_is_no_figure_of_the_evaluation_is_refused_with_those_there_are() -> None:
     with pytest.raises(Fault, match=r"^Scored\.score is 'nothere', which .* doesn't give: .*\(acc, f1\)"):
-        evaluation_of(Scored({"acc": 0.5, "f1": 0.5}), [])
-    assert evaluation_of(Scored({"nothere": 0.5}), []) == {"nothere": 0.5}
+        evaluation_of(Scored({"acc": 0.5, "f1": 0.5}), {})
+    assert evaluation_of(Scored({"nothere": 0.5}), {}) == {"nothere": 0.5}
 
 
 RECORDED = [

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from data.embeddings.sequences import SlideBatch, SlideSequences
 from data.embeddings.standardisation import Statistics
@@ -16,8 +17,9 @@ from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from models.initialise import initialise
 from models.longnet import LongNet
+from pretrain.objectives import slide_mae
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.slide_mae import BASELINE_NEIGHBOURS, SlideMAE, baselines
+from pretrain.objectives.slide_mae import BASELINE_NEIGHBOURS, SlideMAE, baseline_errors
 
 WIDTH = 16
 
@@ -87,11 +89,18 @@ def objective(weighting: str = "slide", dropout: float = 0.0, width: int = 32) -
     return built
 
 
+def evaluated(model: SlideMAE, sequences: SlideSequences) -> dict[str, float]:
+    """The figures of all held-out sequences."""
+    with torch.no_grad():
+        rows = [model.judged(sequences.held_out(numbers)) for numbers in sequences.held_out_batches(1000)]
+    return model.evaluate({name: torch.cat([part[name] for part in rows]).double() for name in rows[0]})
+
+
 @pytest.mark.slow  # the small recipe's run in test_slide_training.py learns it too
 def test_it_learns_what_the_nearest_visible_neighbours_cannot_explain(sequences):
     model, steps = objective(), 260
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    before, losses = model.evaluate(sequences.validation_batches()), []
+    before, losses = evaluated(model, sequences), []
     for step in range(steps):
         optimiser.param_groups[0]["lr"] = 3e-3 * min(1, step / 20) * (1 - step / steps)
         moment = Moment(step, steps, seed=0)
@@ -100,7 +109,7 @@ def test_it_learns_what_the_nearest_visible_neighbours_cannot_explain(sequences)
         loss.backward()
         optimiser.step()
         losses.append(loss.item())
-    after = model.evaluate(sequences.validation_batches())
+    after = evaluated(model, sequences)
     assert np.mean(losses[-10:]) < 0.4 * np.mean(losses[:10])
     assert after["r2_slide_mean"] < after["r2_neighbours"] < 0.4
     assert after["r2"] > after["r2_neighbours"] + 0.2
@@ -162,37 +171,62 @@ def test_targets_carry_no_gradient_and_masked_embeddings_never_reach_the_model(s
 
 
 def test_baselines_equal_a_search_by_hand(sequences):
-    batch = next(iter(sequences.validation_batches()))
+    batch = sequences.held_out(sequences.held_out_batches(1000)[0])
     targets = batch.targets()
-    found = dict(baselines(batch, targets))
-    assert set(found) == {"slide_mean", *(f"neighbours {k}" for k in BASELINE_NEIGHBOURS)}
-    visible = batch.visible[: batch.visible_lengths[0]]
-    for row in range(3):
-        place = batch.cells[batch.masked[row]]
-        distances = (batch.cells[visible] - place).square().sum(dim=1)
-        torch.testing.assert_close(found["slide_mean"][row], targets[visible].mean(dim=0))
-        for k in (1, 4):
-            kth = distances.sort().values[k - 1]
-            if (distances <= kth).sum() == k:  # no tie: the k nearest are one set
-                torch.testing.assert_close(
-                    found[f"neighbours {k}"][row], targets[visible[distances <= kth]].mean(dim=0)
-                )
+    found = baseline_errors(batch, targets)
+    for i, (visible, masked) in enumerate(
+        zip(batch.visible.split(batch.visible_lengths), batch.masked.split(batch.masked_lengths), strict=True)
+    ):
+        of_mean, of_near = 0.0, np.zeros(len(BASELINE_NEIGHBOURS))
+        for tile in masked.tolist():
+            distances = (batch.cells[visible] - batch.cells[tile]).square().sum(dim=1)
+            nearest = visible[distances.argsort(stable=True)]
+            of_mean += (targets[visible].mean(dim=0) - targets[tile]).square().sum().item()
+            of_near += [
+                (targets[nearest[:k]].mean(0) - targets[tile]).square().sum().item() for k in BASELINE_NEIGHBOURS
+            ]
+        assert found["slide_mean"][i].item() == pytest.approx(of_mean, rel=1e-5)
+        assert found["neighbours"][i].tolist() == pytest.approx(of_near, rel=1e-5)
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers of any tensor that was made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.numbers = 0
+
+    def __torch_dispatch__(self, operator, kinds, args=(), kwargs=None):
+        made = operator(*args, **(kwargs or {}))
+        for tensor in made if isinstance(made, tuple | list) else [made]:
+            if isinstance(tensor, torch.Tensor) and not operator.is_view:
+                self.numbers = max(self.numbers, tensor.numel())
+        return made
+
+
+def test_baselines_are_the_same_in_blocks_and_never_hold_more(sequences, monkeypatch):
+    batch = sequences.held_out(sequences.held_out_batches(1000)[0])
+    targets, block = batch.targets(), 4096
+    whole = baseline_errors(batch, targets)
+    monkeypatch.setattr(slide_mae, "BLOCK", block)
+    with Largest() as largest:
+        found = baseline_errors(batch, targets)
+    torch.testing.assert_close(found, whole)
+    assert block / 2 < largest.numbers <= block
 
 
 def test_predicting_the_data_set_mean_has_r2_zero_and_a_perfect_model_one(sequences, monkeypatch):
     model = objective()
     for parameter in model.decoder.head.parameters():
         torch.nn.init.zeros_(parameter)
-    figures = model.evaluate(sequences.validation_batches())
+    figures = evaluated(model, sequences)
     assert figures["r2"] == pytest.approx(0, abs=1e-12) and figures["shuffled_rise"] == 0
-    targets = {id(batch): batch for batch in sequences.validation_batches()}
-    batches = list(targets.values())
 
     def perfect(batch: SlideBatch, step_seed: int | None) -> dict[str, torch.Tensor]:
         return {"prediction": batch.targets()[batch.masked] * 0.5, "pooled": torch.eye(16)[batch.positions]}
 
     monkeypatch.setattr(model, "forward", perfect)
-    figures = model.evaluate(batches)
+    figures = evaluated(model, sequences)
     assert figures["r2"] == pytest.approx(0.75) and figures["effective_rank"] == pytest.approx(16, rel=1e-3)
 
 
@@ -216,8 +250,3 @@ def test_every_value_of_the_recipe_says_where_it_is_from():
     values = [line for line in lines if line.startswith("  ") and "_target_" not in line]
     assert len(values) > 30
     assert [line for line in values if not re.search(r"# (P: .|S(:|$)|M: .|\?: our choice — .)", line)] == []
-
-
-def test_nothing_to_evaluate_is_an_error():
-    with pytest.raises(ValueError, match="no batches"):
-        objective().evaluate([])

@@ -12,9 +12,11 @@ from launch.entry import run_command_line
 from pretrain import cli
 from pretrain.commands import recipes
 from pretrain.commands.plan import Config
+from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan.batches import SupposedSlides, lane
 from pretrain.plan.composed_run import compose_run, set_run_words_aside
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
+from pretrain.plan.evaluation import of_slides
 from pretrain.plan.full_plan import make_plan
 from pretrain.plan.gpu_overhead import gpu_overhead
 from pretrain.plan.published import implied
@@ -226,10 +228,25 @@ def test_evaluation_is_counted_and_said() -> None:
     pace = found["pace"]
     assert pace["hours"] == pytest.approx(10 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
     text = plan_table(found)
-    assert "are evaluation: 3 checkpoints" in text and "two forwards on every process of 10 slides" in text
+    assert "are evaluation: 3 checkpoints" in text and "two forwards of 10 slides, shared by the processes" in text
     assert "3,072 A100-hours" in text and "what else took the time is not published" in text
     found["evaluation"]["samples"] = 0
     assert "no evaluation: data.validation_fraction=0" in plan_table(found)
+
+
+def test_judging_takes_a_run_of_the_published_recipe_less_than_a_twentieth_of_its_tokens() -> None:
+    """Forwards alone, of whole slides; training passes each slide's crop forward and, at twice the cost, backward."""
+    run = run_shape(compose_run(["recipe=gigapath_slide"], []), SupposedSlides(1536, 8090, 50_000, count=171_189))
+    judged = of_slides(run, Settings(64, 64, "bf16", "none", 1), fused_attention=True)
+    assert judged.samples == 256 and judged.times == 81
+    trained = run.steps * run.data.batch_size * run.data.crop**2
+    assert judged.times * judged.samples * SlideMAE.evaluation_passes / trained < 0.05
+
+
+def test_held_out_slides_are_shared_by_the_processes() -> None:
+    run = run_shape(compose_run([*SLIDE, "data.validation_fraction=0.25"], []), SupposedSlides(48, 60, 60, count=40))
+    one, four = (of_slides(run, Settings(n, n, "float32", "none", 1), fused_attention=False) for n in (1, 4))
+    assert one.samples == four.samples == 10 and four.flops == pytest.approx(one.flops * 3 / 10)
 
 
 def test_a_tile_run_s_probe_and_looks_are_counted_and_said() -> None:

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -21,8 +22,10 @@ from data.fault import Fault
 from models.longnet import Layer, LayerSettings
 from models.sequence_parallel import TokenShare
 from models.vit import MLP, Block
+from pretrain.plan.torch_internals import FakeStore
 from pretrain.settings.composition import load
-from pretrain.training.sharding import ShardedStrategy, lay_mesh, recomputed
+from pretrain.training.sharding import ShardedStrategy, lay_mesh, recomputed, shard
+from tests.pretrain.objectives.tile_objectives import encoder
 from tests.pretrain.training.sharded_steps import (
     STEPS,
     Forget,
@@ -297,3 +300,36 @@ def test_every_process_has_data_of_its_own_however_they_are_sharded() -> None:
         strategy = ShardedStrategy(shard_size)
         strategy.cluster_environment = SimpleNamespace(world_size=lambda: 4, global_rank=lambda: 3)  # type: ignore[assignment]
         assert strategy.distributed_sampler_kwargs == {"num_replicas": 4, "rank": 3}
+
+
+class Gathered(TorchDispatchMode):
+    """How many units' parameters were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.units = 0
+
+    def __torch_dispatch__(self, operator: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.units += "allgather" in operator.name()
+        return operator(*args, **(kwargs or {}))
+
+
+def test_the_next_unit_is_gathered_while_one_computes_forwards_and_backwards() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with torch.device("meta"):
+            network = encoder(depth=4)()
+        objective: Any = SimpleNamespace(to=network.to, trained=lambda: {"encoder": network}, frozen=lambda: {})
+        shard(objective, lay_mesh("cpu", 2, 2), "float32")
+        network.to_empty(device="cpu")
+        forward, backward = [], []
+        with Gathered() as gathered:
+            for block in network.blocks:
+                block.attn.register_forward_pre_hook(lambda *_: forward.append(gathered.units))
+                block.attn.register_full_backward_hook(lambda *_: backward.append(gathered.units))
+            network([torch.zeros(2, 3, 16, 16)])[0].cls.sum().backward()
+        assert forward == [3, 4, 5, 5]  # the network's own, this block's and the next one's
+        # The network keeps nothing gathered: its own and the last two blocks' are gathered anew, then one ahead.
+        assert [count - forward[-1] for count in backward] == [3, 4, 5, 5]
+    finally:
+        dist.destroy_process_group()

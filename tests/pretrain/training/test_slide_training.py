@@ -67,7 +67,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    timing = {"slides_per_second", "data_wait", "peak_memory_gib"}
+    timing = {"slides_per_second", "data_wait", "peak_memory_gib", "evaluation_seconds"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 

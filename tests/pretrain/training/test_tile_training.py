@@ -71,7 +71,7 @@ WAYS = {
     ],
 }
 GROUP = ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
-CLOCK = ("tiles_per_second", "data_wait", "peak_memory_gib", "look_seconds")
+CLOCK = ("tiles_per_second", "data_wait", "peak_memory_gib", "look_seconds", "evaluation_seconds")
 
 
 def command(tile_shards: Path, run: Path, *settings: str) -> list[str]:
