@@ -46,9 +46,9 @@ class Estimate:
     calls: Counter[Collective] = field(default_factory=Counter)  # of a step
     sent: Counter[Collective] = field(default_factory=Counter)  # bytes of a step
     operators: int = 0  # of a step, that start kernels
+    moved: int = 0  # bytes of a step that kernels read and write, products and attention left out
     workspace: int = 0  # bytes of attention's backward, beside
     augmentation: int = 0  # bytes before the forward, beside the batch
-    moved: int = 0  # bytes of a step that kernels read and write, products and attention left out
 
     @property
     def peak(self) -> int:
@@ -76,8 +76,8 @@ def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: 
 
     def of_all_parts(counts: Counter) -> Counter:
         once = {key for key in counts if isinstance(key, Collective) and key.once_a_step}
-        times = {key: 1 if key in once else settings.accumulate / batch.parts for key in counts}
-        return Counter({key: round(count * times[key]) for key, count in counts.items()})
+        times = {key: (1, 1) if key in once else (settings.accumulate, batch.parts) for key in counts}
+        return Counter({key: count * times[key][0] // times[key][1] for key, count in counts.items()})
 
     waiting = (settings.accumulate - batch.parts) * seen.phases[0].get(OF_THE_BATCH, 0) // batch.parts
     held = held_all_the_time(run, settings)
@@ -97,12 +97,12 @@ def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: 
         of_all_parts(seen.flops),
         held | {"gradients": gradients},
         named,
-        of_all_parts(seen.calls),
-        of_all_parts(seen.sent),
-        work["operators"],
-        seen.workspace,
-        augmentation,
-        work["bytes"],
+        calls=of_all_parts(seen.calls),
+        sent=of_all_parts(seen.sent),
+        operators=work["operators"],
+        moved=work["bytes"],
+        workspace=seen.workspace,
+        augmentation=augmentation,
     )
 
 

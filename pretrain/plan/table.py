@@ -123,7 +123,7 @@ def _of_communication(found: dict[str, Any]) -> list[str]:
 def _of_slide_steps(found: dict[str, Any]) -> list[str]:
     """The parts of a step of the slide stage on a GPU."""
     step = found["step"]
-    if not step["host"]:
+    if not step["memory"]:
         return []
     longer = "the host" if step["host"] > step["arithmetic"] + step["memory"] else "the GPU"
     return [
