@@ -54,9 +54,7 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
             f"images of {images.shape[3]} × {images.shape[2]} px are too small for a blur of {BLUR_TAPS} taps: "
             "make the crops larger or set data.colour.blur_probability=[0,0,0]"
         )
-    if (rows[:, STAIN] > 0).any():
-        images = images.float()
-        _apply(images, rows[:, STAIN] > 0, lambda x, shift: shift_stains(x / 255, shift) * 255, rows[:, STAINS])
+    images = with_shifted_stains(images, rows)
     scale, offset = 1 / std, -mean / std
     if images.device.type == "cpu":
         from data.tiles.augment_cpu import augment_each  # numba compiles it here, which a run on GPUs has no use for
@@ -65,6 +63,14 @@ def augment(images: Tensor, parameters: Tensor, mean: Tensor, std: Tensor) -> Te
         augment_each(images.contiguous().numpy(), rows, scale.numpy(), offset.numpy(), result.numpy())
         return result
     return augment_together(images, rows, scale, offset)
+
+
+def with_shifted_stains(images: Tensor, rows: np.ndarray) -> Tensor:
+    """Images ``(N, 3, H, W)`` in 0..255, those with shifted stains whose parameters ``(N, WIDTH)`` ask for it."""
+    if (rows[:, STAIN] > 0).any():
+        images = images.float()
+        _apply(images, rows[:, STAIN] > 0, lambda x, shift: shift_stains(x / 255, shift) * 255, rows[:, STAINS])
+    return images
 
 
 def augment_together(images: Tensor, rows: np.ndarray, scale: Tensor, offset: Tensor) -> Tensor:

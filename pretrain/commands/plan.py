@@ -8,10 +8,13 @@ Give a run's own settings, those of 'pretrain tile' or 'pretrain slide', and the
     pretrain plan published=true
 
 A step of the real objective in the real sharding is rehearsed on tensors that have shapes and no numbers: its
-operations are counted by torch's formulas, and its memory is followed from one operation to the next. Everything
-printed is computed; nothing was measured on a GPU. Computed for eager execution: torch.compile changes memory, mostly
-to less. Time supposes a share of the peak, which only a run can tell; published runs tell what others got
-(published=true).
+operations are counted by torch's formulas, its memory is followed from one operation to the next, and what it sends to
+other processes is read off its collectives. Everything printed is computed, but for two lines of a GPU's memory that
+are assumed, and say so; nothing was measured on a GPU. Computed for eager execution: torch.compile changes memory,
+mostly to less. Time supposes a share of the peak, which only a run can tell; published runs tell what others got
+(published=true). In the tile stage that share covers a GPU's memory and its host too; in the slide stage these are
+counted, as operators and bytes. Networks are those of configs/hardware, and yours are given with
+hardware.intra_node_gb_s= and hardware.inter_node_gb_s=.
 """
 
 import json
@@ -45,6 +48,7 @@ class Config:
     launch: Launch
     hardware: Machine
     utilisation: Annotated[float | None, within(above=0, most=1)]
+    operator_us: Annotated[float, within(least=0)]
     dollars_per_hour: Annotated[float | None, within(least=0)]
     reserve: Annotated[float, within(least=0, below=1)]
     out: Annotated[str | None, ON_DISK]

@@ -27,11 +27,8 @@ class SupposedSlides:
 
 def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tiles: int, parts: int) -> RehearsedBatch:
     """Micro-batches of ``tiles`` tiles for the tile stage; ``data`` as in `TileData`."""
-    crops, patch = data.crops, model["patch_size"]
-    grid = crops.global_size // patch
-    sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
-    sides += [(views.count, views.size) for views in checked_views(objective, patch, crops.relative_to)]
-    sides = [(views, side) for views, side in sides if views]
+    crops, grid = data.crops, data.crops.global_size // model["patch_size"]
+    sides = views_and_sides(model, objective, data)
     global_crops = crops.global_count * tiles
 
     def make() -> TileBatch:
@@ -43,6 +40,14 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
     share = data.masks.share if wanted else 0.0
     masked = masked_patches(global_crops, grid, share, data.masks.low, data.masks.high)
     return RehearsedBatch(make, {global_crops * grid * grid: masked}, tiles, parts)
+
+
+def views_and_sides(model: dict[str, Any], objective: dict[str, Any], data: Any) -> list[tuple[int, int]]:
+    """Of each kind of view, global ones first: how many a tile has, and the pixels of a side."""
+    crops = data.crops
+    sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
+    sides += [(views.count, views.size) for views in checked_views(objective, model["patch_size"], crops.relative_to)]
+    return [(views, side) for views, side in sides if views]
 
 
 def masked_patches(crops: int, grid: int, share: float, low: float, high: float) -> int:

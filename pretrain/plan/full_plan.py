@@ -1,15 +1,20 @@
 """Everything that is known of a run before it starts: parameters, operations, memory, time, money, input."""
 
 from dataclasses import asdict, replace
+from functools import cache
 from typing import Any
 
 from data.fault import Fault
 from data.redaction import redacted_settings
 from pretrain.plan import evaluation
+from pretrain.plan.communication import communication
 from pretrain.plan.composed_run import compose_run
 from pretrain.plan.estimate import Estimate, Settings, estimate, parameter_counts
+from pretrain.plan.gpu_overhead import gpu_overhead
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import RunShape, run_shape
+from pretrain.plan.shardings import compare_shardings, verdict
+from pretrain.plan.step_time import OF_LARGE_PRODUCTS, StepTime, step_time
 from pretrain.plan.throughput import pace, slide_cost, tile_cost
 from pretrain.settings.composition import of_the_command_line
 from pretrain.training.even_shares import require_even
@@ -35,28 +40,41 @@ def make_plan(config: Any) -> dict[str, Any]:
     peak = machine.peak(settings.precision)
     with of_the_command_line():
         require_even(shape, settings.processes)
-    known: dict[tuple, Estimate] = {}
+    slide_stage = shape.stage == "slide"
+
+    @cache
+    def planned(wanted: Settings, largest: bool) -> Estimate:
+        found = estimate(shape, wanted, gpu, largest)
+        beside = gpu_overhead(found.calls, wanted.processes, found.workspace) if gpu else {}
+        return replace(found, highest=found.highest | beside)
 
     def of(wanted: Settings) -> Estimate:
-        key = tuple(vars(wanted).values())
-        if key not in known:
-            known[key] = estimate(shape, wanted, gpu)
-        return known[key]
+        return planned(wanted, True)
+
+    in_parts = slide_stage and gpu  # the step's time
+    utilisation = config.utilisation or (OF_LARGE_PRODUCTS if in_parts else machine.utilisation)
+
+    def usual_of(wanted: Settings) -> tuple[Estimate, StepTime]:
+        found = planned(wanted, not slide_stage)
+        cost = config.operator_us if in_parts else None
+        return found, step_time(found, machine, each, peak=peak, utilisation=utilisation, operator_us=cost)
 
     found = of(settings)
     room = int(machine.memory_gib * GIB * (1 - config.reserve))
-    fits = found.peak <= room
-    slide_stage = shape.stage == "slide"
-    tried = [] if fits else list(remedies(settings, launch.nodes, of, lambda one: one.peak <= room, gpu, slide_stage))
-    usual = estimate(shape, settings, gpu, largest=False) if slide_stage else found
+
+    def has_room(one: Estimate) -> bool:
+        return one.peak <= room
+
+    fits = has_room(found)
+    tried = [] if fits else list(remedies(settings, launch.nodes, of, has_room, gpu, slide_stage))
+    usual, step = usual_of(settings)
+    ways = list(compare_shardings(settings, each, lambda one: (of(one), usual_of(one)[1]), has_room))
     judged = evaluation.of_slides(shape, settings, gpu) if slide_stage else evaluation.of_tiles(shape, settings)
-    utilisation = machine.utilisation if config.utilisation is None else config.utilisation
     price = machine.dollars_per_hour if config.dollars_per_hour is None else config.dollars_per_hour
     megabytes, seconds = _reading_cost(shape, config)
     speed = pace(
         usual,
-        peak=peak,
-        utilisation=utilisation,
+        step=step,
         dollars_per_hour=price,
         steps=shape.steps,
         nodes=launch.nodes,
@@ -79,10 +97,16 @@ def make_plan(config: Any) -> dict[str, Any]:
         "peak_bytes_by_activation_checkpointing": {
             kind: of(replace(settings, checkpointing=kind)).peak for kind in CHECKPOINTING if kind != "selective"
         },
+        "augmentation_bytes": found.augmentation,
         "room_bytes": room,
         "fits": fits,
         "remedies": [asdict(remedy) for remedy in tried],
         "utilisation": utilisation,
+        "operator_us": config.operator_us,
+        "step": asdict(step) | {"computing": step.computing},
+        "communication": asdict(communication(usual, machine, each, step.computing)),
+        "shardings": [asdict(one) for one in ways],
+        "network": verdict(step.computing, ways),
         "peak_tflops": peak / 1e12,
         "dollars_per_hour": price,
         "pace": asdict(replace(speed, unit=f"{shape.stage}s")),

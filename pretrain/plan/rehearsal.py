@@ -9,7 +9,6 @@ or is counted where a mask is made of shapes (`constants`).
 
 import math
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -25,9 +24,13 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from models import dilated_attention
 from models.attention import Attention, attend
+from models.attention_statistics import SDPA, StatisticsKernel
 from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan import constants
+from pretrain.plan.collectives import Collective, collectives
+from pretrain.plan.kernels import bytes_moved, starts_kernels
+from pretrain.plan.ledger import Ledger
 from pretrain.plan.torch_internals import (
     FLASH_BACKWARD_OF_CPUS,
     FLASH_OF_CPUS,
@@ -78,6 +81,10 @@ class Rehearsal:
     phases: list[dict[str, int]] = field(
         default_factory=list
     )  # per phase of the step, the bytes by kind at its highest
+    calls: Counter[Collective] = field(default_factory=Counter)
+    sent: Counter[Collective] = field(default_factory=Counter)  # bytes, by each of their processes
+    workspace: int = 0  # bytes that attention's backward takes for itself on a GPU, at most at a time
+    work: Counter[str] = field(default_factory=Counter)  # operators that start kernels, and bytes that these move
 
 
 def rehearse(
@@ -115,6 +122,8 @@ def rehearse(
                 assert isinstance(objective, SlideObjective)
                 objective.share_slides(dist.new_subgroups(together)[0])
             watch = stack.enter_context(OperationWatch(objective, batch.true))
+            if fused_attention:
+                stack.enter_context(watch.one_call_of_slide_attention())
             objective.to_empty(device="cpu")
             parts = [(batch.make(), i * batch.samples) for i in range(batch.parts)]
             watch.begin(parts)
@@ -166,18 +175,13 @@ class OperationWatch(TorchDispatchMode):
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
         self.objective, self.true = objective, true
-        self.flops: Counter[tuple[str, str]] = Counter()
+        self.seen = Rehearsal()
+        self.one_call = False  # whether what runs is one operator on a GPU
         self.names = dict(named_parts(objective))
         self.running: list[str] = []  # the modules that are running their forward, innermost last
         self.made_by: dict[int, str] = {}  # autograd's node → the part whose forward made it
         self.watching = False
-        self.phase = ""
-        self.events: list[tuple[str, int, int]] = []  # (phase, storage, bytes more or fewer)
-        self.sizes: dict[int, int] = {}  # storage → its bytes
-        self.kinds: dict[int, str] = {}
-        self.alive: dict[int, weakref.ref] = {}
-        self.keys: dict[int, int] = {}  # id of a living storage → its key
-        self.count = 0
+        self.memory = Ledger()
 
     def __enter__(self) -> "OperationWatch":
         self.stack = ExitStack()
@@ -192,9 +196,9 @@ class OperationWatch(TorchDispatchMode):
 
         def resize_(storage: torch.UntypedStorage, size: int) -> Any:
             result = resize(storage, size)
-            watch.see(storage, "gathered parameters")
-            if key := watch.keys.get(id(storage)):
-                watch.kinds[key] = "gathered parameters"
+            if watch.watching:
+                watch.memory.see(storage, "gathered parameters")
+                watch.memory.rename(storage, "gathered parameters")
             return result
 
         torch.UntypedStorage.resize_ = resize_  # type: ignore[method-assign, assignment]
@@ -213,35 +217,20 @@ class OperationWatch(TorchDispatchMode):
         """Count from here; the memory of ``parts`` counts, and nothing else that there is already."""
         self.watching = True
         for tensor in (*self.objective.parameters(), *self.objective.buffers()):
-            self.see(local_shard(tensor).untyped_storage(), "parameters")
-        self.events.clear()  # views of these are no new memory, and these are counted elsewhere
+            self.memory.see(local_shard(tensor).untyped_storage(), "parameters")
+        self.memory.forget()  # these are counted elsewhere
+        self.memory.phase = "targets"
         for tensor in tensors_in(parts):
-            self.see(tensor.untyped_storage(), OF_THE_BATCH)
+            self.memory.see(tensor.untyped_storage(), OF_THE_BATCH)
 
     def end(self) -> Rehearsal:
         """What was seen."""
         self.watching = False
         for parameter in self.objective.parameters():
             if parameter.grad is not None:
-                key = self.keys.get(id(local_shard(parameter.grad).untyped_storage()))
-                if key is not None:
-                    self.kinds[key] = "gradients"
-        return Rehearsal(self.flops, list(self._highest()))
-
-    def _highest(self) -> Iterator[dict[str, int]]:
-        now: Counter[str] = Counter()
-        total = most = 0
-        phase, highest = None, dict(now)
-        for at, key, change in self.events:
-            if at != phase:
-                if phase is not None:
-                    yield highest
-                phase, most, highest = at, total, dict(now)
-            now[self.kinds[key]] += change
-            total += change
-            if total > most:
-                most, highest = total, dict(now)
-        yield highest
+                self.memory.rename(local_shard(parameter.grad).untyped_storage(), "gradients")
+        self.seen.phases = list(self.memory.highest())
+        return self.seen
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -291,8 +280,6 @@ class OperationWatch(TorchDispatchMode):
             self._enter("backward")
         elif torch.is_grad_enabled():
             self._enter("forward")
-        elif not self.phase:
-            self._enter("targets")
         if self.running:
             part = self.running[-1]
         elif backward:
@@ -305,16 +292,50 @@ class OperationWatch(TorchDispatchMode):
         count = FLOPS.get(operator_of(function))
         if count is not None:
             direction = "again" if backward and self.running else "backward" if backward else "forward"
-            self.flops[named(part, function), direction] += count(*args, **kwargs, out_val=result)
+            self.seen.flops[named(part, function), direction] += count(*args, **kwargs, out_val=result)
+        if operator_of(function) is FLASH_BACKWARD_OF_CPUS:
+            self.needs_workspace(args[1])
+        if starts_kernels(function) and not self.one_call:
+            self.seen.work["operators"] += 1
+            self.seen.work["bytes"] += bytes_moved(function, args, kwargs, result)
+        if function.namespace == "c10d":
+            for one, sent in collectives(function, args, "backward" if backward else "forward"):
+                self.seen.calls[one] += 1
+                self.seen.sent[one] += sent
         kind = self._kind(function, part, backward, node)
         for tensor in tree_leaves(result):
             if isinstance(tensor, Tensor):
-                self.see(local_shard(tensor).untyped_storage(), kind)
+                self.memory.see(local_shard(tensor).untyped_storage(), kind)
+
+    @contextmanager
+    def one_call_of_slide_attention(self) -> Iterator[None]:
+        """Count the calls for each run length, which dilated attention makes of 16-bit numbers here, as the one call
+        that it makes on a GPU."""
+        of_each_length = SDPA.each_length
+        SDPA.each_length = _OneCall(of_each_length, self)  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            SDPA.each_length = of_each_length
+
+    def needs_workspace(self, queries: Tensor) -> None:
+        """Note that FlashAttention's backward sums up the gradient of ``queries`` in float32 (Dao 2023)."""
+        self.seen.workspace = max(self.seen.workspace, 4 * queries.numel())
+
+    @contextmanager
+    def as_on_gpus(self, like: Tensor) -> Iterator[None]:
+        """Count what runs as one operator, if numbers are ``like`` those that FlashAttention takes."""
+        self.one_call = like.itemsize == 2
+        self.seen.work["operators"] += self.one_call
+        try:
+            yield
+        finally:
+            self.one_call = False
 
     def _enter(self, phase: str) -> None:
-        name = self.phase.partition(" ")[0]
+        name = self.memory.phase.partition(" ")[0]
         if name != phase:
-            self.phase = f"{phase} {len(self.events)}"
+            self.memory.phase = f"{phase} {len(self.memory.events)}"
 
     def _kind(self, function: Any, part: str, backward: bool, node: Any) -> str:
         if function.namespace == "fsdp":
@@ -325,25 +346,21 @@ class OperationWatch(TorchDispatchMode):
             return "teacher's pass"
         return "activations of blocks" if "blocks" in part or "embedding" in part else "heads, logits and losses"
 
-    def see(self, storage: torch.UntypedStorage, kind: str) -> None:
-        """Note that a storage is there, or is another size than before."""
-        if not self.watching:
-            return
-        here = id(storage)
-        key = self.keys.get(here)
-        size = storage.nbytes()
-        if key is None:
-            key = self.count = self.count + 1
-            self.keys[here], self.sizes[key], self.kinds[key] = key, 0, kind
-            self.alive[key] = weakref.ref(storage, lambda _: self._gone(here, key))
-        if change := size - self.sizes[key]:
-            self.sizes[key] = size
-            self.events.append((self.phase or "targets", key, change))
 
-    def _gone(self, here: int, key: int) -> None:
-        del self.keys[here], self.alive[key]
-        if size := self.sizes.pop(key):
-            self.events.append((self.phase, key, -size))
+class _OneCall:
+    """A kernel of slide attention that counts as one operator where a GPU would make one call of it."""
+
+    def __init__(self, kernel: StatisticsKernel, watch: OperationWatch) -> None:
+        self.kernel, self.watch = kernel, watch
+
+    def forward(self, q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+        with self.watch.as_on_gpus(q):
+            return self.kernel.forward(q, *rest)
+
+    def backward(self, grad: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+        self.watch.needs_workspace(grad)
+        with self.watch.as_on_gpus(grad):
+            return self.kernel.backward(grad, *rest)
 
 
 def _is_mask(index: Tensor | None) -> bool:

@@ -7,7 +7,8 @@ from typing import Any
 from omegaconf import DictConfig
 
 from pretrain.objectives.interface import Objective
-from pretrain.plan.batches import SupposedSlides, slide_batch, tile_batch
+from pretrain.plan.augmentation import augmentation_memory
+from pretrain.plan.batches import SupposedSlides, slide_batch, tile_batch, views_and_sides
 from pretrain.plan.rehearsal import RehearsedBatch
 from pretrain.settings import plugins
 from pretrain.settings.annotation import as_dictionary
@@ -56,6 +57,12 @@ class RunShape:
         if self.stage == "slide":
             return slide_batch(self.objective, self.data, self.slides, mine, parts, largest)
         return tile_batch(self.model, self.objective, self.data, mine, parts)
+
+    def augmentation(self, samples: int) -> int:
+        """Bytes that the augmentation of a micro-batch takes on a GPU, beside the batch; slides have none there."""
+        if self.stage == "slide":
+            return 0
+        return augmentation_memory(self.data, samples, views_and_sides(self.model, self.objective, self.data))
 
 
 def run_shape(composed: Composed, slides: SupposedSlides) -> RunShape:

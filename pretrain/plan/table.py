@@ -48,6 +48,8 @@ def plan_table(found: dict[str, Any]) -> str:
     lines.append(
         f"  {'gradients, all held when the optimiser steps':<46}{found['held_bytes']['gradients'] / GIB:>14,.2f}"
     )
+    if found["augmentation_bytes"]:
+        lines.append(f"  {'augmentation, before the forward':<46}{found['augmentation_bytes'] / GIB:>14,.2f}")
     for kind, size in found["peak_bytes_by_activation_checkpointing"].items():
         lines.append(f"  {f'all, with trainer.activation_checkpointing={kind}':<46}{size / GIB:>14,.2f}")
     room = found["room_bytes"] / GIB
@@ -65,12 +67,15 @@ def plan_table(found: dict[str, Any]) -> str:
     if run["precision"] == "float32" and machine["accelerator"] == "gpu" and found["fits"]:
         ratio = machine["bf16_tflops"] / machine["float32_tflops"]
         lines.append(f"trainer.precision=bf16 has {ratio:.0f} times the peak, and most GPU runs use it.")
+    if found["communication"]["calls"]:
+        lines += _of_communication(found)
     lines += [
         "",
         (
             f"Time and money (computed), supposing {found['utilisation']:.0%} of the peak of {found['peak_tflops']:g}"
             " TFLOP/s: a choice (utilisation=), not a measurement"
         ),
+        *_of_slide_steps(found),
         (
             f"  {speed['per_second']:,.1f} {unit}/s, {speed['per_second'] / found['processes']:,.2f} on each process,"
             f" {speed['step_seconds']:.3g} s a step"
@@ -89,6 +94,45 @@ def plan_table(found: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _of_communication(found: dict[str, Any]) -> list[str]:
+    """What a step sends, what it takes, and which sharding is the faster one."""
+    machine, sends, step = found["machine"], found["communication"], found["step"]
+    lines = [
+        "",
+        (
+            f"Communication of a step and GPU (computed), at {machine['intra_node_gb_s']:g} GB/s to the others of its"
+            f" node and {machine['inter_node_gb_s']:g} between nodes"
+        ),
+    ]
+    lines += [f"  {name:<46}{size / 1e9:>14,.3f} GB" for name, size in sends["sent"].items()]
+    lines.append(
+        f"  {sends['seconds']:.2g} s in {sends['calls']:,} collectives, {sends['exposed']:.2g} s of it exposed: the rest"
+        f" hides behind the {step['computing']:.3g} s that a step computes"
+    )
+    if len(found["shardings"]) > 1:
+        lines += [
+            f"  {one['words']:<46}{one['peak'] / GIB:>14,.2f} GiB, {'fits' if one['fits'] else 'too much'},"
+            f" {one['seconds']:.2g} s, {one['exposed']:.2g} s of it exposed"
+            for one in found["shardings"]
+        ]
+    return [*lines, *([f"  {found['network']}"] if found["network"] else [])]
+
+
+def _of_slide_steps(found: dict[str, Any]) -> list[str]:
+    """The parts of a step of the slide stage on a GPU."""
+    step = found["step"]
+    if not step["memory"]:
+        return []
+    longer = "the host" if step["host"] > step["arithmetic"] + step["memory"] else "the GPU"
+    return [
+        (
+            f"  of a step: {step['arithmetic']:.2g} s of products, {step['memory']:.2g} s of reading and writing memory,"
+            f" and beside them {step['host']:.2g} s of the host (operator_us={found['operator_us']:g}): {longer} is the"
+            " slower"
+        )
+    ]
 
 
 def _of_evaluation(found: dict[str, Any]) -> str:
@@ -119,13 +163,12 @@ def _of_evaluation(found: dict[str, Any]) -> str:
 OF_SLIDES = [
     (
         "  Prov-GigaPath published 3,072 A100-hours, which by this count are about half a percent of the peak"
-        " (published=true): its arithmetic doesn't"
+        " (published=true): what is planned"
     ),
     (
-        "  explain them, and what else took the time is not published; what is planned here is arithmetic alone, so"
-        " expect more until a run of yours"
+        "  here doesn't explain them, and what else took the time is not published; expect more until a run of yours has"
+        " recorded its flop_utilisation"
     ),
-    "  has recorded its flop_utilisation",
 ]
 """Why the hours that are planned for the slide stage are not to be trusted."""
 

@@ -1,4 +1,4 @@
-"""How fast, how long, at what price, and what a node must read and decode: from operations, at a stated utilisation."""
+"""How fast, how long, at what price, and what a node must read and decode: from a step's time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -8,6 +8,7 @@ from data.tiles.crops import FurtherViews
 from data.tiles.source import TileSource
 from pretrain.plan.batches import SupposedSlides
 from pretrain.plan.estimate import Estimate
+from pretrain.plan.step_time import StepTime
 from pretrain.settings.plugins import locate_class
 from pretrain.settings.ranges import within
 
@@ -46,8 +47,7 @@ class Pace:
 def pace(
     found: Estimate,
     *,
-    peak: float,
-    utilisation: float,
+    step: StepTime,
     dollars_per_hour: float,
     steps: int,
     nodes: int,
@@ -55,20 +55,19 @@ def pace(
     sample: tuple[float, float],
     evaluation: float = 0.0,
 ) -> Pace:
-    """``found``: a process's step; ``peak``: its device's operations a second; ``sample``: MB and core-seconds of a
-    tile or slide, of all processes that read it; ``evaluation``: a process's operations of judging, all through the
-    run."""
-    step = sum(found.flops.values()) / (peak * utilisation)
+    """``found``: a process's step, and ``step`` its time; ``sample``: MB and core-seconds of a tile or slide, of all
+    processes that read it; ``evaluation``: a process's operations of judging, all through the run, which take what as
+    many of a step do."""
     processes = nodes * processes_per_node
-    of_node = found.samples * processes_per_node / step
-    evaluating = evaluation / (peak * utilisation) / 3600
-    hours = steps * step / 3600 + evaluating
+    of_node = found.samples * processes_per_node / step.seconds
+    evaluating = evaluation / sum(found.flops.values()) * step.computing / 3600
+    hours = steps * step.seconds / 3600 + evaluating
     gpu_hours = hours * processes
     megabytes, seconds = sample
     return Pace(
         "",
-        step,
-        found.samples * processes / step,
+        step.seconds,
+        found.samples * processes / step.seconds,
         hours,
         evaluating,
         gpu_hours,

@@ -6,6 +6,7 @@ A newer torch may have moved or changed these; ``tests/pretrain/plan/test_torch_
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +27,7 @@ __all__ = [
     "operator_name",
     "operator_of",
     "overwrites",
+    "ranks_of",
     "sequence_number",
     "tree_leaves",
     "tree_map",
@@ -66,6 +68,14 @@ def operator_name(function: Any) -> str:
 def overwrites(function: Any) -> bool:
     """Whether a dispatched function changes one of its arguments."""
     return function._schema.is_mutable  # type: ignore[no-any-return]
+
+
+def ranks_of(args: Any) -> tuple[int, ...]:
+    """The processes of the group among a collective's arguments, where it comes as an object of C++; none without."""
+    for arg in args:
+        if isinstance(arg, torch.ScriptObject) and "ProcessGroup" in str(arg._type()):
+            return tuple(dist.get_process_group_ranks(dist.ProcessGroup.unbox(arg)))
+    return ()
 
 
 _aten = torch.ops.aten

@@ -1,4 +1,4 @@
-"""What a machine has: memory, arithmetic, price. The descriptions are in ``configs/hardware/``, each number with its
+"""What a machine has: memory, arithmetic, networks, price. The descriptions are in ``configs/hardware/``, each number with its
 source."""
 
 from dataclasses import dataclass, field
@@ -24,6 +24,9 @@ class Machine:
     memory_gib: Annotated[float, within(above=0)]
     bf16_tflops: Annotated[float, within(above=0)]
     float32_tflops: Annotated[float, within(above=0)]
+    memory_gb_s: Annotated[float, within(above=0)]  # its memory's bandwidth
+    intra_node_gb_s: Annotated[float, within(above=0)]  # to the others of its machine, one way
+    inter_node_gb_s: Annotated[float, within(above=0)]  # a GPU's share of the network between machines, one way
     utilisation: Annotated[float, within(above=0, most=1)]
     dollars_per_hour: Annotated[float, within(least=0)]
     device_names: list[str] = field(default_factory=list)  # what torch.cuda.get_device_name says of it

@@ -17,7 +17,7 @@ from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
 
 SMOOTHED = (1.0, 2.0)  # cells: standard deviations of the filters
-CHANNELS = 64  # smoothed at a time: a slide's bounding box of cells is filled with zeros
+SMOOTHED_AT_ONCE = 64  # smoothed at a time: a slide's bounding box of cells is filled with zeros
 CLUSTERS = 8
 SAMPLED = 50  # tiles of a slide that clusters are found by
 POOLINGS = ("mean", "mean + std", "per-cluster means", "all layers", "class token")
@@ -50,8 +50,8 @@ def smoothed(tiles: np.ndarray, cells: np.ndarray, sigma: float) -> np.ndarray:
     mask[row, column] = 1
     weight = gaussian_filter(mask, sigma, mode="constant")[row, column]
     found = np.empty_like(tiles)
-    for start in range(0, tiles.shape[1], CHANNELS):
-        some = slice(start, start + CHANNELS)
+    for start in range(0, tiles.shape[1], SMOOTHED_AT_ONCE):
+        some = slice(start, start + SMOOTHED_AT_ONCE)
         filled = np.zeros((*box, tiles[:, some].shape[1]), np.float32)
         filled[row, column] = tiles[:, some]
         found[:, some] = gaussian_filter(filled, (sigma, sigma, 0), mode="constant")[row, column] / weight[:, None]

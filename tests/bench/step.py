@@ -27,10 +27,10 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.teacher import ema_update
+from pretrain.plan.kernels import bytes_moved, starts_kernels
 from pretrain.plan.rehearsal import as_on_a_gpu
 from pretrain.training.adamw import ShardAdamW
 from pretrain.training.optimisation import clip
@@ -38,7 +38,6 @@ from pretrain.training.sharding import lay_mesh, shard, units_of
 from tests.pretrain.training.real_steps import one_process, shape_of
 
 NETWORKS = {"vitl": ("dinov2_vitl16_short", 64), "vitg": ("openmidnight", 48)}
-PRODUCTS = {"mm", "addmm", "bmm", "baddbmm"}
 
 
 class Counted(TorchDispatchMode):
@@ -51,13 +50,9 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function.is_view or function.namespace != "aten" or "empty" in str(function):
-            return result
-        self.operators += 1
-        name = function._overloadpacket.__name__
-        if name not in PRODUCTS and "attention" not in name:
-            leaves = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, Tensor)]
-            self.bytes[name] += sum(leaf.nbytes for leaf in {id(leaf): leaf for leaf in leaves}.values())
+        if starts_kernels(function):
+            self.operators += 1
+            self.bytes[function._overloadpacket.__name__] += bytes_moved(function, args, kwargs, result)
         return result
 
 

@@ -18,13 +18,16 @@ from pretrain.plan.composed_run import compose_run, set_run_words_aside
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
 from pretrain.plan.evaluation import of_slides
 from pretrain.plan.full_plan import make_plan
+from pretrain.plan.gpu_overhead import gpu_overhead
 from pretrain.plan.published import implied
 from pretrain.plan.rehearsal import rehearse
 from pretrain.plan.remedies import remedies
 from pretrain.plan.run_shape import run_shape
+from pretrain.plan.step_time import step_time
 from pretrain.plan.table import plan_table
 from pretrain.plan.throughput import pace
 from pretrain.settings.composition import load
+from pretrain.settings.hardware import described
 from pretrain.training.even_shares import micro_batch_share, tiles_of
 from tests.pretrain.training.real_steps import Step, one_process, peak_of_sharing, shape_of
 
@@ -125,11 +128,11 @@ def test_the_first_process_holds_the_larger_part_of_what_does_not_divide() -> No
 
 
 def test_pace_is_operations_over_what_is_used_of_the_peak() -> None:
-    found = Estimate(samples=6, flops={("a", "forward"): 3 * 10**12}, held={}, highest={})  # type: ignore[arg-type]
+    found = Estimate(samples=6, flops=Counter({("a", "forward"): 3 * 10**12}), held={}, highest={})
+    step = step_time(found, described("h100_80gb"), 4, peak=100e12, utilisation=0.3, operator_us=None)
     speed = pace(
         found,
-        peak=100e12,
-        utilisation=0.3,
+        step=step,
         dollars_per_hour=2.0,
         steps=36_000,
         nodes=2,
@@ -185,7 +188,9 @@ def test_machines_that_cannot_be_are_refused(words: list[str], sentence: str) ->
 
 
 def test_a_machine_of_cores_is_one_process_unless_it_is_told() -> None:
-    assert make_plan(planned(*SMALL, "hardware=cpu"))["processes"] == 1
+    found = make_plan(planned(*SMALL, "hardware=cpu"))
+    assert found["processes"] == 1
+    assert "CUDA's context (assumed)" not in found["peak_bytes_by_part"] and found["augmentation_bytes"] == 0
     with pytest.raises(Fault, match="can't be shared by 4 processes") as refused:
         make_plan(planned(*SMALL, "hardware=cpu", "launch.gpus_per_node=4"))
     assert refused.value.code == 2  # as a run's command line has it
@@ -219,11 +224,12 @@ def test_evaluation_is_counted_and_said() -> None:
     four = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False).flops
     forward = sum(count for (_, way), count in four.items() if way == "forward") / 4
     assert found["evaluation"]["flops"] == pytest.approx(3 * 10 * 2 * forward, rel=0.01)
+    assert found["step"]["memory"] == found["step"]["host"] == 0  # utilisation= covers them on CPUs
     pace = found["pace"]
     assert pace["hours"] == pytest.approx(10 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
     text = plan_table(found)
     assert "are evaluation: 3 checkpoints" in text and "two forwards of 10 slides, shared by the processes" in text
-    assert "3,072 A100-hours" in text and "what is planned here is arithmetic alone" in text
+    assert "3,072 A100-hours" in text and "what else took the time is not published" in text
     found["evaluation"]["samples"] = 0
     assert "no evaluation: data.validation_fraction=0" in plan_table(found)
 
@@ -347,10 +353,24 @@ def test_midnight_at_full_size_fits_and_says_so(tmp_path: Path, capsys: pytest.C
 
 
 @pytest.mark.slow
+def test_openmidnight_fits_as_it_was_published() -> None:
+    found = make_plan(planned("recipe=openmidnight", "hardware=h100_80gb"))  # on eight, of 80 GB
+    assert found["fits"] and found["samples_per_step_and_process"] == 48
+    assert found["peak_bytes"] / 2**30 == pytest.approx(60.9, abs=0.5)  # the README says so
+    assert {"CUDA's context (assumed)", "NCCL's buffers, groups: 1 (assumed)"} <= set(found["peak_bytes_by_part"])
+    gathers, reduces = (
+        found["communication"]["sent"][f"{name}, backward"] for name in ("all-gather", "reduce-scatter")
+    )
+    assert reduces == pytest.approx(2 * gathers)  # float32, and bfloat16
+    assert found["step"]["exposed"] < 0.01 * found["step"]["computing"]
+
+
+@pytest.mark.slow
 def test_what_does_not_fit_is_told_what_to_change() -> None:
     run, _ = shape_of(*SMALL)
-    needed = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=True).peak / 2**30
-    machine = ("launch.gpus_per_node=1", f"hardware.memory_gib={0.8 * needed}", "reserve=0")
+    whole = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=True)
+    needed = 0.8 * whole.peak + sum(gpu_overhead(whole.calls, 1, whole.workspace).values())
+    machine = ("launch.gpus_per_node=1", f"hardware.memory_gib={needed / 2**30}", "reserve=0")
     found = make_plan(planned(*SMALL, *machine))
     assert not found["fits"] and found["remedies"][0]["words"] == "trainer.precision=bf16"
     *insufficient, last = found["remedies"]

@@ -108,3 +108,23 @@ def test_trees_are_taken_apart_and_mapped() -> None:
     tree = ([1, {"a": 2}], (3,))
     assert internals.tree_leaves(tree) == [1, 2, 3]
     assert internals.tree_map(lambda leaf: leaf + 1, tree) == ([2, {"a": 3}], (4,))
+
+
+def test_a_collective_says_which_processes_take_part() -> None:
+    seen = []
+
+    class Watch(internals.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            if function.namespace == "c10d":
+                seen.append(internals.ranks_of(args))
+            return function(*args, **(kwargs or {}))
+
+    dist.init_process_group("fake", store=internals.FakeStore(), rank=0, world_size=8)
+    try:
+        some = dist.new_group([0, 4])
+        with Watch():
+            dist.all_reduce(torch.ones(1), group=some)
+            dist.all_gather([torch.empty(1) for _ in range(8)], torch.ones(1))
+    finally:
+        dist.destroy_process_group()
+    assert seen == [(0, 4), tuple(range(8))] and internals.ranks_of((torch.ones(1), 3)) == ()

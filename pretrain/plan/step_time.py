@@ -1,0 +1,51 @@
+"""How long a step takes, from what it computes, moves, starts and sends.
+
+The tile stage's ``utilisation`` is what published runs got of the peak, so it covers what isn't arithmetic: reading and
+writing memory, and the host. Nothing of the kind is known of the slide stage, whose networks are small: there products
+get what large ones reach of the peak, and the other two are counted. A GPU does products and the rest one after the
+other, while the host is ahead of it or else is what is waited for.
+"""
+
+from dataclasses import dataclass, replace
+
+from pretrain.plan.communication import communication
+from pretrain.plan.estimate import Estimate
+from pretrain.settings.hardware import Machine
+
+OF_LARGE_PRODUCTS = 0.6  # of the peak; choice: H100 multiply large bfloat16 matrices at 60 to 70 % of theirs (M)
+OF_BANDWIDTH = 0.8  # of memory; choice: what a copy reaches (M)
+
+
+@dataclass
+class StepTime:
+    """Seconds of a step and process."""
+
+    arithmetic: float
+    memory: float  # what kernels read and write; 0 where utilisation covers it
+    host: float  # to start them; 0 where utilisation covers it
+    communication: float = 0.0
+    exposed: float = 0.0  # what of that nothing hides
+
+    @property
+    def computing(self) -> float:
+        """Without waiting for others."""
+        return max(self.arithmetic + self.memory, self.host)
+
+    @property
+    def seconds(self) -> float:
+        """All together."""
+        return self.computing + self.exposed
+
+
+def step_time(
+    found: Estimate, machine: Machine, per_node: int, *, peak: float, utilisation: float, operator_us: float | None
+) -> StepTime:
+    """``peak``: operations a second at the run's precision. ``operator_us``: what an operator costs the host in
+    microseconds; None where ``utilisation`` covers memory and host."""
+    arithmetic, memory, host = sum(found.flops.values()) / (peak * utilisation), 0.0, 0.0
+    if operator_us is not None:
+        memory = found.moved / (machine.memory_gb_s * 1e9 * OF_BANDWIDTH)
+        host = found.operators * operator_us * 1e-6
+    step = StepTime(arithmetic, memory, host)
+    sends = communication(found, machine, per_node, step.computing)
+    return replace(step, communication=sends.seconds, exposed=sends.exposed)
