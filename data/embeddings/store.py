@@ -13,6 +13,7 @@ its own.
 import hashlib
 import json
 import os
+from collections.abc import Collection
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -219,6 +220,16 @@ class EmbeddingStore:
         about = _about(folder / "store.json")
         entries = read_entries(folder)
         return cls(folder, about["width"], about["encoder"], about["encoder_hash"], dict(sorted(entries.items())))
+
+    def only(self, slides: Collection[str]) -> "EmbeddingStore":
+        """The same store with some of its slides. Raises Fault for one that it hasn't got."""
+        if unknown := sorted(set(slides) - set(self._entries)):
+            raise Fault(
+                f"{self.folder} holds no slide {unknown[0]!r} ({len(unknown)} of those named aren't there); it has"
+                f" {len(self._entries)}, such as {next(iter(self._entries), 'none')!r}."
+            )
+        entries = {slide: entry for slide, entry in self._entries.items() if slide in set(slides)}
+        return EmbeddingStore(self.folder, self.width, self.encoder, self.encoder_hash, entries)
 
     @property
     def slides(self) -> list[str]:

@@ -11,12 +11,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
-from data.embeddings.store import EmbeddingStore
 from models.allowed import within
 from pretrain.commands import slide
 from pretrain.doctor import embeddings, report, run_settings
 from pretrain.objectives.interface import Objective
 from pretrain.settings import plugins
+from pretrain.training.slide_stage import open_store
 
 
 @dataclass
@@ -33,7 +33,7 @@ def run(config: Config) -> None:
     processes = trainer.devices * trainer.nodes
 
     def objective() -> Objective:
-        width = EmbeddingStore.open(Path(config.data.embeddings)).width
+        width = open_store(config.data).width
         return plugins.build(config.objective, lambda: plugins.build(config.model, width))  # type: ignore[no-any-return]
 
     as_slide = slide.Config(**{field.name: getattr(config, field.name) for field in fields(slide.Config)})

@@ -11,17 +11,15 @@ The folder is like that of a tile run, and the same command resumes it.
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
-from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from pretrain.objectives.interface import SlideObjective
 from pretrain.settings import plugins
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
-from pretrain.training.slide_stage import SlideData, SlideTraining, SlideWatch
+from pretrain.training.slide_stage import SlideData, SlideTraining, SlideWatch, open_store
 from pretrain.training.trainer_settings import require_devices
 
 
@@ -43,7 +41,7 @@ def run(config: Config) -> None:
                 " be compiled anew; leave it out."
             )
     require_devices(config.trainer)
-    store = EmbeddingStore.open(Path(config.data.embeddings))
+    store = open_store(config.data)
 
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))

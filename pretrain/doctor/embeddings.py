@@ -2,7 +2,6 @@
 delivers."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 
@@ -12,7 +11,7 @@ from data.fault import Fault
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
 from pretrain.training.even_shares import lanes_of
-from pretrain.training.slide_stage import SlideBatches, SlideData, sequences_of
+from pretrain.training.slide_stage import SlideBatches, SlideData, open_store, sequences_of
 
 SAMPLED_SLIDES = 64  # slides that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
@@ -25,7 +24,7 @@ def check_embeddings(
     get."""
     together = data.processes_per_slide
     try:
-        store = EmbeddingStore.open(Path(data.embeddings))
+        store = open_store(data)
         lanes_of(vars(data), processes, accumulate, together)
         # The mean and the spread of a published data set take minutes to find, and don't matter here.
         sequences = sequences_of(store, Statistics(np.zeros(store.width), np.ones(store.width), 1), data, seed)

@@ -66,6 +66,11 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
     """The teacher's network with its weights (MAE: the only one), and the preprocessing that its training used."""
     settings, data = found.config.get("model"), found.config.get("data") or {}
     if not isinstance(settings, dict) or not {"mean", "std", "crops"} <= data.keys():
+        if "embeddings" in data:
+            raise Fault(
+                f"{found.run} is a run of 'pretrain slide': 'pretrain probe stage=slide' judges it by labels of slides, and"
+                " 'pretrain embed stage=slide' embeds with it; here give a run of 'pretrain tile'"
+            )
         raise Fault(
             f"{found.run} is not a tile run (its {RUN_CONFIG} lacks model, or data.mean, std or crops): give a run of"
             " 'pretrain tile'"

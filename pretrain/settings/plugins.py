@@ -64,8 +64,8 @@ def locate_class(target: str, base: type[T] = nn.Module, allowed: Collection[str
     stage, its = getattr(base, "stage", None), getattr(found, "stage", None)
     if stage and its and stage != its:
         raise Fault(
-            f"_target_: {target} is for 'pretrain {its}': choose one that 'pretrain {stage} --help' lists, or derive"
-            f" your own from {base.__module__}.{base.__qualname__}."
+            f"{target} is an objective of 'pretrain {its}': choose one that 'pretrain {stage} --help' lists, objective=…,"
+            f" or derive your own from {base.__module__}.{base.__qualname__}."
         )
     if not (inspect.isclass(found) and issubclass(found, base)):
         wanted = (

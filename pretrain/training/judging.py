@@ -3,6 +3,7 @@ ends, ``watch.patience``."""
 
 import math
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ class Judgement(L.Callback):
             self.cut_short = True
             return
         if figures:
+            if training.global_rank == 0:
+                say(f"{training.run}: judged after step {training.step}: {in_words(figures, training.score)}")
             training.record(figures | {"evaluation_seconds": time.monotonic() - began})
             self.judge(training, figures)
 
@@ -60,6 +63,12 @@ class Judgement(L.Callback):
             training.trainer.should_stop = True
             if training.global_rank == 0:
                 say(why_ended(training.run, training.scored, training.score))
+
+
+def in_words(figures: Mapping[str, float], score: str) -> str:
+    """``r2 0.31, r2_neighbours 0.28, …``: the score first, beside what it is to be compared with."""
+    ordered = sorted(figures, key=lambda name: (not name.startswith(score or " "), name != score))
+    return ", ".join(f"{name} {figures[name]:.3g}" for name in ordered)
 
 
 def why_ended(run: Path, scored: best.Scores, name: str) -> str:

@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
+from data.embeddings.chosen_slides import open_chosen
 from data.embeddings.packing import Packing
 from data.embeddings.sequences import SlideBatch, SlideSequences
 from data.embeddings.standardisation import Statistics
@@ -45,6 +46,7 @@ class SlideData:
     """The settings under ``data:``, explained in ``configs/data/embeddings.yaml``."""
 
     embeddings: Annotated[str, ON_DISK]
+    slides: Annotated[str | None, ON_DISK]
     batch_size: Annotated[int, within(least=1)]
     batch_tokens: Annotated[int | None, within(least=1)]
     lanes: Annotated[int, within(least=1)]
@@ -68,6 +70,11 @@ class SlideWatch(Watch):
     held_out_slides: Annotated[int, within(least=1)]
 
 
+def open_store(data: SlideData) -> EmbeddingStore:
+    """The slides that a run is to learn from and to be judged by. Raises Fault where there are none."""
+    return open_chosen(Path(data.embeddings), None if data.slides is None else Path(data.slides))
+
+
 class SlideBatches(IterableDataset["list[SlideBatch]"]):
     """A rank's share of global batches ``start … stop − 1``, each a list of micro-batches."""
 
@@ -88,7 +95,7 @@ def sequences_of(
 ) -> SlideSequences:
     """The sequences that a run's settings make of a store; ``masks``: for an objective that hides tiles. Raises Fault
     as `SlideSequences` does."""
-    others = ("embeddings", "processes_per_slide")
+    others = ("embeddings", "slides", "processes_per_slide")
     settings = {name: value for name, value in vars(data).items() if name not in others}
     if not masks:
         settings["mask_ratio"] = 0.0

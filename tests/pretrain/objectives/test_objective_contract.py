@@ -484,13 +484,19 @@ def test_a_class_that_is_no_objective_and_settings_that_it_has_not_are_found_whe
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["tile", "objective=slide_mae"], "slide_mae.SlideMAE is for 'pretrain slide': choose one that 'pretrain tile"),
-        (["doctor", "objective=slide_mae"], "slide_mae.SlideMAE is for 'pretrain slide': choose one"),
+        (
+            ["tile", "objective=slide_mae"],
+            "slide_mae.SlideMAE is an objective of 'pretrain slide': choose one that 'pretrain tile",
+        ),
+        (["doctor", "objective=slide_mae"], "slide_mae.SlideMAE is an objective of 'pretrain slide': choose one"),
         (
             ["slide", "objective=dinov2"],
-            "dinov2.DINOv2 is for 'pretrain tile': choose one that 'pretrain slide --help'",
+            "dinov2.DINOv2 is an objective of 'pretrain tile': choose one that 'pretrain slide --help'",
         ),
-        (["plan", "recipe=small_slide", "objective=mae"], "mae.MAE is for 'pretrain tile': choose one that"),
+        (
+            ["plan", "recipe=small_slide", "objective=mae"],
+            "mae.MAE is an objective of 'pretrain tile': choose one that",
+        ),
     ],
 )
 def test_an_objective_of_the_other_stage_is_refused_when_composing(
