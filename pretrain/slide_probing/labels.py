@@ -50,72 +50,97 @@ class LabelledSlides:
         return np.digitize(self.values, np.quantile(self.values, (0.25, 0.5, 0.75)))
 
 
+@dataclass(frozen=True)
+class _Row:
+    slide: str
+    patient: str  # the slide, where none is told
+    answer: tuple[str, ...]  # the label, or time and event; empty strings where there is none
+    told: dict[str, str]  # the whole line
+
+
 def read_labels(table: Path, column: str | None, known: Collection[str]) -> LabelledSlides:
     """Read a CSV, TSV or Parquet table; ``known`` are the store's slides. Raises Fault, naming what is wrong and
     where."""
-    columns, rows = _read(table)
-    named = {kind: next((name for name in names if name in columns), None) for kind, names in COLUMN_NAMES.items()}
-    if column is not None:
-        if column not in columns:
-            raise Fault(f"{table} has no column {column!r} (it has {', '.join(columns)}): name one of them, label=….")
-        named["label"] = column
-    survival = column is None and {"time", "event"} <= set(columns)
-    if named["slide"] is None or (named["label"] is None and not survival):
-        raise Fault(
-            f"{table} has the columns {', '.join(columns)}: it needs slide and label, or slide, time and event; label=…"
-            " names another column."
-        )
-    asked = ("time", "event") if survival else (str(named["label"]),)
-    slides, answers, patients, kept, unlabelled, unknown = [], [], [], [], [], []
-    for line, row in enumerate(rows, start=2):
-        slide, answer = _slide(row[str(named["slide"])], known), tuple(row[name] for name in asked)
-        if not slide:
-            raise Fault(f"{table} names no slide in line {line}: fill it in, or remove the line.")
-        if slide in slides:
-            raise Fault(f"{table} has {slide} twice, the second time in line {line}: remove one.")
-        if not all(answer):
-            unlabelled.append(slide)
-        elif slide not in known:
-            unknown.append(slide)
-        else:
-            slides.append(slide)
-            answers.append(answer)
-            patients.append((row[named["patient"]] if named["patient"] else slide) or slide)
-            kept.append(row)
-    if not slides:
-        raise Fault(
-            f"none of the slides of {table} is in the store ({_some(unknown)}, say; the store has"
-            f" {_some(sorted(known))}): the column {named['slide']} must have the store's names."
-        )
-    left_out = []
-    if unlabelled:
-        left_out.append(f"{_count(unlabelled)} of {table} without a label left out")
-    if unknown:
-        left_out.append(f"{_count(unknown)} of {table} not in the store left out")
-    if rest := sorted(set(known) - set(slides) - set(unlabelled)):
-        left_out.append(f"{_count(rest)} of the store without a line in {table} left out")
-    members: dict[str, list[int]] = {}
-    for i, patient in enumerate(patients):
-        first = members.setdefault(patient, [])
-        if first and answers[first[0]] != answers[i]:
+    columns, lines = _read(table)
+    slide_column, patient_column, asked = _columns(table, columns, column)
+    rows = _rows(table, lines, slide_column, patient_column, asked, known)
+    kept, left_out = _judgeable(table, rows, slide_column, known)
+    members: dict[str, list[_Row]] = {}
+    for row in kept:
+        first = members.setdefault(row.patient, [])
+        if first and first[0].answer != row.answer:
             raise Fault(
-                f"{table} says two things of patient {patient}: {' '.join(answers[first[0]])} ({slides[first[0]]}) and"
-                f" {' '.join(answers[i])} ({slides[i]}): slides of a patient are judged together; leave the column"
-                f" {named['patient']} out to judge each by itself."
+                f"{table} says two things of patient {row.patient}: {' '.join(first[0].answer)} ({first[0].slide}) and"
+                f" {' '.join(row.answer)} ({row.slide}): slides of a patient are judged together; leave the column"
+                f" {patient_column} out to judge each by itself."
             )
-        first.append(i)
-    firsts = [some[0] for some in members.values()]
-    kind, values, classes, ordered = _values(table, asked, [answers[i] for i in firsts])
+        first.append(row)
+    kind, values, classes, ordered = _values(table, asked, [some[0].answer for some in members.values()])
     return LabelledSlides(
-        bags=[[slides[i] for i in some] for some in members.values()],
+        bags=[[row.slide for row in some] for some in members.values()],
         names=list(members),
         kind=kind,
         values=values,
         classes=classes,
         ordered=ordered,
-        rounds=_rounds(table, columns, {patient: [kept[i] for i in some] for patient, some in members.items()}),
+        rounds=_rounds(table, columns, {patient: [row.told for row in some] for patient, some in members.items()}),
         left_out=left_out,
     )
+
+
+def _columns(table: Path, columns: Sequence[str], label: str | None) -> tuple[str, str | None, tuple[str, ...]]:
+    """The columns of slides, of patients if there is one, and of what is asked."""
+    if label is not None and label not in columns:
+        raise Fault(f"{table} has no column {label!r} (it has {', '.join(columns)}): name one of them, label=….")
+    named = {kind: next((name for name in names if name in columns), None) for kind, names in COLUMN_NAMES.items()}
+    label = label or (None if {"time", "event"} <= set(columns) else named["label"])
+    slide, survival = named["slide"], {"time", "event"} <= set(columns)
+    if slide is None or (label is None and not survival):
+        raise Fault(
+            f"{table} has the columns {', '.join(columns)}: it needs slide and label, or slide, time and event; label=…"
+            " names another column."
+        )
+    return slide, named["patient"], ("time", "event") if label is None else (label,)
+
+
+def _rows(
+    table: Path,
+    lines: Sequence[dict[str, str]],
+    slide_column: str,
+    patient_column: str | None,
+    asked: Sequence[str],
+    known: Collection[str],
+) -> list[_Row]:
+    rows: dict[str, _Row] = {}
+    for number, line in enumerate(lines, start=2):
+        slide = _slide(line[slide_column], known)
+        if not slide:
+            raise Fault(f"{table} names no slide in line {number}: fill it in, or remove the line.")
+        if slide in rows:
+            raise Fault(f"{table} has {slide} twice, the second time in line {number}: remove one.")
+        patient = line[patient_column] if patient_column else ""
+        rows[slide] = _Row(slide, patient or slide, tuple(line[name] for name in asked), line)
+    return list(rows.values())
+
+
+def _judgeable(
+    table: Path, rows: Sequence[_Row], slide_column: str, known: Collection[str]
+) -> tuple[list[_Row], list[str]]:
+    """Rows with a label and a slide in the store, and sentences about the others."""
+    unlabelled = [row.slide for row in rows if not all(row.answer)]
+    unknown = [row.slide for row in rows if all(row.answer) and row.slide not in known]
+    kept = [row for row in rows if all(row.answer) and row.slide in known]
+    if not kept:
+        raise Fault(
+            f"none of the slides of {table} is in the store with a label ({_some(unknown)}, say; the store has"
+            f" {_some(sorted(known))}): the column {slide_column} must have the store's names."
+        )
+    sentences = (
+        (unlabelled, f"of {table} without a label left out"),
+        (unknown, f"of {table} not in the store left out"),
+        (sorted(set(known) - {row.slide for row in rows}), f"of the store without a line in {table} left out"),
+    )
+    return kept, [f"{_count(slides)} {what}" for slides, what in sentences if slides]
 
 
 def _read(table: Path) -> tuple[list[str], list[dict[str, str]]]:
