@@ -15,7 +15,7 @@ import torch
 from data.fault import Fault
 from data.slides.reading import Slide
 from pretrain.doctor.finding import Finding, failed, passed, warned
-from pretrain.training.trainer_settings import way_out_of_own_gpus
+from pretrain.run.launched import way_out_of_own_gpus
 
 COMPROMISED = {"lightning": {"2.6.2", "2.6.3"}}  # releases that carried malicious code
 PROCESSES_TIMEOUT = (

@@ -1,6 +1,7 @@
 """What whoever started this process says of it: whether it is one of several, and which."""
 
 import os
+from collections.abc import Mapping
 
 from data.fault import Fault
 
@@ -22,3 +23,13 @@ def environment_number(name: str, default: int) -> int:
             f"{name}={value!r} in the environment is no number: 'unset {name}', or start this with srun or torchrun."
         )
     return int(value)
+
+
+def way_out_of_own_gpus(environment: Mapping[str, str]) -> str | None:
+    """What to do where SLURM lets each task of a job see GPUs of its own alone; None elsewhere."""
+    if "SLURM_GPUS_PER_TASK" not in environment:
+        return None
+    return (
+        "this job gives each task GPUs of its own (--gpus-per-task); give --gpus-per-node in its place, so that a"
+        " process sees all of its node"
+    )

@@ -32,12 +32,11 @@ def collecting_by_itself() -> Iterator[None]:
 class CollectGarbage(L.Callback):
     """Collects after every so many steps, and lets Python do it by itself in looks and evaluations."""
 
-    def on_train_start(self, trainer: L.Trainer, training: Training) -> None:  # type: ignore[override]
-        gc.collect()
-        gc.freeze()  # what lasts as long as the run is never looked through again
-
     def on_train_batch_start(self, *_: Any) -> None:
-        gc.disable()
+        if gc.isenabled():
+            # What lasts as long as the run is never looked through again. The loader has just collected what doesn't.
+            gc.freeze()
+            gc.disable()
 
     def on_train_batch_end(self, trainer: L.Trainer, training: Training, *_: Any) -> None:  # type: ignore[override]
         if training.step % EVERY == 0:

@@ -3,7 +3,6 @@ into Lightning's trainer."""
 
 import inspect
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
@@ -15,6 +14,7 @@ from lightning.pytorch.loggers import Logger
 
 from data.fault import Fault
 from models.allowed import Agreements, one_of, within
+from pretrain.run.launched import way_out_of_own_gpus
 from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
 from pretrain.training.sharding import CHECKPOINTING, PRECISIONS
@@ -103,16 +103,6 @@ def require_devices(settings: TrainerSettings) -> None:
             f"trainer.devices={settings.devices} is more than the {gpus} GPUs that PyTorch finds on this machine:"
             f" {way_out}."
         )
-
-
-def way_out_of_own_gpus(environment: Mapping[str, str]) -> str | None:
-    """What to do where SLURM lets each task of a job see GPUs of its own alone; None elsewhere."""
-    if "SLURM_GPUS_PER_TASK" not in environment:
-        return None
-    return (
-        "this job gives each task GPUs of its own (--gpus-per-task); give --gpus-per-node in its place, so that a"
-        " process sees all of its node"
-    )
 
 
 RESUME = one_of("newest", "previous")

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from data.embeddings.sequences import SlideBatch
 from data.embeddings.store import EmbeddingStore
 from models.attention_statistics import SDPA
 from models.dilated_attention import _DilatedAttention, lay_out
+from models.recomputed import _ActivatedLinear, _AddRows, _swiglu_backward, swiglu
 from models.vit import VisionTransformer
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.tile_encoder import TileEncoder
@@ -227,6 +229,26 @@ class Context:
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
         self.saved_tensors = tensors
+
+
+@pytest.mark.parametrize(
+    ("activation", "gradient"), [(F.gelu, torch.ops.aten.gelu_backward), (swiglu, _swiglu_backward)]
+)
+def test_what_is_computed_anew_on_a_gpu_waits_for_nothing_forward_and_backward(activation: Any, gradient: Any) -> None:
+    hidden = 64 if activation is F.gelu else 128
+    with fake_gpu() as waits:
+        x, rows = torch.empty(40, hidden, dtype=torch.bfloat16, device=GPU), torch.arange(30, device=GPU)
+        weight, bias = (torch.empty(*shape, dtype=torch.bfloat16, device=GPU) for shape in ((32, 64), (32,)))
+        linear, added = Context(), Context()
+        out = _ActivatedLinear.forward(linear, x, weight, bias, activation, gradient)
+        of_linear = _ActivatedLinear.backward(linear, torch.empty_like(out))[:3]
+        part, scale = out[:30], torch.empty(30, 1, dtype=torch.bfloat16, device=GPU)
+        whole = _AddRows.forward(added, out, rows, part, scale)
+        of_rows = [one for one in _AddRows.backward(added, torch.empty_like(whole)) if one is not None]
+        assert [one.shape for one in of_linear] == [x.shape, weight.shape, bias.shape]
+        assert [one.shape for one in of_rows] == [out.shape, part.shape]
+        assert {(one.device, one.dtype) for one in (*of_linear, *of_rows)} == {(GPU, torch.bfloat16)}
+    assert not waits.seen
 
 
 def test_a_gpu_begins_to_embed_tiles_while_the_ones_before_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,8 @@ from pretrain.run.metrics import read_metrics
 from tests.pretrain.training.test_tile_training import STEPS, command, finish, metrics, refused, start
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_second_job_on_a_run_s_folder_is_refused_and_may_follow_when_the_first_was_killed(
     processes: int, tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

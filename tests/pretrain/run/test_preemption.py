@@ -117,6 +117,7 @@ def test_a_signal_in_the_last_step_comes_too_late_to_matter(
     assert metrics(tmp_path / "run") == metrics(uninterrupted)
 
 
+@pytest.mark.slow  # the jobs of test_slurm.py have two ranks too
 def test_a_signal_to_one_of_two_ranks_ends_both_and_loses_nothing(
     tile_shards: Path, uninterrupted: Path, tmp_path: Path
 ) -> None:

@@ -227,7 +227,7 @@ def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_ru
     with pytest.raises(Fault, match="another kind of run"):
         run(Config(str(folder), str(tmp_path / "out"), "gigapath", "mit", []))
     write_slide_run(tmp_path / "slide", nn.Linear(2, 2))
-    with pytest.raises(Fault, match="not a tile run"):
+    with pytest.raises(Fault, match="is a run of 'pretrain slide'"):
         run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "timm", "mit", []))
     with pytest.raises(Fault, match="format=onnx is not allowed: it must be timm, transformers or gigapath"):
         load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}", "format=onnx"])
