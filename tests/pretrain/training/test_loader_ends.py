@@ -82,7 +82,8 @@ def test_each_kind_of_error_has_its_sentence(error: Exception, sentence: str) ->
     assert str(fault).startswith(sentence) and bool(fault.trace) == isinstance(error, KeyError)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_ctrl_c_ends_a_run_after_its_step_with_a_checkpoint(processes: int, tile_shards: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = start(command(tile_shards, run, "optim.steps=100000", f"trainer.devices={processes}"))
