@@ -90,6 +90,7 @@ def run(config: Config) -> None:
         f"{len(rounds)} rounds ({who}), patients together; figures are means over the rounds",
         "in brackets: 95 of 100 draws of a bootstrap over patients",
         "linear models on standardised vectors: logistic regression (C = 1), ridge, or proportional hazards",
+        "clusters of tiles are found without labels, on all of these slides",
     ]
     result = as_json(found, store, encoder, how)
     print(slide_table(result))

@@ -67,15 +67,20 @@ class Judge:
         for name, value in judged.figures.items():
             above = judged.resampled[name] - beside.resampled[name]
             row[name] = {
-                "value": value,
+                "value": known(value),
                 "interval": interval(judged.resampled[name]),
-                "above_mean": value - beside.figures[name],
+                "above_mean": known(value - beside.figures[name]),
                 "above_mean_interval": interval(above),
             }
         return row
 
 
-def interval(draws: np.ndarray) -> list[float]:
+def interval(draws: np.ndarray) -> list[float | None]:
     """Between which 95 of 100 draws lie; draws that can't be told don't count."""
     told = draws[np.isfinite(draws)]
-    return np.percentile(told, INTERVAL).tolist() if len(told) else [float("nan")] * 2
+    return np.percentile(told, INTERVAL).tolist() if len(told) else [None, None]
+
+
+def known(value: float) -> float | None:
+    """A figure as JSON has it: None where it can't be told."""
+    return value if np.isfinite(value) else None

@@ -13,7 +13,7 @@ from sklearn.preprocessing import StandardScaler
 from pretrain.pages.page import Section, document, figure, html_table, pair, paragraph, picture_tag
 from pretrain.slide_probing.answer import ATTENTION_ROW, MEAN_ROW, Answers
 from pretrain.slide_probing.judge import Judged
-from pretrain.slide_probing.table import TITLES
+from pretrain.slide_probing.table import TITLES, with_interval
 
 SMOOTHED_STD_ROW = "mean + std + smoothed std"
 CURVES = (MEAN_ROW, SMOOTHED_STD_ROW, ATTENTION_ROW, "slide encoder, mean + std", "random weights, mean + std")
@@ -26,8 +26,8 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
     rows = []
     for name, row in result["rows"].items():
         first = row[result["measure"]]
-        cells = [_cell(row[measure]["value"], row[measure]["interval"]) for measure in measures]
-        rows.append([name, *cells, _cell(first["above_mean"], first["above_mean_interval"], "+")])
+        cells = [with_interval(row[measure]["value"], row[measure]["interval"]) for measure in measures]
+        rows.append([name, *cells, with_interval(first["above_mean"], first["above_mean_interval"], "+")])
     sections = [Section("rows", "What each kind of vector tells", html_table(head, rows) + _said(result))]
     if labels["kind"] == "classes" and len(labels["classes"]) == 2:
         curves = picture_tag(_roc(found), "ROC curves of the rows")
@@ -53,10 +53,6 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
 
 def _said(result: dict[str, Any]) -> str:
     return "".join(paragraph(f"{sentence}.") for sentence in [*result["how"], *result["labels"]["left_out"]])
-
-
-def _cell(value: float, interval: list[float], sign: str = "") -> str:
-    return f"{value:{sign}.3f} ({interval[0]:{sign}.3f} to {interval[1]:{sign}.3f})"
 
 
 def _roc(found: Answers) -> Image.Image:

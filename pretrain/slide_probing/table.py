@@ -23,18 +23,18 @@ def slide_table(result: dict[str, Any]) -> str:
         f"{'':<{width}}" + "".join(f"{TITLES[name]:>24}" for name in measures) + f"{'above the mean':>26}",
     ]
     for name, row in result["rows"].items():
-        cells = "".join(
-            f"{_with_interval(row[measure]['value'], row[measure]['interval']):>24}" for measure in measures
-        )
+        cells = "".join(f"{with_interval(row[measure]['value'], row[measure]['interval']):>24}" for measure in measures)
         first = row[result["measure"]]
         lines.append(
-            f"{name:<{width}}{cells}{_with_interval(first['above_mean'], first['above_mean_interval'], '+'):>26}"
+            f"{name:<{width}}{cells}{with_interval(first['above_mean'], first['above_mean_interval'], '+'):>26}"
         )
     lines += ["", *result["how"], *labels["left_out"]]
     return "\n".join(lines)
 
 
-def _with_interval(value: float, interval: list[float], sign: str = "") -> str:
-    """``0.612 (0.540–0.671)``."""
+def with_interval(value: float | None, interval: list[float | None], sign: str = "") -> str:
+    """``0.612 (0.540 to 0.671)``, a dash where it can't be told."""
     low, high = interval
+    if value is None or low is None or high is None:
+        return "–"
     return f"{value:{sign}.3f} ({low:{sign}.3f} to {high:{sign}.3f})"
