@@ -16,7 +16,7 @@ algorithms 1 and 4). Where there is a reach, tiles are sorted into squares of th
 
 On CUDA the same is FlexAttention's (Dong et al. 2024), with the bias as its score modification and blocks of 128 tokens
 skipped by their bounding boxes; the list of blocks has (tokens / 128)² numbers at most. **That path was never run on a
-GPU.** On CPUs its modification, with gradients, its blocks, and its compiled forward are held to the path above.
+GPU.** On CPUs its modification, with gradients, its list of blocks, and its compiled forward are held to the path above.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -185,7 +185,7 @@ def seen_pairs(lengths: Sequence[int], special: int, reach: Sequence[float], hea
 def _attend(q: Tensor, k: Tensor, v: Tensor, layout: DistanceLayout, slopes: Tensor) -> Tensor:
     with torch.autocast(q.device.type, enabled=False):  # which would take statistics down to 16 bits
         if q.device.type == "cuda" and q.dtype != torch.float64:  # which FlexAttention doesn't take
-            return flex_distances(q, k, v, layout, slopes, _compiled_flex())
+            return flex_distances(q, k, v, layout, slopes, compiled_flex())
         arguments = layout.places, slopes, list(layout.lengths), layout.special, list(layout.reach)
         return _blocks(q, k, v, *arguments)[0]
 
@@ -204,9 +204,12 @@ def flex_distances(
 
 
 @lru_cache
-def _compiled_flex() -> Callable[..., Any]:
-    # Of any length: each batch has another one, and after some compilations torch would go on with all pairs at once.
-    return torch.compile(flex_attention, dynamic=True)
+def compiled_flex(backend: str = "inductor") -> Callable[..., Any]:
+    """FlexAttention, compiled for slides of any lengths; it raises where it can't be, since torch would else go on with
+    all pairs at once. Each width, precision and kind of pass is compiled by itself, short slides too."""
+    return torch.compile(  # type: ignore[call-overload, no-any-return]
+        flex_attention, dynamic=True, fullgraph=True, recompile_limit=64, backend=backend
+    )
 
 
 @torch.library.custom_op("slidewright::distance_attention", mutates_args=())

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 from models import distance_attention as by_distance
@@ -11,6 +12,7 @@ from models.distance_attention import (
     DistanceLayout,
     alibi_slopes,
     check_reach,
+    compiled_flex,
     distance_attention,
     flex_distances,
     lay_out_tokens,
@@ -161,6 +163,19 @@ def test_the_blocks_that_flex_attention_looks_at_hold_every_pair_and_far_fewer_t
     taken = layout.block_mask.to_dense()[0, 0].bool()
     assert not (needed & ~taken).any()
     assert taken.float().mean() < (0.75 if reach is None else 0.6)
+
+
+def test_flex_attention_is_traced_once_for_slides_of_any_length():
+    attend = compiled_flex("aot_eager")
+    before = counters["stats"]["unique_graphs"]
+    for lengths in ([800, 77], [1203], [290, 31, 500]):
+        given, _, cells = inputs(lengths, 3, width=16, dtype=torch.float32)
+        layout = lay_out_tokens(cells, lengths, 3, [3.0, 4.0, 5.0])
+        with torch.no_grad():
+            flex = flex_distances(*of_layout(given, layout), layout, given[3].detach(), attend)
+            wanted = by_distance._attend(*of_layout(given, layout), layout, given[3])
+        torch.testing.assert_close(flex, wanted, atol=1e-5, rtol=0)
+    assert counters["stats"]["unique_graphs"] == before + 1
 
 
 @pytest.mark.slow  # compiles C++
