@@ -2,9 +2,9 @@
 
     out_i = Σ_j softmax_j(q_i · k_j / √d − slope_h · |p_i − p_j|) v_j
 
-``|p_i − p_j|`` is the Euclidean distance of two tiles in units of a tile's side, and 0 where one of the two is a special
-token (class, registers), which has no place (Press et al. 2022, ALiBi, for text; in two dimensions as MOOZY, arXiv
-2603.27048, has it). Pairs farther apart than an optional *reach* are cut off.
+``|p_i − p_j|`` is the Euclidean distance of two tiles in units of a tile's side, and 0 where one of the two is a
+special token (class, registers), which has no place (Press et al. 2022, ALiBi, for text; in two dimensions as MOOZY,
+arXiv 2603.27048, has it). Pairs farther apart than an optional *reach* are cut off.
 
 Neither scores nor bias are ever there for all pairs. A block of queries meets its keys some at a time, under a running
 maximum and sum, and the backward computes the scores anew from their log-sum-exp (Dao et al. 2022, FlashAttention,
@@ -16,7 +16,8 @@ algorithms 1 and 4). Where there is a reach, tiles are sorted into squares of th
 
 On CUDA the same is FlexAttention's (Dong et al. 2024), with the bias as its score modification and blocks of 128 tokens
 skipped by their bounding boxes; the list of blocks has (tokens / 128)² numbers at most. **That path was never run on a
-GPU.** On CPUs its modification, with gradients, its list of blocks, and its compiled forward are held to the path above.
+GPU.** On CPUs its modification, with gradients, its list of blocks, and its compiled forward are held to the path
+above.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -133,7 +134,7 @@ def lay_out_tokens(
     reach: Sequence[float] | None = None,
     valid: Tensor | None = None,
 ) -> DistanceLayout:
-    """The layout of slides of ``lengths`` tokens, of which the first ``special`` are no tiles, for `distance_attention`.
+    """For `distance_attention`: slides of ``lengths`` tokens, of which the first ``special`` are no tiles.
 
     cells: (tiles, 2) of all slides, in units of a tile's side, whole or not. reach: cells beyond which pairs are cut
     off. valid: (tiles,) bool, False for cells without a tile, which are cut off from all others; it makes a GPU wait.
@@ -260,8 +261,8 @@ def _blocks_backward(
     special: int,
     reach: list[float],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of q, k, v and the slopes: the scores anew, ``P = exp(s − lse)``, ``dS = P ∘ (dO Vᵀ − rowsum(dO ∘ O))``,
-    and a slope's is ``−Σ dS · distance``."""
+    """Gradients of q, k, v and the slopes: the scores anew, ``P = exp(s − lse)``, ``dS = P ∘ (dO Vᵀ − rowsum(dO ∘
+    O))``, and a slope's is ``−Σ dS · distance``."""
     scale = q.shape[2] ** -0.5
     qs, ks, vs, grads, outs = (*_heads_first(scale, slopes.dtype, q, k, v), *_heads_first(1.0, slopes.dtype, grad, out))
     places, cut = places.to(slopes.dtype), _as_tensor(reach, slopes)
@@ -368,8 +369,8 @@ def _cut(start: int, stop: int, most: int) -> list[slice]:
 
 
 def _within_reach(places: Tensor, reach: float) -> Iterator[tuple[int, int, list[tuple[int, int]]]]:
-    """Each square's tiles, and the runs of tiles, one for each row of squares, that some of them may reach; the tiles of
-    a slide, sorted by `_squares`."""
+    """Each square's tiles, and the runs of tiles, one for each row of squares, that some of them may reach; ``places``
+    are of a slide's tiles, sorted by `_squares`."""
     of_tiles = (places / SQUARE).floor().long().cpu().numpy() @ np.array([1, 2 * SQUARES_A_SIDE])
     squares, starts = np.unique(of_tiles, return_index=True)
     edges = np.append(starts, len(of_tiles))

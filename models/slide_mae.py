@@ -25,8 +25,9 @@ from models.slide_network import SlideLayers
 class SlideDecoder(nn.Module):
     """Predicts the embeddings of masked tiles. Raises ValueError when its width isn't that of sines and cosines.
 
-    ``layers``: its stack of layers, ``width`` wide. ``start``: what a masked tile enters as: "token", one learned vector
-    (MAE), or "nearby", that and the visible tiles near it (see `models.nearby`). ``initial_residual``: see `LongNet`.
+    ``layers``: its stack of layers, ``width`` wide. ``start``: what a masked tile enters as: "token", one learned
+    vector (MAE), or "nearby", that and the visible tiles near it (see `models.nearby`). ``initial_residual``: see
+    `LongNet`.
     """
 
     def __init__(

@@ -32,7 +32,7 @@ class SlideFeatures(NamedTuple):
 
 
 class SlideLayers(nn.Module, ABC):
-    """A stack of layers over packed slides, each with its class token first: the body of an encoder, or of a decoder."""
+    """A stack of layers over packed slides, each with its class token first: the body of an encoder or a decoder."""
 
     heads: int
 

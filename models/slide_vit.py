@@ -1,6 +1,6 @@
 """The slide encoder with distance-biased attention: a ViT over the tiles of packed slides, without absolute positions.
 
-    tile embeddings ─linear, GELU─▶ + class token and registers ─▶ pre-norm blocks, attention falls with distance ─▶ norm
+    tile embeddings ─linear, GELU─▶ + class token and registers ─▶ pre-norm blocks, biased attention ─▶ norm
 
 MOOZY's (arXiv 2603.27048) by its published numbers, written from its description: ALiBi in two dimensions (see
 `models.distance_attention`), no layer scale, stochastic depth. Slopes may be learned, and attention may have a reach.

@@ -40,8 +40,8 @@ class SlideMAE(SlideObjective):
     """The slide stage's objective. Keyword arguments are its settings.
 
     ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its kind of layers
-    (`SlideNetwork.decoder_layers`) and its initial residual. weighting: "slide" (each slide counts the same) or "token" (each masked tile does).
-    decoder_start: see `SlideDecoder`.
+    (`SlideNetwork.decoder_layers`) and its initial residual. weighting: "slide" (each slide counts the same) or "token"
+    (each masked tile does). decoder_start: see `SlideDecoder`.
     """
 
     masks = True

@@ -1,13 +1,13 @@
 """What attention that falls with distance costs in blocks, beside the dense way, and with 100,000 tiles.
 
-    python tests/bench/slide_attention.py                  2 threads, five minutes on two quiet cores, 6 GiB of memory
+    python tests/bench/slide_attention.py           2 threads, two and a half minutes on two cores, 4 GiB of memory
     python tests/bench/slide_attention.py THREADS=4
 
-Two heads of 64 in float32 on one slide, a square of tiles, forward and backward. The dense way makes the distances of all
-pairs and each head's bias, and hands that to torch's attention as its mask. Every measurement is a process of its own:
-memory is the growth of the resident set's peak (Linux) beyond what the inputs take, times are processor seconds. Then a
-whole `SlideViT`, small (one block, 128 wide, two heads), embeds 100,000 tiles 1,536 wide without gradients: in full, and
-with a reach of 8 cells.
+Two heads of 64 in float32 on one slide, a square of tiles, forward and backward. The dense way makes the distances of
+all pairs and each head's bias, and hands that to torch's attention as its mask. Every measurement is a process of its
+own: memory is the growth of the resident set's peak (Linux) beyond what the inputs take, times are processor seconds.
+Then a whole `SlideViT`, small (one block, 128 wide, two heads), embeds 100,000 tiles 1,536 wide without gradients: in
+full, and with a reach of 8 cells.
 
     time_ratio_4k, _16k        forward + backward in blocks over the dense way's
     memory_ratio_4k, _16k      the same for memory
