@@ -22,12 +22,8 @@ class SlideFeatures(NamedTuple):
 
     tiles: Tensor  # (T, width) every tile, after all norms
     cls: Tensor  # (B, width) the class tokens, after all norms
-    pooled: (
-        Tensor  # (B, width) the mean of a slide's tiles after the layers' norm, then the last norm where there are two
-    )
-    cls_layers: (
-        Tensor | None
-    )  # (depth + 1, B, width) class token of the embedding and of each layer, with the last norm
+    pooled: Tensor  # (B, width) the mean of a slide's tiles; a norm behind the layers' own comes after it
+    cls_layers: Tensor | None  # (depth + 1, B, width) class token of the embedding and each layer, last norm alone
     pooled_layers: Tensor | None  # (depth + 1, B, width) the same for the mean of the tiles
 
 
