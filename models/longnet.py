@@ -12,7 +12,7 @@ import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, ClassVar, NamedTuple
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -34,22 +34,13 @@ from models.sequence_parallel import (
     to_heads,
     to_tokens,
 )
+from models.slide_network import SlideFeatures, SlideLayers, SlideNetwork
 
 # Tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else.
 PIECE = 4096
 
 
-class SlideFeatures(NamedTuple):
-    """What the encoder says about a packed batch of B slides with T tiles in all."""
-
-    tiles: Tensor  # (T, width) every tile, after both norms
-    cls: Tensor  # (B, width) the CLS tokens, after both norms
-    pooled: Tensor  # (B, width) the mean of a slide's tiles after the layers' norm, then the last norm
-    cls_layers: Tensor | None  # (depth + 1, B, width) CLS of the embedding and of each layer, with the last norm alone
-    pooled_layers: Tensor | None  # (depth + 1, B, width) the same for the mean of the tiles
-
-
-class LongNet(nn.Module):
+class LongNet(SlideNetwork):
     """The slide encoder. ``input_width`` is the tile encoder's; keyword arguments are its settings
     (``configs/model/``).
 
@@ -103,7 +94,7 @@ class LongNet(nn.Module):
             drop_path,
             compatible,
         )
-        self.encoder = Layers(layers, depth)
+        self.encoder: Layers = Layers(layers, depth)
         self.norm = nn.LayerNorm(width, eps=1e-6)
         if not self.cls_token.is_meta:
             nn.init.normal_(self.cls_token, std=0.02)
@@ -150,6 +141,10 @@ class LongNet(nn.Module):
         if name not in self.state_dict():
             raise KeyError(name)
         fill_as_released(name, tensor, generator, self.initial_residual)
+
+    def decoder_layers(self, width: int, depth: int, heads: int, feed_forward_width: int) -> "Layers":
+        schedule = tuple(self.segment_lengths), tuple(self.dilated_ratios)
+        return Layers(LayerSettings(width, heads, feed_forward_width, *schedule, self.attention), depth)
 
     def load_released(self, path: Path | str) -> str:
         """Load a released ``slide_encoder.pth`` (``{"model": state dict}``) and turn the compatible attention on.
@@ -199,7 +194,7 @@ class LayerSettings:
     compatible: bool = False
 
 
-class Layers(nn.Module):
+class Layers(SlideLayers):
     """A stack of pre-norm layers and a final norm: the body of the encoder, and of the decoder in
     `models.slide_mae`."""
 
@@ -234,10 +229,15 @@ class Layers(nn.Module):
         self.group = group
 
     def forward(
-        self, x: Tensor, lengths: Sequence[int], seeds: Sequence[int] | None, all_layers: bool = False
+        self,
+        x: Tensor,
+        lengths: Sequence[int],
+        seeds: Sequence[int] | None,
+        all_layers: bool = False,
+        cells: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B,
-        width) each."""
+        width) each. ``cells`` aren't looked at: tokens carry their positions."""
         share = TokenShare(tuple(lengths), self.group)
         x = dropout(scatter(x, share), self.dropout, share, seeds, "embedding")
         states = [summarise(gather(x, share), lengths)[1:]] if all_layers else []
@@ -250,6 +250,10 @@ class Layers(nn.Module):
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over sequences of ``lengths`` tokens, of all processes that share them."""
         return total_operations(layer.operations(lengths) for layer in self.layers if isinstance(layer, Layer))
+
+    def fill(self, name: str, tensor: Tensor, generator: torch.Generator, initial_residual: float) -> None:
+        """The released model's initial values."""
+        fill_as_released(name, tensor, generator, initial_residual)
 
 
 class Layer(nn.Module):
@@ -361,16 +365,18 @@ class FeedForward(nn.Module):
 
 
 def prepend(token: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Put ``token`` (1, width) before each slide of the packed ``x`` (T, width) → (T + B, width)."""
+    """Put the tokens ``token`` (n, width) before each slide of the packed ``x`` (T, width) → (T + n B, width)."""
     token = token.to(x.dtype)
     return torch.cat([part for slide in x.split(list(lengths)) for part in (token, slide)])
 
 
-def summarise(x: Tensor, lengths: Sequence[int]) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed slides with CLS in front → their tiles (T, width), CLS tokens (B, width) and mean tiles (B, width)."""
+def summarise(x: Tensor, lengths: Sequence[int], special: int = 1) -> tuple[Tensor, Tensor, Tensor]:
+    """Packed slides with CLS in front, the first of their ``special`` tokens → their tiles (T, width), CLS tokens (B,
+    width) and mean tiles (B, width)."""
     slides = x.split(list(lengths))
-    tiles = torch.cat([slide[1:] for slide in slides])
-    return tiles, torch.stack([slide[0] for slide in slides]), torch.stack([slide[1:].mean(dim=0) for slide in slides])
+    tiles = [slide[special:] for slide in slides]
+    means = torch.stack([some.mean(dim=0) for some in tiles])
+    return torch.cat(tiles), torch.stack([slide[0] for slide in slides]), means
 
 
 def dropout(x: Tensor, rate: float, share: TokenShare, seeds: Sequence[int] | None, site: str) -> Tensor:

@@ -5,9 +5,9 @@ back among mask tokens at their places, every place gets its position embedding,
 predict the embedding of each masked tile. The published system says nothing about its decoder; this one is apart from
 the encoder and is thrown away after pretraining.
 
-Its attention is dilated like the encoder's. It sees all tiles of a slide (about 7,000, up to 60,000), four times as
-many as the encoder, and dilation is cheaper than full attention from about 1,500 tokens on; below its first segment
-length it keeps a full-attention branch anyway.
+Its layers are of the encoder's kind (`SlideNetwork.decoder_layers`). Beside a LongNet its attention is dilated: it sees
+all tiles of a slide (about 7,000, up to 60,000), four times as many as the encoder, and dilation is cheaper than full
+attention from about 1,500 tokens on; below its first segment length it keeps a full-attention branch anyway.
 """
 
 from collections.abc import Sequence
@@ -15,17 +15,19 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.longnet import Layers, LayerSettings, fill_as_released, summarise
+from models.longnet import fill_as_released, summarise
 from models.nearby import Nearby, first_reaches
 from models.operations import Operations, linear_maps
 from models.positions import check_sines, position_embedding
+from models.slide_network import SlideLayers
 
 
 class SlideDecoder(nn.Module):
-    """Predicts the embeddings of masked tiles. Raises ValueError when its widths or its schedule don't divide.
+    """Predicts the embeddings of masked tiles. Raises ValueError when its width isn't that of sines and cosines.
 
-    ``start``: what a masked tile enters as: "token", one learned vector (MAE), or "nearby", that and the visible tiles
-    near it (see `models.nearby`). ``initial_residual``: see `LongNet`.
+    ``layers``: its stack of layers, ``width`` wide. ``start``: what a masked tile enters as: "token", one learned
+    vector (MAE), or "nearby", that and the visible tiles near it (see `models.nearby`). ``initial_residual``: see
+    `LongNet`.
     """
 
     def __init__(
@@ -34,13 +36,8 @@ class SlideDecoder(nn.Module):
         encoder_width: int,
         output_width: int,
         width: int,
-        depth: int,
-        heads: int,
-        feed_forward_width: int,
-        segment_lengths: list[int],
-        dilated_ratios: list[int],
+        layers: SlideLayers,
         start: str = "token",
-        attention: str = "sdpa",
         initial_residual: float = 1.0,
     ) -> None:
         super().__init__()
@@ -50,11 +47,8 @@ class SlideDecoder(nn.Module):
         self.width, self.initial_residual = width, initial_residual
         self.embed = nn.Linear(encoder_width, width)
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.nearby = Nearby(heads) if start == "nearby" else None
-        layers = LayerSettings(
-            width, heads, feed_forward_width, tuple(segment_lengths), tuple(dilated_ratios), attention
-        )
-        self.decoder = Layers(layers, depth)
+        self.nearby = Nearby(layers.heads) if start == "nearby" else None
+        self.decoder = layers
         self.head = nn.Linear(width, output_width)
         if not self.mask_token.is_meta:
             nn.init.normal_(self.mask_token, std=0.02)
@@ -87,7 +81,7 @@ class SlideDecoder(nn.Module):
         slides = zip(tokens.split(1), x.split(list(lengths)), strict=True)
         x = torch.cat([part for slide in slides for part in slide])
         with_cls = [n + 1 for n in lengths]
-        x, _ = self.decoder(x, with_cls, None)
+        x, _ = self.decoder(x, with_cls, None, cells=cells)
         return self.head(summarise(x, with_cls)[0][masked])
 
     def operations(self, lengths: Sequence[int], visible_lengths: Sequence[int]) -> Operations:
@@ -104,5 +98,7 @@ class SlideDecoder(nn.Module):
             raise KeyError(name)
         if name == "nearby.log_reach":
             first_reaches(tensor)
+        elif name.startswith("decoder."):
+            self.decoder.fill(name, tensor, generator, self.initial_residual)
         else:
             fill_as_released(name, tensor, generator, self.initial_residual)

@@ -1,7 +1,10 @@
-"""Pretrain a slide encoder on slide embeddings: a LongNet masked autoencoder over frozen tile embeddings.
+"""Pretrain a slide encoder on slide embeddings: a masked autoencoder over frozen tile embeddings.
 
     pretrain slide run=runs/slide data.embeddings=embeddings
     pretrain slide run=runs/slide recipe=gigapath_slide data.embeddings=embeddings trainer.devices=8
+    pretrain slide run=runs/slide model=slide_vit data.embeddings=embeddings
+
+The encoder is a LongNet, or a ViT whose attention falls with distance.
 
 It judges itself at every checkpoint on held-out slides: masked R² beside three baselines that need no learning (the
 data set's mean, the slide's mean, the nearest visible neighbours), how much worse it gets when tiles are shuffled, and

@@ -13,6 +13,7 @@ from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.json_files import read_object
 from models.longnet import LongNet
+from models.slide_network import SlideNetwork
 from pretrain.encoders.frozen import device_of, fingerprint, freeze
 from pretrain.encoders.run_checkpoint import find_checkpoint
 from pretrain.encoders.weight_files import read_file
@@ -27,10 +28,10 @@ TILE_ENCODER = "tile_encoder.json"  # in a slide run's folder: whose embeddings 
 
 @dataclass(frozen=True)
 class SlideEncoder:
-    """A frozen LongNet; ``tile_encoder_hash`` is that of the tile encoder whose embeddings it takes, where it is
+    """A frozen slide network; ``tile_encoder_hash`` is that of the tile encoder whose embeddings it takes, where it is
     known."""
 
-    network: LongNet
+    network: SlideNetwork
     name: str
     hash: str
     tile_encoder_hash: str | None
@@ -119,7 +120,10 @@ def _released(path: Path, device: torch.device) -> SlideEncoder:
 def _frozen(
     network: nn.Module, name: str, tile_hash: str | None, notes: list[str], device: torch.device
 ) -> SlideEncoder:
-    if not isinstance(network, LongNet):
-        raise Fault(f"{name} is a {type(network).__name__}, and only models.longnet.LongNet embeds slides.")
+    if not isinstance(network, SlideNetwork):
+        raise Fault(
+            f"{name} is a {type(network).__name__}, which embeds no slides: derive it from"
+            " models.slide_network.SlideNetwork."
+        )
     freeze(network, device)
     return SlideEncoder(network, name, fingerprint(network), tile_hash, notes, device)

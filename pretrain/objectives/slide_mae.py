@@ -1,6 +1,6 @@
 """Slide masked autoencoding: predict the frozen embeddings of masked tiles from the visible ones.
 
-    visible tiles ──LongNet──▶ tiles, CLS ──decoder──▶ predictions at the masked places
+    visible tiles ──encoder──▶ tiles, CLS ──decoder──▶ predictions at the masked places
                                                            │ mean squared error
     all tiles ──standardised over the data set──▶ targets of the masked tiles
 
@@ -22,11 +22,11 @@ from data.embeddings.sequences import SlideBatch
 from data.keyed import rng
 from models.allowed import Agreements, one_of, within
 from models.attention import check_heads
-from models.longnet import LongNet
 from models.operations import Operations, total_operations
 from models.positions import check_sines
 from models.sequence_parallel import Group
 from models.slide_mae import SlideDecoder
+from models.slide_network import SlideNetwork
 from pretrain.objectives.figures import spread
 from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.precision import at_least_float32
@@ -39,9 +39,9 @@ BLOCK = 2**22  # numbers of a baseline that are in memory at a time
 class SlideMAE(SlideObjective):
     """The slide stage's objective. Keyword arguments are its settings.
 
-    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its attention schedule
-    and its initial residual. weighting: "slide" (each slide counts the same) or "token" (each masked tile does).
-    decoder_start: see `SlideDecoder`.
+    ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its kind of layers
+    (`SlideNetwork.decoder_layers`) and its initial residual. weighting: "slide" (each slide counts the same) or "token"
+    (each masked tile does). decoder_start: see `SlideDecoder`.
     """
 
     masks = True
@@ -60,7 +60,7 @@ class SlideMAE(SlideObjective):
 
     def __init__(
         self,
-        make_encoder: Callable[[], LongNet],
+        make_encoder: Callable[[], SlideNetwork],
         *,
         decoder_width: Annotated[int, within(least=1)],
         decoder_depth: Annotated[int, within(least=1)],
@@ -76,13 +76,8 @@ class SlideMAE(SlideObjective):
             encoder_width=self.encoder.width,
             output_width=self.encoder.input_width,
             width=decoder_width,
-            depth=decoder_depth,
-            heads=decoder_heads,
-            feed_forward_width=decoder_feed_forward_width,
-            segment_lengths=self.encoder.segment_lengths,
-            dilated_ratios=self.encoder.dilated_ratios,
+            layers=self.encoder.decoder_layers(decoder_width, decoder_depth, decoder_heads, decoder_feed_forward_width),
             start=decoder_start,
-            attention=self.encoder.attention,
             initial_residual=self.encoder.initial_residual,
         )
 

@@ -9,7 +9,7 @@ or is counted where a mask is made of shapes (`constants`).
 
 import math
 import warnings
-from collections import Counter
+from collections import ChainMap, Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count, shape_wrapper
 
+from data.fault import Fault
 from models import dilated_attention
 from models.attention import Attention, attend
 from models.attention_statistics import SDPA, StatisticsKernel
@@ -101,8 +102,8 @@ def rehearse(
     """Rehearse the gradients of a step on the first of ``processes``.
 
     ``fused_attention``: attention by a kernel that keeps no matrix of pairs, as on a GPU; else as on a CPU.
-    ``together``: processes that share each slide of the slide stage. Raises RuntimeError inside a process group, since
-    it makes one of its own.
+    ``together``: processes that share each slide of the slide stage. Raises Fault where they can't, and RuntimeError
+    inside a process group, since it makes one of its own.
     """
     if dist.is_initialized():
         raise RuntimeError("a rehearsal makes a process group of its own, and there is one already")
@@ -120,7 +121,10 @@ def rehearse(
             shard(objective, lay_mesh("cpu", processes, shard_size), precision, checkpointing)
             if together > 1:
                 assert isinstance(objective, SlideObjective)
-                objective.share_slides(dist.new_subgroups(together)[0])
+                try:
+                    objective.share_slides(dist.new_subgroups(together)[0])
+                except ValueError as error:
+                    raise Fault(f"data.processes_per_slide={together}: {error}.") from error
             watch = stack.enter_context(OperationWatch(objective, batch.true))
             if fused_attention:
                 stack.enter_context(watch.one_call_of_slide_attention())
@@ -407,8 +411,8 @@ CPU_ATTENTION = {  # torch counts the other fused kernels, by these formulas, an
     FLASH_OF_CPUS: _flash_for_cpu,
     FLASH_BACKWARD_OF_CPUS: _flash_for_cpu_backward,
 }
-FLOPS = flop_registry | {operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}
-"""Floating-point operations by operator: torch's own formulas."""
+FLOPS = ChainMap({operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}, flop_registry)
+"""Floating-point operations by operator: torch's own formulas, and those that networks have registered there."""
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

@@ -11,7 +11,7 @@ from sklearn.cluster import MiniBatchKMeans
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings
 from data.keyed import rng
 from models.initialise import initialise
-from models.longnet import LongNet
+from models.slide_network import SlideNetwork
 from pretrain.embedding.slides import packed
 from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
@@ -74,7 +74,7 @@ def of_encoder(
     store: EmbeddingStore,
     slides: Sequence[str],
     encoder: SlideEncoder,
-    network: LongNet,
+    network: SlideNetwork,
     clusters: MiniBatchKMeans,
     *,
     tokens: int,
@@ -109,7 +109,7 @@ def of_encoder(
     return {name: np.stack(rows) for name, rows in found.items()}
 
 
-def with_random_weights(encoder: SlideEncoder, seed: int) -> LongNet:
+def with_random_weights(encoder: SlideEncoder, seed: int) -> SlideNetwork:
     """The encoder's network with random weights, whose residual branches start at full strength: at the small start
     that training may have chosen it would hand its input through."""
     network = deepcopy(encoder.network)

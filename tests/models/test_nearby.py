@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from models.initialise import initialise
+from models.longnet import Layers, LayerSettings
 from models.nearby import LONGEST, SHORTEST, Nearby, first_reaches
 from models.slide_mae import SlideDecoder
 
@@ -40,16 +41,8 @@ def test_distances_of_a_large_slide_keep_their_precision_in_float32():
 
 
 def test_the_reaches_learn_and_a_decoder_gives_them_their_first_values():
-    settings = {
-        "encoder_width": 8,
-        "output_width": 4,
-        "width": 8,
-        "depth": 1,
-        "heads": 2,
-        "feed_forward_width": 16,
-        "segment_lengths": [8],
-        "dilated_ratios": [1],
-    }
+    layers = Layers(LayerSettings(8, 2, 16, (8,), (1,)), 1)
+    settings = {"encoder_width": 8, "output_width": 4, "width": 8, "layers": layers}
     decoder = SlideDecoder(**settings, start="nearby")
     initialise(decoder, seed=0)
     torch.testing.assert_close(decoder.nearby.log_reach.exp(), torch.tensor([SHORTEST, LONGEST]))

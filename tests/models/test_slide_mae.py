@@ -2,22 +2,18 @@ import pytest
 import torch
 
 from models.initialise import initialise
+from models.longnet import Layers, LayerSettings
 from models.slide_mae import SlideDecoder
+from models.slide_vit import DistanceLayers, DistanceLayerSettings
 
-SETTINGS = {
-    "encoder_width": 16,
-    "output_width": 12,
-    "width": 8,
-    "depth": 2,
-    "heads": 4,
-    "feed_forward_width": 16,
-    "segment_lengths": [8, 32],
-    "dilated_ratios": [1, 2],
+KINDS = {
+    "dilated": lambda: Layers(LayerSettings(8, 4, 16, (8, 32), (1, 2)), 2),
+    "distance": lambda: DistanceLayers(DistanceLayerSettings(8, 4, 16, 1, "learned", (4.0,)), 2),
 }
 
 
-def decoder() -> SlideDecoder:
-    network = SlideDecoder(**SETTINGS)
+def decoder(kind: str = "dilated") -> SlideDecoder:
+    network = SlideDecoder(encoder_width=16, output_width=12, width=8, layers=KINDS[kind]())
     initialise(network, seed=0)
     return network
 
@@ -44,9 +40,10 @@ def test_it_predicts_every_masked_tile():
     assert decoder()(**batch).shape == (len(batch["masked"]), 12)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 1e-6)])
-def test_packed_slides_equal_each_slide_alone(dtype, tolerance):
-    network, batch = decoder().to(dtype), inputs([20, 45])
+def test_packed_slides_equal_each_slide_alone(dtype, tolerance, kind):
+    network, batch = decoder(kind).to(dtype), inputs([20, 45])
     batch |= {name: batch[name].to(dtype) for name in ("tiles", "cls")}
     packed = network(**batch)
     first_visible, first_masked = (int((batch[name] < 20).sum()) for name in ("visible", "masked"))
@@ -72,8 +69,9 @@ def test_a_prediction_depends_on_where_it_is_and_on_every_visible_tile_before_an
     assert (network(**moved) - prediction).abs().max() > 1e-3
 
 
-def test_every_parameter_learns_and_has_an_initial_value():
-    network, batch = decoder(), inputs([20, 45])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_parameter_learns_and_has_an_initial_value(kind):
+    network, batch = decoder(kind), inputs([20, 45])
     network(**batch).square().sum().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad.abs().sum() > 0 or "k_proj.bias" in name, name  # a bias on all keys cancels in softmax

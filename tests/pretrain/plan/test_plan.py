@@ -62,6 +62,20 @@ def test_a_plan_has_the_operations_and_the_memory_of_a_real_step(
         assert sum(found.flops.values()) == step.flops()
 
 
+def test_attention_by_distance_is_planned_as_a_kernel_and_can_not_share_slides() -> None:
+    words = ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0", "model=slide_vit", "model.width=96")
+    run, optim = shape_of(*words, "model.depth=2", "model.heads=4", "model.feed_forward_width=384")
+    found = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False)
+    with one_process():
+        assert sum(found.flops.values()) == Step(run, optim, "float32", "none").flops()
+    ways = [found.flops["encoder blocks, attention", way] for way in ("forward", "backward")]
+    assert 0 < 5 * ways[0] == 2 * ways[1]  # two products forward, five backward
+    with pytest.raises(
+        Fault, match=r"data\.processes_per_slide=2: SlideViT can't share a slide over processes; 1 gives"
+    ):
+        estimate(run, Settings(2, 2, "float32", "none", 1, 2), fused_attention=False)
+
+
 def test_the_samples_that_stochastic_depth_keeps_are_planned_as_they_are_drawn() -> None:
     run, optim = shape_of(*SMALL, "data.batch_size=16", "model.drop_path=0.4", "model.depth=3")
     found = estimate(run, Settings(1, 1, "float32", "none", 1), fused_attention=False)

@@ -39,6 +39,7 @@ DINOV2 = ("recipe=small", "model.width=96", "model.depth=3", "data.batch_size=8"
 DINO = ("recipe=small_dino", *DINOV2[1:])
 MAE = ("recipe=small_mae", "model.depth=3", "data.batch_size=16")
 SLIDE_MAE = ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")
+SLIDE_VIT = ("model=slide_vit", "model.width=96", "model.depth=2", "model.heads=4", "model.feed_forward_width=384")
 WIDER = ("model.registers=4", "model.feed_forward=swiglu", "model.feed_forward_width=256")
 STEPS = {
     "dinov2": ("none", 1, DINOV2),
@@ -86,6 +87,8 @@ STEPS = {
         ),
     ),
     "slide_mae with stochastic depth": ("full", 1, (*SLIDE_MAE, "model.drop_path=0.2")),
+    "slide_mae with attention by distance": ("full", 1, (*SLIDE_MAE, *SLIDE_VIT)),
+    "slide_mae with attention by distance within reach": ("none", 1, (*SLIDE_MAE, *SLIDE_VIT, "model.reach=3")),
 }
 
 

@@ -13,11 +13,15 @@ import numpy as np
 import pytest
 from omegaconf import OmegaConf
 
+from data.embeddings.slide_features import read_slide_features
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from launch.entry import run_command_line
+from models.slide_vit import SlideViT
+from pretrain.encoders.slide_encoders import load_slide_encoder
 from pretrain.run.folder import flat
 from pretrain.settings.composition import load
+from pretrain.slide_probing.vectors import with_random_weights
 from tests.pretrain.training.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -102,6 +106,36 @@ def test_two_processes_and_a_killed_run_end_like_one_uninterrupted_process(store
     killed.communicate()
     finish(start(tmp_path / "killed", store))
     assert metrics(tmp_path / "killed") == expected
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_a_slide_vit_is_trained_gone_on_with_embeds_and_is_no_longnet(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    network = [
+        "model=slide_vit",
+        "model.heads=2",
+        "model.feed_forward_width=64",
+        "model.slopes=learned",
+        "model.reach=3",
+    ]
+    three = [*SMALL, *network, "optim.schedule_steps=3", "optim.warmup_steps=1", "trainer.checkpoint_every=2"]
+    run_command_line(words(tmp_path / "whole", store, *three, "optim.steps=3"))
+    for settings in (["optim.steps=2"], ["optim.steps=3", "allow_changes=true"]):
+        run_command_line(words(tmp_path / "parts", store, *three, *settings))
+    assert metrics(tmp_path / "parts") == metrics(tmp_path / "whole")
+    assert [line["step"] for line in metrics(tmp_path / "whole") if "loss" in line] == [1, 2, 3]
+
+    given = [f"checkpoint={tmp_path / 'whole'}", f"out={tmp_path / 'out'}"]
+    run_command_line(["embed", "stage=slide", f"embeddings={store}", "device=cpu", *given])
+    slides, found = read_slide_features(tmp_path / "out")
+    assert len(slides) == 6 and found["pooled_layers"].shape == (6, 3 * 32) and np.isfinite(found["cls_layers"]).all()
+    encoder = load_slide_encoder(str(tmp_path / "whole"), "cpu")
+    random = with_random_weights(encoder, 1)
+    assert isinstance(random, SlideViT) and not random.cls_token.equal(encoder.network.cls_token)
+    with pytest.raises(SystemExit):
+        run_command_line(["export", "format=gigapath", given[0], f"out={tmp_path / 'released'}"])
+    assert "trained no LongNet" in capsys.readouterr().err
 
 
 def test_the_published_recipe_runs_at_smoke_scale_even_on_a_single_slide(store: Path, tmp_path: Path) -> None:

@@ -1,0 +1,104 @@
+"""What slide encoders have in common, and what embeds, probes and trains them may rely on: `LongNet` and `SlideViT`.
+
+    input projection ──▶ a stack of layers over packed slides ──▶ last norm ──▶ `SlideFeatures`
+
+The stack is a network's kind of attention: a decoder that is trained beside an encoder asks it for a smaller stack of
+the same kind.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from models.operations import Operations
+from models.sequence_parallel import Group
+
+
+class SlideFeatures(NamedTuple):
+    """What the encoder says about a packed batch of B slides with T tiles in all."""
+
+    tiles: Tensor  # (T, width) every tile, after all norms
+    cls: Tensor  # (B, width) the class tokens, after all norms
+    pooled: Tensor  # (B, width) the mean of a slide's tiles; a norm behind the layers' own comes after it
+    cls_layers: Tensor | None  # (depth + 1, B, width) class token of the embedding and each layer, last norm alone
+    pooled_layers: Tensor | None  # (depth + 1, B, width) the same for the mean of the tiles
+
+
+class SlideLayers(nn.Module, ABC):
+    """A stack of layers over packed slides, each with its class token first: the body of an encoder or a decoder."""
+
+    heads: int
+
+    @abstractmethod
+    def forward(
+        self,
+        x: Tensor,
+        lengths: Sequence[int],
+        seeds: Sequence[int] | None,
+        all_layers: bool = False,
+        cells: Tensor | None = None,
+    ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+        """(T, width) tokens of slides of ``lengths`` tokens → (T, width), and per state (embedding, then layers) its
+        class tokens and mean tiles, (B, width) each, where ``all_layers``.
+
+        seeds: one integer a slide, of its dropout; None: none. cells: (tiles, 2) of the tokens that are tiles.
+        """
+
+    @abstractmethod
+    def units(self) -> list[nn.Module]:
+        """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""
+
+    @abstractmethod
+    def operations(self, lengths: Sequence[int]) -> Operations:
+        """Of a pass over sequences of ``lengths`` tokens."""
+
+    @abstractmethod
+    def share_slides(self, group: Group) -> None:
+        """Let the processes of ``group`` share every slide's tokens. Raises ValueError where that can't be."""
+
+    @abstractmethod
+    def fill(self, name: str, tensor: Tensor, generator: torch.Generator, initial_residual: float) -> None:
+        """The first value of parameter ``name`` of the stack; what ends a residual branch is multiplied by
+        ``initial_residual``."""
+
+
+class SlideNetwork(nn.Module, ABC):
+    """A slide encoder: packed tile embeddings → `SlideFeatures`."""
+
+    input_width: int  # of the tile encoder's embeddings
+    width: int
+    initial_residual: float
+    encoder: SlideLayers
+
+    @abstractmethod
+    def forward(
+        self,
+        tokens: Tensor,
+        cells: Tensor,
+        lengths: Sequence[int],
+        seeds: Sequence[int] | None = None,
+        all_layers: bool = False,
+        extent: int | None = None,
+    ) -> SlideFeatures:
+        """Encode packed slides.
+
+        tokens: (T, input_width) tile embeddings, slide after slide. cells: (T, 2) (x, y) in the slide's grid of tiles.
+        lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are drawn; None
+        switches both off. all_layers: also collect class token and mean after every layer. extent: a number that all
+        cells are below, where it is known.
+        """
+
+    @abstractmethod
+    def operations(self, lengths: Sequence[int]) -> Operations:
+        """Of a pass over slides of ``lengths`` tiles."""
+
+    @abstractmethod
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
+
+    @abstractmethod
+    def decoder_layers(self, width: int, depth: int, heads: int, feed_forward_width: int) -> SlideLayers:
+        """A stack of the encoder's kind of layers for a decoder beside it, of its own size and without dropout."""
