@@ -9,8 +9,9 @@ labels= is a CSV, TSV or Parquet with the columns slide and label (classes, or a
 column), or slide, time and event. Optional: patient, whose slides are judged together; fold, split or fold_0, fold_1 …,
 who is judged when. Columns as Patho-Bench, eva and CLAM call them are known.
 
-Folds keep patients together and classes in proportion. Intervals are of a bootstrap over patients, and so are those of
-the difference to the mean of the tiles. It prints a table, and writes JSON to out= and a page beside it.
+Folds keep patients together (by the column, or TCGA's names) and classes in proportion. Intervals are of a bootstrap over
+patients, and so are those of the difference to the mean of the tiles; they tell who was judged, not what was fitted, and
+are too narrow for it. It prints a table, and writes JSON to out=, with every prediction, and a page beside it.
 
 Examples:
 
@@ -64,9 +65,10 @@ def run(config: Config) -> None:
         if out.suffix != ".json":
             raise Fault(f"out={out} must end with .json: the page is written beside it, with .html.")
         require_writable(out)
+        require_writable(out.with_suffix(".html"))
     store = EmbeddingStore.open(Path(config.store))
-    labelled = read_labels(Path(config.labels), config.label, {slide for slide in store.slides if store.rows(slide)})
-    for sentence in labelled.left_out:
+    labelled = read_labels(Path(config.labels), config.label, {slide: store.rows(slide) for slide in store.slides})
+    for sentence in labelled.said:
         say(sentence)
     rounds = rounds_of(labelled, config.folds, config.repeats, config.seed)
     encoder = (
@@ -87,14 +89,15 @@ def run(config: Config) -> None:
     )
     who = "as the table says" if labelled.rounds is not None else f"{config.folds} folds, {config.repeats} times"
     how = [
-        f"{len(rounds)} rounds ({who}), patients together; figures are means over the rounds",
-        "in brackets: 95 of 100 draws of a bootstrap over patients",
+        f"{len(rounds)} rounds ({who}); a figure is of all that is judged once, averaged over repetitions",
+        "in brackets: 95 of 100 draws of a bootstrap over those judged; what was fitted isn't drawn anew, so the truth"
+        " lies outside more often: of labels that tell nothing, in 15 of 100 tables with 60 cases",
         "linear models on standardised vectors: logistic regression (C = 1), ridge, or proportional hazards",
         "clusters of tiles are found without labels, on all of these slides",
     ]
     result = as_json(found, store, encoder, how)
-    print(slide_table(result))
     if out is not None:
+        write_whole(out, json.dumps(result, allow_nan=False) + "\n")
         write_whole(out.with_suffix(".html"), slide_probe_page(result, found))
-        write_whole(out, json.dumps(result, indent=2) + "\n")
         say(f"written to {out} and {out.with_suffix('.html')}")
+    print(slide_table(result))

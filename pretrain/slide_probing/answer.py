@@ -15,6 +15,7 @@ from pretrain.slide_probing.attention_mil import predicted_by_attention
 from pretrain.slide_probing.judge import Judge, Judged
 from pretrain.slide_probing.labels import LabelledSlides
 from pretrain.slide_probing.linear import predicted
+from pretrain.slide_probing.measures import MEASURES
 
 MEAN_ROW = "mean of tiles"
 ATTENTION_ROW = "attention over tiles, trained"
@@ -119,10 +120,14 @@ def as_json(found: Answers, store: EmbeddingStore, encoder: SlideEncoder | None,
             "classes": labelled.classes,
             "cases": len(labelled.bags),
             "slides": sum(map(len, labelled.bags)),
-            "left_out": labelled.left_out,
+            "said": labelled.said,
         },
         "rounds": len(judge.rounds),
         "measure": judge.main,
+        "measures": list(MEASURES[judge.kind]),
         "how": list(how),
+        "cases": labelled.names,
+        "truth": labelled.values.tolist(),
+        "judged": [judged.tolist() for _, judged in judge.rounds],
         "rows": {name: judge.row(judged, beside) for name, judged in found.rows.items()},
     }

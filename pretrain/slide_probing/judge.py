@@ -30,7 +30,7 @@ class Judge:
     """The same question to every row: the rounds, the measures of the kind of label, and the draws of patients."""
 
     def __init__(self, labelled: LabelledSlides, rounds: Sequence[Round], seed: int) -> None:
-        self.labelled, self.rounds = labelled, rounds
+        self.labelled, self.rounds, self.passes = labelled, rounds, passes_of(rounds)
         self.kind = "grades" if labelled.ordered else labelled.kind
         draw, n = rng(seed, "bootstrap"), len(labelled.bags)
         # How often each patient is in a draw, the same for all rows, so that differences are paired.
@@ -42,7 +42,8 @@ class Judge:
         return next(iter(MEASURES[self.kind]))
 
     def __call__(self, predict: Predict) -> Judged:
-        """Each round fits anew; a measure is the mean over the rounds of what it is among those judged."""
+        """Each round fits anew. A measure is taken of all that a pass over the cases predicts, and averaged over
+        passes: in the few cases of one fold, R² and the AUROC of rare classes mean nothing."""
         predictions = [predict(fitted, judged) for fitted, judged in self.rounds]
         measures = MEASURES[self.kind]
         figures = {name: self._mean(measure, predictions, None) for name, measure in measures.items()}
@@ -54,7 +55,9 @@ class Judge:
 
     def _mean(self, measure: Measure, predictions: list[np.ndarray], times: np.ndarray | None) -> float:
         found = []
-        for (_, judged), prediction in zip(self.rounds, predictions, strict=True):
+        for numbers in self.passes:
+            judged = np.concatenate([self.rounds[number][1] for number in numbers])
+            prediction = np.concatenate([predictions[number] for number in numbers])
             which = np.arange(len(judged)) if times is None else np.repeat(np.arange(len(judged)), times[judged])
             if len(which) > 1:
                 found.append(measure(self.labelled.values[judged[which]], prediction[which]))
@@ -63,7 +66,7 @@ class Judge:
 
     def row(self, judged: Judged, beside: Judged) -> dict[str, Any]:
         """A row of the JSON: each figure with its interval, and how much it is above ``beside``'s with that one's."""
-        row: dict[str, Any] = {}
+        row: dict[str, Any] = {"predictions": [np.round(some, 6).tolist() for some in judged.predictions]}
         for name, value in judged.figures.items():
             above = judged.resampled[name] - beside.resampled[name]
             row[name] = {
@@ -73,6 +76,19 @@ class Judge:
                 "above_mean_interval": interval(above),
             }
         return row
+
+
+def passes_of(rounds: Sequence[Round]) -> list[list[int]]:
+    """Numbers of rounds that judge each case once at most: the folds of one division, or a round of its own."""
+    passes: list[list[int]] = []
+    seen: set[int] = set()
+    for number, (_, judged) in enumerate(rounds):
+        if not passes or seen & set(judged.tolist()):
+            passes.append([])
+            seen = set()
+        passes[-1].append(number)
+        seen |= set(judged.tolist())
+    return passes
 
 
 def interval(draws: np.ndarray) -> list[float | None]:

@@ -8,7 +8,9 @@ fold | split | fold_0, fold_1, …         optional: a number, train/test, or a 
 """
 
 import csv
-from collections.abc import Collection, Sequence
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +24,9 @@ COLUMN_NAMES = {
     "patient": ("patient", "case_id", "patient_id", "case"),
     "label": ("label", "target"),
 }
+STANDS_FOR_NOTHING = {"", "na", "n/a", "nan", "none", "null"}
+SIDES = {"train": 0, "val": 1, "tune": 1, "test": 2}
+TCGA_PATIENT = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})-")
 ORDERED = 10  # classes: so many whole numbers at most are grades, more are a measurement
 Round = tuple[np.ndarray, np.ndarray]
 """Numbers of the bags to fit on, and of those to judge by."""
@@ -38,7 +43,7 @@ class LabelledSlides:
     classes: list[str]
     ordered: bool  # classes that are whole numbers
     rounds: list[Round] | None  # where the table says who is judged when
-    left_out: list[str]  # sentences
+    said: list[str]  # sentences: what was left out, and how patients are known
 
     @property
     def strata(self) -> np.ndarray:
@@ -46,8 +51,9 @@ class LabelledSlides:
         if self.kind == "classes":
             return self.values
         if self.kind == "survival":
-            return self.values[:, 1].astype(np.int64)
-        return np.digitize(self.values, np.quantile(self.values, (0.25, 0.5, 0.75)))
+            return np.unique(self.values[:, 1], return_inverse=True)[1]
+        quarters = np.digitize(self.values, np.quantile(self.values, (0.25, 0.5, 0.75)))
+        return np.unique(quarters, return_inverse=True)[1]
 
 
 @dataclass(frozen=True)
@@ -58,21 +64,21 @@ class _Row:
     told: dict[str, str]  # the whole line
 
 
-def read_labels(table: Path, column: str | None, known: Collection[str]) -> LabelledSlides:
-    """Read a CSV, TSV or Parquet table; ``known`` are the store's slides. Raises Fault, naming what is wrong and
-    where."""
+def read_labels(table: Path, column: str | None, known: Mapping[str, int]) -> LabelledSlides:
+    """Read a CSV, TSV or Parquet table; ``known`` are the store's slides with their numbers of tiles. Raises Fault,
+    naming what is wrong and where."""
     columns, lines = _read(table)
     slide_column, patient_column, asked = _columns(table, columns, column)
     rows = _rows(table, lines, slide_column, patient_column, asked, known)
-    kept, left_out = _judgeable(table, rows, slide_column, known)
+    kept, said = _judgeable(table, rows, slide_column, known)
+    said.append(_who_belongs_together(kept, patient_column))
     members: dict[str, list[_Row]] = {}
     for row in kept:
         first = members.setdefault(row.patient, [])
         if first and first[0].answer != row.answer:
             raise Fault(
                 f"{table} says two things of patient {row.patient}: {' '.join(first[0].answer)} ({first[0].slide}) and"
-                f" {' '.join(row.answer)} ({row.slide}): slides of a patient are judged together; leave the column"
-                f" {patient_column} out to judge each by itself."
+                f" {' '.join(row.answer)} ({row.slide}): slides of a patient are judged together, so they have one label."
             )
         first.append(row)
     kind, values, classes, ordered = _values(table, asked, [some[0].answer for some in members.values()])
@@ -84,7 +90,7 @@ def read_labels(table: Path, column: str | None, known: Collection[str]) -> Labe
         classes=classes,
         ordered=ordered,
         rounds=_rounds(table, columns, {patient: [row.told for row in some] for patient, some in members.items()}),
-        left_out=left_out,
+        said=said,
     )
 
 
@@ -93,8 +99,10 @@ def _columns(table: Path, columns: Sequence[str], label: str | None) -> tuple[st
     if label is not None and label not in columns:
         raise Fault(f"{table} has no column {label!r} (it has {', '.join(columns)}): name one of them, label=….")
     named = {kind: next((name for name in names if name in columns), None) for kind, names in COLUMN_NAMES.items()}
-    label = label or (None if {"time", "event"} <= set(columns) else named["label"])
     slide, survival = named["slide"], {"time", "event"} <= set(columns)
+    label = label or named["label"]
+    if survival and label == "time":
+        label = None
     if slide is None or (label is None and not survival):
         raise Fault(
             f"{table} has the columns {', '.join(columns)}: it needs slide and label, or slide, time and event; label=…"
@@ -109,7 +117,7 @@ def _rows(
     slide_column: str,
     patient_column: str | None,
     asked: Sequence[str],
-    known: Collection[str],
+    known: Mapping[str, int],
 ) -> list[_Row]:
     rows: dict[str, _Row] = {}
     for number, line in enumerate(lines, start=2):
@@ -118,18 +126,20 @@ def _rows(
             raise Fault(f"{table} names no slide in line {number}: fill it in, or remove the line.")
         if slide in rows:
             raise Fault(f"{table} has {slide} twice, the second time in line {number}: remove one.")
-        patient = line[patient_column] if patient_column else ""
+        named = TCGA_PATIENT.match(slide)
+        patient = line[patient_column] if patient_column else named[1] if named else ""
         rows[slide] = _Row(slide, patient or slide, tuple(line[name] for name in asked), line)
     return list(rows.values())
 
 
 def _judgeable(
-    table: Path, rows: Sequence[_Row], slide_column: str, known: Collection[str]
+    table: Path, rows: Sequence[_Row], slide_column: str, known: Mapping[str, int]
 ) -> tuple[list[_Row], list[str]]:
-    """Rows with a label and a slide in the store, and sentences about the others."""
+    """Rows with a label and a slide with tiles in the store, and sentences about the others."""
+    empty = [row.slide for row in rows if all(row.answer) and known.get(row.slide) == 0]
     unlabelled = [row.slide for row in rows if not all(row.answer)]
     unknown = [row.slide for row in rows if all(row.answer) and row.slide not in known]
-    kept = [row for row in rows if all(row.answer) and row.slide in known]
+    kept = [row for row in rows if all(row.answer) and known.get(row.slide)]
     if not kept:
         raise Fault(
             f"none of the slides of {table} is in the store with a label ({_some(unknown)}, say; the store has"
@@ -138,27 +148,54 @@ def _judgeable(
     sentences = (
         (unlabelled, f"of {table} without a label left out"),
         (unknown, f"of {table} not in the store left out"),
-        (sorted(set(known) - {row.slide for row in rows}), f"of the store without a line in {table} left out"),
+        (empty, f"of {table} without a tile left out"),
+        (
+            sorted({slide for slide in known if known[slide]} - {row.slide for row in rows}),
+            f"of the store without a line in {table} left out",
+        ),
     )
     return kept, [f"{_count(slides)} {what}" for slides, what in sentences if slides]
 
 
 def _read(table: Path) -> tuple[list[str], list[dict[str, str]]]:
     try:
-        if table.suffix == ".parquet":
+        if table.suffix in (".parquet", ".pq"):
             found = pq.read_table(table)
-            return list(found.column_names), [
-                {name: "" if value is None else str(value) for name, value in row.items()} for row in found.to_pylist()
+            return _once_each(table, found.column_names), [
+                {name.strip(): _text(value) for name, value in row.items()} for row in found.to_pylist()
             ]
         with table.open(newline="", encoding="utf-8-sig") as lines:
             reader = csv.DictReader(lines, delimiter="\t" if table.suffix == ".tsv" else ",")
-            rows = [{name: (value or "").strip() for name, value in row.items() if name} for row in reader]
-            return list(reader.fieldnames or []), rows
+            columns = _once_each(table, reader.fieldnames or [])
+            return columns, [{name.strip(): _text(value) for name, value in row.items() if name} for row in reader]
     except (OSError, ValueError, csv.Error) as error:
         raise Fault(f"{table} can't be read as a table ({error}): give a CSV, TSV or Parquet file.") from error
 
 
-def _slide(name: str, known: Collection[str]) -> str:
+def _once_each(table: Path, columns: Sequence[str]) -> list[str]:
+    names = [name.strip() for name in columns]
+    if twice := [name for name, times in Counter(names).items() if times > 1]:
+        raise Fault(f"{table} has the column {twice[0]!r} twice: call one of them something else.")
+    return names
+
+
+def _text(value: object) -> str:
+    """What a cell says, nothing for what stands for nothing, and 1 and 0 for true and false."""
+    if isinstance(value, bool):
+        return str(int(value))
+    text = "" if value is None else str(value).strip()
+    return "" if text.lower() in STANDS_FOR_NOTHING else text
+
+
+def _who_belongs_together(rows: Sequence[_Row], patient_column: str | None) -> str:
+    if patient_column is not None:
+        return f"slides of a patient are judged together, by the column {patient_column}"
+    if any(row.patient != row.slide for row in rows):
+        return "slides of a patient are judged together, by TCGA's names"
+    return "each slide stands for itself: where a patient has several, name them in a column patient"
+
+
+def _slide(name: str, known: Mapping[str, int]) -> str:
     """A slide as the store calls it, where the table has its file's name."""
     if name in known:
         return name
@@ -177,8 +214,11 @@ def _values(
             raise Fault(f"{table} has a time or an event that is no number ({error}): mend it.") from error
     if len(asked) == 2:
         assert numbers is not None
-        if not set(numbers[:, 1].tolist()) <= {0.0, 1.0} or not (numbers[:, 0] >= 0).all():
-            raise Fault(f"{table}: an event is 1 or 0 (not seen while it was looked for), and a time at least 0.")
+        times = numbers[:, 0]
+        if not set(numbers[:, 1].tolist()) <= {0.0, 1.0} or not (np.isfinite(times) & (times >= 0)).all():
+            raise Fault(
+                f"{table}: an event is 1 or 0 (not seen while it was looked for), and a time a number from 0 on."
+            )
         if numbers[:, 1].sum() < 2:
             raise Fault(f"{table} has {numbers[:, 1].sum():.0f} events: nobody can be compared; give more slides.")
         return "survival", numbers, [], False
@@ -188,6 +228,7 @@ def _values(
             raise Fault(f"{table} has a label that isn't finite: mend it.")
         if not (whole and different <= ORDERED):
             return "number", numbers[:, 0], [], False
+        answers = [(f"{value:g}",) for value in numbers[:, 0]]  # 1.0 is 1
         classes = sorted({answer[0] for answer in answers}, key=float)
     else:
         classes = sorted({answer[0] for answer in answers})
@@ -197,7 +238,7 @@ def _values(
     if (np.bincount(codes) < 2).any():
         rare = classes[int(np.bincount(codes).argmin())]
         raise Fault(f"{table} has one case only of {rare}: it can't be both learned and judged; leave it out.")
-    return "classes", codes, classes, numbers is not None
+    return "classes", codes, classes, numbers is not None and len(classes) > 2
 
 
 def _rounds(table: Path, columns: Sequence[str], members: dict[str, list[dict[str, str]]]) -> list[Round] | None:
@@ -205,7 +246,9 @@ def _rounds(table: Path, columns: Sequence[str], members: dict[str, list[dict[st
     by_round = sorted(
         (name for name in columns if name.startswith("fold_") and name[5:].isdigit()), key=lambda name: int(name[5:])
     )
-    names = by_round or [name for name in ("split", "fold") if name in columns][:1]
+    names = by_round or [name for name in ("split", "fold") if name in columns]
+    if len(names) > 1 and not by_round:
+        raise Fault(f"{table} has the columns split and fold, which say two things: leave one out.")
     rounds: list[Round] = []
     for name in names:
         sides = []
@@ -218,12 +261,18 @@ def _rounds(table: Path, columns: Sequence[str], members: dict[str, list[dict[st
                 )
             sides.append(told[0])
         side = np.array(sides)
+        if "" in sides:
+            raise Fault(f"{table} leaves {name} empty for {list(members)[sides.index('')]}: fill it in.")
         if name == "fold":
             rounds += [(np.flatnonzero(side != one), np.flatnonzero(side == one)) for one in sorted(set(sides))]
         else:
-            rounds.append((np.flatnonzero(np.isin(side, ("train", "val", "tune"))), np.flatnonzero(side == "test")))
-            if not all(map(len, rounds[-1])):
-                raise Fault(f"{table}: column {name} has no slide called train, or none called test: it needs both.")
+            if other := sorted({one for one in sides if one.lower() not in SIDES}):
+                raise Fault(f"{table}: column {name} says {other[0]!r}: it may say train, val (or tune) and test.")
+            part = np.array([SIDES[one.lower()] for one in sides])
+            # Where nothing is kept for a test, as in eva's tables, what is kept for validation is judged.
+            rounds.append((np.flatnonzero(part < part.max()), np.flatnonzero(part == part.max())))
+            if part.max() == 0:
+                raise Fault(f"{table}: column {name} says train of all: some must be test, or val.")
     return rounds or None
 
 

@@ -21,7 +21,7 @@ CURVES = (MEAN_ROW, SMOOTHED_STD_ROW, ATTENTION_ROW, "slide encoder, mean + std"
 
 def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
     """The whole page."""
-    labels, measures = result["labels"], list(next(iter(result["rows"].values())))
+    labels, measures = result["labels"], result["measures"]
     head = ["", *(f"{TITLES[name]} (95 % interval)" for name in measures), "above the mean of tiles"]
     rows = []
     for name, row in result["rows"].items():
@@ -31,11 +31,7 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
     sections = [Section("rows", "What each kind of vector tells", html_table(head, rows) + _said(result))]
     if labels["kind"] == "classes" and len(labels["classes"]) == 2:
         curves = picture_tag(_roc(found), "ROC curves of the rows")
-        sections.append(
-            Section(
-                "roc", "ROC curves", figure(curves, "All judged slides of all rounds together, each prediction once.")
-            )
-        )
+        sections.append(Section("roc", "ROC curves", figure(curves, "All that was judged, of all rounds together.")))
     pictures = [_components(found, name) for name in (MEAN_ROW, "slide encoder, mean + std") if name in found.vectors]
     shown = pair(*(picture_tag(picture, "Slides on two principal components") for picture in pictures))
     caption = "The first two principal components of the standardised vectors, coloured by label."
@@ -52,7 +48,7 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
 
 
 def _said(result: dict[str, Any]) -> str:
-    return "".join(paragraph(f"{sentence}.") for sentence in [*result["how"], *result["labels"]["left_out"]])
+    return "".join(paragraph(f"{sentence}.") for sentence in [*result["how"], *result["labels"]["said"]])
 
 
 def _roc(found: Answers) -> Image.Image:
@@ -77,13 +73,16 @@ def _together(found: Answers, judged: Judged) -> tuple[np.ndarray, np.ndarray]:
 
 def _components(found: Answers, name: str) -> Image.Image:
     labelled = found.judge.labelled
-    places = PCA(2).fit_transform(StandardScaler().fit_transform(found.vectors[name]))
+    scaled = StandardScaler().fit_transform(found.vectors[name])
+    components = min(2, *scaled.shape)
+    places = np.zeros((len(scaled), 2))  # what has one dimension lies on a line
+    places[:, :components] = PCA(components).fit_transform(scaled)
     drawn = Figure(figsize=(4.6, 4.2), dpi=110, layout="constrained")
     axes = drawn.subplots()
     if labelled.kind == "classes":
         for code, one in enumerate(labelled.classes):
             across, up = places[labelled.values == code].T
-            axes.scatter(across, up, s=14, alpha=0.75, label=one)
+            axes.scatter(across, up, s=14, alpha=0.75, label=one.replace("$", r"\$"))
         axes.legend(frameon=False, fontsize=8)
     else:
         value = labelled.values if labelled.kind == "number" else labelled.values[:, 0]

@@ -14,21 +14,21 @@ TITLES = {
 
 def slide_table(result: dict[str, Any]) -> str:
     """The table, what is beside it, and what was left out."""
-    labels, measures = result["labels"], list(next(iter(result["rows"].values())))
+    labels, measures = result["labels"], result["measures"]
     kind = {"classes": f"{len(labels['classes'])} classes", "number": "a number", "survival": "time and event"}
     width = max(map(len, result["rows"])) + 2
     lines = [
         f"{labels['slides']} slides of {labels['cases']} cases, labelled with {kind[labels['kind']]}",
         "",
-        f"{'':<{width}}" + "".join(f"{TITLES[name]:>24}" for name in measures) + f"{'above the mean':>26}",
+        f"{'':<{width}}" + "".join(f"{TITLES[name]:>27}" for name in measures) + f"{'above the mean':>29}",
     ]
     for name, row in result["rows"].items():
-        cells = "".join(f"{with_interval(row[measure]['value'], row[measure]['interval']):>24}" for measure in measures)
+        cells = "".join(f"{with_interval(row[measure]['value'], row[measure]['interval']):>27}" for measure in measures)
         first = row[result["measure"]]
         lines.append(
-            f"{name:<{width}}{cells}{with_interval(first['above_mean'], first['above_mean_interval'], '+'):>26}"
+            f"{name:<{width}}{cells}{with_interval(first['above_mean'], first['above_mean_interval'], '+'):>29}"
         )
-    lines += ["", *result["how"], *labels["left_out"]]
+    lines += ["", *result["how"], *labels["said"]]
     return "\n".join(lines)
 
 

@@ -9,6 +9,7 @@ from scipy.ndimage import gaussian_filter
 from sklearn.cluster import MiniBatchKMeans
 
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings
+from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
 from models.slide_network import SlideNetwork
@@ -32,6 +33,8 @@ def of_tiles_alone(slides: Iterator[SlideEmbeddings]) -> Vectors:
     found: dict[str, list[np.ndarray]] = {"mean of tiles": [], "mean + std": [], "mean + std + smoothed std": []}
     for slide in slides:
         tiles = np.asarray(slide.embeddings, dtype=np.float32)
+        if not np.isfinite(tiles).all():
+            raise Fault(f"embeddings of {slide.slide} are not finite: embed it again into a new folder.")
         both = np.concatenate([tiles.mean(axis=0), tiles.std(axis=0)])
         found["mean of tiles"].append(tiles.mean(axis=0))
         found["mean + std"].append(both)

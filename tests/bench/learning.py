@@ -83,7 +83,7 @@ class Asked:
 
     def folder(self, objective: str, seed: int) -> Path:
         """A run's, under a name of its own for other tiles, settings or lengths: what is there is gone on with."""
-        recipe = OmegaConf.to_yaml(recipe_of(objective, self.settings[objective]))
+        recipe = OmegaConf.to_yaml(recipe_of(objective, self.settings[objective]), sort_keys=True)
         asked = f"{self.tiles.resolve()} {self.other} {self.seen} {recipe}"
         return self.out / f"{objective}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 

@@ -6,7 +6,7 @@ from scipy import stats
 from sklearn import metrics
 
 from data.keyed import rng
-from pretrain.slide_probing.judge import Judge
+from pretrain.slide_probing.judge import Judge, passes_of
 from pretrain.slide_probing.labels import LabelledSlides
 from pretrain.slide_probing.linear import PENALTY, cox
 from pretrain.slide_probing.measures import (
@@ -84,6 +84,16 @@ def labelled(n: int) -> LabelledSlides:
         None,
         [],
     )
+
+
+def test_the_folds_of_one_division_are_measured_together() -> None:
+    folds = [np.arange(8)[i::4] for i in range(4)]
+    rounds = [(np.setdiff1d(np.arange(8), one), one) for one in folds]
+    assert passes_of([*rounds, *rounds[::-1]]) == [[0, 1, 2, 3], [4, 5, 6, 7]]
+    judge = Judge(labelled(8), [(np.setdiff1d(np.arange(8), [i]), np.array([i])) for i in range(8)], 0)
+    score = np.arange(8.0)
+    found = judge(lambda _, who: np.stack([-score[who], score[who]], 1))  # each fold has one case alone
+    assert found.figures["auroc"] == auroc(np.arange(8) % 2, np.stack([-score, score], 1))
 
 
 def test_intervals_are_paired_and_hold_what_is_true_in_nearly_all_of_many_samples() -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from data.embeddings.store import EmbeddingStore
 from launch.entry import run_command_line
@@ -53,6 +54,10 @@ def test_every_row_is_judged_with_its_interval_and_written_as_json_and_page(
         low, high = row["auroc"]["interval"]
         assert low <= row["auroc"]["value"] <= high or np.isclose(low, high)
     assert found["labels"]["classes"] == ["mixed", "nests"] and found["rounds"] == 5
+    judged = np.concatenate(found["judged"])
+    shares = np.concatenate(rows["mean + std"]["predictions"])
+    expected = roc_auc_score(np.array(found["truth"])[judged], shares[:, 1])
+    assert rows["mean + std"]["auroc"]["value"] == pytest.approx(expected, abs=1e-6)
     page = (place / "probe.html").read_text()
     assert "ROC curves" in page and page.count("data:image/jpeg") == 3
 

@@ -11,7 +11,7 @@ from data.fault import Fault
 from pretrain.slide_probing.folds import rounds_of
 from pretrain.slide_probing.labels import read_labels
 
-KNOWN = {f"s{i}" for i in range(8)}
+KNOWN = {f"s{i}": 5 for i in range(8)}
 
 
 def table(folder: Path, text: str, name: str = "labels.csv") -> Path:
@@ -56,9 +56,50 @@ def test_tables_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "l.parquet", None, KNOWN).classes == ["a", "b"]
 
 
+def test_patients_are_known_by_a_column_or_by_tcgas_names_and_which_is_said(tmp_path: Path) -> None:
+    names = {f"TCGA-AA-000{i // 2}-01Z-00-DX{i % 2 + 1}": 5 for i in range(8)}
+    lines = [f"{name},{'ab'[i // 2 % 2]}" for i, name in enumerate(names)]
+    found = read_labels(table(tmp_path, "slide,label\n" + "\n".join(lines)), None, names)
+    assert found.names == [f"TCGA-AA-000{i}" for i in range(4)] and "by TCGA's names" in found.said[-1]
+    alone = read_labels(table(tmp_path, "slide,label\n" + rows(*"abababab")), None, KNOWN)
+    assert "each slide stands for itself" in alone.said[-1]
+
+
+def test_what_stands_for_nothing_is_no_label_and_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
+    found = read_labels(
+        table(tmp_path, "slide, label\n" + rows("1", "1.0", "NA", "0", "0", "nan", "1", "")), None, KNOWN
+    )
+    assert found.classes == ["0", "1"] and len(found.bags) == 5 and not found.ordered
+
+
+def test_labels_that_fill_no_quarter_or_one_side_only_are_divided_all_the_same(tmp_path: Path) -> None:
+    zeros = read_labels(
+        table(tmp_path, "slide,label\n" + rows("0", "0", "0", "0", "0", "0", "0.5", "0.25")), None, KNOWN
+    )
+    events = read_labels(table(tmp_path, "slide,time,event\n" + rows(*(f"{i},1" for i in range(8)))), None, KNOWN)
+    for found in (zeros, events):
+        assert len(rounds_of(found, folds=2, repeats=1, seed=0)) == 2
+
+
+def test_a_round_of_the_table_that_cannot_be_fitted_is_refused(tmp_path: Path) -> None:
+    text = "slide,label,fold\n" + rows("a,0", "a,0", "b,1", "b,1", "a,0", "a,0", "b,1", "b,1")
+    with pytest.raises(Fault, match="no case of a to fit on where s0 is judged"):
+        rounds_of(read_labels(table(tmp_path, text), None, KNOWN), 5, 1, 0)
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
+        ("slide,label,label\ns0,a,b", "has the column 'label' twice"),
+        ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},{['train', 'dev'][i % 2]}" for i in range(8))), "says 'dev'"),
+        (
+            "slide,label,fold\n" + rows(*(f"{'ab'[i % 2]},{'1' if i else ''}" for i in range(8))),
+            "leaves fold empty for s0",
+        ),
+        (
+            "slide,label,fold,split\n" + rows(*(f"{'ab'[i % 2]},1,train" for i in range(8))),
+            "split and fold, which say two",
+        ),
         ("slide,grade\ns0,a", "has the columns slide, grade: it needs slide and label"),
         ("slide,label\ns0,a\ns0,b", "has s0 twice, the second time in line 3"),
         ("slide,label\n,a", "names no slide in line 2"),
@@ -67,7 +108,7 @@ def test_tables_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
         ("slide,label\n" + rows(*"aaaaaaab"), "has one case only of b"),
         ("slide,patient,label\ns0,p,a\ns1,p,b\ns2,q,b", "says two things of patient p: a (s0) and b (s1)"),
         ("slide,patient,label,fold\ns0,p,a,1\ns1,p,a,2\ns2,q,b,1\ns3,r,b,1\ns4,t,a,1", "patient p is in fold 1 and 2"),
-        ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},train" for i in range(8))), "none called test"),
+        ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},train" for i in range(8))), "says train of all"),
         ("slide,time,event\n" + rows(*(f"{i},2" for i in range(8))), "an event is 1 or 0"),
         ("slide,time,event\n" + rows(*(f"{i},0" for i in range(8))), "has 0 events"),
         ("slide,time,event\n" + rows(*(f"{i},yes" for i in range(8))), "that is no number"),
@@ -83,12 +124,12 @@ def test_slides_without_label_and_labels_without_slide_are_left_out_and_said(tmp
     text = "slide,label\ns0,a\ns1,b\ns2,\ns3,a\ns4,b\nelsewhere,a"
     found = read_labels(table(tmp_path, text), None, KNOWN)
     assert [bag[0] for bag in found.bags] == ["s0", "s1", "s3", "s4"]
-    said = "; ".join(found.left_out)
+    said = "; ".join(found.said)
     assert "1 slide (s2) of" in said and "1 slide (elsewhere)" in said and "3 slides (s5, …) of the store" in said
 
 
 def test_folds_keep_patients_together_and_classes_in_proportion(tmp_path: Path) -> None:
-    known = {f"s{i}" for i in range(60)}
+    known = {f"s{i}": 5 for i in range(60)}
     lines = [f"s{i},p{i // 2},{'ab'[i // 2 % 3 == 0]}" for i in range(60)]
     found = read_labels(table(tmp_path, "slide,patient,label\n" + "\n".join(lines)), None, known)
     rounds = rounds_of(found, folds=5, repeats=2, seed=0)
