@@ -43,7 +43,8 @@ def cores_of_each(processes: int, environment: Mapping[str, str], here: float) -
     # As SLURM writes it, 72(x2),36: of the nodes the one with the fewest.
     of_job = re.findall(r"(?:^|,)(\d+)", environment.get("SLURM_JOB_CPUS_PER_NODE", ""))
     share = (min(map(int, of_job)) if of_job else here) / processes
-    return min(share, float(environment.get("SLURM_CPUS_PER_TASK") or math.inf))
+    of_task = environment.get("SLURM_CPUS_PER_TASK", "")
+    return min(share, float(of_task) if of_task.isdecimal() else math.inf)
 
 
 def usable_cores() -> float:

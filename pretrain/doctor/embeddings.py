@@ -34,7 +34,7 @@ def check_embeddings(
         return [failed("embeddings", str(fault))]
     tiles = [store.rows(slide) for slide in store.slides]
     what = (
-        f"{len(tiles):,} slides of {sum(tiles):,} tiles × {store.width}, the largest of {max(tiles):,}:"
+        f"{len(tiles):,} slides with {sum(tiles):,} tiles in all × {store.width}, the largest of {max(tiles):,}:"
         f" {len(sequences.training):,} sequences to train on and {len(sequences.validation):,} held out, {data.lanes}"
         f" lanes on {processes} processes"
     )

@@ -161,7 +161,7 @@ def judged_of(objective: SlideObjective, batch: Any) -> dict[str, Tensor]:
     who, form = f"{type(objective).__name__}.judged", "rows by name, {'error': a tensor of a row a sequence, …}"
     given = _given(who, objective.judged(batch), Mapping, form)
     for name, rows in given.items():
-        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) != len(batch.lengths):
+        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) != len(batch.lengths) or rows.is_complex():
             raise Fault(f"{who} must give {form}, {len(batch.lengths)} here, and gives {name} as {_kind(rows)}.")
     return dict(given)
 
@@ -170,7 +170,16 @@ def evaluation_of(objective: SlideObjective, rows: Mapping[str, Tensor]) -> dict
     """The figures of held-out slides, ``loss`` among them as ``validation_loss``. Raises Fault as `look_of` does, and
     where the objective's ``score`` isn't there."""
     kind = type(objective).__name__
+    if not rows and type(objective).evaluate is not SlideObjective.evaluate:
+        raise Fault(
+            f"{kind}.evaluate makes figures of the rows that {kind}.judged gives of each batch of held-out slides, and"
+            " that gives none: write it, 'def judged(self, batch)' → {'error': a tensor of a row a sequence, …}."
+        )
     given = _given(f"{kind}.evaluate", objective.evaluate(rows), Mapping, FIGURES)
+    if {"loss", "validation_loss"} <= set(given):
+        raise Fault(
+            f"{kind}.evaluate gives loss, which is recorded as validation_loss, and that too: give one of them."
+        )
     own = {"validation_loss" if name == "loss" else name: value for name, value in given.items()}
     found = {name: float(value) for name, value in _figures(f"{kind}.evaluate", own, objective.stage).items()}
     if objective.score and objective.score not in found:

@@ -34,16 +34,19 @@ class Evaluation:
     samples: int  # judged at each: slides held out, or labelled tiles
     looks: int
     flops: float  # of a process, all times together
+    passes: int = 1  # forwards of each sample
 
 
 def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evaluation:
-    """Of a run of the slide stage that has ``slides.count`` slides."""
+    """Of a run of the slide stage that has ``slides.count`` slides, or the fields that it cuts them into."""
     data = run.data
-    held_out = max(1, round(data.validation_fraction * run.slides.count)) if data.validation_fraction else 0
+    # Fields overlap by half, so a slide has one for each quarter of a field's cells.
+    fields = max(1, round(run.slides.tiles / (data.field_cells / 2) ** 2)) if data.field_cells else 1
+    held_out = max(1, round(data.validation_fraction * run.slides.count)) * fields if data.validation_fraction else 0
     slides = min(held_out, run.watch.held_out_slides)
     times = len(judged_steps(run))
     one = data.copy()
-    one.update(batch_size=1, lanes=1, batch_tokens=None, field_cells=0, crop=1.0)
+    one.update(batch_size=1, lanes=1, batch_tokens=None, crop=1.0)
     # One slide, shared by as many processes as in the run; sharded over so many, which changes no operation.
     alone = replace(
         settings, processes=settings.together, shard_size=settings.together, checkpointing="none", accumulate=1
@@ -52,7 +55,7 @@ def of_slides(run: RunShape, settings: Settings, fused_attention: bool) -> Evalu
     passes: int = plugins.locate_class(run.objective["_target_"], SlideObjective).evaluation_passes
     forward = sum(count for (_, way), count in found.flops.items() if way == "forward")
     own = -(-slides * settings.together // settings.processes)
-    return Evaluation(times, slides, 0, passes * times * own * forward)
+    return Evaluation(times, slides, 0, passes * times * own * forward, passes)
 
 
 def of_tiles(run: RunShape, settings: Settings) -> Evaluation:

@@ -128,6 +128,6 @@ def _settings(shape: RunShape, processes: int) -> Settings:
 def _reading_cost(shape: RunShape, config: Any) -> tuple[float, float]:
     """Megabytes and core-seconds of a tile or slide."""
     if shape.stage == "slide":
-        return slide_cost(config.slides, config.input)
+        return slide_cost(config.slides, shape.data.field_cells, config.input)
     further = checked_views(shape.objective, shape.model["patch_size"], shape.data.crops.relative_to)
     return tile_cost(shape.data, further, config.input)

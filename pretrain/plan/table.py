@@ -85,7 +85,7 @@ def plan_table(found: dict[str, Any]) -> str:
             f" {found['dollars_per_hour']:g} an hour and GPU (dollars_per_hour=)"
         ),
         _of_evaluation(found),
-        *(OF_SLIDES if found["slides"] else []),
+        *(OF_SLIDES if any("gigapath_slide" in word for word in found["settings"]) else []),
         "",
         "Input of each node (computed from costs measured on two shared cores; input= has them)",
         (
@@ -143,8 +143,11 @@ def _of_evaluation(found: dict[str, Any]) -> str:
     if found["slides"] and not samples:
         return "  no evaluation: data.validation_fraction=0 holds no slides out"
     if found["slides"]:
+        passes = judged["passes"]
+        if not passes:
+            return "  no evaluation: the objective passes no held-out slide forward (its evaluation_passes)"
         what = (
-            f"{at_checkpoints}two forwards of {samples:,} slides, shared by the processes (watch.held_out_slides= of"
+            f"{at_checkpoints}{'a forward' if passes == 1 else f'{passes} forwards'} of {samples:,} slides, shared by the processes (watch.held_out_slides= of"
             f" data.validation_fraction= of slides.count={found['slides']['count']:,})"
         )
     elif not samples and not looks:

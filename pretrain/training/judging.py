@@ -55,6 +55,10 @@ class Judgement(L.Callback):
     def judge(self, training: Training, figures: dict[str, float]) -> None:
         """Note a checkpoint's score; decide, on all ranks alike, whether to wait for a better one."""
         score = figures.get(training.score)
+        if score is not None and not math.isfinite(score) and training.global_rank == 0:
+            say(
+                f"{training.run}: {training.score} isn't finite after step {training.step}, so it is compared with no other"
+            )
         if score is not None and math.isfinite(score):
             training.scored.append((training.step, score))
         waited = best.waited(training.scored) if training.global_rank == 0 else 0

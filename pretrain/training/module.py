@@ -330,15 +330,16 @@ class Training(L.LightningModule, ABC):
         counts = [torch.full_like(some, value) for value in counted.values()]
         everywhere = total(torch.stack([*sums.values(), *counts]))  # one exchange between ranks
         figures = torch.cat([everywhere[: len(sums)] / world_size(), torch.stack(list(norms.values()))])
+        decisive = torch.cat([figures[list(sums).index("loss")].view(1), figures[len(sums) :]])  # others are to be seen
         # The optimiser is told on the device whether to take the step. To ask first would leave the device idle while
         # the optimiser's kernels are being launched.
-        optimiser.found_inf = (~figures.isfinite().all()).float()
+        optimiser.found_inf = (~decisive.isfinite().all()).float()
         self.optimizers().step()  # type: ignore[union-attr]  # through Lightning, which counts it
         numbers = torch.cat([figures, everywhere[len(sums) :]]).tolist()  # the one wait of a step
         values = dict(zip([*sums, *norms], numbers, strict=False))
         found = dict(zip(counted, numbers[len(values) :], strict=True))
         self.operations = found.pop("operations", 0.0) / world_size()
-        finite = all(math.isfinite(value) for value in values.values())
+        finite = all(math.isfinite(values[name]) for name in ("loss", *norms))
         if finite:
             objective.after_step(moment)
             self.skipped_in_a_row = 0

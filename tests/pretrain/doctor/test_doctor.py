@@ -254,7 +254,7 @@ def slide_data(store: Path, *words: str) -> SlideData:
 
 def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
     looked, rate = embeddings.check_embeddings(slide_data(store), 2, 1, None, 0)
-    assert looked.status == "ok" and "6 slides of " in looked.says and "2 lanes on 2 processes" in looked.says
+    assert looked.status == "ok" and "6 slides with " in looked.says and "2 lanes on 2 processes" in looked.says
     assert rate.status == "ok" and "say slides_per_second=" in rate.says
     assert embeddings.check_embeddings(slide_data(store), 2, 1, 1e9, 0)[1].status == "FAIL"
     looked, _ = embeddings.check_embeddings(slide_data(store, "data.batch_size=8"), 1, 1, None, 0)

@@ -307,13 +307,14 @@ class Scored(Judged):
 
 
 MOMENT = Moment(0, 1, 0)
+ROWS = {"e": torch.ones(1)}
 
 
 ASKED: dict[str, Callable[[Any], object]] = {
     "prepare": lambda own: prepared(own, [1, 2], MOMENT),
     "look": lambda own: look_of(own, [], MOMENT),
     "judged": lambda own: judged_of(own, SimpleNamespace(lengths=[3, 4])),
-    "evaluate": lambda own: evaluation_of(own, {}),
+    "evaluate": lambda own: evaluation_of(own, {"e": torch.ones(1)}),
     "operations": lambda own: operations_of(own, []),
     "prototype_counts": require_trainable,
 }
@@ -329,10 +330,12 @@ ASKED: dict[str, Callable[[Any], object]] = {
         ("look", {"loss": 1.0}, "gives loss, which the record names figures of its own: call them something else"),
         ("judged", None, "must give rows by name, {'error': a tensor of a row a sequence, …}, and gives None."),
         ("judged", {"e": torch.ones(3)}, "a row a sequence, …}, 2 here, and gives e as a tensor of shape (3,)."),
+        ("judged", {"e": torch.ones(2) * 1j}, "2 here, and gives e as a tensor of shape (2,)."),
         ("judged", {"e": 0.5}, "2 here, and gives e as a float."),
         ("evaluate", None, "must give figures by name, {'accuracy': 0.5, …}, and gives None."),
         ("evaluate", torch.ones(()), "and gives a tensor of shape ()."),
         ("evaluate", {"acc": torch.ones(2)}, "and gives acc as a tensor of shape (2,)."),
+        ("evaluate", {"loss": 1.0, "validation_loss": 1.0}, "is recorded as validation_loss, and that too"),
         ("evaluate", {"step": 3, "acc": 1.0}, "gives step, which the record names figures of its own"),
         ("operations", 1e9, "must give Operations(forward, backward, …), sums of what its networks' operations()"),
         ("prototype_counts", [64], "must give numbers by kind of target, and gives a list."),
@@ -353,7 +356,7 @@ def test_what_a_method_gives_in_its_form_is_taken() -> None:
     objective.operations = lambda _: Operations(1.0)  # type: ignore[method-assign]
     assert operations_of(objective, []) == Operations(1.0)
     accuracy = torch.tensor([0.25, 0.5])
-    assert evaluation_of(Judged({"acc": accuracy.mean(), "r2": 0.1, "n": 3, "loss": accuracy[:1]}), {}) == {
+    assert evaluation_of(Judged({"acc": accuracy.mean(), "r2": 0.1, "n": 3, "loss": accuracy[:1]}), ROWS) == {
         "acc": 0.375,
         "r2": 0.1,
         "n": 3.0,
@@ -363,8 +366,13 @@ def test_what_a_method_gives_in_its_form_is_taken() -> None:
 
 def test_a_score_that_is_no_figure_of_the_evaluation_is_refused_with_those_there_are() -> None:
     with pytest.raises(Fault, match=r"^Scored\.score is 'nothere', which .* doesn't give: .*\(acc, f1\)"):
-        evaluation_of(Scored({"acc": 0.5, "f1": 0.5}), {})
-    assert evaluation_of(Scored({"nothere": 0.5}), {}) == {"nothere": 0.5}
+        evaluation_of(Scored({"acc": 0.5, "f1": 0.5}), ROWS)
+    assert evaluation_of(Scored({"nothere": 0.5}), ROWS) == {"nothere": 0.5}
+
+
+def test_figures_without_rows_are_refused_with_what_gives_rows() -> None:
+    with pytest.raises(Fault, match=r"^Judged\.evaluate makes figures of the rows that Judged\.judged gives"):
+        evaluation_of(Judged({"acc": 0.5}), {})
 
 
 RECORDED = [

@@ -242,8 +242,10 @@ def test_evaluation_is_counted_and_said() -> None:
     pace = found["pace"]
     assert pace["hours"] == pytest.approx(10 * pace["step_seconds"] / 3600 + pace["evaluation_hours"])
     text = plan_table(found)
-    assert "are evaluation: 3 checkpoints" in text and "two forwards of 10 slides, shared by the processes" in text
-    assert "3,072 A100-hours" in text and "what else took the time is not published" in text
+    assert "are evaluation: 3 checkpoints" in text and "2 forwards of 10 slides, shared by the processes" in text
+    assert "3,072 A100-hours" not in text
+    found["settings"] = ["recipe=gigapath_slide"]
+    assert "3,072 A100-hours" in plan_table(found)
     found["evaluation"]["samples"] = 0
     assert "no evaluation: data.validation_fraction=0" in plan_table(found)
 

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from data.fault import Fault
 from pretrain.training import judged_together
 from pretrain.training.judged_together import own_passes, rows_of_all
 
@@ -30,5 +31,22 @@ def test_the_rows_of_all_are_the_same_on_any_number_of_ranks(ranks: int, monkeyp
     for rank in range(ranks):
         passes = own_passes(batches, rank, ranks)
         rows_of_all(passes, lambda some: {"v": values[some], "n": values[some, 0]}, numbers, torch.device("cpu"))
-    for i, expected in enumerate((values[numbers], values[numbers, 0])):
+    for i, expected in enumerate((values[numbers, 0], values[numbers])):  # by name, whatever the order they came in
         assert torch.equal(torch.stack([tables[i] for tables in sums.values()]).sum(0), expected)
+
+
+@pytest.mark.parametrize(
+    ("second", "sentence"),
+    [
+        ({"e": torch.ones(1)}, "late is rows of shape () in one batch and nothing in another"),
+        (
+            {"e": torch.ones(1), "late": torch.ones(1, 2)},
+            "late is rows of shape () in one batch and rows of shape (2,)",
+        ),
+    ],
+)
+def test_rows_that_differ_between_batches_are_refused(second: dict[str, torch.Tensor], sentence: str) -> None:
+    given = iter([{"late": torch.ones(1), "e": torch.ones(1)}, second])
+    with pytest.raises(Fault) as refused:
+        rows_of_all([([0], True), ([1], True)], lambda _: next(given), [0, 1], torch.device("cpu"))
+    assert sentence in str(refused.value)
