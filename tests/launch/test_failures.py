@@ -93,6 +93,7 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiles(tmp_path_factory.mktemp("tiles") / "shards", [40, 37])
 
 
+@pytest.mark.slow
 def test_the_last_lines_name_the_rank_that_failed_and_not_those_that_lost_it(shards: Path, tmp_path: Path) -> None:
     words, environment = failing_run(tmp_path, shards, rank=1)
     ended = subprocess.run(

@@ -90,6 +90,7 @@ def nodes(nodes: int, each: int) -> list[str]:
     return [f"launch.nodes={nodes}", f"launch.processes_per_node={each}"]
 
 
+@pytest.mark.slow
 def test_an_array_of_jobs_cuts_what_one_cuts_and_another_job_merges_it(cluster: Cluster, tmp_path: Path) -> None:
     (tmp_path / "slides").mkdir()
     for name in ("a", "b", "c"):

@@ -140,6 +140,7 @@ def test_one_process_sends_nothing() -> None:
     assert (sends.calls, sends.seconds, sum(sends.sent.values())) == (0, 0.0, 0)
 
 
+@pytest.mark.slow
 def test_a_slow_network_is_said_with_the_sharding_that_suffers_less() -> None:
     words = (*MAE, "data.lanes=4", "trainer.precision=bf16", "launch.nodes=2", "launch.gpus_per_node=2")
     slow = make_plan(planned(*words, "hardware.inter_node_gb_s=0.001"))

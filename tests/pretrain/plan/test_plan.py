@@ -16,7 +16,7 @@ from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan.batches import SupposedSlides, lane
 from pretrain.plan.composed_run import compose_run, set_run_words_aside
 from pretrain.plan.estimate import Estimate, Settings, estimate, held_all_the_time, shards
-from pretrain.plan.evaluation import of_slides
+from pretrain.plan.evaluation import judged_steps, of_slides
 from pretrain.plan.full_plan import make_plan
 from pretrain.plan.gpu_overhead import gpu_overhead
 from pretrain.plan.published import implied
@@ -253,10 +253,10 @@ def test_evaluation_is_counted_and_said() -> None:
 def test_judging_takes_a_run_of_the_published_recipe_less_than_a_twentieth_of_its_tokens() -> None:
     """Forwards alone, of whole slides; training passes each slide's crop forward and, at twice the cost, backward."""
     run = run_shape(compose_run(["recipe=gigapath_slide"], []), SupposedSlides(1536, 8090, 50_000, count=171_189))
-    judged = of_slides(run, Settings(64, 64, "bf16", "none", 1), fused_attention=True)
-    assert judged.samples == 256 and judged.times == 81
+    times, samples = len(judged_steps(run)), run.watch.held_out_slides
+    assert samples == 256 and times == 81
     trained = run.steps * run.data.batch_size * run.data.crop**2
-    assert judged.times * judged.samples * SlideMAE.evaluation_passes / trained < 0.05
+    assert times * samples * SlideMAE.evaluation_passes / trained < 0.05
 
 
 def test_held_out_slides_are_shared_by_the_processes() -> None:

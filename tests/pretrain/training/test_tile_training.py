@@ -135,7 +135,8 @@ def assert_close(found: Path, expected: Path) -> None:
 
 
 # Sinkhorn's way through two processes is that of the jobs in tests/launch/test_slurm.py too.
-@pytest.mark.parametrize("way", ["everything", pytest.param("sinkhorn", marks=pytest.mark.slow)])
+@pytest.mark.slow  # SLURM's jobs of two ranks are held to one process's losses in the default suite
+@pytest.mark.parametrize("way", ["everything", "sinkhorn"])
 def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
     tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, way: str
 ) -> None:
