@@ -34,7 +34,7 @@ from models.sequence_parallel import (
     to_heads,
     to_tokens,
 )
-from models.slide_network import SlideFeatures, SlideLayers, SlideNetwork
+from models.slide_network import SlideFeatures, SlideLayers, SlideNetwork, require_packed, stacked_layers
 
 # Tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else.
 PIECE = 4096
@@ -115,21 +115,14 @@ class LongNet(SlideNetwork):
         drawn; None switches both off. all_layers: also collect CLS and mean after every layer. extent: a number that all
         cells are below, where it is known: see `position_embedding`.
         """
-        if not len(tokens) == len(cells) == sum(lengths):
-            raise ValueError(
-                f"{len(tokens)} tokens, {len(cells)} cells and slides of {list(lengths)} tiles do not agree"
-            )
+        require_packed(tokens, cells, lengths)
         x = self.patch_embed["proj"](tokens)
         x = x + position_embedding(cells, self.width, extent).to(x.dtype)
         x = prepend(self.cls_token[0], x, lengths)
         lengths = [n + 1 for n in lengths]
         x, states = self.encoder(x, lengths, seeds, all_layers)
         tiles, cls, means = summarise(x, lengths)
-        layers = [(self.norm(cls), self.norm(mean)) for cls, mean in states]
-        cls_layers, pooled_layers = (
-            (torch.stack(rows) for rows in zip(*layers, strict=True)) if layers else (None, None)
-        )
-        return SlideFeatures(self.norm(tiles), self.norm(cls), self.norm(means), cls_layers, pooled_layers)
+        return SlideFeatures(self.norm(tiles), self.norm(cls), self.norm(means), *stacked_layers(states, self.norm))
 
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over slides of ``lengths`` tiles."""

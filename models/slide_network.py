@@ -102,3 +102,20 @@ class SlideNetwork(nn.Module, ABC):
     @abstractmethod
     def decoder_layers(self, width: int, depth: int, heads: int, feed_forward_width: int) -> SlideLayers:
         """A stack of the encoder's kind of layers for a decoder beside it, of its own size and without dropout."""
+
+
+def require_packed(tokens: Tensor, cells: Tensor, lengths: Sequence[int]) -> None:
+    """Raise ValueError unless there are as many tokens and cells as slides of ``lengths`` tiles have."""
+    if not len(tokens) == len(cells) == sum(lengths):
+        raise ValueError(f"{len(tokens)} tokens, {len(cells)} cells and slides of {list(lengths)} tiles do not agree")
+
+
+def stacked_layers(
+    states: Sequence[tuple[Tensor, Tensor]], norm: nn.Module
+) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """Class tokens and means of a stack's states, each after the last ``norm``: (depth + 1, B, width) twice, None where
+    there are no states."""
+    if not states:
+        return None, None
+    cls, means = (torch.stack([norm(one) for one in of_each]) for of_each in zip(*states, strict=True))
+    return cls, means

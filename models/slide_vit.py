@@ -27,7 +27,7 @@ from models.distance_attention import (
 from models.longnet import drop_path, dropout, in_pieces, prepend, summarise
 from models.operations import Operations, attention_products, linear_maps, total_operations
 from models.sequence_parallel import Group, TokenShare
-from models.slide_network import SlideFeatures, SlideLayers, SlideNetwork
+from models.slide_network import SlideFeatures, SlideLayers, SlideNetwork, require_packed, stacked_layers
 
 SLOPES = ("fixed", "learned")
 
@@ -92,10 +92,7 @@ class SlideViT(SlideNetwork):
         of the tiles whose projection the mask token replaces. valid: (T,) bool, False for cells without a tile: they
         see none but themselves, nothing sees them, and means leave them out.
         """
-        if not len(tokens) == len(cells) == sum(lengths):
-            raise ValueError(
-                f"{len(tokens)} tokens, {len(cells)} cells and slides of {list(lengths)} tiles do not agree"
-            )
+        require_packed(tokens, cells, lengths)
         x = F.gelu(self.patch_embed["proj"](tokens))
         if masked is not None:
             x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
@@ -104,11 +101,7 @@ class SlideViT(SlideNetwork):
             prepend(first, x, lengths), [n + len(first) for n in lengths], seeds, all_layers, cells, valid
         )
         tiles, cls, means = summarise_valid(x, [n + len(first) for n in lengths], len(first), valid)
-        layers = [(self.encoder.norm(cls), self.encoder.norm(mean)) for cls, mean in states]
-        cls_layers, pooled_layers = (
-            (torch.stack(rows) for rows in zip(*layers, strict=True)) if layers else (None, None)
-        )
-        return SlideFeatures(tiles, cls, means, cls_layers, pooled_layers)
+        return SlideFeatures(tiles, cls, means, *stacked_layers(states, self.encoder.norm))
 
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over slides of ``lengths`` tiles."""

@@ -1,10 +1,10 @@
 """Which slides of a store are used: a list of the user's."""
 
-import csv
 from pathlib import Path
 
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
+from data.slides.lists import TABLES, read_table, read_text
 
 
 def open_chosen(store: Path, table: Path | None) -> EmbeddingStore:
@@ -17,16 +17,15 @@ def open_chosen(store: Path, table: Path | None) -> EmbeddingStore:
 def named_in(table: Path) -> set[str]:
     """The slides that a table names. Raises Fault where it can't be read, or names none."""
     try:
-        with table.open(newline="", encoding="utf-8-sig") as lines:
-            if table.suffix.lower() == ".csv":
-                reader = csv.DictReader(lines)
-                if "slide" not in (reader.fieldnames or []):
-                    columns = ", ".join(reader.fieldnames or []) or "none"
-                    raise Fault(f"{table} has no column slide (it has {columns}): call the one with the slides so.")
-                names = {(row["slide"] or "").strip() for row in reader}
-            else:
-                names = {line.strip() for line in lines}
-    except (OSError, ValueError, csv.Error) as error:
+        if table.suffix.lower() in TABLES:
+            header, *rows = read_table(table)
+            if "slide" not in header:
+                columns = ", ".join(header)
+                raise Fault(f"{table} has no column slide (it has {columns}): call the one with the slides so.")
+            names = {row[header.index("slide")] for row in rows}
+        else:
+            names = {line.strip() for line in read_text(table).splitlines()}
+    except OSError as error:
         raise Fault(f"{table} can't be read as a list of slides ({error}): give a CSV or a text.") from error
     names.discard("")
     if not names:

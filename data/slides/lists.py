@@ -83,6 +83,15 @@ def read_text(path: Path) -> str:
 
 
 def read_table(path: Path) -> list[list[str]]:
+    """As `read_rows`, of a table whose columns have names of their own. Raises Fault where two are called the same."""
+    rows = read_rows(path)
+    header = [cell.lower() for cell in rows[0] if cell]
+    if twice := next((cell for cell in header if header.count(cell) > 1), None):
+        raise Fault(f"the table {path} has several columns called {twice}: leave the one that counts")
+    return rows
+
+
+def read_rows(path: Path) -> list[list[str]]:
     """The rows of a table, its header first, cells stripped; its separator is whichever of comma, semicolon and tab the
     header has most of. Raises Fault where there is no row."""
     lines = read_text(path).splitlines()
@@ -97,9 +106,6 @@ def read_table(path: Path) -> list[list[str]]:
     rows = [row for row in rows if any(row)]
     if not rows:
         raise Fault(f"the table {path} is empty")
-    header = [cell.lower() for cell in rows[0] if cell]
-    if twice := next((cell for cell in header if header.count(cell) > 1), None):
-        raise Fault(f"the table {path} has several columns called {twice}: leave the one that counts")
     width = len(rows[0])
     return [row + [""] * (width - len(row)) for row in rows]
 

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from data import lease
 from data.embeddings.slide_features import ABOUT, add_rows, slides_in
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
 from data.files import make_folder
+from models.slide_network import SlideFeatures, SlideNetwork
 from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import say, track
@@ -59,11 +61,8 @@ def _rows(
     store: EmbeddingStore, encoder: SlideEncoder, slides: Sequence[str], tokens: int, precision: str
 ) -> Iterator[dict[str, object]]:
     for batch in packed(store, slides, tokens):
-        cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(encoder.device)
-        lengths = [len(slide.embeddings) for slide in batch]
-        x = torch.from_numpy(np.concatenate([slide.embeddings for slide in batch])).to(encoder.device).float()
-        with torch.inference_mode(), computing_in(precision, encoder.device):
-            found = encoder.network(x, cells, lengths, all_layers=True)
+        x, lengths, found = seen_by(encoder.network, batch, encoder.device, precision)
+        assert found.pooled_layers is not None and found.cls_layers is not None
         layers = {"pooled_layers": found.pooled_layers, "cls_layers": found.cls_layers}
         by_slide = {name: tensor.transpose(0, 1).float().cpu().numpy() for name, tensor in layers.items()}
         by_slide |= {name: getattr(found, name).float().cpu().numpy() for name in ("pooled", "cls")}
@@ -71,6 +70,18 @@ def _rows(
         for i, slide in enumerate(batch):
             summaries = {name: array[i] for name, array in by_slide.items()}
             yield {"slide": slide.slide, "tiles": lengths[i]} | summaries
+
+
+def seen_by(
+    network: SlideNetwork, batch: Sequence[SlideEmbeddings], device: torch.device, precision: str
+) -> tuple[Tensor, list[int], SlideFeatures]:
+    """Slides' tiles (T, D) float32 on the device, how many each slide has, and what ``network`` makes of them, all
+    layers included."""
+    cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(device)
+    lengths = [len(slide.embeddings) for slide in batch]
+    x = torch.from_numpy(np.concatenate([slide.embeddings for slide in batch])).to(device).float()
+    with torch.inference_mode(), computing_in(precision, device):
+        return x, lengths, network(x, cells, lengths, all_layers=True)
 
 
 def packed(store: EmbeddingStore, slides: Sequence[str], tokens: int) -> Iterator[list[SlideEmbeddings]]:

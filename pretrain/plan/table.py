@@ -147,7 +147,8 @@ def _of_evaluation(found: dict[str, Any]) -> str:
         if not passes:
             return "  no evaluation: the objective passes no held-out slide forward (its evaluation_passes)"
         what = (
-            f"{at_checkpoints}{'a forward' if passes == 1 else f'{passes} forwards'} of {samples:,} slides, shared by the processes (watch.held_out_slides= of"
+            f"{at_checkpoints}{'a forward' if passes == 1 else f'{passes} forwards'} of {samples:,} slides, shared by"
+            " the processes (watch.held_out_slides= of"
             f" data.validation_fraction= of slides.count={found['slides']['count']:,})"
         )
     elif not samples and not looks:

@@ -9,6 +9,7 @@ random weights.
 import math
 import warnings
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -109,7 +110,13 @@ def unit_rows(features: np.ndarray) -> np.ndarray:
 
 
 def linear_predict(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray) -> tuple[np.ndarray, bool]:
-    """Multinomial logistic regression on standardised features: predicted labels (m,), and whether the fit converged.
+    """Labels (m,) that `logistic_regression` predicts, and whether its fit converged."""
+    model, converged = logistic_regression(train, train_labels)
+    return model.predict(test), converged
+
+
+def logistic_regression(train: np.ndarray, train_labels: np.ndarray) -> tuple[Any, bool]:
+    """Multinomial logistic regression on standardised features: scikit-learn's model, and whether the fit converged.
 
     Each feature is centred and scaled by the training images; L2 penalty with C = 1, L-BFGS, up to 1000 iterations.
     """
@@ -123,7 +130,7 @@ def linear_predict(train: np.ndarray, train_labels: np.ndarray, test: np.ndarray
         warnings.simplefilter("always", ConvergenceWarning)
         model.fit(train, train_labels)
     converged = not any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
-    return model.predict(test), converged
+    return model, converged
 
 
 def standard_error(values: np.ndarray, groups: np.ndarray | None = None) -> float:

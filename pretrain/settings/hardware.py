@@ -44,9 +44,9 @@ class Machine:
         return self.peaks[precision]
 
 
-def described(name: str) -> Machine:
+def described(name: str, folder: Path = FOLDER) -> Machine:
     """The machine of that name in ``configs/hardware/``."""
-    return Machine(**yaml.safe_load((FOLDER / f"{name}.yaml").read_text()))
+    return Machine(**yaml.safe_load((folder / f"{name}.yaml").read_text()))
 
 
 def allow_tf32() -> None:
@@ -58,7 +58,7 @@ def allow_tf32() -> None:
 
 def machine_called(device_name: str, folder: Path = FOLDER) -> Machine | None:
     """The machine in ``configs/hardware/`` that ``torch.cuda.get_device_name`` calls so; None where none is."""
-    machines = (Machine(**yaml.safe_load(path.read_text())) for path in sorted(folder.glob("*.yaml")))
+    machines = (described(path.stem, folder) for path in sorted(folder.glob("*.yaml")))
     return next((machine for machine in machines if device_name in machine.device_names), None)
 
 

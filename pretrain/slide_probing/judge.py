@@ -46,18 +46,23 @@ class Judge:
         passes: in the few cases of one fold, R² and the AUROC of rare classes mean nothing."""
         predictions = [predict(fitted, judged) for fitted, judged in self.rounds]
         measures = MEASURES[self.kind]
-        figures = {name: self._mean(measure, predictions, None) for name, measure in measures.items()}
+        passes = [
+            (np.concatenate([self.rounds[i][1] for i in numbers]), np.concatenate([predictions[i] for i in numbers]))
+            for numbers in self.passes
+        ]
+        figures = {name: self._mean(measure, passes, None) for name, measure in measures.items()}
         resampled = {
-            name: np.array([self._mean(measure, predictions, times) for times in self.times])
+            name: np.array([self._mean(measure, passes, times) for times in self.times])
             for name, measure in measures.items()
         }
         return Judged(predictions, figures, resampled)
 
-    def _mean(self, measure: Measure, predictions: list[np.ndarray], times: np.ndarray | None) -> float:
+    def _mean(
+        self, measure: Measure, passes: Sequence[tuple[np.ndarray, np.ndarray]], times: np.ndarray | None
+    ) -> float:
+        """Over ``passes``, each the cases judged and their predictions; ``times``: how often each case counts."""
         found = []
-        for numbers in self.passes:
-            judged = np.concatenate([self.rounds[number][1] for number in numbers])
-            prediction = np.concatenate([predictions[number] for number in numbers])
+        for judged, prediction in passes:
             which = np.arange(len(judged)) if times is None else np.repeat(np.arange(len(judged)), times[judged])
             if len(which) > 1:
                 found.append(measure(self.labelled.values[judged[which]], prediction[which]))

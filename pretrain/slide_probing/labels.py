@@ -7,7 +7,6 @@ patient (case_id, patient_id)            optional; slides of one patient are jud
 fold | split | fold_0, fold_1, …         optional: a number, train/test, or a column a round, as Patho-Bench has them
 """
 
-import csv
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from data.fault import Fault
+from data.slides.lists import read_rows
 
 COLUMN_NAMES = {
     "slide": ("slide", "slide_id", "wsi_id", "file", "filename"),
@@ -164,11 +164,10 @@ def _read(table: Path) -> tuple[list[str], list[dict[str, str]]]:
             return _once_each(table, found.column_names), [
                 {name.strip(): _text(value) for name, value in row.items()} for row in found.to_pylist()
             ]
-        with table.open(newline="", encoding="utf-8-sig") as lines:
-            reader = csv.DictReader(lines, delimiter="\t" if table.suffix == ".tsv" else ",")
-            columns = _once_each(table, reader.fieldnames or [])
-            return columns, [{name.strip(): _text(value) for name, value in row.items() if name} for row in reader]
-    except (OSError, ValueError, csv.Error) as error:
+        header, *rows = read_rows(table)
+        columns = _once_each(table, [name for name in header if name])
+        return columns, [{name: _text(value) for name, value in zip(header, row, strict=False) if name} for row in rows]
+    except (OSError, ValueError) as error:
         raise Fault(f"{table} can't be read as a table ({error}): give a CSV, TSV or Parquet file.") from error
 
 

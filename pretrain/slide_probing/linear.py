@@ -1,32 +1,29 @@
 """The linear models that frozen vectors are judged by, one a kind of label, on features standardised by those fitted
 on."""
 
-import warnings
-
 import numpy as np
 from scipy.optimize import minimize
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-PENALTY = 1.0  # L2, on standardised features: scikit-learn's C = 1 and alpha = the number of cases times this
+from pretrain.probing.scores import logistic_regression
+
+PENALTY = 1.0  # L2, on standardised features: of ridge, scikit-learn's alpha is the number of cases times this
 
 
 def predicted(kind: str, classes: int, fitted: np.ndarray, values: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """Fit on features ``(n, D)`` and values, predict for ``(m, D)``: shares of ``classes`` (m, classes), numbers (m,),
     or risks (m,)."""
+    if kind == "classes":
+        model, _ = logistic_regression(fitted, values)  # 1,000 steps from there on change no rank worth naming
+        shares = np.zeros((len(judged), classes))
+        shares[:, model.classes_] = model.predict_proba(judged)
+        return shares
     scaler = StandardScaler().fit(fitted)
     x, z = scaler.transform(fitted), scaler.transform(judged)
     if kind == "number":
         return Ridge(alpha=PENALTY * len(x)).fit(x, values).predict(z)
-    if kind == "survival":
-        return z @ cox(x, values)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # 1,000 steps from there on change no rank worth naming
-        model = LogisticRegression(C=1 / PENALTY, max_iter=1000).fit(x, values)
-    shares = np.zeros((len(z), classes))
-    shares[:, model.classes_] = model.predict_proba(z)
-    return shares
+    return z @ cox(x, values)
 
 
 def cox(x: np.ndarray, values: np.ndarray) -> np.ndarray:

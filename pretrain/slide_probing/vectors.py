@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 
 import numpy as np
-import torch
 from scipy.ndimage import gaussian_filter
 from sklearn.cluster import MiniBatchKMeans
 
@@ -13,8 +12,7 @@ from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
 from models.slide_network import SlideNetwork
-from pretrain.embedding.slides import packed
-from pretrain.encoders.frozen import computing_in
+from pretrain.embedding.slides import packed, seen_by
 from pretrain.encoders.slide_encoders import SlideEncoder
 
 SMOOTHED = (1.0, 2.0)  # cells: standard deviations of the filters
@@ -35,8 +33,9 @@ def of_tiles_alone(slides: Iterator[SlideEmbeddings]) -> Vectors:
         tiles = np.asarray(slide.embeddings, dtype=np.float32)
         if not np.isfinite(tiles).all():
             raise Fault(f"embeddings of {slide.slide} are not finite: embed it again into a new folder.")
-        both = np.concatenate([tiles.mean(axis=0), tiles.std(axis=0)])
-        found["mean of tiles"].append(tiles.mean(axis=0))
+        mean = tiles.mean(axis=0)
+        both = np.concatenate([mean, tiles.std(axis=0)])
+        found["mean of tiles"].append(mean)
         found["mean + std"].append(both)
         found["mean + std + smoothed std"].append(
             np.concatenate([both, *(smoothed(tiles, slide.cells, sigma).std(axis=0) for sigma in SMOOTHED)])
@@ -88,15 +87,10 @@ def of_encoder(
     slides that are done."""
     found: dict[str, list[np.ndarray]] = {name: [] for name in POOLINGS}
     for batch in packed(store, slides, tokens):
-        lengths = [len(slide.embeddings) for slide in batch]
-        given = np.concatenate([slide.embeddings for slide in batch])
-        cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(encoder.device)
-        with torch.inference_mode(), computing_in(precision, encoder.device):
-            x = torch.from_numpy(given).to(encoder.device).float()
-            seen = network(x, cells, lengths, all_layers=True)
+        x, lengths, seen = seen_by(network, batch, encoder.device, precision)
         assert seen.pooled_layers is not None
         layers = seen.pooled_layers.transpose(0, 1).flatten(1).float().cpu().numpy()
-        of_cluster = np.split(clusters.predict(given.astype(np.float32)), np.cumsum(lengths)[:-1])
+        of_cluster = np.split(clusters.predict(x.cpu().numpy()), np.cumsum(lengths)[:-1])
         pooled, cls = seen.pooled.float().cpu().numpy(), seen.cls.float().cpu().numpy()
         for i, tiles in enumerate(np.split(seen.tiles.float().cpu().numpy(), np.cumsum(lengths)[:-1])):
             mean = tiles.mean(axis=0)

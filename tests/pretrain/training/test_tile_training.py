@@ -134,8 +134,8 @@ def assert_close(found: Path, expected: Path) -> None:
 # Any number of processes -------------------------------------------------------------------------------------------
 
 
-# Sinkhorn's way through two processes is that of the jobs in tests/launch/test_slurm.py too.
-@pytest.mark.slow  # SLURM's jobs of two ranks are held to one process's losses in the default suite
+# In the default suite, jobs of two ranks in tests/launch/test_slurm.py are held to one process's losses.
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ["everything", "sinkhorn"])
 def test_two_processes_have_the_losses_of_one_and_one_goes_on_where_two_stopped(
     tile_shards: Path, uninterrupted: dict[str, Path], tmp_path: Path, way: str
