@@ -181,7 +181,7 @@ def enclosed(draw: np.random.Generator, found: np.ndarray, label: int) -> bool:
         centre = somewhere(draw, room)
         away = np.hypot(*(around - centre[:, None, None]))
         put += [(one, away <= within) for one, within in structures[number]]
-        free &= away > OUTER + 1  # a cell of something else between structures
+        free &= away > OUTER + 2  # so that no tile is within 2 cells of another structure's
     kept = found.copy()
     for one, cells in put:
         found[cells] = kept[cells] if one == NOTHING else one
@@ -191,13 +191,13 @@ def enclosed(draw: np.random.Generator, found: np.ndarray, label: int) -> bool:
 def far_apart(draw: np.random.Generator, found: np.ndarray, label: int) -> bool:
     """A nest of A with nests of B around it: with label 1 at a set distance, else anywhere but near."""
     where = found != NOTHING
-    inside = distance_to(np.argwhere(~np.pad(where, 1)) - 1, where.shape) > 1
-    around = np.indices(where.shape)
+    outside = distance_to(np.argwhere(~np.pad(where, 1)) - 1, where.shape)
+    inside, around = outside > 1, np.indices(where.shape)
 
     def away_from(centre: np.ndarray) -> np.ndarray:
         return np.hypot(*(around - centre[:, None, None]))
 
-    middle = somewhere(draw, inside)
+    middle = somewhere(draw, outside > 2)
     away = away_from(middle)
     ring, anywhere = inside & (away >= NEAR) & (away <= FAR), inside & (away >= SHY)
     if ring.sum() < anywhere.sum() / 4:  # the same for both labels: where A may be tells nothing
@@ -209,7 +209,7 @@ def far_apart(draw: np.random.Generator, found: np.ndarray, label: int) -> bool:
         centre = somewhere(draw, free)
         cells.append(away_from(centre) <= 1)
         free = free & (away_from(centre) > FAR_APART)
-    found[away <= 2] = np.where(where, A, NOTHING)[away <= 2]
+    found[away <= 2] = A
     for one in cells:
         found[one] = B
     return True
