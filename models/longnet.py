@@ -107,16 +107,21 @@ class LongNet(SlideNetwork):
         seeds: Sequence[int] | None = None,
         all_layers: bool = False,
         extent: int | None = None,
+        masked: Tensor | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 
         tokens: (T, input_width) tile embeddings, slide after slide. cells: (T, 2) integer (x, y) in the slide's grid of
         tiles, from 0. lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are
         drawn; None switches both off. all_layers: also collect CLS and mean after every layer. extent: a number that all
-        cells are below, where it is known: see `position_embedding`.
+        cells are below, where it is known: see `position_embedding`. masked: (T,) bool of the tiles whose projection
+        the mask token replaces, for a network that was given one; it is no part of the released names.
         """
         require_packed(tokens, cells, lengths)
         x = self.patch_embed["proj"](tokens)
+        if masked is not None:
+            assert self.mask_token is not None
+            x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
         x = x + position_embedding(cells, self.width, extent).to(x.dtype)
         x = prepend(self.cls_token[0], x, lengths)
         lengths = [n + 1 for n in lengths]

@@ -19,6 +19,7 @@ from models.longnet import fill_as_released, summarise
 from models.nearby import Nearby, first_reaches
 from models.operations import Operations, linear_maps
 from models.positions import check_sines, position_embedding
+from models.sequence_parallel import Group
 from models.slide_network import SlideLayers
 
 
@@ -84,6 +85,10 @@ class SlideDecoder(nn.Module):
         x, _ = self.decoder(x, with_cls, None, cells=cells)
         return self.head(summarise(x, with_cls)[0][masked])
 
+    def share_slides(self, group: Group) -> None:
+        """Let the processes of ``group`` share every slide's tokens. Raises ValueError where that can't be."""
+        self.decoder.share_slides(group)
+
     def operations(self, lengths: Sequence[int], visible_lengths: Sequence[int]) -> Operations:
         """Of a pass over slides of ``lengths`` tiles, ``visible_lengths`` of them visible."""
         seen = sum(visible_lengths)
@@ -102,3 +107,25 @@ class SlideDecoder(nn.Module):
             self.decoder.fill(name, tensor, generator, self.initial_residual)
         else:
             fill_as_released(name, tensor, generator, self.initial_residual)
+
+
+class LinearPrediction(nn.Module):
+    """In the decoder's place where the encoder itself has seen the hidden tiles as mask tokens (Xie et al. 2022, SimMIM):
+    one linear map of its outputs (M, encoder_width) at their places → (M, output_width)."""
+
+    def __init__(self, encoder_width: int, output_width: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(encoder_width, output_width)
+
+    def forward(self, tiles: Tensor) -> Tensor:
+        return self.head(tiles)
+
+    def operations(self, tiles: int) -> Operations:
+        """Of a pass over so many tiles."""
+        return linear_maps(tiles, self.head)
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """Fill a full-size CPU tensor with the initial value of parameter ``name``; KeyError when there is none."""
+        if name not in self.state_dict():
+            raise KeyError(name)
+        fill_as_released(name, tensor, generator, 1.0)

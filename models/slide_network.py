@@ -73,6 +73,24 @@ class SlideNetwork(nn.Module, ABC):
     initial_residual: float
     encoder: SlideLayers
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.mask_token: nn.Parameter | None = None
+
+    def add_mask_token(self) -> None:
+        """Have a mask token, for an objective that shows the encoder all places and hides tiles by it."""
+        if self.mask_token is None:
+            device = next(self.parameters()).device
+            self.mask_token = nn.Parameter(torch.zeros(1, self.width, device=device))
+
+    def standardise_inputs(self, mean: Tensor, std: Tensor) -> None:
+        """From here on take embeddings as they are stored, and subtract ``mean`` and divide by ``std`` (input_width,)
+        before anything else: for a network that was trained on embeddings so standardised. No part of its weights."""
+        if not hasattr(self, "input_mean"):
+            self.register_forward_pre_hook(_standardised)
+        self.register_buffer("input_mean", mean, persistent=False)
+        self.register_buffer("input_std", std, persistent=False)
+
     @abstractmethod
     def forward(
         self,
@@ -82,13 +100,14 @@ class SlideNetwork(nn.Module, ABC):
         seeds: Sequence[int] | None = None,
         all_layers: bool = False,
         extent: int | None = None,
+        masked: Tensor | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 
         tokens: (T, input_width) tile embeddings, slide after slide. cells: (T, 2) (x, y) in the slide's grid of tiles.
         lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are drawn; None
         switches both off. all_layers: also collect class token and mean after every layer. extent: a number that all
-        cells are below, where it is known.
+        cells are below, where it is known. masked: (T,) bool of the tiles whose projection the mask token replaces.
         """
 
     @abstractmethod
@@ -102,6 +121,10 @@ class SlideNetwork(nn.Module, ABC):
     @abstractmethod
     def decoder_layers(self, width: int, depth: int, heads: int, feed_forward_width: int) -> SlideLayers:
         """A stack of the encoder's kind of layers for a decoder beside it, of its own size and without dropout."""
+
+
+def _standardised(network: nn.Module, given: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return ((given[0] - network.input_mean) / network.input_std, *given[1:])  # type: ignore[operator]
 
 
 def require_packed(tokens: Tensor, cells: Tensor, lengths: Sequence[int]) -> None:

@@ -95,6 +95,7 @@ class SlideViT(SlideNetwork):
         require_packed(tokens, cells, lengths)
         x = F.gelu(self.patch_embed["proj"](tokens))
         if masked is not None:
+            assert self.mask_token is not None
             x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
         first = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token])
         x, states = self.encoder(

@@ -21,6 +21,8 @@ from data.embeddings.views import FEWEST_VISIBLE, augment_sequence, block_mask, 
 from data.fault import Fault
 from data.keyed import rng
 
+INPUTS = ("raw", "standardised")
+
 
 @dataclass(frozen=True)
 class Sequence:
@@ -48,6 +50,8 @@ class SlideBatch:
     positions: list[int]  # each sequence's position in the stream: what its random draws are keyed by
     slides: list[str]
     extent: int  # all cells are below it
+    standardised: bool = False  # whether encoders are given embeddings so, or as stored
+    centres: Tensor | None = None  # (K, D) float32, standardised: of the clusters that an objective asked for
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SlideBatch":
         """The same batch with its tensors on ``device``."""
@@ -65,6 +69,13 @@ class SlideBatch:
         """(T, D) float32 embeddings standardised by the data set's statistics: what is predicted."""
         return (self.embeddings - self.mean) / self.std
 
+    def inputs(self, tiles: Tensor | slice = slice(None)) -> Tensor:
+        """(t, D) float32 or better: what an encoder is given of those ``tiles``."""
+        some = self.embeddings[tiles]
+        if self.standardised:
+            return (some - self.mean) / self.std
+        return some.to(torch.promote_types(some.dtype, torch.float32))
+
 
 class SlideSequences:
     """The sequences of a store, split into those trained on and those held out, and the batches made of them.
@@ -73,6 +84,7 @@ class SlideSequences:
     held out, drawn by ``seed``; with a single slide, a band along one of its sides, so that no tile is in both. crop,
     shift_grid, flip: augmentation, see `augment_sequence`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted
     before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked, 0 for none; block_cells: side of the blocks.
+    inputs: "raw" or "standardised", what encoders are given. centres: see `SlideBatch`.
 
     Raises Fault where a setting makes no sense or leaves nothing to train on or to hold out.
     """
@@ -94,6 +106,8 @@ class SlideSequences:
         mask: str,
         mask_ratio: float,
         block_cells: int,
+        inputs: str = "raw",
+        centres: np.ndarray | None = None,
     ) -> None:
         if mask not in ("random", "block"):
             raise Fault(f"mask={mask} is not known; choose random or block.")
@@ -102,6 +116,8 @@ class SlideSequences:
                 f"mask_ratio={mask_ratio}, crop={crop}, flip={flip} and validation_fraction={validation_fraction} are"
                 " shares between 0 and 1."
             )
+        if inputs not in INPUTS:
+            raise Fault(f"inputs={inputs} is not known; choose raw or standardised.")
         if mask == "block" and block_cells < 1:
             raise Fault(f"block_cells={block_cells} must be at least 1 for block masks.")
         if statistics.mean.shape != (store.width,):
@@ -109,7 +125,8 @@ class SlideSequences:
                 f"the statistics are of {len(statistics.mean)} dimensions, the embeddings in {store.folder} of"
                 f" {store.width}."
             )
-        self.store, self.statistics = store, statistics
+        self.store, self.statistics, self.centres = store, statistics, centres
+        self.standardised = inputs == "standardised"
         self.seed = seed
         self.crop, self.shift_grid, self.flip = crop, shift_grid, flip
         self.mask, self.mask_ratio, self.block_cells = mask, mask_ratio, block_cells
@@ -190,6 +207,8 @@ class SlideSequences:
             positions=[item.position for item in items],
             slides=[item.slide for item in items],
             extent=int(cells.max()) + 1,
+            standardised=self.standardised,
+            centres=None if self.centres is None else torch.from_numpy(self.centres),
         )
 
 

@@ -9,13 +9,14 @@ import torch
 from omegaconf import OmegaConf
 from torch import nn
 
+from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.json_files import read_object
 from models.longnet import LongNet
 from models.slide_network import SlideNetwork
 from pretrain.encoders.frozen import device_of, fingerprint, freeze
-from pretrain.encoders.run_checkpoint import find_checkpoint
+from pretrain.encoders.run_checkpoint import RunCheckpoint, find_checkpoint
 from pretrain.encoders.weight_files import read_file
 from pretrain.run import checkpoints
 from pretrain.settings.any_machine import on_any_machine
@@ -24,6 +25,7 @@ from pretrain.settings.plugins import build
 
 RELEASED = {(768, 12), (1024, 24), (1536, 12)}  # width and depth of the published configurations, all with 16 heads
 TILE_ENCODER = "tile_encoder.json"  # in a slide run's folder: whose embeddings it was trained on
+STATISTICS = "statistics.json"  # beside it: their mean and spread
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
     if "patch_embed.proj.weight" not in weights or "embeddings" not in data:
         raise Fault(f"{found.run} is not a slide run: give a run of 'pretrain slide'.")
     network = build(on_any_machine(settings), weights["patch_embed.proj.weight"].shape[1], allowed=found.plugins)
+    if "mask_token" in weights:
+        network.add_mask_token()
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -86,7 +90,21 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
         way_out = "put a copy back, or delete it, and nobody is held to the tile encoder any more"
         tile_hash = read_object(trained_on, {"encoder_hash"}, way_out)["encoder_hash"]
     name = f"{found.run.resolve().name} ({found.folder.name})"
-    return _frozen(network, name, tile_hash, notes, place)
+    return _frozen(network, name, tile_hash, notes, place, standardised_by(found))
+
+
+def standardised_by(found: RunCheckpoint) -> Statistics | None:
+    """What a slide run standardised its inputs by, None where it took embeddings as they are. Raises Fault where it
+    isn't there."""
+    if (found.config.get("data") or {}).get("inputs") != "standardised":
+        return None
+    path = found.run / STATISTICS
+    if not path.is_file():
+        raise Fault(
+            f"{found.run} was trained on standardised embeddings, and {path.name}, which says by what, is missing: put"
+            " a copy back."
+        )
+    return Statistics.load(path)
 
 
 def _released(path: Path, device: torch.device) -> SlideEncoder:
@@ -118,12 +136,22 @@ def _released(path: Path, device: torch.device) -> SlideEncoder:
 
 
 def _frozen(
-    network: nn.Module, name: str, tile_hash: str | None, notes: list[str], device: torch.device
+    network: nn.Module,
+    name: str,
+    tile_hash: str | None,
+    notes: list[str],
+    device: torch.device,
+    statistics: Statistics | None = None,
 ) -> SlideEncoder:
     if not isinstance(network, SlideNetwork):
         raise Fault(
             f"{name} is a {type(network).__name__}, which embeds no slides: derive it from"
             " models.slide_network.SlideNetwork."
         )
+    beside = ""
+    if statistics is not None:
+        mean, std = (torch.from_numpy(one).float() for one in (statistics.mean, statistics.std))
+        network.standardise_inputs(mean, std)
+        beside = f"standardised by {mean.tolist()} {std.tolist()}"
     freeze(network, device)
-    return SlideEncoder(network, name, fingerprint(network), tile_hash, notes, device)
+    return SlideEncoder(network, name, fingerprint(network, beside), tile_hash, notes, device)

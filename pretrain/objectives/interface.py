@@ -107,7 +107,8 @@ class Objective(nn.Module, ABC):
 
 
 class SlideObjective(Objective):
-    """An objective of the slide stage; its batches are `SlideBatch`, its ``encoder`` a slide encoder."""
+    """An objective of the slide stage; its batches are `SlideBatch`, its ``encoder`` a slide encoder, which is given
+    what ``SlideBatch.inputs`` says: embeddings as ``data.inputs`` wants them."""
 
     stage = "slide"
     learns = "from tile embeddings without labels"
@@ -115,6 +116,12 @@ class SlideObjective(Objective):
     """The figure of `evaluate` by which the best checkpoint is told, higher is better; empty: none is."""
     evaluation_passes: ClassVar[int] = 0
     """How often `judged` passes a held-out slide forward, for the plan."""
+
+    @classmethod
+    def clusters(cls, settings: Mapping[str, Any]) -> int:
+        """Into how many clusters the store's tiles are to be cut for it, by the objective's ``settings``; their centres
+        come as ``SlideBatch.centres``. 0: none."""
+        return 0
 
     def share_slides(self, group: Group) -> None:
         """Let the processes of ``group`` share every slide's tokens; they get the same batches. Raises ValueError where

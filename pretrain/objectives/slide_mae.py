@@ -4,6 +4,9 @@
                                                            │ mean squared error
     all tiles ──standardised over the data set──▶ targets of the masked tiles
 
+With ``mask_tokens=encoder`` the encoder sees all places, masked ones as mask tokens, and a linear map of its outputs
+predicts (Bao et al. 2022, BEiT; Xie et al. 2022, SimMIM).
+
 He et al. 2022 (MAE) with Xu et al. 2024's slide encoder (Prov-GigaPath). The published system names neither its decoder
 nor its loss, beyond having adapted MAE; what is chosen here is in ``configs/recipe/gigapath_slide.yaml``. The target is
 data: the frozen encoder's embedding, standardised by fixed statistics. Nothing trainable is ever in it, so it can't
@@ -12,7 +15,7 @@ collapse.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -25,15 +28,24 @@ from models.attention import check_heads
 from models.operations import Operations, total_operations
 from models.positions import check_sines
 from models.sequence_parallel import Group
-from models.slide_mae import SlideDecoder
+from models.slide_mae import LinearPrediction, SlideDecoder
 from models.slide_network import SlideNetwork
 from pretrain.objectives.figures import spread
 from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.precision import at_least_float32
+from pretrain.objectives.slide_targets import SLIDE_LOSSES, SLIDE_TARGETS, check_target_and_loss
 from pretrain.run.across_ranks import total, world_size
 
 BASELINE_NEIGHBOURS = (1, 4, 8, 16, 32)  # the best of these is the baseline: the bar is as high as they can make it
 BLOCK = 2**22  # numbers of a baseline that are in memory at a time
+
+
+def check_mask_tokens(mask_tokens: str, decoder_start: str) -> None:
+    """Raise ValueError for a decoder's start where there is none."""
+    if mask_tokens == "encoder" and decoder_start != "token":
+        raise ValueError(
+            "with mask tokens in the encoder there is no decoder that could start so, and token is the one that says nothing"
+        )
 
 
 class SlideMAE(SlideObjective):
@@ -41,7 +53,8 @@ class SlideMAE(SlideObjective):
 
     ``make_encoder`` builds the slide encoder; the decoder takes over its input width as output, its kind of layers
     (`SlideNetwork.decoder_layers`) and its initial residual. weighting: "slide" (each slide counts the same) or "token"
-    (each masked tile does). decoder_start: see `SlideDecoder`.
+    (each masked tile does). decoder_start: see `SlideDecoder`. target, loss: see `pretrain.objectives.slide_targets`;
+    ``clusters`` are so many. mask_tokens: "decoder", or "encoder", which needs no decoder.
     """
 
     masks = True
@@ -56,6 +69,8 @@ class SlideMAE(SlideObjective):
     agreements: ClassVar[Agreements] = {
         ("decoder_width", "decoder_heads"): check_heads,
         ("decoder_width",): check_sines,
+        ("target", "loss"): check_target_and_loss,
+        ("mask_tokens", "decoder_start"): check_mask_tokens,
     }
 
     def __init__(
@@ -68,18 +83,32 @@ class SlideMAE(SlideObjective):
         decoder_feed_forward_width: Annotated[int, within(least=1)],
         weighting: Annotated[str, one_of("slide", "token")],
         decoder_start: Annotated[str, one_of("token", "nearby")] = "token",
+        target: Annotated[str, one_of(*SLIDE_TARGETS)] = "standardised",
+        loss: Annotated[str, one_of(*SLIDE_LOSSES)] = "mean_squared",
+        clusters: Annotated[int, within(least=2)] = 256,
+        mask_tokens: Annotated[str, one_of("decoder", "encoder")] = "decoder",
     ) -> None:
         super().__init__()
-        self.weighting = weighting
+        self.weighting, self.target, self.tile_loss = weighting, SLIDE_TARGETS[target], SLIDE_LOSSES[loss]
         self.encoder = make_encoder()
+        output_width = clusters if target == "clusters" else self.encoder.input_width
+        self.decoder: SlideDecoder | LinearPrediction
+        if mask_tokens == "encoder":
+            self.encoder.add_mask_token()
+            self.decoder = LinearPrediction(self.encoder.width, output_width)
+            return
         self.decoder = SlideDecoder(
             encoder_width=self.encoder.width,
-            output_width=self.encoder.input_width,
+            output_width=output_width,
             width=decoder_width,
             layers=self.encoder.decoder_layers(decoder_width, decoder_depth, decoder_heads, decoder_feed_forward_width),
             start=decoder_start,
             initial_residual=self.encoder.initial_residual,
         )
+
+    @classmethod
+    def clusters(cls, settings: Mapping[str, Any]) -> int:
+        return settings["clusters"] if settings["target"] == "clusters" else 0
 
     def trained(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "decoder": self.decoder}
@@ -88,22 +117,44 @@ class SlideMAE(SlideObjective):
         """Let the processes of ``group`` share every slide's tokens; they get the same batches. ValueError unless the
         heads divide."""
         self.encoder.encoder.share_slides(group)
-        self.decoder.decoder.share_slides(group)
+        if isinstance(self.decoder, SlideDecoder):
+            self.decoder.share_slides(group)
 
     def forward(self, batch: SlideBatch, step_seed: int | None) -> dict[str, Tensor]:
         """Loss and predictions of a batch.
 
-        ``sum`` and ``count``: over any number of ranks or micro-batches the loss is Σ sum / Σ count, the mean over
-        dimensions of the squared error, averaged over slides or over masked tiles. ``prediction``: (M, D),
-        standardised. ``pooled``: (B, width), the encoder's view of the visible tiles. Dropout is drawn from (step_seed,
-        the sequence's position); None switches it off.
+        ``sum`` and ``count``: over any number of ranks or micro-batches the loss is Σ sum / Σ count, the error of each
+        masked tile, averaged over slides or over masked tiles. ``prediction``: (M, D or clusters).
+        ``pooled``: (B, width), the encoder's view of the tiles that it was shown. Dropout is drawn from (step_seed, the
+        sequence's position); None switches it off.
         """
         seeds = None
         if step_seed is not None:
             seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
-        visible = at_least_float32(batch.embeddings[batch.visible])
+        prediction, pooled = self._predicted(batch, seeds)
+        error = self._loss_of_each(prediction, batch)
+        if self.weighting == "slide":
+            slides = torch.stack([slide.mean() for slide in error.split(batch.masked_lengths)])
+            loss, count = slides.sum(), len(slides)
+        else:
+            loss, count = error.sum(), len(error)
+        return {
+            "sum": loss,
+            "count": torch.full((), float(count), device=loss.device),
+            "prediction": prediction,
+            "pooled": pooled,
+        }
+
+    def _predicted(self, batch: SlideBatch, seeds: Sequence[int] | None) -> tuple[Tensor, Tensor]:
+        """Predictions (M, D or clusters) of the masked tiles, and the pooled slides (B, width)."""
+        if isinstance(self.decoder, LinearPrediction):
+            hidden = torch.zeros(len(batch.cells), dtype=torch.bool, device=batch.cells.device)
+            hidden = hidden.index_fill(0, batch.masked, True)
+            shown = batch.inputs().index_fill(0, batch.masked, 0.0)  # what is hidden doesn't get as far as a gradient
+            seen = self.encoder(shown, batch.cells, batch.lengths, seeds, extent=batch.extent, masked=hidden)
+            return self.decoder(seen.tiles[batch.masked]), seen.pooled
         cells = batch.cells[batch.visible]
-        seen = self.encoder(visible, cells, batch.visible_lengths, seeds, extent=batch.extent)
+        seen = self.encoder(batch.inputs(batch.visible), cells, batch.visible_lengths, seeds, extent=batch.extent)
         prediction = self.decoder(
             seen.tiles,
             seen.cls,
@@ -114,18 +165,7 @@ class SlideMAE(SlideObjective):
             batch.visible_lengths,
             batch.extent,
         )
-        error = (at_least_float32(prediction) - batch.targets()[batch.masked]).square().mean(dim=1)  # (M,)
-        if self.weighting == "slide":
-            slides = torch.stack([slide.mean() for slide in error.split(batch.masked_lengths)])
-            loss, count = slides.sum(), len(slides)
-        else:
-            loss, count = error.sum(), len(error)
-        return {
-            "sum": loss,
-            "count": torch.full((), float(count), device=loss.device),
-            "prediction": prediction,
-            "pooled": seen.pooled,
-        }
+        return prediction, seen.pooled
 
     def prepare(self, parts: Sequence[SlideBatch], moment: Moment) -> list[tuple[SlideBatch, Tensor]]:
         """Each micro-batch with what its sum is multiplied by, so that the mean over micro-batches and ranks is the
@@ -140,26 +180,40 @@ class SlideMAE(SlideObjective):
         return self(part, moment.seed)["sum"] * factor, {}
 
     def operations(self, parts: Sequence[SlideBatch]) -> Operations:
+        decoder = self.decoder
+        if isinstance(decoder, LinearPrediction):
+            return total_operations(
+                self.encoder.operations(part.lengths) + decoder.operations(sum(part.masked_lengths)) for part in parts
+            )
         return total_operations(
-            self.encoder.operations(part.visible_lengths) + self.decoder.operations(part.lengths, part.visible_lengths)
+            self.encoder.operations(part.visible_lengths) + decoder.operations(part.lengths, part.visible_lengths)
             for part in parts
         )
 
     def judged(self, batch: SlideBatch) -> dict[str, Tensor]:
         """Of each sequence: summed squared errors over its masked tiles and their dimensions (``model``, ``shuffled``,
-        ``mean``, ``slide_mean``, ``neighbours`` (B, K) for each of `BASELINE_NEIGHBOURS`), how many ``numbers`` those
-        are, and its embedding ``pooled`` (B, width)."""
-        targets = batch.targets()
-        wanted, result = targets[batch.masked], self(batch, None)
-        shuffled = self(_shuffled(batch), None)["prediction"]
+        ``mean``, ``slide_mean``, ``neighbours`` (B, K) for each of `BASELINE_NEIGHBOURS`), its loss summed over masked
+        ``tiles``, and its embedding ``pooled`` (B, width)."""
+        targets, result = self.target.judged(batch), self(batch, None)
+        shuffled, wanted = self(_shuffled(batch), None)["prediction"], targets[batch.masked]
+        losses = self._loss_of_each(result["prediction"], batch).double().split(batch.masked_lengths)
         return {
-            "model": _error_of_each(batch, result["prediction"], wanted),
-            "shuffled": _error_of_each(batch, shuffled, wanted),
+            "model": _error_of_each(batch, self._read(result["prediction"], batch), wanted),
+            "shuffled": _error_of_each(batch, self._read(shuffled, batch), wanted),
             "mean": _error_of_each(batch, torch.zeros((), device=wanted.device), wanted),
             **baseline_errors(batch, targets),
-            "numbers": torch.tensor(batch.masked_lengths, device=wanted.device) * wanted.shape[1],
+            "loss": torch.stack([some.sum() for some in losses]),
+            "tiles": torch.tensor(batch.masked_lengths, device=wanted.device),
             "pooled": result["pooled"],
         }
+
+    def _loss_of_each(self, prediction: Tensor, batch: SlideBatch) -> Tensor:
+        """(M,) of each masked tile's prediction."""
+        return self.tile_loss.of(at_least_float32(prediction), self.target.of(batch)[batch.masked])
+
+    def _read(self, prediction: Tensor, batch: SlideBatch) -> Tensor:
+        """A prediction as what R² is of."""
+        return self.target.read(self.tile_loss.complete(prediction, self.target.of(batch), batch), batch)
 
     def evaluate(self, rows: Mapping[str, Tensor]) -> dict[str, float]:
         """How well masked tiles are predicted, against what needs no learning.
@@ -169,14 +223,14 @@ class SlideMAE(SlideObjective):
         ``r2_neighbours``: of the mean of the k nearest visible tiles, for the best k of `BASELINE_NEIGHBOURS`; beating
         it is learning. ``shuffled_rise``: relative rise of the error when the visible tiles' places are shuffled within
         each slide; 0 means that places aren't used. ``effective_rank``: RankMe of the pooled slide embeddings (at most
-        the number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: mean squared
-        error, unweighted.
+        the number of sequences); their ``feature_cosine`` and ``feature_std``: see `spread`. ``loss``: that of a masked
+        tile, unweighted. R² of layer-normed targets is against zero in place of the data set's mean.
         """
         sums = {name: values.sum(0) for name, values in rows.items() if name != "pooled"}
         energy = torch.where(sums["mean"] > 0, sums["mean"], torch.nan)  # what never varies has nothing to explain
         found = spread(rows["pooled"])
         return {
-            "loss": float(sums["model"] / sums["numbers"]),
+            "loss": float(sums["loss"] / sums["tiles"]),
             "r2": float(1 - sums["model"] / energy),
             "r2_slide_mean": float(1 - sums["slide_mean"] / energy),
             "r2_neighbours": float(1 - sums["neighbours"].min() / energy),

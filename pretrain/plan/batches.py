@@ -74,9 +74,9 @@ def slide_batch(
     room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
     sizes = [n for i in range(lanes) for n in lane(slides, most, room, data.field_cells, largest and i == 0)]
     lengths = [max(2, round(n * data.crop**2)) for n in sizes]  # the crop's sides are shares of the tile grid's
-    masks = plugins.locate_class(objective["_target_"], SlideObjective).masks
-    hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) if masks else 0 for n in lengths]
-    tiles, masked = sum(lengths), sum(hidden)
+    kind: type[SlideObjective] = plugins.locate_class(objective["_target_"], SlideObjective)
+    hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) if kind.masks else 0 for n in lengths]
+    tiles, masked, clusters = sum(lengths), sum(hidden), kind.clusters(objective)
 
     def make() -> SlideBatch:
         return SlideBatch(
@@ -92,6 +92,8 @@ def slide_batch(
             positions=list(range(len(lengths))),
             slides=[""] * len(lengths),
             extent=LARGEST_CELL + 1,
+            standardised=data.inputs == "standardised",
+            centres=torch.empty(clusters, slides.width) if clusters else None,
         )
 
     return RehearsedBatch(make, {}, len(lengths), parts)

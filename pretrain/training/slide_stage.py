@@ -1,7 +1,7 @@
 """Stage two: slides as sequences of frozen tile embeddings, into the slide encoder's masked autoencoder."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -12,8 +12,9 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
 from data.embeddings.chosen_slides import open_chosen
+from data.embeddings.clusters import fit_clusters, load_clusters, save_clusters
 from data.embeddings.packing import Packing
-from data.embeddings.sequences import SlideBatch, SlideSequences
+from data.embeddings.sequences import INPUTS, SlideBatch, SlideSequences
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
@@ -22,7 +23,7 @@ from data.lease import once
 from data.loader_process import LoaderProcess, shared_memory_room
 from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
-from pretrain.encoders.slide_encoders import TILE_ENCODER
+from pretrain.encoders.slide_encoders import STATISTICS, TILE_ENCODER
 from pretrain.objectives.contract import evaluation_of, judged_of
 from pretrain.objectives.interface import SlideObjective
 from pretrain.run import signals
@@ -34,6 +35,7 @@ from pretrain.training.module import Training
 from pretrain.training.watching import Watch
 
 SLIDE_STEPS_ON_THE_WAY = 4
+CLUSTERS_FILE = "clusters.txt"  # in a run's folder: the centres that its objective asked for
 
 
 def check_packing(batch_size: int, batch_tokens: int | None, lanes: int) -> None:
@@ -58,6 +60,7 @@ class SlideData:
     mask: Annotated[str, one_of("random", "block")]
     mask_ratio: Annotated[float, within(above=0, below=1)]
     block_cells: Annotated[int, within(least=1)]
+    inputs: Annotated[str, one_of(*INPUTS)]
     processes_per_slide: Annotated[int, within(least=1)]
 
     agreements: ClassVar[Agreements] = {("batch_size", "batch_tokens", "lanes"): check_packing}
@@ -91,15 +94,20 @@ class SlideBatches(IterableDataset["list[SlideBatch]"]):
 
 
 def sequences_of(
-    store: EmbeddingStore, statistics: Statistics, data: SlideData, seed: int, masks: bool = True
+    store: EmbeddingStore,
+    statistics: Statistics,
+    data: SlideData,
+    seed: int,
+    masks: bool = True,
+    centres: np.ndarray | None = None,
 ) -> SlideSequences:
-    """The sequences that a run's settings make of a store; ``masks``: for an objective that hides tiles. Raises Fault
-    as `SlideSequences` does."""
+    """The sequences that a run's settings make of a store; ``masks``: for an objective that hides tiles. ``centres``:
+    of clusters, for one that asks for them. Raises Fault as `SlideSequences` does."""
     others = ("embeddings", "slides", "processes_per_slide")
     settings = {name: value for name, value in vars(data).items() if name not in others}
     if not masks:
         settings["mask_ratio"] = 0.0
-    return SlideSequences(store, statistics, seed=seed, **settings)
+    return SlideSequences(store, statistics, seed=seed, centres=centres, **settings)
 
 
 def process_group(together: int) -> Group:
@@ -124,7 +132,7 @@ class SlideTraining(Training):
                 " watch.patience=null."
             )
         self.store = store
-        statistics = run / "statistics.json"
+        statistics = run / STATISTICS
 
         def make() -> None:
             label = f"reading {store.folder} once through, for the mean and the spread of its embeddings"
@@ -133,7 +141,24 @@ class SlideTraining(Training):
             Statistics.of(store, lambda slides: track(heeding(slides), len(slides), label, "slides")).save(statistics)
 
         once(statistics, make, signals.heed)
-        self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed, kind.masks)
+        known = Statistics.load(statistics)
+        centres = self._clusters(known, kind.clusters(config.objective))
+        self.sequences = sequences_of(store, known, config.data, config.seed, kind.masks, centres)
+
+    def _clusters(self, statistics: Statistics, count: int) -> np.ndarray | None:
+        """Centres of the store's tiles, found by one process and kept in the run's folder; None for no ``count``."""
+        if not count:
+            return None
+        path, label = self.run / CLUSTERS_FILE, f"finding {count} clusters of tiles in {self.store.folder}"
+
+        def make() -> None:
+            def watched(slides: list[str]) -> Iterable[str]:
+                return track(heeding(slides), len(slides), label, "slides")
+
+            save_clusters(path, fit_clusters(self.store, statistics, count, self.config.seed, watched))
+
+        once(path, make, signals.heed)
+        return load_clusters(path)
 
     def data_digest(self) -> str:
         return self.store.digest

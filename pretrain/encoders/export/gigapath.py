@@ -11,11 +11,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from data.embeddings.standardisation import Statistics
 from data.fault import Fault
 from data.files import create_folder_whole
 from data.redaction import redacted
 from pretrain.encoders.export.publishing import Exported, provenance
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, find_checkpoint
+from pretrain.encoders.slide_encoders import standardised_by
 from pretrain.run import checkpoints
 
 SLIDE_ENCODER = "encoder."
@@ -31,6 +33,10 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
             " 'pretrain embed stage=slide' reads."
         )
 
+    weights.pop("mask_token", None)  # hides tiles in training, and is none of the released names
+    if (statistics := standardised_by(found)) is not None:
+        _standardise_first(weights, statistics)
+
     def fill(folder: Path) -> None:
         path = folder / "slide_encoder.pth"
         torch.save({"model": {name: tensor.contiguous().clone() for name, tensor in weights.items()}}, path)
@@ -41,6 +47,15 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
 
     use = f'torch.load("{out}/slide_encoder.pth")["model"]'
     return Exported(create_folder_whole(out, fill), f"{out}/slide_encoder.pth: the released key names", use)
+
+
+def _standardise_first(weights: dict[str, Tensor], statistics: Statistics) -> None:
+    """Have the input projection take embeddings as they are: W (x − m) / s + b = (W / s) x + (b − (W / s) m)."""
+    mean, std = torch.from_numpy(statistics.mean), torch.from_numpy(statistics.std)
+    weight, bias = (weights[f"patch_embed.proj.{name}"] for name in ("weight", "bias"))
+    scaled = weight.double() / std
+    weights["patch_embed.proj.weight"] = scaled.to(weight.dtype)
+    weights["patch_embed.proj.bias"] = (bias.double() - scaled @ mean).to(bias.dtype)
 
 
 def slide_card(found: RunCheckpoint, weights: dict[str, Tensor], license: str) -> str:

@@ -62,7 +62,7 @@ def sequences(tmp_path_factory) -> SlideSequences:
     )
 
 
-def objective(weighting: str = "slide", dropout: float = 0.0, width: int = 32) -> SlideMAE:
+def objective(weighting: str = "slide", dropout: float = 0.0, width: int = 32, **settings) -> SlideMAE:
     def encoder() -> LongNet:
         return LongNet(
             input_width=WIDTH,
@@ -84,6 +84,7 @@ def objective(weighting: str = "slide", dropout: float = 0.0, width: int = 32) -
         decoder_heads=4,
         decoder_feed_forward_width=2 * width,
         weighting=weighting,
+        **settings,
     )
     initialise(built, seed=0)
     return built
@@ -242,7 +243,7 @@ def test_the_recipe_names_every_setting_of_encoder_and_objective_and_builds_the_
         built = SlideMAE(lambda: LongNet(1536, **model), **settings)
     assert sum(p.numel() for p in built.encoder.parameters()) == 86_330_880
     asked = {p.name for p in inspect.signature(SlideSequences.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    assert set(recipe["data"]) == asked - {"seed"}
+    assert set(recipe["data"]) == asked - {"seed", "centres"}
 
 
 def test_every_value_of_the_recipe_says_where_it_is_from():

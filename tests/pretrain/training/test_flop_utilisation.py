@@ -87,6 +87,22 @@ STEPS = {
         ),
     ),
     "slide_mae with stochastic depth": ("full", 1, (*SLIDE_MAE, "model.drop_path=0.2")),
+    "slide_mae with mask tokens in the encoder": (
+        "full",
+        1,
+        (*SLIDE_MAE, "objective.mask_tokens=encoder", "objective.decoder_start=token"),
+    ),
+    "slide_mae of clusters with attention by distance": (
+        "none",
+        1,
+        (
+            *SLIDE_MAE,
+            *SLIDE_VIT,
+            "objective.target=clusters",
+            "objective.loss=cross_entropy",
+            "data.inputs=standardised",
+        ),
+    ),
     "slide_mae with attention by distance": ("full", 1, (*SLIDE_MAE, *SLIDE_VIT)),
     "slide_mae with attention by distance within reach": ("none", 1, (*SLIDE_MAE, *SLIDE_VIT, "model.reach=3")),
 }
