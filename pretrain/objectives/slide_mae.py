@@ -128,10 +128,7 @@ class SlideMAE(SlideObjective):
         ``pooled``: (B, width), the encoder's view of the tiles that it was shown. Dropout is drawn from (step_seed, the
         sequence's position); None switches it off.
         """
-        seeds = None
-        if step_seed is not None:
-            seeds = [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
-        prediction, pooled = self._predicted(batch, seeds)
+        prediction, pooled = self._predicted(batch, dropout_seeds(batch, step_seed))
         error = self._loss_of_each(prediction, batch)
         if self.weighting == "slide":
             slides = torch.stack([slide.mean() for slide in error.split(batch.masked_lengths)])
@@ -239,6 +236,13 @@ class SlideMAE(SlideObjective):
             "feature_cosine": found["feature_cosine"],
             "feature_std": found["feature_std"],
         }
+
+
+def dropout_seeds(batch: SlideBatch, step_seed: int | None) -> list[int] | None:
+    """Of each sequence, drawn by (step_seed, its position); None for None."""
+    if step_seed is None:
+        return None
+    return [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
 
 
 def baseline_errors(batch: SlideBatch, targets: Tensor) -> dict[str, Tensor]:

@@ -52,6 +52,7 @@ SLIDE_COURSE = [
 BASELINES = {
     "r2_neighbours": ("Mean of the nearest visible tiles", "knows that neighbours look alike"),
     "r2_slide_mean": ("Mean of the slide’s visible tiles", "knows the slide’s stain and tissue"),
+    "r2_other_tile": ("The other tile of a pair, at its best scale", "knows that tiles that far apart are alike"),
     "r2_dataset_mean": ("Mean of the data set", "knows nothing of the slide"),
 }
 SLIDE_ALARMS = {"slides recognised", "no tissue learned"}  # alarms

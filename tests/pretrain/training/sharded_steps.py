@@ -27,6 +27,7 @@ from data.fault import Fault
 from models.longnet import LongNet
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.slide_mae import SlideMAE
+from pretrain.objectives.slide_pairs import SlidePairs
 from pretrain.run.across_ranks import total, world_size
 from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, set_rates
@@ -49,7 +50,7 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
 class Run:
     """One training run: where, of what, and with what settings."""
 
-    objective: str  # one of TILE_OBJECTIVES, or slide_mae
+    objective: str  # one of TILE_OBJECTIVES or SLIDE_OBJECTIVES
     world: int = 1
     shard_size: int | None = None
     precision: str = "float64"
@@ -71,7 +72,7 @@ class Outcome:
 def built(run: Run) -> Objective:
     """The run's objective on this group's processes, as a run builds it: on the meta device, sharded, filled."""
     with torch.device("meta"):
-        objective = slide_mae() if run.objective == "slide_mae" else TILE_OBJECTIVES[run.objective]()
+        objective = (TILE_OBJECTIVES | SLIDE_OBJECTIVES)[run.objective]()
     shard(objective, lay_mesh("cpu", run.world, run.shard_size), run.precision, run.checkpointing, run.compiled)
     materialise(objective, CPU, seed=1)
     if run.together > 1:
@@ -79,14 +80,23 @@ def built(run: Run) -> Objective:
     return objective
 
 
-def slide_mae() -> SlideMAE:
-    encoder = partial(
-        LongNet, input_width=16, width=16, depth=3, heads=4, feed_forward_width=32, segment_lengths=[16, 64],
-        dilated_ratios=[1, 2], dropout=0.2, drop_path=0.3, compatible=False,
-    )  # fmt: skip
-    return SlideMAE(
-        encoder, decoder_width=16, decoder_depth=2, decoder_heads=2, decoder_feed_forward_width=32, weighting="slide"
-    )
+SLIDE_ENCODER = partial(
+    LongNet, input_width=16, width=16, depth=3, heads=4, feed_forward_width=32, segment_lengths=[16, 64],
+    dilated_ratios=[1, 2], dropout=0.2, drop_path=0.3, compatible=False,
+)  # fmt: skip
+DECODER: dict[str, Any] = {
+    "decoder_width": 16,
+    "decoder_depth": 2,
+    "decoder_heads": 2,
+    "decoder_feed_forward_width": 32,
+    "weighting": "slide",
+}
+SLIDE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
+    "slide_mae": lambda: SlideMAE(SLIDE_ENCODER, **DECODER),
+    "slide_pairs": lambda: SlidePairs(
+        SLIDE_ENCODER, pairs=8, farthest=2, pooled="mean_std", predictor_width=16, predictor_depth=1
+    ),
+}
 
 
 def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int]]]:
@@ -94,7 +104,7 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
     shares = run.world // run.together * run.accumulate
     first = dist.get_rank() // run.together * run.accumulate
     mine = range(first, first + run.accumulate)
-    if run.objective != "slide_mae":
+    if run.objective not in SLIDE_OBJECTIVES:
         each, views = TILES // shares, (1, 0) if run.objective == "mae" else (2, 3)
 
         def tiles(step: int) -> list[tuple[Any, int]]:

@@ -87,6 +87,12 @@ STEPS = {
         ),
     ),
     "slide_mae with stochastic depth": ("full", 1, (*SLIDE_MAE, "model.drop_path=0.2")),
+    "slide_pairs": ("none", 1, (*SLIDE_MAE, "objective=slide_pairs", "objective.predictor_width=64")),
+    "slide_pairs with attention by distance": (
+        "full",
+        2,
+        (*SLIDE_MAE, *SLIDE_VIT, "objective=slide_pairs", "objective.pooled=mean_std"),
+    ),
     "slide_mae with mask tokens in the encoder": (
         "full",
         1,

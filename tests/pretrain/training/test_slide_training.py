@@ -138,6 +138,38 @@ def test_a_slide_vit_is_trained_gone_on_with_embeds_and_is_no_longnet(
     assert "trained no LongNet" in capsys.readouterr().err
 
 
+OTHERS = {
+    "slide_pairs": ["objective=slide_pairs", "objective.predictor_width=32", "objective.pairs=16", "data.mask=block"],
+}
+DISTANCE = ["model=slide_vit", "model.heads=2", "model.feed_forward_width=64", "model.slopes=learned"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("network", ["longnet", "slide_vit"])
+@pytest.mark.parametrize("objective", OTHERS)
+def test_other_objectives_go_on_exactly_and_on_two_processes_with_both_networks(
+    objective: str, network: str, store: Path, tmp_path: Path
+) -> None:
+    sizes = [word for word in SMALL if not word.startswith("objective.")]
+    settings = [*sizes, *OTHERS[objective], *(DISTANCE if network == "slide_vit" else [])]
+    settings += ["optim.schedule_steps=6", "optim.warmup_steps=1", "trainer.checkpoint_every=2"]
+    two = train(tmp_path / "two", store, *settings, "optim.steps=6", "trainer.devices=2")
+    run_command_line(words(tmp_path / "whole", store, *settings, "optim.steps=6"))
+    for some in (["optim.steps=3"], ["optim.steps=6", "allow_changes=true"]):
+        run_command_line(words(tmp_path / "parts", store, *settings, *some))
+    finish(two)
+    expected = metrics(tmp_path / "whole")
+    steps = [[line for line in metrics(tmp_path / run) if "loss" in line] for run in ("parts", "whole")]
+    assert steps[0] == steps[1]  # of which one was judged at its third step too
+    for found, line in zip(metrics(tmp_path / "two"), expected, strict=True):
+        assert found == pytest.approx(line, rel=1e-4, abs=1e-5)
+    encoder, out = load_slide_encoder(str(tmp_path / "whole"), "cpu"), tmp_path / "out"
+    run_command_line(
+        ["embed", "stage=slide", f"embeddings={store}", "device=cpu", f"checkpoint={tmp_path / 'whole'}", f"out={out}"]
+    )
+    assert read_slide_features(out)[1]["pooled"].shape == (6, encoder.network.width)
+
+
 def test_the_published_recipe_runs_at_smoke_scale_even_on_a_single_slide(store: Path, tmp_path: Path) -> None:
     with EmbeddingWriter(tmp_path / "alone", 16, "made up", "0" * 16) as writer:
         found = EmbeddingStore.open(store).read("slide0")
