@@ -4,9 +4,10 @@ stage=tile (the default): every tile of every slide goes through a frozen tile e
 float16 matrix per slide, tiles in row-major order, which 'pretrain slide' trains on. Tiles come from shards, or
 straight from the slides. A store belongs to one encoder: another one's embeddings are refused.
 
-stage=slide: every slide of such a store goes through a slide encoder. out= becomes a folder of Parquet files, one row
-per slide: pooled, cls, pooled_layers and cls_layers (of all layers, one after another), and mean_tiles, the baseline
-that needs no slide encoder.
+stage=slide: every slide of such a store goes through a slide encoder. out= becomes a folder with slides.parquet, one row
+per slide: its vectors by pooling (pooled, mean_std, cluster_means, pooled_layers, cls, cls_layers), the one that
+pooling= chooses once more as vector, and mean_tiles, the baseline that needs no slide encoder. Clusters of tiles are
+found once and kept in out=; another folder takes them over with clusters=. random=true gives the network random weights.
 
 Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is
 named and left out, the others go on, and the command ends with an error; run again, it is retried. The last line of
@@ -20,6 +21,8 @@ Examples:
     pretrain embed out=embeddings merge=true                                       # … and when all are done
     pretrain embed features=trident/features_uni_v1 encoder=uni_v1 out=embeddings
     pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=slide_embeddings
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=others out=more patients=labels.csv clusters=slide_embeddings
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=random_embeddings random=true
 """
 
 import json
@@ -31,7 +34,8 @@ from typing import Annotated
 from data.embeddings.feature_files import UNITS, list_features
 from data.embeddings.h5 import EXPORTS
 from data.embeddings.index import merge_job_indexes
-from data.embeddings.slide_features import slides_in
+from data.embeddings.slide_features import ABOUT, POOLINGS, slide_store_facts, gather_pieces, slides_in
+from data.embeddings.slide_tables import patients_of
 from data.embeddings.sources import EmbeddingSource, ShardSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
@@ -50,7 +54,7 @@ USED_BY = {
     "slides=": {"slides", "checkpoint", "slides_mpp", "min_tissue"},
     "shards=": {"shards", "checkpoint"},
     "features=": {"features", "slides", "slides_mpp", "encoder", "features_tile", "features_unit", "features_mpp"},
-    "stage=slide": {"embeddings", "checkpoint"},
+    "stage=slide": {"embeddings", "checkpoint", "random", "patients", "clusters"},
 }  # of the settings that have no value unless they are given, those that count
 WORK = {
     "slides=": "cuts tiles from slides",
@@ -75,6 +79,11 @@ class Config:
     precision: Annotated[str, one_of("float32", "bfloat16")]
     batch: Annotated[int, within(least=1)]
     tokens: Annotated[int, within(least=1)]
+    pooling: Annotated[str, one_of(*POOLINGS)]
+    patients: Annotated[str | None, ON_DISK]
+    clusters: Annotated[str | None, ON_DISK]
+    random: bool
+    seed: Annotated[int, within(least=0)]
     threads: Annotated[int, within(least=1)]
     max_bad_fraction: Annotated[float, SHARE]
     part: str | None
@@ -97,7 +106,9 @@ def run(config: Config) -> None:
     job = JobPart.parse(config.part) if config.part else None
     part, parts = (job.number, job.of) if job else (0, 1)
     require_consistent(config)
-    if config.merge:
+    if config.merge and config.stage == "slide":
+        _gather(config)
+    elif config.merge:
         merge_job_indexes(Path(config.out))
         say_embedded(config.out, EmbeddingStore.open(Path(config.out)), {}, None, time.monotonic(), {})
     elif config.stage == "slide":
@@ -111,16 +122,16 @@ def run(config: Config) -> None:
 @of_the_command_line()
 def require_consistent(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
-    if config.stage == "slide" and config.merge:
-        raise Fault(
-            f"slide embeddings need no merging: pandas.read_parquet({config.out!r}) reads all parts as one table."
-        )
     if config.merge:
+        if config.stage == "tile" and (Path(config.out) / ABOUT).exists():
+            raise Fault(f"{config.out} holds embeddings of whole slides: merge them with stage=slide.")
         return
     if config.stage == "slide":
         if not config.embeddings or not config.checkpoint:
             raise Fault("stage=slide needs checkpoint=, a slide run, and embeddings=, a store of tile embeddings.")
         refuse_idle(config, "stage=slide")
+        if config.part and config.patients:
+            raise Fault("patients= is written when the parts are put together: give it with merge=true.")
         return
     if config.embeddings:
         raise Fault("embeddings= is for stage=slide; to embed tiles, give slides= or shards=.")
@@ -229,17 +240,32 @@ def _import_features(config: Config, part: int, parts: int) -> None:
 
 def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
     """stage=slide."""
+    from pretrain.embedding.random_weights import random_encoder
     from pretrain.embedding.slides import embed_store
     from pretrain.encoders.slide_encoders import load_slide_encoder
 
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()
+    store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
+    patients = patients_of(Path(config.patients) if config.patients else None, store.slides)
     encoder = load_slide_encoder(config.checkpoint, config.device or "", config.allow_plugins)
+    if config.random:
+        encoder = random_encoder(encoder, config.seed)
     for sentence in encoder.notes:
         say(f"{encoder.name}: {sentence}")
-    store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
-    new = embed_store(store, encoder, out, part=part, parts=parts, tokens=config.tokens, precision=config.precision)
-    slides = len(slides_in(out))
+    new = embed_store(
+        store,
+        encoder,
+        out,
+        part=part,
+        parts=parts,
+        tokens=config.tokens,
+        precision=config.precision,
+        pooling=config.pooling,
+        clusters=Path(config.clusters) if config.clusters else None,
+        seed=config.seed,
+    )
+    slides = len(slides_in(out)) if part else gather_pieces(out, patients)
     say(f"{out}: {slides} slides" + ("" if new else "; all were there already, nothing to do"))
     facts = {
         "out": config.out,
@@ -248,7 +274,17 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
         "encoder": encoder.name,
         "encoder_hash": encoder.hash,
         "tile_encoder_hash": store.encoder_hash,
+        "pooling": config.pooling,
         "new_slides": new,
         "seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(facts), flush=True)
+
+
+def _gather(config: Config) -> None:
+    """stage=slide merge=true: the parts' rows become one file."""
+    out = Path(config.out)
+    about = slide_store_facts(out)
+    slides = gather_pieces(out, patients_of(Path(config.patients) if config.patients else None, slides_in(out)))
+    say(f"{out}: {slides} slides")
+    print(json.dumps({"out": config.out, "slides": slides} | about), flush=True)

@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from data import lease
-from data.embeddings.slide_features import ABOUT, add_rows, slides_in
-from data.embeddings.store import EmbeddingStore, SlideEmbeddings, claim
+from data.embeddings.slide_features import add_rows, claim_slide_store, slides_in
+from data.embeddings.store import EmbeddingStore, SlideEmbeddings
 from data.files import make_folder
 from models.slide_network import SlideFeatures, SlideNetwork
+from pretrain.embedding.poolings import pooled_vectors
+from pretrain.embedding.tile_clusters import TileClusters, kept_clusters
 from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import say, track
@@ -22,22 +24,35 @@ SECONDS_BETWEEN_FILES = 60.0  # what a kill loses at most
 
 
 def embed_store(
-    store: EmbeddingStore, encoder: SlideEncoder, out: Path, *, part: int, parts: int, tokens: int, precision: str
+    store: EmbeddingStore,
+    encoder: SlideEncoder,
+    out: Path,
+    *,
+    part: int,
+    parts: int,
+    tokens: int,
+    precision: str,
+    pooling: str,
+    clusters: Path | None,
+    seed: int,
 ) -> int:
     """Add the slides of the store, or of this part of it, that ``out`` doesn't hold yet; returns how many.
 
-    Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds another
-    one's.
+    pooling: which vector is the default. clusters: kept ones to use; None: those in ``out``, or new ones, drawn by
+    ``seed``. Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds
+    another one's.
     """
     encoder.require_fits(store)
     make_folder(out)
     about = {
-        "format": 1,
+        "format": 2,
         "encoder": encoder.name,
-        "encoder_hash": f"{encoder.hash} on {store.encoder_hash}, {precision}",
+        "encoder_hash": output_hash(encoder, store, precision),
         "width": encoder.network.width,
+        "tile_encoder": store.encoder,
+        "pooling": pooling,
     }
-    claim(out, about, ABOUT)
+    claim_slide_store(out, about)
     with lease.alone(out / f".part-{part}", doing="another 'pretrain embed'"):
         there = slides_in(out)
         wanted = [slide for slide in store.slides if store.rows(slide)]
@@ -45,11 +60,13 @@ def embed_store(
         pending = [slide for slide in mine if slide not in there]
         rows: list[dict[str, object]] = []
         began = time.monotonic()
-        for row in track(_rows(store, encoder, pending, tokens, precision), len(pending), "embed", "slides"):
-            rows.append(row)
-            if time.monotonic() - began > SECONDS_BETWEEN_FILES:
-                add_rows(out, part, rows)
-                rows, began = [], time.monotonic()
+        if pending:
+            kept = kept_clusters(out, store, wanted, seed, clusters)
+            for row in track(_rows(store, encoder, pending, kept, tokens, precision), len(pending), "embed", "slides"):
+                rows.append(row)
+                if time.monotonic() - began > SECONDS_BETWEEN_FILES:
+                    add_rows(out, part, rows)
+                    rows, began = [], time.monotonic()
         if rows:
             add_rows(out, part, rows)
     if len(wanted) < len(store.slides):
@@ -57,16 +74,24 @@ def embed_store(
     return len(pending)
 
 
+def output_hash(encoder: SlideEncoder, store: EmbeddingStore, precision: str) -> str:
+    """What tells outputs of one slide encoder, tile encoder and precision from all others."""
+    return f"{encoder.hash} on {store.encoder_hash}, {precision}"
+
+
 def _rows(
-    store: EmbeddingStore, encoder: SlideEncoder, slides: Sequence[str], tokens: int, precision: str
+    store: EmbeddingStore,
+    encoder: SlideEncoder,
+    slides: Sequence[str],
+    clusters: TileClusters,
+    tokens: int,
+    precision: str,
 ) -> Iterator[dict[str, object]]:
     for batch in packed(store, slides, tokens):
         x, lengths, found = seen_by(encoder.network, batch, encoder.device, precision)
-        assert found.pooled_layers is not None and found.cls_layers is not None
-        layers = {"pooled_layers": found.pooled_layers, "cls_layers": found.cls_layers}
-        by_slide = {name: tensor.transpose(0, 1).float().cpu().numpy() for name, tensor in layers.items()}
-        by_slide |= {name: getattr(found, name).float().cpu().numpy() for name in ("pooled", "cls")}
-        by_slide["mean_tiles"] = torch.stack([tiles.mean(dim=0) for tiles in x.split(lengths)]).cpu().numpy()
+        vectors = pooled_vectors(x, lengths, found, clusters)
+        vectors["mean_tiles"] = torch.stack([tiles.mean(dim=0) for tiles in x.split(lengths)])
+        by_slide = {name: tensor.cpu().numpy() for name, tensor in vectors.items()}
         for i, slide in enumerate(batch):
             summaries = {name: array[i] for name, array in by_slide.items()}
             yield {"slide": slide.slide, "tiles": lengths[i]} | summaries
@@ -77,11 +102,16 @@ def seen_by(
 ) -> tuple[Tensor, list[int], SlideFeatures]:
     """Slides' tiles (T, D) float32 on the device, how many each slide has, and what ``network`` makes of them, all
     layers included."""
-    cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(device)
-    lengths = [len(slide.embeddings) for slide in batch]
-    x = torch.from_numpy(np.concatenate([slide.embeddings for slide in batch])).to(device).float()
+    x, cells, lengths = on_the_device(batch, device)
     with torch.inference_mode(), computing_in(precision, device):
         return x, lengths, network(x, cells, lengths, all_layers=True)
+
+
+def on_the_device(batch: Sequence[SlideEmbeddings], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:
+    """Slides' tiles (T, D) float32 and their cells (T, 2), and how many each slide has."""
+    cells = torch.from_numpy(np.concatenate([slide.cells for slide in batch])).to(device)
+    x = torch.from_numpy(np.concatenate([slide.embeddings for slide in batch])).to(device).float()
+    return x, cells, [len(slide.embeddings) for slide in batch]
 
 
 def packed(store: EmbeddingStore, slides: Sequence[str], tokens: int) -> Iterator[list[SlideEmbeddings]]:

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 
 from data.embeddings.store import EmbeddingStore
+from pretrain.embedding.random_weights import with_random_weights
+from pretrain.embedding.tile_clusters import clusters_of
 from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import Progress, track
 from pretrain.slide_probing import vectors
@@ -54,8 +56,8 @@ def answers(
         track((store.read(slide) for slide in slides), len(slides), "tiles alone", "slides")
     )
     if encoder is not None:
-        clusters = vectors.clusters_of(store, slides, seed)
-        networks = {"slide encoder": encoder.network, RANDOM_ROW: vectors.with_random_weights(encoder, seed)}
+        clusters = clusters_of(store, slides, seed)
+        networks = {"slide encoder": encoder.network, RANDOM_ROW: with_random_weights(encoder, seed)}
         for name, network in networks.items():
             progress = Progress(len(slides), name, "slides")
             found = vectors.of_encoder(

@@ -7,26 +7,16 @@ patient (case_id, patient_id)            optional; slides of one patient are jud
 fold | split | fold_0, fold_1, …         optional: a number, train/test, or a column a round, as Patho-Bench has them
 """
 
-import re
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
+from data.embeddings.slide_tables import as_the_store_calls, column_of, patient_by_name, read_slide_table
 from data.fault import Fault
-from data.slides.lists import read_rows
 
-COLUMN_NAMES = {
-    "slide": ("slide", "slide_id", "wsi_id", "file", "filename"),
-    "patient": ("patient", "case_id", "patient_id", "case"),
-    "label": ("label", "target"),
-}
-STANDS_FOR_NOTHING = {"", "na", "n/a", "nan", "none", "null"}
 SIDES = {"train": 0, "val": 1, "tune": 1, "test": 2}
-TCGA_PATIENT = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})-")
 ORDERED = 10  # classes: so many whole numbers at most are grades, more are a measurement
 Round = tuple[np.ndarray, np.ndarray]
 """Numbers of the bags to fit on, and of those to judge by."""
@@ -67,7 +57,7 @@ class _Row:
 def read_labels(table: Path, column: str | None, known: Mapping[str, int]) -> LabelledSlides:
     """Read a CSV, TSV or Parquet table; ``known`` are the store's slides with their numbers of tiles. Raises Fault,
     naming what is wrong and where."""
-    columns, lines = _read(table)
+    columns, lines = read_slide_table(table)
     slide_column, patient_column, asked = _columns(table, columns, column)
     rows = _rows(table, lines, slide_column, patient_column, asked, known)
     kept, said = _judgeable(table, rows, slide_column, known)
@@ -98,9 +88,8 @@ def _columns(table: Path, columns: Sequence[str], label: str | None) -> tuple[st
     """The columns of slides, of patients if there is one, and of what is asked."""
     if label is not None and label not in columns:
         raise Fault(f"{table} has no column {label!r} (it has {', '.join(columns)}): name one of them, label=….")
-    named = {kind: next((name for name in names if name in columns), None) for kind, names in COLUMN_NAMES.items()}
-    slide, survival = named["slide"], {"time", "event"} <= set(columns)
-    label = label or named["label"]
+    slide, survival = column_of("slide", columns), {"time", "event"} <= set(columns)
+    label = label or column_of("label", columns)
     if survival and label == "time":
         label = None
     if slide is None or (label is None and not survival):
@@ -108,7 +97,7 @@ def _columns(table: Path, columns: Sequence[str], label: str | None) -> tuple[st
             f"{table} has the columns {', '.join(columns)}: it needs slide and label, or slide, time and event; label=…"
             " names another column."
         )
-    return slide, named["patient"], ("time", "event") if label is None else (label,)
+    return slide, column_of("patient", columns), ("time", "event") if label is None else (label,)
 
 
 def _rows(
@@ -121,13 +110,12 @@ def _rows(
 ) -> list[_Row]:
     rows: dict[str, _Row] = {}
     for number, line in enumerate(lines, start=2):
-        slide = _slide(line[slide_column], known)
+        slide = as_the_store_calls(line[slide_column], known)
         if not slide:
             raise Fault(f"{table} names no slide in line {number}: fill it in, or remove the line.")
         if slide in rows:
             raise Fault(f"{table} has {slide} twice, the second time in line {number}: remove one.")
-        named = TCGA_PATIENT.match(slide)
-        patient = line[patient_column] if patient_column else named[1] if named else ""
+        patient = line[patient_column] if patient_column else patient_by_name(slide)
         rows[slide] = _Row(slide, patient or slide, tuple(line[name] for name in asked), line)
     return list(rows.values())
 
@@ -157,49 +145,12 @@ def _judgeable(
     return kept, [f"{_count(slides)} {what}" for slides, what in sentences if slides]
 
 
-def _read(table: Path) -> tuple[list[str], list[dict[str, str]]]:
-    try:
-        if table.suffix in (".parquet", ".pq"):
-            found = pq.read_table(table)
-            return _once_each(table, found.column_names), [
-                {name.strip(): _text(value) for name, value in row.items()} for row in found.to_pylist()
-            ]
-        header, *rows = read_rows(table)
-        columns = _once_each(table, [name for name in header if name])
-        return columns, [{name: _text(value) for name, value in zip(header, row, strict=False) if name} for row in rows]
-    except (OSError, ValueError) as error:
-        raise Fault(f"{table} can't be read as a table ({error}): give a CSV, TSV or Parquet file.") from error
-
-
-def _once_each(table: Path, columns: Sequence[str]) -> list[str]:
-    names = [name.strip() for name in columns]
-    if twice := [name for name, times in Counter(names).items() if times > 1]:
-        raise Fault(f"{table} has the column {twice[0]!r} twice: call one of them something else.")
-    return names
-
-
-def _text(value: object) -> str:
-    """What a cell says, nothing for what stands for nothing, and 1 and 0 for true and false."""
-    if isinstance(value, bool):
-        return str(int(value))
-    text = "" if value is None else str(value).strip()
-    return "" if text.lower() in STANDS_FOR_NOTHING else text
-
-
 def _who_belongs_together(rows: Sequence[_Row], patient_column: str | None) -> str:
     if patient_column is not None:
         return f"slides of a patient are judged together, by the column {patient_column}"
     if any(row.patient != row.slide for row in rows):
         return "slides of a patient are judged together, by TCGA's names"
     return "each slide stands for itself: where a patient has several, name them in a column patient"
-
-
-def _slide(name: str, known: Mapping[str, int]) -> str:
-    """A slide as the store calls it, where the table has its file's name."""
-    if name in known:
-        return name
-    bare = name.replace("\\", "/").rpartition("/")[2]
-    return next((short for short in (bare, bare.rpartition(".")[0]) if short in known), name)
 
 
 def _values(

@@ -1,25 +1,27 @@
 """One vector a slide: of its tiles alone, with nothing learned, or of what a slide encoder makes of them."""
 
 from collections.abc import Callable, Iterator, Sequence
-from copy import deepcopy
 
 import numpy as np
 from scipy.ndimage import gaussian_filter
-from sklearn.cluster import MiniBatchKMeans
 
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings
 from data.fault import Fault
-from data.keyed import rng
-from models.initialise import initialise
 from models.slide_network import SlideNetwork
+from pretrain.embedding.poolings import pooled_vectors
 from pretrain.embedding.slides import packed, seen_by
+from pretrain.embedding.tile_clusters import TileClusters
 from pretrain.encoders.slide_encoders import SlideEncoder
 
 SMOOTHED = (1.0, 2.0)  # cells: standard deviations of the filters
 SMOOTHED_AT_ONCE = 64  # smoothed at a time: a slide's bounding box of cells is filled with zeros
-CLUSTERS = 8
-SAMPLED = 50  # tiles of a slide that clusters are found by
-POOLINGS = ("mean", "mean + std", "per-cluster means", "all layers", "class token")
+POOLING_WORDS = {
+    "mean": "pooled",
+    "mean + std": "mean_std",
+    "per-cluster means": "cluster_means",
+    "all layers": "pooled_layers",
+    "class token": "cls",
+}  # as a row is called → as `pooled_vectors` calls it
 
 Vectors = dict[str, np.ndarray]
 """Per row of the table, ``(slides, D)`` float32."""
@@ -60,59 +62,27 @@ def smoothed(tiles: np.ndarray, cells: np.ndarray, sigma: float) -> np.ndarray:
     return found
 
 
-def clusters_of(store: EmbeddingStore, slides: Sequence[str], seed: int) -> MiniBatchKMeans:
-    """k-means of `CLUSTERS` groups of tiles, by a sample of each slide's."""
-    sample = []
-    for slide in slides:
-        tiles = store.read(slide).embeddings
-        chosen = rng(seed, "tiles of clusters", slide).permutation(len(tiles))[:SAMPLED]
-        sample.append(np.asarray(tiles[np.sort(chosen)], dtype=np.float32))
-    tiles = np.concatenate(sample)
-    draw = int(rng(seed, "clusters").integers(2**31))
-    return MiniBatchKMeans(min(CLUSTERS, len(tiles)), n_init=3, random_state=draw).fit(tiles)
-
-
 def of_encoder(
     store: EmbeddingStore,
     slides: Sequence[str],
     encoder: SlideEncoder,
     network: SlideNetwork,
-    clusters: MiniBatchKMeans,
+    clusters: TileClusters,
     *,
     tokens: int,
     precision: str,
     advance: Callable[[int], None],
 ) -> Vectors:
-    """Per pooling of `POOLINGS` what ``network``, on the encoder's device, makes of each slide; ``advance`` is told of
+    """Per pooling of `POOLING_WORDS` what ``network``, on the encoder's device, makes of each slide; ``advance`` is told of
     slides that are done."""
-    found: dict[str, list[np.ndarray]] = {name: [] for name in POOLINGS}
+    found: dict[str, list[np.ndarray]] = {words: [] for words in POOLING_WORDS}
     for batch in packed(store, slides, tokens):
         x, lengths, seen = seen_by(network, batch, encoder.device, precision)
-        assert seen.pooled_layers is not None
-        layers = seen.pooled_layers.transpose(0, 1).flatten(1).float().cpu().numpy()
-        of_cluster = np.split(clusters.predict(x.cpu().numpy()), np.cumsum(lengths)[:-1])
-        pooled, cls = seen.pooled.float().cpu().numpy(), seen.cls.float().cpu().numpy()
-        for i, tiles in enumerate(np.split(seen.tiles.float().cpu().numpy(), np.cumsum(lengths)[:-1])):
-            mean = tiles.mean(axis=0)
-            members = [tiles[of_cluster[i] == one] for one in range(clusters.n_clusters)]
-            found["mean"].append(pooled[i])
-            found["mean + std"].append(np.concatenate([mean, tiles.std(axis=0)]))
-            found["per-cluster means"].append(
-                np.concatenate([some.mean(axis=0) if len(some) else mean for some in members])
-            )
-            found["all layers"].append(layers[i])
-            found["class token"].append(cls[i])
+        vectors = pooled_vectors(x, lengths, seen, clusters)
+        for words, name in POOLING_WORDS.items():
+            found[words].append(vectors[name].cpu().numpy())
         advance(len(batch))
-    return {name: np.stack(rows) for name, rows in found.items()}
-
-
-def with_random_weights(encoder: SlideEncoder, seed: int) -> SlideNetwork:
-    """The encoder's network with random weights, whose residual branches start at full strength: at the small start
-    that training may have chosen it would hand its input through."""
-    network = deepcopy(encoder.network)
-    network.initial_residual = 1.0
-    initialise(network, seed, "encoder")
-    return network
+    return {words: np.concatenate(rows) for words, rows in found.items()}
 
 
 def of_bags(vectors: np.ndarray, slides: Sequence[str], bags: Sequence[Sequence[str]]) -> np.ndarray:

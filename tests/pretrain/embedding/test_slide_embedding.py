@@ -2,21 +2,24 @@
 tiles."""
 
 import json
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from torch import nn
 
-from data.embeddings.slide_features import SLIDE_VECTORS, read_slide_features
+from data.embeddings.slide_features import SLIDE_VECTORS, gather_pieces, read_slide_features
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
 from models.longnet import LongNet
-from pretrain.commands.embed import run
+from pretrain.commands.embed import Config, run
 from pretrain.run import checkpoints
 from pretrain.settings.composition import load
 
@@ -63,9 +66,23 @@ def encoder(tmp_path: Path) -> LongNet:
     return built
 
 
+@cache
+def composed() -> Config:
+    return load("embed", ["stage=slide", "device=cpu", "out=none"]).object()
+
+
 def embed(tmp_path: Path, *words: str, out: str = "out", checkpoint: str = "slide") -> None:
-    paths = [f"checkpoint={tmp_path / checkpoint}", f"embeddings={tmp_path / 'store'}", f"out={tmp_path / out}"]
-    run(load("embed", ["stage=slide", "device=cpu", *paths, *words]).object())
+    given = {"checkpoint": str(tmp_path / checkpoint), "embeddings": str(tmp_path / "store")}
+    given |= {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in words)}
+    run(replace(composed(), out=str(tmp_path / out), **given))
+
+
+def by_cluster(tiles: np.ndarray, outputs: np.ndarray, out: Path) -> np.ndarray:
+    """The mean of outputs whose tiles are nearest to each of the kept centres."""
+    centres = np.array(json.loads((out / "clusters.json").read_text())["centres"])
+    nearest = np.linalg.norm(tiles.astype(np.float64)[:, None] - centres, axis=-1).argmin(1)
+    parts = [outputs[nearest == one] for one in range(len(centres))]
+    return np.concatenate([part.mean(0) if len(part) else outputs.mean(0) for part in parts])
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 1000])
@@ -81,13 +98,16 @@ def test_each_slide_has_its_own_embedding_whatever_it_is_packed_with(store, enco
         expected = {
             "mean_tiles": x.mean(0),
             "pooled": alone.pooled,
+            "mean_std": np.concatenate([alone.tiles.numpy().mean(0), alone.tiles.numpy().std(0)]),
+            "cluster_means": by_cluster(tiles.embeddings, alone.tiles.numpy(), tmp_path / "out"),
             "cls": alone.cls,
             "pooled_layers": alone.pooled_layers.flatten(),
             "cls_layers": alone.cls_layers.flatten(),
         }
         for kind in SLIDE_VECTORS:
-            np.testing.assert_allclose(found[kind][row], expected[kind].numpy().ravel(), atol=2e-6)
-    assert found["pooled_layers"].shape == (4, 3 * 32)
+            of = "mean_std" if kind == "vector" else kind
+            np.testing.assert_allclose(found[kind][row], np.asarray(expected[of]).ravel(), atol=2e-6)
+    assert found["pooled_layers"].shape == (4, 3 * 32) and found["cluster_means"].shape == (4, 8 * 32)
     said = capsys.readouterr()
     assert "fields of 8 × 8" in said.err and json.loads(said.out.splitlines()[-1])["new_slides"] == 4
 
@@ -97,10 +117,96 @@ def test_it_goes_on_where_it_stopped_and_parts_hold_what_one_process_writes(stor
     for part in (2, 1, 1):
         embed(tmp_path, f"part={part}/2", out="parts")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 0
-    (slides, one), (others, several) = read_slide_features(tmp_path / "out"), read_slide_features(tmp_path / "parts")
+    same(tmp_path / "out", tmp_path / "parts")
+    for _ in range(2):
+        run(replace(composed(), out=str(tmp_path / "parts"), merge=True))
+        same(tmp_path / "out", tmp_path / "parts")
+    assert not list((tmp_path / "parts" / "pieces").iterdir())
+    written = (tmp_path / "out" / "slides.parquet").stat()
+    embed(tmp_path)
+    assert (tmp_path / "out" / "slides.parquet").stat().st_mtime_ns == written.st_mtime_ns
+
+
+def same(one: Path, other: Path) -> None:
+    (slides, vectors), (others, theirs) = read_slide_features(one), read_slide_features(other)
     assert slides == others
     for kind in SLIDE_VECTORS:
-        np.testing.assert_allclose(one[kind], several[kind], atol=2e-6)
+        np.testing.assert_allclose(vectors[kind], theirs[kind], atol=2e-6)
+
+
+def test_a_kill_between_writing_all_rows_and_removing_pieces_leaves_each_slide_once(
+    store, encoder, tmp_path, monkeypatch
+):
+    embed(tmp_path)
+    embed(tmp_path, "part=1/2", out="parts")
+    with monkeypatch.context() as killed, pytest.raises(KeyboardInterrupt):
+        unlink = Path.unlink
+
+        def stop(path: Path, missing_ok: bool = False) -> None:
+            if path.suffix == ".parquet":
+                raise KeyboardInterrupt
+            unlink(path, missing_ok)
+
+        killed.setattr(Path, "unlink", stop)
+        gather_pieces(tmp_path / "parts", {})
+    embed(tmp_path, "part=2/2", out="parts")
+    same(tmp_path / "out", tmp_path / "parts")
+    assert gather_pieces(tmp_path / "parts", {}) == 4
+    assert pq.read_table(tmp_path / "parts" / "slides.parquet").num_rows == 4
+
+
+def test_one_file_says_the_patients_and_which_encoder_made_it(store, encoder, tmp_path):
+    (tmp_path / "labels.csv").write_text("slide_id,case_id,label\ns0.svs,A,1\ns1,B,0\nother,C,1\n")
+    embed(tmp_path, f"patients={tmp_path / 'labels.csv'}", "pooling=cls")
+    table = pq.read_table(tmp_path / "out" / "slides.parquet")
+    assert dict(zip(table["slide"].to_pylist(), table["patient"].to_pylist(), strict=True)) == {
+        "s0": "A", "s1": "B", "s2": None, "s4": None
+    }  # fmt: skip
+    assert table["vector"].equals(table["cls"])
+    about = json.loads(table.schema.metadata[b"slidewright"])
+    assert about["encoder_hash"].endswith(" on abc, float32") and about["pooling"] == "cls"
+    (tmp_path / "more.csv").write_text("slide,patient\ns2,D\n")
+    embed(tmp_path, f"patients={tmp_path / 'more.csv'}", "pooling=cls")
+    patients = pq.read_table(tmp_path / "out" / "slides.parquet")["patient"].to_pylist()
+    assert patients == ["A", "B", "D", None]  # those known before stay known
+    with pytest.raises(Fault, match="pooling=cls, not pooling=mean_std: choose another folder"):
+        embed(tmp_path)
+    (tmp_path / "bad.csv").write_text("slide,label\ns0,1\n")
+    with pytest.raises(Fault, match="needs slide and patient"):
+        embed(tmp_path, f"patients={tmp_path / 'bad.csv'}", "pooling=cls")
+    with pytest.raises(Fault, match="give it with merge=true"):
+        embed(tmp_path, "part=1/2", f"patients={tmp_path / 'more.csv'}", out="parts")
+
+
+def test_clusters_are_taken_over_from_another_folder_or_refused(store, encoder, tmp_path):
+    embed(tmp_path)
+    with EmbeddingWriter(tmp_path / "others", WIDTH, "tile encoder", "abc") as writer:
+        found = EmbeddingStore.open(store).read("s4")
+        writer.add("new", np.array(found.embeddings), found.coordinates, 256.0, 0.5)
+    again = [f"embeddings={tmp_path / 'others'}", f"clusters={tmp_path / 'out'}"]
+    embed(tmp_path, *again, out="new")
+    (_, one), (_, other) = read_slide_features(tmp_path / "out"), read_slide_features(tmp_path / "new")
+    np.testing.assert_allclose(one["cluster_means"][3], other["cluster_means"][0], atol=2e-6)
+    embed(tmp_path, f"embeddings={tmp_path / 'others'}", out="own")
+    with pytest.raises(Fault, match="has other clusters than clusters="):
+        embed(tmp_path, f"clusters={tmp_path / 'own'}", out="new")
+    (tmp_path / "new" / "clusters.json").write_text('{"tile_encoder_hash": "other", "centres": []}')
+    with pytest.raises(Fault, match="clusters of another tile encoder's"):
+        embed(tmp_path, f"clusters={tmp_path / 'new'}", out="newest")
+
+
+def test_random_weights_are_the_seeds_and_no_identity(store, encoder, tmp_path):
+    for out, words in {"one": [], "same": [], "other": ["seed=1"]}.items():
+        embed(tmp_path, "random=true", *words, out=out)
+    found = {name: read_slide_features(tmp_path / name)[1] for name in ("one", "same", "other")}
+    assert np.array_equal(found["one"]["vector"], found["same"]["vector"])
+    assert not np.allclose(found["one"]["vector"], found["other"]["vector"], atol=1e-3)
+    layers = found["one"]["pooled_layers"].reshape(4, 3, 32)
+    assert np.linalg.norm(layers[:, -1] - layers[:, 0]) > 0.5 * np.linalg.norm(layers[:, 0])
+    about = json.loads((tmp_path / "one" / "slide_store.json").read_text())
+    assert "random weights, seed 0" in about["encoder"]
+    with pytest.raises(Fault, match="random= has no effect"):
+        run(load("embed", ["slides=s", "checkpoint=c", "out=o", "random=true"]).object())
 
 
 def test_embeddings_of_another_tile_encoder_or_slide_encoder_are_refused(store, encoder, tmp_path):

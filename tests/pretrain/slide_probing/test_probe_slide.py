@@ -10,10 +10,11 @@ from sklearn.metrics import roc_auc_score
 
 from data.embeddings.store import EmbeddingStore
 from launch.entry import run_command_line
+from pretrain.embedding.random_weights import with_random_weights
 from pretrain.encoders.slide_encoders import load_slide_encoder
 from pretrain.slide_probing import judge
 from pretrain.slide_probing.attention_mil import GatedAttention
-from pretrain.slide_probing.vectors import smoothed, with_random_weights
+from pretrain.slide_probing.vectors import smoothed
 from tests.pretrain.slide_probing.labelled_slides import write_labelled_slides
 from tests.pretrain.training.test_slide_training import SMALL
 

@@ -18,10 +18,10 @@ from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from launch.entry import run_command_line
 from models.slide_vit import SlideViT
+from pretrain.embedding.random_weights import with_random_weights
 from pretrain.encoders.slide_encoders import load_slide_encoder
 from pretrain.run.folder import flat
 from pretrain.settings.composition import load
-from pretrain.slide_probing.vectors import with_random_weights
 from tests.pretrain.training.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[3]

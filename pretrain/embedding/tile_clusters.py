@@ -1,0 +1,92 @@
+"""Clusters of tile embeddings, found once and kept: a slide's outputs are averaged within each, on any store.
+
+clusters.json     centres, and the tile encoder whose embeddings they are of
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from sklearn.cluster import MiniBatchKMeans
+from torch import Tensor
+
+from data.embeddings.store import EmbeddingStore
+from data.fault import Fault
+from data.files import write_whole
+from data.json_files import read_object
+from data.keyed import drawn, rng
+from data.lease import once
+
+CLUSTERS = 8
+SLIDES_SAMPLED, TILES_SAMPLED = 1000, 50  # that clusters are found by: 300 MB of tiles that are 1536 wide
+COMPARED_AT_ONCE = 65_536  # tiles
+CLUSTERS_FILE = "clusters.json"
+
+
+@dataclass(frozen=True)
+class TileClusters:
+    """``centres`` (k, D) float32."""
+
+    centres: Tensor
+
+    def of(self, tiles: Tensor) -> Tensor:
+        """(T, D) → (T,) int64: the cluster whose centre is nearest. The squared distance without what all share:
+        |c|² − 2 x·c."""
+        centres = self.centres.to(tiles.device)
+        apart = centres.square().sum(dim=1)
+        return torch.cat([(apart - 2 * some @ centres.T).argmin(dim=1) for some in tiles.split(COMPARED_AT_ONCE)])
+
+
+def clusters_of(store: EmbeddingStore, slides: Sequence[str], seed: int) -> TileClusters:
+    """k-means of `CLUSTERS` groups of tiles, by a keyed draw of the slides and of each one's tiles."""
+    sample = []
+    for number in drawn(len(slides), SLIDES_SAMPLED, seed, "slides of clusters"):
+        tiles = store.read(slides[number]).embeddings
+        chosen = drawn(len(tiles), TILES_SAMPLED, seed, "tiles of clusters", slides[number])
+        sample.append(np.asarray(tiles[chosen], dtype=np.float32))
+    tiles = np.concatenate(sample)
+    draw = int(rng(seed, "clusters").integers(2**31))
+    found = MiniBatchKMeans(min(CLUSTERS, len(tiles)), n_init=3, random_state=draw).fit(tiles)
+    return TileClusters(torch.from_numpy(found.cluster_centers_.astype(np.float32)))
+
+
+def kept_clusters(
+    out: Path, store: EmbeddingStore, slides: Sequence[str], seed: int, given: Path | None
+) -> TileClusters:
+    """The clusters that lie in ``out``; where none do, those ``given`` (a file, or another such folder), or else new
+    ones of the store, which are then kept there. Raises Fault where they are of another tile encoder, or others than
+    those given lie there already."""
+    path = out / CLUSTERS_FILE
+    wanted = None if given is None else _read(given / CLUSTERS_FILE if given.is_dir() else given, store)
+
+    def make() -> None:
+        centres = (wanted or clusters_of(store, slides, seed)).centres
+        write_whole(path, json.dumps({"tile_encoder_hash": store.encoder_hash, "centres": centres.tolist()}))
+
+    once(path, make)
+    found = _read(path, store)
+    if wanted is not None and not torch.equal(wanted.centres, found.centres):
+        raise Fault(f"{out} has other clusters than clusters={given}: leave that out, or choose another folder.")
+    return found
+
+
+def _read(path: Path, store: EmbeddingStore) -> TileClusters:
+    if not path.is_file():
+        raise Fault(f"there are no clusters at {path}: give a folder of slide embeddings, or its {CLUSTERS_FILE}.")
+    way_out = "give another, or embed into a new folder"
+    found = read_object(path, {"tile_encoder_hash", "centres"}, way_out)
+    if found["tile_encoder_hash"] != store.encoder_hash:
+        raise Fault(
+            f"{path} has clusters of another tile encoder's embeddings ({found['tile_encoder_hash']}) than"
+            f" {store.folder} holds ({store.encoder_hash}): leave clusters= out."
+        )
+    try:
+        centres = torch.tensor(found["centres"], dtype=torch.float32)
+    except (ValueError, TypeError) as error:
+        raise Fault(f"{path} is damaged ({error}): {way_out}.") from error
+    if centres.ndim != 2 or centres.shape[1] != store.width or not centres.isfinite().all():
+        raise Fault(f"{path} is damaged (its centres aren't {store.width} wide and finite): {way_out}.")
+    return TileClusters(centres)
