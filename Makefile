@@ -19,7 +19,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-slide-attention bench-embed bench-checkpoint gpu soak lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-slide-attention bench-slide-scale bench-embed bench-checkpoint gpu soak lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -71,6 +71,9 @@ bench-longnet: setup
 
 bench-slide-attention: setup
 	$(BIN)/python tests/bench/slide_attention.py
+
+bench-slide-scale: setup
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/slide_scale.py
 
 bench-embed: setup
 	$(BIN)/python tests/bench/embed.py

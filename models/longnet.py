@@ -35,6 +35,7 @@ from models.sequence_parallel import (
     to_tokens,
 )
 from models.slide_network import SlideFeatures, SlideLayers, SlideNetwork, require_packed, stacked_layers
+from models.token_order import ORDERS, along_hilbert
 
 # Tokens at a time where no gradient is needed: a layer then holds a slide's input, q, k, v and output, and little else.
 PIECE = 4096
@@ -46,9 +47,10 @@ class LongNet(SlideNetwork):
 
     ``drop_path`` is the last layer's rate; it grows linearly from 0 at the first. ``compatible`` asks for the released
     model's attention (attended zero padding, constant branch weights in the backward); `load_released` turns it on.
-    ``attention`` names the kernel, see `models.attention_statistics`. ``initial_residual``: what the last matrix of
-    each residual branch is multiplied by at the start; 1 is the released initialisation, and with 0 every layer begins
-    as the identity.
+    ``attention`` names the kernel, see `models.attention_statistics`. ``order``: of a slide's tiles in the sequence that
+    attention cuts into segments, "rows" as released or "hilbert" (`models.token_order`); what comes in and out is in
+    row-major order either way. ``initial_residual``: what the last matrix of each residual branch is multiplied by at
+    the start; 1 is the released initialisation, and with 0 every layer begins as the identity.
 
     Raises ValueError when the widths don't divide, when a ratio doesn't divide its segment length, or for a kernel that
     can't run here.
@@ -74,13 +76,14 @@ class LongNet(SlideNetwork):
         drop_path: Annotated[float, within(least=0, below=1)],
         compatible: bool,
         attention: Annotated[str, one_of(*ATTENTION_KERNELS)] = "sdpa",
+        order: Annotated[str, one_of(*ORDERS)] = "rows",
         initial_residual: Annotated[float, within()] = 1.0,
     ) -> None:
         super().__init__()
         check_sines(width)
         self.input_width, self.width = input_width, width
         self.segment_lengths, self.dilated_ratios = list(segment_lengths), list(dilated_ratios)
-        self.attention, self.initial_residual = attention, initial_residual
+        self.attention, self.order, self.initial_residual = attention, order, initial_residual
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(input_width, width)})
         layers = LayerSettings(
@@ -90,6 +93,7 @@ class LongNet(SlideNetwork):
             tuple(segment_lengths),
             tuple(dilated_ratios),
             attention,
+            order,
             dropout,
             drop_path,
             compatible,
@@ -125,7 +129,7 @@ class LongNet(SlideNetwork):
         x = x + position_embedding(cells, self.width, extent).to(x.dtype)
         x = prepend(self.cls_token[0], x, lengths)
         lengths = [n + 1 for n in lengths]
-        x, states = self.encoder(x, lengths, seeds, all_layers)
+        x, states = self.encoder(x, lengths, seeds, all_layers, cells)
         tiles, cls, means = summarise(x, lengths)
         return SlideFeatures(self.norm(tiles), self.norm(cls), self.norm(means), *stacked_layers(states, self.norm))
 
@@ -142,7 +146,7 @@ class LongNet(SlideNetwork):
 
     def decoder_layers(self, width: int, depth: int, heads: int, feed_forward_width: int) -> "Layers":
         schedule = tuple(self.segment_lengths), tuple(self.dilated_ratios)
-        return Layers(LayerSettings(width, heads, feed_forward_width, *schedule, self.attention), depth)
+        return Layers(LayerSettings(width, heads, feed_forward_width, *schedule, self.attention, self.order), depth)
 
     def load_released(self, path: Path | str) -> str:
         """Load a released ``slide_encoder.pth`` (``{"model": state dict}``) and turn the compatible attention on.
@@ -187,6 +191,7 @@ class LayerSettings:
     segment_lengths: tuple[int, ...]
     dilated_ratios: tuple[int, ...]
     attention: str = "sdpa"
+    order: str = "rows"
     dropout: float = 0.0
     drop_path: float = 0.0
     compatible: bool = False
@@ -200,7 +205,7 @@ class Layers(SlideLayers):
         super().__init__()
         check_heads(settings.width, settings.heads)
         check_schedule(settings.segment_lengths, settings.dilated_ratios)
-        self.heads, self.dropout = settings.heads, settings.dropout
+        self.heads, self.dropout, self.order = settings.heads, settings.dropout, settings.order
         self.group: Group = None
         rates = (settings.drop_path * index / max(1, depth - 1) for index in range(depth))
         self.layers = nn.ModuleList(Layer(replace(settings, drop_path=rate), index) for index, rate in enumerate(rates))
@@ -235,15 +240,21 @@ class Layers(SlideLayers):
         cells: Tensor | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
         """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B,
-        width) each. ``cells`` aren't looked at: tokens carry their positions."""
+        width) each. ``cells`` are looked at for the order alone: tokens carry their positions."""
         share = TokenShare(tuple(lengths), self.group)
+        order = None
+        if self.order == "hilbert":
+            assert cells is not None
+            order = along_hilbert(cells, lengths)
+            x = x.index_select(0, order)
         x = dropout(scatter(x, share), self.dropout, share, seeds, "embedding")
         states = [summarise(gather(x, share), lengths)[1:]] if all_layers else []
         for layer in self.layers:
             x = layer(x, share, seeds)
             if all_layers:
                 states.append(summarise(gather(x, share), lengths)[1:])
-        return gather(self.layer_norm(x), share), states
+        x = gather(self.layer_norm(x), share)
+        return x if order is None else torch.empty_like(x).index_copy(0, order, x), states
 
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over sequences of ``lengths`` tokens, of all processes that share them."""

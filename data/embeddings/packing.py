@@ -9,6 +9,8 @@ what a rank holds at once is bounded by the lanes that it owns. A sequence large
 Nothing is padded, so a lane that isn't full costs nothing.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from data.fault import Fault
@@ -40,7 +42,7 @@ class Packing:
         """The sequence at a position of the stream: ``position // n`` is its pass, each pass holds each sequence
         once."""
         number, offset = divmod(position, len(self.sizes))
-        return int(self._passes.get(number)[0][offset])
+        return int(self._passes.get(number).order[offset])
 
     def batch(self, step: int, rank: int = 0, world_size: int = 1) -> range:
         """The positions of a rank's share of global batch ``step`` (both count from 0). Fault unless the lanes divide.
@@ -58,7 +60,7 @@ class Packing:
 
     def start(self, step: int) -> int:
         """The position at which global batch ``step`` begins. A later step than ever asked for is found by packing up
-        to it: about ten seconds for the twenty thousand steps of a published run."""
+        to it: a second for the twenty thousand steps of a published run."""
         if self.room is None:
             return step * self.most * self.lanes
         while len(self._starts) <= step:
@@ -69,8 +71,16 @@ class Packing:
         """The position after so many lanes that begin at ``position``."""
         if self.room is None:
             return position + lanes * self.most
-        for _ in range(lanes):
-            position = self._fill(position, self.room)
+        while lanes:
+            number, offset = divmod(position, len(self.sizes))
+            fills = self._passes.get(number).fills
+            while lanes and (end := fills[offset]) is not None:
+                offset = end
+                lanes -= 1
+            position = number * len(self.sizes) + offset
+            if lanes:  # this lane goes on into the next pass
+                position = self._fill(position, self.room)
+                lanes -= 1
         return position
 
     def _fill(self, position: int, room: int) -> int:
@@ -79,7 +89,7 @@ class Packing:
         taken = 0
         while True:
             number, offset = divmod(position + taken, len(self.sizes))
-            ends = self._passes.get(number)[1]
+            ends = self._passes.get(number).ends
             fits = int(np.searchsorted(ends, ends[offset] + room, side="right")) - 1
             last = max(min(fits, offset + self.most - taken), offset if taken else offset + 1)
             room -= int(ends[last] - ends[offset])
@@ -87,7 +97,22 @@ class Packing:
             if last < len(self.sizes) or taken == self.most:
                 return position + taken  # else it goes on into the next pass
 
-    def _pass(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """A pass's permuted sequences (n,), and how many tiles lie before each and before the end (n + 1,)."""
+    def _pass(self, number: int) -> "_Pass":
         order = rng(self.seed, "slide order", number).permutation(len(self.sizes))
-        return order, np.concatenate([[0], np.cumsum(self.sizes[order])])
+        ends = np.concatenate([[0], np.cumsum(self.sizes[order])])
+        if self.room is None:
+            return _Pass(order, ends, [])
+        begin = np.arange(len(order))
+        fits = np.searchsorted(ends, ends[:-1] + self.room, side="right") - 1
+        last = np.maximum(np.minimum(fits, begin + self.most), begin + 1)
+        return _Pass(order, ends, [end if end < len(order) else None for end in last.tolist()])
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """A pass's permuted sequences (n,), how many tiles lie before each and before the end (n + 1,), and where a lane
+    that begins at each is full, None where that isn't within the pass."""
+
+    order: np.ndarray
+    ends: np.ndarray
+    fills: list[int | None]

@@ -275,13 +275,34 @@ class EmbeddingStore:
         )
         return SlideEmbeddings(slide, embeddings, coordinates, *of)
 
+    def scattered_rows(self, slide: str, stride: int) -> np.ndarray:
+        """Every ``stride``-th embedding of a slide, (…, width) float16, read one by one: a map would read what lies
+        around each too. Raises Fault as `read` does."""
+        entry = self._entries[slide]
+        path, size = self.folder / entry.file, 2 * self.width
+        starts = range(entry.offset, entry.offset + entry.rows * size, stride * size)
+        try:
+            with open(path, "rb", buffering=0) as file:
+                if hasattr(os, "posix_fadvise"):
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)
+                data = b"".join(os.pread(file.fileno(), size, start) for start in starts)
+        except FileNotFoundError:
+            data = b""
+        if len(data) < len(starts) * size:
+            raise self._too_short(entry)
+        return np.frombuffer(data, "<f2").reshape(-1, self.width)
+
+    def _too_short(self, entry: Entry) -> Fault:
+        return Fault(
+            f"{self.folder / entry.file} is missing or shorter than its index says; embed {entry.slide} again into a new"
+            " folder."
+        )
+
     def _map(self, entry: Entry) -> np.ndarray:
         path, end = self.folder / entry.file, entry.end(self.width)
         if len(self._maps.get(entry.file, ())) < end:
             if not path.is_file() or path.stat().st_size < end:
-                raise Fault(
-                    f"{path} is missing or shorter than its index says; embed {entry.slide} again into a new folder."
-                )
+                raise self._too_short(entry)
             # As a plain array: rows are looked up faster than in a memmap.
             self._maps[entry.file] = np.asarray(np.memmap(path, np.uint8, "r"))
         return self._maps[entry.file]

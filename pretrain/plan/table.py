@@ -42,7 +42,9 @@ def plan_table(found: dict[str, Any]) -> str:
         parts[part] = parts.get(part, 0) + count
     lines += [f"  {name:<46}{count / 1e9:>14,.2f}  {count / total:>6.1%}" for name, count in parts.items() if count]
     lines.append(f"  {'all':<46}{total / 1e9:>14,.2f}")
-    lines += ["", "Memory of the first GPU at a step's highest moment, in GiB (computed)"]
+    unit_of_cost = "GPU" if machine["accelerator"] == "gpu" else "machine"
+    first = "first GPU" if unit_of_cost == "GPU" else "first process"
+    lines += ["", f"Memory of the {first} at a step's highest moment, in GiB (computed)"]
     lines += [f"  {name:<46}{size / GIB:>14,.2f}" for name, size in found["peak_bytes_by_part"].items()]
     lines.append(f"  {'all':<46}{found['peak_bytes'] / GIB:>14,.2f}")
     lines.append(
@@ -81,8 +83,9 @@ def plan_table(found: dict[str, Any]) -> str:
             f" {speed['step_seconds']:.3g} s a step"
         ),
         (
-            f"  {speed['hours']:,.1f} hours, {speed['gpu_hours']:,.0f} GPU-hours, {speed['dollars']:,.0f} dollars at"
-            f" {found['dollars_per_hour']:g} an hour and GPU (dollars_per_hour=)"
+            f"  {speed['hours']:,.1f} hours, {_rounded(speed['gpu_hours'])} {unit_of_cost}-hours,"
+            f" {_rounded(speed['dollars'])} dollars at {found['dollars_per_hour']:g} an hour and {unit_of_cost}"
+            " (dollars_per_hour=)"
         ),
         _of_evaluation(found),
         *(OF_SLIDES if any("gigapath_slide" in word for word in found["settings"]) else []),
@@ -94,6 +97,11 @@ def plan_table(found: dict[str, Any]) -> str:
         ),
     ]
     return "\n".join(lines)
+
+
+def _rounded(amount: float) -> str:
+    """Whole numbers from 10 on, two digits of smaller ones."""
+    return f"{amount:,.0f}" if amount >= 10 else f"{amount:.2g}"
 
 
 def _of_communication(found: dict[str, Any]) -> list[str]:

@@ -19,9 +19,12 @@ SETTINGS = {
 }  # fmt: skip
 
 
-def results(group: dist.ProcessGroup | None, compatible: bool) -> dict[str, torch.Tensor]:
+KINDS = {"exact": {}, "compatible": {"compatible": True}, "hilbert": {"order": "hilbert"}}
+
+
+def results(group: dist.ProcessGroup | None, kind: str) -> dict[str, torch.Tensor]:
     """All outputs, the gradient of the tiles and of every parameter, of a loss that sees all outputs; in float64."""
-    network = LongNet(**SETTINGS, compatible=compatible)
+    network = LongNet(**{"compatible": False} | SETTINGS | KINDS[kind])
     initialise(network, seed=3)
     network.double()
     network.encoder.share_slides(group)
@@ -45,8 +48,8 @@ def worker(rank: int, folder: Path) -> None:
     os.environ.pop("MASTER_ADDR", None)
     dist.init_process_group("gloo", init_method=f"file://{folder / 'meeting'}", rank=rank, world_size=2)
     try:
-        for compatible in (False, True):
-            torch.save(results(dist.group.WORLD, compatible), folder / f"{rank} {compatible}.pt")
+        for kind in KINDS:
+            torch.save(results(dist.group.WORLD, kind), folder / f"{rank} {kind}.pt")
     finally:
         dist.destroy_process_group()
 
@@ -59,11 +62,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("compatible", [False, True])
-def test_two_processes_that_share_slides_equal_one_forward_and_gradients(folder: Path, compatible: bool) -> None:
-    expected = results(None, compatible)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_that_share_slides_equal_one_forward_and_gradients(folder: Path, kind: str) -> None:
+    expected = results(None, kind)
     for rank in (0, 1):
-        found = torch.load(folder / f"{rank} {compatible}.pt")
+        found = torch.load(folder / f"{rank} {kind}.pt")
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             torch.testing.assert_close(

@@ -281,6 +281,26 @@ def test_statistics_of_a_large_store_are_those_of_every_so_many_th_tile_of_each_
     np.testing.assert_allclose(statistics.std, values.std(0), rtol=1e-9)
 
 
+def test_statistics_of_a_store_of_many_slides_are_those_of_every_so_many_th_slide(tmp_path, monkeypatch):
+    monkeypatch.setattr("data.embeddings.standardisation.MOST_SLIDES_READ", 2)
+    with writer(tmp_path) as out:
+        for slide in ("a", "b", "c"):
+            out.add(slide, *tiles(slide, 20), 512.0, 0.5)
+    store = EmbeddingStore.open(tmp_path)
+    values = np.concatenate([store.read(slide).embeddings for slide in ("a", "c")]).astype(np.float64)
+    np.testing.assert_allclose(Statistics.of(store).mean, values.mean(0), rtol=1e-9)
+
+
+def test_rows_read_one_by_one_of_a_file_that_was_cut_are_a_fault(tmp_path):
+    with writer(tmp_path) as out:
+        out.add("a", *tiles("a", 20), 512.0, 0.5)
+    store, path = EmbeddingStore.open(tmp_path), tmp_path / "embeddings-0-000000.bin"
+    for spoil in (lambda: os.truncate(path, 30), path.unlink):
+        spoil()
+        with pytest.raises(Fault, match="missing or shorter than its index says; embed a again"):
+            store.scattered_rows("a", 2)
+
+
 @pytest.mark.parametrize("name", ["store.json", "index-0.parquet"])
 def test_a_damaged_store_is_a_fault_that_names_the_file(tmp_path, name):
     with writer(tmp_path) as out:

@@ -205,6 +205,8 @@ def test_a_machine_of_cores_is_one_process_unless_it_is_told() -> None:
     found = make_plan(planned(*SMALL, "hardware=cpu"))
     assert found["processes"] == 1
     assert "CUDA's context (assumed)" not in found["peak_bytes_by_part"] and found["augmentation_bytes"] == 0
+    said = plan_table(found)
+    assert "machine-hours" in said and "GPU" not in said and " 0 dollars" not in said
     with pytest.raises(Fault, match="can't be shared by 4 processes") as refused:
         make_plan(planned(*SMALL, "hardware=cpu", "launch.gpus_per_node=4"))
     assert refused.value.code == 2  # as a run's command line has it
