@@ -1,7 +1,7 @@
 """Slide embeddings as Parquet, a row a slide: ``pandas.read_parquet(folder / "slides.parquet")``.
 
     slide_store.json            both encoders and their hashes, and which pooling is the default: one folder, one of each
-    clusters.json               the clusters of tiles that cluster_means are of
+    clusters.json               the clusters of tiles that cluster_means and cluster_moments are of
     pieces/0-000000.parquet …   what was embedded since, some slides each; part numbers keep a job array's tasks apart
     slides.parquet              all of them, after `gather_pieces`; what slide_store.json says is its schema's metadata
 
@@ -12,6 +12,8 @@
     pooled                      (width)   mean of the slide encoder's output tiles
     mean_std                    (2 width) with their standard deviation
     cluster_means               (k width) their mean within each cluster of input tiles; where it has none, within all
+    cluster_moments             (2 (k + 1) width) mean_std; then of each cluster its mean times its share of the tiles, and
+                                its standard deviation times that share's root: what it adds to the mean and the variance
     pooled_layers               ((depth + 1) width)  of the embedding and of every layer, one after another
     cls, cls_layers             of the class token
 
@@ -34,7 +36,7 @@ from data.files import appearing
 from data.json_files import read_object
 
 ABOUT, GATHERED, PIECES = "slide_store.json", "slides.parquet", "pieces"
-POOLINGS = ("pooled", "mean_std", "cluster_means", "pooled_layers", "cls", "cls_layers")
+POOLINGS = ("pooled", "mean_std", "cluster_means", "cluster_moments", "pooled_layers", "cls", "cls_layers")
 SLIDE_VECTORS = ("vector", "mean_tiles", *POOLINGS)
 FACTS = {"format", "encoder", "encoder_hash", "width", "pooling"}
 

@@ -5,9 +5,10 @@ float16 matrix per slide, tiles in row-major order, which 'pretrain slide' train
 straight from the slides. A store belongs to one encoder: another one's embeddings are refused.
 
 stage=slide: every slide of such a store goes through a slide encoder. out= becomes a folder with slides.parquet, one row
-per slide: its vectors by pooling (pooled, mean_std, cluster_means, pooled_layers, cls, cls_layers), the one that
-pooling= chooses once more as vector, and mean_tiles, the baseline that needs no slide encoder. Clusters of tiles are
-found once and kept in out=; another folder takes them over with clusters=. random=true gives the network random weights.
+per slide: its vectors by pooling (pooled, mean_std, cluster_means, cluster_moments, pooled_layers, cls, cls_layers),
+the one that pooling= chooses once more as vector, and mean_tiles, the baseline that needs no slide encoder. Clusters of
+tiles are found once and kept in out=; another folder takes them over with clusters=. random=true gives the network
+random weights.
 
 Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is
 named and left out, the others go on, and the command ends with an error; run again, it is retried. The last line of

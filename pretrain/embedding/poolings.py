@@ -13,7 +13,7 @@ def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clust
     """By pooling, (B, dimensions) float32, of slides of ``lengths`` tiles ``x`` (T, D) with all layers ``seen``;
     differentiable."""
     assert seen.pooled_layers is not None and seen.cls_layers is not None
-    both, by_cluster = [], []
+    both, by_cluster, moments = [], [], []
     sizes = list(lengths)
     for tiles, members in zip(seen.tiles.float().split(sizes), clusters.of(x).split(sizes), strict=True):
         mean = tiles.mean(dim=0)
@@ -21,11 +21,16 @@ def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clust
         number = len(clusters.centres)
         sums = tiles.new_zeros(number, tiles.shape[1]).index_add(0, members, tiles)
         counts = torch.bincount(members, minlength=number)[:, None]
-        by_cluster.append(torch.where(counts > 0, sums / counts.clamp(min=1), mean).flatten())
+        means = sums / counts.clamp(min=1)
+        by_cluster.append(torch.where(counts > 0, means, mean).flatten())
+        away = tiles.new_zeros(number, tiles.shape[1]).index_add(0, members, (tiles - means[members]).square())
+        own = sums / len(tiles), (away / len(tiles)).clamp(min=torch.finfo(tiles.dtype).tiny).sqrt()
+        moments.append(torch.cat([both[-1], *(one.flatten() for one in own)]))
     return {
         "pooled": seen.pooled.float(),
         "mean_std": torch.stack(both),
         "cluster_means": torch.stack(by_cluster),
+        "cluster_moments": torch.stack(moments),
         "pooled_layers": seen.pooled_layers.transpose(0, 1).flatten(1).float(),
         "cls": seen.cls.float(),
         "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1).float(),

@@ -19,6 +19,7 @@ POOLING_WORDS = {
     "mean": "pooled",
     "mean + std": "mean_std",
     "per-cluster means": "cluster_means",
+    "moments by cluster": "cluster_moments",
     "all layers": "pooled_layers",
     "class token": "cls",
 }  # as a row is called → as `pooled_vectors` calls it

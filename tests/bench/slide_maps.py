@@ -3,7 +3,7 @@
 A map is 24 × 24 cells: irregular tissue of 300 to 500 tiles, each of one class, smooth in space. What a slide's label
 decides:
 
-    composition   the share of A: about .12 or about .20
+    composition   the share of A: about .12 or about .28
     arrangement   nests of A border on nests of B, or stay 3 cells away; equal numbers and shapes of both
     nests         as many tiles of A in one nest or in eight
     rare          one tile in a hundred is of A, or none
@@ -31,7 +31,7 @@ SIDE = 24  # cells
 TISSUE = (300, 500)  # tiles
 A, B, NOTHING = 0, 1, -1
 SMOOTH, TISSUE_SMOOTH = 2.0, 4.0  # cells: of the fields that classes and tissue are cut from
-SHARES, SHARE_SPREAD = (0.12, 0.20), 0.022  # of A in *composition*
+SHARES, SHARE_SPREAD = (0.12, 0.28), 0.044  # of A in *composition*
 PAIRS, HALF = 4, 10  # of nests in *arrangement*, and tiles of each
 APART = 3.0  # cells between classes that don't border on each other
 NESTED, NESTS = 48, 8  # tiles of A in *nests*, and in how many they are where they are many

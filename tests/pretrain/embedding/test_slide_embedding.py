@@ -77,12 +77,16 @@ def embed(tmp_path: Path, *words: str, out: str = "out", checkpoint: str = "slid
     run(replace(composed(), out=str(tmp_path / out), **given))
 
 
-def by_cluster(tiles: np.ndarray, outputs: np.ndarray, out: Path) -> np.ndarray:
-    """The mean of outputs whose tiles are nearest to each of the kept centres."""
+def of_clusters(tiles: np.ndarray, outputs: np.ndarray, out: Path) -> tuple[np.ndarray, np.ndarray]:
+    """Means of outputs whose tiles are nearest to each of the kept centres; and mean and spread of all, then each
+    cluster's part in the mean and in the variance."""
     centres = np.array(json.loads((out / "clusters.json").read_text())["centres"])
     nearest = np.linalg.norm(tiles.astype(np.float64)[:, None] - centres, axis=-1).argmin(1)
     parts = [outputs[nearest == one] for one in range(len(centres))]
-    return np.concatenate([part.mean(0) if len(part) else outputs.mean(0) for part in parts])
+    means = [part.mean(0) if len(part) else outputs.mean(0) for part in parts]
+    inside = [np.square(part - mean).sum(0) / len(outputs) for part, mean in zip(parts, means, strict=True)]
+    moments = [outputs.mean(0), outputs.std(0), *(part.sum(0) / len(outputs) for part in parts), *np.sqrt(inside)]
+    return np.concatenate(means), np.concatenate(moments)
 
 
 @pytest.mark.parametrize("tokens", [1, 50, 1000])
@@ -95,11 +99,13 @@ def test_each_slide_has_its_own_embedding_whatever_it_is_packed_with(store, enco
         x = torch.from_numpy(tiles.embeddings.astype(np.float32))
         with torch.inference_mode():
             alone = encoder(x, torch.from_numpy(tiles.cells), [len(x)], all_layers=True)
+        means, moments = of_clusters(tiles.embeddings, alone.tiles.numpy(), tmp_path / "out")
         expected = {
             "mean_tiles": x.mean(0),
             "pooled": alone.pooled,
             "mean_std": np.concatenate([alone.tiles.numpy().mean(0), alone.tiles.numpy().std(0)]),
-            "cluster_means": by_cluster(tiles.embeddings, alone.tiles.numpy(), tmp_path / "out"),
+            "cluster_means": means,
+            "cluster_moments": moments,
             "cls": alone.cls,
             "pooled_layers": alone.pooled_layers.flatten(),
             "cls_layers": alone.cls_layers.flatten(),

@@ -46,7 +46,7 @@ def test_every_row_is_judged_with_its_interval_and_written_as_json_and_page(
     printed = capsys.readouterr().out
     found = json.loads((place / "probe.json").read_text())
     rows = found["rows"]
-    poolings = ("mean", "mean + std", "per-cluster means", "all layers", "class token")
+    poolings = ("mean", "mean + std", "per-cluster means", "moments by cluster", "all layers", "class token")
     encoders = {f"{who}, {pooling}" for who in ("slide encoder", "random weights") for pooling in poolings}
     alone = {"mean of tiles", "mean + std", "mean + std + smoothed std", "attention over tiles, trained"}
     assert set(rows) == encoders | alone and all(name in printed for name in rows)
