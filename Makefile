@@ -19,7 +19,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-slide-attention bench-slide-scale bench-embed bench-checkpoint gpu soak lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-slide bench-slide-attention bench-slide-scale bench-embed bench-checkpoint gpu soak lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -68,6 +68,10 @@ bench-data: setup
 
 bench-longnet: setup
 	$(BIN)/python tests/bench/longnet.py
+
+# Is a slide encoder of use? Fifty minutes. Less of it: make bench-slide ARGS="SECONDS=60 GROUNDS=made_up LABELS=nests,far ROWS=smoothed,slide".
+bench-slide: setup
+	$(BIN)/python tests/bench/slide.py $(ARGS)
 
 bench-slide-attention: setup
 	$(BIN)/python tests/bench/slide_attention.py
