@@ -122,7 +122,7 @@ class LongNet(SlideNetwork):
         the mask token replaces, for a network that was given one; it is no part of the released names.
         """
         require_packed(tokens, cells, lengths)
-        x = self.patch_embed["proj"](tokens)
+        x = self.project(tokens)
         if masked is not None:
             assert self.mask_token is not None
             x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
@@ -135,7 +135,7 @@ class LongNet(SlideNetwork):
 
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over slides of ``lengths`` tiles."""
-        embedded = linear_maps(sum(lengths), self.patch_embed, of_data=True)
+        embedded = linear_maps(sum(lengths) / len(self.patch_embed), self.patch_embed, of_data=True)
         return embedded + self.encoder.operations([n + 1 for n in lengths])
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:

@@ -72,16 +72,40 @@ class SlideNetwork(nn.Module, ABC):
     width: int
     initial_residual: float
     encoder: SlideLayers
+    patch_embed: nn.ModuleDict
 
     def __init__(self) -> None:
         super().__init__()
         self.mask_token: nn.Parameter | None = None
+        self.further_widths: list[int] = []
+        self.chosen_input = 0
 
     def add_mask_token(self) -> None:
         """Have a mask token, for an objective that shows the encoder all places and hides tiles by it."""
         if self.mask_token is None:
             device = next(self.parameters()).device
             self.mask_token = nn.Parameter(torch.zeros(1, self.width, device=device))
+
+    @property
+    def input_widths(self) -> list[int]:
+        """Of every tile encoder whose embeddings it takes; the first is ``input_width``."""
+        return [self.input_width, *self.further_widths]
+
+    def add_input(self, width: int) -> None:
+        """Have an input projection of its own for embeddings of one more tile encoder, beside that in
+        ``patch_embed``."""
+        self.further_widths.append(width)
+        place = next(self.parameters()).device
+        self.patch_embed[f"proj{len(self.further_widths)}"] = nn.Linear(width, self.width, device=place)
+
+    def choose_input(self, number: int) -> None:
+        """From here on take embeddings of the tile encoder of that number, from 0."""
+        self.chosen_input = number
+
+    def project(self, tokens: Tensor) -> Tensor:
+        """(T, chosen width) → (T, width) by the projection that is chosen."""
+        projected: Tensor = self.patch_embed[f"proj{self.chosen_input or ''}"](tokens)
+        return projected
 
     def standardise_inputs(self, mean: Tensor, std: Tensor) -> None:
         """From here on take embeddings as they are stored, and subtract ``mean`` and divide by ``std`` (input_width,)

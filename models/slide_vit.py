@@ -93,7 +93,7 @@ class SlideViT(SlideNetwork):
         see none but themselves, nothing sees them, and means leave them out.
         """
         require_packed(tokens, cells, lengths)
-        x = F.gelu(self.patch_embed["proj"](tokens))
+        x = F.gelu(self.project(tokens))
         if masked is not None:
             assert self.mask_token is not None
             x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
@@ -106,7 +106,7 @@ class SlideViT(SlideNetwork):
 
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over slides of ``lengths`` tiles."""
-        embedded = linear_maps(sum(lengths), self.patch_embed, of_data=True)
+        embedded = linear_maps(sum(lengths) / len(self.patch_embed), self.patch_embed, of_data=True)
         return embedded + self.encoder.operations([n + self.encoder.special for n in lengths])
 
     def decoder_layers(self, width: int, depth: int, heads: int, feed_forward_width: int) -> "DistanceLayers":

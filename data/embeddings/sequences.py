@@ -7,8 +7,9 @@ are too few slides to learn from. Its tiles are in row-major order. The order of
 only state is the number of steps done, and it holds at any world size.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -34,6 +35,14 @@ class Sequence:
     )  # (n,) int64, ascending; a whole slide's are a range, since a million slides' would fill the memory
 
 
+class TilesOfStore(NamedTuple):
+    """What a further store has of a batch's tiles: those of another tile encoder."""
+
+    embeddings: Tensor  # (T, D) float16
+    mean: Tensor  # (D,) float32
+    std: Tensor  # (D,) float32
+
+
 @dataclass
 class SlideBatch:
     """Packed sequences: B of them with T tiles in all, of which V are visible and M are masked (V + M = T)."""
@@ -52,6 +61,7 @@ class SlideBatch:
     extent: int  # all cells are below it
     standardised: bool = False  # whether encoders are given embeddings so, or as stored
     centres: Tensor | None = None  # (K, D) float32, standardised: of the clusters that an objective asked for
+    further: list[TilesOfStore] = field(default_factory=list)  # the same tiles by other tile encoders, from number 1 on
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "SlideBatch":
         """The same batch with its tensors on ``device``."""
@@ -63,17 +73,24 @@ class SlideBatch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "SlideBatch":
         tensors = {name: value for name, value in vars(self).items() if isinstance(value, Tensor)}
-        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()})  # type: ignore[arg-type]
+        further = [TilesOfStore(*map(change, store)) for store in self.further]
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items()}, further=further)  # type: ignore[arg-type]
 
-    def targets(self) -> Tensor:
-        """(T, D) float32 embeddings standardised by the data set's statistics: what is predicted."""
-        return (self.embeddings - self.mean) / self.std
+    def of_store(self, number: int) -> TilesOfStore:
+        """What the store of that number has, from 0."""
+        return self.further[number - 1] if number else TilesOfStore(self.embeddings, self.mean, self.std)
 
-    def inputs(self, tiles: Tensor | slice = slice(None)) -> Tensor:
-        """(t, D) float32 or better: what an encoder is given of those ``tiles``."""
-        some = self.embeddings[tiles]
+    def targets(self, store: int = 0) -> Tensor:
+        """(T, D) float32 embeddings of a store standardised by the data set's statistics: what is predicted."""
+        embeddings, mean, std = self.of_store(store)
+        return (embeddings - mean) / std
+
+    def inputs(self, tiles: Tensor | slice = slice(None), store: int = 0) -> Tensor:
+        """(t, D) float32 or better: what an encoder is given of those ``tiles`` of a store."""
+        embeddings, mean, std = self.of_store(store)
+        some = embeddings[tiles]
         if self.standardised:
-            return (some - self.mean) / self.std
+            return (some - mean) / std
         return some.to(torch.promote_types(some.dtype, torch.float32))
 
 
@@ -84,7 +101,8 @@ class SlideSequences:
     held out, drawn by ``seed``; with a single slide, a band along one of its sides, so that no tile is in both. crop,
     shift_grid, flip: augmentation, see `augment_sequence`. batch_size, batch_tokens, lanes: see `Packing`; tiles are counted
     before the crop. mask: "random" or "block"; mask_ratio: share of tiles masked, 0 for none; block_cells: side of the blocks.
-    inputs: "raw" or "standardised", what encoders are given. centres: see `SlideBatch`.
+    inputs: "raw" or "standardised", what encoders are given. centres: see `SlideBatch`. further: stores of the same
+    tiles by other tile encoders, with their statistics.
 
     Raises Fault where a setting makes no sense or leaves nothing to train on or to hold out.
     """
@@ -108,6 +126,7 @@ class SlideSequences:
         block_cells: int,
         inputs: str = "raw",
         centres: np.ndarray | None = None,
+        further: Collection[tuple[EmbeddingStore, Statistics]] = (),
     ) -> None:
         if mask not in ("random", "block"):
             raise Fault(f"mask={mask} is not known; choose random or block.")
@@ -125,7 +144,7 @@ class SlideSequences:
                 f"the statistics are of {len(statistics.mean)} dimensions, the embeddings in {store.folder} of"
                 f" {store.width}."
             )
-        self.store, self.statistics, self.centres = store, statistics, centres
+        self.store, self.statistics, self.centres, self.further = store, statistics, centres, list(further)
         self.standardised = inputs == "standardised"
         self.seed = seed
         self.crop, self.shift_grid, self.flip = crop, shift_grid, flip
@@ -189,7 +208,8 @@ class SlideSequences:
             masked = random_mask(len(rows), self.mask_ratio, random)
         else:
             masked = block_mask(cells, self.mask_ratio, self.block_cells, random)
-        return _Item(sequence.slide, position, slide.embeddings[rows], cells, masked)
+        further = [store.read(sequence.slide).embeddings[rows] for store, _ in self.further]
+        return _Item(sequence.slide, position, slide.embeddings[rows], cells, masked, further)
 
     def _pack(self, items: list["_Item"]) -> SlideBatch:
         masked = np.concatenate([item.masked for item in items])
@@ -209,6 +229,14 @@ class SlideSequences:
             extent=int(cells.max()) + 1,
             standardised=self.standardised,
             centres=None if self.centres is None else torch.from_numpy(self.centres),
+            further=[
+                TilesOfStore(
+                    torch.from_numpy(np.concatenate([item.further[number] for item in items])),
+                    torch.from_numpy(statistics.mean.astype(np.float32)),
+                    torch.from_numpy(statistics.std.astype(np.float32)),
+                )
+                for number, (_, statistics) in enumerate(self.further)
+            ],
         )
 
 
@@ -219,6 +247,7 @@ class _Item:
     embeddings: np.ndarray  # (n, D) float16
     cells: np.ndarray  # (n, 2) int64
     masked: np.ndarray  # (n,) bool
+    further: list[np.ndarray]  # (n, D) float16 of each further store
 
 
 def split_sequences(

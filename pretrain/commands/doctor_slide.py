@@ -16,7 +16,7 @@ from pretrain.commands import slide
 from pretrain.doctor import embeddings, report, run_settings
 from pretrain.objectives.interface import Objective
 from pretrain.settings import plugins
-from pretrain.training.slide_stage import open_store
+from pretrain.training.slide_stage import build_slide_network, open_further, open_store
 
 
 @dataclass
@@ -33,8 +33,9 @@ def run(config: Config) -> None:
     processes = trainer.devices * trainer.nodes
 
     def objective() -> Objective:
-        width = open_store(config.data).width
-        return plugins.build(config.objective, lambda: plugins.build(config.model, width))  # type: ignore[no-any-return]
+        store = open_store(config.data)
+        widths = [one.width for one in (store, *open_further(config.data, store))]
+        return plugins.build(config.objective, lambda: build_slide_network(config.model, widths))  # type: ignore[no-any-return]
 
     as_slide = slide.Config(**{field.name: getattr(config, field.name) for field in fields(slide.Config)})
     report.say_findings(

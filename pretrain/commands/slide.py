@@ -3,8 +3,10 @@
     pretrain slide run=runs/slide data.embeddings=embeddings
     pretrain slide run=runs/slide recipe=gigapath_slide data.embeddings=embeddings trainer.devices=8
     pretrain slide run=runs/slide model=slide_vit data.embeddings=embeddings
+    pretrain slide run=runs/slide objective=slide_context data.embeddings=embeddings data.further=[embeddings_of_another]
 
-The encoder is a LongNet, or a ViT whose attention falls with distance.
+The encoder is a LongNet, or a ViT whose attention falls with distance. objective=slide_pairs trains the slide's pooled
+vector by pairs of tiles, objective=slide_context takes stores of several tile encoders.
 
 It judges itself at every checkpoint on held-out slides: masked R² beside three baselines that need no learning (the
 data set's mean, the slide's mean, the nearest visible neighbours), how much worse it gets when tiles are shuffled, and
@@ -14,15 +16,24 @@ The folder is like that of a tile run, and the same command resumes it.
 """
 
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from data.fault import Fault
+from models.allowed import Agreements
 from pretrain.objectives.interface import SlideObjective
 from pretrain.settings import plugins
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
-from pretrain.training.slide_stage import SlideData, SlideTraining, SlideWatch, open_store
+from pretrain.training.slide_stage import (
+    SlideData,
+    SlideTraining,
+    SlideWatch,
+    build_slide_network,
+    open_further,
+    open_store,
+    require_read,
+)
 from pretrain.training.trainer_settings import require_devices
 
 
@@ -33,6 +44,8 @@ class Config(RunConfig):
     objective: Annotated[Plugin, SlideObjective]
     data: SlideData
     watch: SlideWatch
+
+    agreements: ClassVar[Agreements] = {("data.further", "objective._target_"): require_read}
 
 
 def run(config: Config) -> None:
@@ -45,8 +58,10 @@ def run(config: Config) -> None:
             )
     require_devices(config.trainer)
     store = open_store(config.data)
+    further = open_further(config.data, store)
+    widths = [one.width for one in (store, *further)]
 
     def objective():  # type: ignore[no-untyped-def]
-        return plugins.build(config.objective, lambda: plugins.build_empty(config.model, store.width))
+        return plugins.build(config.objective, lambda: build_slide_network(config.model, widths))
 
-    train(config, lambda folder: SlideTraining(folder, config, objective, store))
+    train(config, lambda folder: SlideTraining(folder, config, objective, store, further))

@@ -11,7 +11,7 @@ from data.fault import Fault
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
 from pretrain.training.even_shares import lanes_of
-from pretrain.training.slide_stage import SlideBatches, SlideData, open_store, sequences_of
+from pretrain.training.slide_stage import SlideBatches, SlideData, open_further, open_store, sequences_of
 
 SAMPLED_SLIDES = 64  # slides that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process
@@ -26,8 +26,8 @@ def check_embeddings(
     try:
         store = open_store(data)
         lanes_of(vars(data), processes, accumulate, together)
-        # The mean and the spread of a published data set take minutes to find, and don't matter here.
-        sequences = sequences_of(store, Statistics(np.zeros(store.width), np.ones(store.width), 1), data, seed)
+        further = [(one, unknown_statistics(one)) for one in open_further(data, store)]
+        sequences = sequences_of(store, unknown_statistics(store), data, seed, further=further)
         read_ends_of_store(store)
         rate = slides_per_second(SlideBatches(sequences, 0, WARM_UP + MEASURED, 0, processes // together, accumulate))
     except Fault as fault:
@@ -48,6 +48,11 @@ def check_embeddings(
         found = passed("embeddings", f"{what}; {min(SAMPLED_SLIDES, len(tiles))} slides are there as the index says")
     does, remedy = "one process reads, cuts and masks", "put the embeddings on faster storage"
     return [found, fast_enough(rate, needed, processes // together, "slides", does, remedy)]
+
+
+def unknown_statistics(store: EmbeddingStore) -> Statistics:
+    """The mean and the spread of a published data set take minutes to find, and don't matter to its rate."""
+    return Statistics(np.zeros(store.width), np.ones(store.width), 1)
 
 
 def read_ends_of_store(store: EmbeddingStore) -> None:

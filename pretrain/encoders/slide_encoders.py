@@ -25,33 +25,60 @@ from pretrain.settings.plugins import build
 
 RELEASED = {(768, 12), (1024, 24), (1536, 12)}  # width and depth of the published configurations, all with 16 heads
 TILE_ENCODER = "tile_encoder.json"  # in a slide run's folder: whose embeddings it was trained on
-STATISTICS = "statistics.json"  # beside it: their mean and spread
+
+
+def statistics_file(number: int) -> str:
+    """In a slide run's folder: mean and spread of the embeddings of the tile encoder of that number."""
+    return f"statistics-{number}.json" if number else "statistics.json"
+
+
+@dataclass(frozen=True)
+class EncoderInput:
+    """A tile encoder whose embeddings a slide network takes: its hash, where it is known, and what they were
+    standardised by in training, None for nothing."""
+
+    tile_encoder_hash: str | None = None
+    statistics: Statistics | None = None
+
+    @property
+    def says(self) -> str:
+        """All that counts beside weights."""
+        if self.statistics is None:
+            return ""
+        return f"standardised by {self.statistics.mean.tolist()} {self.statistics.std.tolist()}"
 
 
 @dataclass(frozen=True)
 class SlideEncoder:
-    """A frozen slide network; ``tile_encoder_hash`` is that of the tile encoder whose embeddings it takes, where it is
-    known."""
+    """A frozen slide network that takes the first of its ``inputs``, by number, until `require_fits` says which."""
 
     network: SlideNetwork
     name: str
     hash: str
-    tile_encoder_hash: str | None
+    inputs: list[EncoderInput]
     notes: list[str]  # what is worth saying about it
     device: torch.device
 
     def require_fits(self, store: EmbeddingStore) -> None:
-        """Raise Fault unless ``store`` holds embeddings of the tile encoder that this one was trained on."""
-        if self.tile_encoder_hash not in (None, store.encoder_hash):
+        """Have the network take embeddings of the tile encoder that ``store`` is of. Raises Fault unless it was trained
+        on them."""
+        hashes = [one.tile_encoder_hash for one in self.inputs]
+        number = next((i for i, known in enumerate(hashes) if known in (None, store.encoder_hash)), None)
+        if number is None:
             raise Fault(
-                f"{self.name} was trained on embeddings of another tile encoder ({self.tile_encoder_hash}) than"
+                f"{self.name} was trained on embeddings of another tile encoder ({', '.join(map(str, hashes))}) than"
                 f" {store.folder} holds ({store.encoder}, {store.encoder_hash}): embed the slides with that one."
             )
-        if self.network.input_width != store.width:
-            raise Fault(
-                f"{self.name} takes {self.network.input_width}-wide embeddings, and {store.folder} holds"
-                f" {store.width}-wide ones."
-            )
+        if (width := self.network.input_widths[number]) != store.width:
+            raise Fault(f"{self.name} takes {width}-wide embeddings, and {store.folder} holds {store.width}-wide ones.")
+        self.take(number)
+
+    def take(self, number: int) -> None:
+        """Have the network take embeddings of the tile encoder of that number."""
+        self.network.choose_input(number)
+        if (found := self.inputs[number].statistics) is not None:
+            mean, std = (torch.from_numpy(one).float().to(self.device) for one in (found.mean, found.std))
+            self.network.standardise_inputs(mean, std)
 
 
 def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[str] = ()) -> SlideEncoder:
@@ -75,6 +102,8 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
     network = build(on_any_machine(settings), weights["patch_embed.proj.weight"].shape[1], allowed=found.plugins)
     if "mask_token" in weights:
         network.add_mask_token()
+    while (further := f"patch_embed.proj{len(network.input_widths)}.weight") in weights:
+        network.add_input(weights[further].shape[1])
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
@@ -85,20 +114,28 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
             f"it was trained on fields of {cells} × {cells} tiles, and whole slides may be larger than any it saw"
         )
     trained_on = found.run / TILE_ENCODER
-    tile_hash = None
+    numbers = range(len(network.input_widths))
+    hashes: list[str | None] = [None for _ in numbers]
     if trained_on.is_file():
         way_out = "put a copy back, or delete it, and nobody is held to the tile encoder any more"
-        tile_hash = read_object(trained_on, {"encoder_hash"}, way_out)["encoder_hash"]
+        about = read_object(trained_on, {"encoder_hash"}, way_out)
+        hashes = [one["encoder_hash"] for one in (about, *about.get("further", []))]
+    elif len(numbers) > 1:
+        raise Fault(
+            f"{found.run} was trained on embeddings of {len(numbers)} tile encoders, and {TILE_ENCODER}, which says whose"
+            " are whose, is missing: put a copy back."
+        )
     name = f"{found.run.resolve().name} ({found.folder.name})"
-    return _frozen(network, name, tile_hash, notes, place, standardised_by(found))
+    inputs = [EncoderInput(hashes[number], standardised_by(found, number)) for number in numbers]
+    return _frozen(network, name, inputs, notes, place)
 
 
-def standardised_by(found: RunCheckpoint) -> Statistics | None:
-    """What a slide run standardised its inputs by, None where it took embeddings as they are. Raises Fault where it
-    isn't there."""
+def standardised_by(found: RunCheckpoint, number: int = 0) -> Statistics | None:
+    """What a slide run standardised its inputs by, of the tile encoder of that number; None where it took embeddings as
+    they are. Raises Fault where it isn't there."""
     if (found.config.get("data") or {}).get("inputs") != "standardised":
         return None
-    path = found.run / STATISTICS
+    path = found.run / statistics_file(number)
     if not path.is_file():
         raise Fault(
             f"{found.run} was trained on standardised embeddings, and {path.name}, which says by what, is missing: put"
@@ -132,26 +169,19 @@ def _released(path: Path, device: torch.device) -> SlideEncoder:
         notes = network.load_released(path)
     except ValueError as error:
         raise Fault(str(error)) from error
-    return _frozen(network, path.stem, None, [notes], device)
+    return _frozen(network, path.stem, [EncoderInput()], [notes], device)
 
 
 def _frozen(
-    network: nn.Module,
-    name: str,
-    tile_hash: str | None,
-    notes: list[str],
-    device: torch.device,
-    statistics: Statistics | None = None,
+    network: nn.Module, name: str, inputs: list[EncoderInput], notes: list[str], device: torch.device
 ) -> SlideEncoder:
     if not isinstance(network, SlideNetwork):
         raise Fault(
             f"{name} is a {type(network).__name__}, which embeds no slides: derive it from"
             " models.slide_network.SlideNetwork."
         )
-    beside = ""
-    if statistics is not None:
-        mean, std = (torch.from_numpy(one).float() for one in (statistics.mean, statistics.std))
-        network.standardise_inputs(mean, std)
-        beside = f"standardised by {mean.tolist()} {std.tolist()}"
     freeze(network, device)
-    return SlideEncoder(network, name, fingerprint(network, beside), tile_hash, notes, device)
+    beside = "".join(one.says for one in inputs)
+    found = SlideEncoder(network, name, fingerprint(network, beside), inputs, notes, device)
+    found.take(0)
+    return found

@@ -117,6 +117,10 @@ class SlideObjective(Objective):
     evaluation_passes: ClassVar[int] = 0
     """How often `judged` passes a held-out slide forward, for the plan."""
 
+    several_stores: ClassVar[bool] = False
+    """Whether it reads ``data.further``, stores of the same tiles by other tile encoders. Its encoder then has an input
+    projection for each, and a batch its ``further``."""
+
     @classmethod
     def clusters(cls, settings: Mapping[str, Any]) -> int:
         """Into how many clusters the store's tiles are to be cut for it, by the objective's ``settings``; their centres

@@ -91,7 +91,7 @@ class SlideMAE(SlideObjective):
         super().__init__()
         self.weighting, self.target, self.tile_loss = weighting, SLIDE_TARGETS[target], SLIDE_LOSSES[loss]
         self.encoder = make_encoder()
-        output_width = clusters if target == "clusters" else self.encoder.input_width
+        output_width = clusters if target == "clusters" else sum(self.encoder.input_widths)
         self.decoder: SlideDecoder | LinearPrediction
         if mask_tokens == "encoder":
             self.encoder.add_mask_token()
@@ -147,11 +147,13 @@ class SlideMAE(SlideObjective):
         if isinstance(self.decoder, LinearPrediction):
             hidden = torch.zeros(len(batch.cells), dtype=torch.bool, device=batch.cells.device)
             hidden = hidden.index_fill(0, batch.masked, True)
-            shown = batch.inputs().index_fill(0, batch.masked, 0.0)  # what is hidden doesn't get as far as a gradient
+            shown = batch.inputs(store=self.encoder.chosen_input).index_fill(
+                0, batch.masked, 0.0
+            )  # what is hidden doesn't get as far as a gradient
             seen = self.encoder(shown, batch.cells, batch.lengths, seeds, extent=batch.extent, masked=hidden)
             return self.decoder(seen.tiles[batch.masked]), seen.pooled
-        cells = batch.cells[batch.visible]
-        seen = self.encoder(batch.inputs(batch.visible), cells, batch.visible_lengths, seeds, extent=batch.extent)
+        cells, shown = batch.cells[batch.visible], batch.inputs(batch.visible, self.encoder.chosen_input)
+        seen = self.encoder(shown, cells, batch.visible_lengths, seeds, extent=batch.extent)
         prediction = self.decoder(
             seen.tiles,
             seen.cls,
@@ -282,7 +284,9 @@ def _shuffled(batch: SlideBatch) -> SlideBatch:
     order = np.arange(len(batch.embeddings))
     for slide, position in zip(batch.visible.cpu().split(batch.visible_lengths), batch.positions, strict=True):
         order[slide.numpy()] = rng(0, "shuffled places", position).permutation(slide.numpy())
-    return replace(batch, embeddings=batch.embeddings[torch.from_numpy(order).to(batch.embeddings.device)])
+    places = torch.from_numpy(order).to(batch.embeddings.device)
+    further = [store._replace(embeddings=store.embeddings[places]) for store in batch.further]
+    return replace(batch, embeddings=batch.embeddings[places], further=further)
 
 
 def _errors(prediction: Tensor, wanted: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import torch
 
-from data.embeddings.sequences import SlideBatch
+from data.embeddings.sequences import SlideBatch, TilesOfStore
 from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.plan.rehearsal import LARGEST_CELL, RehearsedBatch
@@ -94,6 +94,14 @@ def slide_batch(
             extent=LARGEST_CELL + 1,
             standardised=data.inputs == "standardised",
             centres=torch.empty(clusters, slides.width) if clusters else None,
+            further=[
+                TilesOfStore(
+                    torch.empty(tiles, slides.width, dtype=torch.float16),
+                    torch.empty(slides.width),
+                    torch.empty(slides.width),
+                )
+                for _ in data.further
+            ],
         )
 
     return RehearsedBatch(make, {}, len(lengths), parts)

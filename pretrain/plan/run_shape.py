@@ -15,6 +15,7 @@ from pretrain.settings.annotation import as_dictionary
 from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.composition import Composed
 from pretrain.training.even_shares import micro_batch_share
+from pretrain.training.slide_stage import build_slide_network
 
 DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))
 """Settings that say how many equal blocks there are."""
@@ -43,8 +44,10 @@ class RunShape:
         model, objective = dict(self.model), dict(self.objective)
         for (node, name), depth in (depths or {}).items():
             (model if node == "model" else objective)[name] = depth
-        width = [self.slides.width] if self.stage == "slide" else []
-        return lambda: plugins.build(objective, lambda: plugins.build(model, *width))
+        if self.stage == "slide":
+            widths = [self.slides.width] * (1 + len(self.data.further))  # what is supposed of one is of all
+            return lambda: plugins.build(objective, lambda: build_slide_network(model, widths))
+        return lambda: plugins.build(objective, lambda: plugins.build(model))
 
     def batch(self, processes: int, accumulate: int, largest: bool = True, together: int = 1) -> RehearsedBatch:
         """A process's micro-batches, two at most: each further one is like the second. Raises Fault where the settings

@@ -1,7 +1,7 @@
 """Stage two: slides as sequences of frozen tile embeddings, into the slide encoder's masked autoencoder."""
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
+from data.embeddings.aligned_stores import require_same_slides, require_same_tiles
 from data.embeddings.chosen_slides import open_chosen
 from data.embeddings.clusters import fit_clusters, load_clusters, save_clusters
 from data.embeddings.packing import Packing
@@ -23,13 +24,14 @@ from data.lease import once
 from data.loader_process import LoaderProcess, shared_memory_room
 from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
-from pretrain.encoders.slide_encoders import STATISTICS, TILE_ENCODER
+from models.slide_network import SlideNetwork
+from pretrain.encoders.slide_encoders import TILE_ENCODER, statistics_file
 from pretrain.objectives.contract import evaluation_of, judged_of
 from pretrain.objectives.interface import SlideObjective
 from pretrain.run import signals
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
-from pretrain.settings.plugins import locate_class
+from pretrain.settings.plugins import build_empty, locate_class
 from pretrain.training.judged_together import own_passes, rows_of_all
 from pretrain.training.module import Training
 from pretrain.training.watching import Watch
@@ -48,6 +50,7 @@ class SlideData:
     """The settings under ``data:``, explained in ``configs/data/embeddings.yaml``."""
 
     embeddings: Annotated[str, ON_DISK]
+    further: Annotated[list[str], ON_DISK]
     slides: Annotated[str | None, ON_DISK]
     batch_size: Annotated[int, within(least=1)]
     batch_tokens: Annotated[int | None, within(least=1)]
@@ -78,6 +81,30 @@ def open_store(data: SlideData) -> EmbeddingStore:
     return open_chosen(Path(data.embeddings), None if data.slides is None else Path(data.slides))
 
 
+def open_further(data: SlideData, store: EmbeddingStore) -> list[EmbeddingStore]:
+    """Stores of the same slides by other tile encoders. Raises Fault for one whose index holds others."""
+    table = None if data.slides is None else Path(data.slides)
+    further = [open_chosen(Path(folder), table) for folder in data.further]
+    for number, other in enumerate(further):
+        for before in [store, *further[:number]]:
+            require_same_slides(before, other)
+    return further
+
+
+def build_slide_network(model: Mapping[str, Any], widths: Sequence[int]) -> SlideNetwork:
+    """A slide encoder without memory for its values, for embeddings of tile encoders so wide."""
+    network: SlideNetwork = build_empty(model, widths[0])
+    for width in widths[1:]:
+        network.add_input(width)
+    return network
+
+
+def require_read(further: Sequence[str], target: str) -> None:
+    """Raise ValueError for further stores that an objective doesn't read."""
+    if further and not locate_class(target, SlideObjective).several_stores:
+        raise ValueError("it reads one store; objective=slide_context reads several")
+
+
 class SlideBatches(IterableDataset["list[SlideBatch]"]):
     """A rank's share of global batches ``start … stop − 1``, each a list of micro-batches."""
 
@@ -100,14 +127,15 @@ def sequences_of(
     seed: int,
     masks: bool = True,
     centres: np.ndarray | None = None,
+    further: Collection[tuple[EmbeddingStore, Statistics]] = (),
 ) -> SlideSequences:
     """The sequences that a run's settings make of a store; ``masks``: for an objective that hides tiles. ``centres``:
-    of clusters, for one that asks for them. Raises Fault as `SlideSequences` does."""
-    others = ("embeddings", "slides", "processes_per_slide")
+    of clusters, for one that asks for them. ``further``: stores beside the first. Raises Fault as `SlideSequences` does."""
+    others = ("embeddings", "further", "slides", "processes_per_slide")
     settings = {name: value for name, value in vars(data).items() if name not in others}
     if not masks:
         settings["mask_ratio"] = 0.0
-    return SlideSequences(store, statistics, seed=seed, centres=centres, **settings)
+    return SlideSequences(store, statistics, seed=seed, centres=centres, further=further, **settings)
 
 
 def process_group(together: int) -> Group:
@@ -120,7 +148,9 @@ class SlideTraining(Training):
 
     unit = "slides"
 
-    def __init__(self, run: Path, config: Any, make_objective: Any, store: EmbeddingStore) -> None:
+    def __init__(
+        self, run: Path, config: Any, make_objective: Any, store: EmbeddingStore, further: Sequence[EmbeddingStore] = ()
+    ) -> None:
         super().__init__(run, config, make_objective, config.data.batch_size)
         self.sharing = config.data.processes_per_slide
         kind: type[SlideObjective] = locate_class(config.objective["_target_"], SlideObjective)
@@ -131,19 +161,34 @@ class SlideTraining(Training):
                 f" {config.objective['_target_']} says of no figure that it tells one: set its 'score', or"
                 " watch.patience=null."
             )
-        self.store = store
-        statistics = run / STATISTICS
+        self.store, self.further = store, list(further)
+        known, *others = (self._statistics(number) for number in range(1 + len(further)))
+        centres = self._clusters(known, kind.clusters(config.objective))
+        beside = list(zip(self.further, others, strict=True))
+        self.sequences = sequences_of(store, known, config.data, config.seed, kind.masks, centres, beside)
+
+    def _statistics(self, number: int) -> Statistics:
+        """Those of the store of that number, found by one process and kept in the run's folder. Raises Fault for a
+        further store with other tiles."""
+        store = self.further[number - 1] if number else self.store
+        path = self.run / statistics_file(number)
+
+        def watched(what: str) -> Callable[[list[str]], Iterable[str]]:
+            return lambda slides: track(heeding(slides), len(slides), what, "slides")
 
         def make() -> None:
+            if number:
+                require_same_tiles(self.store, store, watched(f"holding {store.folder} against {self.store.folder}"))
+            about, *further = (
+                {"encoder": one.encoder, "encoder_hash": one.encoder_hash, "width": one.width}
+                for one in (self.store, *self.further)
+            )
+            write_whole(self.run / TILE_ENCODER, json.dumps(about | ({"further": further} if further else {})))
             label = f"reading {store.folder} once through, for the mean and the spread of its embeddings"
-            about = {"encoder": store.encoder, "encoder_hash": store.encoder_hash, "width": store.width}
-            write_whole(run / TILE_ENCODER, json.dumps(about))
-            Statistics.of(store, lambda slides: track(heeding(slides), len(slides), label, "slides")).save(statistics)
+            Statistics.of(store, watched(label)).save(path)
 
-        once(statistics, make, signals.heed)
-        known = Statistics.load(statistics)
-        centres = self._clusters(known, kind.clusters(config.objective))
-        self.sequences = sequences_of(store, known, config.data, config.seed, kind.masks, centres)
+        once(path, make, signals.heed)
+        return Statistics.load(path)
 
     def _clusters(self, statistics: Statistics, count: int) -> np.ndarray | None:
         """Centres of the store's tiles, found by one process and kept in the run's folder; None for no ``count``."""
@@ -161,7 +206,7 @@ class SlideTraining(Training):
         return load_clusters(path)
 
     def data_digest(self) -> str:
-        return self.store.digest
+        return " ".join(store.digest for store in (self.store, *self.further))
 
     def position(self) -> int:
         return self.sequences.packing.start(self.step)
@@ -205,8 +250,9 @@ class SlideTraining(Training):
         """The most shared memory that this machine's processes need for batches that are filled, prefetched and in
         use."""
         sizes, data = self.sequences.packing.sizes, self.config.data
+        width = sum(store.width for store in (self.store, *self.further))
         tokens = data.batch_tokens or int(sizes.max()) * min(data.batch_size, len(sizes))
-        return SLIDE_STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * self.store.width + 32)
+        return SLIDE_STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * width + 32)
 
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start

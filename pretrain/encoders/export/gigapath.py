@@ -5,6 +5,7 @@
     README.md
 """
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from pretrain.encoders.slide_encoders import standardised_by
 from pretrain.run import checkpoints
 
 SLIDE_ENCODER = "encoder."
+OF_TRAINING = re.compile(r"mask_token|patch_embed\.proj\d")  # none of the released names
 
 
 def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
@@ -33,7 +35,8 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
             " 'pretrain embed stage=slide' reads."
         )
 
-    weights.pop("mask_token", None)  # hides tiles in training, and is none of the released names
+    # Mask tokens hide tiles in training; of several tile encoders, the first one's embeddings are taken.
+    weights = {name: tensor for name, tensor in weights.items() if not OF_TRAINING.match(name)}
     if (statistics := standardised_by(found)) is not None:
         _standardise_first(weights, statistics)
 

@@ -243,7 +243,7 @@ def test_the_recipe_names_every_setting_of_encoder_and_objective_and_builds_the_
         built = SlideMAE(lambda: LongNet(1536, **model), **settings)
     assert sum(p.numel() for p in built.encoder.parameters()) == 86_330_880
     asked = {p.name for p in inspect.signature(SlideSequences.__init__).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    assert set(recipe["data"]) == asked - {"seed", "centres"}
+    assert set(recipe["data"]) == asked - {"seed", "centres", "further"}
 
 
 def test_every_value_of_the_recipe_says_where_it_is_from():

@@ -46,6 +46,9 @@ def filled(batch: Any, true: dict[int, int]) -> Any:
         return batch
     batch.embeddings.normal_(generator=draw)
     batch.mean.zero_(), batch.std.fill_(1)
+    for store in batch.further:
+        store.embeddings.normal_(generator=draw)
+        store.mean.zero_(), store.std.fill_(1)
     if batch.centres is not None:
         batch.centres.normal_(generator=draw)
     batch.cells = torch.stack([torch.arange(len(batch.cells)) % 40, torch.arange(len(batch.cells)) // 40], 1)

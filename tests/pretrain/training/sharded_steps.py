@@ -14,6 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -26,6 +27,7 @@ from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from models.longnet import LongNet
 from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.slide_context import SlideContext
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.objectives.slide_pairs import SlidePairs
 from pretrain.run.across_ranks import total, world_size
@@ -91,8 +93,17 @@ DECODER: dict[str, Any] = {
     "decoder_feed_forward_width": 32,
     "weighting": "slide",
 }
+
+
+def of_two_stores() -> LongNet:
+    network = SLIDE_ENCODER()
+    network.add_input(16)
+    return network
+
+
 SLIDE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "slide_mae": lambda: SlideMAE(SLIDE_ENCODER, **DECODER),
+    "slide_context": lambda: SlideContext(of_two_stores, **DECODER, decoder_start="token"),
     "slide_pairs": lambda: SlidePairs(
         SLIDE_ENCODER, pairs=8, farthest=2, pooled="mean_std", predictor_width=16, predictor_depth=1
     ),
@@ -128,6 +139,8 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
         mask="random",
         mask_ratio=0.75,
         block_cells=3,
+        # As another tile encoder's: the same, standardised otherwise.
+        further=[(store, Statistics(np.zeros(16), np.full(16, 2.0), 1))] if run.objective == "slide_context" else [],
     )
 
     def slides(step: int) -> list[tuple[Any, int]]:

@@ -40,6 +40,7 @@ DINO = ("recipe=small_dino", *DINOV2[1:])
 MAE = ("recipe=small_mae", "model.depth=3", "data.batch_size=16")
 SLIDE_MAE = ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")
 SLIDE_VIT = ("model=slide_vit", "model.width=96", "model.depth=2", "model.heads=4", "model.feed_forward_width=384")
+DECODER = tuple(f"objective.decoder_{name}" for name in ("width=64", "depth=2", "heads=4", "feed_forward_width=128"))
 WIDER = ("model.registers=4", "model.feed_forward=swiglu", "model.feed_forward_width=256")
 STEPS = {
     "dinov2": ("none", 1, DINOV2),
@@ -87,6 +88,12 @@ STEPS = {
         ),
     ),
     "slide_mae with stochastic depth": ("full", 1, (*SLIDE_MAE, "model.drop_path=0.2")),
+    "slide_context": ("none", 1, (*SLIDE_MAE, "objective=slide_context", "data.further=[b,c]", *DECODER)),
+    "slide_context with attention by distance": (
+        "full",
+        2,
+        (*SLIDE_MAE, *SLIDE_VIT, "objective=slide_context", "data.further=[b]", *DECODER),
+    ),
     "slide_pairs": ("none", 1, (*SLIDE_MAE, "objective=slide_pairs", "objective.predictor_width=64")),
     "slide_pairs with attention by distance": (
         "full",

@@ -50,7 +50,7 @@ QUICK = [
         {"world": 2, "accumulate": 2, "checkpointing": "full"},
         {"world": 4, "shard_size": 2, "checkpointing": "selective"},
     )
-] + [Run("slide_pairs", 2, accumulate=2, checkpointing="full")]
+] + [Run(objective, 2, accumulate=2, checkpointing="full") for objective in ("slide_pairs", "slide_context")]
 PLACES: list[dict[str, Any]] = [{"world": 1}, {"world": 2}, {"world": 4}, {"world": 4, "shard_size": 2}]
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -73,7 +73,7 @@ MATRIX = [
     ),
     *(Run(objective, **place, checkpointing="full") for objective in ("dino", "mae") for place in PLACES),
     *(Run("slide_mae", 2, together=2, checkpointing=how) for how in ("none", "full", "selective")),
-    *(Run("slide_pairs", 2, together=together) for together in (1, 2)),
+    *(Run(objective, 2, together=2) for objective in ("slide_pairs", "slide_context")),
 ]
 
 

@@ -138,8 +138,30 @@ def test_a_slide_vit_is_trained_gone_on_with_embeds_and_is_no_longnet(
     assert "trained no LongNet" in capsys.readouterr().err
 
 
+def seen_otherwise(store: EmbeddingStore, folder: Path, change: str = "", width: int = 24) -> EmbeddingStore:
+    """The same tiles as another tile encoder sees them: a random linear map of the embeddings. ``change``: what of the
+    second slide isn't the same."""
+    mixed = rng("another encoder").normal(size=(store.width, width))
+    with EmbeddingWriter(folder, width, "another", "def") as out:
+        for number, name in enumerate(store.slides):
+            slide = store.read(name)
+            values, places = slide.embeddings.astype(np.float32) @ mixed, np.array(slide.coordinates)
+            if number == 1 and change == "slide":
+                continue
+            if number == 1 and change == "tile":
+                values, places = values[1:], places[1:]
+            if number == 1 and change == "place":
+                places[-1] += 256
+            out.add(name, values, places, 256.0, 0.5)
+    return EmbeddingStore.open(folder)
+
+
 OTHERS = {
     "slide_pairs": ["objective=slide_pairs", "objective.predictor_width=32", "objective.pairs=16", "data.mask=block"],
+    "slide_context": [
+        "objective=slide_context",
+        *(f"objective.decoder_{name}" for name in ("width=32", "depth=1", "heads=2", "feed_forward_width=64")),
+    ],
 }
 DISTANCE = ["model=slide_vit", "model.heads=2", "model.feed_forward_width=64", "model.slopes=learned"]
 
@@ -152,6 +174,8 @@ def test_other_objectives_go_on_exactly_and_on_two_processes_with_both_networks(
 ) -> None:
     sizes = [word for word in SMALL if not word.startswith("objective.")]
     settings = [*sizes, *OTHERS[objective], *(DISTANCE if network == "slide_vit" else [])]
+    if objective == "slide_context":
+        settings.append(f"data.further=[{seen_otherwise(EmbeddingStore.open(store), tmp_path / 'further').folder}]")
     settings += ["optim.schedule_steps=6", "optim.warmup_steps=1", "trainer.checkpoint_every=2"]
     two = train(tmp_path / "two", store, *settings, "optim.steps=6", "trainer.devices=2")
     run_command_line(words(tmp_path / "whole", store, *settings, "optim.steps=6"))
