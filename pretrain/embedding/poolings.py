@@ -18,14 +18,9 @@ def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clust
     for tiles, members in zip(seen.tiles.float().split(sizes), clusters.of(x).split(sizes), strict=True):
         mean = tiles.mean(dim=0)
         both.append(torch.cat([mean, deviation(tiles)]))
-        number = len(clusters.centres)
-        sums = tiles.new_zeros(number, tiles.shape[1]).index_add(0, members, tiles)
-        counts = torch.bincount(members, minlength=number)[:, None]
-        means = sums / counts.clamp(min=1)
-        by_cluster.append(torch.where(counts > 0, means, mean).flatten())
-        away = tiles.new_zeros(number, tiles.shape[1]).index_add(0, members, (tiles - means[members]).square())
-        own = sums / len(tiles), (away / len(tiles)).clamp(min=torch.finfo(tiles.dtype).tiny).sqrt()
-        moments.append(torch.cat([both[-1], *(one.flatten() for one in own)]))
+        of_each, parts = by_members(tiles, members, len(clusters.centres))
+        by_cluster.append(of_each.flatten())
+        moments.append(torch.cat([both[-1], parts.flatten()]))
     return {
         "pooled": seen.pooled.float(),
         "mean_std": torch.stack(both),
@@ -35,6 +30,17 @@ def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clust
         "cls": seen.cls.float(),
         "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1).float(),
     }
+
+
+def by_members(tiles: Tensor, members: Tensor, number: int) -> tuple[Tensor, Tensor]:
+    """Of tiles (n, D) in ``number`` clusters, ``members`` (n,) int64: each one's mean (number, D), that of all tiles
+    where it has none; and (2, number, D), its sum over n, and the root of its squares around its mean over n."""
+    sums = tiles.new_zeros(number, tiles.shape[1]).index_add(0, members, tiles)
+    counts = torch.bincount(members, minlength=number)[:, None]
+    means = sums / counts.clamp(min=1)
+    away = torch.zeros_like(sums).index_add(0, members, (tiles - means[members]).square())
+    spreads = (away / len(tiles)).clamp(min=torch.finfo(tiles.dtype).tiny).sqrt()
+    return torch.where(counts > 0, means, tiles.mean(dim=0)), torch.stack([sums / len(tiles), spreads])
 
 
 def deviation(tiles: Tensor) -> Tensor:

@@ -12,15 +12,16 @@ else by a ViT that `learning.py` trains on 16,000 of them. SLIDES without labels
 many others for each label.
 
 Rows that learn nothing: *mean* of tiles; *mean_std*; *smoothed*, with the spread of spatially smoothed tiles too;
-*random*, the network of *slide* with random weights, its residual branches at full strength, read as *slide* is.
+*filter*, tiles beside their smoothed selves, read as *slide* is: by moments within clusters of tiles; *random*, the network of *slide* with random weights, its residual branches at full strength, read as *slide* is.
 Learned from the labels: *mil*, gated attention over tiles. Pretrained, each for SECONDS of one processor core: *mae*, as
 Prov-GigaPath's is published, small, and the mean of its outputs; *mended*, the same network with standardised inputs and
-block masks, read as *slide* is; *ibot*, *context*, *pairs*; *slide*, the recipe of that name. How many steps those
-seconds are is measured first, by short runs.
+block masks, read as *slide* is; *ibot*, MOOZY's first stage, small; *context* and *pairs*, those objectives in the recipe
+*slide*; and *slide* itself. How many steps those seconds are is measured first, by short runs. *filter_means*,
+*random_means* and *slide_means*: read by the means within clusters alone.
 
-A figure is the AUROC of logistic regression on standardised vectors, five folds twice (*mil*: once, and with one seed), the same for all
-rows. The last line has the mean over the seeds as ``ground/label/row``, and the lowest seed's as ``…/lowest``. Finished runs
-are kept in OUT; the same command goes on where it was stopped.
+A figure is the AUROC of logistic regression on standardised vectors, five folds twice (*mil*: once, and with one seed),
+the same for all rows. The last line has the mean over the seeds as ``ground/label/row``, and the lowest seed's as
+``…/lowest``. Finished runs are kept in OUT; the same command goes on where it was stopped.
 """
 
 import hashlib
@@ -45,7 +46,7 @@ from data.fault import Fault
 from data.files import write_whole
 from data.keyed import rng
 from models.slide_network import SlideNetwork
-from pretrain.embedding.poolings import pooled_vectors
+from pretrain.embedding.poolings import by_members, pooled_vectors
 from pretrain.embedding.random_weights import with_random_weights
 from pretrain.embedding.slides import packed, seen_by
 from pretrain.embedding.tile_clusters import TileClusters, clusters_of
@@ -58,7 +59,7 @@ from pretrain.slide_probing.folds import rounds_of
 from pretrain.slide_probing.labels import LabelledSlides, Round, read_labels
 from pretrain.slide_probing.linear import predicted
 from pretrain.slide_probing.measures import auroc
-from pretrain.slide_probing.vectors import of_tiles_alone
+from pretrain.slide_probing.vectors import SMOOTHED, of_tiles_alone, smoothed
 from tests.bench.learning import Run, write_shards
 from tests.bench.slide_maps import LABELS, SlideMap, class_vectors, made_up_tiles, slide_map
 
@@ -74,7 +75,15 @@ TOKENS = 8192  # of a forward pass
 SMALL = ["model.width=96", "model.depth=3", "model.feed_forward_width=384", "model.dropout=0", "model.drop_path=0"]
 SMALL_LONGNET = [*SMALL, "model.heads=4", "model.segment_lengths=[512]", "model.dilated_ratios=[1]"]
 SMALL_DECODER = [f"objective.decoder_{key}" for key in ("width=96", "depth=2", "heads=4", "feed_forward_width=384")]
-SHORT_RUN = ["data.batch_size=8", "data.batch_tokens=null", "data.lanes=4", "optim.lr=1e-3"]
+SHORT_RUN = [
+    *("data.batch_size=8", "data.batch_tokens=null", "data.lanes=4", "optim.lr=1e-3", "optim.lr_scaling=none"),
+    *("trainer.precision=float32", "trainer.accumulate=1"),
+]
+SMALL_HEAD = [
+    *("objective.prototypes=512", "objective.hidden=256", "objective.bottleneck=64"),
+    *("objective.teacher_temperature_warmup=50", "optim.frozen_last_layer_steps=10"),
+]
+SMALL_CROPS = ["data.crops.global_side=14", "data.crops.local_side=8"]
 PUBLISHED = ["recipe=gigapath_slide", *SMALL_LONGNET, *SMALL_DECODER, *SHORT_RUN]
 PAIRS = [f"objective.{setting}" for setting in ("farthest=12", "pooled=mean_std", "predictor_width=192")]
 
@@ -90,12 +99,15 @@ class Trained:
 TRAINED = {
     "mae": Trained(PUBLISHED, "pooled"),
     "mended": Trained([*PUBLISHED, "data.inputs=standardised", "data.mask=block"]),
+    "ibot": Trained(["recipe=moozy_slide", *SMALL, "model.heads=8", *SMALL_HEAD, *SMALL_CROPS, *SHORT_RUN]),
+    "context": Trained(["recipe=slide", "objective=slide_context", *SMALL_DECODER]),
     "pairs": Trained(["recipe=slide", "objective=slide_pairs", *PAIRS]),
     "slide": Trained(["recipe=slide"]),
 }
 WITHOUT_LEARNING = {"mean": "mean of tiles", "mean_std": "mean + std", "smoothed": "mean + std + smoothed std"}
-UNSEEDED = (*WITHOUT_LEARNING, "mil")
-ROWS = (*WITHOUT_LEARNING, "mil", "random", *TRAINED)
+UNSEEDED = (*WITHOUT_LEARNING, "filter", "mil")
+ROWS = (*WITHOUT_LEARNING, "filter", "mil", "random", *TRAINED)
+READ_BY_MEANS = ("filter", "random", "slide")  # too
 GROUNDS = ("made_up", "tiles")
 
 
@@ -205,9 +217,7 @@ def made_up(asked: Asked) -> Ground:
     """Embeddings that are their class's vector, a stain and noise."""
     ground = Ground(asked.out / f"made_up-{asked.slides}", asked.slides)
     vectors = class_vectors(MADE_UP_CLASSES, MADE_UP_WIDTH, CLASSES_SEED)
-    ground.write(
-        MADE_UP_CLASSES, MADE_UP_WIDTH, "made up", lambda found, *key: made_up_tiles(found, vectors, *key)
-    )
+    ground.write(MADE_UP_CLASSES, MADE_UP_WIDTH, "made up", lambda found, *key: made_up_tiles(found, vectors, *key))
     return ground
 
 
@@ -308,17 +318,19 @@ class Job:
             write_whole(kept, json.dumps((long - short) / (LONG - SHORT)))
         return float(json.loads(kept.read_text()))
 
+    def names(self, label: str) -> list[str]:
+        """Of a label's figures: by the row's vector, and by means within clusters where that is asked too."""
+        return [label, f"{label} by means"] if self.row in READ_BY_MEANS else [label]
+
     def figures(self) -> dict[str, float]:
         """AUROC by label, and ``seconds`` and ``steps`` where the row was trained."""
         kept = self.folder(str(self.seed)).with_suffix(".json")
         found: dict[str, float] = json.loads(kept.read_text()) if kept.exists() else {}
-        if wanted := [label for label in self.labels if label not in found]:
+        if wanted := [label for label in self.labels if any(name not in found for name in self.names(label))]:
             if self.row in TRAINED and "steps" not in found:
                 found["steps"] = max(1, round(self.seconds / self.pace()))
                 run = self.folder(str(self.seed))
-                found["seconds"] = pretrained(
-                    run, self.row, self.ground, self.seed, int(found["steps"]), self.settings
-                )
+                found["seconds"] = pretrained(run, self.row, self.ground, self.seed, int(found["steps"]), self.settings)
                 write_whole(kept, json.dumps(found))
             found |= self._judge(wanted)
             write_whole(kept, json.dumps(found))
@@ -330,32 +342,32 @@ class Job:
         if self.row == "mil":
             return {label: by_attention(self.ground, store, label, self.seed) for label in labels}
         if self.row in WITHOUT_LEARNING:
-            return {
-                label: by_vectors(self.ground, label, lambda slides: alone(store, slides, self.row)) for label in labels
-            }
+            return self._by_vectors(labels, lambda slides: [alone(store, slides, self.row)])
+        unlabelled = EmbeddingStore.open(self.ground.unlabelled)
+        clusters = clusters_of(unlabelled, unlabelled.slides, self.seed)
+        if self.row == "filter":
+            return self._by_vectors(labels, lambda slides: filtered(store, slides, clusters))
+        poolings = [TRAINED["slide" if self.row == "random" else self.row].pooling]
+        poolings += ["cluster_means"] if self.row in READ_BY_MEANS else []
         if self.row == "random":
             encoder = load_slide_encoder(str(replace(self, row="slide").paced), "cpu")
             network = with_random_weights(encoder, self.seed)
         else:
             encoder = load_slide_encoder(str(self.folder(str(self.seed))), "cpu")
             network = encoder.network
-        unlabelled = EmbeddingStore.open(self.ground.unlabelled)
-        clusters = clusters_of(unlabelled, unlabelled.slides, self.seed)
-        pooling = TRAINED["slide" if self.row == "random" else self.row].pooling
-        return {
-            label: by_vectors(
-                self.ground, label, lambda slides: encoded(store, slides, encoder, network, clusters, pooling)
-            )
-            for label in labels
-        }
+        return self._by_vectors(labels, lambda slides: encoded(store, slides, encoder, network, clusters, poolings))
 
-
-def by_vectors(ground: Ground, label: str, vectors: Callable[[list[str]], np.ndarray]) -> float:
-    """AUROC of a linear model on a label's slides, averaged over the times that all are judged."""
-    labelled, rounds = ground.judged_by(label)
-    rows = vectors([slide for bag in labelled.bags for slide in bag])
-    shares = [predicted("classes", 2, rows[fit], labelled.values[fit], rows[judged]) for fit, judged in rounds]
-    return _area_of(labelled, rounds, shares)
+    def _by_vectors(self, labels: Sequence[str], read: Callable[[list[str]], list[np.ndarray]]) -> dict[str, float]:
+        """AUROC of linear models on a label's slides, averaged over the times that all are judged; ``read`` gives
+        vectors (slides, D) for each of a label's `names`."""
+        figures = {}
+        for label in labels:
+            labelled, rounds = self.ground.judged_by(label)
+            vectors = read([slide for bag in labelled.bags for slide in bag])
+            for name, rows in zip(self.names(label), vectors, strict=True):
+                shares = [predicted("classes", 2, rows[fit], labelled.values[fit], rows[who]) for fit, who in rounds]
+                figures[name] = _area_of(labelled, rounds, shares)
+        return figures
 
 
 def by_attention(ground: Ground, store: EmbeddingStore, label: str, seed: int) -> float:
@@ -386,20 +398,35 @@ def alone(store: EmbeddingStore, slides: list[str], row: str) -> np.ndarray:
     return of_tiles_alone(store.read(slide) for slide in slides)[WITHOUT_LEARNING[row]]
 
 
+def filtered(store: EmbeddingStore, slides: list[str], clusters: TileClusters) -> list[np.ndarray]:
+    """Tiles beside their smoothed selves, by moments and by means within clusters of tiles."""
+    moments, means = [], []
+    for slide in map(store.read, slides):
+        tiles = np.asarray(slide.embeddings, dtype=np.float32)
+        smooth = (smoothed(tiles, slide.cells, sigma) for sigma in SMOOTHED)
+        beside = torch.from_numpy(np.concatenate([tiles, *smooth], axis=1))
+        of_each, parts = by_members(beside, clusters.of(torch.from_numpy(tiles)), len(clusters.centres))
+        moments.append(torch.cat([beside.mean(0), beside.std(0, correction=0), parts.flatten()]))
+        means.append(of_each.flatten())
+    return [torch.stack(rows).numpy() for rows in (moments, means)]
+
+
 def encoded(
     store: EmbeddingStore,
     slides: list[str],
     encoder: SlideEncoder,
     network: SlideNetwork,
     clusters: TileClusters,
-    pooling: str,
-) -> np.ndarray:
-    """Vectors (slides, D) of what ``network`` makes of them."""
-    rows = []
+    poolings: Sequence[str],
+) -> list[np.ndarray]:
+    """Vectors (slides, D) of what ``network`` makes of them, by pooling."""
+    rows: list[list[np.ndarray]] = [[] for _ in poolings]
     for batch in packed(store, slides, TOKENS):
         x, lengths, seen = seen_by(network, batch, encoder.device, "float32")
-        rows.append(pooled_vectors(x, lengths, seen, clusters)[pooling].numpy())
-    return np.concatenate(rows)
+        found = pooled_vectors(x, lengths, seen, clusters)
+        for one, pooling in zip(rows, poolings, strict=True):
+            one.append(found[pooling].numpy())
+    return [np.concatenate(one) for one in rows]
 
 
 def main() -> None:
@@ -437,18 +464,19 @@ def shown(asked: Asked, found: dict[tuple[str, str, int], dict[str, float]]) -> 
     """Print a table a ground and the line of figures, and give these."""
     line: dict[str, float] = {}
     for ground in asked.grounds:
-        print(f"\n{ground:<12}" + "".join(f"{label:>16}" for label in asked.labels) + f"{'steps':>8}{'seconds':>9}")
+        print(f"\n{ground:<14}" + "".join(f"{label:>16}" for label in asked.labels) + f"{'steps':>8}{'seconds':>9}")
         for row in asked.rows:
             of_seeds = [figures for (where, which, _), figures in found.items() if (where, which) == (ground, row)]
-            cells = ""
-            for label in asked.labels:
-                areas = [figures[label] for figures in of_seeds]
-                line[f"{ground}/{label}/{row}"] = round(float(np.mean(areas)), 3)
-                if len(areas) > 1:
-                    line[f"{ground}/{label}/{row}/lowest"] = round(min(areas), 3)
-                cells += f"{np.mean(areas):>8.3f}" + (f" ({min(areas):.3f})" if len(areas) > 1 else " " * 8)
-            cost = [f"{np.mean([one[name] for one in of_seeds]):.0f}" for name in ("steps", "seconds") if name in of_seeds[0]]
-            print(f"{row:<12}{cells}" + "".join(f"{one:>8}" for one in cost))
+            for name, ending in [(row, "")] + ([(f"{row}_means", " by means")] if row in READ_BY_MEANS else []):
+                cells = ""
+                for label in asked.labels:
+                    areas = [figures[label + ending] for figures in of_seeds]
+                    line[f"{ground}/{label}/{name}"] = round(float(np.mean(areas)), 3)
+                    if len(areas) > 1:
+                        line[f"{ground}/{label}/{name}/lowest"] = round(min(areas), 3)
+                    cells += f"{np.mean(areas):>8.3f}" + (f" ({min(areas):.3f})" if len(areas) > 1 else " " * 8)
+                cost = [np.mean([one[key] for one in of_seeds]) for key in ("steps", "seconds") if key in of_seeds[0]]
+                print(f"{name:<14}{cells}" + "".join(f"{one:>8.0f}" for one in cost))
     print("in brackets: the lowest of the seeds")
     print(json.dumps(line))
     return line

@@ -217,9 +217,7 @@ def far_apart(draw: np.random.Generator, found: np.ndarray, label: int) -> bool:
 
 Placed = Callable[[np.random.Generator, np.ndarray, int], bool]
 """Puts into a background what makes the label; False where it finds no place."""
-PLACED: dict[str, Placed] = dict(
-    zip(LABELS, (composed, arranged, nested, scattered, enclosed, far_apart), strict=True)
-)
+PLACED: dict[str, Placed] = dict(zip(LABELS, (composed, arranged, nested, scattered, enclosed, far_apart), strict=True))
 
 
 def class_vectors(classes: int, width: int, seed: int) -> np.ndarray:

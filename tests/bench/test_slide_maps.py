@@ -63,7 +63,10 @@ def test_composition_is_a_share() -> None:
 
 
 def test_arrangement_has_equal_counts_that_border_or_stay_apart() -> None:
-    assert {(int((made.of_tiles == one).sum()), one) for made in MADE["arrangement"] for one in (A, B)} == {(40, A), (40, B)}
+    assert {(int((made.of_tiles == one).sum()), one) for made in MADE["arrangement"] for one in (A, B)} == {
+        (40, A),
+        (40, B),
+    }
     assert all(distances(made, A, B).min() == 1 for made in of("arrangement", 1))
     assert all(distances(made, A, B).min() >= APART for made in of("arrangement", 0))
 
@@ -84,7 +87,9 @@ def test_enclosure_has_equal_counts_and_equally_many_pairs_within_structures_at_
     structure, and of A beside B seen from either."""
     for made in MADE["enclosure"]:
         assert (made.of_tiles == A).sum() == (made.of_tiles == B).sum() == 42
-        near = [step for step in product(range(-2, 3), repeat=2) if np.hypot(*step) <= 2]  # structures are farther apart
+        near = [
+            step for step in product(range(-2, 3), repeat=2) if np.hypot(*step) <= 2
+        ]  # structures are farther apart
         of_both, back, of_a, of_b = (pairs(made, *two) for two in ((A, B), (B, A), (A, A), (B, B)))
         assert all(of_both[step] == back[step] and of_a[step] == of_b[step] for step in near)
         borders = Counter()
