@@ -111,7 +111,7 @@ def test_each_slide_has_its_own_embedding_whatever_it_is_packed_with(store, enco
             "cls_layers": alone.cls_layers.flatten(),
         }
         for kind in SLIDE_VECTORS:
-            of = "mean_std" if kind == "vector" else kind
+            of = "cluster_moments" if kind == "vector" else kind
             np.testing.assert_allclose(found[kind][row], np.asarray(expected[of]).ravel(), atol=2e-6)
     assert found["pooled_layers"].shape == (4, 3 * 32) and found["cluster_means"].shape == (4, 8 * 32)
     said = capsys.readouterr()
@@ -175,7 +175,7 @@ def test_one_file_says_the_patients_and_which_encoder_made_it(store, encoder, tm
     embed(tmp_path, f"patients={tmp_path / 'more.csv'}", "pooling=cls")
     patients = pq.read_table(tmp_path / "out" / "slides.parquet")["patient"].to_pylist()
     assert patients == ["A", "B", "D", None]  # those known before stay known
-    with pytest.raises(Fault, match="pooling=cls, not pooling=mean_std: choose another folder"):
+    with pytest.raises(Fault, match="pooling=cls, not pooling=cluster_moments: choose another folder"):
         embed(tmp_path)
     (tmp_path / "bad.csv").write_text("slide,label\ns0,1\n")
     with pytest.raises(Fault, match="needs slide and patient"):
