@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import masks
 from data.keyed import rng
-from data.tiles import masks
 
 
 @given(st.integers(1, 200), st.floats(0, 1), st.integers(0, 9), st.integers(0, 50))
