@@ -151,7 +151,12 @@ class Train:
             set_rates(optimiser, optim.lr, optim.weight_decay, last_layer_frozen=step < 2)
             optimiser.zero_grad()
             figures = gradients(objective, of(step), moment, backward)
-            norms.append([clip(network.parameters(), optim.clip).item() for network in objective.trained().values()])
+            norms.append(
+                [
+                    clip(network.parameters(), optim.clip, optim.clip_each).item()
+                    for network in objective.trained().values()
+                ]
+            )
             optimiser.step()
             objective.after_step(moment)
             losses.append(total(figures["loss"]).item() / world_size())
