@@ -82,6 +82,7 @@ class LongNet(SlideNetwork):
         self.segment_lengths, self.dilated_ratios = list(segment_lengths), list(dilated_ratios)
         self.attention, self.initial_residual = attention, initial_residual
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
+        self.mask_token: nn.Parameter | None = None  # the released network has none
         self.patch_embed = nn.ModuleDict({"proj": nn.Linear(input_width, width)})
         layers = LayerSettings(
             width,
@@ -107,22 +108,35 @@ class LongNet(SlideNetwork):
         seeds: Sequence[int] | None = None,
         all_layers: bool = False,
         extent: int | None = None,
+        masked: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 
         tokens: (T, input_width) tile embeddings, slide after slide. cells: (T, 2) integer (x, y) in the slide's grid of
         tiles, from 0. lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are
         drawn; None switches both off. all_layers: also collect CLS and mean after every layer. extent: a number that all
-        cells are below, where it is known: see `position_embedding`.
+        cells are below, where it is known: see `position_embedding`. masked: (T,) bool of the tiles in whose place the mask
+        token enters, at their positions. Raises ValueError for ``valid``: what has no tile is left out of its sequence.
         """
         require_packed(tokens, cells, lengths)
+        if valid is not None:
+            raise ValueError("a LongNet sees tiles alone, and no cells without one")
         x = self.patch_embed["proj"](tokens)
+        if masked is not None:
+            assert self.mask_token is not None, "expect_masks() makes it"
+            x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
         x = x + position_embedding(cells, self.width, extent).to(x.dtype)
         x = prepend(self.cls_token[0], x, lengths)
         lengths = [n + 1 for n in lengths]
         x, states = self.encoder(x, lengths, seeds, all_layers)
         tiles, cls, means = summarise(x, lengths)
         return SlideFeatures(self.norm(tiles), self.norm(cls), self.norm(means), *stacked_layers(states, self.norm))
+
+    def expect_masks(self) -> None:
+        self.mask_token = nn.Parameter(torch.empty_like(self.cls_token[0]))
+        if not self.mask_token.is_meta:
+            nn.init.normal_(self.mask_token, std=0.02)
 
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over slides of ``lengths`` tiles."""

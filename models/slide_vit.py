@@ -45,6 +45,7 @@ class SlideViT(SlideNetwork):
     """
 
     agreements: ClassVar[Agreements] = {("width", "heads"): check_heads, ("reach", "heads"): check_reach}
+    sees_empty_cells = True
 
     def __init__(
         self,
@@ -102,6 +103,9 @@ class SlideViT(SlideNetwork):
         )
         tiles, cls, means = summarise_valid(x, [n + len(first) for n in lengths], len(first), valid)
         return SlideFeatures(tiles, cls, means, *stacked_layers(states, self.encoder.norm))
+
+    def expect_masks(self) -> None:
+        """It has a mask token in any case, as MOOZY's has."""
 
     def operations(self, lengths: Sequence[int]) -> Operations:
         """Of a pass over slides of ``lengths`` tiles."""

@@ -22,7 +22,7 @@ from pretrain.settings import plugins
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
-from pretrain.training.slide_stage import SlideData, SlideTraining, SlideWatch, open_store
+from pretrain.training.slide_stage import SlideData, SlideTraining, SlideWatch, open_store, require_cells_seen
 from pretrain.training.trainer_settings import require_devices
 
 
@@ -44,6 +44,7 @@ def run(config: Config) -> None:
                 " be compiled anew; leave it out."
             )
     require_devices(config.trainer)
+    require_cells_seen(config)
     store = open_store(config.data)
 
     def objective():  # type: ignore[no-untyped-def]

@@ -239,12 +239,18 @@ class SelfDistillation(Objective):
             figures |= assignment_figures((centred_softmax(score(), centre, temperature) for score in scores), kind)
         return figures
 
-    def head_operations(self, head: str, student: int, teacher: int, parts: int) -> Operations:
-        """Of both networks' ``head`` on so many tokens of a micro-batch; the teacher's scores of several are computed
-        anew wherever `targets_of` or a target asks for them."""
-        asked = 1 if parts == 1 else 1 + (ITERATIONS if self.centring == "sinkhorn" else 1)
+    def head_operations(
+        self, head: str, student: int, teacher: int, parts: int, moving: int | None = None
+    ) -> Operations:
+        """Of both networks' ``head`` on so many tokens of a micro-batch, the teacher's being its targets; ``moving``: of
+        the teacher's, those that move a centre, where they are others. The teacher's scores of several micro-batches are
+        computed anew wherever `targets_of` or a target asks for them."""
+        if self.centring == "sinkhorn":
+            asked = teacher if parts == 1 else (1 + ITERATIONS) * teacher
+        else:
+            asked = (teacher if moving is None else moving) + (0 if parts == 1 else teacher)
         own, targets = getattr(self.student, head), getattr(self.teacher, head)
-        return own.operations(student) + targets.operations(asked * teacher).without_gradients
+        return own.operations(student) + targets.operations(asked).without_gradients
 
     def after_step(self, moment: Moment) -> None:
         # A centre moves once the step has been taken, so it is one step late, as DINO's and DINOv2's are.

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.utils.data import IterableDataset
 
 from data.embeddings.chosen_slides import open_chosen
+from data.embeddings.grid_crops import CropSequences
 from data.embeddings.packing import Packing
 from data.embeddings.sequences import SlideBatch, SlideSequences
 from data.embeddings.standardisation import Statistics
@@ -20,11 +21,12 @@ from data.fault import Fault
 from data.files import write_whole
 from data.lease import once
 from data.loader_process import LoaderProcess, shared_memory_room
-from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
+from models.allowed import ON_DISK, RANGE, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
+from models.slide_network import SlideNetwork
 from pretrain.encoders.slide_encoders import TILE_ENCODER
-from pretrain.objectives.contract import evaluation_of, judged_of
-from pretrain.objectives.interface import SlideObjective
+from pretrain.objectives.contract import evaluation_of, judged_of, look_of
+from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.run import signals
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
@@ -34,11 +36,28 @@ from pretrain.training.module import Training
 from pretrain.training.watching import Watch
 
 SLIDE_STEPS_ON_THE_WAY = 4
+MOST_CELLS = 1024  # of a crop's side: a whole slide, and a million tokens
 
 
 def check_packing(batch_size: int, batch_tokens: int | None, lanes: int) -> None:
     """Raise Fault where lanes can't share a batch evenly."""
     Packing(np.ones(1), batch_size=batch_size, batch_tokens=batch_tokens, lanes=lanes, seed=0)
+
+
+@dataclass
+class SlideCrops:
+    """``data.crops``: views of objectives that compare crops of a slide's grid; see `CropSequences`."""
+
+    global_count: Annotated[int, within(least=2)]
+    global_side: Annotated[int, within(least=2, most=MOST_CELLS)]
+    local_count: Annotated[int, within(least=0)]
+    local_side: Annotated[int, within(least=2, most=MOST_CELLS)]
+    tissue: Annotated[float, SHARE]
+    vertical_flip: Annotated[float, SHARE]
+    quarter_turn: Annotated[float, SHARE]
+    masked_share: Annotated[float, SHARE]
+    mask_ratios: Annotated[list[float], RANGE, SHARE]
+    empty_cells: bool
 
 
 @dataclass
@@ -58,6 +77,7 @@ class SlideData:
     mask: Annotated[str, one_of("random", "block")]
     mask_ratio: Annotated[float, within(above=0, below=1)]
     block_cells: Annotated[int, within(least=1)]
+    crops: SlideCrops
     processes_per_slide: Annotated[int, within(least=1)]
 
     agreements: ClassVar[Agreements] = {("batch_size", "batch_tokens", "lanes"): check_packing}
@@ -91,15 +111,29 @@ class SlideBatches(IterableDataset["list[SlideBatch]"]):
 
 
 def sequences_of(
-    store: EmbeddingStore, statistics: Statistics, data: SlideData, seed: int, masks: bool = True
+    store: EmbeddingStore, statistics: Statistics, data: SlideData, seed: int, kind: type[SlideObjective]
 ) -> SlideSequences:
-    """The sequences that a run's settings make of a store; ``masks``: for an objective that hides tiles. Raises Fault
-    as `SlideSequences` does."""
-    others = ("embeddings", "slides", "processes_per_slide")
+    """The sequences that a run's settings make of a store, as an objective of this ``kind`` wants them. Raises Fault as
+    `SlideSequences` does."""
+    others = ("embeddings", "slides", "processes_per_slide", "crops")
     settings = {name: value for name, value in vars(data).items() if name not in others}
-    if not masks:
+    if not kind.masks:
         settings["mask_ratio"] = 0.0
-    return SlideSequences(store, statistics, seed=seed, **settings)
+    if not kind.crops:
+        return SlideSequences(store, statistics, seed=seed, **settings)
+    crops = vars(data.crops) | ({} if kind.masks else {"masked_share": 0.0})
+    return CropSequences(store, statistics, seed=seed, **settings, **crops)
+
+
+def require_cells_seen(run: Any) -> None:
+    """Raise Fault where a command's ``Config`` wants cells without a tile in crops, and its network sees tiles alone."""
+    crops = locate_class(run.objective["_target_"], SlideObjective).crops
+    model = run.model["_target_"]
+    if crops and run.data.crops.empty_cells and not locate_class(model, SlideNetwork).sees_empty_cells:
+        raise Fault(
+            f"data.crops.empty_cells=true keeps cells without a tile in crops, and {model} sees tiles alone: set it to"
+            " false, or take model=slide_vit."
+        )
 
 
 def process_group(together: int) -> Group:
@@ -133,7 +167,7 @@ class SlideTraining(Training):
             Statistics.of(store, lambda slides: track(heeding(slides), len(slides), label, "slides")).save(statistics)
 
         once(statistics, make, signals.heed)
-        self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed, kind.masks)
+        self.sequences = sequences_of(store, Statistics.load(statistics), config.data, config.seed, kind)
 
     def data_digest(self) -> str:
         return self.store.digest
@@ -182,6 +216,11 @@ class SlideTraining(Training):
         sizes, data = self.sequences.packing.sizes, self.config.data
         tokens = data.batch_tokens or int(sizes.max()) * min(data.batch_size, len(sizes))
         return SLIDE_STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * self.store.width + 32)
+
+    def look(self, batch: list[SlideBatch]) -> dict[str, float]:
+        parts = [part.to(self.device) for part in batch]
+        moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
+        return look_of(self.objective, parts, moment)
 
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start
