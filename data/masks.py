@@ -59,7 +59,8 @@ def blocks(rows: int, columns: int, ratio: float, draw: np.random.Generator) -> 
 def exact_blocks(valid: np.ndarray, ratio: float, draw: np.random.Generator) -> np.ndarray:
     """A bool mask like ``valid`` (rows, columns): `blocks` on its true places, and then as many single places dropped or
     added at random as make it exactly ``round(ratio · n)`` of the n true ones."""
-    mask = blocks(*valid.shape, ratio, draw) & valid
+    rows, columns = valid.shape
+    mask = blocks(rows, columns, ratio, draw) & valid
     more = round(ratio * int(valid.sum())) - int(mask.sum())
     places = np.flatnonzero(mask if more < 0 else valid & ~mask)
     mask.flat[draw.permutation(places)[: abs(more)]] = more > 0

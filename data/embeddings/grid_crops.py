@@ -140,13 +140,13 @@ class CropSequences(SlideSequences):
             embeddings = slide.embeddings[own_rows[first]]
             valid = np.zeros((side, side), dtype=bool)
             valid.flat[places] = True
-            kept, masked = valid, np.zeros_like(valid)
+            kept, masked = valid, np.zeros((side, side), dtype=bool)
             if view < self.global_count and drawn[view]:
                 masked = exact_blocks(valid, drawn[view], random)
             if self.empty_cells:
                 every = np.zeros((side * side, embeddings.shape[1]), embeddings.dtype)
                 every[places] = embeddings
-                embeddings, kept = every, np.ones_like(valid)
+                embeddings, kept = every, np.ones((side, side), dtype=bool)
             at = np.argwhere(kept)[:, ::-1] + shift
             crops.append(_Crop(embeddings, at, masked[kept], valid[kept]))
         return crops

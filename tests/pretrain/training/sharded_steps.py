@@ -10,7 +10,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +19,14 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from data.embeddings.grid_crops import CropSequences
 from data.embeddings.sequences import SlideSequences
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from models.longnet import LongNet
 from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.slide_ibot import SlideIBOT
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.run.across_ranks import total, world_size
 from pretrain.training.gradients import gradients
@@ -35,6 +36,18 @@ from tests.pretrain.objectives import tile_objectives
 from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_mae
 
 PROCESSES, STEPS, TILES = 4, 10, 16
+CROPS: dict[str, Any] = {
+    "global_count": 2,
+    "global_side": 4,
+    "local_count": 2,
+    "local_side": 3,
+    "tissue": 0.25,
+    "vertical_flip": 0.5,
+    "quarter_turn": 0.5,
+    "masked_share": 0.5,
+    "mask_ratios": [0.1, 0.5],
+    "empty_cells": False,
+}
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = {"registers": 2, "depth": 3}
 TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
@@ -49,7 +62,7 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
 class Run:
     """One training run: where, of what, and with what settings."""
 
-    objective: str  # one of TILE_OBJECTIVES, or slide_mae
+    objective: str  # one of TILE_OBJECTIVES or SLIDE_OBJECTIVES
     world: int = 1
     shard_size: int | None = None
     precision: str = "float64"
@@ -71,7 +84,7 @@ class Outcome:
 def built(run: Run) -> Objective:
     """The run's objective on this group's processes, as a run builds it: on the meta device, sharded, filled."""
     with torch.device("meta"):
-        objective = slide_mae() if run.objective == "slide_mae" else TILE_OBJECTIVES[run.objective]()
+        objective = (TILE_OBJECTIVES | SLIDE_OBJECTIVES)[run.objective]()
     shard(objective, lay_mesh("cpu", run.world, run.shard_size), run.precision, run.checkpointing, run.compiled)
     materialise(objective, CPU, seed=1)
     if run.together > 1:
@@ -79,14 +92,43 @@ def built(run: Run) -> Objective:
     return objective
 
 
-def slide_mae() -> SlideMAE:
-    encoder = partial(
-        LongNet, input_width=16, width=16, depth=3, heads=4, feed_forward_width=32, segment_lengths=[16, 64],
+def slide_encoder() -> LongNet:
+    return LongNet(
+        input_width=16, width=16, depth=3, heads=4, feed_forward_width=32, segment_lengths=[16, 64],
         dilated_ratios=[1, 2], dropout=0.2, drop_path=0.3, compatible=False,
     )  # fmt: skip
+
+
+def slide_mae() -> SlideMAE:
     return SlideMAE(
-        encoder, decoder_width=16, decoder_depth=2, decoder_heads=2, decoder_feed_forward_width=32, weighting="slide"
+        slide_encoder,
+        decoder_width=16,
+        decoder_depth=2,
+        decoder_heads=2,
+        decoder_feed_forward_width=32,
+        weighting="slide",
     )
+
+
+def slide_ibot() -> SlideIBOT:
+    return SlideIBOT(slide_encoder, frozen_prototype_norms=False, **SLIDE_IBOT)  # type: ignore[arg-type]
+
+
+SLIDE_IBOT: dict[str, Any] = {
+    **tile_objectives.TEACHING,
+    **tile_objectives.HEAD,
+    "prototypes": 25,
+    "separate_ibot_head": False,
+    "ibot_prototypes": 1,
+    "ibot_bottleneck": 1,
+    "dino_weight": 1.0,
+    "ibot_weight": 1.0,
+    "group_size": 2,
+    "spread": "koleo",
+    "spread_weight": 0.1,
+    "centring": "centre",
+}
+SLIDE_OBJECTIVES: dict[str, Callable[[], Objective]] = {"slide_mae": slide_mae, "slide_ibot": slide_ibot}
 
 
 def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int]]]:
@@ -94,7 +136,7 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
     shares = run.world // run.together * run.accumulate
     first = dist.get_rank() // run.together * run.accumulate
     mine = range(first, first + run.accumulate)
-    if run.objective != "slide_mae":
+    if run.objective not in SLIDE_OBJECTIVES:
         each, views = TILES // shares, (1, 0) if run.objective == "mae" else (2, 3)
 
         def tiles(step: int) -> list[tuple[Any, int]]:
@@ -103,21 +145,24 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
 
         return tiles
     store = EmbeddingStore.open(folder / "embeddings")
-    sequences = SlideSequences(
-        store,
-        Statistics.of(store),
-        batch_size=16,
-        batch_tokens=None,
-        lanes=8,
-        seed=0,
-        field_cells=0,
-        validation_fraction=0.0,
-        crop=0.875,
-        shift_grid=10,
-        flip=0.5,
-        mask="random",
-        mask_ratio=0.75,
-        block_cells=3,
+    settings: dict[str, Any] = {
+        "batch_size": 16,
+        "batch_tokens": None,
+        "lanes": 8,
+        "seed": 0,
+        "field_cells": 0,
+        "validation_fraction": 0.0,
+        "crop": 0.875,
+        "shift_grid": 10,
+        "flip": 0.5,
+        "mask": "random",
+        "mask_ratio": 0.75,
+        "block_cells": 3,
+    }
+    sequences: SlideSequences = (
+        SlideSequences(store, Statistics.of(store), **settings)
+        if run.objective == "slide_mae"
+        else CropSequences(store, Statistics.of(store), **settings, **CROPS)
     )
 
     def slides(step: int) -> list[tuple[Any, int]]:
