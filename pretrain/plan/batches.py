@@ -100,18 +100,16 @@ def slide_batch(
     return RehearsedBatch(make, {}, len(lengths), parts)
 
 
-def crop_lengths(data: Any, slides: SupposedSlides) -> list[int]:
+def tiles_of_crops(data: Any, slides: SupposedSlides) -> list[int]:
     """Tiles of each crop of a slide, as many as there can be; ``data`` as in `SlideData`."""
     crops = data.crops
     sides = [crops.global_side] * crops.global_count + [crops.local_side] * crops.local_count
     return [side**2 if crops.empty_cells else min(side**2, slides.tiles) for side in sides]
 
 
-def crop_batch(
-    kind: type[SlideObjective], data: Any, slides: SupposedSlides, lanes: int, parts: int
-) -> RehearsedBatch:
+def crop_batch(kind: type[SlideObjective], data: Any, slides: SupposedSlides, lanes: int, parts: int) -> RehearsedBatch:
     """Micro-batches of ``lanes`` lanes of crops, all of them full of tissue."""
-    crops, each = data.crops, crop_lengths(data, slides)
+    crops, each = data.crops, tiles_of_crops(data, slides)
     room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
     most = data.batch_size // data.lanes
     count = lanes * (most if room is None else max(1, min(most, room // sum(each))))

@@ -8,7 +8,7 @@ from data.fault import Fault
 from data.redaction import redacted_settings
 from pretrain.objectives.interface import SlideObjective
 from pretrain.plan import evaluation
-from pretrain.plan.batches import crop_lengths
+from pretrain.plan.batches import tiles_of_crops
 from pretrain.plan.communication import communication
 from pretrain.plan.composed_run import compose_run
 from pretrain.plan.estimate import Estimate, Settings, estimate, parameter_counts
@@ -131,7 +131,7 @@ def _settings(shape: RunShape, processes: int) -> Settings:
 def tiles_read(shape: RunShape) -> int:
     """Tiles that are read of a mean slide, of a field of it, or for the crops of it."""
     if locate_class(shape.objective["_target_"], SlideObjective).crops:
-        return sum(min(n, shape.slides.tiles) for n in crop_lengths(shape.data, shape.slides))
+        return sum(min(n, shape.slides.tiles) for n in tiles_of_crops(shape.data, shape.slides))
     field_cells: int = shape.data.field_cells
     return min(shape.slides.tiles, field_cells**2) if field_cells else shape.slides.tiles
 
