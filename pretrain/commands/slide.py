@@ -1,14 +1,17 @@
-"""Pretrain a slide encoder on slide embeddings: a masked autoencoder over frozen tile embeddings.
+"""Pretrain a slide encoder on slide embeddings: a masked autoencoder over frozen tile embeddings, or self-distillation.
 
     pretrain slide run=runs/slide data.embeddings=embeddings
     pretrain slide run=runs/slide recipe=gigapath_slide data.embeddings=embeddings trainer.devices=8
     pretrain slide run=runs/slide model=slide_vit data.embeddings=embeddings
+    pretrain slide run=runs/slide recipe=moozy_slide data.embeddings=embeddings
 
-The encoder is a LongNet, or a ViT whose attention falls with distance.
+The encoder is a LongNet, or a ViT whose attention falls with distance. objective=slide_ibot compares crops of a slide
+in place of hiding tiles, and judges itself by how often two crops of a slide find each other.
 
-It judges itself at every checkpoint on held-out slides: masked R² beside three baselines that need no learning (the
-data set's mean, the slide's mean, the nearest visible neighbours), how much worse it gets when tiles are shuffled, and
-the effective rank of slide embeddings. Where slides are few, data.field_cells cuts them into overlapping fields.
+The masked autoencoder judges itself at every checkpoint on held-out slides: masked R² beside three baselines that need
+no learning (the data set's mean, the slide's mean, the nearest visible neighbours), how much worse it gets when tiles
+are shuffled, and the effective rank of slide embeddings. Where slides are few, data.field_cells cuts them into
+overlapping fields.
 
 The folder is like that of a tile run, and the same command resumes it.
 """

@@ -1,6 +1,5 @@
 """Slide iBOT: means over the global batch however it is divided, what judges it, and what it is made of."""
 
-
 import pytest
 import torch
 
