@@ -162,8 +162,7 @@ class _Crop:
 
 def inside_square(cells: np.ndarray, corner: np.ndarray, side: int) -> np.ndarray:
     """(n,) bool: which ``cells`` (n, 2) lie in the square of ``side`` cells at ``corner``."""
-    inside: np.ndarray = ((cells >= corner) & (cells < corner + side)).all(axis=1)
-    return inside
+    return np.asarray(((cells >= corner) & (cells < corner + side)).all(axis=1))
 
 
 def crop_corner(cells: np.ndarray, side: int, tissue: float, random: np.random.Generator) -> np.ndarray:
