@@ -112,6 +112,7 @@ class LongNet(SlideNetwork):
         all_layers: bool = False,
         extent: int | None = None,
         masked: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 
@@ -119,9 +120,12 @@ class LongNet(SlideNetwork):
         tiles, from 0. lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are
         drawn; None switches both off. all_layers: also collect CLS and mean after every layer. extent: a number that all
         cells are below, where it is known: see `position_embedding`. masked: (T,) bool of the tiles whose projection
-        the mask token replaces, for a network that was given one; it is no part of the released names.
+        the mask token replaces, for a network that was given one; it is no part of the released names. Raises
+        ValueError for ``valid``: what has no tile is left out of its sequence.
         """
         require_packed(tokens, cells, lengths)
+        if valid is not None:
+            raise ValueError("a LongNet sees tiles alone, and no cells without one")
         x = self.project(tokens)
         if masked is not None:
             assert self.mask_token is not None

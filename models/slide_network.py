@@ -8,7 +8,7 @@ the same kind.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -72,6 +72,8 @@ class SlideNetwork(nn.Module, ABC):
     width: int
     initial_residual: float
     encoder: SlideLayers
+    sees_empty_cells: ClassVar[bool] = False
+    """Whether cells without a tile may be among the tokens, ``valid`` telling them."""
     patch_embed: nn.ModuleDict
 
     def __init__(self) -> None:
@@ -125,13 +127,15 @@ class SlideNetwork(nn.Module, ABC):
         all_layers: bool = False,
         extent: int | None = None,
         masked: Tensor | None = None,
+        valid: Tensor | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 
         tokens: (T, input_width) tile embeddings, slide after slide. cells: (T, 2) (x, y) in the slide's grid of tiles.
         lengths: tiles per slide. seeds: one integer per slide, from which its dropout and drop-path are drawn; None
         switches both off. all_layers: also collect class token and mean after every layer. extent: a number that all
-        cells are below, where it is known. masked: (T,) bool of the tiles whose projection the mask token replaces.
+        cells are below, where it is known. masked: (T,) bool of the tiles whose projection the mask token replaces, see
+        `add_mask_token`. valid: (T,) bool, False for cells without a tile, which don't count; where `sees_empty_cells`.
         """
 
     @abstractmethod

@@ -45,6 +45,7 @@ class SlideViT(SlideNetwork):
     """
 
     agreements: ClassVar[Agreements] = {("width", "heads"): check_heads, ("reach", "heads"): check_reach}
+    sees_empty_cells = True
 
     def __init__(
         self,

@@ -159,8 +159,12 @@ class SlideSequences:
                 f"{store.folder} is too small to hold out validation_fraction={validation_fraction} of it; raise the"
                 " fraction, embed more slides, or set it to 0."
             )
-        sizes = np.array([len(sequence.rows) for sequence in self.training])
+        sizes = np.array([self.size(sequence) for sequence in self.training])
         self.packing = Packing(sizes, batch_size=batch_size, batch_tokens=batch_tokens, lanes=lanes, seed=seed)
+
+    def size(self, sequence: Sequence) -> int:
+        """The most tiles that a batch holds of a sequence."""
+        return len(sequence.rows)
 
     def sequence_at(self, position: int) -> Sequence:
         """The training sequence at a position of the stream."""
@@ -181,8 +185,8 @@ class SlideSequences:
         """Numbers of the held-out sequences to judge by, ``most`` at most, a lane's share at a time."""
         batches: list[list[int]] = []
         tiles = 0
-        for k in spread_by_size([len(sequence.rows) for sequence in self.validation], most, self.seed):
-            n, room = len(self.validation[k].rows), self.packing.room
+        for k in spread_by_size([self.size(sequence) for sequence in self.validation], most, self.seed):
+            n, room = self.size(self.validation[k]), self.packing.room
             full = not batches or len(batches[-1]) == self.packing.most or (room is not None and tiles + n > room)
             if full:
                 batches.append([])

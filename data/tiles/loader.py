@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
+from data import masks
 from data.fault import Fault
 from data.keyed import rng
 from data.loader_process import LoaderProcess, shared_memory_room
 from data.shared_memory import Slots
-from data.tiles import masks
 from data.tiles.augment_parameters import Colour, draw_parameters
 from data.tiles.crops import CropSizes, cut
 from data.tiles.source import TileSource, UnreadableTile

@@ -14,9 +14,9 @@ from typing import Annotated
 from models.allowed import within
 from pretrain.commands import slide
 from pretrain.doctor import embeddings, report, run_settings
-from pretrain.objectives.interface import Objective
+from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.settings import plugins
-from pretrain.training.slide_stage import build_slide_network, open_further, open_store
+from pretrain.training.slide_stage import build_slide_network, open_further, open_store, require_cells_seen
 
 
 @dataclass
@@ -33,6 +33,7 @@ def run(config: Config) -> None:
     processes = trainer.devices * trainer.nodes
 
     def objective() -> Objective:
+        require_cells_seen(config)
         store = open_store(config.data)
         widths = [one.width for one in (store, *open_further(config.data, store))]
         return plugins.build(config.objective, lambda: build_slide_network(config.model, widths))  # type: ignore[no-any-return]
@@ -44,7 +45,12 @@ def run(config: Config) -> None:
             *report.of_folder(place),
             lambda: run_settings.check_settings(place, as_slide, lambda: as_slide, None),
             lambda: embeddings.check_embeddings(
-                config.data, processes, trainer.accumulate, config.slides_per_second, config.seed
+                config.data,
+                plugins.locate_class(config.objective["_target_"], SlideObjective),
+                processes,
+                trainer.accumulate,
+                config.slides_per_second,
+                config.seed,
             ),
             *report.run_checks(place, objective, config.optim.steps, trainer, config.wandb, config.partition),
         ]

@@ -35,7 +35,7 @@ from typing import Annotated
 from data.embeddings.feature_files import UNITS, list_features
 from data.embeddings.h5 import EXPORTS
 from data.embeddings.index import merge_job_indexes
-from data.embeddings.slide_features import ABOUT, POOLINGS, slide_store_facts, gather_pieces, slides_in
+from data.embeddings.slide_features import ABOUT, POOLINGS, gather_pieces, slide_store_facts, slides_in
 from data.embeddings.slide_tables import patients_of
 from data.embeddings.sources import EmbeddingSource, ShardSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter

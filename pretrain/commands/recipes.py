@@ -108,7 +108,7 @@ def describe_recipe(name: str) -> Recipe:
         name=name,
         stage=composed.command,
         parameters=parameters,
-        objective=f"{kind} + {objective['spread']}" if "spread" in objective else kind,
+        objective=f"{kind} + {objective['spread']}" if objective.get("spread_weight") else kind,
         batch=tree.data.batch_size,
         steps=tree.optim.steps,
         data=facts.get("Data", ""),

@@ -1,16 +1,19 @@
-"""Pretrain a slide encoder on slide embeddings: a masked autoencoder over frozen tile embeddings.
+"""Pretrain a slide encoder on slide embeddings: a masked autoencoder over frozen tile embeddings, or self-distillation.
 
     pretrain slide run=runs/slide data.embeddings=embeddings
     pretrain slide run=runs/slide recipe=gigapath_slide data.embeddings=embeddings trainer.devices=8
     pretrain slide run=runs/slide model=slide_vit data.embeddings=embeddings
     pretrain slide run=runs/slide objective=slide_context data.embeddings=embeddings data.further=[embeddings_of_another]
+    pretrain slide run=runs/slide recipe=moozy_slide data.embeddings=embeddings
 
 The encoder is a LongNet, or a ViT whose attention falls with distance. objective=slide_pairs trains the slide's pooled
-vector by pairs of tiles, objective=slide_context takes stores of several tile encoders.
+vector by pairs of tiles, objective=slide_context takes stores of several tile encoders, objective=slide_ibot compares
+crops of a slide in place of hiding tiles, and judges itself by how often two crops of a slide find each other.
 
-It judges itself at every checkpoint on held-out slides: masked R² beside three baselines that need no learning (the
-data set's mean, the slide's mean, the nearest visible neighbours), how much worse it gets when tiles are shuffled, and
-the effective rank of slide embeddings. Where slides are few, data.field_cells cuts them into overlapping fields.
+The masked autoencoder judges itself at every checkpoint on held-out slides: masked R² beside three baselines that need
+no learning (the data set's mean, the slide's mean, the nearest visible neighbours), how much worse it gets when tiles
+are shuffled, and the effective rank of slide embeddings. Where slides are few, data.field_cells cuts them into
+overlapping fields.
 
 The folder is like that of a tile run, and the same command resumes it.
 """
@@ -32,6 +35,7 @@ from pretrain.training.slide_stage import (
     build_slide_network,
     open_further,
     open_store,
+    require_cells_seen,
     require_read,
 )
 from pretrain.training.trainer_settings import require_devices
@@ -57,6 +61,7 @@ def run(config: Config) -> None:
                 " be compiled anew; leave it out."
             )
     require_devices(config.trainer)
+    require_cells_seen(config)
     store = open_store(config.data)
     further = open_further(config.data, store)
     widths = [one.width for one in (store, *further)]

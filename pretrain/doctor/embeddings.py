@@ -10,6 +10,7 @@ from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
+from pretrain.objectives.interface import SlideObjective
 from pretrain.training.even_shares import lanes_of
 from pretrain.training.slide_stage import SlideBatches, SlideData, open_further, open_store, sequences_of
 
@@ -18,7 +19,7 @@ WARM_UP, MEASURED = 2, 8  # steps' shares of one process
 
 
 def check_embeddings(
-    data: SlideData, processes: int, accumulate: int, needed: float | None, seed: int
+    data: SlideData, kind: type[SlideObjective], processes: int, accumulate: int, needed: float | None, seed: int
 ) -> list[Finding]:
     """All checks of a slide run's ``data:``; ``needed`` is the slides a second that all its processes together are to
     get."""
@@ -27,7 +28,7 @@ def check_embeddings(
         store = open_store(data)
         lanes_of(vars(data), processes, accumulate, together)
         further = [(one, unknown_statistics(one)) for one in open_further(data, store)]
-        sequences = sequences_of(store, unknown_statistics(store), data, seed, further=further)
+        sequences = sequences_of(store, unknown_statistics(store), data, seed, kind, further=further)
         read_ends_of_store(store)
         rate = slides_per_second(SlideBatches(sequences, 0, WARM_UP + MEASURED, 0, processes // together, accumulate))
     except Fault as fault:

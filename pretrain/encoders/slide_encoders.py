@@ -16,7 +16,7 @@ from data.json_files import read_object
 from models.longnet import LongNet
 from models.slide_network import SlideNetwork
 from pretrain.encoders.frozen import device_of, fingerprint, freeze
-from pretrain.encoders.run_checkpoint import RunCheckpoint, find_checkpoint
+from pretrain.encoders.run_checkpoint import STUDENT, TEACHER, RunCheckpoint, find_checkpoint
 from pretrain.encoders.weight_files import read_file
 from pretrain.run import checkpoints
 from pretrain.settings.any_machine import on_any_machine
@@ -96,7 +96,7 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
         )
     found = find_checkpoint(path, plugins)
     settings, data = found.config.get("model") or {}, found.config.get("data") or {}
-    weights = checkpoints.read_network(found.folder, "encoder.")
+    weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
     if "patch_embed.proj.weight" not in weights or "embeddings" not in data:
         raise Fault(f"{found.run} is not a slide run: give a run of 'pretrain slide'.")
     network = build(on_any_machine(settings), weights["patch_embed.proj.weight"].shape[1], allowed=found.plugins)

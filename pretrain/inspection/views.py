@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data import masks
 from data.keyed import rng
-from data.tiles import masks
 from data.tiles.augment import augment
 from data.tiles.augment_parameters import draw_parameters
 from data.tiles.crops import cut

@@ -161,8 +161,8 @@ def judged_of(objective: SlideObjective, batch: Any) -> dict[str, Tensor]:
     who, form = f"{type(objective).__name__}.judged", "rows by name, {'error': a tensor of a row a sequence, …}"
     given = _given(who, objective.judged(batch), Mapping, form)
     for name, rows in given.items():
-        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) != len(batch.lengths) or rows.is_complex():
-            raise Fault(f"{who} must give {form}, {len(batch.lengths)} here, and gives {name} as {_kind(rows)}.")
+        if not isinstance(rows, Tensor) or not rows.dim() or len(rows) != len(batch.positions) or rows.is_complex():
+            raise Fault(f"{who} must give {form}, {len(batch.positions)} here, and gives {name} as {_kind(rows)}.")
     return dict(given)
 
 

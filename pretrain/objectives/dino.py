@@ -2,7 +2,7 @@
 
 Set against the public code (facebookresearch/dino): its stochastic depth rises linearly over the blocks and scales
 single samples, here all blocks share one rate and samples are skipped, as in DINOv2; it clips each tensor's gradient by
-itself, here each network's; gradients are otherwise those of its loss.
+itself (``optim.clip_each``); gradients are otherwise those of its loss.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,11 +17,12 @@ from models.operations import Operations, total_operations
 from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy
-from pretrain.objectives.self_distillation import Network, SelfDistillation, Teaching, by_view
+from pretrain.objectives.self_distillation import Network, Taught, Teaching
 from pretrain.objectives.tile_batch import TileBatch
+from pretrain.objectives.tile_distillation import TileDistillation, by_view
 
 
-class DINO(SelfDistillation):
+class DINO(TileDistillation):
     """The objective. Keyword arguments are its settings (``configs/objective/dino.yaml`` explains each).
 
     ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher.
@@ -55,8 +56,8 @@ class DINO(SelfDistillation):
             **teaching,
         )
 
-    def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
-        return {"dino": self.teacher.encoder([batch.crops[0][0]], wanted=[None])[0].cls}
+    def teacher_tokens(self, batch: TileBatch) -> dict[str, Taught]:
+        return {"dino": Taught(self.teacher.encoder([batch.crops[0][0]], wanted=[None])[0].cls)}
 
     def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
         return self.teacher.dino_head(tokens)

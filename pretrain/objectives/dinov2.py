@@ -14,74 +14,51 @@ from typing import Annotated, Unpack
 import torch
 from torch import Tensor
 
-from models.allowed import PROTOTYPES, one_of, within
-from models.heads import PrototypeHead
+from models.allowed import within
 from models.operations import Operations, total_operations
 from models.vit import Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
 from pretrain.objectives.losses.spread import SPREADS
-from pretrain.objectives.self_distillation import Network, SelfDistillation, Teaching, by_view
+from pretrain.objectives.self_distillation import (
+    Taught,
+    TeachingOfLevels,
+    prototypes_of_levels,
+    teaching_of,
+    two_level_network,
+)
 from pretrain.objectives.tile_batch import TileBatch
+from pretrain.objectives.tile_distillation import TileDistillation, by_view
 
 
-class DINOv2(SelfDistillation):
+class DINOv2(TileDistillation):
     """The full objective. Keyword arguments are its settings (``configs/objective/dinov2.yaml`` explains each).
 
     ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher.
     """
 
     masks = True
-    reading = f"{SelfDistillation.reading.removesuffix('.')} and for KoLeo rising (features falling together)."
+    reading = f"{TileDistillation.reading.removesuffix('.')} and for KoLeo rising (features falling together)."
 
     def __init__(
         self,
         make_encoder: Callable[[], VisionTransformer],
         *,
         group_size: Annotated[int, within(least=2)],
-        prototypes: Annotated[int, PROTOTYPES],
-        bottleneck: Annotated[int, within(least=1)],
-        hidden: Annotated[int, within(least=1)],
-        head_layers: Annotated[int, within(least=1)],
-        separate_ibot_head: bool,
-        ibot_prototypes: Annotated[int, PROTOTYPES],
-        ibot_bottleneck: Annotated[int, within(least=1)],
-        dino_weight: Annotated[float, within(least=0)],
-        ibot_weight: Annotated[float, within(least=0)],
-        spread: Annotated[str, one_of(*SPREADS)],
-        spread_weight: Annotated[float, within(least=0)],
-        **teaching: Unpack[Teaching],
+        **settings: Unpack[TeachingOfLevels],
     ) -> None:
-        def network() -> Network:
-            encoder = make_encoder()
-            dino = PrototypeHead(
-                encoder.width, prototypes=prototypes, bottleneck=bottleneck, hidden=hidden, layers=head_layers
-            )
-            ibot = (
-                PrototypeHead(
-                    encoder.width,
-                    prototypes=ibot_prototypes,
-                    bottleneck=ibot_bottleneck,
-                    hidden=hidden,
-                    layers=head_layers,
-                )
-                if separate_ibot_head
-                else None
-            )
-            return Network(encoder, dino, ibot)
-
         super().__init__(
-            network,
-            {"dino": prototypes, "ibot": ibot_prototypes if separate_ibot_head else prototypes},
+            lambda: two_level_network(make_encoder(), settings),
+            prototypes_of_levels(settings),
             group_size=group_size,
-            **teaching,
+            **teaching_of(settings),
         )
-        self.dino_weight, self.ibot_weight = dino_weight, ibot_weight
-        self.spread, self.spread_weight = SPREADS[spread], spread_weight
+        self.dino_weight, self.ibot_weight = settings["dino_weight"], settings["ibot_weight"]
+        self.spread, self.spread_weight = SPREADS[settings["spread"]], settings["spread_weight"]
 
-    def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
+    def teacher_tokens(self, batch: TileBatch) -> dict[str, Taught]:
         (seen,) = self.teacher.encoder([batch.crops[0][0]], wanted=[batch.masked])
-        return {"dino": seen.cls, "ibot": seen.patches}
+        return {"dino": Taught(seen.cls), "ibot": Taught(seen.patches)}
 
     def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
         return self.teacher.dino_head(tokens) if kind == "dino" else self.teacher.score_patches(tokens)

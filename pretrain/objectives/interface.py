@@ -112,6 +112,9 @@ class SlideObjective(Objective):
 
     stage = "slide"
     learns = "from tile embeddings without labels"
+    crops: ClassVar[bool] = False
+    """Whether its batches are `CropBatch`, crops of slides' grids as ``data.crops`` says; its masks are then those of
+    ``data.crops`` too."""
     score: ClassVar[str] = ""
     """The figure of `evaluate` by which the best checkpoint is told, higher is better; empty: none is."""
     evaluation_passes: ClassVar[int] = 0
@@ -134,8 +137,8 @@ class SlideObjective(Objective):
             raise ValueError(f"{type(self).__name__} can't share a slide over processes")
 
     def judged(self, batch: Any) -> Mapping[str, Tensor]:
-        """What `evaluate` wants to know of a batch of held-out sequences: tensors ``(B, …)`` by name, a row a sequence.
-        Called without gradients and outside of a step; each sequence is judged by one rank."""
+        """What `evaluate` wants to know of a batch of held-out sequences: tensors ``(B, …)`` by name, a row a sequence
+        (of crops: a row a slide that they are of). Called without gradients and outside of a step; each sequence is judged by one rank."""
         return {}
 
     def evaluate(self, rows: Mapping[str, Tensor]) -> Mapping[str, float]:

@@ -1,4 +1,5 @@
-"""What DINO and DINOv2 share: a student that predicts its own moving average, and targets that use all prototypes.
+"""What DINO, DINOv2 and slide iBOT share: a student that predicts its own moving average, and targets that use all
+prototypes.
 
 teacher  ←EMA─  student
    │               │
@@ -8,34 +9,29 @@ global crops    all crops
 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
-from typing import Annotated, ClassVar, TypedDict, Unpack
+from typing import Annotated, Any, ClassVar, NamedTuple, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
-from data.fault import Fault
-from models.allowed import SHARE, one_of, within
+from models.allowed import PROTOTYPES, SHARE, one_of, within
 from models.heads import PrototypeHead
 from models.operations import Operations
-from models.vit import Tokens, VisionTransformer
 from pretrain.objectives import teacher as ema
 from pretrain.objectives.figures import assignment_figures
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import ITERATIONS, centred_softmax, moved_centre, sinkhorn_centre
 from pretrain.objectives.losses.precision import at_least_float32
+from pretrain.objectives.losses.spread import SPREADS
 from pretrain.objectives.schedules import cosine
-from pretrain.objectives.stochastic_depth import kept_of, kept_samples
-from pretrain.objectives.tile_batch import Target, TileBatch
+from pretrain.objectives.tile_batch import Target
 
 
 class Network(nn.Module):
     """An encoder and its heads: what the student is and what the teacher is. ``ibot_head`` None shares the DINO
     head."""
 
-    def __init__(
-        self, encoder: VisionTransformer, dino_head: PrototypeHead, ibot_head: PrototypeHead | None = None
-    ) -> None:
+    def __init__(self, encoder: Any, dino_head: PrototypeHead, ibot_head: PrototypeHead | None = None) -> None:
         super().__init__()
         self.encoder, self.dino_head, self.ibot_head = encoder, dino_head, ibot_head
 
@@ -56,6 +52,66 @@ class Teaching(TypedDict):
     teacher_momentum_final: Annotated[float, SHARE]
 
 
+class Levels(TypedDict):
+    """Settings of objectives that learn from class tokens and from masked parts: their heads, weights and spread."""
+
+    prototypes: Annotated[int, PROTOTYPES]
+    bottleneck: Annotated[int, within(least=1)]
+    hidden: Annotated[int, within(least=1)]
+    head_layers: Annotated[int, within(least=1)]
+    separate_ibot_head: bool
+    ibot_prototypes: Annotated[int, PROTOTYPES]
+    ibot_bottleneck: Annotated[int, within(least=1)]
+    dino_weight: Annotated[float, within(least=0)]
+    ibot_weight: Annotated[float, within(least=0)]
+    spread: Annotated[str, one_of(*SPREADS)]
+    spread_weight: Annotated[float, within(least=0)]
+
+
+class TeachingOfLevels(Levels, Teaching):
+    """Both."""
+
+
+def two_level_network(encoder: Any, levels: Levels) -> Network:
+    """An encoder with the heads that the settings say."""
+
+    def head(prototypes: int, bottleneck: int) -> PrototypeHead:
+        return PrototypeHead(
+            encoder.width,
+            prototypes=prototypes,
+            bottleneck=bottleneck,
+            hidden=levels["hidden"],
+            layers=levels["head_layers"],
+        )
+
+    dino = head(levels["prototypes"], levels["bottleneck"])
+    separate = levels["separate_ibot_head"]
+    return Network(encoder, dino, head(levels["ibot_prototypes"], levels["ibot_bottleneck"]) if separate else None)
+
+
+def prototypes_of_levels(levels: Levels) -> dict[str, int]:
+    """How many each kind of target has."""
+    shared = levels["prototypes"]
+    return {"dino": shared, "ibot": levels["ibot_prototypes"] if levels["separate_ibot_head"] else shared}
+
+
+def teaching_of(settings: TeachingOfLevels) -> Teaching:
+    """The part of them that is `Teaching`."""
+    return {name: settings[name] for name in Teaching.__annotations__}  # type: ignore[literal-required, return-value]
+
+
+class Taught(NamedTuple):
+    """Tokens ``(n, width)`` of a teacher, whose scores move the centre. ``rows`` ``(m,)`` int64: those that become
+    targets; None: all."""
+
+    tokens: Tensor
+    rows: Tensor | None = None
+
+    def targets(self, of: Tensor) -> Tensor:
+        """The targets' rows of ``of`` ``(n, …)``."""
+        return of if self.rows is None else of.index_select(0, self.rows)
+
+
 class SelfDistillation(Objective):
     """Student, teacher and targets. A subclass says what the teacher looks at, and writes the loss.
 
@@ -69,21 +125,17 @@ class SelfDistillation(Objective):
         " (nothing learned)."
     )
     chance_losses: ClassVar[Mapping[str, Sequence[str]]] = {"dino": ("dino_global", "dino_local")}
-    all_patches: ClassVar[bool] = False
-    """Whether the loss is given the student's patch tokens of all crops, in place of the masked ones alone."""
 
     def __init__(
         self,
         make_network: Callable[[], Network],
         prototypes: dict[str, int],
-        *,
-        group_size: int,
         **teaching: Unpack[Teaching],
     ) -> None:
         super().__init__()
         self.student, self.teacher = make_network(), make_network()
         self.teacher.requires_grad_(False)
-        self.group_size, self.centring = group_size, teaching["centring"]
+        self.centring = teaching["centring"]
         self.student_temperature, self.teaching = teaching["student_temperature"], teaching
         self.prototypes = prototypes
         for kind, count in prototypes.items():
@@ -91,8 +143,8 @@ class SelfDistillation(Objective):
         self._logits: dict[str, tuple[Tensor, int]] = {}  # per kind, the step's sum of teacher logits and their number
 
     @abstractmethod
-    def teacher_tokens(self, batch: TileBatch) -> dict[str, Tensor]:
-        """Per kind of target, the teacher's tokens ``(n, width)`` that become targets."""
+    def teacher_tokens(self, batch: Any) -> dict[str, Taught]:
+        """Per kind of target, the teacher's tokens of a micro-batch."""
 
     @abstractmethod
     def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
@@ -131,7 +183,7 @@ class SelfDistillation(Objective):
         }
 
     @torch.no_grad()
-    def prepare(self, parts: Sequence[TileBatch], moment: Moment) -> list[TileBatch]:
+    def targets_of(self, parts: Sequence[Any], moment: Moment) -> list[dict[str, Target]]:
         """The teacher sees all micro-batches before the student sees the first: its targets belong to the global batch.
 
         Its scores of several micro-batches are too many to hold (n × K numbers each, gigabytes for 131,072 prototypes).
@@ -141,89 +193,64 @@ class SelfDistillation(Objective):
         tokens = [self.teacher_tokens(part) for part in parts]
         targets: list[dict[str, Target]] = [{} for _ in parts]
         for kind in tokens[0]:
-            scores = [self._scores(kind, part[kind], hold=len(parts) == 1) for part in tokens]
-            if self.centring == "sinkhorn":
-                centre = sinkhorn_centre(lambda scores=scores: (score() for score in scores), temperature)  # type: ignore[misc]
-            else:
-                centre = getattr(self, f"{kind}_centre").clone()
-                sums = torch.cat([at_least_float32(score()).sum(0, keepdim=True) for score in scores]).sum(
-                    0, keepdim=True
+            scores, sums = self._scores(kind, [part[kind] for part in tokens])
+            centre = self._centre(kind, scores, temperature).clone()
+            if sums:
+                self._logits[kind] = (
+                    torch.cat(sums).sum(0, keepdim=True),
+                    sum(len(part[kind].tokens) for part in tokens),
                 )
-                self._logits[kind] = sums, sum(len(part[kind]) for part in tokens)
             for target, score in zip(targets, scores, strict=True):
                 target[kind] = lambda score=score, centre=centre: centred_softmax(score(), centre, temperature)  # type: ignore[misc]
-        return [replace(part, targets=target) for part, target in zip(parts, targets, strict=True)]
+        return targets
 
-    def _scores(self, kind: str, tokens: Tensor, hold: bool) -> Callable[[], Tensor]:
-        if hold:
-            scores = self.teacher_scores(kind, tokens)
-            return lambda: scores
-        return torch.no_grad()(lambda: self.teacher_scores(kind, tokens))
+    def _scores(self, kind: str, taught: Sequence[Taught]) -> tuple[list[Target], list[Tensor]]:
+        """Of each micro-batch what computes its targets' scores, and where a centre moves, the sum ``(1, K)`` of all
+        its tokens' scores."""
+        scores: list[Target] = []
+        sums: list[Tensor] = []
+        for part in taught:
+            found = None
+            if self.centring == "centre":
+                every = self.teacher_scores(kind, part.tokens)
+                sums.append(at_least_float32(every).sum(0, keepdim=True))
+                found = part.targets(every) if len(taught) == 1 else None
+            elif len(taught) == 1:
+                found = self.teacher_scores(kind, part.targets(part.tokens))
+            anew = torch.no_grad()(lambda part=part: self.teacher_scores(kind, part.targets(part.tokens)))  # type: ignore[misc]
+            scores.append(anew if found is None else lambda found=found: found)  # type: ignore[misc]
+        return scores, sums
+
+    def _centre(self, kind: str, scores: Sequence[Target], temperature: float) -> Tensor:
+        if self.centring == "sinkhorn":
+            return sinkhorn_centre(lambda: (score() for score in scores), temperature)
+        centre: Tensor = getattr(self, f"{kind}_centre")
+        return centre
 
     @torch.no_grad()
-    def look(self, parts: Sequence[TileBatch], moment: Moment) -> dict[str, float]:
+    def look(self, parts: Sequence[Any], moment: Moment) -> dict[str, float]:
         """How the teacher uses its prototypes on these micro-batches, per kind of target; see `assignment_figures`."""
         temperature = self.teacher_temperature(moment)
         figures: dict[str, float] = {}
         tokens = [self.teacher_tokens(part) for part in parts]
         for kind in tokens[0]:
-            scores = [self._scores(kind, part[kind], hold=len(parts) == 1) for part in tokens]
-            if self.centring == "sinkhorn":
-                centre = sinkhorn_centre(lambda scores=scores: (score() for score in scores), temperature)  # type: ignore[misc]
-            else:
-                centre = getattr(self, f"{kind}_centre")
+            scores, _ = self._scores(kind, [part[kind] for part in tokens])
+            centre = self._centre(kind, scores, temperature)
             figures |= assignment_figures((centred_softmax(score(), centre, temperature) for score in scores), kind)
         return figures
 
-    def student_tokens(self, batch: TileBatch, moment: Moment, masked: bool = False) -> list[Tokens]:
-        """The student's tokens of all crops in one packed pass, with stochastic depth: class tokens and masked patches.
-
-        Where ``masked``, patches are replaced by the mask token as the batch says, and are the patches that come back;
-        where `all_patches` is set, those of all crops do, ``(crops, patches, width)``.
-
-        Raises Fault where there are not two views to compare.
-        """
-        if sum(views for _, views in batch.crops) < 2:
-            raise Fault(
-                "self-distillation compares views of a tile, and there is one: set data.crops.global_count=2, or"
-                " local_count higher."
-            )
-        encoder, (images, views) = self.student.encoder, batch.crops[0]
-        kept = kept_samples(
-            [(views, encoder.tokens_per_crop(crops.shape[-1])) for crops, views in batch.crops],
-            len(images) // views,
-            group=self.group_size,
-            rate=encoder.drop_path,
-            depth=len(encoder.blocks),
-            seed=moment.seed,
-            step=moment.step,
-            first=moment.first,
-            device=images.device,
-        )
-        others = [None] * (len(batch.crops) - 1)
-        masks = [batch.masks.flatten(1) if masked else None, *others]
-        wanted = None if self.all_patches else [batch.masked if masked else None, *others]
-        return encoder([crops for crops, _ in batch.crops], masks, kept, wanted=wanted)
-
-    def encoder_operations(self, batch: TileBatch, masked: int) -> Operations:
-        """Of both encoders on a micro-batch whose loss is given ``masked`` patches."""
-        encoder = self.student.encoder
-        shapes = [(len(images), encoder.tokens_per_crop(images.shape[-1])) for images, _ in batch.crops]
-        wanted = [crops + (0 if i else masked) for i, (crops, _) in enumerate(shapes)]
-        group, rate = self.group_size, encoder.drop_path
-        kept = [
-            (kept_of(views * group, rate) * crops // (views * group), tokens)
-            for (crops, tokens), (_, views) in zip(shapes, batch.crops, strict=True)
-        ]
-        student = encoder.operations(shapes, kept if rate else None, None if self.all_patches else wanted)
-        return student + self.teacher.encoder.operations(shapes[:1], wanted=wanted[:1]).without_gradients
-
-    def head_operations(self, head: str, student: int, teacher: int, parts: int) -> Operations:
-        """Of both networks' ``head`` on so many tokens of a micro-batch; the teacher's scores of several are computed
-        anew wherever `prepare` or a target asks for them."""
-        asked = 1 if parts == 1 else 1 + (ITERATIONS if self.centring == "sinkhorn" else 1)
+    def head_operations(
+        self, head: str, student: int, teacher: int, parts: int, moving: int | None = None
+    ) -> Operations:
+        """Of both networks' ``head`` on so many tokens of a micro-batch, the teacher's being its targets; ``moving``: of
+        the teacher's, those that move a centre, where they are others. The teacher's scores of several micro-batches are
+        computed anew wherever `targets_of` or a target asks for them."""
+        if self.centring == "sinkhorn":
+            asked = teacher if parts == 1 else (1 + ITERATIONS) * teacher
+        else:
+            asked = (teacher if moving is None else moving) + (0 if parts == 1 else teacher)
         own, targets = getattr(self.student, head), getattr(self.teacher, head)
-        return own.operations(student) + targets.operations(asked * teacher).without_gradients
+        return own.operations(student) + targets.operations(asked).without_gradients
 
     def after_step(self, moment: Moment) -> None:
         # A centre moves once the step has been taken, so it is one step late, as DINO's and DINOv2's are.
@@ -235,9 +262,3 @@ class SelfDistillation(Objective):
 
     def after_skip(self) -> None:
         self._logits.clear()
-
-
-def by_view(scores: Tensor, batch: TileBatch) -> list[Tensor]:
-    """Class-token scores ``(all crops, K)`` → per crop size ``(views, tiles, K)``."""
-    parts = scores.split([len(crops) for crops, _ in batch.crops])
-    return [part.unflatten(0, (views, -1)) for part, (_, views) in zip(parts, batch.crops, strict=True)]

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import torch
 
+from data.embeddings.grid_crops import CropBatch
 from data.embeddings.sequences import SlideBatch, TilesOfStore
 from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.objectives.tile_batch import TileBatch
@@ -70,11 +71,13 @@ def slide_batch(
 ) -> RehearsedBatch:
     """Micro-batches of ``lanes`` lanes for the slide stage; ``data`` as in `SlideData`. ``largest``: one holds the
     largest slide."""
+    kind = plugins.locate_class(objective["_target_"], SlideObjective)
+    if kind.crops:
+        return crop_batch(kind, data, slides, lanes, parts)
     most = data.batch_size // data.lanes
     room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
     sizes = [n for i in range(lanes) for n in lane(slides, most, room, data.field_cells, largest and i == 0)]
     lengths = [max(2, round(n * data.crop**2)) for n in sizes]  # the crop's sides are shares of the tile grid's
-    kind: type[SlideObjective] = plugins.locate_class(objective["_target_"], SlideObjective)
     hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) if kind.masks else 0 for n in lengths]
     tiles, masked, clusters = sum(lengths), sum(hidden), kind.clusters(objective)
 
@@ -105,3 +108,45 @@ def slide_batch(
         )
 
     return RehearsedBatch(make, {}, len(lengths), parts)
+
+
+def tiles_of_crops(data: Any, slides: SupposedSlides) -> list[int]:
+    """Tiles of each crop of a slide, as many as there can be; ``data`` as in `SlideData`."""
+    crops = data.crops
+    sides = [crops.global_side] * crops.global_count + [crops.local_side] * crops.local_count
+    return [side**2 if crops.empty_cells else min(side**2, slides.tiles) for side in sides]
+
+
+def crop_batch(kind: type[SlideObjective], data: Any, slides: SupposedSlides, lanes: int, parts: int) -> RehearsedBatch:
+    """Micro-batches of ``lanes`` lanes of crops, all of them full of tissue."""
+    crops, each = data.crops, tiles_of_crops(data, slides)
+    room = None if data.batch_tokens is None else data.batch_tokens // data.lanes
+    most = data.batch_size // data.lanes
+    count = lanes * (most if room is None else max(1, min(most, room // sum(each))))
+    lengths = [n for n in each for _ in range(count)]
+    share = int(crops.global_count * count * crops.masked_share) if kind.masks else 0
+    low, high = crops.mask_ratios
+    hidden = [round(n * (low + high) / 2) if i < share else 0 for i, n in enumerate(lengths)]
+    tiles, masked = sum(lengths), sum(hidden)
+
+    def make() -> CropBatch:
+        return CropBatch(
+            embeddings=torch.empty(tiles, slides.width, dtype=torch.float16),
+            cells=torch.empty(tiles, 2, dtype=torch.int64),
+            lengths=lengths,
+            visible=torch.empty(tiles - masked, dtype=torch.int64),
+            visible_lengths=[n - m for n, m in zip(lengths, hidden, strict=True)],
+            masked=torch.empty(masked, dtype=torch.int64),
+            masked_lengths=hidden,
+            mean=torch.empty(slides.width),
+            std=torch.empty(slides.width),
+            positions=list(range(count)),
+            slides=[""] * count,
+            extent=LARGEST_CELL + 1,
+            standardised=data.inputs == "standardised",
+            global_count=crops.global_count,
+            local_count=crops.local_count,
+            valid=torch.ones(tiles, dtype=torch.bool) if crops.empty_cells else None,
+        )
+
+    return RehearsedBatch(make, {}, count, parts)

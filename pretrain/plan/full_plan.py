@@ -6,7 +6,9 @@ from typing import Any
 
 from data.fault import Fault
 from data.redaction import redacted_settings
+from pretrain.objectives.interface import SlideObjective
 from pretrain.plan import evaluation
+from pretrain.plan.batches import tiles_of_crops
 from pretrain.plan.communication import communication
 from pretrain.plan.composed_run import compose_run
 from pretrain.plan.estimate import Estimate, Settings, estimate, parameter_counts
@@ -17,6 +19,7 @@ from pretrain.plan.shardings import compare_shardings, verdict
 from pretrain.plan.step_time import OF_LARGE_PRODUCTS, StepTime, step_time
 from pretrain.plan.throughput import pace, slide_cost, tile_cost
 from pretrain.settings.composition import of_the_command_line
+from pretrain.settings.plugins import locate_class
 from pretrain.training.even_shares import require_even
 from pretrain.training.sharding import CHECKPOINTING
 from pretrain.training.tile_stage import checked_views
@@ -125,9 +128,17 @@ def _settings(shape: RunShape, processes: int) -> Settings:
     )
 
 
+def tiles_read(shape: RunShape) -> int:
+    """Tiles that are read of a mean slide, of a field of it, or for the crops of it."""
+    if locate_class(shape.objective["_target_"], SlideObjective).crops:
+        return sum(min(n, shape.slides.tiles) for n in tiles_of_crops(shape.data, shape.slides))
+    field_cells: int = shape.data.field_cells
+    return min(shape.slides.tiles, field_cells**2) if field_cells else shape.slides.tiles
+
+
 def _reading_cost(shape: RunShape, config: Any) -> tuple[float, float]:
     """Megabytes and core-seconds of a tile or slide."""
     if shape.stage == "slide":
-        return slide_cost(config.slides, shape.data.field_cells, config.input)
+        return slide_cost(config.slides, tiles_read(shape), config.input)
     further = checked_views(shape.objective, shape.model["patch_size"], shape.data.crops.relative_to)
     return tile_cost(shape.data, further, config.input)

@@ -89,7 +89,7 @@ def tile_cost(data: Any, further: Sequence[FurtherViews], cost: Input) -> tuple[
     return cost.tile_kb * tile / 1000, (got * tile + cost.crops_ms * pixels / MEASURED_CROPS) / 1000
 
 
-def slide_cost(slides: SupposedSlides, field_cells: int, cost: Input) -> tuple[float, float]:
-    """MB (float16) and core-seconds of the embeddings of a mean slide, or of a field of ``field_cells`` a side."""
-    numbers = (min(slides.tiles, field_cells**2) if field_cells else slides.tiles) * slides.width
+def slide_cost(slides: SupposedSlides, tiles: int, cost: Input) -> tuple[float, float]:
+    """MB (float16) and core-seconds of so many ``tiles`` of a slide, those that are read of it."""
+    numbers = tiles * slides.width
     return 2 * numbers / 1e6, cost.slide_ms * numbers / MEASURED_SLIDE / 1000

@@ -29,12 +29,29 @@ def micro_batch_share(run: Any, processes: int, accumulate: int, together: int =
     if "processes_per_slide" not in data:
         return tiles_of(data, processes, accumulate, run.objective.get("group_size", 1))
     lanes = lanes_of(data, processes, accumulate, together)
+    if run.objective.get("spread_weight"):
+        require_whole_groups(data, lanes, run.objective.get("group_size", 1))
     for node, name in HEADS if together > 1 else ():
         if (heads := getattr(run, node).get(name, together)) % together:
             raise Fault(
                 f"data.processes_per_slide={together} doesn't divide {node}.{name}={heads}: change one of them."
             )
     return lanes
+
+
+def require_whole_groups(data: Mapping[str, Any], lanes: int, group: int) -> None:
+    """Raise Fault where a micro-batch of so many lanes of slides doesn't hold whole groups that a spread compares."""
+    if data["batch_tokens"] is not None:
+        raise Fault(
+            f"objective.spread_weight compares groups of objective.group_size={group} slides, and with"
+            f" data.batch_tokens={data['batch_tokens']} a step holds any number: set data.batch_tokens=null."
+        )
+    slides = data["batch_size"] // data["lanes"] * lanes
+    if slides % group:
+        raise Fault(
+            f"objective.group_size={group} doesn't divide the {slides} slides of a micro-batch, which"
+            " objective.spread_weight compares in such groups: change it, or data.batch_size."
+        )
 
 
 def tiles_of(data: Mapping[str, Any], processes: int, accumulate: int, group: int) -> int:

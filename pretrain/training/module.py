@@ -30,7 +30,6 @@ from data.loader_process import SHARED_MEMORY, LoaderProcess
 from data.redaction import redacted_settings
 from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective
-from pretrain.objectives.schedules import cosine
 from pretrain.run import checkpoints, signals
 from pretrain.run import folder as run_folder
 from pretrain.run.across_ranks import total, world_size
@@ -42,7 +41,7 @@ from pretrain.run.watchdog import Watchdog
 from pretrain.training.adamw import ShardAdamW
 from pretrain.training.even_shares import require_even
 from pretrain.training.gradients import gradients
-from pretrain.training.optimisation import Optim, clip, parameter_groups, scaled_lr, set_rates
+from pretrain.training.optimisation import Optim, clip, parameter_groups, rates_at, set_rates
 from pretrain.training.sharding import materialise, shard
 from pretrain.training.trainer_settings import TrainerSettings
 from pretrain.training.utilisation import operations_of_step, peak_memory, silent_about_operations
@@ -301,14 +300,7 @@ class Training(L.LightningModule, ABC):
         """Take a step: its figures, the sums over ranks of what this one ``counted``, and whether it was taken."""
         objective, optim, optimiser = self.objective, self.optim, self.optimiser
         steps = optim.schedule_steps or optim.steps
-        lr = cosine(
-            self.step,
-            peak=scaled_lr(optim, self.batch_size),
-            final=optim.lr_final,
-            total=steps,
-            warmup=optim.warmup_steps,
-        )
-        weight_decay = cosine(self.step, peak=optim.weight_decay, final=optim.weight_decay_final, total=steps)
+        lr, weight_decay = rates_at(self.step, optim, self.batch_size)
         set_rates(
             optimiser,
             lr,
@@ -324,7 +316,8 @@ class Training(L.LightningModule, ABC):
             passed = operations_of_step(objective, [part for part, _ in parts], self.settings.activation_checkpointing)
             counted = counted | {"operations": passed / self.sharing}
         norms = {
-            f"grad_norm/{name}": clip(network.parameters(), optim.clip) for name, network in objective.trained().items()
+            f"grad_norm/{name}": clip(network.parameters(), optim.clip, optim.clip_each)
+            for name, network in objective.trained().items()
         }
         some = next(iter(sums.values()))
         counts = [torch.full_like(some, value) for value in counted.values()]

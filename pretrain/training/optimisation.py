@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from models.allowed import Agreements, numbers, one_of, within
 from pretrain.objectives.interface import BACKBONE
+from pretrain.objectives.schedules import cosine
 from pretrain.run.across_ranks import local_shard, total
 
 SCALINGS = {
@@ -43,12 +44,14 @@ class Optim:
     schedule_steps: Annotated[int | None, within(least=1, most=MOST_STEPS)]
     lr: Annotated[float, within(least=0)]
     lr_scaling: Annotated[str, one_of(*SCALINGS)]
+    lr_start: Annotated[float, within(least=0)]
     lr_final: Annotated[float, within(least=0)]
     warmup_steps: Annotated[int, within(least=0)]
     weight_decay: Annotated[float, within(least=0)]
     weight_decay_final: Annotated[float, within(least=0)]
     betas: Annotated[list[float], numbers(2), within(least=0, below=1)]
     clip: Annotated[float, within(least=0)]
+    clip_each: Annotated[float, within(least=0)]
     layer_decay: Annotated[float, within(above=0)]
     patch_embed_lr: Annotated[float, within(least=0)]
     frozen_last_layer_steps: Annotated[int, within(least=0)]
@@ -61,6 +64,20 @@ class Optim:
 def scaled_lr(settings: Optim, batch_size: int) -> float:
     """The peak learning rate for a global batch, by the recipe's rule."""
     return settings.lr * SCALINGS[settings.lr_scaling](batch_size)
+
+
+def rates_at(step: int, settings: Optim, batch_size: int) -> tuple[float, float]:
+    """Learning rate and weight decay of a step."""
+    steps = settings.schedule_steps or settings.steps
+    lr = cosine(
+        step,
+        peak=scaled_lr(settings, batch_size),
+        final=settings.lr_final,
+        total=steps,
+        warmup=settings.warmup_steps,
+        start=settings.lr_start * SCALINGS[settings.lr_scaling](batch_size),
+    )
+    return lr, cosine(step, peak=settings.weight_decay, final=settings.weight_decay_final, total=steps)
 
 
 @dataclass(frozen=True)
@@ -130,21 +147,26 @@ def set_rates(
         )
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float) -> Tensor:
-    """Scale gradients so that their joint norm is at most ``limit`` (0: only measure); returns the norm before, a
-    scalar.
+def clip(parameters: Iterable[nn.Parameter], limit: float, each: float = 0.0) -> Tensor:
+    """Scale every tensor's gradient so that its own norm is at most ``each``, and then all so that their joint norm is
+    at most ``limit`` (0: no limit); returns the joint norm before, a scalar.
 
-    The norm is over the shards of all ranks; working on local shards, it costs one small all-reduce. Parameters without
-    a gradient count as zeros.
+    Norms are over the shards of all ranks; working on local shards, it costs one small all-reduce. Parameters without a
+    gradient count as zeros.
     """
     everything = list(parameters)
-    gradients = [local_shard(p.grad) for p in everything if p.grad is not None]
-    some = gradients or [local_shard(everything[0]).new_zeros(1)]
-    wide = torch.promote_types(some[0].dtype, torch.float32)
-    square = torch.stack(torch._foreach_norm(some, dtype=wide)).square().sum()
+    gradients = [local_shard(p).new_zeros(1) if p.grad is None else local_shard(p.grad) for p in everything]
+    wide = torch.promote_types(gradients[0].dtype, torch.float32)
+    squares = torch.stack(torch._foreach_norm(gradients, dtype=wide)).square()
+    if not each:
+        squares = squares.sum()
     if isinstance(everything[0], DTensor):  # replicas of a shard hold the same gradient: count it once
-        square = total(square, everything[0].device_mesh.get_group("shard"))
-    norm = square.sqrt()
-    if limit > 0 and gradients:
-        torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+        squares = total(squares, everything[0].device_mesh.get_group("shard"))
+    norm = clipped = squares.sum().sqrt()
+    if each:
+        factors = (each / (squares.sqrt() + 1e-6)).clamp(max=1.0)
+        torch._foreach_mul_(gradients, factors.to(gradients[0].dtype).unbind())
+        clipped = (squares * factors.square()).sum().sqrt()
+    if limit > 0:
+        torch._foreach_mul_(gradients, (limit / (clipped + 1e-6)).clamp(max=1.0))
     return norm

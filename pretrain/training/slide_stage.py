@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 from data.embeddings.aligned_stores import require_same_slides, require_same_tiles
 from data.embeddings.chosen_slides import open_chosen
 from data.embeddings.clusters import fit_clusters, load_clusters, save_clusters
+from data.embeddings.grid_crops import CropSequences
 from data.embeddings.packing import Packing
 from data.embeddings.sequences import INPUTS, SlideBatch, SlideSequences
 from data.embeddings.standardisation import Statistics
@@ -22,12 +23,12 @@ from data.fault import Fault
 from data.files import write_whole
 from data.lease import once
 from data.loader_process import LoaderProcess, shared_memory_room
-from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
+from models.allowed import ON_DISK, RANGE, SHARE, Agreements, one_of, within
 from models.sequence_parallel import Group
 from models.slide_network import SlideNetwork
 from pretrain.encoders.slide_encoders import TILE_ENCODER, statistics_file
-from pretrain.objectives.contract import evaluation_of, judged_of
-from pretrain.objectives.interface import SlideObjective
+from pretrain.objectives.contract import evaluation_of, judged_of, look_of
+from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.run import signals
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
@@ -37,12 +38,29 @@ from pretrain.training.module import Training
 from pretrain.training.watching import Watch
 
 SLIDE_STEPS_ON_THE_WAY = 4
-CLUSTERS_FILE = "clusters.txt"  # in a run's folder: the centres that its objective asked for
+RUN_CLUSTERS = "clusters.txt"  # in a run's folder: the centres that its objective asked for
+MOST_CELLS = 1024  # of a crop's side: a whole slide, and a million tokens
 
 
 def check_packing(batch_size: int, batch_tokens: int | None, lanes: int) -> None:
     """Raise Fault where lanes can't share a batch evenly."""
     Packing(np.ones(1), batch_size=batch_size, batch_tokens=batch_tokens, lanes=lanes, seed=0)
+
+
+@dataclass
+class SlideCrops:
+    """``data.crops``: views of objectives that compare crops of a slide's grid; see `CropSequences`."""
+
+    global_count: Annotated[int, within(least=2)]
+    global_side: Annotated[int, within(least=2, most=MOST_CELLS)]
+    local_count: Annotated[int, within(least=0)]
+    local_side: Annotated[int, within(least=2, most=MOST_CELLS)]
+    tissue: Annotated[float, SHARE]
+    vertical_flip: Annotated[float, SHARE]
+    quarter_turn: Annotated[float, SHARE]
+    masked_share: Annotated[float, SHARE]
+    mask_ratios: Annotated[list[float], RANGE, SHARE]
+    empty_cells: bool
 
 
 @dataclass
@@ -64,6 +82,7 @@ class SlideData:
     mask_ratio: Annotated[float, within(above=0, below=1)]
     block_cells: Annotated[int, within(least=1)]
     inputs: Annotated[str, one_of(*INPUTS)]
+    crops: SlideCrops
     processes_per_slide: Annotated[int, within(least=1)]
 
     agreements: ClassVar[Agreements] = {("batch_size", "batch_tokens", "lanes"): check_packing}
@@ -125,17 +144,32 @@ def sequences_of(
     statistics: Statistics,
     data: SlideData,
     seed: int,
-    masks: bool = True,
+    kind: type[SlideObjective],
     centres: np.ndarray | None = None,
     further: Collection[tuple[EmbeddingStore, Statistics]] = (),
 ) -> SlideSequences:
-    """The sequences that a run's settings make of a store; ``masks``: for an objective that hides tiles. ``centres``:
-    of clusters, for one that asks for them. ``further``: stores beside the first. Raises Fault as `SlideSequences` does."""
-    others = ("embeddings", "further", "slides", "processes_per_slide")
+    """The sequences that a run's settings make of a store, as an objective of this ``kind`` wants them. ``centres``: of
+    clusters, for one that asks for them. ``further``: stores beside the first. Raises Fault as `SlideSequences` does."""
+    others = ("embeddings", "further", "slides", "processes_per_slide", "crops")
     settings = {name: value for name, value in vars(data).items() if name not in others}
-    if not masks:
+    if not kind.masks:
         settings["mask_ratio"] = 0.0
-    return SlideSequences(store, statistics, seed=seed, centres=centres, further=further, **settings)
+    settings |= {"seed": seed, "centres": centres, "further": further}
+    if not kind.crops:
+        return SlideSequences(store, statistics, **settings)
+    crops = vars(data.crops) | ({} if kind.masks else {"masked_share": 0.0})
+    return CropSequences(store, statistics, **settings, **crops)
+
+
+def require_cells_seen(run: Any) -> None:
+    """Raise Fault where a command's ``Config`` wants cells without a tile in crops, and its network sees tiles alone."""
+    crops = locate_class(run.objective["_target_"], SlideObjective).crops
+    model = run.model["_target_"]
+    if crops and run.data.crops.empty_cells and not locate_class(model, SlideNetwork).sees_empty_cells:
+        raise Fault(
+            f"data.crops.empty_cells=true keeps cells without a tile in crops, and {model} sees tiles alone: set it to"
+            " false, or take model=slide_vit."
+        )
 
 
 def process_group(together: int) -> Group:
@@ -165,7 +199,7 @@ class SlideTraining(Training):
         known, *others = (self._statistics(number) for number in range(1 + len(further)))
         centres = self._clusters(known, kind.clusters(config.objective))
         beside = list(zip(self.further, others, strict=True))
-        self.sequences = sequences_of(store, known, config.data, config.seed, kind.masks, centres, beside)
+        self.sequences = sequences_of(store, known, config.data, config.seed, kind, centres, beside)
 
     def _statistics(self, number: int) -> Statistics:
         """Those of the store of that number, found by one process and kept in the run's folder. Raises Fault for a
@@ -194,7 +228,7 @@ class SlideTraining(Training):
         """Centres of the store's tiles, found by one process and kept in the run's folder; None for no ``count``."""
         if not count:
             return None
-        path, label = self.run / CLUSTERS_FILE, f"finding {count} clusters of tiles in {self.store.folder}"
+        path, label = self.run / RUN_CLUSTERS, f"finding {count} clusters of tiles in {self.store.folder}"
 
         def make() -> None:
             def watched(slides: list[str]) -> Iterable[str]:
@@ -253,6 +287,11 @@ class SlideTraining(Training):
         width = sum(store.width for store in (self.store, *self.further))
         tokens = data.batch_tokens or int(sizes.max()) * min(data.batch_size, len(sizes))
         return SLIDE_STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * width + 32)
+
+    def look(self, batch: list[SlideBatch]) -> dict[str, float]:
+        parts = [part.to(self.device) for part in batch]
+        moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
+        return look_of(self.objective, parts, moment)
 
     def before_step(self, batch: list[SlideBatch]) -> dict[str, float]:
         start = self.sequences.packing.start

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import numpy as np
 
+from data import masks
 from data.keyed import rng
-from data.tiles import masks
 
 
 def test_block_masks_hit_and_miss_their_targets_as_often_as_the_reference(goldens: Path) -> None:

@@ -17,18 +17,18 @@ from data.fault import Fault
 from data.files import create_folder_whole
 from data.redaction import redacted
 from pretrain.encoders.export.publishing import Exported, provenance
-from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, find_checkpoint
+from pretrain.encoders.run_checkpoint import RUN_CONFIG, STUDENT, TEACHER, RunCheckpoint, find_checkpoint
 from pretrain.encoders.slide_encoders import standardised_by
 from pretrain.run import checkpoints
 
-SLIDE_ENCODER = "encoder."
 OF_TRAINING = re.compile(r"mask_token|patch_embed\.proj\d")  # none of the released names
 
 
 def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
     """Write a slide run's encoder as ``slide_encoder.pth`` with the released key names, unless it is there already."""
     found = find_checkpoint(checkpoint, plugins)
-    weights = checkpoints.read_network(found.folder, SLIDE_ENCODER)
+    weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
+    weights.pop("mask_token", None)  # of an objective that hides tiles from the encoder; the released network has none
     if "encoder.layers.0.ffn.fc1.weight" not in weights:
         raise Fault(
             f"{found.run} trained no LongNet, and format=gigapath has no other network: hand on the run itself, which"

@@ -19,6 +19,7 @@ from pretrain.doctor import embeddings, folder, machine, services, tiles
 from pretrain.doctor.finding import Finding
 from pretrain.doctor.rate import fast_enough
 from pretrain.inspection.views import recipe_settings
+from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.training.slide_stage import SlideData
@@ -253,11 +254,11 @@ def slide_data(store: Path, *words: str) -> SlideData:
 
 
 def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
-    looked, rate = embeddings.check_embeddings(slide_data(store), 2, 1, None, 0)
+    looked, rate = embeddings.check_embeddings(slide_data(store), SlideMAE, 2, 1, None, 0)
     assert looked.status == "ok" and "6 slides with " in looked.says and "2 lanes on 2 processes" in looked.says
     assert rate.status == "ok" and "say slides_per_second=" in rate.says
-    assert embeddings.check_embeddings(slide_data(store), 2, 1, 1e9, 0)[1].status == "FAIL"
-    looked, _ = embeddings.check_embeddings(slide_data(store, "data.batch_size=8"), 1, 1, None, 0)
+    assert embeddings.check_embeddings(slide_data(store), SlideMAE, 2, 1, 1e9, 0)[1].status == "FAIL"
+    looked, _ = embeddings.check_embeddings(slide_data(store, "data.batch_size=8"), SlideMAE, 1, 1, None, 0)
     assert looked.status == "warn" and "a step takes up to 8" in looked.says
 
 
@@ -272,12 +273,14 @@ def test_embeddings_that_fit_are_read_and_timed(store: Path) -> None:
 def test_sequences_and_processes_that_do_not_fit(
     store: Path, words: list[str], processes: int, accumulate: int, sentence: str
 ) -> None:
-    status, says = only(embeddings.check_embeddings(slide_data(store, *words), processes, accumulate, None, 0))
+    status, says = only(
+        embeddings.check_embeddings(slide_data(store, *words), SlideMAE, processes, accumulate, None, 0)
+    )
     assert status == "FAIL" and sentence in says
 
 
 def test_processes_that_share_a_slide_take_what_one_does(store: Path) -> None:
-    looked, rate = embeddings.check_embeddings(slide_data(store, "data.processes_per_slide=2"), 4, 1, 1e9, 0)
+    looked, rate = embeddings.check_embeddings(slide_data(store, "data.processes_per_slide=2"), SlideMAE, 4, 1, 1e9, 0)
     assert looked.status == "ok" and "over 2 processes" in rate.says
 
 
@@ -286,10 +289,10 @@ def test_embeddings_that_are_cut_off_or_no_numbers_are_named(tmp_path: Path) -> 
     (file,) = store.glob("*.bin")
     whole = file.read_bytes()
     file.write_bytes(b"\xff" * 64 + whole[64:])  # float16's NaN
-    status, says = only(embeddings.check_embeddings(slide_data(store), 1, 1, None, 0))
+    status, says = only(embeddings.check_embeddings(slide_data(store), SlideMAE, 1, 1, None, 0))
     assert status == "FAIL" and "embeddings of " in says and "are not finite" in says
     file.write_bytes(whole[:-64])
-    status, says = only(embeddings.check_embeddings(slide_data(store), 1, 1, None, 0))
+    status, says = only(embeddings.check_embeddings(slide_data(store), SlideMAE, 1, 1, None, 0))
     assert status == "FAIL" and "shorter than its index says" in says
 
 

@@ -313,7 +313,7 @@ ROWS = {"e": torch.ones(1)}
 ASKED: dict[str, Callable[[Any], object]] = {
     "prepare": lambda own: prepared(own, [1, 2], MOMENT),
     "look": lambda own: look_of(own, [], MOMENT),
-    "judged": lambda own: judged_of(own, SimpleNamespace(lengths=[3, 4])),
+    "judged": lambda own: judged_of(own, SimpleNamespace(positions=[3, 4])),
     "evaluate": lambda own: evaluation_of(own, {"e": torch.ones(1)}),
     "operations": lambda own: operations_of(own, []),
     "prototype_counts": require_trainable,

@@ -32,6 +32,7 @@ from pretrain.training.even_shares import micro_batch_share, tiles_of
 from tests.pretrain.training.real_steps import Step, one_process, peak_of_sharing, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
+CROPS = ("recipe=small_slide", "objective=slide_ibot", "data.batch_size=8", "data.field_cells=0", "data.crops.global_side=6", "data.crops.local_side=4", "objective.prototypes=512", "objective.hidden=128")  # fmt: skip
 FIXED = ("dinov2_vitg14", "dinov2_vitl16_short", "uni", "openmidnight")
 
 
@@ -49,6 +50,8 @@ def planned(*words: str) -> Config:
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
         pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
         ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),
+        ("float32", "none", 1, CROPS),
+        pytest.param("float32", "full", 2, (*CROPS, "model.depth=5", "objective.centring=sinkhorn"), marks=pytest.mark.slow),
     ],
 )  # fmt: skip
 def test_a_plan_has_the_operations_and_the_memory_of_a_real_step(

@@ -139,7 +139,7 @@ def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
     assert all(parameter.is_meta for parameter in build().parameters())
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
+@pytest.mark.parametrize("name", [*PUBLISHED, "moozy_slide"])
 def test_every_value_says_where_it_is_from(name: str) -> None:
     said = comments(CONFIGS / "recipe" / f"{name}.yaml")
     assert len(said) >= 5
@@ -189,6 +189,7 @@ def test_the_table_names_every_recipe_its_size_and_what_is_unknown(capsys: pytes
         and "86,330,880" in rows["gigapath_slide"]
         and "slide" in rows["gigapath_slide"]
     )
+    assert "SlideIBOT + koleo" not in text and "14,400" in rows["moozy_slide"]
     assert "DINOv2 + kde" in rows["midnight"] and "1,000,000" in rows["midnight"]
     assert "667 H100-hours" in text and "optim.lr" in recipes.describe_recipe("virchow").unknown
     assert recipes.describe_recipe("small").unknown == []  # nothing about it was ever published

@@ -21,6 +21,7 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from data.embeddings.grid_crops import CropSequences
 from data.embeddings.sequences import SlideSequences
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
@@ -28,6 +29,7 @@ from data.fault import Fault
 from models.longnet import LongNet
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.slide_context import SlideContext
+from pretrain.objectives.slide_ibot import SlideIBOT
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.objectives.slide_pairs import SlidePairs
 from pretrain.run.across_ranks import total, world_size
@@ -38,6 +40,18 @@ from tests.pretrain.objectives import tile_objectives
 from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_mae
 
 PROCESSES, STEPS, TILES = 4, 10, 16
+CROPS: dict[str, Any] = {
+    "global_count": 2,
+    "global_side": 4,
+    "local_count": 2,
+    "local_side": 3,
+    "tissue": 0.25,
+    "vertical_flip": 0.5,
+    "quarter_turn": 0.5,
+    "masked_share": 0.5,
+    "mask_ratios": [0.1, 0.5],
+    "empty_cells": False,
+}
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = {"registers": 2, "depth": 3}
 TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
@@ -101,12 +115,31 @@ def of_two_stores() -> LongNet:
     return network
 
 
+def slide_ibot() -> SlideIBOT:
+    return SlideIBOT(SLIDE_ENCODER, frozen_prototype_norms=False, **SLIDE_IBOT)  # type: ignore[arg-type]
+
+
+SLIDE_IBOT: dict[str, Any] = {
+    **tile_objectives.TEACHING,
+    **tile_objectives.HEAD,
+    "prototypes": 25,
+    "separate_ibot_head": False,
+    "ibot_prototypes": 1,
+    "ibot_bottleneck": 1,
+    "dino_weight": 1.0,
+    "ibot_weight": 1.0,
+    "group_size": 2,
+    "spread": "koleo",
+    "spread_weight": 0.1,
+    "centring": "centre",
+}
 SLIDE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "slide_mae": lambda: SlideMAE(SLIDE_ENCODER, **DECODER),
     "slide_context": lambda: SlideContext(of_two_stores, **DECODER, decoder_start="token"),
     "slide_pairs": lambda: SlidePairs(
         SLIDE_ENCODER, pairs=8, farthest=2, pooled="mean_std", predictor_width=16, predictor_depth=1
     ),
+    "slide_ibot": slide_ibot,
 }
 
 
@@ -124,23 +157,26 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
 
         return tiles
     store = EmbeddingStore.open(folder / "embeddings")
-    sequences = SlideSequences(
-        store,
-        Statistics.of(store),
-        batch_size=16,
-        batch_tokens=None,
-        lanes=8,
-        seed=0,
-        field_cells=0,
-        validation_fraction=0.0,
-        crop=0.875,
-        shift_grid=10,
-        flip=0.5,
-        mask="random",
-        mask_ratio=0.75,
-        block_cells=3,
+    settings: dict[str, Any] = {
+        "batch_size": 16,
+        "batch_tokens": None,
+        "lanes": 8,
+        "seed": 0,
+        "field_cells": 0,
+        "validation_fraction": 0.0,
+        "crop": 0.875,
+        "shift_grid": 10,
+        "flip": 0.5,
+        "mask": "random",
+        "mask_ratio": 0.75,
+        "block_cells": 3,
         # As another tile encoder's: the same, standardised otherwise.
-        further=[(store, Statistics(np.zeros(16), np.full(16, 2.0), 1))] if run.objective == "slide_context" else [],
+        "further": [(store, Statistics(np.zeros(16), np.full(16, 2.0), 1))] if run.objective == "slide_context" else [],
+    }
+    sequences: SlideSequences = (
+        CropSequences(store, Statistics.of(store), **settings, **CROPS)
+        if run.objective == "slide_ibot"
+        else SlideSequences(store, Statistics.of(store), **settings)
     )
 
     def slides(step: int) -> list[tuple[Any, int]]:
@@ -174,7 +210,12 @@ class Train:
             set_rates(optimiser, optim.lr, optim.weight_decay, last_layer_frozen=step < 2)
             optimiser.zero_grad()
             figures = gradients(objective, of(step), moment, backward)
-            norms.append([clip(network.parameters(), optim.clip).item() for network in objective.trained().values()])
+            norms.append(
+                [
+                    clip(network.parameters(), optim.clip, optim.clip_each).item()
+                    for network in objective.trained().values()
+                ]
+            )
             optimiser.step()
             objective.after_step(moment)
             losses.append(total(figures["loss"]).item() / world_size())

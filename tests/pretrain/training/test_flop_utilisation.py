@@ -15,6 +15,7 @@ from data.embeddings.store import EmbeddingStore
 from launch.entry import run_command_line
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.plan.rehearsal import CPU_ATTENTION
 from pretrain.run.metrics import read_metrics
 from pretrain.settings import plugins
@@ -150,7 +151,7 @@ def test_slides_of_any_lengths_cost_what_real_steps_cost(tmp_path: Path) -> None
             "data.field_cells=0",
         ],
     ).object()
-    sequences = sequences_of(store, Statistics.of(store), given.data, seed=0)
+    sequences = sequences_of(store, Statistics.of(store), given.data, seed=0, kind=SlideMAE)
     with one_process():
         with torch.device("meta"):
             objective = plugins.build(given.objective, lambda: plugins.build(given.model, store.width))

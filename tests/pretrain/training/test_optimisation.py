@@ -83,6 +83,21 @@ def test_clipping_scales_to_the_limit_and_returns_the_norm_before() -> None:
     assert float(linear.bias.grad) == pytest.approx(2.4)
 
 
+def test_each_tensor_can_be_clipped_by_itself_before_all_of_them_and_one_without_a_gradient_stays() -> None:
+    linear, other = nn.Linear(3, 1), nn.Linear(3, 1)
+    linear.weight.grad, linear.bias.grad = torch.tensor([[3.0, 0.0, 4.0]]), torch.tensor([12.0])
+    other.bias.grad = torch.tensor([0.2])
+    three = [*other.parameters(), *linear.parameters()]
+    assert float(clip(three, 0.0, 0.3)) == pytest.approx(math.sqrt(169.04))
+    torch.testing.assert_close(linear.weight.grad, torch.tensor([[0.18, 0.0, 0.24]]), atol=1e-6, rtol=1e-6)
+    assert other.weight.grad is None and other.bias.grad.item() == pytest.approx(0.2)
+    assert linear.bias.grad.item() == pytest.approx(0.3)
+    clip(three, 0.1, 0.3)
+    assert float(clip(three, 0.0)) == pytest.approx(0.1, rel=1e-4)
+    nothing = nn.Linear(3, 1)
+    assert float(clip(nothing.parameters(), 1.0, 0.3)) == 0.0
+
+
 @pytest.mark.parametrize("limit", [0.0, 13.5])
 def test_no_limit_or_a_wide_one_leaves_gradients_alone(limit: float) -> None:
     linear = nn.Linear(3, 1)

@@ -50,7 +50,8 @@ QUICK = [
         {"world": 2, "accumulate": 2, "checkpointing": "full"},
         {"world": 4, "shard_size": 2, "checkpointing": "selective"},
     )
-] + [Run(objective, 2, accumulate=2, checkpointing="full") for objective in ("slide_pairs", "slide_context")]
+] + [Run("slide_ibot", 2), Run("slide_ibot", 4, 2, accumulate=2, checkpointing="full")]
+QUICK += [Run(objective, 2, accumulate=2, checkpointing="full") for objective in ("slide_pairs", "slide_context")]
 PLACES: list[dict[str, Any]] = [{"world": 1}, {"world": 2}, {"world": 4}, {"world": 4, "shard_size": 2}]
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -71,7 +72,7 @@ MATRIX = [
         for settings in SETTINGS
         for place in PLACES
     ),
-    *(Run(objective, **place, checkpointing="full") for objective in ("dino", "mae") for place in PLACES),
+    *(Run(objective, **place, checkpointing="full") for objective in ("dino", "mae", "slide_ibot") for place in PLACES),
     *(Run("slide_mae", 2, together=2, checkpointing=how) for how in ("none", "full", "selective")),
     *(Run(objective, 2, together=2) for objective in ("slide_pairs", "slide_context")),
 ]
@@ -104,7 +105,7 @@ def do(folder: Path, tasks: Sequence[tuple[int, Callable[[Path], Any]]], limit: 
 def train(folder: Path, runs: Sequence[Run], more: Sequence[tuple[int, Any]], limit: int) -> tuple[dict[Run, Any], Any]:
     """The runs' outcomes, those that they must agree with among them, and what else the processes found."""
     command = load("tile", ["run=a", "data.shards=b"]).object().optim
-    optim = dataclasses.replace(command, lr=2e-3, clip=0.5, layer_decay=0.7, weight_decay=0.1)
+    optim = dataclasses.replace(command, lr=2e-3, clip=0.5, clip_each=0.2, layer_decay=0.7, weight_decay=0.1)
     every = sorted({*runs, *map(alone, runs)}, key=lambda run: -run.world)  # who is done goes home
     found = do(folder, [*more, *((run.world, Train(run, optim)) for run in every)], limit)
     return dict(zip(every, (ranks[0] for ranks in found[len(more) :]), strict=True)), found[: len(more)]

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from data.embeddings.slide_features import read_slide_features
@@ -20,6 +21,7 @@ from launch.entry import run_command_line
 from models.slide_vit import SlideViT
 from pretrain.embedding.random_weights import with_random_weights
 from pretrain.encoders.slide_encoders import load_slide_encoder
+from pretrain.run.checkpoints import read_network
 from pretrain.run.folder import flat
 from pretrain.settings.composition import load
 from tests.pretrain.training.wavy_slides import write_wavy_slides
@@ -71,7 +73,7 @@ def finish(process: subprocess.Popen[str]) -> None:
 
 
 def metrics(run: Path) -> list[dict[str, Any]]:
-    timing = {"slides_per_second", "data_wait", "peak_memory_gib", "evaluation_seconds"}
+    timing = {"slides_per_second", "data_wait", "peak_memory_gib", "evaluation_seconds", "look_seconds"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
 
@@ -192,6 +194,51 @@ def test_other_objectives_go_on_exactly_and_on_two_processes_with_both_networks(
         ["embed", "stage=slide", f"embeddings={store}", "device=cpu", f"checkpoint={tmp_path / 'whole'}", f"out={out}"]
     )
     assert read_slide_features(out)[1]["pooled"].shape == (6, encoder.network.width)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("model", ["slide_vit", "longnet"])
+def test_slide_ibot_is_trained_gone_on_with_judged_and_its_teacher_embeds(
+    model: str, store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    crops = ["data.crops.global_side=5", "data.crops.local_side=3", "data.validation_fraction=0.34"]
+    vit = ["recipe=moozy_slide", "scale=smoke", "trainer.precision=float32", "trainer.accumulate=1", "watch.every=2"]
+    longnet = [
+        "objective=slide_ibot",
+        "objective.prototypes=64",
+        "objective.hidden=32",
+        "model.width=32",
+        "model.depth=2",
+    ]
+    three = [*(vit if model == "slide_vit" else longnet), *crops, "optim.schedule_steps=3", "optim.warmup_steps=1"]
+    three += ["trainer.checkpoint_every=2", "optim.frozen_last_layer_steps=1"]
+    run_command_line(words(tmp_path / "whole", store, *three, "optim.steps=3"))
+    lines = metrics(tmp_path / "whole")
+    if model == "slide_vit":
+        for settings in (["optim.steps=2"], ["optim.steps=3", "allow_changes=true"]):
+            run_command_line(words(tmp_path / "parts", store, *three, *settings))
+        assert metrics(tmp_path / "parts") == lines
+        assert [line["step"] for line in lines if "teacher_entropy/ibot" in line] == [2]
+    assert all(line["ibot"] > 0 and line["dino_local"] > 0 for line in lines if "loss" in line)
+    judged = {"matched", "matched_means", "class_agreement", "masked_agreement", "effective_rank"}
+    assert [line["step"] for line in lines if judged <= line.keys()] == [2, 3]
+
+    given = [f"checkpoint={tmp_path / 'whole'}", f"out={tmp_path / 'out'}"]
+    run_command_line(["embed", "stage=slide", f"embeddings={store}", "device=cpu", *given])
+    slides, found = read_slide_features(tmp_path / "out")
+    assert len(slides) == 6 and found["cls"].shape == (6, 32) and np.isfinite(found["cls_layers"]).all()
+    encoder = load_slide_encoder(str(tmp_path / "whole"), "cpu").network
+    (checkpoint,) = (tmp_path / "whole" / "checkpoints").glob("step-*3")
+    student, teacher = (read_network(checkpoint, f"{who}.encoder.") for who in ("student", "teacher"))
+    name = "patch_embed.proj.weight"
+    assert encoder.state_dict()[name].equal(teacher[name]) and not teacher[name].equal(student[name])
+    if model == "longnet":
+        run_command_line(["export", "format=gigapath", given[0], f"out={tmp_path / 'released'}"])
+        released = torch.load(tmp_path / "released" / "slide_encoder.pth", weights_only=True)["model"]
+        assert released.keys() == encoder.state_dict().keys() and "mask_token" in student
+        with pytest.raises(SystemExit):
+            run_command_line(words(tmp_path / "refused", store, *three, "data.crops.empty_cells=true"))
+        assert "sees tiles alone" in capsys.readouterr().err and not (tmp_path / "refused").exists()
 
 
 def test_the_published_recipe_runs_at_smoke_scale_even_on_a_single_slide(store: Path, tmp_path: Path) -> None:

@@ -1,5 +1,5 @@
-"""Which patches of which crops the student doesn't see: BEiT's block masks, stratified over the global batch as in
-DINOv2.
+"""Which patches of a crop, or cells of a slide's grid, the student doesn't see: BEiT's block masks, stratified over the
+global batch as in DINOv2.
 
 DINOv2 masks exactly half of the global crops of a batch and spreads their mask ratios evenly over (.1, .5). Both are
 statements about the batch, so they are drawn for the global batch, and a rank takes its part.
@@ -53,4 +53,15 @@ def blocks(rows: int, columns: int, ratio: float, draw: np.random.Generator) -> 
                 break
         else:
             break
+    return mask
+
+
+def exact_blocks(valid: np.ndarray, ratio: float, draw: np.random.Generator) -> np.ndarray:
+    """A bool mask like ``valid`` (rows, columns): `blocks` on its true places, and then as many single places dropped or
+    added at random as make it exactly ``round(ratio · n)`` of the n true ones."""
+    rows, columns = valid.shape
+    mask = blocks(rows, columns, ratio, draw) & valid
+    more = round(ratio * int(valid.sum())) - int(mask.sum())
+    places = np.flatnonzero(mask if more < 0 else valid & ~mask)
+    mask.flat[draw.permutation(places)[: abs(more)]] = more > 0
     return mask

@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data import masks
 from data.keyed import rng
-from data.tiles import masks
 
 
 @given(st.integers(1, 200), st.floats(0, 1), st.integers(0, 9), st.integers(0, 50))
@@ -48,3 +48,12 @@ def test_masks_are_made_of_blocks_not_of_scattered_patches() -> None:
         right = mask[:, 1:] & mask[:, :-1]
         together.append(right.sum() / mask[:, :-1].sum())
     assert np.mean(together) > 0.6  # a scattered mask of the same size has 0.3
+
+
+@given(st.integers(4, 20), st.floats(0, 0.9), st.floats(0, 1), st.integers(0, 300))
+def test_exact_masks_hide_exactly_a_share_of_the_places_that_there_are(
+    side: int, ratio: float, filled: float, sample: int
+) -> None:
+    valid = rng("valid", sample).random((side, side)) < filled
+    mask = masks.exact_blocks(valid, ratio, rng(0, "mask", sample))
+    assert mask.sum() == round(ratio * valid.sum()) and not (mask & ~valid).any()
