@@ -9,27 +9,34 @@ from models.slide_network import SlideFeatures
 from pretrain.embedding.tile_clusters import TileClusters
 
 
-def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clusters: TileClusters) -> dict[str, Tensor]:
-    """By pooling, (B, dimensions) float32, of slides of ``lengths`` tiles ``x`` (T, D) with all layers ``seen``;
-    differentiable."""
+def pooled_vectors(
+    x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clusters: TileClusters | None
+) -> dict[str, Tensor]:
+    """By pooling, (B, dimensions) float32 or better, of slides of ``lengths`` tiles ``x`` (T, D) with all layers
+    ``seen``; without ``clusters`` no means of these. Differentiable by ``seen``."""
     assert seen.pooled_layers is not None and seen.cls_layers is not None
-    both, by_cluster = [], []
     sizes = list(lengths)
-    for tiles, members in zip(seen.tiles.float().split(sizes), clusters.of(x).split(sizes), strict=True):
-        mean = tiles.mean(dim=0)
-        both.append(torch.cat([mean, deviation(tiles)]))
-        number = len(clusters.centres)
-        sums = tiles.new_zeros(number, tiles.shape[1]).index_add(0, members, tiles)
-        counts = torch.bincount(members, minlength=number)[:, None]
-        by_cluster.append(torch.where(counts > 0, sums / counts.clamp(min=1), mean).flatten())
-    return {
-        "pooled": seen.pooled.float(),
-        "mean_std": torch.stack(both),
-        "cluster_means": torch.stack(by_cluster),
-        "pooled_layers": seen.pooled_layers.transpose(0, 1).flatten(1).float(),
-        "cls": seen.cls.float(),
-        "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1).float(),
+    precise = torch.promote_types(seen.tiles.dtype, torch.float32)
+    slides = seen.tiles.to(precise).split(sizes)
+    found = {
+        "pooled": seen.pooled,
+        "mean_std": torch.stack([torch.cat([tiles.mean(dim=0), deviation(tiles)]) for tiles in slides]),
+        "pooled_layers": seen.pooled_layers.transpose(0, 1).flatten(1),
+        "cls": seen.cls,
+        "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1),
     }
+    if clusters is not None:
+        members, number = clusters.of(x).split(sizes), len(clusters.centres)
+        by_cluster = [means_within(tiles, of, number) for tiles, of in zip(slides, members, strict=True)]
+        found["cluster_means"] = torch.stack(by_cluster)
+    return {name: vectors.to(precise) for name, vectors in found.items()}
+
+
+def means_within(tiles: Tensor, members: Tensor, clusters: int) -> Tensor:
+    """Of tiles (n, D), the mean of each cluster's ``members`` (n,), or of all where it has none: (clusters · D)."""
+    sums = tiles.new_zeros(clusters, tiles.shape[1]).index_add(0, members, tiles)
+    counts = torch.bincount(members, minlength=clusters)[:, None]
+    return torch.where(counts > 0, sums / counts.clamp(min=1), tiles.mean(dim=0)).flatten()
 
 
 def deviation(tiles: Tensor) -> Tensor:
