@@ -64,7 +64,7 @@ USED_BY = {
     "shards=": {"shards", "checkpoint"},
     "features=": {"features", "slides", "slides_mpp", "encoder", "features_tile", "features_unit", "features_mpp"},
     "stage=slide": {"embeddings", "checkpoint", "random", "patients", "clusters"},
-    "per_tile=true": {"embeddings", "checkpoint", "random", "per_tile", "export"},
+    "per_tile=true": {"embeddings", "checkpoint", "random", "per_tile"},
     "maps=": {"embeddings", "checkpoint", "random", "maps", "slides", "direction", "clusters"},
 }  # of the settings that have no value unless they are given, those that count
 WORK = {
@@ -146,6 +146,8 @@ def require_consistent(config: Config) -> None:
         if config.per_tile and config.maps:
             raise Fault("per_tile=true and maps= make folders of their own: leave one of them out.")
         refuse_idle(config, "maps=" if config.maps else "per_tile=true" if config.per_tile else "stage=slide")
+        if config.export and not config.per_tile:
+            raise Fault("export= writes embeddings of tiles: with stage=slide it goes with per_tile=true.")
         if config.direction and config.maps == "rollout":
             raise Fault("direction= is for maps=gradient: a rollout has none; leave it out.")
         if config.part and config.patients:
@@ -275,8 +277,9 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
         _map(config, store, encoder, part, parts)
         return
     if config.per_tile:
-        shape = {"tokens": config.tokens, "precision": config.precision}
-        new = embed_tiles_in_context(store, encoder, out, part=part, parts=parts, **shape)
+        new = embed_tiles_in_context(
+            store, encoder, out, part=part, parts=parts, tokens=config.tokens, precision=config.precision
+        )
         made = EmbeddingStore.open(out)
         write_exports(config.export, out, made, made.slides[part - 1 :: parts] if part else made.slides)
         say_embedded(config.out, made, {}, new, began, {"tile_encoder_hash": store.encoder_hash})

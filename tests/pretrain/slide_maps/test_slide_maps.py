@@ -58,7 +58,7 @@ def test_gradient_times_input_is_the_slope_of_the_score_as_a_tile_grows(tmp_path
 
 def test_files_hold_the_scores_at_their_tiles_and_only_what_is_absent_is_made(tmp_path: Path, capsys) -> None:
     store, network = EmbeddingStore.open(write_small_store(tmp_path)), write_small_run(tmp_path)
-    write_slide(tmp_path / "s0.tiff", stained(2400, 1400, [(400, 400, 300)]), mpp=0.5)
+    write_slide(tmp_path / "s0.tiff", stained(1400, 2400, [(400, 400, 300)]), mpp=0.5)
     given = ["maps=rollout", f"slides=[{tmp_path / 's0.tiff'}]", "pooling=cls"]
     embed(tmp_path, *given, out="maps")
     table = pq.read_table(tmp_path / "maps" / "parquet")
@@ -102,6 +102,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         (["maps=gradient", f"direction={tmp_path / 'none.npy'}"], "can't be read"),
         (["maps=rollout", f"direction={tmp_path / 'short.npy'}"], "direction= is for maps=gradient"),
         (["maps=rollout", "per_tile=true"], "leave one of them out"),
+        (["export=[trident]"], "goes with per_tile=true"),
         (["slides=[a.svs]"], "slides= has no effect there"),
     ):
         with pytest.raises(Fault, match=said):
