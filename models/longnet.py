@@ -209,11 +209,17 @@ class Layers(SlideLayers):
         super().__init__()
         check_heads(settings.width, settings.heads)
         check_schedule(settings.segment_lengths, settings.dilated_ratios)
-        self.heads, self.dropout, self.order = settings.heads, settings.dropout, settings.order
+        self.heads, self.dropout, self.along = settings.heads, settings.dropout, settings.order
         self.group: Group = None
         rates = (settings.drop_path * index / max(1, depth - 1) for index in range(depth))
         self.layers = nn.ModuleList(Layer(replace(settings, drop_path=rate), index) for index, rate in enumerate(rates))
         self.layer_norm = nn.LayerNorm(settings.width)
+
+    def order(self, cells: Tensor | None, lengths: Sequence[int]) -> Tensor | None:
+        if self.along == "rows":
+            return None
+        assert cells is not None
+        return along_hilbert(cells, lengths)
 
     def units(self) -> list[nn.Module]:
         """What is gathered, recomputed and compiled by itself, in the order in which it runs: see
@@ -246,10 +252,8 @@ class Layers(SlideLayers):
         """(T, width) → (T, width) after the final norm, and per state (embedding, then layers) its CLS and mean, (B,
         width) each. ``cells`` are looked at for the order alone: tokens carry their positions."""
         share = TokenShare(tuple(lengths), self.group)
-        order = None
-        if self.order == "hilbert":
-            assert cells is not None
-            order = along_hilbert(cells, lengths)
+        order = self.order(cells, lengths)
+        if order is not None:
             x = x.index_select(0, order)
         x = dropout(scatter(x, share), self.dropout, share, seeds, "embedding")
         states = [summarise(gather(x, share), lengths)[1:]] if all_layers else []

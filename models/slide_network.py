@@ -47,6 +47,11 @@ class SlideLayers(nn.Module, ABC):
         seeds: one integer a slide, of its dropout; None: none. cells: (tiles, 2) of the tokens that are tiles.
         """
 
+    def order(self, cells: Tensor | None, lengths: Sequence[int]) -> Tensor | None:
+        """The order (T,) in which the stack's units see tokens of sequences of ``lengths``, with tiles at ``cells``;
+        None: as they come."""
+        return None
+
     @abstractmethod
     def units(self) -> list[nn.Module]:
         """What is gathered, recomputed and compiled by itself: see `pretrain.training.sharding`."""

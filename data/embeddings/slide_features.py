@@ -38,29 +38,29 @@ from data.json_files import read_object
 ABOUT, GATHERED, PIECES = "slide_store.json", "slides.parquet", "pieces"
 POOLINGS = ("pooled", "mean_std", "cluster_means", "cluster_moments", "pooled_layers", "cls", "cls_layers")
 SLIDE_VECTORS = ("vector", "mean_tiles", *POOLINGS)
+OF_ANOTHER_TIME = "it is of an earlier version or broken: embed into a new folder"
 FACTS = {"format", "encoder", "encoder_hash", "width", "pooling"}
 
 
-def claim_slide_store(folder: Path, about: dict[str, object]) -> None:
-    """Write what a folder holds (`FACTS` and more) into `ABOUT`, or hold it to what it already is. Raises Fault where
-    it is something else."""
-    if (folder / ABOUT).exists():
-        there = slide_store_facts(folder)
-        for name in ("format", "pooling"):
-            if there["encoder_hash"] == about["encoder_hash"] and there[name] != about[name]:
+def claim_slide_store(folder: Path, about: dict[str, object], name: str = ABOUT) -> None:
+    """Write what a folder holds (``encoder``, ``encoder_hash``, ``width``, and how it was made) into its file ``name``,
+    or hold it to what it already is. Raises Fault where it is something else."""
+    if (folder / name).exists():
+        there = read_object(folder / name, {"encoder_hash"}, OF_ANOTHER_TIME)
+        for setting in about:
+            if there["encoder_hash"] == about["encoder_hash"] and there.get(setting) != about[setting]:
                 raise Fault(
-                    f"{folder} was made with {name}={there[name]}, not {name}={about[name]}: choose another folder for"
-                    " these."
+                    f"{folder} was made with {setting}={there.get(setting)}, not {setting}={about[setting]}: choose"
+                    " another folder for these."
                 )
-    claim(folder, about, ABOUT)
+    claim(folder, about, name)
 
 
 def slide_store_facts(folder: Path) -> dict[str, Any]:
     """What `ABOUT` says. Raises Fault where it isn't there, or is damaged."""
     if not (folder / ABOUT).is_file():
         raise Fault(f"{folder} holds no slide embeddings: make them with 'pretrain embed stage=slide'.")
-    way_out = "it is of an earlier version or broken: embed into a new folder"
-    return read_object(folder / ABOUT, FACTS, way_out)
+    return read_object(folder / ABOUT, FACTS, OF_ANOTHER_TIME)
 
 
 def slides_in(folder: Path) -> set[str]:

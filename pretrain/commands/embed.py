@@ -10,6 +10,12 @@ the one that pooling= chooses once more as vector, and mean_tiles, the baseline 
 tiles are found once and kept in out=; another folder takes them over with clusters=. random=true gives the network
 random weights.
 
+per_tile=true makes out= a store instead, as stage=tile does, of what the slide encoder makes of each tile. maps= makes it
+a folder of maps, of how much each tile counted for its slide's vector: Parquet (slide, x, y, score), h5, GeoJSON for
+QuPath, and a heat map, over the slide's thumbnail where slides= has its file. maps=rollout follows attention back from
+the mean of the tiles, or the class token where pooling= is of that; 1 is an even share. maps=gradient is gradient × input
+of the vector that pooling= names, along its own direction or that of a linear model's weights (direction=weights.npy).
+
 Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is
 named and left out, the others go on, and the command ends with an error; run again, it is retried. The last line of
 output is JSON.
@@ -24,6 +30,8 @@ Examples:
     pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=slide_embeddings
     pretrain embed stage=slide checkpoint=runs/slide embeddings=others out=more patients=labels.csv clusters=slide_embeddings
     pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=random_embeddings random=true
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=in_context per_tile=true
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=maps maps=rollout slides=/slides
 """
 
 import json
@@ -47,7 +55,8 @@ from data.slides.tiling import TilingSettings
 from data.slides.tissue import TISSUE_RULES
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.embedding.named_slides import hold_to_embedded_mpp, named_slides
-from pretrain.embedding.result import say_embedded, write_exports
+from pretrain.embedding.result import require_none_left_out, say_embedded, write_exports
+from pretrain.encoders.slide_encoders import SlideEncoder, load_slide_encoder
 from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
 
@@ -56,12 +65,16 @@ USED_BY = {
     "shards=": {"shards", "checkpoint"},
     "features=": {"features", "slides", "slides_mpp", "encoder", "features_tile", "features_unit", "features_mpp"},
     "stage=slide": {"embeddings", "checkpoint", "random", "patients", "clusters"},
+    "per_tile=true": {"embeddings", "checkpoint", "random", "per_tile"},
+    "maps=": {"embeddings", "checkpoint", "random", "maps", "slides", "direction", "clusters"},
 }  # of the settings that have no value unless they are given, those that count
 WORK = {
     "slides=": "cuts tiles from slides",
     "shards=": "has the tiles that were cut",
     "features=": "takes over what another program embedded",
     "stage=slide": "embeds whole slides from their tiles' embeddings",
+    "per_tile=true": "embeds tiles as the slide encoder sees them among the others",
+    "maps=": "shows which tiles a slide's vector looked at",
 }
 
 
@@ -85,6 +98,9 @@ class Config:
     clusters: Annotated[str | None, ON_DISK]
     random: bool
     seed: Annotated[int, within(least=0)]
+    per_tile: bool
+    maps: Annotated[str | None, one_of("rollout", "gradient")]
+    direction: Annotated[str | None, ON_DISK]
     threads: Annotated[int, within(least=1)]
     max_bad_fraction: Annotated[float, SHARE]
     part: str | None
@@ -107,7 +123,7 @@ def run(config: Config) -> None:
     job = JobPart.parse(config.part) if config.part else None
     part, parts = (job.number, job.of) if job else (0, 1)
     require_consistent(config)
-    if config.merge and config.stage == "slide":
+    if config.merge and (Path(config.out) / ABOUT).exists():
         _gather(config)
     elif config.merge:
         merge_job_indexes(Path(config.out))
@@ -124,13 +140,17 @@ def run(config: Config) -> None:
 def require_consistent(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
     if config.merge:
-        if config.stage == "tile" and (Path(config.out) / ABOUT).exists():
-            raise Fault(f"{config.out} holds embeddings of whole slides: merge them with stage=slide.")
         return
     if config.stage == "slide":
         if not config.embeddings or not config.checkpoint:
             raise Fault("stage=slide needs checkpoint=, a slide run, and embeddings=, a store of tile embeddings.")
-        refuse_idle(config, "stage=slide")
+        if config.per_tile and config.maps:
+            raise Fault("per_tile=true and maps= make folders of their own: leave one of them out.")
+        refuse_idle(config, "maps=" if config.maps else "per_tile=true" if config.per_tile else "stage=slide")
+        if config.export and not config.per_tile:
+            raise Fault("export= writes embeddings of tiles: with stage=slide it goes with per_tile=true.")
+        if config.direction and config.maps == "rollout":
+            raise Fault("direction= is for maps=gradient: a rollout has none; leave it out.")
         if config.part and config.patients:
             raise Fault("patients= is written when the parts are put together: give it with merge=true.")
         return
@@ -240,10 +260,10 @@ def _import_features(config: Config, part: int, parts: int) -> None:
 
 
 def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
-    """stage=slide."""
+    """stage=slide: by vectors, tile by tile, or as maps."""
+    from pretrain.embedding.contextualised import embed_tiles_in_context
     from pretrain.embedding.random_weights import random_encoder
     from pretrain.embedding.slides import embed_store
-    from pretrain.encoders.slide_encoders import load_slide_encoder
 
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()
@@ -254,6 +274,17 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
         encoder = random_encoder(encoder, config.seed)
     for sentence in encoder.notes:
         say(f"{encoder.name}: {sentence}")
+    if config.maps:
+        _map(config, store, encoder, part, parts)
+        return
+    if config.per_tile:
+        new = embed_tiles_in_context(
+            store, encoder, out, part=part, parts=parts, tokens=config.tokens, precision=config.precision
+        )
+        made = EmbeddingStore.open(out)
+        write_exports(config.export, out, made, made.slides[part - 1 :: parts] if part else made.slides)
+        say_embedded(config.out, made, {}, new, began, {"tile_encoder_hash": store.encoder_hash})
+        return
     new = embed_store(
         store,
         encoder,
@@ -280,6 +311,41 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
         "seconds": round(time.monotonic() - began, 1),
     }
     print(json.dumps(facts), flush=True)
+
+
+def _map(config: Config, store: EmbeddingStore, encoder: SlideEncoder, part: int, parts: int) -> None:
+    """stage=slide maps=…."""
+    from pretrain.slide_maps.mapping import map_store
+
+    assert config.maps is not None
+    began = time.monotonic()
+    new, failed = map_store(
+        store,
+        encoder,
+        Path(config.out),
+        way=config.maps,
+        pooling=config.pooling,
+        direction=Path(config.direction) if config.direction else None,
+        clusters=Path(config.clusters) if config.clusters else None,
+        seed=config.seed,
+        slides=config.slides or [],
+        part=part,
+        parts=parts,
+        tokens=config.tokens,
+    )
+    say(f"{config.out}: {new} slides mapped" + ("" if new or failed else "; all were there already, nothing to do"))
+    facts = {
+        "out": config.out,
+        "maps": config.maps,
+        "pooling": config.pooling,
+        "encoder": encoder.name,
+        "encoder_hash": encoder.hash,
+        "new_slides": new,
+        "failed": failed,
+        "seconds": round(time.monotonic() - began, 1),
+    }
+    print(json.dumps(facts), flush=True)
+    require_none_left_out(failed)
 
 
 def _gather(config: Config) -> None:

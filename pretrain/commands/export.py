@@ -10,7 +10,10 @@ format=transformers does the same with a folder for transformers (to load it bac
     Dinov2Model.from_pretrained("encoder")            without registers
     Dinov2WithRegistersModel.from_pretrained("encoder")
 
-format=gigapath writes a slide run's encoder as slide_encoder.pth, {"model": state dict} with the released key names.
+format=gigapath writes a slide run's encoder as slide_encoder.pth, {"model": state dict} with the released key names, and a
+model card. At a published size Prov-GigaPath's own code loads the file:
+
+    slide_encoder.create_model("slide_encoder/slide_encoder.pth", "gigapath_slide_enc12l768d", 1536)
 
 Examples:
 

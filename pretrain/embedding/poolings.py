@@ -9,27 +9,28 @@ from models.slide_network import SlideFeatures
 from pretrain.embedding.tile_clusters import TileClusters
 
 
-def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clusters: TileClusters) -> dict[str, Tensor]:
-    """By pooling, (B, dimensions) float32, of slides of ``lengths`` tiles ``x`` (T, D) with all layers ``seen``;
-    differentiable."""
+def pooled_vectors(
+    x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clusters: TileClusters | None
+) -> dict[str, Tensor]:
+    """By pooling, (B, dimensions) float32 or better, of slides of ``lengths`` tiles ``x`` (T, D) with all layers
+    ``seen``; without ``clusters`` nothing of these. Differentiable by ``seen``."""
     assert seen.pooled_layers is not None and seen.cls_layers is not None
-    both, by_cluster, moments = [], [], []
     sizes = list(lengths)
-    for tiles, members in zip(seen.tiles.float().split(sizes), clusters.of(x).split(sizes), strict=True):
-        mean = tiles.mean(dim=0)
-        both.append(torch.cat([mean, deviation(tiles)]))
-        of_each, parts = by_members(tiles, members, len(clusters.centres))
-        by_cluster.append(of_each.flatten())
-        moments.append(torch.cat([both[-1], parts.flatten()]))
-    return {
-        "pooled": seen.pooled.float(),
-        "mean_std": torch.stack(both),
-        "cluster_means": torch.stack(by_cluster),
-        "cluster_moments": torch.stack(moments),
-        "pooled_layers": seen.pooled_layers.transpose(0, 1).flatten(1).float(),
-        "cls": seen.cls.float(),
-        "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1).float(),
+    precise = torch.promote_types(seen.tiles.dtype, torch.float32)
+    slides = seen.tiles.to(precise).split(sizes)
+    found = {
+        "pooled": seen.pooled,
+        "mean_std": torch.stack([torch.cat([tiles.mean(dim=0), deviation(tiles)]) for tiles in slides]),
+        "pooled_layers": seen.pooled_layers.transpose(0, 1).flatten(1),
+        "cls": seen.cls,
+        "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1),
     }
+    if clusters is not None:
+        number, of_each = len(clusters.centres), zip(slides, clusters.of(x).split(sizes), strict=True)
+        means, parts = zip(*(by_members(tiles, members, number) for tiles, members in of_each), strict=True)
+        found["cluster_means"] = torch.stack(means).flatten(1)
+        found["cluster_moments"] = torch.cat([found["mean_std"], torch.stack(parts).flatten(1)], dim=1)
+    return {name: vectors.to(precise) for name, vectors in found.items()}
 
 
 def by_members(tiles: Tensor, members: Tensor, number: int) -> tuple[Tensor, Tensor]:

@@ -98,13 +98,17 @@ def _rows(
 
 
 def seen_by(
-    network: SlideNetwork, batch: Sequence[SlideEmbeddings], device: torch.device, precision: str
+    network: SlideNetwork,
+    batch: Sequence[SlideEmbeddings],
+    device: torch.device,
+    precision: str,
+    all_layers: bool = True,
 ) -> tuple[Tensor, list[int], SlideFeatures]:
-    """Slides' tiles (T, D) float32 on the device, how many each slide has, and what ``network`` makes of them, all
-    layers included."""
+    """Slides' tiles (T, D) float32 on the device, how many each slide has, and what ``network`` makes of them, with or
+    without ``all_layers``."""
     x, cells, lengths = on_the_device(batch, device)
     with torch.inference_mode(), computing_in(precision, device):
-        return x, lengths, network(x, cells, lengths, all_layers=True)
+        return x, lengths, network(x, cells, lengths, all_layers=all_layers)
 
 
 def on_the_device(batch: Sequence[SlideEmbeddings], device: torch.device) -> tuple[Tensor, Tensor, list[int]]:

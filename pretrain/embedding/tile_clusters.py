@@ -35,7 +35,7 @@ class TileClusters:
     def of(self, tiles: Tensor) -> Tensor:
         """(T, D) → (T,) int64: the cluster whose centre is nearest. The squared distance without what all share:
         |c|² − 2 x·c."""
-        centres = self.centres.to(tiles.device)
+        centres = self.centres.to(tiles)
         apart = centres.square().sum(dim=1)
         return torch.cat([(apart - 2 * some @ centres.T).argmin(dim=1) for some in tiles.split(COMPARED_AT_ONCE)])
 

@@ -2,12 +2,17 @@
 
 <out>/
     slide_encoder.pth         {"model": state dict with the released key names}
-    README.md
+    README.md                 model card: how it is loaded, what it was trained on and how
+
+Their ``slide_encoder.create_model(path, architecture, in_chans)`` takes the file's path and one of three architectures by
+name, whose heads and segments its code sets; a file that isn't there it answers with random weights and a line. It was
+tried on their public code at the published size, with a stand-in for fairscale: no parameter missing, none left over.
 """
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +27,20 @@ from pretrain.encoders.slide_encoders import standardised_by
 from pretrain.run import checkpoints
 
 OF_TRAINING = re.compile(r"mask_token|patch_embed\.proj\d")  # none of the released names
+ARCHITECTURES = {
+    (768, 12): "gigapath_slide_enc12l768d",
+    (1024, 24): "gigapath_slide_enc24l1024d",
+    (1536, 12): "gigapath_slide_enc12l1536d",
+}  # by width and depth, all with 16 heads and a feed-forward of four widths
+THEIR_SEGMENTS = [1024, 5792, 32768, 185363, 1048576]  # of their default max_wsi_size and tile_size
+THEIR_RATIOS = [1, 2, 4, 8, 16]
+CLOSE = 0.001  # our 185,360 is the nearest to theirs that its ratio divides
 
 
 def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
     """Write a slide run's encoder as ``slide_encoder.pth`` with the released key names, unless it is there already."""
     found = find_checkpoint(checkpoint, plugins)
     weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
-    weights.pop("mask_token", None)  # of an objective that hides tiles from the encoder; the released network has none
     if "encoder.layers.0.ffn.fc1.weight" not in weights:
         raise Fault(
             f"{found.run} trained no LongNet, and format=gigapath has no other network: hand on the run itself, which"
@@ -39,6 +51,7 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
     weights = {name: tensor for name, tensor in weights.items() if not OF_TRAINING.match(name)}
     if (statistics := standardised_by(found)) is not None:
         _standardise_first(weights, statistics)
+    architecture = architecture_of(found.config.get("model") or {}, weights)
 
     def fill(folder: Path) -> None:
         path = folder / "slide_encoder.pth"
@@ -46,9 +59,9 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
         loaded = torch.load(path, weights_only=True)["model"]
         if list(loaded) != list(weights) or not all(torch.equal(loaded[name], weights[name]) for name in weights):
             raise Fault(f"{path} read back differs from what was written: check the disk, and export again")
-        (folder / "README.md").write_text(slide_card(found, weights, license))
+        (folder / "README.md").write_text(slide_card(found, weights, license, architecture))
 
-    use = f'torch.load("{out}/slide_encoder.pth")["model"]'
+    use = code_to_load(f"{out}/slide_encoder.pth", architecture, weights)
     return Exported(create_folder_whole(out, fill), f"{out}/slide_encoder.pth: the released key names", use)
 
 
@@ -61,7 +74,54 @@ def _standardise_first(weights: dict[str, Tensor], statistics: Statistics) -> No
     weights["patch_embed.proj.bias"] = (bias.double() - scaled @ mean).to(bias.dtype)
 
 
-def slide_card(found: RunCheckpoint, weights: dict[str, Tensor], license: str) -> str:
+def architecture_of(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> str | None:
+    """The name by which their code builds this network; None where it has none for its sizes, heads or segments."""
+    width, hidden = weights["cls_token"].shape[-1], weights["encoder.layers.0.ffn.fc1.weight"].shape[0]
+    depth = len({name.split(".")[2] for name in weights if name.startswith("encoder.layers.")})
+    segments, ratios = model.get("segment_lengths") or [], model.get("dilated_ratios") or []
+    same = len(segments) == len(THEIR_SEGMENTS) and all(
+        abs(ours / theirs - 1) < CLOSE for ours, theirs in zip(segments, THEIR_SEGMENTS, strict=True)
+    )
+    if model.get("order", "rows") != "rows":
+        return None
+    if not same or list(ratios) != THEIR_RATIOS or model.get("heads") != 16 or hidden != 4 * width:
+        return None
+    return ARCHITECTURES.get((width, depth))
+
+
+def code_to_load(path: str, architecture: str | None, weights: Mapping[str, Tensor]) -> str:
+    """Code that loads the file."""
+    if architecture is None:
+        return f'torch.load("{path}")["model"]'
+    return f'slide_encoder.create_model("{path}", "{architecture}", {weights["patch_embed.proj.weight"].shape[1]})'
+
+
+def how_it_is_used(architecture: str | None, weights: Mapping[str, Tensor]) -> str:
+    """The card's section of that."""
+    code = code_to_load("{this folder}/slide_encoder.pth", architecture, weights)
+    if architecture is None:
+        return f"""\
+```python
+weights = {code}
+```
+
+Prov-GigaPath's code has no name for a network of these sizes, heads or segments: build its `LongNetViT` with them, or hand on the
+run itself, which `pretrain embed stage=slide` reads.
+"""
+    return f"""\
+```python
+from gigapath import slide_encoder  # github.com/prov-gigapath/prov-gigapath; with numpy below 2
+
+encoder = {code}.eval()
+cls = encoder(tiles, places)[0]  # (1, n, {weights["patch_embed.proj.weight"].shape[1]}) embeddings, (1, n, 2) places → (1, {weights["cls_token"].shape[-1]})
+```
+
+Tiles come row by row. Their code divides places by a tile's side of 256: give cell (column, row) times 256. With
+`global_pool=True` it answers with the mean of the tiles.
+"""
+
+
+def slide_card(found: RunCheckpoint, weights: dict[str, Tensor], license: str, architecture: str | None) -> str:
     """The model card of an exported slide encoder."""
     parameters = sum(tensor.numel() for tensor in weights.values())
     return f"""\
@@ -78,9 +138,17 @@ A LongNet encoder of {parameters / 1e6:.1f} M parameters, trained with Slidewrig
 It was trained with exact attention gradients and without attended padding. Code that follows the released model attends to
 zero padding, so for segments that a slide doesn't fill its outputs differ from those seen in training.
 
+## Use
+
+{how_it_is_used(architecture, weights)}
 ## Training
 
 ```yaml
 {redacted((found.run / RUN_CONFIG).read_text().strip())}
 ```
-{provenance(found.run)}"""
+{provenance(found.run)}
+## Limits
+
+It has seen the slides and the tile encoder of its training and no others. Compare it with the mean of the tiles, with smoothed tiles and
+with random weights on your labels (`pretrain probe stage=slide`) before you rely on it. Not a medical device.
+"""

@@ -3,7 +3,6 @@ tiles."""
 
 import json
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -11,70 +10,25 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
-from torch import nn
 
 from data.embeddings.slide_features import SLIDE_VECTORS, gather_pieces, read_slide_features
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.fault import Fault
-from data.keyed import rng
-from models.initialise import initialise
 from models.longnet import LongNet
-from pretrain.commands.embed import Config, run
-from pretrain.run import checkpoints
+from pretrain.commands.embed import run
 from pretrain.settings.composition import load
-
-WIDTH, MODEL = (
-    16,
-    {
-        "width": 32,
-        "depth": 2,
-        "heads": 4,
-        "feed_forward_width": 64,
-        "segment_lengths": [16, 64],
-        "dilated_ratios": [1, 2],
-        "dropout": 0.1,
-        "drop_path": 0.0,
-        "compatible": False,
-    },
-)
+from tests.pretrain.embedding.small_slide_run import WIDTH, composed, embed, write_small_run, write_small_store
 
 
 @pytest.fixture
 def store(tmp_path: Path) -> Path:
-    with EmbeddingWriter(tmp_path / "store", WIDTH, "tile encoder", "abc") as out:
-        for number, n in enumerate((40, 7, 25, 0, 60)):
-            places = np.stack([np.arange(n) % 9, np.arange(n) // 9], axis=1) * 256
-            out.add(f"s{number}", rng("slide", number).normal(size=(n, WIDTH)), places, 256.0, 0.5)
-    return tmp_path / "store"
+    return write_small_store(tmp_path)
 
 
 @pytest.fixture
 def encoder(tmp_path: Path) -> LongNet:
     """The encoder of a slide run in ``tmp_path/slide``."""
-    built = LongNet(WIDTH, **MODEL).eval()  # type: ignore[arg-type]
-    initialise(built, 0)
-    objective = nn.Module()
-    objective.encoder = built
-    (tmp_path / "slide").mkdir()
-    config = {
-        "model": {"_target_": "models.longnet.LongNet", **MODEL},
-        "data": {"embeddings": "store", "field_cells": 8},
-    }
-    (tmp_path / "slide" / "config.yaml").write_text(yaml.safe_dump(config))
-    (tmp_path / "slide" / "tile_encoder.json").write_text(json.dumps({"encoder_hash": "abc"}))
-    checkpoints.save(tmp_path / "slide", 3, objective, torch.optim.SGD(built.parameters(), lr=0.1), {}, keep=0)
-    return built
-
-
-@cache
-def composed() -> Config:
-    return load("embed", ["stage=slide", "device=cpu", "out=none"]).object()
-
-
-def embed(tmp_path: Path, *words: str, out: str = "out", checkpoint: str = "slide") -> None:
-    given = {"checkpoint": str(tmp_path / checkpoint), "embeddings": str(tmp_path / "store")}
-    given |= {name: yaml.safe_load(value) for name, _, value in (word.partition("=") for word in words)}
-    run(replace(composed(), out=str(tmp_path / out), **given))
+    return write_small_run(tmp_path)
 
 
 def of_clusters(tiles: np.ndarray, outputs: np.ndarray, out: Path) -> tuple[np.ndarray, np.ndarray]:
@@ -246,3 +200,27 @@ def test_a_released_file_is_read_in_the_compatible_mode_and_another_size_is_refu
     (tmp_path / "other.pth").write_bytes(b"no weights")
     with pytest.raises(Fault, match="can't be read as weights"):
         embed(tmp_path, checkpoint="other.pth")
+
+
+def test_tiles_in_context_are_a_store_like_the_one_they_are_of(store, encoder, tmp_path, capsys):
+    embed(tmp_path, "per_tile=true", "tokens=50")
+    plain, found = EmbeddingStore.open(store), EmbeddingStore.open(tmp_path / "out")
+    assert found.slides == plain.slides and found.width == 32
+    assert found.encoder == "slide (step-00000003) over tile encoder" and found.encoder_hash.endswith("on abc, float32")
+    for slide in plain.slides:
+        tiles, ours = plain.read(slide), found.read(slide)
+        np.testing.assert_array_equal(ours.coordinates, tiles.coordinates)
+        assert (ours.tile_size_level0, ours.mpp) == (256.0, 0.5)
+        if len(tiles.embeddings):
+            x = torch.from_numpy(tiles.embeddings.astype(np.float32))
+            with torch.inference_mode():
+                expected = encoder(x, torch.from_numpy(tiles.cells), [len(x)]).tiles
+            np.testing.assert_allclose(ours.embeddings, expected.numpy(), rtol=2e-3, atol=1e-3)
+    embed(tmp_path, "per_tile=true")
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 0
+    for part in (1, 2):
+        embed(tmp_path, "per_tile=true", f"part={part}/2", out="parts")
+    run(replace(composed(), out=str(tmp_path / "parts"), merge=True))
+    assert EmbeddingStore.open(tmp_path / "parts").digest == found.digest
+    with pytest.raises(Fault, match="choose another folder"):
+        embed(tmp_path, "per_tile=true", out="store")  # over its own input

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -14,11 +15,13 @@ from data.files import Refused
 from data.keyed import rng
 from pretrain.commands.export import Config, run
 from pretrain.encoders.export import timm as timm_export
+from pretrain.encoders.export.gigapath import architecture_of, how_it_is_used
 from pretrain.encoders.export.timm import export_timm
 from pretrain.encoders.export.transformers import export_transformers
 from pretrain.encoders.loading import load_encoder
 from pretrain.run import checkpoints
 from pretrain.settings.composition import load
+from pretrain.settings.config_files import CONFIGS
 
 ARCHITECTURES = [
     {},
@@ -220,6 +223,27 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
     fresh.load_state_dict(released["model"], strict=True)
     for name, tensor in encoder.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], tensor, atol=0, rtol=0)
+
+
+def test_a_card_names_gigapaths_architecture_where_it_has_this_one() -> None:
+    published = yaml.safe_load((CONFIGS / "model" / "longnet.yaml").read_text())
+    shapes = {
+        "cls_token": (1, 1, 768), "patch_embed.proj.weight": (768, 1536), "encoder.layers.11.ffn.fc1.weight": (3072, 768),
+    }  # fmt: skip
+    weights = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
+    weights |= {f"encoder.layers.{i}.ffn.fc1.weight": torch.empty(3072, 768, device="meta") for i in range(12)}
+    name = architecture_of(published, weights)
+    assert name == "gigapath_slide_enc12l768d"
+    assert 'create_model("{this folder}/slide_encoder.pth", "gigapath_slide_enc12l768d", 1536)' in how_it_is_used(
+        name, weights
+    )
+    for other in (
+        {"heads": 8},
+        {"segment_lengths": [1024, 2048, 4096, 8192, 16384]},
+        {"dilated_ratios": [1, 2, 4, 8, 8]},
+    ):
+        assert architecture_of(published | other, weights) is None
+    assert "no name for a network of these" in how_it_is_used(None, weights)
 
 
 def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_run, tmp_path):
