@@ -17,7 +17,7 @@ def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clust
     sizes = list(lengths)
     for tiles, members in zip(seen.tiles.float().split(sizes), clusters.of(x).split(sizes), strict=True):
         mean = tiles.mean(dim=0)
-        both.append(torch.cat([mean, deviation(tiles)]))
+        both.append(mean_and_deviation(tiles))
         number = len(clusters.centres)
         sums = tiles.new_zeros(number, tiles.shape[1]).index_add(0, members, tiles)
         counts = torch.bincount(members, minlength=number)[:, None]
@@ -30,6 +30,11 @@ def pooled_vectors(x: Tensor, lengths: Sequence[int], seen: SlideFeatures, clust
         "cls": seen.cls.float(),
         "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1).float(),
     }
+
+
+def mean_and_deviation(tiles: Tensor) -> Tensor:
+    """The mean of tiles (n, D) and their `deviation`, (2 D,)."""
+    return torch.cat([tiles.mean(dim=0), deviation(tiles)])
 
 
 def deviation(tiles: Tensor) -> Tensor:
