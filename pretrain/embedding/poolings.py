@@ -20,7 +20,7 @@ def pooled_vectors(
     slides = seen.tiles.to(precise).split(sizes)
     found = {
         "pooled": seen.pooled,
-        "mean_std": torch.stack([torch.cat([tiles.mean(dim=0), deviation(tiles)]) for tiles in slides]),
+        "mean_std": torch.stack([mean_and_deviation(tiles) for tiles in slides]),
         "pooled_layers": seen.pooled_layers.transpose(0, 1).flatten(1),
         "cls": seen.cls,
         "cls_layers": seen.cls_layers.transpose(0, 1).flatten(1),
@@ -42,6 +42,11 @@ def by_members(tiles: Tensor, members: Tensor, number: int) -> tuple[Tensor, Ten
     away = torch.zeros_like(sums).index_add(0, members, (tiles - means[members]).square())
     spreads = (away / len(tiles)).clamp(min=torch.finfo(tiles.dtype).tiny).sqrt()
     return torch.where(counts > 0, means, tiles.mean(dim=0)), torch.stack([sums / len(tiles), spreads])
+
+
+def mean_and_deviation(tiles: Tensor) -> Tensor:
+    """The mean of tiles (n, D) and their `deviation`, (2 D,)."""
+    return torch.cat([tiles.mean(dim=0), deviation(tiles)])
 
 
 def deviation(tiles: Tensor) -> Tensor:

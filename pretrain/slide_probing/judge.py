@@ -19,7 +19,7 @@ Predict = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class Judged:
-    """``predictions`` a round; ``resampled``: per measure, the figure of each bootstrap draw ``(RESAMPLES,)``."""
+    """``predictions`` a round; ``resampled``: per measure, the figure of each bootstrap draw ``(resamples,)``."""
 
     predictions: list[np.ndarray]
     figures: dict[str, float]
@@ -29,17 +29,25 @@ class Judged:
 class Judge:
     """The same question to every row: the rounds, the measures of the kind of label, and the draws of patients."""
 
-    def __init__(self, labelled: LabelledSlides, rounds: Sequence[Round], seed: int) -> None:
+    def __init__(
+        self, labelled: LabelledSlides, rounds: Sequence[Round], seed: int, resamples: int = RESAMPLES
+    ) -> None:
         self.labelled, self.rounds, self.passes = labelled, rounds, passes_of(rounds)
         self.kind = "grades" if labelled.ordered else labelled.kind
         draw, n = rng(seed, "bootstrap"), len(labelled.bags)
         # How often each patient is in a draw, the same for all rows, so that differences are paired.
-        self.times = np.stack([np.bincount(draw.integers(n, size=n), minlength=n) for _ in range(RESAMPLES)])
+        drawn = [np.bincount(draw.integers(n, size=n), minlength=n) for _ in range(resamples)]
+        self.times = np.array(drawn).reshape(resamples, n)
+
+    @property
+    def measures(self) -> list[str]:
+        """Names of the figures of every row."""
+        return list(MEASURES[self.kind])
 
     @property
     def main(self) -> str:
         """The measure that rows are compared by."""
-        return next(iter(MEASURES[self.kind]))
+        return self.measures[0]
 
     def __call__(self, predict: Predict) -> Judged:
         """Each round fits anew. A measure is taken of all that a pass over the cases predicts, and averaged over

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.utils.data import IterableDataset
 
 from data.embeddings.aligned_stores import require_same_slides, require_same_tiles
@@ -28,6 +29,7 @@ from models.sequence_parallel import Group
 from models.slide_network import SlideNetwork
 from pretrain.encoders.slide_encoders import TILE_ENCODER, statistics_file
 from pretrain.objectives.contract import evaluation_of, judged_of, look_of
+from pretrain.objectives.figures import watched_encoder
 from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.run import signals
 from pretrain.run.progress import say, track
@@ -35,6 +37,7 @@ from pretrain.run.signals import heeding
 from pretrain.settings.plugins import build_empty, locate_class
 from pretrain.training.judged_together import own_passes, rows_of_all
 from pretrain.training.module import Training
+from pretrain.training.slide_label_set import SlideLabelSet
 from pretrain.training.watching import Watch
 
 SLIDE_STEPS_ON_THE_WAY = 4
@@ -93,6 +96,8 @@ class SlideWatch(Watch):
     """The settings under ``watch:``, explained in ``configs/slide.yaml``."""
 
     held_out_slides: Annotated[int, within(least=1)]
+    slide_labels: Annotated[str | None, ON_DISK]
+    slide_label: str | None
 
 
 def open_store(data: SlideData) -> EmbeddingStore:
@@ -188,12 +193,16 @@ class SlideTraining(Training):
         super().__init__(run, config, make_objective, config.data.batch_size)
         self.sharing = config.data.processes_per_slide
         kind: type[SlideObjective] = locate_class(config.objective["_target_"], SlideObjective)
-        self.score = kind.score
+        self.labels = None
+        if config.watch.slide_labels:
+            whole = EmbeddingStore.open(store.folder)  # data.slides= says what is trained on, not what is judged
+            self.labels = SlideLabelSet(whole, Path(config.watch.slide_labels), config.watch.slide_label)
+        self.score = self.labels.main if self.labels else kind.score
         if config.watch.patience and not self.score:
             raise Fault(
                 f"watch.patience={config.watch.patience} waits for a better checkpoint, and"
                 f" {config.objective['_target_']} says of no figure that it tells one: set its 'score', or"
-                " watch.patience=null."
+                " watch.patience=null; or give labels of slides, watch.slide_labels=."
             )
         self.store, self.further = store, list(further)
         known, *others = (self._statistics(number) for number in range(1 + len(further)))
@@ -268,6 +277,8 @@ class SlideTraining(Training):
                 else "whole"
             )
             say(f"{len(cells.store.slides)} slides, {what}: {sequences}")
+            if self.labels:
+                say(self.labels.said)
 
     def batches(self, start: int, stop: int) -> LoaderProcess:
         # Processes that share slides get the same ones. Each counts their loss once, and so does the sum over all of
@@ -310,8 +321,9 @@ class SlideTraining(Training):
         objective = self.objective
         assert isinstance(objective, SlideObjective)
         batches = self.sequences.held_out_batches(self.config.watch.held_out_slides)
+        told = self.evaluate_first()
         if not batches:
-            return {}
+            return told
         rank, groups = self.global_rank // self.sharing, self.trainer.world_size // self.sharing
         # Of processes that share slides, which all have the same rows, the first one's count.
         passes = [
@@ -325,4 +337,20 @@ class SlideTraining(Training):
                 [number for numbers in batches for number in numbers],
                 self.device,
             )
-            return evaluation_of(objective, rows)
+            return evaluation_of(objective, rows) | told
+
+    def evaluate_first(self) -> dict[str, float]:
+        if not self.labels:
+            return {}
+        encoder = watched_encoder(self.objective)
+        assert isinstance(encoder, SlideNetwork)
+        rank, groups = self.global_rank // self.sharing, self.trainer.world_size // self.sharing
+        own = self.global_rank % self.sharing == 0
+        encoder.choose_input(0)
+        known = self.sequences.statistics
+        mean, std = (torch.from_numpy(one).float().to(self.device) for one in (known.mean, known.std))
+
+        def given(x: Tensor) -> Tensor:
+            return (x - mean) / std if self.sequences.standardised else x
+
+        return self.labels.score(encoder, self.device, rank, groups, own, given, self.heeding)
