@@ -54,7 +54,7 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
             raise Fault(f"{path} read back differs from what was written: check the disk, and export again")
         (folder / "README.md").write_text(slide_card(found, weights, license, architecture))
 
-    use = loading(f"{out}/slide_encoder.pth", architecture, weights)
+    use = code_to_load(f"{out}/slide_encoder.pth", architecture, weights)
     return Exported(create_folder_whole(out, fill), f"{out}/slide_encoder.pth: the released key names", use)
 
 
@@ -71,7 +71,7 @@ def architecture_of(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
     return ARCHITECTURES.get((width, depth))
 
 
-def loading(path: str, architecture: str | None, weights: Mapping[str, Tensor]) -> str:
+def code_to_load(path: str, architecture: str | None, weights: Mapping[str, Tensor]) -> str:
     """Code that loads the file."""
     if architecture is None:
         return f'torch.load("{path}")["model"]'
@@ -80,7 +80,7 @@ def loading(path: str, architecture: str | None, weights: Mapping[str, Tensor]) 
 
 def how_it_is_used(architecture: str | None, weights: Mapping[str, Tensor]) -> str:
     """The card's section of that."""
-    code = loading("{this folder}/slide_encoder.pth", architecture, weights)
+    code = code_to_load("{this folder}/slide_encoder.pth", architecture, weights)
     if architecture is None:
         return f"""\
 ```python
