@@ -95,6 +95,11 @@ def in_its_place(key: str, known: set[str]) -> str:
     node, _, name = key.rpartition(".")
     if node in ("", "trainer") and "trainer" in known and name in OF_LIGHTNINGS_TRAINER:
         return f": {OF_LIGHTNINGS_TRAINER[name]}."
+    if key.startswith("watch.probe") and "watch.held_out_slides" in known:
+        return (
+            ", whose runs are judged on held-out slides (watch.held_out_slides=); by labels of slides 'pretrain probe"
+            " stage=slide' judges them."
+        )
     return nearest(key, known)
 
 

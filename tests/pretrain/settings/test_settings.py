@@ -140,6 +140,11 @@ def test_a_suggestion_is_never_the_refused_key_itself() -> None:
     assert "did you mean 'model.foo" not in str(refused.value)
 
 
+def test_a_slide_run_asked_for_a_probe_of_tiles_says_what_judges_it() -> None:
+    with pytest.raises(Fault, match=r"by labels of slides 'pretrain probe stage=slide' judges them"):
+        load("slide", ["run=r", "data.embeddings=e", "watch.probe=labelled"])
+
+
 def test_missing_settings_are_listed_with_the_command_that_gives_them() -> None:
     with pytest.raises(Fault, match=r"data\.shards, run must be given: pretrain tile data\.shards=… run=…"):
         load("tile", []).object()
