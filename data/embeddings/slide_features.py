@@ -36,6 +36,7 @@ from data.files import appearing
 from data.json_files import read_object
 
 ABOUT, GATHERED, PIECES = "slide_store.json", "slides.parquet", "pieces"
+OF_CLUSTERS = ("cluster_means", "cluster_moments")  # poolings that need clusters of tiles
 POOLINGS = ("pooled", "mean_std", "cluster_means", "cluster_moments", "pooled_layers", "cls", "cls_layers")
 SLIDE_VECTORS = ("vector", "mean_tiles", *POOLINGS)
 OF_ANOTHER_TIME = "it is of an earlier version or broken: embed into a new folder"

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import lease
-from data.embeddings.slide_features import claim_slide_store
+from data.embeddings.slide_features import OF_CLUSTERS, claim_slide_store
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.files import Refused, make_folder
@@ -53,7 +53,7 @@ def map_store(
         )
     mine = mine[part - 1 :: parts] if part else mine
     make_folder(out)
-    kept = kept_clusters(out, store, mine, seed, clusters) if pooling == "cluster_means" else None
+    kept = kept_clusters(out, store, mine, seed, clusters) if pooling in OF_CLUSTERS else None
     weights, along = None, ""
     if direction is not None and mine:
         weights = read_direction(direction, width_of(store, mine[0], encoder, pooling, kept), pooling)

@@ -41,6 +41,8 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
     """Write a slide run's encoder as ``slide_encoder.pth`` with the released key names, unless it is there already."""
     found = find_checkpoint(checkpoint, plugins)
     weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
+    if "embeddings" not in (found.config.get("data") or {}):
+        raise Fault(f"{found.run} is another kind of run: format=gigapath is for runs of 'pretrain slide'.")
     if "encoder.layers.0.ffn.fc1.weight" not in weights:
         raise Fault(
             f"{found.run} trained no LongNet, and format=gigapath has no other network: hand on the run itself, which"

@@ -252,4 +252,4 @@ def test_every_tensor_of_a_batch_is_pinned_for_a_copy_that_does_not_wait(monkeyp
     pinned = batch.pin_memory()
     for field in dataclasses.fields(SlideBatch):
         before, after = getattr(batch, field.name), getattr(pinned, field.name)
-        assert torch.equal(after, before + 100) if isinstance(before, torch.Tensor) else after is before
+        assert torch.equal(after, before + 100) if isinstance(before, torch.Tensor) else after == before

@@ -15,12 +15,12 @@ from data.fault import Fault
 from launch.entry import run_command_line
 from models.slide_mae import LinearPrediction
 from models.slide_vit import SlideViT
+from pretrain.embedding.random_weights import with_random_weights
 from pretrain.encoders.export.gigapath import export_gigapath
 from pretrain.encoders.slide_encoders import load_slide_encoder
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.objectives.slide_targets import SLIDE_LOSSES, SLIDE_TARGETS
 from pretrain.settings.composition import load
-from pretrain.slide_probing.vectors import with_random_weights
 from tests.pretrain.objectives.test_slide_mae_objective import WIDTH, evaluated, objective, waves
 from tests.pretrain.training.test_slide_training import SMALL, metrics, words
 

@@ -95,6 +95,18 @@ STEPS = {
         2,
         (*SLIDE_MAE, *SLIDE_VIT, "objective=slide_context", "data.further=[b]", *DECODER),
     ),
+    "slide_ibot": (
+        "none",
+        1,
+        (
+            *SLIDE_MAE,
+            "objective=slide_ibot",
+            "data.crops.global_side=6",
+            "data.crops.local_side=4",
+            "objective.prototypes=512",
+            "objective.hidden=128",
+        ),
+    ),
     "slide_pairs": ("none", 1, (*SLIDE_MAE, "objective=slide_pairs", "objective.predictor_width=64")),
     "slide_pairs with attention by distance": (
         "full",
