@@ -97,7 +97,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     for words, said in (
         (
             ["maps=gradient", f"direction={tmp_path / 'short.npy'}"],
-            "has 5 numbers, and vectors of pooling=mean_std are 64",
+            "has 5 numbers, and vectors of pooling=cluster_moments are 576",
         ),
         (["maps=gradient", f"direction={tmp_path / 'none.npy'}"], "can't be read"),
         (["maps=rollout", f"direction={tmp_path / 'short.npy'}"], "direction= is for maps=gradient"),
