@@ -45,6 +45,11 @@ class Waits(TorchDispatchMode):
         self.operations = 0
         self._read: tuple[str, int] | None = None
 
+    def clear(self) -> None:
+        """Begin anew: what is read next is another read, wherever its storage lies."""
+        self.seen.clear()
+        self._read = None
+
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]

@@ -116,7 +116,7 @@ def steps(training: Training, count: int) -> Iterator[tuple[dict[str, Any], Wait
         training.record = lambda figures: None  # type: ignore[method-assign]
         training.sampled = True  # type: ignore[attr-defined]  # no picture of what isn't there
         for batch in batches:
-            waits.seen.clear()
+            waits.clear()
             pinned = [part.pin_memory() for part in batch] if isinstance(batch, list) else batch.pin_memory()
             yield training.training_step(pinned, 0), waits
 
@@ -259,7 +259,7 @@ def test_a_gpu_begins_to_embed_tiles_while_the_ones_before_are_on_their_way(monk
     with fake_gpu() as waits:
         vit.to_empty(device=GPU)
         encoder = TileEncoder(vit, class_tokens, preprocessing, "a test's", "here", 48, GPU, "float32", lambda _: vit)
-        waits.seen.clear()
+        waits.clear()
         with torch.no_grad():  # fake tensors know no inference mode
             features = TileEncoder.start.__wrapped__(encoder, torch.zeros(5, 40, 36, 3, dtype=torch.uint8).pin_memory())
         assert not waits.seen
@@ -271,7 +271,7 @@ def waits_of(code: str) -> int:
     CPU."""
     with fake_gpu() as waits:
         names = {"torch": torch, "x": torch.ones(4, device=GPU), "host": torch.ones(4), "GPU": GPU}
-        waits.seen.clear()
+        waits.clear()
         exec(code, names)
     return len(waits.seen)
 
