@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embeddings.sequences import Sequence, SlideBatch, SlideSequences
+from data.embeddings.sequences import Sequence, SlideBatch, SlideSequences, TilesOfSequence
 from data.embeddings.standardisation import Statistics
 from data.embeddings.store import EmbeddingStore
 from data.keyed import rng
@@ -99,31 +99,15 @@ class CropSequences(SlideSequences):
         return drawn.reshape(slides, self.global_count)
 
     def _pack_crops(self, what: str, slides: Iterable[tuple[Sequence, int, np.ndarray]]) -> CropBatch:
-        found, positions, names = [], [], []
-        for sequence, position, drawn in slides:
-            found.append(self._crops_of(sequence, position, drawn, what))
-            positions.append(position)
-            names.append(sequence.slide)
+        found = [self._crops_of(sequence, position, drawn, what) for sequence, position, drawn in slides]
         crops = [of_slide[view] for view in range(len(self.sides)) for of_slide in found]
-        masked, cells = (np.concatenate([getattr(crop, name) for crop in crops]) for name in ("masked", "cells"))
-        hidden = [int(crop.masked.sum()) for crop in crops]
+        packed, valid = self._pack(crops), np.concatenate([crop.valid for crop in crops])
+        of_slides = {"positions": packed.positions[: len(found)], "slides": packed.slides[: len(found)]}
         return CropBatch(
-            embeddings=torch.from_numpy(np.concatenate([crop.embeddings for crop in crops])),
-            cells=torch.from_numpy(cells),
-            lengths=[len(crop.masked) for crop in crops],
-            visible=torch.from_numpy(np.flatnonzero(~masked)),
-            visible_lengths=[len(crop.masked) - m for crop, m in zip(crops, hidden, strict=True)],
-            masked=torch.from_numpy(np.flatnonzero(masked)),
-            masked_lengths=hidden,
-            mean=torch.from_numpy(self.statistics.mean.astype(np.float32)),
-            std=torch.from_numpy(self.statistics.std.astype(np.float32)),
-            positions=positions,
-            slides=names,
-            extent=int(cells.max()) + 1,
-            standardised=self.standardised,
+            **vars(packed) | of_slides,
             global_count=self.global_count,
             local_count=self.local_count,
-            valid=torch.from_numpy(np.concatenate([crop.valid for crop in crops])) if self.empty_cells else None,
+            valid=torch.from_numpy(valid) if self.empty_cells else None,
         )
 
     def _crops_of(self, sequence: Sequence, position: int, drawn: np.ndarray, what: str) -> list["_Crop"]:
@@ -149,15 +133,12 @@ class CropSequences(SlideSequences):
                 every[places] = embeddings
                 embeddings, kept = every, np.ones((side, side), dtype=bool)
             at = np.argwhere(kept)[:, ::-1] + shift
-            crops.append(_Crop(embeddings, at, masked[kept], valid[kept]))
+            crops.append(_Crop(sequence.slide, position, embeddings, at, masked[kept], [], valid[kept]))
         return crops
 
 
 @dataclass(frozen=True)
-class _Crop:
-    embeddings: np.ndarray  # (n, D) float16
-    cells: np.ndarray  # (n, 2) int64, row-major
-    masked: np.ndarray  # (n,) bool
+class _Crop(TilesOfSequence):
     valid: np.ndarray  # (n,) bool
 
 

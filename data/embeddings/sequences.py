@@ -199,7 +199,7 @@ class SlideSequences:
         """Held-out sequences by number: not augmented, and masked the same way every time."""
         return self._pack([self._item(self.validation[k], k, "validation") for k in numbers])
 
-    def _item(self, sequence: Sequence, position: int, what: str) -> "_Item":
+    def _item(self, sequence: Sequence, position: int, what: str) -> "TilesOfSequence":
         slide = self.store.read(sequence.slide)
         rows = np.asarray(sequence.rows)
         cells = slide.cells[rows]
@@ -213,9 +213,9 @@ class SlideSequences:
         else:
             masked = block_mask(cells, self.mask_ratio, self.block_cells, random)
         further = [store.read(sequence.slide).embeddings[rows] for store, _ in self.further]
-        return _Item(sequence.slide, position, slide.embeddings[rows], cells, masked, further)
+        return TilesOfSequence(sequence.slide, position, slide.embeddings[rows], cells, masked, further)
 
-    def _pack(self, items: list["_Item"]) -> SlideBatch:
+    def _pack(self, items: Collection["TilesOfSequence"]) -> SlideBatch:
         masked = np.concatenate([item.masked for item in items])
         cells = np.concatenate([item.cells for item in items])
         return SlideBatch(
@@ -245,7 +245,9 @@ class SlideSequences:
 
 
 @dataclass(frozen=True)
-class _Item:
+class TilesOfSequence:
+    """What a batch has of one sequence."""
+
     slide: str
     position: int
     embeddings: np.ndarray  # (n, D) float16

@@ -268,7 +268,6 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()
     store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
-    patients = patients_of(Path(config.patients) if config.patients else None, store.slides)
     encoder = load_slide_encoder(config.checkpoint, config.device or "", config.allow_plugins)
     if config.random:
         encoder = random_encoder(encoder, config.seed)
@@ -285,6 +284,7 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
         write_exports(config.export, out, made, made.slides[part - 1 :: parts] if part else made.slides)
         say_embedded(config.out, made, {}, new, began, {"tile_encoder_hash": store.encoder_hash})
         return
+    patients = patients_of(Path(config.patients) if config.patients else None, store.slides)
     new = embed_store(
         store,
         encoder,

@@ -119,14 +119,20 @@ def on_the_device(batch: Sequence[SlideEmbeddings], device: torch.device) -> tup
 
 
 def packed(store: EmbeddingStore, slides: Sequence[str], tokens: int) -> Iterator[list[SlideEmbeddings]]:
-    """Consecutive slides with at most ``tokens`` tiles together; a larger one alone."""
-    batch: list[SlideEmbeddings] = []
+    """Slides as `of_at_most` puts them together, read."""
+    for numbers in of_at_most([store.rows(slide) for slide in slides], tokens):
+        yield [store.read(slides[number]) for number in numbers]
+
+
+def of_at_most(sizes: Sequence[int], tokens: int) -> Iterator[list[int]]:
+    """Numbers of consecutive slides with at most ``tokens`` tiles together; a larger one alone."""
+    batch: list[int] = []
     tiles = 0
-    for slide in slides:
-        if batch and tiles + store.rows(slide) > tokens:
+    for number, size in enumerate(sizes):
+        if batch and tiles + size > tokens:
             yield batch
             batch, tiles = [], 0
-        batch.append(store.read(slide))
-        tiles += store.rows(slide)
+        batch.append(number)
+        tiles += size
     if batch:
         yield batch

@@ -10,19 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from sklearn.cluster import MiniBatchKMeans
 from torch import Tensor
 
+from data.embeddings.clusters import k_means, nearest_centres, sampled_tiles
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.files import write_whole
 from data.json_files import read_object
-from data.keyed import drawn, rng
+from data.keyed import drawn
 from data.lease import once
 
 CLUSTERS = 8
 SLIDES_SAMPLED, TILES_SAMPLED = 1000, 50  # that clusters are found by: 300 MB of tiles that are 1536 wide
-COMPARED_AT_ONCE = 65_536  # tiles
 CLUSTERS_FILE = "clusters.json"
 
 
@@ -33,24 +32,15 @@ class TileClusters:
     centres: Tensor
 
     def of(self, tiles: Tensor) -> Tensor:
-        """(T, D) → (T,) int64: the cluster whose centre is nearest. The squared distance without what all share:
-        |c|² − 2 x·c."""
-        centres = self.centres.to(tiles)
-        apart = centres.square().sum(dim=1)
-        return torch.cat([(apart - 2 * some @ centres.T).argmin(dim=1) for some in tiles.split(COMPARED_AT_ONCE)])
+        """(T, D) → (T,) int64: the cluster whose centre is nearest."""
+        return nearest_centres(tiles, self.centres.to(tiles))
 
 
 def clusters_of(store: EmbeddingStore, slides: Sequence[str], seed: int) -> TileClusters:
     """k-means of `CLUSTERS` groups of tiles, by a keyed draw of the slides and of each one's tiles."""
-    sample = []
-    for number in drawn(len(slides), SLIDES_SAMPLED, seed, "slides of clusters"):
-        tiles = store.read(slides[number]).embeddings
-        chosen = drawn(len(tiles), TILES_SAMPLED, seed, "tiles of clusters", slides[number])
-        sample.append(np.asarray(tiles[chosen], dtype=np.float32))
-    tiles = np.concatenate(sample)
-    draw = int(rng(seed, "clusters").integers(2**31))
-    found = MiniBatchKMeans(min(CLUSTERS, len(tiles)), n_init=3, random_state=draw).fit(tiles)
-    return TileClusters(torch.from_numpy(found.cluster_centers_.astype(np.float32)))
+    chosen = [slides[number] for number in drawn(len(slides), SLIDES_SAMPLED, seed, "slides of clusters")]
+    tiles = sampled_tiles(store, chosen, TILES_SAMPLED, seed).astype(np.float32)
+    return TileClusters(torch.from_numpy(k_means(tiles, min(CLUSTERS, len(tiles)), seed)))
 
 
 def kept_clusters(

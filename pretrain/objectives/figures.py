@@ -62,6 +62,13 @@ def spread(features: Tensor) -> dict[str, float]:
     }
 
 
+def spread_of_slides(vectors: Tensor) -> dict[str, float]:
+    """`spread` of slides' vectors ``(n, width)``, its ``rankme`` as the record calls it there: ``effective_rank``, at
+    most the number of sequences."""
+    found = spread(vectors)
+    return {"effective_rank": found.pop("rankme")} | found
+
+
 def rankme(features: np.ndarray, epsilon: float = 1e-7) -> float:
     """RankMe, a smooth count of the directions that features (n, width) use (Garrido 2023, equations 1 and 2).
 

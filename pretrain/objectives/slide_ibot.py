@@ -25,7 +25,7 @@ from data.on_device import on_device
 from models.allowed import within
 from models.operations import Operations, total_operations
 from models.slide_network import SlideFeatures, SlideNetwork
-from pretrain.objectives.figures import spread as spread_of
+from pretrain.objectives.figures import spread_of_slides
 from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
 from pretrain.objectives.losses.precision import at_least_float32
@@ -211,16 +211,13 @@ class SlideIBOT(SelfDistillation, SlideObjective):
         ``effective_rank``, ``feature_cosine``, ``feature_std``: of the teacher's class tokens, see `pretrain.objectives.
         figures.spread`.
         """
-        found = spread_of(rows["cls"].flatten(0, 1))
         agreed, masked = rows["masked"].sum(0).tolist()
         return {
             "matched": matched(rows["cls"]),
             "matched_means": matched(rows["means"]),
             "class_agreement": float(rows["class_agreed"].mean()),
             "masked_agreement": agreed / max(masked, 1),
-            "effective_rank": found["rankme"],
-            "feature_cosine": found["feature_cosine"],
-            "feature_std": found["feature_std"],
+            **spread_of_slides(rows["cls"].flatten(0, 1)),
         }
 
 

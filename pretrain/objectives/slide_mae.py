@@ -30,7 +30,7 @@ from models.positions import check_sines
 from models.sequence_parallel import Group
 from models.slide_mae import LinearPrediction, SlideDecoder
 from models.slide_network import SlideNetwork
-from pretrain.objectives.figures import spread
+from pretrain.objectives.figures import spread_of_slides
 from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.slide_targets import SLIDE_LOSSES, SLIDE_TARGETS, check_target_and_loss
@@ -227,16 +227,13 @@ class SlideMAE(SlideObjective):
         """
         sums = {name: values.sum(0) for name, values in rows.items() if name != "pooled"}
         energy = torch.where(sums["mean"] > 0, sums["mean"], torch.nan)  # what never varies has nothing to explain
-        found = spread(rows["pooled"])
         return {
             "loss": float(sums["loss"] / sums["tiles"]),
             "r2": float(1 - sums["model"] / energy),
             "r2_slide_mean": float(1 - sums["slide_mean"] / energy),
             "r2_neighbours": float(1 - sums["neighbours"].min() / energy),
             "shuffled_rise": float(sums["shuffled"] / sums["model"] - 1),
-            "effective_rank": found["rankme"],
-            "feature_cosine": found["feature_cosine"],
-            "feature_std": found["feature_std"],
+            **spread_of_slides(rows["pooled"]),
         }
 
 

@@ -22,7 +22,7 @@ from models.positions import check_sines
 from models.sequence_parallel import Group
 from models.slide_network import SlideNetwork
 from models.slide_pairs import PairPredictor
-from pretrain.objectives.figures import spread
+from pretrain.objectives.figures import spread_of_slides
 from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.slide_mae import dropout_seeds
@@ -163,15 +163,12 @@ class SlidePairs(SlideObjective):
         error."""
         sums = {name: values.sum(0) for name, values in rows.items() if name != "pooled"}
         energy, other = (torch.where(sums[name] > 0, sums[name], torch.nan) for name in ("mean", "other"))
-        found = spread(rows["pooled"])
         return {
             "loss": float(sums["model"] / sums["numbers"]),
             "r2": float(1 - sums["model"] / energy),
             "r2_slide_mean": float(1 - sums["slide_mean"] / energy),
             "r2_other_tile": float(sums["product"] ** 2 / (other * energy)),
-            "effective_rank": found["rankme"],
-            "feature_cosine": found["feature_cosine"],
-            "feature_std": found["feature_std"],
+            **spread_of_slides(rows["pooled"]),
         }
 
 

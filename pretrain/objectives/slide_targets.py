@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.embeddings.clusters import nearest_centres
 from data.embeddings.sequences import SlideBatch
 from pretrain.objectives.losses.precision import at_least_float32
 
@@ -44,11 +45,8 @@ def layer_normed(batch: SlideBatch) -> Tensor:
 
 
 def nearest_clusters(batch: SlideBatch) -> Tensor:
-    """(T,) int64: the cluster whose centre is nearest to a tile's standardised embedding: argmin_k |c_k|² / 2 − c_k·x."""
-    centres, found = _centres(batch), []
-    for tiles in batch.targets().split(2**14):
-        found.append((centres.square().sum(dim=1) / 2 - tiles @ centres.T).argmin(dim=1))
-    return torch.cat(found)
+    """(T,) int64: the cluster whose centre is nearest to a tile's standardised embedding."""
+    return nearest_centres(batch.targets(), _centres(batch))
 
 
 def expected_centre(logits: Tensor, batch: SlideBatch) -> Tensor:

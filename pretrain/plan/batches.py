@@ -1,6 +1,6 @@
 """Batches without numbers, of the sizes that a run's settings ask for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import torch
@@ -79,23 +79,11 @@ def slide_batch(
     sizes = [n for i in range(lanes) for n in lane(slides, most, room, data.field_cells, largest and i == 0)]
     lengths = [max(2, round(n * data.crop**2)) for n in sizes]  # the crop's sides are shares of the tile grid's
     hidden = [min(n - 1, max(1, round(n * data.mask_ratio))) if kind.masks else 0 for n in lengths]
-    tiles, masked, clusters = sum(lengths), sum(hidden), kind.clusters(objective)
+    tiles, clusters = sum(lengths), kind.clusters(objective)
 
     def make() -> SlideBatch:
-        return SlideBatch(
-            embeddings=torch.empty(tiles, slides.width, dtype=torch.float16),
-            cells=torch.empty(tiles, 2, dtype=torch.int64),
-            lengths=lengths,
-            visible=torch.empty(tiles - masked, dtype=torch.int64),
-            visible_lengths=[n - m for n, m in zip(lengths, hidden, strict=True)],
-            masked=torch.empty(masked, dtype=torch.int64),
-            masked_lengths=hidden,
-            mean=torch.empty(slides.width),
-            std=torch.empty(slides.width),
-            positions=list(range(len(lengths))),
-            slides=[""] * len(lengths),
-            extent=LARGEST_CELL + 1,
-            standardised=data.inputs == "standardised",
+        return replace(
+            sequences_of_tiles(lengths, hidden, data, slides.width),
             centres=torch.empty(clusters, slides.width) if clusters else None,
             further=[
                 TilesOfStore(
@@ -108,6 +96,26 @@ def slide_batch(
         )
 
     return RehearsedBatch(make, {}, len(lengths), parts)
+
+
+def sequences_of_tiles(lengths: list[int], hidden: list[int], data: Any, width: int) -> SlideBatch:
+    """Sequences of so many tiles, of which so many are ``hidden``."""
+    tiles, masked = sum(lengths), sum(hidden)
+    return SlideBatch(
+        embeddings=torch.empty(tiles, width, dtype=torch.float16),
+        cells=torch.empty(tiles, 2, dtype=torch.int64),
+        lengths=lengths,
+        visible=torch.empty(tiles - masked, dtype=torch.int64),
+        visible_lengths=[n - m for n, m in zip(lengths, hidden, strict=True)],
+        masked=torch.empty(masked, dtype=torch.int64),
+        masked_lengths=hidden,
+        mean=torch.empty(width),
+        std=torch.empty(width),
+        positions=list(range(len(lengths))),
+        slides=[""] * len(lengths),
+        extent=LARGEST_CELL + 1,
+        standardised=data.inputs == "standardised",
+    )
 
 
 def tiles_of_crops(data: Any, slides: SupposedSlides) -> list[int]:
@@ -127,26 +135,14 @@ def crop_batch(kind: type[SlideObjective], data: Any, slides: SupposedSlides, la
     share = int(crops.global_count * count * crops.masked_share) if kind.masks else 0
     low, high = crops.mask_ratios
     hidden = [round(n * (low + high) / 2) if i < share else 0 for i, n in enumerate(lengths)]
-    tiles, masked = sum(lengths), sum(hidden)
 
     def make() -> CropBatch:
+        packed = sequences_of_tiles(lengths, hidden, data, slides.width)
         return CropBatch(
-            embeddings=torch.empty(tiles, slides.width, dtype=torch.float16),
-            cells=torch.empty(tiles, 2, dtype=torch.int64),
-            lengths=lengths,
-            visible=torch.empty(tiles - masked, dtype=torch.int64),
-            visible_lengths=[n - m for n, m in zip(lengths, hidden, strict=True)],
-            masked=torch.empty(masked, dtype=torch.int64),
-            masked_lengths=hidden,
-            mean=torch.empty(slides.width),
-            std=torch.empty(slides.width),
-            positions=list(range(count)),
-            slides=[""] * count,
-            extent=LARGEST_CELL + 1,
-            standardised=data.inputs == "standardised",
+            **vars(packed) | {"positions": packed.positions[:count], "slides": packed.slides[:count]},
             global_count=crops.global_count,
             local_count=crops.local_count,
-            valid=torch.ones(tiles, dtype=torch.bool) if crops.empty_cells else None,
+            valid=torch.ones(sum(lengths), dtype=torch.bool) if crops.empty_cells else None,
         )
 
     return RehearsedBatch(make, {}, count, parts)

@@ -51,9 +51,9 @@ def map_store(
         raise Fault(
             f"slides= names {min(files)}, say, and none of those in {store.folder} ({mine[0] if mine else '–'})"
         )
-    mine = mine[part - 1 :: parts] if part else mine
     make_folder(out)
-    kept = kept_clusters(out, store, mine, seed, clusters) if pooling in OF_CLUSTERS else None
+    kept = kept_clusters(out, store, mine, seed, clusters) if pooling in OF_CLUSTERS else None  # of all parts' slides
+    mine = mine[part - 1 :: parts] if part else mine
     weights, along = None, ""
     if direction is not None and mine:
         weights = read_direction(direction, width_of(store, mine[0], encoder, pooling, kept), pooling)

@@ -17,14 +17,14 @@ from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from models.slide_network import SlideNetwork
 from pretrain.embedding.poolings import mean_and_deviation
-from pretrain.embedding.slides import on_the_device
+from pretrain.embedding.slides import of_at_most, on_the_device
 from pretrain.slide_probing.folds import rounds_of
 from pretrain.slide_probing.judge import Judge
 from pretrain.slide_probing.labels import read_labels
 from pretrain.slide_probing.linear import predicted
 from pretrain.slide_probing.vectors import of_bags
 from pretrain.training.fixed_images import agreed
-from pretrain.training.judged_together import own_passes, rows_of_all
+from pretrain.training.judged_together import rows_of_all
 
 FOLDS, REPEATS = 5, 2
 TOKENS = 65_536  # tiles of a pass; a larger slide goes alone
@@ -59,18 +59,13 @@ class SlideLabelSet:
         self,
         encoder: SlideNetwork,
         device: torch.device,
-        rank: int,
-        ranks: int,
-        counts: bool,
+        share: Callable[[list[list[int]]], Iterable[tuple[Sequence[int], bool]]],
         given: Callable[[Tensor], Tensor],
-        heeding: Callable[[list[tuple[Sequence[int], bool]], int], Iterable[tuple[Sequence[int], bool]]],
     ) -> dict[str, float]:
         """``labels_auroc`` and so on, each beside ``labels_auroc_tiles``, of the tiles alone. Every process calls it, and
-        gets the same. ``rank`` of ``ranks``: the share of slides that this process sees; ``counts``: whether it is told
-        by it, and not by another that sees the same; ``given``: what the
-        encoder takes of stored embeddings (T, D)."""
-        batches = list(_of_at_most([self.store.rows(slide) for slide in self.slides], TOKENS))
-        passes = [(numbers, own and counts) for numbers, own in own_passes(batches, rank, ranks)]
+        gets the same. ``share``: this process's passes, as `own_passes` says; ``given``: what the encoder takes of
+        stored embeddings (T, D)."""
+        passes = share(list(of_at_most([self.store.rows(slide) for slide in self.slides], TOKENS)))
 
         def judged(numbers: Sequence[int]) -> dict[str, Tensor]:
             x, cells, lengths = on_the_device([self.store.read(self.slides[number]) for number in numbers], device)
@@ -81,7 +76,7 @@ class SlideLabelSet:
             }
 
         with torch.no_grad():
-            rows = rows_of_all(heeding(passes, len(passes)), judged, range(len(self.slides)), device)
+            rows = rows_of_all(passes, judged, range(len(self.slides)), device)
         figures: dict[str, float] = {}
         for ending, vectors in (("", rows["encoder"]), ("_tiles", rows["tiles"])):
             table = of_bags(vectors.float().numpy(), self.slides, self.labelled.bags)
@@ -99,14 +94,3 @@ class SlideLabelSet:
             )
             figures |= {f"labels_{name}{ending}": value for name, value in found.figures.items()}
         return agreed(figures, device)
-
-
-def _of_at_most(sizes: Sequence[int], tokens: int) -> Iterable[list[int]]:
-    """Numbers of consecutive slides with at most ``tokens`` tiles together; a larger one alone."""
-    batch: list[int] = []
-    for number, tiles in enumerate(sizes):
-        if batch and tiles + sum(sizes[k] for k in batch) > tokens:
-            yield batch
-            batch = []
-        batch.append(number)
-    yield batch

@@ -30,14 +30,13 @@ from models.slide_network import SlideNetwork
 from pretrain.encoders.slide_encoders import TILE_ENCODER, statistics_file
 from pretrain.objectives.contract import evaluation_of, judged_of, look_of
 from pretrain.objectives.figures import watched_encoder
-from pretrain.objectives.interface import Moment, SlideObjective
+from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.run import signals
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heeding
 from pretrain.settings.plugins import build_empty, locate_class
 from pretrain.training.judged_together import own_passes, rows_of_all
 from pretrain.training.module import Training
-from pretrain.training.slide_label_set import SlideLabelSet
 from pretrain.training.watching import Watch
 
 SLIDE_STEPS_ON_THE_WAY = 4
@@ -195,6 +194,8 @@ class SlideTraining(Training):
         kind: type[SlideObjective] = locate_class(config.objective["_target_"], SlideObjective)
         self.labels = None
         if config.watch.slide_labels:
+            from pretrain.training.slide_label_set import SlideLabelSet  # brings scikit-learn with it
+
             whole = EmbeddingStore.open(store.folder)  # data.slides= says what is trained on, not what is judged
             self.labels = SlideLabelSet(whole, Path(config.watch.slide_labels), config.watch.slide_label)
         self.score = self.labels.main if self.labels else kind.score
@@ -300,6 +301,8 @@ class SlideTraining(Training):
         return SLIDE_STEPS_ON_THE_WAY * self.settings.devices * tokens * (2 * width + 32)
 
     def look(self, batch: list[SlideBatch]) -> dict[str, float]:
+        if type(self.objective).look is Objective.look:
+            return {}
         parts = [part.to(self.device) for part in batch]
         moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
         return look_of(self.objective, parts, moment)
@@ -321,18 +324,12 @@ class SlideTraining(Training):
         objective = self.objective
         assert isinstance(objective, SlideObjective)
         batches = self.sequences.held_out_batches(self.config.watch.held_out_slides)
-        told = self.evaluate_first()
+        told = self.told_labels()
         if not batches:
             return told
-        rank, groups = self.global_rank // self.sharing, self.trainer.world_size // self.sharing
-        # Of processes that share slides, which all have the same rows, the first one's count.
-        passes = [
-            (numbers, counts and self.global_rank % self.sharing == 0)
-            for numbers, counts in own_passes(batches, rank, groups)
-        ]
         with torch.no_grad():
             rows = rows_of_all(
-                self.heeding(passes, len(passes)),
+                self.share_of_passes(batches),
                 lambda numbers: judged_of(objective, self.sequences.held_out(list(numbers)).to(self.device)),
                 [number for numbers in batches for number in numbers],
                 self.device,
@@ -340,12 +337,14 @@ class SlideTraining(Training):
             return evaluation_of(objective, rows) | told
 
     def evaluate_first(self) -> dict[str, float]:
+        return self.told_labels()
+
+    def told_labels(self) -> dict[str, float]:
+        """How well vectors tell ``watch.slide_labels``; nothing where there are none."""
         if not self.labels:
             return {}
         encoder = watched_encoder(self.objective)
         assert isinstance(encoder, SlideNetwork)
-        rank, groups = self.global_rank // self.sharing, self.trainer.world_size // self.sharing
-        own = self.global_rank % self.sharing == 0
         encoder.choose_input(0)
         known = self.sequences.statistics
         mean, std = (torch.from_numpy(one).float().to(self.device) for one in (known.mean, known.std))
@@ -353,4 +352,12 @@ class SlideTraining(Training):
         def given(x: Tensor) -> Tensor:
             return (x - mean) / std if self.sequences.standardised else x
 
-        return self.labels.score(encoder, self.device, rank, groups, own, given, self.heeding)
+        return self.labels.score(encoder, self.device, self.share_of_passes, given)
+
+    def share_of_passes(self, batches: list[list[int]]) -> Iterable[tuple[Sequence[int], bool]]:
+        """This process's share of ``batches``, and whether each counts; a signal ends it."""
+        rank, groups = self.global_rank // self.sharing, self.trainer.world_size // self.sharing
+        # Of processes that share slides, which all have the same rows, the first one's count.
+        first = self.global_rank % self.sharing == 0
+        passes = [(numbers, counts and first) for numbers, counts in own_passes(batches, rank, groups)]
+        return self.heeding(passes, len(passes))

@@ -10,13 +10,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from data.embeddings.grid_crops import CropBatch
-from models.slide_vit import SlideViT
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.slide_ibot import SlideIBOT
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.training.optimisation import rates_at
-from tests.parity.test_slide_vit import as_ours
+from tests.parity.test_slide_vit import as_ours, slide_vit_as_said
 
 MOMENT = Moment(0, 1, 0)
 
@@ -74,23 +73,8 @@ def batch_of(tensors: dict[str, Tensor]) -> CropBatch:
 
 def objective(golden: tuple[dict[str, str], dict[str, Tensor]], temperature: str) -> SlideIBOT:
     meta, tensors = golden
-
-    def encoder() -> SlideViT:
-        return SlideViT(
-            int(meta["feat_dim"]),
-            width=int(meta["d_model"]),
-            depth=int(meta["n_layers"]),
-            heads=int(meta["n_heads"]),
-            feed_forward_width=int(meta["dim_feedforward"]),
-            registers=int(meta["num_registers"]),
-            slopes="fixed",
-            reach=None,
-            dropout=0.0,
-            drop_path=0.0,
-        )
-
     built = SlideIBOT(
-        encoder,
+        lambda: slide_vit_as_said(meta),
         group_size=2,
         frozen_prototype_norms=True,
         prototypes=int(meta["output_dim"]),

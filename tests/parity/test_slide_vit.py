@@ -41,10 +41,9 @@ def as_ours(tensors: dict[str, Tensor], kind: str) -> dict[str, Tensor]:
     return found
 
 
-@pytest.fixture(scope="module")
-def network(golden) -> SlideViT:
-    meta, tensors = golden
-    built = SlideViT(
+def slide_vit_as_said(meta: dict[str, str]) -> SlideViT:
+    """The network of a golden's sizes."""
+    return SlideViT(
         int(meta["feat_dim"]),
         width=int(meta["d_model"]),
         depth=int(meta["n_layers"]),
@@ -56,6 +55,12 @@ def network(golden) -> SlideViT:
         dropout=float(meta["dropout"]),
         drop_path=float(meta["layer_drop"]),
     )
+
+
+@pytest.fixture(scope="module")
+def network(golden) -> SlideViT:
+    meta, tensors = golden
+    built = slide_vit_as_said(meta)
     built.load_state_dict(as_ours(tensors, "weight"), strict=True)
     return built
 

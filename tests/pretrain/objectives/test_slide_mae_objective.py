@@ -43,7 +43,11 @@ def waves(folder: Path, slides: int, side: int = 12) -> EmbeddingStore:
 
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory) -> SlideSequences:
-    store = waves(tmp_path_factory.mktemp("store"), 64)
+    return whole_slides(waves(tmp_path_factory.mktemp("store"), 64))
+
+
+def whole_slides(store: EmbeddingStore, **further) -> SlideSequences:
+    """Sequences of whole slides as they lie there, three quarters of their tiles masked."""
     return SlideSequences(
         store,
         Statistics.of(store),
@@ -59,6 +63,7 @@ def sequences(tmp_path_factory) -> SlideSequences:
         mask="random",
         mask_ratio=0.75,
         block_cells=3,
+        **further,
     )
 
 

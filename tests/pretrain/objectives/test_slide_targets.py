@@ -21,7 +21,7 @@ from pretrain.encoders.slide_encoders import load_slide_encoder
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.objectives.slide_targets import SLIDE_LOSSES, SLIDE_TARGETS
 from pretrain.settings.composition import load
-from tests.pretrain.objectives.test_slide_mae_objective import WIDTH, evaluated, objective, waves
+from tests.pretrain.objectives.test_slide_mae_objective import WIDTH, evaluated, objective, waves, whole_slides
 from tests.pretrain.training.test_slide_training import SMALL, metrics, words
 
 PAIRS = [
@@ -35,25 +35,8 @@ PAIRS = [
 @pytest.fixture(scope="module")
 def sequences(tmp_path_factory) -> SlideSequences:
     store = waves(tmp_path_factory.mktemp("store"), 12)
-    statistics = Statistics.of(store)
-    return SlideSequences(
-        store,
-        statistics,
-        batch_size=8,
-        batch_tokens=None,
-        lanes=4,
-        seed=0,
-        field_cells=0,
-        validation_fraction=0.25,
-        crop=1.0,
-        shift_grid=0,
-        flip=0.0,
-        mask="random",
-        mask_ratio=0.75,
-        block_cells=3,
-        inputs="standardised",
-        centres=fit_clusters(store, statistics, 24, seed=0),
-    )
+    centres = fit_clusters(store, Statistics.of(store), 24, seed=0)
+    return whole_slides(store, inputs="standardised", centres=centres)
 
 
 def of_distance(dropout: float = 0.0) -> SlideViT:
