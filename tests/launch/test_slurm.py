@@ -212,17 +212,15 @@ def test_what_the_doctor_fails_on_any_node_keeps_the_job_from_starting(cluster: 
 
 
 @pytest.fixture(scope="module")
-def stopped(cluster: Cluster, shards: Path, store: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Slow jobs side by side on two nodes, and what stops each of them. The folders of their runs, and of one that
-    nothing stops."""
+def stopped(cluster: Cluster, shards: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Slow jobs side by side on two nodes, and what stops each of them. The folders of their runs."""
     folder = tmp_path_factory.mktemp("stopped")
-    runs = {name: folder / name for name in ("limit", "requeue", "slide on two nodes")}
+    runs = {name: folder / name for name in ("limit", "requeue")}
     # SLURM looks at time limits twice a minute and tells a job up to half a minute early: here, within its second half
     # minute.
     limit = ["launch.time=2", "launch.signal_seconds=60"]
     submit(cluster, *command(shards, runs["limit"], SLOWLY), *nodes(2, 1), *limit)
     (job,) = submit(cluster, *command(shards, runs["requeue"], SLOWLY), *nodes(1, 2))
-    submit(cluster, *slide_run(store, runs["slide on two nodes"]), *nodes(2, 1))
     until_steps(runs["requeue"], 2)
     cluster.ask("scontrol", "requeue", job)
     return runs
@@ -252,6 +250,7 @@ def job_of(run: Path) -> str:
     return folder.name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "number"), [("requeue", "SIGTERM"), ("limit", "SIGUSR1")])
 def test_a_job_that_is_put_back_into_the_queue_ends_as_if_it_had_not_been(
     cluster: Cluster, here: Path, stopped: dict[str, Path], way: str, number: str
@@ -279,10 +278,11 @@ def ends_as_if_it_had_not_been_put_back(cluster: Cluster, here: Path, run: Path,
 
 
 def test_the_slide_stage_trains_on_two_nodes_to_the_losses_of_one_process_here(
-    cluster: Cluster, slides_here: Path, stopped: dict[str, Path]
+    cluster: Cluster, slides_here: Path, store: Path, tmp_path: Path
 ) -> None:
-    cluster.wait(job_of(stopped["slide on two nodes"]), "COMPLETED", seconds=300)
-    assert_slides_close(stopped["slide on two nodes"], slides_here)
+    (job,) = submit(cluster, *slide_run(store, tmp_path / "run"), *nodes(2, 1))
+    cluster.wait(job, "COMPLETED", seconds=300)
+    assert_slides_close(tmp_path / "run", slides_here)
 
 
 @pytest.mark.slow
