@@ -14,9 +14,9 @@ import io
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 import aiohttp
 import fsspec
@@ -43,6 +43,8 @@ FETCHED_AT_ONCE = 8  # blocks, beside those that somebody waits for
 PAGE = 16_384  # rows of a column that are read at once
 
 Result = TypeVar("Result")
+Key = TypeVar("Key", bound=Hashable)
+Block = TypeVar("Block")
 
 
 class Truncated(Fault):
@@ -122,6 +124,22 @@ def list_names(url: str, ending: str) -> list[str]:
     except FileNotFoundError as error:
         page = ", or has no page that lists its files, which finding them takes" if url.startswith("http") else ""
         raise Fault(f"{url} is not there{page}: check the address, or copy the files to a disk.") from error
+
+
+def find_files(url: str, ending: str) -> list[str]:
+    """URLs of the files in a folder and below it, or that a glob matches, which end so, sorted. Raises Fault where there
+    is no such folder, and for http(s), which knows no folders."""
+    protocol = url.partition("://")[0]
+    if protocol in ("http", "https"):
+        raise Fault(f"{url} is no file, and a web server doesn't list its folders: give each file's URL.")
+
+    def attempt(system: Any, path: str) -> list[str]:
+        name = "glob" if "*" in path else "find"
+        asynchronous = isinstance(system, AsyncFileSystem) and hasattr(system, f"_{name}")
+        found = _waited_for(system, getattr(system, f"_{name}" if asynchronous else name), path)
+        return sorted(f"{protocol}://{file}" for file in found if file.endswith(ending))
+
+    return _persistent(url, attempt)
 
 
 def _last(url: str) -> str:
@@ -272,32 +290,30 @@ def _waited_for(system: Any, function: Any, *arguments: Any, **named: Any) -> An
     return sync(system.loop, function, *arguments, timeout=10 * STALLED_AFTER, **named)
 
 
-class BlockCache:
-    """The last ``capacity`` byte ranges that were asked for, each fetched once, in the background where it is
-    announced."""
+class BlockCache(Generic[Key, Block]):
+    """The last ``capacity`` blocks that were asked for, each fetched once, in the background where it is announced."""
 
-    def __init__(self, fetch: Callable[[str, int, int], bytes]) -> None:
+    def __init__(self, fetch: Callable[[Key], Block]) -> None:
         self.fetch, self.capacity = fetch, 8
         self._at_once = threading.Semaphore(FETCHED_AT_ONCE)
-        self._blocks: dict[tuple[str, int, int], _Pending] = {}
+        self._blocks: dict[Key, _Pending[Key, Block]] = {}
         self._lock = threading.Lock()
 
-    def get(self, url: str, start: int, stop: int) -> bytes:
-        """The bytes; fetched here where nobody has begun to."""
-        return self._pending(url, start, stop)[0].wait()
+    def get(self, key: Key) -> Block:
+        """A block; fetched here where nobody has begun to."""
+        return self._pending(key)[0].wait()
 
-    def announce(self, url: str, start: int, stop: int) -> None:
-        """Begin to fetch a range in a thread of its own."""
-        pending, new = self._pending(url, start, stop)
+    def announce(self, key: Key) -> None:
+        """Begin to fetch a block in a thread of its own."""
+        pending, new = self._pending(key)
         if new:
             threading.Thread(target=self._fetch_ahead, args=(pending,), daemon=True).start()
 
-    def _fetch_ahead(self, pending: "_Pending") -> None:
+    def _fetch_ahead(self, pending: "_Pending[Key, Block]") -> None:
         with self._at_once:
             pending.run()
 
-    def _pending(self, url: str, start: int, stop: int) -> "tuple[_Pending, bool]":
-        key = url, start, stop
+    def _pending(self, key: Key) -> "tuple[_Pending[Key, Block], bool]":
         with self._lock:
             known = self._blocks.pop(key, None)
             pending = self._blocks[key] = known or _Pending(self.fetch, key)  # the latest comes last
@@ -305,24 +321,27 @@ class BlockCache:
                 self._blocks.pop(next(iter(self._blocks)))
         return pending, known is None
 
+    def __reduce__(self) -> "tuple[type[BlockCache[Key, Block]], tuple[Callable[[Key], Block]]]":
+        return BlockCache, (self.fetch,)  # a copy for another process fetches its own
 
-class _Pending:
-    """One range: fetched by whoever comes first; the others wait. An error stays, it was fought long enough."""
 
-    def __init__(self, fetch: Callable[[str, int, int], bytes], key: tuple[str, int, int]) -> None:
+class _Pending(Generic[Key, Block]):
+    """One block: fetched by whoever comes first; the others wait. An error stays, it was fought long enough."""
+
+    def __init__(self, fetch: Callable[[Key], Block], key: Key) -> None:
         self._fetch, self._key, self._lock = fetch, key, threading.Lock()
-        self._data: bytes | None = None
+        self._data: Block | None = None
         self._error: Exception | None = None
 
     def run(self) -> None:
         with self._lock:
             if self._data is None and self._error is None:
                 try:
-                    self._data = self._fetch(*self._key)
+                    self._data = self._fetch(self._key)
                 except Exception as error:  # handed to everyone who waits
                     self._error = error
 
-    def wait(self) -> bytes:
+    def wait(self) -> Block:
         self.run()
         if self._error is not None:
             raise self._error

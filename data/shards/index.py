@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from data.fault import Fault
-from data.npz_files import SPOILT
+from data.npz_files import SPOILT, mapped
 from data.remote import RemoteColumn, RemotePath, Truncated, is_remote, url_within
 from data.shards.layout import COLUMNS, RUNS, places_in
 from data.slides.names import safe_ids
@@ -138,11 +138,7 @@ class ShardIndex:
         try:
             with path.open("rb") as file:
                 meta, places = places_in(file)
-                columns = {
-                    # As plain arrays: looking up one row is three times as quick as in a memmap.
-                    name: np.asarray(np.memmap(path, dtype, "r", start, (rows,))) if rows else np.empty(0, dtype)
-                    for name, (dtype, start, rows) in places.items()
-                }
+                columns = {name: mapped(path, place) for name, place in places.items()}
         except SPOILT as error:
             raise Fault(
                 f"{path} is damaged ({error}): delete it and run 'pretrain shards index shards={folder}', which"

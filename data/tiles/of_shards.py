@@ -84,14 +84,14 @@ class ShardTiles(TileSource):
                 first = int(self._ends[block - 1]) if block else 0
                 index, row = self.locate(first)
                 if index.remote:
-                    self._fetched.announce(*self._range(int(block), index, row))
+                    self._fetched.announce(self._range(int(block), index, row))
 
     def _from_block(self, number: int, index: ShardIndex, row: int) -> bytes:
         block = int(np.searchsorted(self._ends, number, side="right"))
         first = int(self._ends[block - 1]) if block else 0
         url, start, stop = self._range(block, index, row - (number - first))
         offset, length = int(index.offset[row]) - TAR_BLOCK - start, int(index.length[row]) + TAR_BLOCK
-        data = self._fetched.get(url, start, stop)[offset : offset + length]
+        data = self._fetched.get((url, start, stop))[offset : offset + length]
         if len(data) < length:
             raise Truncated(f"{url} is truncated")
         return data
@@ -101,13 +101,6 @@ class ShardTiles(TileSource):
         last = row + int(self.parts[0].block_sizes[block]) - 1
         start, stop = int(index.offset[row]) - TAR_BLOCK, int(index.offset[last]) + int(index.length[last])
         return index.url(index.file_of(row)), start, stop
-
-    def __getstate__(self) -> dict[str, object]:
-        return self.__dict__ | {"_fetched": None}
-
-    def __setstate__(self, state: dict[str, object]) -> None:
-        self.__dict__.update(state)
-        self._fetched = BlockCache(_fetch)
 
 
 def _next_file(index: ShardIndex, row: int) -> int:
@@ -124,8 +117,8 @@ def _runs(index: ShardIndex, group: int) -> np.ndarray:
     return np.diff(bounds)
 
 
-def _fetch(url: str, start: int, stop: int) -> bytes:
+def _fetch(place: tuple[str, int, int]) -> bytes:
     try:
-        return read_range(url, start, stop)
+        return read_range(*place)
     except Truncated as error:
         return error.data  # the tiles before the end are sound

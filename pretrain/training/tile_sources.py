@@ -1,8 +1,8 @@
-"""Sources of tiles as settings name them: slides read online, and weighted mixtures. Shards need nothing more:
-`data.tiles.of_shards`."""
+"""Sources of tiles as settings name them: slides read online, Parquet files, and weighted mixtures. Shards need nothing
+more: `data.tiles.of_shards`."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
@@ -13,16 +13,21 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.fault import Fault
+from data.files import Refused, require_writable
 from data.lease import once
+from data.parquet.files import list_parquet
+from data.parquet.index import ParquetIndex, ParquetQuestion, scan_parquet
+from data.remote import is_remote
 from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.survey import known_survey, survey_slides
 from data.slides.tiling import TilingSettings
 from data.slides.tissue import TISSUE_RULES
 from data.tiles.mixture import Mixture
+from data.tiles.of_parquet import ParquetTiles
 from data.tiles.of_slides import SlideTiles
 from data.tiles.source import TileSource
-from models.allowed import ON_DISK, SHARE, SOME, TILE, Agreements, one_of, within
+from models.allowed import ON_DISK, PATTERN, SHARE, SOME, TILE, Agreements, one_of, within
 from pretrain.run.progress import say, track
 from pretrain.run.signals import heed, heeding
 from pretrain.settings import plugins, ranges
@@ -32,6 +37,7 @@ from pretrain.settings.refusals import nearest
 DATA_CONFIGS = {
     "shards": "tiles",
     "slides": "online",
+    "files": "parquet",
 }  # the setting that only one kind of member has → its file in configs/data
 NAMED = 10  # slides left out that are said one by one
 
@@ -76,6 +82,54 @@ class OnlineSlides(Mixture):
                 )
             members[f"{scale:g} µm/px"] = SlideTiles(surveyed, group), 1.0
         super().__init__(members)
+
+
+class ParquetFiles(ParquetTiles):
+    """Tiles of Parquet files, the hub's data sets among them; see `ParquetTiles`.
+
+    Footers and names of slides are looked through once, and kept in ``index``, or beside the files. Files that can't be
+    used are named and left out; raises Fault where none is left.
+    """
+
+    def __init__(
+        self,
+        group: int = 1,
+        *,
+        files: Annotated[list[str], SOME],
+        index: Annotated[str | None, ON_DISK],
+        image: str | None,
+        slide: str | None,
+        patient: str | None,
+        slide_pattern: Annotated[str | None, PATTERN],
+        hold_out: Annotated[float, within(least=0, below=1)],
+    ) -> None:
+        listed = list_parquet(files)
+        question = ParquetQuestion.of(listed, image, slide, patient, slide_pattern)
+        folder = Path(index) if index else _beside(listed)
+        once(question.path(folder), partial(scan_parquet, folder, question, _passed_on), partial(heed, kept=True))
+        found = ParquetIndex.open(folder, question)
+        for why in found.left_out[:NAMED]:
+            say(f"left out: {why}")
+        if len(found.left_out) > NAMED:
+            say(f"… and {len(found.left_out) - NAMED} more Parquet files are left out")
+        super().__init__(found, group, hold_out)
+
+
+def _passed_on(files: Iterable[Any], count: int) -> Iterable[Any]:
+    return track(heeding(files, kept=True), count, "looking through Parquet files", "files")
+
+
+def _beside(files: list[str]) -> Path:
+    """The folder of the files on a disk. Raises Fault where there is none, or none of the user's."""
+    way_out = "say where their index goes, by data.index=FOLDER"
+    if any(map(is_remote, files)):
+        raise Fault(f"{files[0]} is remote: {way_out}.")
+    folder = Path(os.path.commonpath([os.path.dirname(file) for file in files]))
+    try:
+        require_writable(folder / "index")
+    except Refused as refusal:
+        raise Fault(f"{refusal} Or {way_out}.") from refusal
+    return folder
 
 
 def check_members(members: Mapping[str, Any] | None) -> None:
@@ -155,7 +209,7 @@ def _defaults(name: str, given: Mapping[str, Any]) -> dict[str, Any]:
     for key, file in DATA_CONFIGS.items():
         if key in given:
             return yaml.safe_load((CONFIGS / "data" / f"{file}.yaml").read_text())
-    raise Fault(f"data.members.{name} says no source: give it shards=… or slides=….")
+    raise Fault(f"data.members.{name} says no source: give it shards=…, slides=… or files=….")
 
 
 def _survey(

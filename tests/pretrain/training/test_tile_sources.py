@@ -21,6 +21,7 @@ from pretrain.settings.composition import load
 from pretrain.training.tile_sources import _member
 from pretrain.training.tile_stage import TileTraining
 from tests.data.flaky_server import serving
+from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import write_tiles
 from tests.data.tiles.test_slide_tiles import write_slides
 from tests.pretrain.training.test_tile_training import TINY, metrics, weights
@@ -78,6 +79,29 @@ def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tis
         ]
     )
     assert all(torch.equal(one[name], value) for name, value in weights(tmp_path / "again").items())
+
+
+def test_parquet_files_train_resume_and_are_looked_through_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("a", "b"):
+        write_table(tmp_path / "files" / f"{name}.parquet", range(40), slide=[f"{name}{n // 5}" for n in range(40)])
+    (tmp_path / "files" / "c.parquet").write_bytes(b"PAR1")
+    words = ["tile", *TINY, "data=parquet", f"data.files={tmp_path / 'files'}", "data.hold_out=0.2"]
+    run_command_line([*words, f"run={tmp_path / 'whole'}"])
+    (index,) = (tmp_path / "files").glob("*.npz")
+    made = index.stat().st_mtime_ns
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
+    run_command_line([*words, f"run={tmp_path / 'again'}"])  # goes on after step 4
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert capsys.readouterr().err.count("c.parquet can't be read") == 2 and index.stat().st_mtime_ns == made
+
+    both = "{rows:{files:FILES,weight:1},tars:{shards:SHARDS,weight:3}}".replace("FILES", str(tmp_path / "files"))
+    both = both.replace("SHARDS", str(write_tiles(tmp_path / "shards", [40])))
+    mixed = stage(tmp_path, "data=mixture", f"data.members={both}")
+    assert len(mixed.tiles) == 120 and {part.weight for part in mixed.tiles.parts} == {1.0, 3.0}
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -1,0 +1,42 @@
+"""Encoded images of tiles as pixels: JPEG the quick way, everything else that Pillow reads; what can't be read rightly is
+refused, never read wrongly."""
+
+import io
+
+import numpy as np
+import simplejpeg
+from PIL import Image, ImageOps
+
+JPEG = b"\xff\xd8\xff"
+EXIF = b"Exif\0\0"
+EXIF_WITHIN = 64 << 10  # bytes from a JPEG's beginning: a segment's length has 16 bits, and Exif comes first or second
+SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+NO_LIGHT = ("CMYK", "YCCK", "LAB", "HSV")  # inks or coordinates, which tell no red, green and blue without a profile
+
+
+def decode_image(data: bytes | memoryview) -> np.ndarray:
+    """The pixels of an encoded image, uint8 ``(H, W, 3)``.
+
+    Grey ones get three equal channels, and a camera's note that it lay on its side (EXIF) is heeded. Raises ValueError
+    where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, or parts that can be seen through.
+    """
+    if data[:3] == JPEG and bytes(data[:EXIF_WITHIN]).find(EXIF) < 0:
+        return simplejpeg.decode_jpeg(data, colorspace="RGB")
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            image.load()
+            return np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
+    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+        raise ValueError(str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]) from error
+
+
+def _as_rgb(image: Image.Image) -> Image.Image:
+    if image.mode in SIXTEEN_BITS:
+        raise ValueError(f"its grey values have more than 8 bits (Pillow's mode {image.mode}): save it as 8-bit RGB")
+    if image.mode in NO_LIGHT:
+        raise ValueError(f"its colours are {image.mode}, which is no RGB without a profile: save it as RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        if image.getextrema()[3][0] < 255:  # type: ignore[misc, index]
+            raise ValueError("parts of it are transparent: lay it on a background, and save it as RGB")
+    return image.convert("RGB")

@@ -1,0 +1,98 @@
+"""Encoded images out of Parquet files: a few neighbouring row groups at a time, by ranges of their image column alone."""
+
+import io
+import os
+from collections.abc import Sequence
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data.remote import RemotePath, Truncated, is_remote, read_range
+
+GAP = 1 << 20  # bytes of other columns between two row groups that are read along, since another read costs more
+
+
+def read_footer(file: str) -> pq.FileMetaData:
+    """What a Parquet file says of itself at its end. Raises OSError or pyarrow's errors where it can't be read."""
+    if not is_remote(file):
+        return pq.read_metadata(file)
+    with RemotePath(file).open() as raw:
+        return pq.read_metadata(raw)
+
+
+def column_place(footer: pq.FileMetaData, group: int, column: str) -> tuple[int, int]:
+    """First byte, and the one behind the last, of a row group's ``column`` (dotted where it lies in a struct)."""
+    of_group = footer.row_group(group)
+    for number in range(of_group.num_columns):
+        chunk = of_group.column(number)
+        if chunk.path_in_schema == column:
+            start = chunk.data_page_offset
+            if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
+                start = min(start, chunk.dictionary_page_offset)
+            return start, start + chunk.total_compressed_size
+    raise KeyError(f"row group {group} has no column {column}")
+
+
+def read_images(file: str, footer: pq.FileMetaData, groups: Sequence[int], column: str) -> pa.Array:
+    """The encoded images of neighbouring row groups, in their order; null where a row has none. Raises Fault, OSError
+    or pyarrow's errors where they can't be read."""
+    ranges: list[list[int]] = []
+    for start, stop in (column_place(footer, group, column) for group in groups):
+        if ranges and 0 <= start - ranges[-1][1] <= GAP:
+            ranges[-1][1] = stop
+        else:
+            ranges.append([start, stop])
+    parts = [(start, _read(file, start, stop)) for start, stop in ranges]
+    table = pq.ParquetFile(pa.PythonFile(_Parts(parts), "r"), metadata=footer).read_row_groups(
+        groups, columns=[column], use_threads=False
+    )
+    images = table.column(0).combine_chunks()
+    return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+
+
+def _read(file: str, start: int, stop: int) -> bytes:
+    if is_remote(file):
+        return read_range(file, start, stop)
+    descriptor = os.open(file, os.O_RDONLY)
+    try:
+        parts = []
+        while start < stop and (data := os.pread(descriptor, stop - start, start)):
+            parts.append(data)
+            start += len(data)
+    finally:
+        os.close(descriptor)
+    if start < stop:
+        raise Truncated(f"{file} ends {stop - start} bytes before its row group does: it is truncated")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+class _Parts(io.RawIOBase):
+    """A file of which some ranges are there, as pyarrow reads it."""
+
+    def __init__(self, parts: list[tuple[int, bytes]]) -> None:
+        self.parts, self.position = parts, 0
+        self.length = max(start + len(data) for start, data in parts)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + (0, self.position, self.length)[whence]
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def read(self, size: int = -1) -> Any:
+        for start, data in self.parts:
+            if start <= self.position < start + len(data):
+                found = memoryview(data)[self.position - start :]
+                found = found if size < 0 else found[:size]
+                self.position += len(found)
+                return found
+        return b""
