@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 JPEG = b"\xff\xd8\xff"
 EXIF = b"Exif\0\0"
-EXIF_WITHIN = 64 << 10  # bytes from a JPEG's beginning: a segment's length has 16 bits, and Exif comes first or second
+EXIF_WITHIN = 4096  # bytes from a JPEG's beginning: of its segments Exif comes first or second
 SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 NO_LIGHT = ("CMYK", "YCCK", "LAB", "HSV")  # inks or coordinates, which tell no red, green and blue without a profile
 
@@ -20,7 +20,10 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     Grey ones get three equal channels, and a camera's note that it lay on its side (EXIF) is heeded. Raises ValueError
     where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, or parts that can be seen through.
     """
-    if data[:3] == JPEG and bytes(data[:EXIF_WITHIN]).find(EXIF) < 0:
+    if data[:3] == JPEG and EXIF not in bytes(data[:EXIF_WITHIN]):
+        colours = simplejpeg.decode_jpeg_header(data)[2]
+        if colours in NO_LIGHT:
+            raise _inks(colours)
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     try:
         with Image.open(io.BytesIO(data)) as image:
@@ -34,9 +37,13 @@ def _as_rgb(image: Image.Image) -> Image.Image:
     if image.mode in SIXTEEN_BITS:
         raise ValueError(f"its grey values have more than 8 bits (Pillow's mode {image.mode}): save it as 8-bit RGB")
     if image.mode in NO_LIGHT:
-        raise ValueError(f"its colours are {image.mode}, which is no RGB without a profile: save it as RGB")
+        raise _inks(image.mode)
     if image.has_transparency_data:
         image = image.convert("RGBA")
         if image.getextrema()[3][0] < 255:  # type: ignore[misc, index]
             raise ValueError("parts of it are transparent: lay it on a background, and save it as RGB")
     return image.convert("RGB")
+
+
+def _inks(colours: str) -> ValueError:
+    return ValueError(f"its colours are {colours}, which is no RGB without a profile: save it as RGB")

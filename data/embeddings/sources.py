@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
-import simplejpeg
 
 from data.fault import Fault
+from data.images import decode_image
 from data.remote import Truncated
 from data.shards.index import ShardIndex
 from data.shards.open_tars import OpenTars
@@ -95,7 +95,7 @@ class ShardSource:
         index, tiles = self.index, list[Pixels]()
         for row in rows.tolist():
             try:
-                tiles.append(simplejpeg.decode_jpeg(self._tars.jpeg(index, row)))
+                tiles.append(decode_image(self._tars.jpeg(index, row)))
             except (OSError, ValueError, Truncated) as error:
                 place = f"({index.x[row]}, {index.y[row]}) in {index.place(index.file_of(row))}"
                 tiles.append(Fault(f"the tile at {place} can't be decoded ({error})"))

@@ -9,8 +9,11 @@ in its tar, level-0 x and y. Which tar and which slide a tile belongs to is kept
 disk and next to nothing in memory until they are asked for.
 """
 
+import hashlib
+import json
 import os
 from bisect import bisect_right
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -94,6 +97,26 @@ class ShardIndex:
         pieces = [np.arange(self.run_start[run], self.run_start[run + 1]) for run in runs]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
+    def only(self, files: Sequence[str]) -> "ShardIndex":
+        """The tiles of some of the tars alone, each tar once, in the order in which they are here."""
+        chosen = sorted({self.files.index(name) for name in files})
+        rows = [range(int(self.file_start[file]), int(self.file_start[file + 1])) for file in chosen]
+        columns: dict[str, Any] = {name: _joined(getattr(self, name), rows) for name in COLUMNS}
+        columns["file_start"] = np.cumsum([0, *map(len, rows)])
+        starts: list[int] = []
+        slides: list[int] = []
+        for first, of_file in zip(columns["file_start"].tolist(), rows, strict=False):
+            run = bisect_right(self._run_bounds, of_file.start) - 1
+            while run < len(self.run_slide) and self._run_bounds[run] < of_file.stop:
+                starts.append(first + max(self._run_bounds[run], of_file.start) - of_file.start)
+                slides.append(int(self.run_slide[run]))
+                run += 1
+        columns["run_start"], columns["run_slide"] = np.array([*starts, sum(map(len, rows))]), np.array(slides)
+        names = [self.files[file] for file in chosen]
+        digest = hashlib.blake2b(json.dumps([self.digest, names]).encode(), digest_size=8).hexdigest()
+        meta = self.meta | {"location": self.location, "files": names, "digest": digest}
+        return ShardIndex(self.folder, columns, meta)
+
     @cached_property
     def remote(self) -> bool:
         """Whether the shards lie behind a URL."""
@@ -159,6 +182,12 @@ class ShardIndex:
                 " back, or run 'pretrain shard' again"
             )
         return index
+
+
+def _joined(column: Any, rows: Sequence[range]) -> Any:
+    """Some stretches of a column; of one stretch, mapped as it is."""
+    pieces = [column[of.start : of.stop] for of in rows]
+    return pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
 
 
 def read_jpeg(descriptor: int, offset: int, length: int) -> bytes:

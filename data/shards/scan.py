@@ -27,7 +27,16 @@ from data.shards.layout import COLUMNS, SLIDE_FACTS
 from data.shards.records import CHECKSUMS, merge_records, record_path, write_record
 from data.shards.tar_members import DamagedTar, members
 from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts, take_in
-from data.shards.tile_members import LeftOut, is_json, is_tile, json_of_each, leave_out, split_member, why_not
+from data.shards.tile_members import (
+    LeftOut,
+    beside_tiles,
+    is_json,
+    is_tile,
+    json_of_each,
+    leave_out,
+    split_member,
+    why_not,
+)
 from data.slides.coordinates import FARTHEST, UNKNOWN_PLACE
 
 PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")  # how gzip's, bzip2's, xz's and zstd's files begin
@@ -102,7 +111,7 @@ def scan(folder: Path | str, out: Path | None = None) -> ShardIndex:
             take_in(slides.setdefault(facts["slide"], facts), facts)
     if not tiles:
         raise Fault(
-            f"the shards in {shards} hold no .jpg or .jpeg that can be read as a tile{_beside(inside | others)}"
+            f"the shards in {shards} hold no .jpg, .jpeg, .png or .webp that can be read as a tile{_beside(inside | others)}"
         )
     made["left_out"] = {
         "members": [asdict(left) for left in inside.values()],
@@ -165,7 +174,7 @@ class UnreadableTar(Exception):
 
 def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
     """Read a tar from front to back and write its record, whose facts are returned. Raises UnreadableTar."""
-    tiles: list[tuple[str, int, int, int]] = []  # key, offset, length, CRC-32
+    tiles: list[tuple[str, int, int, int]] = []  # name, offset, length, CRC-32
     jsons: dict[str, list[tuple[dict[str, Any] | str, int]]] = {}  # facts, or why they can't be true; CRC-32
     left: dict[str, LeftOut] = {}
     if isinstance(tar, Path) and not tar.is_file():  # a pipe would be waited for, a dangling link is not there
@@ -184,15 +193,18 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
             file.seek(0)
             for member in members(file, size):
                 if is_tile(member) and not member.size:
-                    leave_out(left, "empty .jpg", "it has 0 bytes", member.name)
+                    ending = split_member(member.name)[1]
+                    leave_out(left, f"empty .{ending}", "it has 0 bytes", member.name)
                 elif is_tile(member) or is_json(member):
                     file.seek(member.offset)
                     content = file.read(member.size)
-                    key, checksum = split_member(member.name)[0], zlib.crc32(content)
+                    checksum = zlib.crc32(content)
                     if is_tile(member):
-                        tiles.append((key, member.offset, member.size, checksum))
+                        tiles.append((member.name, member.offset, member.size, checksum))
                     else:
-                        jsons.setdefault(key, []).append((read_tile_facts(member.name, content), checksum))
+                        jsons.setdefault(split_member(member.name)[0], []).append(
+                            (read_tile_facts(member.name, content), checksum)
+                        )
                 elif (reason := why_not(member)) is not None:
                     leave_out(left, *reason, member.name)
     except Fault as fault:
@@ -201,13 +213,17 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         many = f"; the {len(tiles):,} tiles in front of that are left out with it" if tiles else ""
         raise UnreadableTar(f"it is damaged ({error}): replace it{many}") from error
 
+    beside = beside_tiles([name for name, *_ in tiles])
+    for number, why in beside.items():
+        name = tiles[number][0]
+        leave_out(left, f".{split_member(name)[1]} beside a tile", why, name)
+    tiles = [tile for number, tile in enumerate(tiles) if number not in beside]
+    keys = [split_member(name)[0] for name, *_ in tiles]
     rows: list[tuple[int, ...]] = []
     slides: list[dict[str, Any]] = []
     counts: list[int] = []
     used = set()
-    for (key, offset, length, checksum), told in zip(
-        tiles, json_of_each([tile[0] for tile in tiles], jsons), strict=True
-    ):
+    for key, (_, offset, length, checksum), told in zip(keys, tiles, json_of_each(keys, jsons), strict=True):
         facts, of_json = told or (None, 0)
         used.add(id(told))
         try:
@@ -225,7 +241,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         rows.append((offset, length, x, y, checksum, of_json))
     for key, several in jsons.items():
         if alone := sum(id(told) not in used for told in several):
-            leave_out(left, "lone .json", "no .jpg has its key, or several have it", f"{key}.json", alone)
+            leave_out(left, "lone .json", "no picture has its key, or several have it", f"{key}.json", alone)
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
     facts_of_tar = {
         "file": tar.name,
@@ -246,7 +262,10 @@ def _known(folder: Path, tar: Path | RemotePath) -> dict[str, Any] | None:
     try:
         with np.load(record_path(folder, tar.stem)) as record:
             facts: dict[str, Any] = json.loads(str(record["facts"]))
-        of_now = not facts.get("scanned") or all("disputed" in slide for slide in facts["slides"])
+        of_now = not facts.get("scanned") or (
+            all("disputed" in slide for slide in facts["slides"])
+            and not {kind for kind, *_ in facts.get("left_out", ())} & {".png member", ".webp member"}
+        )
         return facts if facts["size"] == tar.stat().st_size and of_now else None
     except SPOILT:
         return None

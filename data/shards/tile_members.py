@@ -1,6 +1,7 @@
 """Which members of a tar are tiles, which JSON tells about which tile, and what is left out of an index, and why.
 
-A tile is a ``.jpg`` or ``.jpeg``. Its key is its name without that ending, dots and all: ``S12.3456_0_0`` of
+A tile is a ``.jpg``, ``.jpeg``, ``.png`` or ``.webp``; beside a JPEG of the same sample the other kinds are something else,
+a mask for instance. Its key is its name without that ending, dots and all: ``S12.3456_0_0`` of
 ``S12.3456_0_0.jpg``. Its JSON has the same key, or else the key that WebDataset gives the sample, which ends at the
 first dot (``a.json`` is also that of ``a.image.jpg``). They need not be neighbours: some writers put all pictures
 first.
@@ -16,9 +17,10 @@ from data.shards.tar_members import Member
 from data.slides.coordinates import FARTHEST
 
 JPEGS = ("jpg", "jpeg")
+TILE_ENDINGS = (*JPEGS, "png", "webp")
 PLACED_KEY = re.compile(r"(.+)_([0-9]+)_([0-9]+)", re.DOTALL)  # a key that says slide, x and y
 LONGEST_EXAMPLE = 200  # letters of an example
-PICTURES = ("png", "webp", "tif", "tiff", "bmp", "gif", "jp2", "jxl", "avif")
+PICTURES = ("tif", "tiff", "bmp", "gif", "jp2", "jxl", "avif")
 
 Json = TypeVar("Json")
 
@@ -64,7 +66,32 @@ def place_in(key: str) -> tuple[str, int, int] | None:
 
 def is_tile(member: Member) -> bool:
     """Whether a member is a picture that is read."""
-    return member.is_file and not _is_hidden(member) and split_member(member.name)[1] in JPEGS
+    return member.is_file and not _is_hidden(member) and split_member(member.name)[1] in TILE_ENDINGS
+
+
+def beside_tiles(names: Sequence[str]) -> dict[int, str]:
+    """Which of a tar's pictures are no tiles, by their place among ``names``, and why: of a sample's pictures a JPEG is
+    the tile, or else the one that has nothing between key and ending; where there are several such, or none, nobody
+    knows."""
+    samples: dict[str, list[int]] = {}
+    for number, name in enumerate(names):
+        samples.setdefault(_sample(split_member(name)[0]), []).append(number)
+    found: dict[int, str] = {}
+    for sample, pictures in samples.items():
+        if len(pictures) == 1:
+            continue
+        parts = [split_member(names[number]) for number in pictures]
+        jpegs = [number for number, (_, ending) in zip(pictures, parts, strict=True) if ending in JPEGS]
+        plain = [number for number, (key, _) in zip(pictures, parts, strict=True) if key == sample]
+        if jpegs:
+            found |= dict.fromkeys(set(pictures) - set(jpegs), "its sample has a .jpg, which is the tile")
+        elif len(plain) == 1:
+            found |= dict.fromkeys(
+                set(pictures) - set(plain), "its sample has a picture without further words, the tile"
+            )
+        else:
+            found |= dict.fromkeys(pictures, "its sample has several pictures, and none of them is a .jpg: leave one")
+    return found
 
 
 def is_json(member: Member) -> bool:
@@ -84,8 +111,8 @@ def why_not(member: Member) -> tuple[str, str] | None:
     ending = split_member(member.name)[1]
     kind = f".{ending} member" if ending else "member without an ending"
     if ending in PICTURES:
-        return kind, "tiles are read from .jpg and .jpeg: write these as such"
-    return kind, "it is neither a tile (.jpg, .jpeg) nor what a .json tells of one"
+        return kind, "tiles are read from .jpg, .jpeg, .png and .webp: write these as such"
+    return kind, "it is neither a tile (.jpg, .jpeg, .png, .webp) nor what a .json tells of one"
 
 
 def json_of_each(keys: Sequence[str], jsons: Mapping[str, Sequence[Json]]) -> list[Json | None]:

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
-import simplejpeg
 
 from data.fault import Fault
+from data.images import decode_image
 from data.npz_files import SPOILT
 from data.remote import RemotePath, Truncated, is_remote, list_names, url_within
 from data.shards.index import ShardIndex
@@ -30,7 +30,7 @@ from data.shards.layout import COLUMNS, RUNS
 from data.shards.records import CHECKSUMS
 from data.shards.tar_members import DamagedTar, Member, members, padding
 from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts
-from data.shards.tile_members import is_json, is_tile, json_of_each, place_in, split_member
+from data.shards.tile_members import beside_tiles, is_json, is_tile, json_of_each, place_in, split_member
 from data.slides.coordinates_h5 import read_tiling
 
 GRID_FACTS = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
@@ -246,6 +246,8 @@ def _check_jsons(
 ) -> None:
     """Each JSON that is one, and that of each tile as it was recorded. A tile that a scan leaves out, and says so, is
     nothing new."""
+    beside = beside_tiles([member.name for member, _ in tiles]) if scanned else {}
+    tiles = [tile for number, tile in enumerate(tiles) if number not in beside]
     keys = [split_member(member.name)[0] for member, _ in tiles]
     recorded = columns["json_crc32"] if columns is not None and checked else None
     named_by_scan: set[int] = set()
@@ -412,9 +414,9 @@ def _place(name: str) -> tuple[int, int] | None:
 
 
 def _undecodable(data: bytes) -> str:
-    """Why the bytes are no JPEG, or nothing."""
+    """Why the bytes are no picture that can be read rightly, or nothing."""
     try:
-        simplejpeg.decode_jpeg(data, colorspace="RGB")
+        decode_image(data)
     except ValueError as error:
-        return f"it is no readable JPEG: {error}"
+        return f"it is no readable picture: {error}"
     return ""

@@ -4,11 +4,12 @@ import re
 from pathlib import PurePath
 
 import numpy as np
-import simplejpeg
 
 from data.fault import Fault
+from data.images import decode_image
 from data.remote import BlockCache, Truncated, read_range
 from data.shards.index import ShardIndex
+from data.shards.named_tars import open_shards
 from data.shards.open_tars import OpenTars, without_header
 from data.shards.tar_members import TAR_BLOCK
 from data.tiles.numbering import Numbering
@@ -29,7 +30,7 @@ class ShardTiles(TileSource):
     def __init__(self, group: int = 1, *, shards: list[str]) -> None:
         if not shards:
             raise Fault("data.shards is empty: give a folder of shards.")
-        self.indices = [ShardIndex.open(folder) for folder in shards]
+        self.indices = [index for named in shards for index in open_shards(named)]
         self.numbering = Numbering(map(len, self.indices))
         sizes = np.concatenate([cut_blocks(_runs(index, group), group) for index in self.indices])
         self.parts = [Part(sizes, name=", ".join(map(str, shards)))]
@@ -56,7 +57,7 @@ class ShardTiles(TileSource):
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
         try:
-            return simplejpeg.decode_jpeg(self.jpeg(number, check=True), colorspace="RGB")
+            return decode_image(self.jpeg(number, check=True))
         except ValueError as error:
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
 

@@ -1,7 +1,7 @@
 """Make the index of a folder of tile shards.
 
 Of shards that a job array cut ('pretrain shard part=3/40'): one index and one slides.csv over all parts, once every
-part is done. Of shards that another program wrote: one pass over the tars, WebDataset samples with a .jpg or .jpeg and
+part is done. Of shards that another program wrote: one pass over the tars, WebDataset samples with a picture (.jpg, .png, .webp) and
 perhaps a .json that says slide, x, y, mpp, tile_size, tile_size_level0 and patient; checksums are taken on the way.
 What can't be read is counted, named with the reason, and left out: members of other kinds, tiles whose .json can't be
 true, tars that are damaged or empty, files that are no .tar. What the .json of one slide's tiles contradict one another

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path, PurePath
 
 import numpy as np
-import simplejpeg
 from PIL import Image
 
 from data.fault import Fault
+from data.images import decode_image
 from data.keyed import drawn, rng
 from data.redaction import redacted
 from data.remote import Truncated
@@ -98,7 +98,7 @@ def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], l
     tars = OpenTars()
     for row in drawn(len(index), count, seed, "inspect", index.digest).tolist():
         try:
-            tiles.append(simplejpeg.decode_jpeg(tars.jpeg(index, row)))
+            tiles.append(decode_image(tars.jpeg(index, row)))
         except (OSError, ValueError, Truncated) as error:
             bad.append(
                 f"{redacted(index.place(index.file_of(row)))}: the tile at byte {index.offset[row]} is no readable JPEG"

@@ -4,13 +4,19 @@ import gzip
 import json
 import os
 import re
+import tarfile
 from pathlib import Path
 
+import numpy as np
 import pytest
+import simplejpeg
+import webdataset
 
 from data.fault import Fault
+from data.shards import tar_members
 from data.shards.index import ShardIndex, read_jpeg
 from data.shards.scan import describe_left_out, disputed, scan
+from data.shards.tile_members import is_tile
 from data.shards.verify import verify_shard
 from data.slides.coordinates import UNKNOWN_PLACE
 from launch.entry import run_command_line
@@ -21,7 +27,7 @@ def test_a_scan_indexes_shards_of_others(tmp_path: Path) -> None:
     facts = json.dumps({"slide": "s", "x": 7, "y": 9, "mpp": 0.25}).encode()
     write_tar(
         tmp_path / "one.tar",
-        [("k1.jpg", b"first"), ("k1.json", facts), ("k2.json", facts), ("k2.jpeg", b"second"), ("k3.png", b"no")],
+        [("k1.jpg", b"first"), ("k1.json", facts), ("k2.json", facts), ("k2.jpeg", b"second"), ("k3.tif", b"no")],
     )
     write_tar(tmp_path / "two.tar", [("d/slide_1_256_512.jpg", b"third!"), ("nothing.jpg", b"4th")])
     index = scan(tmp_path)
@@ -59,10 +65,10 @@ def test_a_folder_without_a_tile_is_refused_with_what_is_in_it(tmp_path: Path) -
     (tmp_path / "b.tar.gz").touch()
     with pytest.raises(Fault, match=r"no \.tar shards in .* \(b\.tar\.gz: it is compressed"):
         scan(tmp_path)
-    write_tar(tmp_path / "a.tar", [("k.txt", b"text"), ("k.png", b"png")])
+    write_tar(tmp_path / "a.tar", [("k.txt", b"text"), ("k.tif", b"tif")])
     with pytest.raises(
         Fault,
-        match=r"no \.jpg or \.jpeg .*1 \.txt member .*1 \.png member \(as k\.png in a\.tar\): tiles are read from",
+        match=r"no \.jpg, \.jpeg, \.png or \.webp .*1 \.txt member .*1 \.tif member \(as k\.tif in a\.tar\): tiles are read from",
     ):
         scan(tmp_path)
     assert not (tmp_path / "index.npz").exists()
@@ -76,7 +82,7 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
 
     write_tar(
         tmp_path / "mixed.tar",
-        [pair for n in range(8) for pair in ((f"p{n}.png", b"p"), (f"j{n}.jpg", b"j"), (f"j{n}.cls", b"1"))],
+        [pair for n in range(8) for pair in ((f"p{n}.tif", b"p"), (f"j{n}.jpg", b"j"), (f"j{n}.cls", b"1"))],
     )
     write_tar(
         tmp_path / "dotted.tar",
@@ -108,7 +114,7 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
             " files, as said above"
         )
         for line in (
-            "8 .png members (as p0.png in mixed.tar): tiles are read from .jpg and .jpeg",
+            "8 .tif members (as p0.tif in mixed.tar): tiles are read from .jpg, .jpeg, .png and .webp",
             "8 .cls members",
             "1 hidden member",
             "1 lone .json (as other.json in apart.tar)",
@@ -278,3 +284,44 @@ def test_what_is_called_a_tar_and_is_no_file_is_refused_not_waited_for(tmp_path:
     (tmp_path / "a.tar").symlink_to("nowhere")
     with pytest.raises(Fault, match=r"a\.tar: it is no file"):
         scan(tmp_path)
+
+
+def test_of_a_sample_with_several_pictures_the_tile_is_known_or_none_is_taken(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            *(("j_0_0.jpg", b"tile"), ("j_0_0.mask.png", b"mask"), ("j_0_0.png", b"mask")),
+            *(("p_1_0.png", b"tile"), ("p_1_0.mask.png", b"mask")),
+            *(("q_2_0.image.png", b"?"), ("q_2_0.mask.png", b"?")),
+            *(("w_3_0.webp", b"tile"), ("W_4_0.PNG", b"tile")),
+        ],
+    )
+    index = scan(tmp_path)
+    assert [index.slide_of(row) for row in range(len(index))] == ["j", "p", "w", "W"]
+    (members, _) = describe_left_out(index)
+    assert {(kind.kind, kind.count) for kind in members} == {(".png beside a tile", 5)}
+    assert not [found for found in verify_shard(tmp_path, "a.tar").findings if found.kind != "undecodable tile"]
+
+
+@pytest.mark.parametrize("by", ["its own writer", "GNU", "PAX"])
+def test_samples_are_those_that_the_webdataset_package_makes(tmp_path: Path, by: str) -> None:
+    names = ["a", "folder/b", "folder.v2/c", "d" * 120, "Müller_3", "e.extra.f"]
+    picture = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
+    members = [(f"{name}.{kind}", data) for name in names for kind, data in (("jpg", picture), ("cls", b"1"))]
+    if by == "its own writer":
+        with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
+            for name in names:
+                writer.write({"__key__": name, "jpg": picture, "cls": b"1"})
+    else:
+        write_tar(tmp_path / "a.tar", members, tarfile.GNU_FORMAT if by == "GNU" else tarfile.PAX_FORMAT)
+    theirs = [
+        (sample["__key__"], kind)
+        for sample in webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
+        for kind in sample
+        if kind.split(".")[-1] == "jpg"
+    ]
+    with (tmp_path / "a.tar").open("rb") as file:
+        tiles = [
+            member.name for member in tar_members.members(file, (tmp_path / "a.tar").stat().st_size) if is_tile(member)
+        ]
+    assert [f"{key}.{kind}" for key, kind in theirs] == tiles and len(scan(tmp_path)) == len(tiles) == len(names)

@@ -1,0 +1,62 @@
+"""Shards named as WebDataset's users name them: some tars of a folder are the tiles of those tars, and a gap is named."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data.fault import Fault
+from data.shards.index import ShardIndex
+from data.shards.named_tars import open_shards
+from data.tiles.of_shards import ShardTiles
+from tests.data.shards.tile_folders import picture, write_tiles
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Tars of 4, 3, 5 and 2 tiles, ``tiles-000000.tar`` to ``tiles-000003.tar``, a slide each."""
+    return write_tiles(tmp_path / "shards", [4, 3, 5, 2])
+
+
+@pytest.mark.parametrize(
+    ("named", "numbers"),
+    [
+        ("", range(14)),
+        ("/tiles-{000001..000002}.tar", range(4, 12)),
+        ("/tiles-{000000,000003}.tar", [*range(4), 12, 13]),
+        ("/tiles-00000[13].tar", [4, 5, 6, 12, 13]),
+        ("/*.tar", range(14)),
+        ("/tiles-000002.tar", range(7, 12)),
+    ],
+)
+def test_a_list_in_braces_a_glob_and_a_file_are_the_tiles_of_those_tars(
+    folder: Path, named: str, numbers: list[int]
+) -> None:
+    tiles = ShardTiles(shards=[f"{folder}{named}"])
+    whole = ShardTiles(shards=[str(folder)])
+    assert len(tiles) == len(numbers)
+    for own, number in enumerate(numbers):
+        assert np.array_equal(tiles.read(own), whole.read(number)) and tiles.slide(own) == whole.slide(number)
+    assert np.abs(tiles.read(0).astype(int) - picture(numbers[0]).astype(int)).mean() < 6
+    assert (tiles.digest == whole.digest) == (named == "")
+
+
+def test_tars_of_several_folders_and_a_slide_over_two_tars_keep_their_slides(folder: Path, tmp_path: Path) -> None:
+    other = write_tiles(tmp_path / "other", [2, 2])
+    tiles = ShardTiles(shards=[f"{tmp_path}/{{shards,other}}/tiles-000001.tar", str(other)])
+    assert len(tiles) == 3 + 2 + 4
+    index = ShardIndex.open(folder).only(["tiles-000003.tar", "tiles-000001.tar"])
+    assert index.files == ["tiles-000001.tar", "tiles-000003.tar"]
+    assert [index.slide_of(row) for row in range(5)] == ["slide1"] * 3 + ["slide3"] * 2
+    assert np.array_equal(np.concatenate([index.rows_of(slide) for slide in (1, 3)]), np.arange(5))
+
+
+def test_a_gap_a_lost_tar_and_a_pipe_are_said_with_the_way_out(folder: Path) -> None:
+    with pytest.raises(Fault, match=r"names tiles-000004\.tar, tiles-000005\.tar, which .*leave them out"):
+        open_shards(f"{folder}/tiles-{{000002..000005}}.tar")
+    (folder / "tiles-000001.tar").unlink()
+    assert len(open_shards(f"{folder}/tiles-{{000002..000003}}.tar")[0]) == 7  # what isn't asked for may be gone
+    with pytest.raises(Fault, match=r"names tiles-000001\.tar, which"):
+        open_shards(f"{folder}/tiles-*.tar")
+    with pytest.raises(Fault, match=r"is a command, .* give the shards' own address \(s3://"):
+        open_shards("pipe:aws s3 cp s3://bucket/tiles-{000000..000004}.tar -")

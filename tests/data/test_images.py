@@ -1,0 +1,72 @@
+"""Encoded images come out as the pixels that were meant, or not at all."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images import decode_image
+from tests.data.shards.tile_folders import picture
+
+PIXELS = picture(1)
+
+
+def written(image: Image.Image, kind: str, **settings: object) -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind, **settings)
+    return out.getvalue()
+
+
+def near(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.shape == other.shape and float(np.abs(one.astype(int) - other.astype(int)).mean()) < 6
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+def test_each_kind_of_file_gives_its_pixels(kind: str) -> None:
+    settings = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
+    found = decode_image(memoryview(written(Image.fromarray(PIXELS), kind, **settings)))
+    assert found.dtype == np.uint8 and near(found, PIXELS)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_grey_becomes_three_equal_channels(kind: str) -> None:
+    found = decode_image(written(Image.fromarray(PIXELS[..., 0]), kind))
+    assert near(found, np.repeat(PIXELS[..., :1], 3, 2)) and (np.ptp(found.astype(int), axis=2) == 0).all()
+
+
+def test_palettes_one_bit_and_what_cannot_be_seen_through_are_read() -> None:
+    grey = Image.fromarray(PIXELS[..., 0])
+    assert set(np.unique(decode_image(written(grey.convert("1"), "PNG")))) == {0, 255}
+    palette = Image.fromarray(PIXELS).quantize(64)
+    assert near(decode_image(written(palette, "PNG")), np.asarray(palette.convert("RGB")))
+    opaque = Image.fromarray(np.dstack([PIXELS, np.full(PIXELS.shape[:2], 255, np.uint8)]))
+    assert np.array_equal(decode_image(written(opaque, "PNG")), PIXELS)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize(("orientation", "turns"), [(3, 2), (6, 3), (8, 1)])
+def test_a_picture_that_lay_on_its_side_is_turned(kind: str, orientation: int, turns: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.fromarray(PIXELS[:32])  # oblong
+    settings = {"quality": 95} if kind != "PNG" else {}
+    assert near(decode_image(written(image, kind, exif=exif, **settings)), np.rot90(PIXELS[:32], turns))
+
+
+def test_what_cannot_be_read_rightly_is_refused_with_the_reason() -> None:
+    see_through = Image.fromarray(np.dstack([PIXELS, PIXELS[..., 0]]))
+    deep = Image.fromarray(PIXELS[..., 0].astype(np.uint16) * 257)
+    for data, why in (
+        (written(Image.fromarray(PIXELS).convert("CMYK"), "JPEG"), "CMYK"),
+        (written(Image.fromarray(PIXELS).convert("CMYK"), "TIFF"), "CMYK"),
+        (written(deep, "PNG"), "more than 8 bits"),
+        (written(see_through, "PNG"), "transparent"),
+        (written(Image.fromarray(PIXELS), "PNG")[:900], "truncated"),
+        (written(Image.fromarray(PIXELS), "JPEG")[:300], "JPEG"),
+        (b"\xff\xd8\xff", "JPEG"),
+        (b"", "cannot identify"),
+        (b"plain text", "cannot identify"),
+    ):
+        with pytest.raises(ValueError, match=why):
+            decode_image(data)
