@@ -79,6 +79,11 @@ class ShardIndex:
         """The slide of a tile."""
         return self.slides[self.run_slide[bisect_right(self._run_bounds, row) - 1]]
 
+    def mpp_of(self, row: int) -> float | None:
+        """µm/px of a tile, None where nobody recorded it."""
+        stated = self.meta["slides"]["mpp"][self.run_slide[bisect_right(self._run_bounds, row) - 1]]
+        return float(stated) if stated else None
+
     @cached_property
     def _file_bounds(self) -> list[int]:
         return self.file_start.tolist()  # for one row, ten times as quick to search as the array

@@ -47,6 +47,7 @@ class MicroBatch:
 
     first: int
     numbers: Tensor  # (tiles,) int64: which tiles
+    mpp: Tensor  # (tiles,) float32: µm/px at which each was read, NaN where its source doesn't know
     views: list[Tensor]  # per crop size uint8 (views * tiles, 3, side, side), view after view
     parameters: list[Tensor]  # per crop size float32 (views * tiles, WIDTH): see data.tiles.augment
     masks: Tensor  # bool (global views * tiles, rows, columns)
@@ -55,19 +56,19 @@ class MicroBatch:
     def __reduce__(self) -> tuple[object, ...]:
         # As bytes: between processes a tensor travels as a file of shared memory of its own, which costs more than
         # these hold.
-        small = [tensor.numpy() for tensor in (self.numbers, self.masks, self.masked, *self.parameters)]
+        small = [tensor.numpy() for tensor in (self.numbers, self.mpp, self.masks, self.masked, *self.parameters)]
         return _unpickled, (self.first, self.views, small)
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory, for copies to the device that don't wait."""
         views = [of_size.pin_memory() for of_size in self.views]
         masks, masked = self.masks.pin_memory(), self.masked.pin_memory()
-        return MicroBatch(self.first, self.numbers, views, self.parameters, masks, masked)
+        return MicroBatch(self.first, self.numbers, self.mpp, views, self.parameters, masks, masked)
 
 
 def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> MicroBatch:
-    numbers, patches, masked, *parameters = map(torch.from_numpy, small)
-    return MicroBatch(first, numbers, views, parameters, patches, masked)
+    numbers, mpp, patches, masked, *parameters = map(torch.from_numpy, small)
+    return MicroBatch(first, numbers, mpp, views, parameters, patches, masked)
 
 
 @dataclass
@@ -180,7 +181,7 @@ class TileBatches(IterableDataset["RankBatch"]):
             step,
         ).reshape(self.stream.batch_size, self.sizes.global_count)
         parts = []
-        counts = [count for count, _ in self.sizes.sides()]
+        counts, of_batch = [count for count, _ in self.sizes.sides()], step * self.stream.batch_size
         for begin, of_part in zip(range(0, self.share, size), views, strict=True):
             first = self.rank * self.share + begin
             part = results[begin : begin + size]
@@ -190,6 +191,7 @@ class TileBatches(IterableDataset["RankBatch"]):
                 MicroBatch(
                     first,
                     torch.tensor([number for number, _, _ in part]),
+                    torch.tensor([self._mpp(one[0], sample) for sample, one in enumerate(part, of_batch + first)]),
                     of_part,
                     [of_size.flatten(0, 1) for of_size in torch.from_numpy(rows).split(counts)],
                     torch.from_numpy(patches),
@@ -197,6 +199,10 @@ class TileBatches(IterableDataset["RankBatch"]):
                 )
             )
         return RankBatch(step, parts, [message for _, _, bad in results for message in bad])
+
+    def _mpp(self, number: int, sample: int) -> float:
+        found = self.tiles.mpp(number, self.seed, sample)
+        return float("nan") if found is None else found
 
     def _masks(self, step: int, first: int, ratios: np.ndarray) -> np.ndarray:
         """Masks ``(views * tiles, grid, grid)`` of the global crops with these ``ratios`` ``(tiles, views)``."""

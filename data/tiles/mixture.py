@@ -35,6 +35,10 @@ class Mixture(TileSource):
         member, own = self.numbering.locate(number)
         return self.sources[member].slide(own)
 
+    def mpp(self, number: int, seed: int = 0, sample: int = 0) -> float | None:
+        member, own = self.numbering.locate(number)
+        return self.sources[member].mpp(own, seed, sample)
+
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         member, own = self.numbering.locate(number)
         try:

@@ -54,6 +54,10 @@ class ShardTiles(TileSource):
         # Where nothing else says it a scan takes the tar's name, and one that is a number says nothing.
         return None if slide == tar and NUMBERED.search(tar) else f"{index.folder}/{slide}"
 
+    def mpp(self, number: int, seed: int = 0, sample: int = 0) -> float | None:
+        index, row = self.locate(number)
+        return index.mpp_of(row)
+
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
         try:

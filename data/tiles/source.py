@@ -48,6 +48,10 @@ class TileSource(ABC):
         slide."""
         return None
 
+    def mpp(self, number: int, seed: int = 0, sample: int = 0) -> float | None:
+        """At how many µm a pixel `read` gives it, None where the source doesn't know."""
+        return None
+
     @abstractmethod
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``, from any thread. Raises UnreadableTile.

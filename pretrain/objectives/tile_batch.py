@@ -16,13 +16,15 @@ class TileBatch:
     ``crops``: per crop size, the global one first, ``(images (views * tiles, 3, side, side) float, views)``; view
     after view, each view's tiles in stream order. ``masks``: bool ``(global views * tiles, rows, columns)``.
     ``targets``: by kind, what an objective's ``prepare`` found out from all micro-batches of the step.
-    ``masked_numbers``: `masked`, where it is known; a GPU that is asked makes everybody wait.
+    ``masked_numbers``: `masked`, where it is known; a GPU that is asked makes everybody wait. ``mpp``: (tiles,) float32,
+    µm/px at which each tile was read, NaN where its source doesn't know.
     """
 
     crops: list[tuple[Tensor, int]]
     masks: Tensor
     targets: dict[str, Target] | None = None
     masked_numbers: Tensor | None = None
+    mpp: Tensor | None = None
 
     @property
     def masked(self) -> Tensor:

@@ -26,6 +26,7 @@ from data.slides.tissue import TISSUE_RULES
 from data.tiles.mixture import Mixture
 from data.tiles.of_parquet import ParquetTiles
 from data.tiles.of_slides import SlideTiles
+from data.tiles.scales import LAWS, Scales
 from data.tiles.source import TileSource
 from models.allowed import ON_DISK, PATTERN, SHARE, SOME, TILE, Agreements, one_of, within
 from pretrain.run.progress import say, track
@@ -42,15 +43,27 @@ DATA_CONFIGS = {
 NAMED = 10  # slides left out that are said one by one
 
 
+VALUES = "values"
+
+
+def check_scales(mpp: list[float], mpp_law: str, mpp_shares: list[float] | None) -> None:
+    """Raise ValueError for shares of no values, and for a law without two ends."""
+    if mpp_law != VALUES and (len(mpp) != 2 or mpp[0] >= mpp[1]):
+        raise ValueError(f"between two values µm/px are drawn, the finer first, as mpp=[0.25,2.0] mpp_law={mpp_law}")
+    if mpp_shares is not None and (mpp_law != VALUES or len(mpp_shares) != len(mpp)):
+        raise ValueError("each value of mpp has one share, and only values have")
+
+
 class OnlineSlides(Mixture):
-    """Tiles at random places in the tissue of slides, at one or several ``mpp`` in equal shares (kaiko); see
-    `SlideTiles`.
+    """Tiles at random places in the tissue of slides, at one or several ``mpp`` in equal shares (kaiko) or in
+    ``mpp_shares``, or at one that is drawn for each tile between two; see `SlideTiles`.
 
     Where the tissue is is looked up once, in parallel processes, and kept in ``grids``. Slides that can't be used are
     named and left out; raises Fault where none is left at some resolution.
     """
 
     reads_slides = True
+    agreements: ClassVar[Agreements] = {("mpp", "mpp_law", "mpp_shares"): check_scales}
 
     def __init__(
         self,
@@ -59,6 +72,9 @@ class OnlineSlides(Mixture):
         slides: Annotated[list[str], SOME, ON_DISK],
         grids: Annotated[str, ON_DISK],
         mpp: Annotated[list[float], SOME, within(above=0)],
+        mpp_law: Annotated[str, one_of(VALUES, *LAWS)],
+        mpp_shares: Annotated[list[float] | None, within(above=0)],
+        tiles_per_slide: Annotated[int | None, within(least=1)],
         tile_size: Annotated[int, TILE],
         tissue: Annotated[str, one_of(*TISSUE_RULES)],
         min_tissue: Annotated[float | None, SHARE],
@@ -69,7 +85,9 @@ class OnlineSlides(Mixture):
         said_mpp.tells_of(paths)
         least = TISSUE_RULES[tissue].min_tissue if min_tissue is None else min_tissue
         members: dict[str, tuple[TileSource, float]] = {}
-        for scale in mpp:
+        scales = None if mpp_law == VALUES else Scales(mpp[0], mpp[1], mpp_law)
+        shares = mpp_shares or [1.0] * len(mpp)
+        for scale, share in zip(mpp, shares, strict=True) if scales is None else [(scales.finest, 1.0)]:
             settings = TilingSettings(scale, tile_size, tissue, least)
             folder = Path(grids) / f"{scale:g}um-{tile_size}px"
             look = partial(_survey, folder, paths, settings, said_mpp, workers)
@@ -80,7 +98,7 @@ class OnlineSlides(Mixture):
                 raise Fault(
                     f"none of the {len(paths)} slides gives a tile at {scale:g} µm/px; {folder}/survey.json says why."
                 )
-            members[f"{scale:g} µm/px"] = SlideTiles(surveyed, group), 1.0
+            members[f"{scale:g} µm/px"] = SlideTiles(surveyed, group, scales=scales, most=tiles_per_slide), share
         super().__init__(members)
 
 

@@ -293,8 +293,10 @@ class TileTraining(Training):
         for views, parameters in zip(part.views, part.parameters, strict=True):
             images = views.to(self.device, non_blocking=True)
             crops.append((augment(images, parameters, *self.pixel_statistics), len(images) // len(part.numbers)))
-        masks, masked = (tensor.to(self.device, non_blocking=True) for tensor in (part.masks, part.masked))
-        return TileBatch(crops, masks, masked_numbers=masked)
+        masks, masked, mpp = (
+            part_of.to(self.device, non_blocking=True) for part_of in (part.masks, part.masked, part.mpp)
+        )
+        return TileBatch(crops, masks, masked_numbers=masked, mpp=mpp)
 
     def save_samples(self, batch: TileBatch) -> None:
         """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile. Where

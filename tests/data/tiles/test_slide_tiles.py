@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tifffile
+from PIL import Image
 
 from data.fault import Fault
 from data.slides.coordinates import TileGrid
@@ -21,6 +22,7 @@ from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
 from data.tiles.loader import Masking, TileBatches
 from data.tiles.of_slides import SlideTiles, _beneath
+from data.tiles.scales import Scales
 from data.tiles.source import UnreadableTile
 from data.tiles.stream import Stream
 from tests.data.slides.synthetic_slides import stained, write_slide
@@ -249,3 +251,51 @@ def test_a_good_tile_is_read_while_another_thread_spoils_the_handle(
     monkeypatch.setattr(Slide, "read_tile", refuse)
     for _ in range(3):
         assert np.array_equal(shared.read_tile(grid, 256, 256), right)
+
+
+def test_a_drawn_magnification_is_the_slide_shrunk_as_exactly_and_keyed_by_the_sample(
+    slides: Path, surveyed: Surveyed
+) -> None:
+    scales = Scales(0.5, 2.0, "log_uniform")
+    source = SlideTiles(surveyed, scales=scales)
+    drawn = np.array([source.mpp(40, 0, sample) for sample in range(500)])
+    assert drawn.min() >= 0.5 and drawn.max() <= 2.0 and abs(np.median(drawn) - 1.0) < 0.1  # each doubling alike
+    even = [SlideTiles(surveyed, scales=Scales(0.5, 2.0, "uniform")).mpp(40, 0, sample) for sample in range(500)]
+    assert abs(np.median(even) - 1.25) < 0.1
+    which, own = source.numbering.locate(40)
+    tiling = surveyed.tiling(which)
+    cell = int(np.flatnonzero(tiling.verdict == KEPT)[own])
+    whole = Image.fromarray(stained(600, 640, [DISCS[which]], which))
+    for sample in range(20):
+        side = source.mpp(40, 0, sample) / 0.5 * SIDE
+        x, y = source.place(tiling, cell, 0, sample, side)
+        expected = whole.resize((SIDE, SIDE), Image.Resampling.BICUBIC, box=(x, y, x + side, y + side))
+        found = source.read(40, 0, sample)
+        assert found.shape == (SIDE, SIDE, 3) and np.abs(found.astype(int) - np.asarray(expected)).mean() < 0.7
+        row, column = divmod(cell, tiling.verdict.shape[1])
+        middle = np.array([x, y]) + side / 2
+        assert (np.abs(middle / SIDE - np.array([column, row]) - 0.5) <= 0.5 + 2 / SIDE).all() or min(x, y) == 0
+
+
+def test_a_tile_as_large_as_the_slide_is_the_largest(surveyed: Surveyed) -> None:
+    source = SlideTiles(surveyed, scales=Scales(0.5, 50.0, "uniform"))
+    assert max(source.mpp(0, 0, sample) for sample in range(50)) == pytest.approx(600 * 0.5 / SIDE)
+    assert source.read(0, 0, 3).shape == (SIDE, SIDE, 3)
+
+
+def test_what_lies_beneath_a_tile_of_any_size_is_the_mean_of_its_cells(surveyed: Surveyed) -> None:
+    tiling = surveyed.tiling(0)
+    assert _beneath(tiling, 3.0, 4.0)[0] == pytest.approx(float(tiling.tissue[3, 4]))
+    assert _beneath(tiling, 2.0, 5.0, 3.0)[0] == pytest.approx(float(tiling.tissue[2:5, 5:8].mean()))
+    half = tiling.tissue[3:5, 4:6].mean()
+    assert _beneath(tiling, 3.5, 4.5)[0] == pytest.approx(float(half), rel=1e-5)
+
+
+def test_a_slide_gives_no_more_than_its_cap_a_pass_spread_over_its_tissue(surveyed: Surveyed) -> None:
+    source = SlideTiles(surveyed, most=10)
+    assert len(source) == 20 and source.digest != surveyed.digest
+    cells = np.array([[source._kept(0, own, 0, sample) for own in range(10)] for sample in range(40)])
+    assert (np.diff(cells, axis=1) > 0).all() and len(np.unique(cells)) > 0.8 * surveyed.tiles[0]
+    assert cells.max() < surveyed.tiles[0] and source.read(13, 0, 5).shape == (SIDE, SIDE, 3)
+    everything = SlideTiles(surveyed, most=10_000)
+    assert len(everything) == sum(surveyed.tiles)

@@ -14,6 +14,8 @@ import torch
 
 from data.fault import Fault
 from data.slides import survey as slide_survey
+from data.tiles.augment_parameters import Colour
+from data.tiles.loader import Masking, TileBatches
 from launch.entry import run_command_line
 from pretrain.commands import tile as tile_command
 from pretrain.run import preemption, signals
@@ -102,6 +104,44 @@ def test_parquet_files_train_resume_and_are_looked_through_once(
     both = both.replace("SHARDS", str(write_tiles(tmp_path / "shards", [40])))
     mixed = stage(tmp_path, "data=mixture", f"data.members={both}")
     assert len(mixed.tiles) == 120 and {part.weight for part in mixed.tiles.parts} == {1.0, 3.0}
+
+
+def test_magnifications_in_shares_or_between_two_reach_the_objective_s_batch(folder: Path, tmp_path: Path) -> None:
+    online = [
+        "data=online",
+        f"data.slides={folder / 'slides'}",
+        f"data.grids={tmp_path}",
+        "data.tile_size=32",
+        "data.workers=1",
+    ]
+    shares = stage(folder, *online, "data.mpp=[0.5,1.0]", "data.mpp_shares=[1,3]")
+    assert [part.weight for part in shares.tiles.parts] == [1.0, 3.0]
+    drawn = stage(folder, *online, "data.mpp=[0.5,1.5]", "data.mpp_law=uniform", "data.tiles_per_slide=20")
+    assert len(drawn.tiles) == 40
+    (batch,) = list(drawn_batches(drawn))
+    mpp = drawn.prepare(batch.parts[0]).mpp
+    assert mpp is not None and len(mpp.unique()) == len(mpp) and mpp.min() >= 0.5 and mpp.max() <= 1.5
+    for wrong in (["data.mpp=[0.5]", "data.mpp_law=uniform"], ["data.mpp=[0.5,1.0]", "data.mpp_shares=[1]"]):
+        with pytest.raises(Fault, match=r"data\.mpp"):
+            load("tile", ["run=none", *online, *wrong]).object()
+
+
+def drawn_batches(made: TileTraining) -> TileBatches:
+    """The first step of a stage, loaded in this process."""
+    return TileBatches(
+        made.tiles,
+        made.stream,
+        made.sizes,
+        Colour(),
+        Masking(0.0, 0.1, 0.5, 2),
+        seed=0,
+        start=0,
+        stop=1,
+        rank=0,
+        world_size=1,
+        accumulate=1,
+        threads=1,
+    )
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
