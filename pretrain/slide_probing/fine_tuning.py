@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from itertools import chain, count, islice
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,11 +62,11 @@ class FineTuning:
             values = (values - centre) / scale
         start = linear_model(kind, len(self.labelled.classes), self.vectors[fitted], values[fitted])
         network, head = deepcopy(self.network).requires_grad_(True), LinearHead(start).to(self.device)
-        optimiser = torch.optim.AdamW(
-            [{"params": network.parameters()}, {"params": head.parameters(), "weight_decay": 0.0}],
-            lr=FINE_TUNING_LR,
-            weight_decay=FINE_TUNING_DECAY,
-        )
+        learned: list[dict[str, Any]] = [
+            {"params": network.parameters(), "weight_decay": FINE_TUNING_DECAY},
+            {"params": head.parameters(), "weight_decay": 0.0},
+        ]
+        optimiser = torch.optim.AdamW(learned, lr=FINE_TUNING_LR)
         order, warmup = self._order(fitted), max(1, round(WARMED_UP_IN * self.steps))
         for step in range(self.steps):
             bags = [*islice(order, min(BAGS_A_STEP, len(fitted)))]
@@ -136,6 +137,9 @@ class FineTuning:
 
 class LinearHead(nn.Module):
     """A `LinearModel` (D → K) that goes on learning: its weights and its bias, and not what it standardises by."""
+
+    centre: Tensor
+    spread: Tensor
 
     def __init__(self, start: LinearModel) -> None:
         super().__init__()

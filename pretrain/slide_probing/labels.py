@@ -62,8 +62,8 @@ class _Row:
 
 def read_labels(table: Path, column: str | None, known: Mapping[str, int], cases: str | None = None) -> LabelledSlides:
     """Read a CSV, TSV or Parquet table; ``known`` are the store's slides with their numbers of tiles. ``cases``:
-    what is judged, "patient" or "slide"; None: patients, unless Patho-Bench says slides. Raises Fault, naming what is wrong and
-    where."""
+    what is judged, "patient" or "slide"; None: patients, unless Patho-Bench says slides. Raises Fault, naming what is
+    wrong and where."""
     columns, lines = read_slide_table(table)
     task = task_beside(table)
     if task is not None and (task.column not in columns or column not in (None, task.column)):

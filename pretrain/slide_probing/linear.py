@@ -16,8 +16,8 @@ PENALTY = 1.0  # L2, on standardised features: of ridge, scikit-learn's alpha is
 
 @dataclass(frozen=True)
 class LinearModel:
-    """Vectors v (n, D) → outputs ``(v − centre) / spread · weights + bias`` (n, K): logits of classes, of two that of the
-    second alone; a number; or a risk.
+    """Vectors v (n, D) → outputs ``(v − centre) / spread · weights + bias`` (n, K): logits of classes, of two that of
+    the second alone; a number; or a risk.
 
     The weights (D, K) are those with the least mean loss of what they were fitted on, which is
     `pretrain.slide_probing.label_loss`'s, plus ``penalty`` times the sum of their squares.

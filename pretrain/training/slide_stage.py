@@ -268,16 +268,13 @@ class SlideTraining(Training):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.global_rank == 0:
-            cells, sequences = (
-                self.sequences,
-                f"{len(self.sequences.training)} to train on, {len(self.sequences.validation)} held out",
+            slides, side = len(self.store.slides), self.config.data.field_cells
+            what = f"cut into overlapping fields of {side} × {side} tiles" if side else "whole"
+            counts = f"{len(self.sequences.training)} to train on, {len(self.sequences.validation)} held out"
+            why = (
+                "; so that few slides make enough sequences, and data.field_cells=0 takes slides whole" if side else ""
             )
-            what = (
-                f"cut into fields of {self.config.data.field_cells} × {self.config.data.field_cells} tiles"
-                if self.config.data.field_cells
-                else "whole"
-            )
-            say(f"{len(cells.store.slides)} slides, {what}: {sequences}")
+            say(f"{slides} slides, {what}: {counts}{why}")
             if self.labels:
                 say(self.labels.said)
 

@@ -19,7 +19,7 @@ from pretrain.slide_probing.fine_tuning import FineTuning
 from pretrain.slide_probing.label_loss import label_loss
 from pretrain.slide_probing.labels import LabelledSlides
 from pretrain.slide_probing.linear import linear_model, predicted
-from pretrain.slide_probing.measures import explained, spearman
+from pretrain.slide_probing.measures import explained
 from tests.pretrain.slide_probing.labelled_slides import WIDTH, write_labelled_slides
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -118,7 +118,7 @@ def test_it_learns_where_it_begins_with_a_model_that_tells_nothing(store: Embedd
     found = tuning(store, "number", make(), 20)
     found = replace(found, vectors=np.zeros_like(found.vectors))
     assert explained(found.labelled.values[FITTED], replace(found, steps=0)(FITTED, FITTED)) == pytest.approx(0)
-    assert spearman(found.labelled.values[FITTED], found(FITTED, FITTED)) > 0.7
+    assert explained(found.labelled.values[FITTED], found(FITTED, FITTED)) > 0.05
 
 
 @pytest.mark.parametrize("kind", ["classes", "grades", "number", "survival"])
