@@ -8,7 +8,8 @@ end. Where a patient has several slides, a row takes the mean of their vectors, 
 
 labels= is a CSV, TSV or Parquet with the columns slide and label (classes, or a number; label=NAME takes another
 column), or slide, time and event. Optional: patient, whose slides are judged together; fold, split or fold_0, fold_1 …,
-who is judged when. Columns as Patho-Bench, eva and CLAM call them are known.
+who is judged when. Columns as Patho-Bench, eva and CLAM call them are known, and so is what Patho-Bench's config.yaml
+says beside a table; label=OS reads OS_days and OS_event.
 
 Folds keep patients together (by the column, or TCGA's names) and classes in proportion. Intervals are of a bootstrap over
 patients, and so are those of the difference to the mean of the tiles; they tell who was judged, not what was fitted, and

@@ -113,9 +113,10 @@ def _components(found: Answers, name: str) -> Image.Image:
         named = _most_frequent(labelled, MOST_COLOURS)
         rest = ~np.isin(labelled.values, named)
         if rest.any():
-            axes.scatter(*places[rest].T, s=14, alpha=0.5, c="#bbbbbb", label="other classes")
+            axes.scatter(places[rest, 0], places[rest, 1], s=14, alpha=0.5, c="#bbbbbb", label="other classes")
         for code in named:
-            axes.scatter(*places[labelled.values == code].T, s=14, alpha=0.75, label=_plain(labelled.classes[code]))
+            across, up = places[labelled.values == code].T
+            axes.scatter(across, up, s=14, alpha=0.75, label=_plain(labelled.classes[code]))
         axes.legend(frameon=False, fontsize=8)
     else:
         value = labelled.values if labelled.kind == "number" else labelled.values[:, 0]
