@@ -128,8 +128,9 @@ def _how(config: Config, labelled: LabelledSlides, rounds: int) -> list[str]:
         "in brackets: 95 of 100 draws of a bootstrap over those judged; what was fitted isn't drawn anew, so the truth"
         " lies outside more often: of labels that tell nothing, in 13 to 15 of 100 tables with 60 cases",
         "linear models on standardised vectors: logistic regression (C = 1), ridge, or proportional hazards",
-        "clusters of tiles are found without labels, on all of these slides",
     ]
+    if config.checkpoint:
+        how.append("clusters of tiles are found without labels, on all of these slides")
     if any(len(bag) > 1 for bag in labelled.bags):
         how.append("of a patient's slides, the mean of their vectors; or attention over them, where a row says so")
     if config.fine_tune:

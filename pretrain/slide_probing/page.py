@@ -107,7 +107,7 @@ def _components(found: Answers, name: str) -> Image.Image:
     components = min(2, *scaled.shape)
     places = np.zeros((len(scaled), 2))  # what has one dimension lies on a line
     places[:, :components] = PCA(components).fit_transform(scaled)
-    drawn = Figure(figsize=(4.6, 4.2), dpi=110, layout="constrained")
+    drawn = Figure(figsize=(5.6, 4.2), dpi=110, layout="constrained")
     axes = drawn.subplots()
     if labelled.kind == "classes":
         named = _most_frequent(labelled, MOST_COLOURS)
@@ -117,7 +117,7 @@ def _components(found: Answers, name: str) -> Image.Image:
         for code in named:
             across, up = places[labelled.values == code].T
             axes.scatter(across, up, s=14, alpha=0.75, label=_plain(labelled.classes[code]))
-        axes.legend(frameon=False, fontsize=8)
+        drawn.legend(frameon=False, fontsize=8, loc="outside right upper")
     else:
         value = labelled.values if labelled.kind == "number" else labelled.values[:, 0]
         drawn.colorbar(axes.scatter(places[:, 0], places[:, 1], s=14, c=value), ax=axes)
