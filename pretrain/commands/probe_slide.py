@@ -121,6 +121,7 @@ def run(config: Config) -> None:
 def _how(config: Config, labelled: LabelledSlides, rounds: int) -> list[str]:
     """Sentences about what is done."""
     from pretrain.slide_probing.attention_mil import BAGS_A_STEP
+    from pretrain.slide_probing.vectors import DEFAULT_POOLING
 
     who = "as the table says" if labelled.rounds is not None else f"{config.folds} folds, {config.repeats} times"
     how = [
@@ -136,6 +137,6 @@ def _how(config: Config, labelled: LabelledSlides, rounds: int) -> list[str]:
     if config.fine_tune:
         how.append(
             f"fine-tuned: {config.fine_tune} steps of {BAGS_A_STEP} cases in each round, all weights, begun as the frozen row"
-            " of moments by cluster"
+            f" of {DEFAULT_POOLING}"
         )
     return how

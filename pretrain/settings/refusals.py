@@ -79,7 +79,7 @@ def require_of_the_stage(
     for group, choice in choices.items():
         chose = next((word for word in (f"{group}={choice}", f"recipe={choices.get('recipe')}") if word in words), None)
         if chose is not None and (its := other_stage(command, group, choice, directories)):
-            known = [one for one in choices_of(group, directories) if not other_stage(command, group, one, directories)]
+            known = [one for one in choices_of(group, [CONFIGS]) if not other_stage(command, group, one, [CONFIGS])]
             asks = "is" if chose == f"{group}={choice}" else f"asks for {group}={choice}, which is"
             raise Fault(f"{chose} {asks} of 'pretrain {its}': here {group}= is one of {', '.join(known)}.")
 

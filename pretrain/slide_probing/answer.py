@@ -21,11 +21,11 @@ from pretrain.slide_probing.judge import Judge, Judged, Predict
 from pretrain.slide_probing.labels import LabelledSlides
 from pretrain.slide_probing.linear import predicted
 from pretrain.slide_probing.measures import MEASURES
+from pretrain.slide_probing.vectors import DEFAULT_POOLING
 
 MEAN_ROW = "mean of tiles"
 ATTENTION_ROW = "attention over tiles, trained"
 ENCODER_ROW, RANDOM_ROW = "slide encoder", "random weights"
-DEFAULT_POOLING = "moments by cluster"
 # Of a patient's several slides, which vectors attention is trained over too.
 ATTENDED = ("mean + std", *(f"{row}, {DEFAULT_POOLING}" for row in (ENCODER_ROW, RANDOM_ROW)))
 

@@ -28,6 +28,7 @@ from pretrain.slide_probing.attention_mil import BAGS_A_STEP
 from pretrain.slide_probing.label_loss import label_loss
 from pretrain.slide_probing.labels import LabelledSlides
 from pretrain.slide_probing.linear import LinearModel, linear_model, told_by
+from pretrain.slide_probing.vectors import DEFAULT_POOLING, POOLING_WORDS
 
 FINE_TUNING_LR, FINE_TUNING_DECAY, FINE_TUNING_CLIP = 3e-4, 1e-2, 1.0
 WARMED_UP_IN = 0.1  # of the steps
@@ -132,7 +133,7 @@ class FineTuning:
         x, cells, lengths = on_the_device([self.store.read(slide) for slide in slides], self.device)
         with computing_in(self.precision, self.device):
             seen = network(x, cells, lengths, seeds=seeds, all_layers=True)
-        return pooled_vectors(x, lengths, seen, self.clusters)["cluster_moments"]
+        return pooled_vectors(x, lengths, seen, self.clusters)[POOLING_WORDS[DEFAULT_POOLING]]
 
 
 class LinearHead(nn.Module):

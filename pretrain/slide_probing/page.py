@@ -13,7 +13,6 @@ from sklearn.preprocessing import StandardScaler
 from pretrain.pages.page import Section, document, figure, html_table, pair, paragraph, picture_tag
 from pretrain.slide_probing.answer import (
     ATTENTION_ROW,
-    DEFAULT_POOLING,
     ENCODER_ROW,
     MEAN_ROW,
     RANDOM_ROW,
@@ -22,6 +21,7 @@ from pretrain.slide_probing.answer import (
 from pretrain.slide_probing.judge import Judged
 from pretrain.slide_probing.labels import LabelledSlides
 from pretrain.slide_probing.table import TITLES, with_interval
+from pretrain.slide_probing.vectors import DEFAULT_POOLING
 
 PANELS_ACROSS, MOST_PANELS = 3, 6  # of ROC curves
 MOST_COLOURS = 10  # of classes; further ones are grey
