@@ -6,19 +6,16 @@ import sys
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
-
 from data.fault import Fault
 from data.redaction import redacted
 from pretrain.plan import composed_run
 from pretrain.run.launched import rank
 from pretrain.run.progress import say
-from pretrain.settings import plugins, ranges
 from pretrain.settings.annotation import annotated, ranges_of
-from pretrain.settings.command_schema import config_class, file_stem
+from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import Composed, load, of_the_command_line
 from pretrain.settings.config_files import CONFIGS, choices_of, places, with_parents
-from pretrain.settings.refusals import nearest
+from pretrain.settings.refusals import nearest, other_stage
 
 COMMANDS = {
     "shard": "slides → tile shards",
@@ -170,7 +167,9 @@ def explain(command: str) -> str:
     allowed = ranges_of(load(command, []))
     sections = [text, f"Settings (configs/{name}.yaml):\n\n{_indent(_without_defaults(with_ranges(body, allowed)))}"]
     for group in re.findall(r"^  - (?:override )?/?(\w+): (?:\w+|null)", body, flags=re.M):
-        options = [choice for choice in choices_of(group, [CONFIGS]) if _is_for(command, group, choice)]
+        options = [
+            choice for choice in choices_of(group, [CONFIGS]) if not other_stage(command, group, choice, [CONFIGS])
+        ]
         chosen = re.search(rf"^  - (?:override )?/?{group}: (\w+)", body, flags=re.M)
         default = chosen.group(1) if chosen else "null"
         sections.append(f"{group}= one of: {', '.join(options)} (default {default})")
@@ -185,13 +184,6 @@ def explain(command: str) -> str:
         )
     sections.append(f"'pretrain {command} --cfg job' prints them all resolved, with where each value comes from.")
     return "\n\n".join(sections)
-
-
-def _is_for(command: str, group: str, choice: str) -> bool:
-    """Whether a command may take a choice: not an objective of the other stage."""
-    wanted = getattr(ranges.base_of(ranges.hints(config_class(command)).get(group)), "stage", None)
-    values = yaml.safe_load((CONFIGS / group / f"{choice}.yaml").read_text())
-    return not wanted or getattr(plugins.locate_class(values["_target_"], object), "stage", None) == wanted
 
 
 def with_ranges(text: str, allowed: dict[str, str], prefix: str = "") -> str:

@@ -14,7 +14,7 @@ import hashlib
 import json
 import os
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -229,6 +229,29 @@ class EmbeddingStore:
                 f" {len(self._entries)}, such as {next(iter(self._entries), 'none')!r}."
             )
         entries = {slide: entry for slide, entry in self._entries.items() if slide in set(slides)}
+        return EmbeddingStore(self.folder, self.width, self.encoder, self.encoder_hash, entries)
+
+    def with_slides_of(self, other: "EmbeddingStore") -> "EmbeddingStore":
+        """The slides of two folders as one store. Raises Fault where two tile encoders made them, or a slide is in
+        both."""
+        made = [f"{one.encoder} ({one.encoder_hash}, width {one.width})" for one in (self, other)]
+        if (self.encoder_hash, self.width) != (other.encoder_hash, other.width):
+            raise Fault(
+                f"{self.folder} holds embeddings of {made[0]}, and {other.folder} of {made[1]}: only slides of one tile"
+                " encoder can be put together."
+            )
+        if twice := sorted(self._entries.keys() & other._entries.keys()):
+            first = (self.folder / self._entries[twice[0]].file).parent
+            raise Fault(
+                f"{first} and {other.folder} both hold the slide {twice[0]!r} ({len(twice)} are in both): each may count"
+                " once; leave one of the folders out."
+            )
+        # A whole path stays what it is behind this store's folder.
+        theirs = {
+            slide: replace(entry, file=str((other.folder / entry.file).absolute()))
+            for slide, entry in other._entries.items()
+        }
+        entries = dict(sorted((self._entries | theirs).items()))
         return EmbeddingStore(self.folder, self.width, self.encoder, self.encoder_hash, entries)
 
     @property

@@ -36,7 +36,7 @@ from pretrain.settings.merging import (
     typed_launch,
     unresolved,
 )
-from pretrain.settings.refusals import why_refused
+from pretrain.settings.refusals import require_of_the_stage, why_refused
 from pretrain.settings.shell_words import key_of, readable
 
 
@@ -130,6 +130,7 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
     if told != words:
         words = told
         values, choices = _compose(command, words, search, directories)
+    require_of_the_stage(command, words, choices, directories)
     left_out = _leave_out(command, words, search, directories, values, choices)
     launch = typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = typed(command, values)

@@ -1,14 +1,18 @@
 """Why a word of the command line can't be taken, in one sentence, with the nearest name that is known."""
 
 import difflib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-from pretrain.settings.command_schema import file_stem, with_launch
+from data.fault import Fault
+from pretrain.settings import plugins, ranges
+from pretrain.settings.command_schema import config_class, file_stem, with_launch
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
 
 OF_LIGHTNINGS_TRAINER = {
@@ -66,6 +70,31 @@ def why_refused(
         elif key in known and override.is_add() and not override.is_force_add():
             return f"{key} is a setting already, and + adds one: write {text.lstrip('+')}."
     return " ".join(str(error).split())
+
+
+def require_of_the_stage(
+    command: str, words: Sequence[str], choices: Mapping[str, str], directories: list[Path]
+) -> None:
+    """Raise Fault for an objective of the other stage, by the word that chose it."""
+    for group, choice in choices.items():
+        chose = next((word for word in (f"{group}={choice}", f"recipe={choices.get('recipe')}") if word in words), None)
+        if chose is not None and (its := other_stage(command, group, choice, directories)):
+            known = [one for one in choices_of(group, [CONFIGS]) if not other_stage(command, group, one, [CONFIGS])]
+            asks = "is" if chose == f"{group}={choice}" else f"asks for {group}={choice}, which is"
+            raise Fault(f"{chose} {asks} of 'pretrain {its}': here {group}= is one of {', '.join(known)}.")
+
+
+def other_stage(command: str, group: str, choice: str, directories: list[Path]) -> str | None:
+    """The stage that a group's choice is for, where that isn't the command's."""
+    wanted = getattr(ranges.base_of(ranges.hints(config_class(command)).get(group)), "stage", None)
+    if not wanted:
+        return None
+    for _, file in reversed(with_parents(group, choice, directories)):
+        target = (yaml.safe_load(file.read_text()) or {}).get("_target_")
+        if target:
+            its: str | None = getattr(plugins.locate_class(target, object), "stage", None)
+            return its if its and its != wanted else None
+    return None
 
 
 def _launches_with(key: str, directories: list[Path]) -> list[str]:

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data.keyed import rng
+from pretrain.slide_probing.label_loss import label_loss
 
 ATTENTION_WIDTH = 128
 ATTENTION_EPOCHS, BAGS_A_STEP, ATTENTION_LR, ATTENTION_DECAY = 20, 8, 1e-3, 1e-2
@@ -75,7 +75,7 @@ def predicted_by_attention(
         order = draw.permutation(len(fitted))
         for some in np.array_split(order, max(1, len(order) // BAGS_A_STEP)):
             found = outputs(fitted[some], draw)
-            loss = _loss(kind, found, torch.from_numpy((values[some] - centre) / scale).to(device))
+            loss = label_loss(kind, found, torch.from_numpy((values[some] - centre) / scale).to(device))
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -84,17 +84,6 @@ def predicted_by_attention(
     if kind == "classes":
         return rows.softmax(1).double().cpu().numpy()
     return rows[:, 0].double().cpu().numpy() * scale + centre
-
-
-def _loss(kind: str, outputs: Tensor, values: Tensor) -> Tensor:
-    """Cross-entropy, squared error, or the negative partial likelihood of a batch (Cox), per case."""
-    if kind == "classes":
-        return F.cross_entropy(outputs, values.long())
-    if kind == "number":
-        return F.mse_loss(outputs[:, 0], values.float())
-    risk, time, event = outputs[:, 0], values[:, 0], values[:, 1].float()
-    at_risk = torch.where(time[None] >= time[:, None], risk[None], -torch.inf).logsumexp(1)
-    return -(event * (risk - at_risk)).mean()
 
 
 def _statistics(read: Read, bags: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -34,10 +34,12 @@ class Judge:
     ) -> None:
         self.labelled, self.rounds, self.passes = labelled, rounds, passes_of(rounds)
         self.kind = "grades" if labelled.ordered else labelled.kind
-        draw, n = rng(seed, "bootstrap"), len(labelled.bags)
+        place = {patient: number for number, patient in enumerate(dict.fromkeys(labelled.patients))}
+        draw, n = rng(seed, "bootstrap"), len(place)
         # How often each patient is in a draw, the same for all rows, so that differences are paired.
         drawn = [np.bincount(draw.integers(n, size=n), minlength=n) for _ in range(resamples)]
-        self.times = np.array(drawn).reshape(resamples, n)
+        # … and so are all cases of a patient, of which there may be several: (resamples, cases).
+        self.times = np.array(drawn).reshape(resamples, n)[:, [place[patient] for patient in labelled.patients]]
 
     @property
     def measures(self) -> list[str]:

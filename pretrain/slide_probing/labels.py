@@ -1,10 +1,13 @@
 """What slides are labelled with: a table of the user's, as Patho-Bench, eva and CLAM write them too.
 
-slide (slide_id, wsi_id, file)          a name in the store, also with the ending of its file
+slide (slide_id, wsi_id, file)          a name in the store, also with the ending of its file; eva has a line a tile
 label (target), or the column that label= names: classes, or a number
-time, event                              survival: how long, and whether it ended with the event (1) or unseen (0)
-patient (case_id, patient_id)            optional; slides of one patient are judged together
+time, event                              survival: how long, and whether it ended with the event (1) or unseen (0);
+                                         label=OS: the columns OS_days (_months, _years) and OS_event
+patient (case_id, patient_id)            optional; slides of one patient are judged together, or are in one fold
 fold | split | fold_0, fold_1, …         optional: a number, train/test, or a column a round, as Patho-Bench has them
+
+Patho-Bench's own file beside a table says more: see `pretrain.slide_probing.patho_bench`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,8 +18,10 @@ import numpy as np
 
 from data.embeddings.slide_tables import as_the_store_calls, column_of, patient_by_name, read_slide_table
 from data.fault import Fault
+from pretrain.slide_probing.patho_bench import TASK_FILE, SlideTask, as_code, task_beside
 
 SIDES = {"train": 0, "val": 1, "tune": 1, "test": 2}
+UNITS_OF_TIME = ("days", "months", "years", "time")
 ORDERED = 10  # classes: so many whole numbers at most are grades, more are a measurement
 Round = tuple[np.ndarray, np.ndarray]
 """Numbers of the bags to fit on, and of those to judge by."""
@@ -24,10 +29,11 @@ Round = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class LabelledSlides:
-    """Bags of slides, one a patient where patients are told, else one a slide, with what is asked of each."""
+    """Bags of slides, one a case: a patient, or a slide. With what is asked of each."""
 
     bags: list[list[str]]
-    names: list[str]  # of patients, or slides
+    names: list[str]  # of the cases
+    patients: list[str]  # of each case: the cases of one are on one side of every round
     kind: str  # "classes", "number" or "survival"
     values: np.ndarray  # (n,) int64 class, (n,) float64, or (n, 2) float64 time and event
     classes: list[str]
@@ -51,53 +57,75 @@ class _Row:
     slide: str
     patient: str  # the slide, where none is told
     answer: tuple[str, ...]  # the label, or time and event; empty strings where there is none
-    told: dict[str, str]  # the whole line
+    sides: dict[str, str]  # who is judged when: what the columns for it say
 
 
-def read_labels(table: Path, column: str | None, known: Mapping[str, int]) -> LabelledSlides:
-    """Read a CSV, TSV or Parquet table; ``known`` are the store's slides with their numbers of tiles. Raises Fault,
-    naming what is wrong and where."""
+def read_labels(table: Path, column: str | None, known: Mapping[str, int], cases: str | None = None) -> LabelledSlides:
+    """Read a CSV, TSV or Parquet table; ``known`` are the store's slides with their numbers of tiles. ``cases``:
+    what is judged, "patient" or "slide"; None: patients, unless Patho-Bench says slides. Raises Fault, naming what is
+    wrong and where."""
     columns, lines = read_slide_table(table)
-    slide_column, patient_column, asked = _columns(table, columns, column)
-    rows = _rows(table, lines, slide_column, patient_column, asked, known)
+    task = task_beside(table)
+    if task is not None and (task.column not in columns or column not in (None, task.column)):
+        task = None  # it is another table's, or about another column
+    slide_column, patient_column, asked = _columns(table, columns, task.column if task else column)
+    sides = _side_columns(table, columns)
+    rows = _rows(table, lines, slide_column, patient_column, asked, sides, known)
     kept, said = _judgeable(table, rows, slide_column, known)
-    said.append(_who_belongs_together(kept, patient_column))
+    by_slide = cases == "slide" or (cases is None and task is not None and task.by_slide)
+    said.append(_who_belongs_together(kept, patient_column, by_slide))
+    if task is not None:
+        said.append(f"{TASK_FILE} beside {table} says what is asked, {task.column}, and of whom")
     members: dict[str, list[_Row]] = {}
     for row in kept:
-        first = members.setdefault(row.patient, [])
+        first = members.setdefault(row.slide if by_slide else row.patient, [])
         if first and first[0].answer != row.answer:
             raise Fault(
                 f"{table} says two things of patient {row.patient}: {' '.join(first[0].answer)} ({first[0].slide}) and"
-                f" {' '.join(row.answer)} ({row.slide}): slides of a patient are judged together, so they have one label."
+                f" {' '.join(row.answer)} ({row.slide}): slides of a patient are judged together, so they have one label;"
+                " leave some out, or 'pretrain probe slide cases=slide' judges each by itself."
             )
         first.append(row)
-    kind, values, classes, ordered = _values(table, asked, [some[0].answer for some in members.values()])
+    kind, values, classes, ordered = _values(table, asked, [some[0].answer for some in members.values()], task)
+    patients = [some[0].patient for some in members.values()]
     return LabelledSlides(
         bags=[[row.slide for row in some] for some in members.values()],
         names=list(members),
+        patients=patients,
         kind=kind,
         values=values,
         classes=classes,
         ordered=ordered,
-        rounds=_rounds(table, columns, {patient: [row.told for row in some] for patient, some in members.items()}),
+        rounds=_rounds(table, sides, kept, patients),
         said=said,
     )
 
 
 def _columns(table: Path, columns: Sequence[str], label: str | None) -> tuple[str, str | None, tuple[str, ...]]:
     """The columns of slides, of patients if there is one, and of what is asked."""
-    if label is not None and label not in columns:
+    times = [f"{label}_{unit}" for unit in UNITS_OF_TIME if f"{label}_{unit}" in columns]
+    survival = (times[0], f"{label}_event") if times and f"{label}_event" in columns else None
+    if label is not None and label not in columns and not survival:
         raise Fault(f"{table} has no column {label!r} (it has {', '.join(columns)}): name one of them, label=….")
-    slide, survival = column_of("slide", columns), {"time", "event"} <= set(columns)
+    slide = column_of("slide", columns)
     label = label or column_of("label", columns)
-    if survival and label == "time":
-        label = None
+    if label in (None, "time") and {"time", "event"} <= set(columns):
+        survival = ("time", "event")
     if slide is None or (label is None and not survival):
         raise Fault(
             f"{table} has the columns {', '.join(columns)}: it needs slide and label, or slide, time and event; label=…"
             " names another column."
         )
-    return slide, column_of("patient", columns), ("time", "event") if label is None else (label,)
+    return slide, column_of("patient", columns), survival or (str(label),)
+
+
+def _side_columns(table: Path, columns: Sequence[str]) -> list[str]:
+    """The columns that say who is judged when."""
+    by_round = [name for name in columns if name.startswith("fold_") and name[5:].isdigit()]
+    names = sorted(by_round, key=lambda name: int(name[5:])) or [name for name in ("split", "fold") if name in columns]
+    if len(names) > 1 and not by_round:
+        raise Fault(f"{table} has the columns split and fold, which say two things: leave one out.")
+    return names
 
 
 def _rows(
@@ -106,17 +134,21 @@ def _rows(
     slide_column: str,
     patient_column: str | None,
     asked: Sequence[str],
+    sides: Sequence[str],
     known: Mapping[str, int],
 ) -> list[_Row]:
+    """A row a slide, though a table may have a line for each of its tiles."""
     rows: dict[str, _Row] = {}
     for number, line in enumerate(lines, start=2):
         slide = as_the_store_calls(line[slide_column], known)
         if not slide:
             raise Fault(f"{table} names no slide in line {number}: fill it in, or remove the line.")
-        if slide in rows:
-            raise Fault(f"{table} has {slide} twice, the second time in line {number}: remove one.")
         patient = line[patient_column] if patient_column else patient_by_name(slide)
-        rows[slide] = _Row(slide, patient or slide, tuple(line[name] for name in asked), line)
+        row = _Row(slide, patient or slide, tuple(line[name] for name in asked), {name: line[name] for name in sides})
+        if rows.setdefault(slide, row) != row:
+            raise Fault(
+                f"{table} has {slide} twice, the second time in line {number}, and says other things: remove one."
+            )
     return list(rows.values())
 
 
@@ -145,17 +177,30 @@ def _judgeable(
     return kept, [f"{_count(slides)} {what}" for slides, what in sentences if slides]
 
 
-def _who_belongs_together(rows: Sequence[_Row], patient_column: str | None) -> str:
+def _who_belongs_together(rows: Sequence[_Row], patient_column: str | None, by_slide: bool) -> str:
+    how = (
+        "slides are judged one by one, a patient's in one fold"
+        if by_slide
+        else "slides of a patient are judged together"
+    )
     if patient_column is not None:
-        return f"slides of a patient are judged together, by the column {patient_column}"
+        return f"{how}, by the column {patient_column}"
     if any(row.patient != row.slide for row in rows):
-        return "slides of a patient are judged together, by TCGA's names"
+        return f"{how}, by TCGA's names"
     return "each slide stands for itself: where a patient has several, name them in a column patient"
 
 
 def _values(
-    table: Path, asked: Sequence[str], answers: Sequence[tuple[str, ...]]
+    table: Path, asked: Sequence[str], answers: Sequence[tuple[str, ...]], task: SlideTask | None
 ) -> tuple[str, np.ndarray, list[str], bool]:
+    """Kind, values, classes, and whether these have an order."""
+    if task is not None and task.classes:
+        codes = [as_code(answer[0]) for answer in answers]
+        if unknown := sorted(set(codes) - set(task.classes)):
+            raise Fault(f"{table} has {unknown[0]} in {task.column}, and {TASK_FILE} beside it says of no such class.")
+        classes = [name for code, name in task.classes.items() if code in set(codes)]
+        answers = [(task.classes[code],) for code in codes]
+        return "classes", _codes(table, answers, classes), classes, task.ordered and len(classes) > 2
     numbers = None
     try:
         numbers = np.array(answers, dtype=np.float64)
@@ -182,43 +227,42 @@ def _values(
         classes = sorted({answer[0] for answer in answers}, key=float)
     else:
         classes = sorted({answer[0] for answer in answers})
+    return "classes", _codes(table, answers, classes), classes, numbers is not None and len(classes) > 2
+
+
+def _codes(table: Path, answers: Sequence[tuple[str, ...]], classes: list[str]) -> np.ndarray:
+    """Numbers (n,) of the ``classes`` that are the answers."""
     if len(classes) < 2:
         raise Fault(f"all labels of {table} are {classes[0]}: there is nothing to tell apart.")
     codes = np.array([classes.index(answer[0]) for answer in answers])
     if (np.bincount(codes) < 2).any():
         rare = classes[int(np.bincount(codes).argmin())]
         raise Fault(f"{table} has one case only of {rare}: it can't be both learned and judged; leave it out.")
-    return "classes", codes, classes, numbers is not None and len(classes) > 2
+    return codes
 
 
-def _rounds(table: Path, columns: Sequence[str], members: dict[str, list[dict[str, str]]]) -> list[Round] | None:
-    """Who is judged when, where the table says it: by a split, by a number of fold, or by a column a round."""
-    by_round = sorted(
-        (name for name in columns if name.startswith("fold_") and name[5:].isdigit()), key=lambda name: int(name[5:])
-    )
-    names = by_round or [name for name in ("split", "fold") if name in columns]
-    if len(names) > 1 and not by_round:
-        raise Fault(f"{table} has the columns split and fold, which say two things: leave one out.")
+def _rounds(table: Path, names: Sequence[str], rows: Sequence[_Row], patients: Sequence[str]) -> list[Round] | None:
+    """Who is judged when, where columns ``names`` say it: by a split, by a number of fold, or by a column a round;
+    ``patients`` are those of the cases."""
     rounds: list[Round] = []
     for name in names:
-        sides = []
-        for patient, rows in members.items():
-            told = sorted({row[name] for row in rows})
-            if len(told) > 1:
+        told: dict[str, str] = {}
+        for row in rows:
+            if told.setdefault(row.patient, row.sides[name]) != row.sides[name]:
+                both = " and ".join(sorted({told[row.patient], row.sides[name]}))
                 raise Fault(
-                    f"{table}: patient {patient} is in {name} {' and '.join(told)}: what is judged must not have been"
+                    f"{table}: patient {row.patient} is in {name} {both}: what is judged must not have been"
                     " learned; put all slides of a patient on one side."
                 )
-            sides.append(told[0])
-        side = np.array(sides)
-        if "" in sides:
-            raise Fault(f"{table} leaves {name} empty for {list(members)[sides.index('')]}: fill it in.")
+        if lacking := next((patient for patient, side in told.items() if not side), None):
+            raise Fault(f"{table} leaves {name} empty for {lacking}: fill it in.")
+        side = np.array([told[patient] for patient in patients])
         if name == "fold":
-            rounds += [(np.flatnonzero(side != one), np.flatnonzero(side == one)) for one in sorted(set(sides))]
+            rounds += [(np.flatnonzero(side != one), np.flatnonzero(side == one)) for one in sorted(set(side.tolist()))]
         else:
-            if other := sorted({one for one in sides if one.lower() not in SIDES}):
+            if other := sorted({one for one in side.tolist() if one.lower() not in SIDES}):
                 raise Fault(f"{table}: column {name} says {other[0]!r}: it may say train, val (or tune) and test.")
-            part = np.array([SIDES[one.lower()] for one in sides])
+            part = np.array([SIDES[one.lower()] for one in side.tolist()])
             # Where nothing is kept for a test, as in eva's tables, what is kept for validation is judged.
             rounds.append((np.flatnonzero(part < part.max()), np.flatnonzero(part == part.max())))
             if part.max() == 0:

@@ -1,29 +1,68 @@
 """The linear models that frozen vectors are judged by, one a kind of label, on features standardised by those fitted
 on."""
 
+from dataclasses import dataclass
+
 import numpy as np
 from scipy.optimize import minimize
+from scipy.special import softmax
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from pretrain.probing.scores import logistic_regression
+from pretrain.probing.scores import INVERSE_REGULARISATION, logistic_regression
 
 PENALTY = 1.0  # L2, on standardised features: of ridge, scikit-learn's alpha is the number of cases times this
+
+
+@dataclass(frozen=True)
+class LinearModel:
+    """Vectors v (n, D) → outputs ``(v − centre) / spread · weights + bias`` (n, K): logits of classes, of two that of
+    the second alone; a number; or a risk.
+
+    The weights (D, K) are those with the least mean loss of what they were fitted on, which is
+    `pretrain.slide_probing.label_loss`'s, plus ``penalty`` times the sum of their squares.
+    """
+
+    centre: np.ndarray  # (D,)
+    spread: np.ndarray  # (D,)
+    weights: np.ndarray
+    bias: np.ndarray  # (K,)
+    penalty: float
+
+    def outputs(self, vectors: np.ndarray) -> np.ndarray:
+        """(n, D) → (n, K)."""
+        return (vectors - self.centre) / self.spread @ self.weights + self.bias
 
 
 def predicted(kind: str, classes: int, fitted: np.ndarray, values: np.ndarray, judged: np.ndarray) -> np.ndarray:
     """Fit on features ``(n, D)`` and values, predict for ``(m, D)``: shares of ``classes`` (m, classes), numbers (m,),
     or risks (m,)."""
+    return told_by(kind, linear_model(kind, classes, fitted, values).outputs(judged))
+
+
+def told_by(kind: str, outputs: np.ndarray) -> np.ndarray:
+    """What ``outputs`` (m, K) of a model predict, as `predicted` has it."""
+    if kind != "classes":
+        return outputs[:, 0]
+    return softmax(outputs if outputs.shape[1] > 1 else np.hstack([np.zeros_like(outputs), outputs]), axis=1)
+
+
+def linear_model(kind: str, classes: int, vectors: np.ndarray, values: np.ndarray) -> LinearModel:
+    """The model of vectors (n, D) and values of one ``kind``, with all ``classes`` among them."""
     if kind == "classes":
-        model, _ = logistic_regression(fitted, values)  # 1,000 steps from there on change no rank worth naming
-        shares = np.zeros((len(judged), classes))
-        shares[:, model.classes_] = model.predict_proba(judged)
-        return shares
-    scaler = StandardScaler().fit(fitted)
-    x, z = scaler.transform(fitted), scaler.transform(judged)
-    if kind == "number":
-        return Ridge(alpha=PENALTY * len(x)).fit(x, values).predict(z)
-    return z @ cox(x, values)
+        pipeline, _ = logistic_regression(vectors, values)  # 1,000 steps from there on change no rank worth naming
+        scaler, model = pipeline[0], pipeline[1]
+        assert len(model.classes_) == classes
+        weights, bias, penalty = model.coef_.T, model.intercept_, 1 / (2 * len(vectors) * INVERSE_REGULARISATION)
+    else:
+        scaler = StandardScaler().fit(vectors)
+        x = scaler.transform(vectors)
+        if kind == "number":
+            model = Ridge(alpha=PENALTY * len(x)).fit(x, values)
+            weights, bias, penalty = model.coef_[:, None], np.array([model.intercept_]), PENALTY
+        else:
+            weights, bias, penalty = cox(x, values)[:, None], np.zeros(1), PENALTY / 2
+    return LinearModel(scaler.mean_, scaler.scale_, weights, bias, penalty)
 
 
 def cox(x: np.ndarray, values: np.ndarray) -> np.ndarray:

@@ -11,12 +11,27 @@ from sklearn.metrics import roc_curve
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.pages.page import Section, document, figure, html_table, pair, paragraph, picture_tag
-from pretrain.slide_probing.answer import ATTENTION_ROW, MEAN_ROW, Answers
+from pretrain.slide_probing.answer import (
+    ATTENTION_ROW,
+    ENCODER_ROW,
+    MEAN_ROW,
+    RANDOM_ROW,
+    Answers,
+)
 from pretrain.slide_probing.judge import Judged
+from pretrain.slide_probing.labels import LabelledSlides
 from pretrain.slide_probing.table import TITLES, with_interval
+from pretrain.slide_probing.vectors import DEFAULT_POOLING
 
+PANELS_ACROSS, MOST_PANELS = 3, 6  # of ROC curves
+MOST_COLOURS = 10  # of classes; further ones are grey
 SMOOTHED_STD_ROW = "mean + std + smoothed std"
-CURVES = (MEAN_ROW, SMOOTHED_STD_ROW, ATTENTION_ROW, "slide encoder, mean + std", "random weights, mean + std")
+CURVES = (
+    MEAN_ROW,
+    SMOOTHED_STD_ROW,
+    ATTENTION_ROW,
+    *(f"{row}, {way}" for row in (ENCODER_ROW, RANDOM_ROW) for way in (DEFAULT_POOLING, "fine-tuned")),
+)
 
 
 def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
@@ -29,10 +44,15 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
         cells = [with_interval(row[measure]["value"], row[measure]["interval"]) for measure in measures]
         rows.append([name, *cells, with_interval(first["above_mean"], first["above_mean_interval"], "+")])
     sections = [Section("rows", "What each kind of vector tells", html_table(head, rows) + _said(result))]
-    if labels["kind"] == "classes" and len(labels["classes"]) == 2:
+    if labels["kind"] == "classes":
         curves = picture_tag(_roc(found), "ROC curves of the rows")
-        sections.append(Section("roc", "ROC curves", figure(curves, "All that was judged, of all rounds together.")))
-    pictures = [_components(found, name) for name in (MEAN_ROW, "slide encoder, mean + std") if name in found.vectors]
+        caption = "All that was judged, of all rounds together."
+        if len(labels["classes"]) > 2:
+            caption = f"Each class against all others, the {MOST_PANELS} most frequent ones at most. {caption}"
+        sections.append(Section("roc", "ROC curves", figure(curves, caption)))
+    pictures = [
+        _components(found, name) for name in (MEAN_ROW, f"{ENCODER_ROW}, {DEFAULT_POOLING}") if name in found.vectors
+    ]
     shown = pair(*(picture_tag(picture, "Slides on two principal components") for picture in pictures))
     caption = "The first two principal components of the standardised vectors, coloured by label."
     sections.append(Section("slides", "The slides", figure(shown, caption)))
@@ -52,23 +72,33 @@ def _said(result: dict[str, Any]) -> str:
 
 
 def _roc(found: Answers) -> Image.Image:
-    drawn = Figure(figsize=(5.4, 5), dpi=110, layout="constrained")
-    axes = drawn.subplots()
-    for name in CURVES:
-        if name in found.rows:
-            truth, score = _together(found, found.rows[name])
+    """Of two classes, of the second; of more, of each against the rest."""
+    labelled = found.judge.labelled
+    shown = [1] if len(labelled.classes) == 2 else _most_frequent(labelled, MOST_PANELS)
+    across = min(len(shown), PANELS_ACROSS)
+    down = -(-len(shown) // across)
+    side = 5.2 if len(shown) == 1 else 3.6
+    drawn = Figure(figsize=(side * across + 0.2, side * down), dpi=110, layout="constrained")
+    panels = drawn.subplots(down, across, squeeze=False).ravel()
+    for axes, code in zip(panels, shown, strict=False):
+        for name in (row for row in CURVES if row in found.rows):
+            truth, score = _together(found, found.rows[name], code)
             false, true, _ = roc_curve(truth, score)
             axes.plot(false, true, label=name, linewidth=1.4)
-    axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle="--")
-    axes.set(xlabel="False positive rate", ylabel="True positive rate", aspect="equal")
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+        axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle="--")
+        axes.set(xlabel="False positive rate", ylabel="True positive rate", aspect="equal")
+        axes.set_title(_plain(labelled.classes[code]), fontsize=9)
+    for axes in panels[len(shown) :]:
+        axes.set_axis_off()
+    panels[0].legend(frameon=False, fontsize=8 if len(shown) == 1 else 6, loc="lower right")
     return _image(drawn)
 
 
-def _together(found: Answers, judged: Judged) -> tuple[np.ndarray, np.ndarray]:
+def _together(found: Answers, judged: Judged, code: int) -> tuple[np.ndarray, np.ndarray]:
+    """Who is of a class (n,), and with which share of it, of all rounds."""
     values = found.judge.labelled.values
-    truth = np.concatenate([values[who] for _, who in found.judge.rounds])
-    return truth, np.concatenate([shares[:, 1] for shares in judged.predictions])
+    truth = np.concatenate([values[who] == code for _, who in found.judge.rounds])
+    return truth, np.concatenate([shares[:, code] for shares in judged.predictions])
 
 
 def _components(found: Answers, name: str) -> Image.Image:
@@ -77,18 +107,32 @@ def _components(found: Answers, name: str) -> Image.Image:
     components = min(2, *scaled.shape)
     places = np.zeros((len(scaled), 2))  # what has one dimension lies on a line
     places[:, :components] = PCA(components).fit_transform(scaled)
-    drawn = Figure(figsize=(4.6, 4.2), dpi=110, layout="constrained")
+    drawn = Figure(figsize=(5.6, 4.2), dpi=110, layout="constrained")
     axes = drawn.subplots()
     if labelled.kind == "classes":
-        for code, one in enumerate(labelled.classes):
+        named = _most_frequent(labelled, MOST_COLOURS)
+        rest = ~np.isin(labelled.values, named)
+        if rest.any():
+            axes.scatter(places[rest, 0], places[rest, 1], s=14, alpha=0.5, c="#bbbbbb", label="other classes")
+        for code in named:
             across, up = places[labelled.values == code].T
-            axes.scatter(across, up, s=14, alpha=0.75, label=one.replace("$", r"\$"))
-        axes.legend(frameon=False, fontsize=8)
+            axes.scatter(across, up, s=14, alpha=0.75, label=_plain(labelled.classes[code]))
+        drawn.legend(frameon=False, fontsize=8, loc="outside right upper")
     else:
         value = labelled.values if labelled.kind == "number" else labelled.values[:, 0]
         drawn.colorbar(axes.scatter(places[:, 0], places[:, 1], s=14, c=value), ax=axes)
     axes.set(title=name, xticks=[], yticks=[])
     return _image(drawn)
+
+
+def _most_frequent(labelled: LabelledSlides, most: int) -> list[int]:
+    """The classes of most cases, by number, in their order."""
+    return sorted(np.argsort(-np.bincount(labelled.values), kind="stable")[:most].tolist())
+
+
+def _plain(text: str) -> str:
+    """As matplotlib takes it for no formula."""
+    return text.replace("$", r"\$")
 
 
 def _image(drawn: Figure) -> Image.Image:

@@ -23,6 +23,7 @@ POOLING_WORDS = {
     "all layers": "pooled_layers",
     "class token": "cls",
 }  # as a row is called → as `pooled_vectors` calls it
+DEFAULT_POOLING = "moments by cluster"  # of 'pretrain embed stage=slide'
 
 Vectors = dict[str, np.ndarray]
 """Per row of the table, ``(slides, D)`` float32."""

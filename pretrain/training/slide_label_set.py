@@ -18,7 +18,7 @@ from data.fault import Fault
 from models.slide_network import SlideNetwork
 from pretrain.embedding.poolings import mean_and_deviation
 from pretrain.embedding.slides import of_at_most, on_the_device
-from pretrain.slide_probing.folds import rounds_of
+from pretrain.slide_probing.folds import most_folds, rounds_of
 from pretrain.slide_probing.judge import Judge
 from pretrain.slide_probing.labels import read_labels
 from pretrain.slide_probing.linear import predicted
@@ -37,7 +37,7 @@ class SlideLabelSet:
     def __init__(self, store: EmbeddingStore, table: Path, column: str | None) -> None:
         self.store = store
         self.labelled = read_labels(table, column, {slide: store.rows(slide) for slide in store.slides})
-        fewest = int(np.bincount(self.labelled.strata).min())
+        fewest, _ = most_folds(self.labelled)
         if self.labelled.rounds is None and fewest < 2:
             raise Fault(f"{table} has a class with one case, which can't be judged by others: leave it out.")
         self.judge = Judge(self.labelled, rounds_of(self.labelled, min(FOLDS, fewest), REPEATS, 0), 0, resamples=0)

@@ -165,6 +165,17 @@ def sequences_of(
     return CropSequences(store, statistics, **settings, **crops)
 
 
+def cut_in_words(slides: int, field_cells: int, training: int, held_out: int) -> str:
+    """What a run's sequences are, how many there are, and why they aren't whole slides where they aren't."""
+    counts = f"{training} to train on, {held_out} held out"
+    if not field_cells:
+        return f"{slides} slides, whole: {counts}"
+    return (
+        f"{slides} slides, cut into overlapping fields of {field_cells} × {field_cells} tiles: {counts}; so that few slides"
+        " make enough sequences to learn from (data.field_cells=0 takes them whole)"
+    )
+
+
 def require_cells_seen(run: Any) -> None:
     """Raise Fault where a command's ``Config`` wants cells without a tile in crops, and its network sees tiles alone."""
     crops = locate_class(run.objective["_target_"], SlideObjective).crops
@@ -268,16 +279,8 @@ class SlideTraining(Training):
     def on_fit_start(self) -> None:
         super().on_fit_start()
         if self.global_rank == 0:
-            cells, sequences = (
-                self.sequences,
-                f"{len(self.sequences.training)} to train on, {len(self.sequences.validation)} held out",
-            )
-            what = (
-                f"cut into fields of {self.config.data.field_cells} × {self.config.data.field_cells} tiles"
-                if self.config.data.field_cells
-                else "whole"
-            )
-            say(f"{len(cells.store.slides)} slides, {what}: {sequences}")
+            training, held_out = len(self.sequences.training), len(self.sequences.validation)
+            say(cut_in_words(len(self.store.slides), self.config.data.field_cells, training, held_out))
             if self.labels:
                 say(self.labels.said)
 

@@ -130,6 +130,27 @@ def test_embeddings_of_two_encoders_never_mix(tmp_path):
             writer(tmp_path, **change)
 
 
+def test_slides_of_several_folders_are_one_store_unless_encoders_differ_or_a_slide_is_in_two(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # so that folders are named from here
+    for folder, slides in {"one": "bd", "two": "ae", "three": "c", "again": "ax"}.items():
+        with writer(tmp_path / folder) as made:
+            for slide in slides:
+                made.add(slide, *tiles(slide), 512.0, 0.5)
+    one, two, three, again = (EmbeddingStore.open(folder) for folder in ("one", "two", "three", "again"))
+    pooled = one.with_slides_of(two).with_slides_of(three)
+    assert pooled.slides == list("abcde") and one.slides == list("bd")
+    for slide, store in {"a": two, "b": one, "c": three, "d": one, "e": two}.items():
+        assert np.array_equal(pooled.read(slide).embeddings, store.read(slide).embeddings)
+        assert np.array_equal(pooled.only([slide]).read(slide).coordinates, store.read(slide).coordinates)
+        assert np.array_equal(pooled.scattered_rows(slide, 3), store.read(slide).embeddings[::3])
+    with pytest.raises(Fault, match=r"two and again both hold the slide 'a' \(1 are in both\)"):
+        pooled.with_slides_of(again)
+    for number, change in enumerate(({"encoder_hash": "other"}, {"width": 7})):
+        writer(tmp_path / str(number), **change).close()
+        with pytest.raises(Fault, match=f"one holds embeddings of vit .abc, width 6., and {number} of vit"):
+            one.with_slides_of(EmbeddingStore.open(str(number)))
+
+
 def test_two_processes_cannot_write_one_part_but_can_write_two(tmp_path):
     first = writer(tmp_path)
     with pytest.raises(Fault, match="another process"):

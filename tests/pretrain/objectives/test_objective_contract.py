@@ -494,16 +494,27 @@ def test_a_class_that_is_no_objective_and_settings_that_it_has_not_are_found_whe
     [
         (
             ["tile", "objective=slide_mae"],
-            "slide_mae.SlideMAE is an objective of 'pretrain slide': choose one that 'pretrain tile",
+            "objective=slide_mae is of 'pretrain slide': here objective= is one of dino, dinov2, mae.",
         ),
-        (["doctor", "objective=slide_mae"], "slide_mae.SlideMAE is an objective of 'pretrain slide': choose one"),
         (
-            ["slide", "objective=dinov2"],
-            "dinov2.DINOv2 is an objective of 'pretrain tile': choose one that 'pretrain slide --help'",
+            ["doctor", "objective=slide_mae"],
+            "objective=slide_mae is of 'pretrain slide': here objective= is one of dino",
+        ),
+        (
+            ["slide", "objective=dino"],
+            "objective=dino is of 'pretrain tile': here objective= is one of slide_context, s",
         ),
         (
             ["plan", "recipe=small_slide", "objective=mae"],
-            "mae.MAE is an objective of 'pretrain tile': choose one that",
+            "objective=mae is of 'pretrain tile': here objective= is one",
+        ),
+        (
+            ["slide", "recipe=small_dino"],
+            "recipe=small_dino asks for objective=dino, which is of 'pretrain tile': here",
+        ),
+        (
+            ["slide", "objective._target_=pretrain.objectives.mae.MAE"],
+            "mae.MAE is an objective of 'pretrain tile': choose one that 'pretrain slide --help'",
         ),
     ],
 )

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.embeddings.store import EmbeddingWriter
+from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 
 WIDTH = 16
@@ -29,3 +29,12 @@ def write_labelled_slides(folder: Path, slides: int, side: int = 10) -> list[tup
             writer.add(f"slide{number:02d}", values.astype(np.float32), places * 256, 256.0, 0.5)
             labels.append((f"slide{number:02d}", label))
     return labels
+
+
+def copy_slides(store: EmbeddingStore, slides: list[str], folder: Path, encoder_hash: str | None = None) -> Path:
+    """Some slides of a store in a store of their own."""
+    with EmbeddingWriter(folder, store.width, store.encoder, encoder_hash or store.encoder_hash) as writer:
+        for name in slides:
+            slide = store.read(name)
+            writer.add(name, slide.embeddings, slide.coordinates, slide.tile_size_level0, slide.mpp)
+    return folder

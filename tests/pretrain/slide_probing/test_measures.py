@@ -41,17 +41,39 @@ def test_measures_of_numbers_are_scipys_and_scikit_learns() -> None:
     assert explained(truth, prediction) == pytest.approx(metrics.r2_score(truth, prediction))
 
 
+def test_the_concordance_of_four_cases_is_that_found_by_hand() -> None:
+    """Known who came first: of cases 0 and 1, 0 and 2, 0 and 3 (each right), 1 and 2 (one time, only 1 has the event;
+    equal risks, a half), 1 and 3 (wrong). Of 2 and 3 it isn't: 2 was lost sight of before."""
+    truth = np.array([[1, 1], [2, 1], [2, 0], [3, 0]], dtype=float)
+    assert concordance(truth, np.array([3, 1, 1, 2])) == pytest.approx(3.5 / 5)
+
+
+def cases_with_ties(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    draw = rng("concordance", seed)
+    return draw.integers(1, 12, 40), draw.integers(0, 2, 40), draw.integers(0, 6, 40)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_the_concordance_counts_each_pair_of_which_it_is_known_who_came_first(seed: int) -> None:
-    draw = rng("concordance", seed)
-    time, event, risk = draw.integers(1, 12, 40), draw.integers(0, 2, 40), draw.integers(0, 6, 40)
+    """Harrell's, as lifelines documents it: pair by pair."""
+    time, event, risk = cases_with_ties(seed)
     right = known = 0.0
     for i in range(40):
-        for j in range(40):
-            if event[i] and (time[i] < time[j] or (time[i] == time[j] and not event[j])):
+        for j in range(i):
+            first = min(i, j, key=lambda case: (time[case], not event[case]))
+            last = i + j - first
+            if event[first] and (time[first] < time[last] or not event[last]):
                 known += 1
-                right += (risk[i] > risk[j]) + 0.5 * (risk[i] == risk[j])
+                right += 0.5 if risk[first] == risk[last] else float(risk[first] > risk[last])
     assert concordance(np.stack([time, event], 1).astype(float), risk) == pytest.approx(right / known)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_the_concordance_is_lifelines(seed: int) -> None:
+    lifelines = pytest.importorskip("lifelines.utils")
+    time, event, risk = cases_with_ties(seed)
+    expected = lifelines.concordance_index(time, -risk, event)  # there a higher score lives longer
+    assert concordance(np.stack([time, event], 1).astype(float), risk) == pytest.approx(expected)
 
 
 def test_proportional_hazards_have_no_slope_left() -> None:
@@ -73,17 +95,24 @@ def test_proportional_hazards_have_no_slope_left() -> None:
         assert (loss(weights + axis) - loss(weights - axis)) / 2e-5 == pytest.approx(0, abs=1e-4)
 
 
-def labelled(n: int) -> LabelledSlides:
+def labelled(n: int, patients: int | None = None) -> LabelledSlides:
     return LabelledSlides(
-        [[str(i)] for i in range(n)],
-        [str(i) for i in range(n)],
-        "classes",
-        np.arange(n) % 2,
-        ["a", "b"],
-        False,
-        None,
-        [],
+        bags=[[str(i)] for i in range(n)],
+        names=[str(i) for i in range(n)],
+        patients=[str(i % (patients or n)) for i in range(n)],
+        kind="classes",
+        values=np.arange(n) % 2,
+        classes=["a", "b"],
+        ordered=False,
+        rounds=None,
+        said=[],
     )
+
+
+def test_a_bootstrap_draws_patients_with_all_their_cases() -> None:
+    alone, of_three = Judge(labelled(12), [], 0), Judge(labelled(12, patients=3), [], 0)
+    assert (alone.times.sum(1) == 12).all() and (of_three.times.sum(1) == 12).all()
+    assert (of_three.times.reshape(-1, 4, 3) == of_three.times[:, None, :3]).all() and of_three.times.std() > 0
 
 
 def test_the_folds_of_one_division_are_measured_together() -> None:

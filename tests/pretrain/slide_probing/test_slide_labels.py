@@ -56,6 +56,84 @@ def test_tables_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
     assert read_labels(tmp_path / "l.parquet", None, KNOWN).classes == ["a", "b"]
 
 
+def patho_bench_task(folder: Path, text: str, about: str) -> Path:
+    """A table as Patho-Bench writes it, with what it says beside it."""
+    (folder / "config.yaml").write_text(about)
+    return table(folder, text.replace(" ", "\t"), "k=all.tsv")
+
+
+def test_patho_bench_says_beside_a_table_what_is_asked_and_what_its_codes_stand_for(tmp_path: Path) -> None:
+    lines = [f"p{i // 2} s{i} {i // 2 % 2 * 11} {'test' if i < 4 else 'train'}" for i in range(8)]
+    about = "task_col: grade\ntask_type: classification\nmetrics:\n  - bacc\nsample_col: case_id\nlabel_dict:\n"
+    about += '  0: "Glioblastoma, IDH-wildtype"\n  5: Lipoma\n  11: Pituitary adenoma\n'
+    path = patho_bench_task(tmp_path, "case_id slide_id grade fold_0\n" + "\n".join(lines), about)
+    found = read_labels(path, None, KNOWN)
+    assert (found.kind, found.classes) == ("classes", ["Glioblastoma, IDH-wildtype", "Pituitary adenoma"])
+    assert found.values.tolist() == [0, 1, 0, 1] and not found.ordered and found.names == ["p0", "p1", "p2", "p3"]
+    assert "config.yaml beside" in found.said[-1]
+    assert read_labels(path, "fold_0", KNOWN).classes == ["test", "train"]  # another column is the user's own question
+    (tmp_path / "config.yaml").write_text(about.replace("11:", "12:"))
+    with pytest.raises(Fault, match=r"has 11 in grade, and config\.yaml beside it says of no such class"):
+        read_labels(path, None, KNOWN)
+    (tmp_path / "config.yaml").write_text("task_col: [")
+    with pytest.raises(Fault, match="can't be read as a task of Patho-Bench"):
+        read_labels(path, None, KNOWN)
+    (tmp_path / "config.yaml").write_text("model: {width: 5}")  # somebody else's
+    assert read_labels(path, "grade", KNOWN).classes == ["0", "11"]
+
+
+def test_survival_is_read_as_patho_bench_writes_it_with_and_without_its_file(tmp_path: Path) -> None:
+    lines = [f"p{i} s{i} {i % 2} {100.0 * i} {i % 7} {'train' if i else 'test'}" for i in range(8)]
+    text = "case_id slide_id OS_event OS_days OS fold_0\n" + "\n".join(lines)
+    about = "task_col: OS\nextra_cols: [OS_event, OS_days]\ntask_type: survival\nlabel_dict:\n  0: Quartile 1\n"
+    with_file = read_labels(patho_bench_task(tmp_path, text, about), None, KNOWN)
+    (tmp_path / "config.yaml").unlink()
+    without = read_labels(tmp_path / "k=all.tsv", "OS", KNOWN)
+    for found in (with_file, without):
+        assert found.kind == "survival" and found.values[3].tolist() == [300, 1]
+
+
+def test_slides_are_judged_by_themselves_where_that_is_asked_with_a_patient_in_one_fold(tmp_path: Path) -> None:
+    """As in CLAM's own example of subtypes, and in Patho-Bench's BRACS."""
+    known = {f"s{i}": 5 for i in range(40)}
+    lines = [f"p{i // 4},s{i},subtype {i % 2 + 1}" for i in range(40)]
+    clam = table(tmp_path, "case_id,slide_id,label\n" + "\n".join(lines))
+    with pytest.raises(Fault, match=r"two things of patient p0.*cases=slide"):
+        read_labels(clam, None, known)
+    found = read_labels(clam, None, known, "slide")
+    assert found.names == list(known) and found.classes == ["subtype 1", "subtype 2"]
+    assert found.patients == [f"p{i // 4}" for i in range(40)] and "one by one" in found.said[-1]
+    patients = np.array(found.patients)
+    for fitted, judged in rounds_of(found, folds=5, repeats=2, seed=0):
+        assert len(judged) == 8 and not set(patients[fitted]) & set(patients[judged])
+    with pytest.raises(Fault, match=r"more than there are cases of subtype 1 \(10\)"):
+        rounds_of(found, folds=11, repeats=1, seed=0)
+    lines = [f"p{i // 4} s{i} {i % 2} {'test' if i < 8 else 'train'}" for i in range(40)]
+    about = (
+        "task_col: type\ntask_type: classification\nlabel_dict: {0: a b, 1: c}\nmetrics: [weighted_kappa]\nsample_col: "
+    )
+    bracs = patho_bench_task(tmp_path, "case_id slide_id type fold_0\n" + "\n".join(lines), about + "slide_id")
+    found = read_labels(bracs, None, known)
+    assert len(found.bags) == 40 and found.rounds is not None and found.rounds[0][1].tolist() == list(range(8))
+    split = table(
+        tmp_path, "case_id,slide_id,label,split\np,s0,a,train\np,s1,b,test\nq,s2,a,test\nr,s3,b,train", "x.csv"
+    )
+    with pytest.raises(Fault, match="patient p is in split test and train"):
+        read_labels(split, None, known, "slide")
+
+
+def test_a_line_for_every_tile_is_one_for_the_slide_as_in_evas_manifests(tmp_path: Path) -> None:
+    lines = [f"tile{k}.png,{k}.pt,{i % 2},{['train', 'val'][i > 3]},s{i}" for i in range(8) for k in range(3)]
+    text = "origin,embeddings,target,split,wsi_id\n" + "\n".join(lines)
+    found = read_labels(table(tmp_path, text), None, KNOWN)
+    assert found.bags == [[f"s{i}"] for i in range(8)] and found.rounds is not None
+    assert found.rounds[0][1].tolist() == [4, 5, 6, 7]
+    with pytest.raises(Fault, match="has s0 twice, the second time in line 4, and says other things"):
+        read_labels(
+            table(tmp_path, text.replace("tile2.png,2.pt,0,train,s0", "tile2.png,2.pt,1,train,s0")), None, KNOWN
+        )
+
+
 def test_patients_are_known_by_a_column_or_by_tcgas_names_and_which_is_said(tmp_path: Path) -> None:
     names = {f"TCGA-AA-000{i // 2}-01Z-00-DX{i % 2 + 1}": 5 for i in range(8)}
     lines = [f"{name},{'ab'[i // 2 % 2]}" for i, name in enumerate(names)]

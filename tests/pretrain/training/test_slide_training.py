@@ -25,6 +25,7 @@ from pretrain.run import checkpoints
 from pretrain.run.checkpoints import read_network
 from pretrain.run.folder import flat
 from pretrain.settings.composition import load
+from pretrain.training.slide_stage import cut_in_words
 from tests.pretrain.training.wavy_slides import write_wavy_slides
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -77,6 +78,15 @@ def metrics(run: Path) -> list[dict[str, Any]]:
     timing = {"slides_per_second", "data_wait", "peak_memory_gib", "evaluation_seconds", "look_seconds"}
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in timing} for line in lines]
+
+
+def test_a_run_that_cuts_slides_into_fields_says_so_and_why() -> None:
+    assert cut_in_words(6, 0, 5, 1) == "6 slides, whole: 5 to train on, 1 held out"
+    fields = cut_in_words(6, 8, 40, 9)
+    assert fields.startswith(
+        "6 slides, cut into overlapping fields of 8 × 8 tiles: 40 to train on, 9 held out; so that"
+    )
+    assert "few slides make enough sequences" in fields and "data.field_cells=0 takes them whole" in fields
 
 
 def test_compiled_blocks_are_refused_where_every_step_would_compile_anew(
