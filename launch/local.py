@@ -1,4 +1,5 @@
-"""``launch=local``: here. One process runs in this one; several (``trainer.devices=2``) are started and watched by it.
+"""``launch=local``: here. One process runs in this one; several (``trainer.devices=2``, or ``processes_per_slide=2`` of
+'embed') are started and watched by it.
 
 The watching process holds no part of the run: it passes signals on, ends the others when one fails, and says whose
 error came first. Lightning would start them from the first rank, and kill that without a word when another dies.
@@ -39,14 +40,17 @@ class Local(Launcher):
             refuse_without_srun()
             composed.object()  # what is missing is said once, by this process
             refuse_uneven(composed, composed.tree.trainer.devices * composed.tree.trainer.nodes)
-        if not training or is_a_rank():
+        if training and not is_a_rank():
+            refuse_alone(composed.tree.trainer.nodes)
+            count, nodes = composed.tree.trainer.devices, composed.tree.trainer.nodes
+        elif not training and "LOCAL_RANK" not in os.environ:  # a task of srun's starts its own
+            count, nodes = composed.tree.get("processes_per_slide", 1), 1
+        else:
+            count, nodes = 1, 1
+        if count < 2:
             run_here(composed)
             return
-        refuse_alone(composed.tree.trainer.nodes)
-        if composed.tree.trainer.devices < 2:
-            run_here(composed)
-            return
-        run_together(composed, folder_of(composed).resolve() / "logs" / "local")
+        run_together(composed, count, nodes, folder_of(composed).resolve() / "logs" / "local")
 
 
 def is_a_rank() -> bool:
@@ -85,9 +89,10 @@ def is_step() -> bool:
     return step.isdigit() and int(step) < 2**32 - 16
 
 
-def run_together(composed: Composed, logs: Path) -> None:
-    """Run the command as ``trainer.devices`` processes. Where one fails, say the first error and exit with its code."""
-    count, node, began = composed.tree.trainer.devices, environment_number("NODE_RANK", 0), time.time()
+def run_together(composed: Composed, count: int, nodes: int, logs: Path) -> None:
+    """Run the command as ``count`` processes on each of ``nodes``, here those of this one. Where one fails, say the
+    first error and exit with its code."""
+    node, began = environment_number("NODE_RANK", 0), time.time()
     theirs, ours = os.pipe()  # nothing is written: that its end closes tells the ranks that this process is gone
     cores = len(os.sched_getaffinity(0))
     environment = {
@@ -95,7 +100,7 @@ def run_together(composed: Composed, logs: Path) -> None:
         "MASTER_PORT": str(free_port()),
         "OMP_NUM_THREADS": str(max(1, cores // count)),
         **os.environ,
-        "WORLD_SIZE": str(count * composed.tree.trainer.nodes),
+        "WORLD_SIZE": str(count * nodes),
         "NODE_RANK": str(node),
         failures.LOGS: str(logs),
         ranks.PARENT: str(theirs),

@@ -8,13 +8,16 @@ stage=slide: every slide of such a store goes through a slide encoder. out= beco
 per slide: its vectors by pooling (pooled, mean_std, cluster_means, cluster_moments, pooled_layers, cls, cls_layers),
 the one that pooling= chooses once more as vector, and mean_tiles, the baseline that needs no slide encoder. Clusters of
 tiles are found once and kept in out=; another folder takes them over with clusters=. random=true gives the network
-random weights.
+random weights. The work on a long slide is shared by several processes, processes_per_slide=, which this command starts,
+or torchrun; each holds all of its tiles.
 
 per_tile=true makes out= a store instead, as stage=tile does, of what the slide encoder makes of each tile. maps= makes it
 a folder of maps, of how much each tile counted for its slide's vector: Parquet (slide, x, y, score), h5, GeoJSON for
 QuPath, and a heat map, over the slide's thumbnail where slides= has its file. maps=rollout follows attention back from
 the mean of the tiles, or the class token where pooling= is of that; 1 is an even share. maps=gradient is gradient × input
-of the vector that pooling= names, along its own direction or that of a linear model's weights (direction=weights.npy).
+of the vector that pooling= names, along its own direction or that of a linear model's weights (direction=weights.npy),
+and maps=sensitivity its size. What decides a label is asked with such weights: attention, and a vector's own direction,
+know nothing of it.
 
 Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is
 named and left out, the others go on, and the command ends with an error; run again, it is retried. The last line of
@@ -30,6 +33,7 @@ Examples:
     pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=slide_embeddings
     pretrain embed stage=slide checkpoint=runs/slide embeddings=others out=more patients=labels.csv clusters=slide_embeddings
     pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=random_embeddings random=true
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=huge_slides out=huge processes_per_slide=8
     pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=in_context per_tile=true
     pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=maps maps=rollout slides=/slides
 """
@@ -56,6 +60,7 @@ from data.slides.tissue import TISSUE_RULES
 from models.allowed import ON_DISK, SHARE, TILE, one_of, within
 from pretrain.embedding.named_slides import hold_to_embedded_mpp, named_slides
 from pretrain.embedding.result import require_none_left_out, say_embedded, write_exports
+from pretrain.embedding.shared_slides import Embedders, met
 from pretrain.encoders.slide_encoders import SlideEncoder, load_slide_encoder
 from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
@@ -98,8 +103,9 @@ class Config:
     clusters: Annotated[str | None, ON_DISK]
     random: bool
     seed: Annotated[int, within(least=0)]
+    processes_per_slide: Annotated[int, within(least=1)]
     per_tile: bool
-    maps: Annotated[str | None, one_of("rollout", "gradient")]
+    maps: Annotated[str | None, one_of("rollout", "gradient", "sensitivity")]
     direction: Annotated[str | None, ON_DISK]
     threads: Annotated[int, within(least=1)]
     max_bad_fraction: Annotated[float, SHARE]
@@ -129,7 +135,8 @@ def run(config: Config) -> None:
         merge_job_indexes(Path(config.out))
         say_embedded(config.out, EmbeddingStore.open(Path(config.out)), {}, None, time.monotonic(), {})
     elif config.stage == "slide":
-        _embed_slides_whole(config, part, parts)
+        with met(config.processes_per_slide, config.device or "") as embedders:
+            _embed_slides_whole(config, embedders, part, parts)
     elif config.features:
         _import_features(config, part, parts)
     else:
@@ -139,6 +146,8 @@ def run(config: Config) -> None:
 @of_the_command_line()
 def require_consistent(config: Config) -> None:
     """Raise Fault for settings that don't fit together, saying which to give."""
+    if config.processes_per_slide > 1 and (config.stage != "slide" or config.merge or config.per_tile or config.maps):
+        raise Fault("processes_per_slide= is for slides' vectors: stage=slide, without merge=, per_tile= and maps=.")
     if config.merge:
         return
     if config.stage == "slide":
@@ -150,7 +159,7 @@ def require_consistent(config: Config) -> None:
         if config.export and not config.per_tile:
             raise Fault("export= writes embeddings of tiles: with stage=slide it goes with per_tile=true.")
         if config.direction and config.maps == "rollout":
-            raise Fault("direction= is for maps=gradient: a rollout has none; leave it out.")
+            raise Fault("direction= is for maps=gradient and maps=sensitivity: a rollout has none; leave it out.")
         if config.part and config.patients:
             raise Fault("patients= is written when the parts are put together: give it with merge=true.")
         return
@@ -259,7 +268,7 @@ def _import_features(config: Config, part: int, parts: int) -> None:
     say_embedded(config.out, store, failed, len(pending) - len(failed), began, {"results": results})
 
 
-def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
+def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: int) -> None:
     """stage=slide: by vectors, tile by tile, or as maps."""
     from pretrain.embedding.contextualised import embed_tiles_in_context
     from pretrain.embedding.random_weights import random_encoder
@@ -268,7 +277,7 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()
     store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
-    encoder = load_slide_encoder(config.checkpoint, config.device or "", config.allow_plugins)
+    encoder = load_slide_encoder(config.checkpoint, embedders.device, config.allow_plugins)
     if config.random:
         encoder = random_encoder(encoder, config.seed)
     for sentence in encoder.notes:
@@ -284,11 +293,13 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
         write_exports(config.export, out, made, made.slides[part - 1 :: parts] if part else made.slides)
         say_embedded(config.out, made, {}, new, began, {"tile_encoder_hash": store.encoder_hash})
         return
+    embedders.share_slides(encoder)
     patients = patients_of(Path(config.patients) if config.patients else None, store.slides)
     new = embed_store(
         store,
         encoder,
         out,
+        embedders,
         part=part,
         parts=parts,
         tokens=config.tokens,
@@ -297,6 +308,8 @@ def _embed_slides_whole(config: Config, part: int, parts: int) -> None:
         clusters=Path(config.clusters) if config.clusters else None,
         seed=config.seed,
     )
+    if not embedders.first:
+        return
     slides = len(slides_in(out)) if part else gather_pieces(out, patients)
     say(f"{out}: {slides} slides" + ("" if new else "; all were there already, nothing to do"))
     facts = {

@@ -1,4 +1,5 @@
-"""List the recipes: what each trains, on what, at what published cost, and what is unknown about it.
+"""List the recipes: what each trains, on what, at what published cost, which part of it is public, and what is unknown
+about it.
 
 A recipe is one file in configs/recipe/; every value in it says where it is from. Numbers of parameters are counted on
 the network itself, the mask token left out, as publishers do.
@@ -23,6 +24,7 @@ from pretrain.settings.refusals import nearest
 
 RECIPE_STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
+FACTS_OF_RECIPES = ("Data", "Cost", "Public")  # lines of a recipe's heading that the table has
 OUR_CHOICE = "?:"  # how a recipe marks a value that is our choice
 
 
@@ -45,6 +47,7 @@ class Recipe:
     steps: int
     data: str
     cost: str
+    public: str
     unknown: list[str]  # settings whose value is our choice
 
 
@@ -101,7 +104,7 @@ def describe_recipe(name: str) -> Recipe:
     facts = dict(
         line.removeprefix("# ").split(": ", 1)
         for line in heading(path(name))
-        if line.startswith(("# Data: ", "# Cost: "))
+        if line.startswith(tuple(f"# {fact}: " for fact in FACTS_OF_RECIPES))
     )
     kind = objective["_target_"].rpartition(".")[2]
     return Recipe(
@@ -111,8 +114,7 @@ def describe_recipe(name: str) -> Recipe:
         objective=f"{kind} + {objective['spread']}" if objective.get("spread_weight") else kind,
         batch=tree.data.batch_size,
         steps=tree.optim.steps,
-        data=facts.get("Data", ""),
-        cost=facts.get("Cost", ""),
+        **{fact.lower(): facts.get(fact, "") for fact in FACTS_OF_RECIPES},
         unknown=sorted(key for key, comment in said.items() if OUR_CHOICE in comment),
     )
 
@@ -137,7 +139,8 @@ def recipe_table(recipes: list[Recipe]) -> str:
         ]
         lines.append("  ".join(cells).rstrip())
         if recipe is not None:
-            notes = {"data": recipe.data, "cost": recipe.cost, "unknown": ", ".join(recipe.unknown)}
+            notes = {fact.lower(): getattr(recipe, fact.lower()) for fact in FACTS_OF_RECIPES}
+            notes["unknown"] = ", ".join(recipe.unknown)
             lines += [f"    {name:<8} {text}" for name, text in notes.items() if text]
     return "\n".join(
         [

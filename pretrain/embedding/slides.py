@@ -3,6 +3,7 @@ tiles."""
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from data.embeddings.store import EmbeddingStore, SlideEmbeddings
 from data.files import make_folder
 from models.slide_network import SlideFeatures, SlideNetwork
 from pretrain.embedding.poolings import pooled_vectors
+from pretrain.embedding.shared_slides import Embedders
 from pretrain.embedding.tile_clusters import TileClusters, kept_clusters
 from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
@@ -27,6 +29,7 @@ def embed_store(
     store: EmbeddingStore,
     encoder: SlideEncoder,
     out: Path,
+    embedders: Embedders,
     *,
     part: int,
     parts: int,
@@ -36,7 +39,8 @@ def embed_store(
     clusters: Path | None,
     seed: int,
 ) -> int:
-    """Add the slides of the store, or of this part of it, that ``out`` doesn't hold yet; returns how many.
+    """Add the slides of the store, or of this part of it, that ``out`` doesn't hold yet; returns how many. All
+    ``embedders`` call it, and share the slides that the encoder is asked about.
 
     pooling: which vector is the default. clusters: kept ones to use; None: those in ``out``, or new ones, drawn by
     ``seed``. Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds
@@ -53,18 +57,20 @@ def embed_store(
         "pooling": pooling,
     }
     claim_slide_store(out, about)
-    with lease.alone(out / f".part-{part}", doing="another 'pretrain embed'"):
+    held = lease.alone(out / f".part-{part}", doing="another 'pretrain embed'") if embedders.first else nullcontext()
+    with held:
         there = slides_in(out)
         wanted = [slide for slide in store.slides if store.rows(slide)]
         mine = wanted[part - 1 :: parts] if part else wanted
-        pending = [slide for slide in mine if slide not in there]
+        pending = embedders.agreed([slide for slide in mine if slide not in there])
         rows: list[dict[str, object]] = []
         began = time.monotonic()
         if pending:
             kept = kept_clusters(out, store, wanted, seed, clusters)
             for row in track(_rows(store, encoder, pending, kept, tokens, precision), len(pending), "embed", "slides"):
-                rows.append(row)
-                if time.monotonic() - began > SECONDS_BETWEEN_FILES:
+                if embedders.first:
+                    rows.append(row)
+                if rows and time.monotonic() - began > SECONDS_BETWEEN_FILES:
                     add_rows(out, part, rows)
                     rows, began = [], time.monotonic()
         if rows:

@@ -49,7 +49,8 @@ def by_gradient(
     direction: np.ndarray | None,
 ) -> list[np.ndarray]:
     """Gradient × input: ``x_i · ∂s/∂x_i`` of ``s``, the vector's projection on ``direction`` (the weights of a linear
-    model: its logit), or on the vector's own. Activations of all tiles are kept, and a slide goes by itself."""
+    model: its logit), or on the vector's own: how fast it rises as the tile grows. Activations of all tiles are kept,
+    and a slide goes by itself."""
     found = []
     for slide in batch:
         x, cells, lengths = on_the_device([slide], encoder.device)
@@ -62,6 +63,18 @@ def by_gradient(
     return found
 
 
+def by_sensitivity(
+    encoder: SlideEncoder,
+    batch: Sequence[SlideEmbeddings],
+    pooling: str,
+    clusters: TileClusters | None,
+    direction: np.ndarray | None,
+) -> list[np.ndarray]:
+    """The size of gradient × input. Of second moments its sign doesn't say for what a tile speaks: a nest that raises a
+    logit by being in one piece lowers it as its tiles grow."""
+    return [np.abs(scores) for scores in by_gradient(encoder, batch, pooling, clusters, direction)]
+
+
 def towards(vector: Tensor, direction: np.ndarray | None) -> Tensor:
     """The direction, or the vector's own at length 1."""
     if direction is not None:
@@ -69,7 +82,7 @@ def towards(vector: Tensor, direction: np.ndarray | None) -> Tensor:
     return vector.detach() / vector.detach().norm().clamp(min=torch.finfo(vector.dtype).tiny)
 
 
-WAYS: dict[str, TileScores] = {"rollout": by_rollout, "gradient": by_gradient}
+WAYS: dict[str, TileScores] = {"rollout": by_rollout, "gradient": by_gradient, "sensitivity": by_sensitivity}
 
 
 def read_direction(path: Path, width: int, pooling: str) -> np.ndarray:

@@ -255,6 +255,16 @@ def test_evaluation_is_counted_and_said() -> None:
     assert "no evaluation: data.validation_fraction=0" in plan_table(found)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("recipe", "words"), [("titan_slide", ("slides.width=768",)), ("ticon", ("data.further=[a,b,c,d]",))]
+)
+def test_recipes_of_regions_are_planned(recipe: str, words: tuple[str, ...]) -> None:
+    smaller = ("data.batch_size=16", "data.lanes=4", "model.width=96", "model.feed_forward_width=96")
+    found = make_plan(planned(f"recipe={recipe}", *words, *smaller, "hardware=a100_80gb", "launch.gpus_per_node=4"))
+    assert found["pace"]["hours"] > 0
+
+
 def test_judging_takes_a_run_of_the_published_recipe_less_than_a_twentieth_of_its_tokens() -> None:
     """Forwards alone, of whole slides; training passes each slide's crop forward and, at twice the cost, backward."""
     run = run_shape(compose_run(["recipe=gigapath_slide"], []), SupposedSlides(1536, 8090, 50_000, count=171_189))

@@ -54,6 +54,13 @@ SHRUNK = {
     ),
     *("objective.teacher_temperature_warmup", "init"),
 }
+# Published recipes of slide encoders, and a part of what is said to be public of each.
+OF_SLIDES = {
+    "gigapath_slide": "the encoder's code and weights",
+    "moozy_slide": "its training code",
+    "titan_slide": "of this stage the paper's text, and no code",
+    "ticon": "no training code",
+}
 TILE_SIZES = {"virchow2": 392, "midnight_highres": 512}  # pixels; 256 for the others
 SWEEP = """
 import sys
@@ -139,7 +146,7 @@ def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
     assert all(parameter.is_meta for parameter in build().parameters())
 
 
-@pytest.mark.parametrize("name", [*PUBLISHED, "moozy_slide"])
+@pytest.mark.parametrize("name", [*PUBLISHED, *sorted(OF_SLIDES.keys() - {"gigapath_slide"})])
 def test_every_value_says_where_it_is_from(name: str) -> None:
     said = comments(CONFIGS / "recipe" / f"{name}.yaml")
     assert len(said) >= 5
@@ -191,6 +198,12 @@ def test_the_table_names_every_recipe_its_size_and_what_is_unknown(capsys: pytes
     )
     assert "SlideIBOT + koleo" not in text and "14,400" in rows["moozy_slide"]
     assert "DINOv2 + kde" in rows["midnight"] and "1,000,000" in rows["midnight"]
+    assert "43,709,952" in rows["titan_slide"] and "172,354,560" in rows["ticon"]  # of embeddings 1536 wide
+    notes = {name: text[text.index(f"\n{name} ") :].split("\n")[2:6] for name in OF_SLIDES}
+    for name, part in OF_SLIDES.items():
+        (public,) = (note for note in notes[name] if note.startswith("    public"))
+        assert part in public
+    assert "optim.lr," in notes["titan_slide"][-1] and "data.mask_ratio" not in notes["gigapath_slide"][-1]
     assert "667 H100-hours" in text and "optim.lr" in recipes.describe_recipe("virchow").unknown
     assert recipes.describe_recipe("small").unknown == []  # nothing about it was ever published
 

@@ -100,7 +100,10 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
             "has 5 numbers, and vectors of pooling=cluster_moments are 576",
         ),
         (["maps=gradient", f"direction={tmp_path / 'none.npy'}"], "can't be read"),
-        (["maps=rollout", f"direction={tmp_path / 'short.npy'}"], "direction= is for maps=gradient"),
+        (
+            ["maps=rollout", f"direction={tmp_path / 'short.npy'}"],
+            "direction= is for maps=gradient and maps=sensitivity: a rollout has none",
+        ),
         (["maps=rollout", "per_tile=true"], "leave one of them out"),
         (["export=[trident]"], "goes with per_tile=true"),
         (["slides=[a.svs]"], "slides= has no effect there"),

@@ -272,6 +272,19 @@ def test_the_published_recipe_runs_at_smoke_scale_even_on_a_single_slide(store: 
     assert {"r2", "r2_neighbours", "r2_slide_mean", "shuffled_rise", "effective_rank"} <= lines[-1].keys()
 
 
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("recipe", ["titan_slide", "ticon"])
+def test_recipes_of_regions_run_at_smoke_scale(recipe: str, store: Path, tmp_path: Path) -> None:
+    more = ["trainer.precision=float32", "trainer.checkpoint_every=6", "watch.every=0", "optim.steps=6"]
+    if recipe == "ticon":
+        more.append(f"data.further=[{seen_otherwise(EmbeddingStore.open(store), tmp_path / 'further').folder}]")
+    run_command_line(words(tmp_path / "run", store, f"recipe={recipe}", "scale=smoke", *more))
+    lines = metrics(tmp_path / "run")
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 7))
+    assert all(np.isfinite(line["loss"]) and line["skipped"] == 0 for line in lines if "loss" in line)
+    assert "matched" in lines[-1] if recipe == "titan_slide" else "r2_neighbours" in lines[-1]
+
+
 def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else() -> None:
     given = ["recipe=gigapath_slide", "run=r", "data.embeddings=e"]
     full, smoke = (
