@@ -114,14 +114,15 @@ class _AddedLinear(torch.autograd.Function):
         of_sum = grad
         if rows is not None:
             of_sum = grad.index_select(0, rows)
-            for some, (size, scale) in zip(of_sum.split([size for size, _ in ctx.groups]), ctx.groups, strict=True):
+            sizes = [size for size, _ in ctx.groups]
+            for some, (_, scale) in zip(of_sum.split(sizes), ctx.groups, strict=True):
                 some.mul_(scale)
         scaled, _ = _scaled(weight, bias, gamma)
-        of_weight, of_bias, of_parts = torch.zeros_like(weight), of_sum.sum(0), []
+        of_weight, of_bias, of_parts = weight.new_zeros(()), of_sum.sum(0), []
         for part, some in zip(parts, of_sum.split([len(part) for part in parts]), strict=True):
             of_part, came = ctx.activation[1](some @ scaled, part)
             of_parts.append(of_part)
-            of_weight.addmm_(some.mT, came)
+            of_weight = torch.addmm(of_weight, some.mT, came)
         if gamma is None:
             return grad, None, None, None, of_weight, of_bias, None, *of_parts
         # y = γ ⊙ (W a + b), so row by row ∂γ is W · ∂(γ W) + b · ∂(γ b).
