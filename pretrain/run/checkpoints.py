@@ -205,12 +205,11 @@ class Writer(dcp.FileSystemWriter):
 def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
     """Whether every number that this rank's part of a checkpoint would hold is finite: weights, statistics, moments."""
     moments = (value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor))
-    by_device: dict[torch.device, list[Tensor]] = {}
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for part in map(local_shard, (*model.parameters(), *model.buffers(), *moments)):
         if part.is_floating_point() and part.numel():
-            by_device.setdefault(part.device, []).append(part)
-    largest = [torch._foreach_norm(parts, math.inf) for parts in by_device.values()]
-    return all(bool(torch.stack([one.isfinite() for one in found]).all()) for found in largest)
+            alike.setdefault((part.device, part.dtype), []).append(part)
+    return all(bool(torch.stack(torch._foreach_norm(parts, math.inf)).isfinite().all()) for parts in alike.values())
 
 
 def size(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
