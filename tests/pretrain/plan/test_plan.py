@@ -146,7 +146,8 @@ def test_the_first_process_holds_the_larger_part_of_what_does_not_divide() -> No
 
 def test_pace_is_operations_over_what_is_used_of_the_peak() -> None:
     found = Estimate(samples=6, flops=Counter({("a", "forward"): 3 * 10**12}), held={}, highest={})
-    step = step_time(found, described("h100_80gb"), 4, peak=100e12, utilisation=0.3, operator_us=None)
+    machine = described("h100_80gb")
+    step = step_time(found, machine, 4, peak=100e12, utilisation=0.3, operator_us=10, reads_memory=False)
     speed = pace(
         found,
         step=step,
