@@ -228,7 +228,7 @@ def contents(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, An
     if not optimiser.state:
         get_state_dict(model, optimiser)  # makes its moments, to be loaded
     _fill_absent_moments(optimiser)
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     state = {names[parameter]: dict(values) for parameter, values in optimiser.state.items()}
     groups = [group | {"params": [names[one] for one in group["params"]]} for group in optimiser.param_groups]
     return {"model": dict(model.state_dict()), "optimiser": {"state": state, "param_groups": groups}}
