@@ -9,6 +9,7 @@ a layer scale is applied to the map's weights here, which are fewer numbers than
 """
 
 from collections.abc import Callable, Sequence
+from functools import reduce
 from typing import Any
 
 import torch
@@ -118,11 +119,12 @@ class _AddedLinear(torch.autograd.Function):
             for some, (_, scale) in zip(of_sum.split(sizes), ctx.groups, strict=True):
                 some.mul_(scale)
         scaled, _ = _scaled(weight, bias, gamma)
-        of_weight, of_bias, of_parts = weight.new_zeros(()), of_sum.sum(0), []
+        products, of_bias, of_parts = [], of_sum.sum(0), []
         for part, some in zip(parts, of_sum.split([len(part) for part in parts]), strict=True):
             of_part, came = ctx.activation[1](some @ scaled, part)
             of_parts.append(of_part)
-            of_weight = torch.addmm(of_weight, some.mT, came)
+            products.append(some.mT @ came)
+        of_weight = reduce(torch.add, products)
         if gamma is None:
             return grad, None, None, None, of_weight, of_bias, None, *of_parts
         # y = γ ⊙ (W a + b), so row by row ∂γ is W · ∂(γ W) + b · ∂(γ b).

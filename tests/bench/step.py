@@ -140,10 +140,10 @@ def host_milliseconds(recipe: str) -> dict[str, float]:
 
 
 def operator_microseconds(recipe: str) -> float:
-    """Of a step of the recipe's networks, a few numbers wide, on crops of a patch or four."""
+    """Of a step of the recipe's networks, a few numbers wide, on crops of two tiles, of a patch or four each."""
     patch = shape_of(f"recipe={recipe}")[0].model["patch_size"]
-    sides = [f"data.crops.global_size={2 * patch}", f"data.crops.local_size={patch}"]
-    shape = shape_of(f"recipe={recipe}", *NARROW, *sides)[0]
+    small = [f"data.crops.global_size={2 * patch}", f"data.crops.local_size={patch}", "objective.group_size=2"]
+    shape = shape_of(f"recipe={recipe}", *NARROW, *small)[0]
     with torch.device("meta"):
         objective: Any = shape.build()()
     shard(objective, lay_mesh("cpu", 1, None), "bf16")
