@@ -9,13 +9,14 @@ over everything. Attention alone must know where a crop ends. A *backend* is a f
     xformers  once over the whole sequence, under a block-diagonal mask; needs the package and a CUDA device
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from models.operations import Operations, attention_products, total_operations
 
@@ -46,14 +47,43 @@ def attend(qkv: Tensor, shapes: Sequence[Shape], heads: int, fused: bool = False
     """
     width = qkv.shape[-1] // 3
     outputs = []
-    for part, (crops, tokens) in zip(qkv.split([crops * tokens for crops, tokens in shapes]), shapes, strict=True):
-        q, k, v = part.view(crops, tokens, 3, heads, width // heads).permute(2, 0, 3, 1, 4).unbind()
+    found = _SplitHeads.apply(qkv, tuple(shapes), heads)
+    for q, k, v in zip(found[::3], found[1::3], found[2::3], strict=True):
+        crops, _, tokens, _ = q.shape
         few = qkv.device.type == "cpu" and tokens <= FEW_TOKENS and not fused
         out = (
             _products(q, k, v) if few else F.scaled_dot_product_attention(q, k, v)
         )  # (crops, heads, tokens, width / heads)
         outputs.append(out.transpose(1, 2).reshape(crops * tokens, width))
     return outputs
+
+
+class _SplitHeads(torch.autograd.Function):
+    """``(T, 3 * width)`` → per shape q, k and v ``(crops, heads, tokens, d)``, one behind the other, without a copy.
+
+    Their gradients are written side by side at once. torch would first stack those of a shape, and then join the
+    shapes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, qkv: Tensor, shapes: tuple[Shape, ...], heads: int) -> tuple[Tensor, ...]:
+        ctx.shapes, ctx.heads = shapes, heads
+        return tuple(_heads(qkv, shapes, heads))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        tokens, width = sum(crops * tokens for crops, tokens in ctx.shapes), ctx.heads * grads[0].shape[-1]
+        joined = grads[0].new_empty(tokens, 3 * width)
+        for place, grad in zip(_heads(joined, ctx.shapes, ctx.heads), grads, strict=True):
+            place.copy_(grad)
+        return joined, None, None
+
+
+def _heads(qkv: Tensor, shapes: Sequence[Shape], heads: int) -> Iterator[Tensor]:
+    parts = qkv.split([crops * tokens for crops, tokens in shapes])
+    for part, (crops, tokens) in zip(parts, shapes, strict=True):
+        yield from part.view(crops, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind()
 
 
 def _products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -119,11 +149,13 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, shapes: Sequence[Shape], rows: Tensor | None = None) -> Tensor:
         """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``; or the result's ``rows`` ``(R,)``
         alone."""
-        parts = self.attend(self.qkv(x), shapes, self.heads)
-        if rows is not None:
-            return self.proj(torch.cat(list(parts)).index_select(0, rows))
-        # Each part by itself: the kernels keep their results for the backward, and a joined copy would be kept too.
-        return torch.cat([self.proj(part) for part in parts])
+        found = torch.cat(list(self.attended(x, shapes)))
+        return self.proj(found if rows is None else found.index_select(0, rows))
+
+    def attended(self, x: Tensor, shapes: Sequence[Shape]) -> Sequence[Tensor]:
+        """What the last map is given, in parts that lie one behind the other. The kernels keep them for the backward; a
+        joined copy would be kept too."""
+        return self.attend(self.qkv(x), shapes, self.heads)
 
     def products(self, shapes: Sequence[Shape]) -> Operations:
         """Operations between the tokens of crops of ``shapes``."""

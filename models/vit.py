@@ -19,7 +19,7 @@ from models.allowed import Agreements, one_of, within
 from models.attention import Attention, Shape, backend, check_heads
 from models.operations import Operations, linear_maps, total_operations
 from models.positions import check_sines, grid_embedding
-from models.recomputed import add_to_rows, gelu_linear, swiglu_linear
+from models.recomputed import GELU, SWIGLU, add_linear, take_rows
 
 
 class Tokens(NamedTuple):
@@ -36,8 +36,14 @@ class KeptSamples:
 
     rows: Tensor  # (T',) int64: the kept samples' tokens in the packed sequence
     shapes: list[Shape]  # their crops and tokens, per crop size
-    scale: Tensor  # (T', 1): samples / kept samples, which leaves the expectation as it was
-    chosen: Tensor | None = None  # (R,) int64: of which of the T' tokens there are results, R with ``scale``; None: all
+    scales: list[float]  # per crop size, samples / kept samples, which leaves the expectation as it was
+    chosen: Tensor | None = None  # (R,) int64: of which of the T' tokens there are results; None: all
+    chosen_scale: Tensor | None = None  # (R, 1): theirs
+
+    @property
+    def groups(self) -> list[tuple[int, float]]:
+        """Per crop size, its tokens in ``rows`` and their scale."""
+        return [(crops * tokens, scale) for (crops, tokens), scale in zip(self.shapes, self.scales, strict=True)]
 
     def among(self, wanted: Tensor, length: int) -> "KeptSamples":
         """The same samples, but results for the ``wanted`` rows ``(R,)`` alone.
@@ -49,12 +55,14 @@ class KeptSamples:
         place.index_copy_(0, self.rows, torch.arange(len(self.rows), device=wanted.device))
         places = place.index_select(0, wanted)
         chosen = places.clamp(min=0)
-        scale = self.scale.index_select(0, chosen) * (places >= 0).unsqueeze(1)
-        return KeptSamples(self.rows, self.shapes, scale, chosen)
+        scales = torch.cat([torch.full((size, 1), scale, device=wanted.device) for size, scale in self.groups])
+        return replace(self, chosen=chosen, chosen_scale=scales.index_select(0, chosen) * (places >= 0).unsqueeze(1))
 
 
 class MLP(nn.Module):
     """``fc2(GELU(fc1(x)))``."""
+
+    activation = GELU
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -62,11 +70,13 @@ class MLP(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
+        return self.fc2(self.activation[0](self.fc1(x)))
 
 
 class SwiGLU(nn.Module):
     """``fc2(SiLU(a) * b)`` with ``a, b = fc1(x)`` (Shazeer 2020): timm's packed layout, DINOv2's ``w12`` and ``w3``."""
+
+    activation = SWIGLU
 
     def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
@@ -74,7 +84,7 @@ class SwiGLU(nn.Module):
         self.fc2 = nn.Linear(hidden, width)
 
     def forward(self, x: Tensor) -> Tensor:
-        return swiglu_linear(self.fc1(x), self.fc2.weight, self.fc2.bias)
+        return self.fc2(self.activation[0](self.fc1(x)))
 
 
 class LayerScale(nn.Module):
@@ -114,20 +124,33 @@ class Block(nn.Module):
         ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then, and ``kept`` is among them
         (`KeptSamples.among`). The others are keys and values, and nothing more of them is computed.
         """
+        if wanted is not None:
+            return self._of_wanted(x, shapes, kept, wanted)
+        gammas = [getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2)]
         if kept is None:
-            attended = self.attn(self.norm1(x), shapes, wanted)
-            x = (x if wanted is None else x.index_select(0, wanted)) + self.ls1(attended)
+            x = add_linear(x, self.attn.attended(self.norm1(x), shapes), self.attn.proj, gammas[0])
+            return add_linear(x, [self.mlp.fc1(self.norm2(x))], self.mlp.fc2, gammas[1], self.mlp.activation)
+        first, second = kept
+        x, seen = take_rows(x, first.rows)
+        attended = self.attn.attended(self.norm1(seen), first.shapes)
+        x = add_linear(x, attended, self.attn.proj, gammas[0], rows=first.rows, groups=first.groups)
+        x, seen = take_rows(x, second.rows)
+        hidden = [self.mlp.fc1(self.norm2(seen))]
+        return add_linear(
+            x, hidden, self.mlp.fc2, gammas[1], self.mlp.activation, rows=second.rows, groups=second.groups
+        )
+
+    def _of_wanted(
+        self, x: Tensor, shapes: list[Shape], kept: tuple[KeptSamples, KeptSamples] | None, wanted: Tensor
+    ) -> Tensor:
+        if kept is None:
+            x = x.index_select(0, wanted) + self.ls1(self.attn(self.norm1(x), shapes, wanted))
             return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
-        seen = self.norm1(x.index_select(0, first.rows))
-        part = self.ls1(self.attn(seen, first.shapes, first.chosen))
-        scales = first.scale.to(part.dtype), second.scale.to(part.dtype)
-        if wanted is not None:
-            x = x.index_select(0, wanted) + part * scales[0]
-            return x + self.ls2(self.mlp(self.norm2(x))) * scales[1]
-        x = add_to_rows(x, first.rows, part, scales[0])
-        part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
-        return add_to_rows(x, second.rows, part, scales[1])
+        assert first.chosen_scale is not None and second.chosen_scale is not None
+        part = self.ls1(self.attn(self.norm1(x.index_select(0, first.rows)), first.shapes, first.chosen))
+        x = x.index_select(0, wanted) + part * first.chosen_scale.to(part.dtype)
+        return x + self.ls2(self.mlp(self.norm2(x))) * second.chosen_scale.to(part.dtype)
 
     def operations(self, shapes: Sequence[Shape], rows: float | None = None) -> Operations:
         """Of a pass over crops of ``shapes``, of which the results of so many ``rows`` are wanted (None: all)."""

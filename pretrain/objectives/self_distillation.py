@@ -21,7 +21,7 @@ from pretrain.objectives import teacher as ema
 from pretrain.objectives.figures import assignment_figures
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import ITERATIONS, centred_softmax, moved_centre, sinkhorn_centre
-from pretrain.objectives.losses.precision import at_least_float32
+from pretrain.objectives.losses.precision import wide
 from pretrain.objectives.losses.spread import SPREADS
 from pretrain.objectives.schedules import cosine
 from pretrain.objectives.tile_batch import Target
@@ -213,7 +213,7 @@ class SelfDistillation(Objective):
             found = None
             if self.centring == "centre":
                 every = self.teacher_scores(kind, part.tokens)
-                sums.append(at_least_float32(every).sum(0, keepdim=True))
+                sums.append(every.sum(0, keepdim=True, dtype=wide(every.dtype)))
                 found = part.targets(every) if len(taught) == 1 else None
             elif len(taught) == 1:
                 found = self.teacher_scores(kind, part.targets(part.tokens))

@@ -53,6 +53,5 @@ def kept_samples(
         parts.append((rows, (index.shape[-1], tokens), crops / keep))
         offset += count * tiles * tokens
     rows = torch.cat([part[0] for part in parts], dim=2)  # (depth, 2, kept tokens)
-    scale = torch.cat([torch.full((part[0].shape[2], 1), part[2], device=device) for part in parts])
-    shapes = [part[1] for part in parts]
-    return [(KeptSamples(first, shapes, scale), KeptSamples(second, shapes, scale)) for first, second in rows]
+    shapes, scales = [part[1] for part in parts], [part[2] for part in parts]
+    return [(KeptSamples(first, shapes, scales), KeptSamples(second, shapes, scales)) for first, second in rows]

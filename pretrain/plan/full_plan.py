@@ -59,8 +59,15 @@ def make_plan(config: Any) -> dict[str, Any]:
 
     def usual_of(wanted: Settings) -> tuple[Estimate, StepTime]:
         found = planned(wanted, not slide_stage)
-        cost = config.operator_us if in_parts else None
-        return found, step_time(found, machine, each, peak=peak, utilisation=utilisation, operator_us=cost)
+        return found, step_time(
+            found,
+            machine,
+            each,
+            peak=peak,
+            utilisation=utilisation,
+            operator_us=config.operator_us if gpu else 0.0,
+            reads_memory=in_parts,
+        )
 
     found = of(settings)
     room = int(machine.memory_gib * GIB * (1 - config.reserve))
@@ -106,7 +113,8 @@ def make_plan(config: Any) -> dict[str, Any]:
         "remedies": [asdict(remedy) for remedy in tried],
         "utilisation": utilisation,
         "operator_us": config.operator_us,
-        "step": asdict(step) | {"computing": step.computing},
+        "step": asdict(step) | {"computing": step.computing, "waits_for_host": step.waits_for_host},
+        "operators_per_step": usual.operators,
         "communication": asdict(communication(usual, machine, each, step.computing)),
         "shardings": [asdict(one) for one in ways],
         "network": verdict(step.computing, ways),

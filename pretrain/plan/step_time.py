@@ -1,9 +1,10 @@
 """How long a step takes, from what it computes, moves, starts and sends.
 
-The tile stage's ``utilisation`` is what published runs got of the peak, so it covers what isn't arithmetic: reading and
-writing memory, and the host. Nothing of the kind is known of the slide stage, whose networks are small: there products
-get what large ones reach of the peak, and the other two are counted. A GPU does products and the rest one after the
-other, while the host is ahead of it or else is what is waited for.
+The tile stage's ``utilisation`` is what published runs of large networks got of the peak, so it covers what isn't
+arithmetic on the GPU: reading and writing memory. Nothing of the kind is known of the slide stage, whose networks are
+small: there products get what large ones reach of the peak, and memory is counted. A GPU does products and the rest one
+after the other, while the host is ahead of it or else is what is waited for: in both stages it is counted, as a set time
+for each operator.
 """
 
 from dataclasses import dataclass, replace
@@ -22,7 +23,7 @@ class StepTime:
 
     arithmetic: float
     memory: float  # what kernels read and write; 0 where utilisation covers it
-    host: float  # to start them; 0 where utilisation covers it
+    host: float  # to start them, optimiser and average left out; 0 without a GPU
     communication: float = 0.0
     exposed: float = 0.0  # what of that nothing hides
 
@@ -32,20 +33,30 @@ class StepTime:
         return max(self.arithmetic + self.memory, self.host)
 
     @property
+    def waits_for_host(self) -> bool:
+        """Whether the GPU is through with what it was given before the host has more."""
+        return self.host > self.arithmetic + self.memory
+
+    @property
     def seconds(self) -> float:
         """All together."""
         return self.computing + self.exposed
 
 
 def step_time(
-    found: Estimate, machine: Machine, per_node: int, *, peak: float, utilisation: float, operator_us: float | None
+    found: Estimate,
+    machine: Machine,
+    per_node: int,
+    *,
+    peak: float,
+    utilisation: float,
+    operator_us: float,
+    reads_memory: bool,
 ) -> StepTime:
     """``peak``: operations a second at the run's precision. ``operator_us``: what an operator costs the host in
-    microseconds; None where ``utilisation`` covers memory and host."""
-    arithmetic, memory, host = sum(found.flops.values()) / (peak * utilisation), 0.0, 0.0
-    if operator_us is not None:
-        memory = found.moved / (machine.memory_gb_s * 1e9 * OF_BANDWIDTH)
-        host = found.operators * operator_us * 1e-6
-    step = StepTime(arithmetic, memory, host)
+    microseconds. ``reads_memory``: whether reading and writing is counted, or covered by ``utilisation``."""
+    arithmetic = sum(found.flops.values()) / (peak * utilisation)
+    memory = found.moved / (machine.memory_gb_s * 1e9 * OF_BANDWIDTH) if reads_memory else 0.0
+    step = StepTime(arithmetic, memory, found.operators * operator_us * 1e-6)
     sends = communication(found, machine, per_node, step.computing)
     return replace(step, communication=sends.seconds, exposed=sends.exposed)

@@ -77,7 +77,7 @@ def plan_table(found: dict[str, Any]) -> str:
             f"Time and money (computed), supposing {found['utilisation']:.0%} of the peak of {found['peak_tflops']:g}"
             " TFLOP/s: a choice (utilisation=), not a measurement"
         ),
-        *_of_slide_steps(found),
+        *_of_step(found),
         (
             f"  {speed['per_second']:,.1f} {unit}/s, {speed['per_second'] / found['processes']:,.2f} on each process,"
             f" {speed['step_seconds']:.3g} s a step"
@@ -128,19 +128,32 @@ def _of_communication(found: dict[str, Any]) -> list[str]:
     return [*lines, *([f"  {found['network']}"] if found["network"] else [])]
 
 
-def _of_slide_steps(found: dict[str, Any]) -> list[str]:
-    """The parts of a step of the slide stage on a GPU."""
+def _of_step(found: dict[str, Any]) -> list[str]:
+    """What a GPU does in a step and what its host does beside it, and which is the slower."""
     step = found["step"]
-    if not step["memory"]:
+    if not step["host"]:
         return []
-    longer = "the host" if step["host"] > step["arithmetic"] + step["memory"] else "the GPU"
-    return [
+    of_gpu = f"{step['arithmetic']:.2g} s of " + (
+        f"products, {step['memory']:.2g} s of reading and writing memory" if step["memory"] else "the GPU"
+    )
+    lines = [
         (
-            f"  of a step: {step['arithmetic']:.2g} s of products, {step['memory']:.2g} s of reading and writing memory,"
-            f" and beside them {step['host']:.2g} s of the host (operator_us={found['operator_us']:g}): {longer} is the"
+            f"  of a step: {of_gpu}, and beside them {step['host']:.2g} s of the host"
+            f" (operator_us={found['operator_us']:g}): {'the host' if step['waits_for_host'] else 'the GPU'} is the"
             " slower"
-        )
+        ),
+        (
+            f"  the host's: {found['operators_per_step']:,} operators of forward and backward, started one by one; the"
+            " optimiser comes beside them"
+        ),
     ]
+    if step["waits_for_host"]:
+        idle = 1 - (step["arithmetic"] + step["memory"]) / step["host"]
+        way_out = "more samples in a micro-batch"
+        if found["stage"] == "tile":
+            way_out += ", or trainer.compile=true, which starts fewer,"
+        lines.append(f"  bound by the host: the GPU has nothing to do for {idle:.0%} of a step; {way_out} would help")
+    return lines
 
 
 def _of_evaluation(found: dict[str, Any]) -> str:

@@ -13,6 +13,7 @@ without building a model or starting a process group. `pretrain.run.saving` writ
 """
 
 import json
+import math
 import os
 import pickle
 import re
@@ -200,12 +201,15 @@ class Writer(dcp.FileSystemWriter):
                 _remove(old)
 
 
+@torch.no_grad()
 def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
     """Whether every number that this rank's part of a checkpoint would hold is finite: weights, statistics, moments."""
     moments = (value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor))
-    parts = [local_shard(tensor.detach()) for tensor in (*model.parameters(), *model.buffers(), *moments)]
-    finite = [part.isfinite().all() for part in parts if part.is_floating_point() and part.numel()]
-    return not finite or bool(torch.stack([flag.cpu() for flag in finite]).all())
+    alike: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for part in map(local_shard, (*model.parameters(), *model.buffers(), *moments)):
+        if part.is_floating_point() and part.numel():
+            alike.setdefault((part.device, part.dtype), []).append(part)
+    return all(bool(torch.stack(torch._foreach_norm(parts, math.inf)).isfinite().all()) for parts in alike.values())
 
 
 def size(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
@@ -216,10 +220,18 @@ def size(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
 
 
 def contents(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a checkpoint's tensors are taken from: the networks and optimiser themselves, no copies."""
+    """What a checkpoint's tensors are taken from: the networks and optimiser themselves, no copies.
+
+    It is what torch's ``get_state_dict`` gives, which looks every parameter's name up by walking through the modules,
+    twice: for a ViT-g a tenth of a second in which training stands still.
+    """
+    if not optimiser.state:
+        get_state_dict(model, optimiser)  # makes its moments, to be loaded
     _fill_absent_moments(optimiser)
-    networks, optimiser_state = get_state_dict(model, optimiser)
-    return {"model": networks, "optimiser": optimiser_state}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
+    state = {names[parameter]: dict(values) for parameter, values in optimiser.state.items()}
+    groups = [group | {"params": [names[one] for one in group["params"]]} for group in optimiser.param_groups]
+    return {"model": dict(model.state_dict()), "optimiser": {"state": state, "param_groups": groups}}
 
 
 def _fill_absent_moments(optimiser: torch.optim.Optimizer) -> None:

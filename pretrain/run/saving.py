@@ -6,6 +6,7 @@
 The thread's exchanges with the other ranks go through a process group of their own, so they can't meet training's.
 """
 
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,61 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from data.fault import Fault
 from data.files import free_bytes
 from pretrain.run import checkpoints
-from pretrain.run.across_ranks import gloo_group, total
+from pretrain.run.across_ranks import gloo_group, local_shard, total
 from pretrain.run.checkpoints import Writer
+
+
+class Copies(DefaultStager):
+    """torch's copies of a checkpoint's tensors, which are overwritten from the second time on, all by one call.
+
+    torch goes through the attributes of every tensor each time, in Python, while training stands still.
+    """
+
+    def __init__(self, options: StagingOptions) -> None:
+        super().__init__(options)
+        self.non_blocking = options.use_non_blocking_copy
+        self.copies: dict[tuple[Any, ...], Tensor] = {}
+
+    @torch.no_grad()
+    def stage(self, state_dict: dict[str, Any], **_: Any) -> Any:
+        """A copy of the nested ``state_dict``, whose tensors are on the CPU."""
+        given = dict(_tensors(state_dict))
+        if given.keys() != self.copies.keys():
+            staged = super().stage(state_dict)
+            self.copies = dict(_tensors(staged))
+            return staged
+        copies = [local_shard(self.copies[place]) for place in given]
+        torch._foreach_copy_(copies, [local_shard(tensor) for tensor in given.values()], self.non_blocking)
+        if self.non_blocking:
+            torch.cuda.current_stream().synchronize()
+        return _with_tensors(state_dict, self.copies)
+
+
+def _tensors(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
+    """Every tensor in nested dictionaries and lists, with its place in them."""
+    if isinstance(value, Tensor):
+        yield place, value
+    elif isinstance(value, dict | list):
+        for name, one in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _tensors(one, (*place, name))
+
+
+def _with_tensors(value: Any, tensors: Mapping[tuple[Any, ...], Tensor], place: tuple[Any, ...] = ()) -> Any:
+    """The same dictionaries and lists around other ``tensors``."""
+    if isinstance(value, Tensor):
+        return tensors[place]
+    if isinstance(value, dict):
+        return {name: _with_tensors(one, tensors, (*place, name)) for name, one in value.items()}
+    if isinstance(value, list):
+        return [_with_tensors(one, tensors, (*place, i)) for i, one in enumerate(value)]
+    return value
 
 
 class Saver:
@@ -35,7 +82,7 @@ class Saver:
         self.group = gloo_group()
         gpu = torch.cuda.is_available()  # page-locked memory, so that the copy runs at the bus's speed
         # The memory of the copies is kept: touching fresh memory takes longer than copying into used.
-        self.stager = DefaultStager(
+        self.stager = Copies(
             StagingOptions(
                 use_pinned_memory=gpu, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=gpu
             )

@@ -11,6 +11,8 @@ attention of a GPU. Counted are
     optimiser_and_ema    host milliseconds of AdamW and the teacher's average for as many parameters as the recipe's, up
                          to the two calls that start kernels, on one process's shards and this machine's processor
     clip                 the same of clipping gradients, this processor's kernels for one row a parameter included
+    operator_us          host microseconds of an operator of forward and backward, in one process's units of FSDP, of
+                         networks so narrow that there is next to nothing to compute: what 'pretrain plan' supposes
 """
 
 import json
@@ -36,9 +38,10 @@ from pretrain.objectives.teacher import ema_update
 from pretrain.plan.kernels import bytes_moved, starts_kernels
 from pretrain.plan.rehearsal import as_on_a_gpu
 from pretrain.training.adamw import ShardAdamW
+from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import clip
-from pretrain.training.sharding import lay_mesh, shard, units_of
-from tests.pretrain.training.real_steps import one_process, shape_of
+from pretrain.training.sharding import lay_mesh, materialise, shard, units_of
+from tests.pretrain.training.real_steps import filled, one_process, shape_of
 
 NETWORKS = {"vitl": ("dinov2_vitl16_short", 64), "vitg": ("openmidnight", 48)}
 
@@ -136,6 +139,28 @@ def host_milliseconds(recipe: str) -> dict[str, float]:
     return {name: round(value, 2) for name, value in found.items()}
 
 
+def operator_microseconds(recipe: str) -> float:
+    """Of a step of the recipe's networks, a few numbers wide, on crops of two tiles, of a patch or four each."""
+    patch = shape_of(f"recipe={recipe}")[0].model["patch_size"]
+    small = [f"data.crops.global_size={2 * patch}", f"data.crops.local_size={patch}", "objective.group_size=2"]
+    shape = shape_of(f"recipe={recipe}", *NARROW, *small)[0]
+    with torch.device("meta"):
+        objective: Any = shape.build()()
+    shard(objective, lay_mesh("cpu", 1, None), "bf16")
+    materialise(objective, torch.device("cpu"), 0, make_objective=shape.build())
+    planned = shape.batch(1, shape.data.batch_size // objective.group_size)
+    parts = [(filled(planned.make(), planned.true), 0)]
+
+    def step() -> float:
+        began = time.process_time()
+        gradients(objective, parts, Moment(0, 1, 0), lambda loss: loss.backward())
+        return time.process_time() - began
+
+    with Counted() as counted:
+        step()
+    return round(min(step() for _ in range(5)) / counted.operators * 1e6, 1)
+
+
 NARROW = [
     "model.width=8",
     "model.heads=1",
@@ -156,6 +181,7 @@ def main() -> None:
         line |= {f"{name}_{what}": value for what, value in found.items()}
         with one_process():
             line |= {f"{name}_{what}": value for what, value in host_milliseconds(recipe).items()}
+            line[f"{name}_operator_us"] = operator_microseconds(recipe)
     print(json.dumps(line))
 
 

@@ -7,17 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 
 from data.embeddings.sequences import SlideBatch
 from data.embeddings.store import EmbeddingStore
+from models.attention import _SplitHeads
 from models.attention_statistics import SDPA
 from models.dilated_attention import _DilatedAttention, lay_out
-from models.recomputed import _ActivatedLinear, _AddRows, _swiglu_backward, swiglu
+from models.recomputed import GELU, NONE, SWIGLU, Activation, _AddedLinear, _TakenRows
 from models.vit import VisionTransformer
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.tile_encoder import TileEncoder
 from pretrain.objectives.figures import class_tokens
+from pretrain.objectives.losses.cross_entropy import _WeightedCrossEntropy
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.training.module import Training
@@ -225,30 +226,45 @@ def test_dilated_attention_on_a_gpu_waits_for_nothing_forward_and_backward(compa
 class Context:
     """What autograd gives a function of its own."""
 
-    needs_input_grad = (True, True, True)
+    def __init__(self, inputs: int = 3) -> None:
+        self.needs_input_grad = (True,) * inputs
 
     def save_for_backward(self, *tensors: torch.Tensor) -> None:
         self.saved_tensors = tensors
 
 
-@pytest.mark.parametrize(
-    ("activation", "gradient"), [(F.gelu, torch.ops.aten.gelu_backward), (swiglu, _swiglu_backward)]
-)
-def test_what_is_computed_anew_on_a_gpu_waits_for_nothing_forward_and_backward(activation: Any, gradient: Any) -> None:
-    hidden = 64 if activation is F.gelu else 128
+@pytest.mark.parametrize("activation", [NONE, GELU, SWIGLU], ids=["none", "gelu", "swiglu"])
+def test_the_ends_of_a_branch_wait_for_nothing_on_a_gpu_forward_and_backward(activation: Activation) -> None:
+    hidden = 128 if activation is SWIGLU else 64
     with fake_gpu() as waits:
-        x, rows = torch.empty(40, hidden, dtype=torch.bfloat16, device=GPU), torch.arange(30, device=GPU)
-        weight, bias = (torch.empty(*shape, dtype=torch.bfloat16, device=GPU) for shape in ((32, 64), (32,)))
-        linear, added = Context(), Context()
-        out = _ActivatedLinear.forward(linear, x, weight, bias, activation, gradient)
-        of_linear = _ActivatedLinear.backward(linear, torch.empty_like(out))[:3]
-        part, scale = out[:30], torch.empty(30, 1, dtype=torch.bfloat16, device=GPU)
-        whole = _AddRows.forward(added, out, rows, part, scale)
-        of_rows = [one for one in _AddRows.backward(added, torch.empty_like(whole)) if one is not None]
-        assert [one.shape for one in of_linear] == [x.shape, weight.shape, bias.shape]
-        assert [one.shape for one in of_rows] == [out.shape, part.shape]
-        assert {(one.device, one.dtype) for one in (*of_linear, *of_rows)} == {(GPU, torch.bfloat16)}
+        x, part, rows = numbers(40, 32), numbers(30, hidden), torch.arange(30, device=GPU)
+        weight, bias, gamma = numbers(32, 64), numbers(32), numbers(32)
+        taken, added = Context(1), Context(8)
+        past, through = _TakenRows.forward(taken, x, rows)
+        out = _AddedLinear.forward(added, past, rows, ((10, 2.0), (20, 1.5)), activation, weight, bias, gamma, part)
+        grad, *_, of_weight, of_bias, of_gamma, of_part = _AddedLinear.backward(added, numbers(*out.shape))
+        found = [of_weight, of_bias, of_gamma, of_part, _TakenRows.backward(taken, grad, numbers(*through.shape))[0]]
+        assert [one.shape for one in found] == [one.shape for one in (weight, bias, gamma, part, x)]
+        assert {(one.device, one.dtype) for one in (out, *found)} == {(GPU, torch.bfloat16)}
     assert not waits.seen
+
+
+def test_heads_and_cross_entropies_wait_for_nothing_on_a_gpu_forward_and_backward() -> None:
+    with fake_gpu() as waits:
+        split, entropy = Context(1), Context(1)
+        parts = _SplitHeads.forward(split, numbers(20, 96), ((2, 4), (4, 3)), 4)
+        joined, *_ = _SplitHeads.backward(split, *(numbers(*part.shape) for part in parts))
+        teacher, weight = (torch.empty(*shape, device=GPU) for shape in ((6, 10), (6,)))
+        loss = _WeightedCrossEntropy.forward(entropy, numbers(6, 10), teacher, weight, 0.1)
+        of_student, *_ = _WeightedCrossEntropy.backward(entropy, torch.empty_like(loss))
+        assert (joined.shape, of_student.shape, loss.dtype) == ((20, 96), (6, 10), torch.float32)
+        assert {(one.device, one.dtype) for one in (joined, of_student)} == {(GPU, torch.bfloat16)}
+    assert not waits.seen
+
+
+def numbers(*size: int) -> torch.Tensor:
+    """Such a tensor on the GPU that isn't there."""
+    return torch.empty(*size, dtype=torch.bfloat16, device=GPU)
 
 
 def test_a_gpu_begins_to_embed_tiles_while_the_ones_before_are_on_their_way(monkeypatch: pytest.MonkeyPatch) -> None:

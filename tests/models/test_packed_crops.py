@@ -42,7 +42,7 @@ def of_one_size(
         own = (branch.rows >= start) & (branch.rows < start + length)
         assert own.sum() == branch.shapes[which][0] * branch.shapes[which][1]
         rows = branch.rows[own] - start
-        return KeptSamples(rows, [branch.shapes[which]], branch.scale[own])
+        return KeptSamples(rows, [branch.shapes[which]], [branch.scales[which]])
 
     return [(part(first), part(second)) for first, second in kept]
 

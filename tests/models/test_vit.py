@@ -108,7 +108,7 @@ def test_the_last_block_computes_the_wanted_tokens_alone_with_the_same_outputs_a
     )
     mask = torch.rand(2 * tiles, 16, generator=torch.Generator().manual_seed(2)) < 0.4
     seen = []
-    hook = vit.blocks[-1].mlp.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
+    hook = vit.blocks[-1].mlp.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))
 
     whole = vit([wide, narrow], [mask, None], kept)
     everything = [whole[0].cls, whole[0].patches[mask], whole[1].cls]

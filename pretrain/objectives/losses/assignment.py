@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.fused import fusible
-from pretrain.objectives.losses.precision import at_least_float32
+from pretrain.objectives.losses.precision import at_least_float32, wide
 from pretrain.run.across_ranks import log_total_exp, total
 
 ITERATIONS = 3  # of Sinkhorn-Knopp
@@ -18,7 +18,13 @@ ITERATIONS = 3  # of Sinkhorn-Knopp
 @fusible
 def centred_softmax(logits: Tensor, centre: Tensor, temperature: float) -> Tensor:
     """``softmax((logits − centre) / temperature)``: ``(N, K)`` probabilities in float32 (Caron et al. 2021, §3.1)."""
-    return F.softmax((at_least_float32(logits) - centre) / temperature, dim=-1)
+    return F.softmax(_sharpened(logits, centre / temperature, temperature), dim=-1)
+
+
+def _sharpened(logits: Tensor, less: Tensor | None, temperature: float) -> Tensor:
+    """``logits / temperature − less`` of ``(N, K)``, ``less`` ``(1, K)`` or nothing, in `wide` numbers and one reading."""
+    start = logits.new_zeros(1, 1) if less is None else -less
+    return torch.add(start.to(wide(logits.dtype)), logits, alpha=1 / temperature)
 
 
 @torch.no_grad()
@@ -66,10 +72,10 @@ def sinkhorn_centre(scores: Callable[[], Iterable[Tensor]], temperature: float, 
 @fusible
 def _column_sums(logits: Tensor, v: Tensor | None, temperature: float) -> Tensor:
     """``log Σ_samples exp(L − u)`` ``(1, K)``, with u of the ``v`` before; no ``v`` yet: u = 0."""
-    scaled = at_least_float32(logits) / temperature
-    if v is not None:
-        scaled = scaled - torch.logsumexp(scaled - v, dim=1, keepdim=True)
-    return torch.logsumexp(scaled, dim=0, keepdim=True)
+    if v is None:
+        return torch.logsumexp(_sharpened(logits, v, temperature), dim=0, keepdim=True)
+    # L − u = log softmax(L − v) + v, and v is the same for all samples.
+    return v + torch.logsumexp(F.log_softmax(_sharpened(logits, v, temperature), dim=1), dim=0, keepdim=True)
 
 
 @torch.no_grad()

@@ -1,12 +1,15 @@
 """Self-distillation: the student's prototype scores should predict the teacher's assignments."""
 
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from data.fused import fusible
-from pretrain.objectives.losses.precision import at_least_float32
+from pretrain.objectives.losses.precision import at_least_float32, wide
 
 
 @fusible
@@ -19,10 +22,10 @@ def dino_cross_entropy(student: Tensor, teacher: Tensor, temperature: float) -> 
 
     (Caron et al. 2021, eq. 2, with the mean in place of the sum over pairs), in float32.
     """
-    log_p = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
     views, batch = student.shape[0], student.shape[1]
-    # Σ_s Σ_v t·log p = (Σ_v t) · (Σ_s log p): one product per tile instead of one per pair.
-    return -(at_least_float32(teacher).sum(0) * log_p.sum(0)).sum() / (views * teacher.shape[0] * batch)
+    weight = torch.full((batch,), 1 / (views * batch), dtype=wide(student.dtype), device=student.device)
+    # Σ_v t·log p = (Σ_v t) · log p: one product per student view instead of one per pair.
+    return weighted_cross_entropy(student, at_least_float32(teacher).mean(0), weight, temperature)
 
 
 def cross_view_entropy(student: Sequence[Tensor], teacher: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -55,5 +58,32 @@ def masked_cross_entropy(student: Tensor, teacher: Tensor, weight: Tensor, crops
 
         1 / crops · Σ_m weight[m] · (− Σ_k teacher[m, k] · log softmax(student[m] / temperature)[k])
     """
-    log_p = F.log_softmax(at_least_float32(student) / temperature, dim=-1)
-    return -((at_least_float32(teacher) * log_p).sum(-1) * weight).sum() / crops
+    return weighted_cross_entropy(student, at_least_float32(teacher), weight / crops, temperature)
+
+
+def weighted_cross_entropy(student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
+    """``Σ_m weight[m] · (− Σ_k teacher[m, k] · log softmax(student[m] / temperature)[k])``.
+
+    ``student``: logits ``(…, M, K)``; ``teacher``: probabilities ``(M, K)``, whose sums over K are 1, and ``weight``
+    ``(M,)``, neither of which gets a gradient. That of the logits, ``weight · (softmax − teacher) / temperature``, is
+    computed with the loss and kept in their own precision: a quarter of what torch would keep of 16-bit logits.
+    """
+    return _WeightedCrossEntropy.apply(student, teacher, weight, temperature)
+
+
+class _WeightedCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, teacher: Tensor, weight: Tensor, temperature: float) -> Tensor:
+        one = torch.full((1, 1), temperature, dtype=wide(student.dtype), device=student.device)
+        log_p = F.log_softmax(student / one, dim=-1)  # a division that widens, in one reading
+        loss = -((teacher * log_p).sum(-1) * weight).sum()
+        if ctx.needs_input_grad[0]:
+            away = torch.sub(log_p.exp_(), teacher, out=torch.empty_like(student))
+            ctx.save_for_backward(away, weight / temperature)
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, None]:
+        away, weight = ctx.saved_tensors
+        return torch.mul(away, (grad * weight).unsqueeze(-1), out=torch.empty_like(away)), None, None, None

@@ -39,7 +39,7 @@ def test_every_group_keeps_the_set_number_of_whole_crops(groups: int, group: int
     for branches in kept:
         for branch in branches:
             offset, begin = 0, 0
-            for (views, tokens), (count, length) in zip(VIEWS, branch.shapes, strict=True):
+            for (views, tokens), (count, length), scale in zip(VIEWS, branch.shapes, branch.scales, strict=True):
                 keep = max(1, int(views * group * (1 - rate)))
                 assert (count, length) == (groups * keep, tokens)
                 rows = branch.rows[begin : begin + count * length].view(count, length) - offset
@@ -49,9 +49,7 @@ def test_every_group_keeps_the_set_number_of_whole_crops(groups: int, group: int
                 assert torch.equal(
                     torch.bincount(whole % tiles // group, minlength=groups), torch.full((groups,), keep)
                 )
-                torch.testing.assert_close(
-                    branch.scale[begin : begin + count * length], torch.full((count * length, 1), views * group / keep)
-                )
+                assert scale == views * group / keep
                 offset, begin = offset + views * tiles * tokens, begin + count * length
 
 

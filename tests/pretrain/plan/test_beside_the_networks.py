@@ -16,7 +16,7 @@ from pretrain.plan.estimate import Estimate, Settings, estimate
 from pretrain.plan.full_plan import make_plan
 from pretrain.plan.kernels import bytes_moved, starts_kernels
 from pretrain.plan.rehearsal import OperationWatch
-from pretrain.plan.step_time import OF_BANDWIDTH, step_time
+from pretrain.plan.step_time import OF_BANDWIDTH, StepTime, step_time
 from pretrain.plan.table import plan_table
 from pretrain.plan.torch_internals import TorchDispatchMode
 from pretrain.settings.annotation import as_dictionary
@@ -94,16 +94,23 @@ def test_bytes_are_those_of_what_is_neither_product_nor_attention() -> None:
     assert started == ["aten.mm.default", "aten.add.Tensor", "aten.mul_.Tensor"] and moved == [0, 3 * 64, 64]
 
 
-def test_a_slide_stages_step_waits_for_the_gpu_or_for_its_host() -> None:
+def test_a_step_waits_for_the_gpu_or_for_its_host() -> None:
     machine = described("a100_80gb")
     flops = Counter({("a", "forward"): 3 * 10**12})
     found = Estimate(1, flops, {}, {}, operators=20_000, moved=round(machine.memory_gb_s * OF_BANDWIDTH * 1e9 / 10))
-    step = step_time(found, machine, 8, peak=100e12, utilisation=0.3, operator_us=5)
-    assert (step.arithmetic, step.memory, step.host) == pytest.approx((0.1, 0.1, 0.1))
-    assert step.seconds == pytest.approx(0.2)
-    assert step_time(found, machine, 8, peak=100e12, utilisation=0.3, operator_us=25).seconds == pytest.approx(0.5)
-    tiles = step_time(found, machine, 8, peak=100e12, utilisation=0.3, operator_us=None)
-    assert (tiles.memory, tiles.host, tiles.seconds) == pytest.approx((0, 0, 0.1))
+
+    def step(operator_us: float, reads_memory: bool) -> StepTime:
+        return step_time(
+            found, machine, 8, peak=100e12, utilisation=0.3, operator_us=operator_us, reads_memory=reads_memory
+        )
+
+    slides = step(5, True)
+    assert (slides.arithmetic, slides.memory, slides.host) == pytest.approx((0.1, 0.1, 0.1))
+    assert slides.seconds == pytest.approx(0.2) and not slides.waits_for_host
+    assert step(25, True).seconds == pytest.approx(0.5) and step(25, True).waits_for_host
+    tiles = step(4, False)
+    assert (tiles.memory, tiles.host, tiles.seconds) == pytest.approx((0, 0.08, 0.1)) and not tiles.waits_for_host
+    assert step(6, False).seconds == pytest.approx(0.12) and step(6, False).waits_for_host
 
 
 def test_the_parts_of_a_slide_stages_step_are_said() -> None:
@@ -113,6 +120,19 @@ def test_the_parts_of_a_slide_stages_step_are_said() -> None:
     assert step["memory"] > 0 and step["host"] > step["arithmetic"] + step["memory"]
     assert found["pace"]["step_seconds"] == pytest.approx(step["host"])
     assert "of the host (operator_us=25): the host is the slower" in plan_table(found)
+
+
+def test_a_tile_stages_step_says_where_the_host_is_the_slower() -> None:
+    words = (*SMALL, "model.depth=2", "hardware=h100_80gb", "launch.gpus_per_node=1", "trainer.precision=bf16")
+    found = make_plan(planned(*words))
+    step = found["step"]
+    assert step["memory"] == 0 and step["host"] == pytest.approx(found["operators_per_step"] * 10e-6)
+    assert found["pace"]["step_seconds"] == pytest.approx(step["host"]) and step["waits_for_host"]
+    idle = 1 - step["arithmetic"] / step["host"]
+    assert f"bound by the host: the GPU has nothing to do for {idle:.0%} of a step" in plan_table(found)
+    table = plan_table(make_plan(planned(*words, "operator_us=0.001")))
+    assert "the GPU is the slower" in table and "bound by the host" not in table
+    assert "of the host" not in plan_table(make_plan(planned(*SMALL, "model.depth=2", "hardware=cpu")))
 
 
 def test_slide_attention_of_many_lengths_is_one_call_where_flash_attention_takes_its_numbers() -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.distributed.checkpoint.state_dict import get_state_dict
 
 from data.fault import Fault
 from pretrain.run import checkpoints
@@ -51,6 +52,51 @@ def test_loading_restores_networks_optimiser_and_state(tmp_path: Path) -> None:
             and torch.equal(one["exp_avg_sq"], other["exp_avg_sq"])
             and one["step"] == other["step"] == 1
         )
+
+
+def test_a_checkpoint_holds_what_torch_would_put_into_one() -> None:
+    model, optimiser = trained()
+    model.register_buffer("centre", torch.ones(3))
+    networks, state = get_state_dict(model, optimiser)
+    found = checkpoints.contents(model, optimiser)
+    assert found["model"].keys() == networks.keys() and found["optimiser"].keys() == state.keys()
+    assert all(found["model"][name].data_ptr() == networks[name].data_ptr() for name in networks)
+    assert found["optimiser"]["state"] == state["state"]
+    assert found["optimiser"]["param_groups"] == state["param_groups"]
+
+
+def test_copies_are_made_once_and_then_overwritten_all_together() -> None:
+    model, optimiser = trained()
+    staged = Saver(Path(), 1, None).stager
+    first = staged.stage(checkpoints.contents(model, optimiser))
+    places = {name: tensor.data_ptr() for name, tensor in first["model"].items()}
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(1)
+    optimiser.param_groups[0]["lr"] = 0.5
+    second = staged.stage(checkpoints.contents(model, optimiser))
+    assert {name: tensor.data_ptr() for name, tensor in second["model"].items()} == places
+    assert not set(places.values()) & {parameter.data_ptr() for parameter in model.parameters()}
+    assert all(torch.equal(second["model"][name], tensor) for name, tensor in model.state_dict().items())
+    assert second["optimiser"]["param_groups"][0]["lr"] == 0.5
+    model.register_buffer("centre", torch.ones(3))
+    assert torch.equal(staged.stage(checkpoints.contents(model, optimiser))["model"]["centre"], torch.ones(3))
+
+
+@pytest.mark.parametrize("broken", ["weight", "moment", "buffer", None])
+def test_numbers_that_are_not_finite_are_found_wherever_they_are(broken: str | None) -> None:
+    model, optimiser = trained()
+    model.register_buffer("centre", torch.ones(3, dtype=torch.float64))
+    model.register_buffer("nothing", torch.ones(0))
+    model.register_buffer("count", torch.ones(2, dtype=torch.int64))
+    with torch.no_grad():
+        if broken == "weight":
+            model["teacher"].weight[3, 4] = torch.nan
+        elif broken == "moment":
+            next(iter(optimiser.state.values()))["exp_avg_sq"][1, 1] = torch.inf
+        elif broken == "buffer":
+            model.centre[1] = -torch.inf
+    assert checkpoints.is_finite(model, optimiser) == (broken is None)
 
 
 def test_a_parameter_that_no_loss_reaches_is_no_reason_not_to_go_on(tmp_path: Path) -> None:

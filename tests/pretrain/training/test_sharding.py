@@ -327,8 +327,8 @@ def test_the_next_unit_is_gathered_while_one_computes_forwards_and_backwards() -
         forward, backward = [], []
         with Gathered() as gathered:
             for block in network.blocks:
-                block.attn.register_forward_pre_hook(lambda *_: forward.append(gathered.units))
-                block.attn.register_full_backward_hook(lambda *_: backward.append(gathered.units))
+                block.attn.qkv.register_forward_pre_hook(lambda *_: forward.append(gathered.units))
+                block.attn.qkv.register_full_backward_hook(lambda *_: backward.append(gathered.units))
             network([torch.zeros(2, 3, 16, 16)])[0].cls.sum().backward()
         assert forward == [3, 4, 5, 5]  # the network's own, this block's and the next one's
         # The network keeps nothing gathered: its own and the last two blocks' are gathered anew, then one ahead.

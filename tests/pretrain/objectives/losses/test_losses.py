@@ -8,9 +8,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
 
 from pretrain.objectives.losses.assignment import centred_softmax, moved_centre, sinkhorn_knopp
-from pretrain.objectives.losses.cross_entropy import dino_cross_entropy, masked_cross_entropy
+from pretrain.objectives.losses.cross_entropy import (
+    dino_cross_entropy,
+    masked_cross_entropy,
+    weighted_cross_entropy,
+)
 from pretrain.objectives.losses.spread import kde, koleo
 
 
@@ -53,6 +58,34 @@ def test_masked_cross_entropy_counts_every_crop_the_same() -> None:
 
 def test_no_masked_patch_is_a_loss_of_zero() -> None:
     assert float(masked_cross_entropy(torch.zeros(0, 4), torch.zeros(0, 4), torch.zeros(0), 6, 0.1)) == 0.0
+
+
+@pytest.mark.parametrize("student", [(6, 9), (3, 6, 9)])
+def test_a_weighted_cross_entropy_has_torchs_value_and_gradient(student: tuple[int, ...]) -> None:
+    logits = drawn(*student).double().requires_grad_()
+    teacher, weight = drawn(6, 9, seed=1).double().softmax(-1), torch.rand(6, dtype=torch.float64)
+    found = weighted_cross_entropy(logits, teacher, weight, 0.1)
+    expected = -(weight * (teacher * (logits / 0.1).log_softmax(-1)).sum(-1)).sum()
+    torch.testing.assert_close(found, expected)
+    for one, other in zip(
+        torch.autograd.grad(3 * found, logits), torch.autograd.grad(3 * expected, logits), strict=True
+    ):
+        torch.testing.assert_close(one, other)
+    assert torch.autograd.gradcheck(lambda logits: weighted_cross_entropy(logits, teacher, weight, 0.5), (logits,))
+
+
+def test_a_cross_entropy_of_16_bit_logits_is_a_float32_one_and_keeps_16_bits_of_them() -> None:
+    logits = drawn(40, 30).bfloat16().requires_grad_()
+    teacher, weight, kept = drawn(40, 30, seed=1).softmax(-1), torch.rand(40), []
+    with saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        found = weighted_cross_entropy(logits, teacher, weight, 0.1)
+    wide = logits.detach().float().requires_grad_()
+    expected = weighted_cross_entropy(wide, teacher, weight, 0.1)
+    assert found.dtype == torch.float32 and torch.equal(found, expected)
+    assert sum(tensor.nbytes for tensor in kept) == logits.nbytes + weight.nbytes
+    (grad,), (exact,) = torch.autograd.grad(found, logits), torch.autograd.grad(expected, wide)
+    assert grad.dtype == torch.bfloat16
+    torch.testing.assert_close(grad.float(), exact, rtol=2**-7, atol=1e-9)  # rounded twice
 
 
 # Assignment --------------------------------------------------------------------------------------------------------
