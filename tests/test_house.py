@@ -101,7 +101,8 @@ ALLOWED = {
     "data": set(),
     "data.slides": {"data"},
     "data.shards": {"data", "data.slides"},
-    "data.tiles": {"data", "data.slides", "data.shards"},
+    "data.parquet": {"data"},
+    "data.tiles": {"data", "data.slides", "data.shards", "data.parquet"},
     "data.embeddings": {"data", "data.slides", "data.shards"},
 }
 

@@ -32,7 +32,7 @@ from data.parquet.columns import ImageColumns, find_columns
 from data.parquet.row_groups import column_place, read_footer
 from data.remote import RemotePath, is_remote, size_of
 
-COLUMNS = ("file_groups", "group_rows", "group_bytes", "slide")
+INDEX_COLUMNS = ("file_groups", "group_rows", "group_bytes", "slide")
 SCANNED_AT_ONCE = 8  # files
 UNREADABLE = (OSError, pa.ArrowException, KeyError, Fault)
 
@@ -92,7 +92,7 @@ class ParquetIndex:
     """
 
     def __init__(self, question: ParquetQuestion, columns: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
-        self.file_groups, self.group_rows, self.group_bytes, self.slide = (columns[name] for name in COLUMNS)
+        self.file_groups, self.group_rows, self.group_bytes, self.slide = (columns[name] for name in INDEX_COLUMNS)
         self.files = [question.files[number] for number in meta["files"]]
         self.image: str = meta["image"]
         self.slides: list[str] = meta["slides"]
@@ -110,7 +110,7 @@ class ParquetIndex:
         try:
             with path.open("rb") as raw, zipfile.ZipFile(raw) as archive:
                 meta = json.loads(archive.read("meta.json"))
-                columns = {name: mapped(path, place_of(archive, raw, name)) for name in COLUMNS}
+                columns = {name: mapped(path, place_of(archive, raw, name)) for name in INDEX_COLUMNS}
             return cls(question, columns, meta)
         except SPOILT as error:
             raise Fault(f"{path} is damaged ({error}): delete it, and the same command makes it anew.") from error

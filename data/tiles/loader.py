@@ -62,8 +62,8 @@ class MicroBatch:
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory, for copies to the device that don't wait."""
         views = [of_size.pin_memory() for of_size in self.views]
-        masks, masked = self.masks.pin_memory(), self.masked.pin_memory()
-        return MicroBatch(self.first, self.numbers, self.mpp, views, self.parameters, masks, masked)
+        mpp, masks, masked = (tensor.pin_memory() for tensor in (self.mpp, self.masks, self.masked))
+        return MicroBatch(self.first, self.numbers, mpp, views, self.parameters, masks, masked)
 
 
 def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> MicroBatch:

@@ -43,14 +43,14 @@ DATA_CONFIGS = {
 NAMED = 10  # slides left out that are said one by one
 
 
-VALUES = "values"
+_VALUES = "values"
 
 
 def check_scales(mpp: list[float], mpp_law: str, mpp_shares: list[float] | None) -> None:
     """Raise ValueError for shares of no values, and for a law without two ends."""
-    if mpp_law != VALUES and (len(mpp) != 2 or mpp[0] >= mpp[1]):
+    if mpp_law != _VALUES and (len(mpp) != 2 or mpp[0] >= mpp[1]):
         raise ValueError(f"between two values µm/px are drawn, the finer first, as mpp=[0.25,2.0] mpp_law={mpp_law}")
-    if mpp_shares is not None and (mpp_law != VALUES or len(mpp_shares) != len(mpp)):
+    if mpp_shares is not None and (mpp_law != _VALUES or len(mpp_shares) != len(mpp)):
         raise ValueError("each value of mpp has one share, and only values have")
 
 
@@ -72,7 +72,7 @@ class OnlineSlides(Mixture):
         slides: Annotated[list[str], SOME, ON_DISK],
         grids: Annotated[str, ON_DISK],
         mpp: Annotated[list[float], SOME, within(above=0)],
-        mpp_law: Annotated[str, one_of(VALUES, *LAWS)],
+        mpp_law: Annotated[str, one_of(_VALUES, *LAWS)],
         mpp_shares: Annotated[list[float] | None, within(above=0)],
         tiles_per_slide: Annotated[int | None, within(least=1)],
         tile_size: Annotated[int, TILE],
@@ -85,7 +85,7 @@ class OnlineSlides(Mixture):
         said_mpp.tells_of(paths)
         least = TISSUE_RULES[tissue].min_tissue if min_tissue is None else min_tissue
         members: dict[str, tuple[TileSource, float]] = {}
-        scales = None if mpp_law == VALUES else Scales(mpp[0], mpp[1], mpp_law)
+        scales = None if mpp_law == _VALUES else Scales(mpp[0], mpp[1], mpp_law)
         shares = mpp_shares or [1.0] * len(mpp)
         for scale, share in zip(mpp, shares, strict=True) if scales is None else [(scales.finest, 1.0)]:
             settings = TilingSettings(scale, tile_size, tissue, least)
