@@ -14,13 +14,16 @@ says beside a table; label=OS reads OS_days and OS_event.
 Folds keep patients together (by the column, or TCGA's names) and classes in proportion. Intervals are of a bootstrap over
 patients, and so are those of the difference to the mean of the tiles; they tell who was judged, not what was fitted, and
 are too narrow for it. It prints a table, and writes JSON to out=, with every prediction, and a page beside it. Run again
-with the same inputs, it shows what it found.
+with the same inputs, it shows what it found. direction=FOLDER keeps the weights of a linear model on the slide encoder's
+vector, for maps of what its answer depends on.
 
 Examples:
 
     pretrain probe slide store=embeddings labels=labels.csv checkpoint=runs/slide out=probe.json
     pretrain probe slide store=embeddings labels=labels.csv            # no slide encoder: is there anything to gain?
     pretrain probe slide store=[embeddings,more] labels=labels.csv checkpoint=runs/slide fine_tune=200
+    pretrain probe slide store=embeddings labels=labels.csv checkpoint=runs/slide direction=direction
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=maps maps=sensitivity direction=direction/weights.npy clusters=direction
     pretrain probe slide store=embeddings labels=k=all.tsv label=BRAF checkpoint=slide_encoder.pth
 """
 
@@ -48,6 +51,7 @@ class Config:
     cases: Annotated[str | None, one_of("patient", "slide")]
     checkpoint: Annotated[str | None, ON_DISK]
     out: Annotated[str | None, ON_DISK]
+    direction: Annotated[str | None, ON_DISK]
     folds: Annotated[int, within(least=2)]
     repeats: Annotated[int, within(least=1)]
     attention: bool
@@ -64,6 +68,7 @@ def run(config: Config) -> None:
     from pretrain.encoders.frozen import device_of
     from pretrain.encoders.slide_encoders import load_slide_encoder
     from pretrain.slide_probing.answer import SlideQuestion, answers, as_json
+    from pretrain.slide_probing.direction import WEIGHTS_FILE, require_one_output, write_direction
     from pretrain.slide_probing.folds import rounds_of
     from pretrain.slide_probing.judge import Judge
     from pretrain.slide_probing.page import slide_probe_page
@@ -73,6 +78,10 @@ def run(config: Config) -> None:
     with of_the_command_line():
         if config.fine_tune and not config.checkpoint:
             raise Fault("fine_tune= trains a slide encoder further: say which, checkpoint=, or leave it out.")
+        if config.direction and not config.checkpoint:
+            raise Fault(
+                "direction= keeps weights on a slide encoder's vector: say which, checkpoint=, or leave it out."
+            )
         if out is not None and out.suffix != ".json":
             raise Fault(f"out={out} must end with .json: the page is written beside it, with .html.")
     page = None if out is None else out.with_suffix(".html")
@@ -87,6 +96,9 @@ def run(config: Config) -> None:
     labelled = read_labels(Path(config.labels), config.label, known, config.cases)
     for sentence in labelled.said:
         say(sentence)
+    if config.direction:
+        require_one_output(labelled)
+        require_writable(Path(config.direction) / WEIGHTS_FILE)
     rounds = rounds_of(labelled, config.folds, config.repeats, config.seed)
     encoder = (
         load_slide_encoder(config.checkpoint, config.device or "", config.allow_plugins) if config.checkpoint else None
@@ -105,11 +117,18 @@ def run(config: Config) -> None:
         attention=config.attention,
         fine_tune=config.fine_tune,
     )
-    if page is not None and page.exists() and earlier.get("question") == question.hash:
+    kept = not config.direction or (Path(config.direction) / WEIGHTS_FILE).exists()
+    if page is not None and page.exists() and kept and earlier.get("question") == question.hash:
         say(f"{out} holds this answer already, nothing to do")
         print(slide_table(earlier))
         return
     found = answers(question, config.tokens, device_of(config.device or ""))
+    if config.direction:
+        write_direction(Path(config.direction), question, found)
+        say(
+            f"weights are in {config.direction}: pretrain embed stage=slide maps=sensitivity takes them, as"
+            f" direction={config.direction}/{WEIGHTS_FILE} clusters={config.direction}"
+        )
     result = as_json(found, question)
     if out is not None and page is not None:
         write_whole(page, slide_probe_page(result, found))
