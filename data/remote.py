@@ -24,6 +24,7 @@ import numpy as np
 from fsspec.asyn import AsyncFileSystem, sync
 
 from data.fault import Fault
+from data.seekable import SeekableFile
 
 READ_ATTEMPTS = 5
 PAUSE = 0.5  # seconds before the second attempt, doubled before each further one
@@ -202,22 +203,10 @@ class RemoteColumn:
         return found
 
 
-class _RangeFile(io.RawIOBase):
+class _RangeFile(SeekableFile):
     def __init__(self, url: str) -> None:
-        self.url, self.length, self.position = url, size_of(url), 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + (0, self.position, self.length)[whence]
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
+        super().__init__(size_of(url))
+        self.url = url
 
     def readinto(self, buffer: Any) -> int:
         data = read_range(self.url, self.position, min(self.position + len(buffer), self.length))

@@ -1,6 +1,5 @@
 """Encoded images out of Parquet files: a few neighbouring row groups at a time, by ranges of their image column alone."""
 
-import io
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.remote import RemotePath, Truncated, is_remote, read_range
+from data.seekable import SeekableFile
 
 GAP = 1 << 20  # bytes of other columns between two row groups that are read along, since another read costs more
 
@@ -68,31 +68,18 @@ def _read(file: str, start: int, stop: int) -> bytes:
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-class _Parts(io.RawIOBase):
+class _Parts(SeekableFile):
     """A file of which some ranges are there, as pyarrow reads it."""
 
     def __init__(self, parts: list[tuple[int, bytes]]) -> None:
-        self.parts, self.position = parts, 0
-        self.length = max(start + len(data) for start, data in parts)
+        super().__init__(max(start + len(data) for start, data in parts))
+        self.parts = parts
 
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self.position = offset + (0, self.position, self.length)[whence]
-        return self.position
-
-    def tell(self) -> int:
-        return self.position
-
-    def read(self, size: int = -1) -> Any:
+    def readinto(self, buffer: Any) -> int:
         for start, data in self.parts:
             if start <= self.position < start + len(data):
-                found = memoryview(data)[self.position - start :]
-                found = found if size < 0 else found[:size]
+                found = memoryview(data)[self.position - start :][: len(buffer)]
+                buffer[: len(found)] = found
                 self.position += len(found)
-                return found
-        return b""
+                return len(found)
+        return 0
