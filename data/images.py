@@ -20,7 +20,7 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     Grey ones get three equal channels, and a camera's note that it lay on its side (EXIF) is heeded. Raises ValueError
     where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, or parts that can be seen through.
     """
-    if data[:3] == JPEG and EXIF not in bytes(data[:EXIF_WITHIN]):
+    if bytes(data[:3]) == JPEG and EXIF not in bytes(data[:EXIF_WITHIN]):
         colours = simplejpeg.decode_jpeg_header(data)[2]
         if colours in NO_LIGHT:
             raise _inks(colours)
@@ -28,7 +28,7 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     try:
         with Image.open(io.BytesIO(data)) as image:
             image.load()
-            return np.asarray(_as_rgb(ImageOps.exif_transpose(image)))
+            return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]) from error
 

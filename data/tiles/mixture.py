@@ -17,7 +17,7 @@ class Mixture(TileSource):
     """
 
     def __init__(self, members: Mapping[str, tuple[TileSource, float]]) -> None:
-        self.names = list(members)
+        self.members = members
         self.sources = [source for source, _ in members.values()]
         self.numbering = Numbering(map(len, self.sources))
         self.parts = [
@@ -26,6 +26,11 @@ class Mixture(TileSource):
             for part in source.parts
         ]
         self.digest = "+".join(f"{weight:g}×{source.digest}" for source, weight in members.values())
+
+    def held_out(self) -> "Mixture | None":
+        apart = {name: (source.held_out(), weight) for name, (source, weight) in self.members.items()}
+        found = {name: (source, weight) for name, (source, weight) in apart.items() if source}
+        return Mixture(found) if found else None
 
     def name(self, number: int) -> str:
         member, own = self.numbering.locate(number)

@@ -87,7 +87,7 @@ class ParquetTiles(TileSource):
             raise UnreadableTile(f"{self.name(number)} can't be read ({' '.join(str(error).split())})", tile) from error
         if not image.is_valid:
             raise UnreadableTile(f"{self.name(number)} holds no image", number + 1)
-        return memoryview(image.as_buffer())
+        return memoryview(image.as_buffer()).cast("B")
 
     def hold(self, blocks: int) -> None:
         self._chunks.capacity = 2 * blocks

@@ -60,6 +60,10 @@ class TileSource(ABC):
         the run.
         """
 
+    def held_out(self) -> "TileSource | None":
+        """Tiles that aren't among these, and that training is judged by; None where there are none."""
+        return None
+
     def hold(self, blocks: int) -> None:  # noqa: B027  # a source on a disk has nothing to hold
         """Tiles of about so many blocks are going to be read by turns: keep what is open or fetched for that long."""
 

@@ -1,7 +1,7 @@
 """Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -23,10 +23,12 @@ from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbe
 from pretrain.encoders import init
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import evaluation_size
-from pretrain.objectives.contract import declared_views, look_of
+from pretrain.objectives.contract import declared_views, look_of, prepared
 from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective
+from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.tile_batch import TileBatch
+from pretrain.run.across_ranks import total
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.training.module import Training
@@ -37,6 +39,8 @@ from pretrain.training.watching import Watch
 BAD_TILES_SAID = 20  # said one by one; the rest are counted
 JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
 SAMPLE_TILES = 8
+HELD_OUT = 1024  # tiles, of those that aren't trained on, that tell a loss at every checkpoint; a batch at least
+ALONE = {"slides_per_lane": None}  # how tiles are dealt out that are judged by: as they come
 KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
 
 
@@ -208,6 +212,8 @@ class TileTraining(Training):
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
         self.slides = SlideSample(self.tiles, config.seed) if watch.every else None
+        apart = self.tiles.held_out()
+        self.held_out = apart and (apart, Stream(apart.parts, **shape | ALONE, window=1, seed=config.seed))
         self.bad = self.seen = 0
         self.sampled = False
 
@@ -236,11 +242,16 @@ class TileTraining(Training):
                     say(f"  {sentence}")
 
     def batches(self, start: int, stop: int) -> LoaderProcess:
+        batches = self.tile_batches(self.tiles, self.stream, start, stop)
+        return loader_of(batches, self.device.type == "cuda", here=self.settings.devices)
+
+    def tile_batches(self, tiles: TileSource, stream: Stream, start: int, stop: int) -> TileBatches:
+        """This rank's share of the batches ``start … stop − 1`` of ``tiles``, cut as the run's are."""
         patch, masks = self.config.model["patch_size"], self.data.masks
         wanted = plugins.locate_class(self.config.objective["_target_"], Objective).masks
-        batches = TileBatches(
-            self.tiles,
-            self.stream,
+        return TileBatches(
+            tiles,
+            stream,
             self.sizes,
             colour(self.data.colour),
             Masking(masks.share if wanted else 0.0, masks.low, masks.high, self.sizes.global_size // patch),
@@ -252,7 +263,6 @@ class TileTraining(Training):
             accumulate=self.settings.accumulate,
             threads=self.data.threads,
         )
-        return loader_of(batches, self.device.type == "cuda", here=self.settings.devices)
 
     def before_step(self, batch: RankBatch) -> dict[str, float]:
         for message in batch.bad[: max(0, BAD_TILES_SAID - self.bad)]:
@@ -322,15 +332,41 @@ class TileTraining(Training):
         return figures
 
     def evaluate(self) -> dict[str, float]:
-        if not self.probe:
+        figures = self.loss_held_out()
+        if self.probe:
+            figures |= self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
+        return figures
+
+    def loss_held_out(self) -> dict[str, float]:
+        """``validation_loss``: the objective's loss on tiles that aren't trained on, if there are any; on the same views
+        of the same tiles each time, without stochastic depth. Nothing learns from them."""
+        if not self.held_out:
             return {}
-        return self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
+        count = max(1, HELD_OUT // self.stream.batch_size)
+        batches = self.tile_batches(*self.held_out, 0, count)
+        batches.in_slots = False
+        moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
+        modes = {module: module.training for module in self.objective.modules()}
+        losses = []
+        try:
+            self.objective.eval()
+            with torch.no_grad():
+                for batch in self.heeding(batches, count):
+                    given = prepared(self.objective, [self.prepare(part) for part in batch.parts], moment)
+                    for part, of_part in zip(given, batch.parts, strict=True):
+                        loss, _ = self.objective.loss(part, replace(moment, first=of_part.first))
+                        losses.append(at_least_float32(loss))
+                    self.objective.after_skip()
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+        return {"validation_loss": float(total(torch.stack(losses).mean())) / self.trainer.world_size}
 
     def evaluate_first(self) -> dict[str, float]:
         if not self.probe:
-            return {}
+            return self.loss_held_out()
         encoder = watched_encoder(self.objective)
-        figures = self.probe.score(encoder, self.device, self.heeding)
+        figures = self.loss_held_out() | self.probe.score(encoder, self.device, self.heeding)
         return figures | (self.slides.score(encoder, self.device) if self.slides and self.slides.chosen else {})
 
 

@@ -19,6 +19,7 @@ from data.tiles.loader import Masking, TileBatches
 from launch.entry import run_command_line
 from pretrain.commands import tile as tile_command
 from pretrain.run import preemption, signals
+from pretrain.run.metrics import read_metrics
 from pretrain.settings.composition import load
 from pretrain.training.tile_sources import _member
 from pretrain.training.tile_stage import TileTraining
@@ -104,6 +105,29 @@ def test_parquet_files_train_resume_and_are_looked_through_once(
     both = both.replace("SHARDS", str(write_tiles(tmp_path / "shards", [40])))
     mixed = stage(tmp_path, "data=mixture", f"data.members={both}")
     assert len(mixed.tiles) == 120 and {part.weight for part in mixed.tiles.parts} == {1.0, 3.0}
+
+
+def test_tiles_held_out_tell_a_loss_at_checkpoints_and_change_nothing(tmp_path: Path) -> None:
+    slides = [f"s{number // 5}" for number in range(80)]
+    write_table(tmp_path / "a.parquet", range(80), slide=slides)
+    words = ["tile", *TINY, "data=parquet", f"data.files={tmp_path / 'a.parquet'}", "data.hold_out=0.3"]
+    run_command_line([*words, f"run={tmp_path / 'whole'}"])
+    every = [line for line in read_metrics(tmp_path / "whole") if "validation_loss" in line]
+    assert [line["step"] for line in every] == [0, 2, 4, 6] and len({line["validation_loss"] for line in every}) == 4
+
+    class NoneHeldOut(TileTraining):
+        def loss_held_out(self) -> dict[str, float]:
+            return {}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_command, "TileTraining", NoneHeldOut)
+        run_command_line([*words, f"run={tmp_path / 'unjudged'}"])
+    ours, theirs = (
+        [line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("whole", "unjudged")
+    )
+    assert ours == theirs and len(ours) == 6
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "unjudged")
+    assert all(torch.equal(one[name], other[name]) for name in one)
 
 
 def test_magnifications_in_shares_or_between_two_reach_the_objective_s_batch(folder: Path, tmp_path: Path) -> None:
