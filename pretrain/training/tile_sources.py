@@ -46,11 +46,11 @@ NAMED = 10  # slides left out that are said one by one
 _VALUES = "values"
 
 
-def check_scales(mpp: list[float], mpp_law: str, mpp_shares: list[float] | None) -> None:
+def check_scales(mpp: list[float], mpp_law: str, mpp_shares: list[float]) -> None:
     """Raise ValueError for shares of no values, and for a law without two ends."""
     if mpp_law != _VALUES and (len(mpp) != 2 or mpp[0] >= mpp[1]):
         raise ValueError(f"between two values µm/px are drawn, the finer first, as mpp=[0.25,2.0] mpp_law={mpp_law}")
-    if mpp_shares is not None and (mpp_law != _VALUES or len(mpp_shares) != len(mpp)):
+    if mpp_shares and (mpp_law != _VALUES or len(mpp_shares) != len(mpp)):
         raise ValueError("each value of mpp has one share, and only values have")
 
 
@@ -73,7 +73,7 @@ class OnlineSlides(Mixture):
         grids: Annotated[str, ON_DISK],
         mpp: Annotated[list[float], SOME, within(above=0)],
         mpp_law: Annotated[str, one_of(_VALUES, *LAWS)],
-        mpp_shares: Annotated[list[float] | None, within(above=0)],
+        mpp_shares: Annotated[list[float], within(above=0)],
         tiles_per_slide: Annotated[int | None, within(least=1)],
         tile_size: Annotated[int, TILE],
         tissue: Annotated[str, one_of(*TISSUE_RULES)],
