@@ -64,7 +64,8 @@ def add_linear(
 
     ``parts`` ``(S_i, inputs)`` lie one behind the other, S rows in all. ``rows`` ``(S,)``: the rows of ``x``, distinct,
     that they are added to; None: all of them in order. ``groups`` says how many of ``rows`` are scaled by how much;
-    there are as many parts as groups, or one.
+    there are as many parts as groups, or one. ``linear`` is a plain one with a bias, outside of autocast: its weights are
+    used, and it isn't called.
     """
     return _AddedLinear.apply(x, rows, tuple(groups), activation, linear.weight, linear.bias, gamma, *parts)
 
