@@ -72,8 +72,10 @@ def own_split(
 ) -> OwnSplit:
     """Train and test images of one folder, tiles of one patient or slide kept together where that can be. ``table``:
     says which tiles are of one; ``threads`` read pixels, so many images ``ahead``."""
-    pixels = map_ahead(image_or_fault, images.files, threads, ahead)
     tried: list[Groups] = []
+
+    def pixels() -> Iterable[np.ndarray | Fault]:
+        return map_ahead(image_or_fault, images.files, threads, ahead)
 
     def noted() -> Iterable[Groups]:
         for groups in groupings(images.files, images.folder, table, pixels):

@@ -6,6 +6,8 @@ tiles of the same slides on both sides, of a random split, is recorded beside it
 gains in that one alone.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +19,7 @@ from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.objectives.figures import rankme
 from pretrain.probing.grouping import Groups
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
-from pretrain.probing.likeness import LOOKS_OF_AN_IMAGE, by_looks, looks_of
+from pretrain.probing.likeness import THUMBNAIL_SIDE, by_looks, looks_of, thumbnail_of, with_copies
 from pretrain.probing.scores import knn_predict, standard_error
 from pretrain.probing.slide_names import by_name
 from pretrain.probing.splits import best_group_split, group_split, stratified_split
@@ -59,24 +61,26 @@ class ProbeSet:
         """Read this rank's share of the images, and split them; returns in words how. Raises Fault for an image that
         can't be read."""
         files, named = self.set.files, by_name(self.set.files, self.set.folder)
-        enough = named is not None and group_split(self.set, named, 0.5, seed=0).leaves_most
-        looks_alike = self.given is None and not enough
-        looks: list[np.ndarray] = []
+        thumbnails: list[np.ndarray] = []
 
         def read(which: int) -> np.ndarray:
             pixels = read_image(files[which])
-            looks.append(looks_of(pixels) if looks_alike else np.zeros(LOOKS_OF_AN_IMAGE))
+            thumbnails.append(np.zeros(THUMBNAIL_SIDE**2) if named is None else thumbnail_of(pixels))
             return pixels
 
         self.images = FixedImages(len(files), read, preprocessing, rank, world_size)
         if self.given is not None:
             self.across = [self.given]
             return "train and test given"
-        groupings = [] if named is None else [named]
-        if looks_alike:
-            likely = by_looks(self.images.of_all(torch.from_numpy(np.stack(looks)).to(device)).cpu().numpy())
-            of = gathered(torch.from_numpy(likely.of).to(device))[0].cpu().numpy()  # as the first rank has it
-            groupings.append(Groups(of, likely.how, likely.known))
+
+        def of_all(own: list[np.ndarray], grouped: Callable[[np.ndarray], Groups]) -> Groups:
+            """Groups of all images, of what this rank has of its own ones, as the first rank has them."""
+            found = grouped(self.images.of_all(torch.from_numpy(np.stack(own)).to(device)).cpu().numpy())
+            return replace(found, of=gathered(torch.from_numpy(found.of).to(device))[0].cpu().numpy())
+
+        groupings = [] if named is None else [of_all(thumbnails, lambda every: with_copies(named, every))]
+        if not (groupings and group_split(self.set, groupings[0], 0.5, seed=0).leaves_most):
+            groupings.append(of_all([looks_of(read_image(files[which])) for which in self.images.own], by_looks))
         found = best_group_split(self.set, groupings, 0.5, seed=0)
         if found is None:
             self.across, self.groups = self.within, None

@@ -148,7 +148,7 @@ def images(asked: Asked) -> tuple[LabelledImages, LabelledImages, str]:
         other = read_class_folders(asked.other)
         require_same_classes(tiles, other)
         return tiles, other, f"tiles of other slides, {asked.other}"
-    groups = groups_of(tiles.files, tiles.folder, None, map(read_image, tiles.files))
+    groups = groups_of(tiles.files, tiles.folder, None, lambda: map(read_image, tiles.files))
     split = grouped_split(tiles, groups.of, 0.2, seed=0)
     if split is None:
         raise SystemExit(
