@@ -207,7 +207,7 @@ class TileTraining(Training):
         self.sizes = crop_sizes(crops, checked_views(config.objective, patch, crops.relative_to))
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
-        self.slides = SlideSample(self.tiles, config.seed) if watch.every else None
+        self.slides = SlideSample(self.tiles, config.seed) if watch.every or watch.probe else None
         self.bad = self.seen = 0
         self.sampled = False
 
@@ -226,6 +226,8 @@ class TileTraining(Training):
             self.slides.load(preprocessing, self.global_rank, self.trainer.world_size)
         elif self.slides and self.global_rank == 0:
             say(f"{self.run}: no slide_knn, since the data names no two slides with tiles enough to be told apart")
+        elif self.global_rank == 0:
+            say(f"{self.run}: no slide_knn, since watch.every=0 and watch.probe isn't given")
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:
@@ -316,22 +318,23 @@ class TileTraining(Training):
             self.save_samples(parts[0])
         moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
         encoder = watched_encoder(self.objective)
-        figures = look_of(self.objective, parts, moment) | spread(features_of(encoder, parts))
-        if self.slides and self.slides.chosen:
-            figures |= self.slides.score(encoder, self.device)
-        return figures
+        return look_of(self.objective, parts, moment) | spread(features_of(encoder, parts)) | self.slides_told()
 
     def evaluate(self) -> dict[str, float]:
-        if not self.probe:
-            return {}
-        return self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
+        """The probe's figures; and how well slides are told, at the end and where no look says so."""
+        figures = self.probe.score(watched_encoder(self.objective), self.device, self.heeding) if self.probe else {}
+        unsaid = not self.looks_now and (self.is_last or not self.watch.every)
+        return figures | (self.slides_told() if unsaid else {})
 
     def evaluate_first(self) -> dict[str, float]:
-        if not self.probe:
+        figures = self.probe.score(watched_encoder(self.objective), self.device, self.heeding) if self.probe else {}
+        return figures | self.slides_told()
+
+    def slides_told(self) -> dict[str, float]:
+        """``slide_knn`` and ``slide_chance``, where slides are known."""
+        if not (self.slides and self.slides.chosen):
             return {}
-        encoder = watched_encoder(self.objective)
-        figures = self.probe.score(encoder, self.device, self.heeding)
-        return figures | (self.slides.score(encoder, self.device) if self.slides and self.slides.chosen else {})
+        return self.slides.score(watched_encoder(self.objective), self.device)
 
 
 def view_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:

@@ -137,3 +137,13 @@ def test_patience_without_a_probe_is_refused(shards: Path, tmp_path: Path, capsy
     with pytest.raises(SystemExit):
         run_command_line(command(shards, tmp_path / "run", "watch.patience=3"))
     assert "watch.patience=3 and watch.probe=null don't go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("every", [0, 100])
+def test_how_well_slides_are_told_is_on_record_at_the_first_step_and_the_last_whenever_looks_are(
+    every: int, shards: Path, tmp_path: Path
+) -> None:
+    labelled = write_classes(tmp_path / "labelled", {"light": 4, "dark": 4}, gap=150)
+    probe = [] if every else [f"watch.probe={labelled}"]
+    run_command_line(command(shards, tmp_path / "run", "optim.steps=2", f"watch.every={every}", *probe))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "slide_knn" in row] == [0, 2]
