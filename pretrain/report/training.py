@@ -142,6 +142,8 @@ def tile_section(run: ReportedRun, reading: str) -> Section | None:
             f"{', or targets that tell nothing' if taught else ''}.{about_slides(run)}",
             "Looks at the features.",
         )
+    if watched := how_watched(run):
+        body += page.fact_list(watched)
     course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE, TILE_WATCH, UNSHOWN)
     if shown := panels(run.metrics, course):
         body += page.figure(
@@ -159,6 +161,13 @@ def about_slides(run: ReportedRun) -> str:
     raised = [f"“{alarm['alarm']}” at step {alarm['step']:,}" for alarm in run.alarms if alarm["alarm"] in SLIDE_ALARMS]
     text = " A slide that is told better while labelled tiles are told no better is a slide learned by heart"
     return f"{text}: the alarm {' and '.join(raised)} was raised of it." if raised else f"{text}."
+
+
+def how_watched(run: ReportedRun) -> list[tuple[str, str]]:
+    """How the run split its labelled tiles, and why it doesn't say how well slides are told; as its newest start
+    has it."""
+    starts = run.provenance.get("starts") or [{}]
+    return list(starts[-1].get("watched", {}).items())
 
 
 def alarms_list(run: ReportedRun) -> str:

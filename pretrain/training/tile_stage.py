@@ -27,6 +27,7 @@ from pretrain.objectives.contract import declared_views, look_of
 from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
+from pretrain.run.folder import note_of_start
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.training.module import Training
@@ -218,16 +219,20 @@ class TileTraining(Training):
         super().on_fit_start()
         size = evaluation_size(asdict(self.config))
         preprocessing = Preprocessing(size, size, tuple(self.data.mean), tuple(self.data.std))
+        watched: dict[str, str] = {}
         if self.probe:
             how = self.probe.load(preprocessing, self.global_rank, self.trainer.world_size, self.device)
-            if self.global_rank == 0:
-                say(f"{self.run}: watch.probe, {how}")
+            watched["watch.probe"] = how
         if self.slides and self.slides.chosen:
             self.slides.load(preprocessing, self.global_rank, self.trainer.world_size)
-        elif self.slides and self.global_rank == 0:
-            say(f"{self.run}: no slide_knn, since the data names no two slides with tiles enough to be told apart")
-        elif self.global_rank == 0:
-            say(f"{self.run}: no slide_knn, since watch.every=0 and watch.probe isn't given")
+        elif self.slides:
+            watched["no slide_knn"] = "the data names no two slides with tiles enough to be told apart"
+        else:
+            watched["no slide_knn"] = "watch.every=0, and watch.probe isn't given"
+        if self.global_rank == 0:
+            for what, words in watched.items():
+                say(f"{self.run}: {what}, {words}")
+            note_of_start(self.run, {"watched": watched})
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:

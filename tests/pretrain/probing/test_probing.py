@@ -44,6 +44,13 @@ def test_a_folder_that_cannot_be_probed_is_refused_by_name(tmp_path, counts, mes
     assert str(tmp_path / "set") in str(refused.value)
 
 
+def test_a_link_to_nothing_is_named_for_what_it_is(tmp_path):
+    folder = write_class_folders(tmp_path / "set", {"a": 2, "b": 2})
+    (folder / "a" / "9.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(Fault, match=r"9\.png is a link to .*gone\.png, which isn't there"):
+        read_class_folders(folder)
+
+
 def test_a_missing_folder_is_refused_by_name(tmp_path):
     with pytest.raises(Fault, match="nowhere is not a folder"):
         read_class_folders(tmp_path / "nowhere")
