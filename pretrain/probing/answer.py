@@ -39,7 +39,7 @@ def answered(question: Question, encoder: TileEncoder, seed: int, batch: int, th
             "precision": encoder.precision,
         },
         "train": used(question.train.folder, fitted),
-        "test": used(question.test.folder, tested),
+        "test": used(question.test.folder, tested) | {"groups": None if of is None else len(np.unique(of))},
         "classes": question.train.classes,
         "split": question.split,
         "chance": float(np.bincount(tested.labels).max() / len(tested.labels)),

@@ -14,6 +14,16 @@ class Groups:
     how: str
     known: bool  # False where it is a guess
 
+    @property
+    def kind(self) -> str:
+        """What the groups are, in a word: patients, where that is what ``how`` begins with, or slides."""
+        return "patients" if self.how.startswith("patients") else "slides"
+
+    @property
+    def all_of_one(self) -> bool:
+        """Whether it is known that there is but one."""
+        return self.known and int(self.of.max()) == 0
+
 
 def numbered(names: Iterable[str]) -> np.ndarray:
     """A number for each name, int64 (n,): the same for equal names, from 0."""

@@ -43,6 +43,8 @@ def read_class_folders(folder: Path) -> LabelledImages:
     labels: list[int] = []
     for label, name in enumerate(classes):
         images = sorted(path for path in (folder / name).rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
+        if broken := next((path for path in images if path.is_symlink() and not path.exists()), None):
+            raise Fault(f"{broken} is a link to {broken.readlink()}, which isn't there: mend the link, or remove it")
         if not images:
             raise Fault(f"class folder {folder / name} has no jpg, png or tif image: add some, or remove the folder")
         files.extend(images)

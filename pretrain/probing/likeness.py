@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from data.fault import Fault
-from pretrain.probing.grouping import Groups, connected
+from pretrain.probing.grouping import Groups, connected, joined
 from pretrain.run.progress import track
 
 TRAITS = 13
@@ -23,6 +23,7 @@ LOOKS_OF_AN_IMAGE = TRAITS + THUMBNAIL_SIDE**2
 # .99, all of them turned or mirrored, and none had between .83 and that.
 SAME_IMAGE = 0.95
 LEAST_CONTRAST = 2.0  # standard deviation of a thumbnail's grey values; what is flatter looks like anything flat
+SOME_COPIES = 0.01  # of the images: more that resemble one of another group, and the groups are no slides
 TILES_PER_GROUP = 48
 FEWEST_GROUPS = 10
 SPARSELY = 7  # every so many pixels tell the stains
@@ -55,6 +56,18 @@ def by_looks(looks: np.ndarray) -> Groups:
         how + (f", and {copies} near duplicates with what they resemble" if copies else ""),
         known=False,
     )
+
+
+def with_copies(named: Groups, thumbnails: np.ndarray) -> Groups:
+    """Groups that also keep near duplicates together, of n images' `thumbnail_of`, float64 (n, 256). A guess where more
+    than one image in a hundred resembles one of another group: names that part copies tell no slides."""
+    alike = near_duplicates(thumbnails)
+    first = np.unique(alike, return_index=True)[1]
+    elsewhere = int((named.of != named.of[first[alike]]).sum())
+    if not elsewhere:
+        return named
+    how = f"{named.how}; {elsewhere} near duplicates with what they resemble in other groups"
+    return Groups(joined(named.of, alike), how, named.known and elsewhere <= SOME_COPIES * len(alike))
 
 
 def near_duplicates(thumbnails: np.ndarray, chunk: int = 256) -> np.ndarray:

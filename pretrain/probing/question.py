@@ -4,9 +4,9 @@ import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 
+from pretrain.probing.given_sides import told_of_sides
 from pretrain.probing.grouping import Groups
-from pretrain.probing.images import LabelledImages, read_class_folders, require_same_classes
-from pretrain.probing.slide_names import by_name
+from pretrain.probing.images import LabelledImages, read_class_folders
 from pretrain.probing.splits import own_split
 
 
@@ -23,7 +23,7 @@ class Question:
 
     def hash(self, encoder: str, seed: int) -> str:
         """Of what an encoder of that hash is asked: every image's class, name and size in bytes."""
-        told_apart = [] if self.groups is None else [self.groups.how, str(self.groups.of.tolist())]
+        told_apart = [self.split] + ([] if self.groups is None else [self.groups.how, str(self.groups.of.tolist())])
         digest = hashlib.sha256("\n".join([encoder, str(seed), *told_apart]).encode())
         for images in (self.train, self.test):
             for path, label in zip(images.files, images.labels, strict=True):
@@ -36,11 +36,11 @@ def asked_of(
     train: Path, test: Path | None, table: Path | None, test_fraction: float, seed: int, threads: int, ahead: int
 ) -> Question:
     """The question of class folders; without ``test`` a part of ``train`` is held out: see `own_split`. Raises Fault as
-    it and `read_class_folders` do."""
+    it, `told_of_sides` and `read_class_folders` do."""
     images = read_class_folders(train)
     if test is None:
         own = own_split(images, table, test_fraction, seed, threads, ahead)
         return Question(own.train, own.test, own.words, own.test_groups, given=False)
     others = read_class_folders(test)
-    require_same_classes(images, others)
-    return Question(images, others, "train and test given", by_name(others.files, others.folder), given=True)
+    words, groups = told_of_sides(images, others)
+    return Question(images, others, words, groups, given=True)

@@ -138,21 +138,38 @@ def standard_error(values: np.ndarray, groups: np.ndarray | None = None) -> floa
 
     Without groups, √(Σ (c − mean)²) / n: of right and wrong answers √(p (1 − p) / n). Images of one slide err together,
     so there are fewer independent ones than images: with G groups, √(G / (G − 1) Σ_g (Σ_{i in g} (c_i − mean))²) / n,
-    the cluster-robust one (Liang and Zeger 1986). A single group tells none, and counts as no groups.
+    the cluster-robust one (Liang and Zeger 1986). Few groups may agree by chance, so it is never less than that of
+    images alone. A single group tells none, and counts as no groups.
     """
     rest = values.astype(np.float64) - values.mean()
+    of_images = float(np.sqrt((rest**2).sum()) / len(rest))
     if groups is None or len(np.unique(groups)) < 2:
-        return float(np.sqrt((rest**2).sum()) / len(rest))
+        return of_images
     sums = np.bincount(np.unique(groups, return_inverse=True)[1], weights=rest)
-    return float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(rest))
+    return max(of_images, float(np.sqrt(len(sums) / (len(sums) - 1) * (sums**2).sum()) / len(rest)))
+
+
+def errors_that_count(groups: int | None) -> float:
+    """How many standard errors from nothing a difference tells with 95 %: two, and with few groups the quantile of t
+    with one degree of freedom less than there are, 12.7 of two groups, 4.3 of three. Without groups, or with one, two.
+    """
+    from scipy.stats import t
+
+    return 2.0 if groups is None or groups < 2 else max(2.0, float(t.ppf(0.975, groups - 1)))
 
 
 def words_of_error(groups: np.ndarray | None, how: str) -> str:
     """What a standard error with these groups of test images is over; ``how``: what they are, in words."""
     count = 0 if groups is None else len(np.unique(groups))
+    if count == 1:
+        return f"over tiles of a single patient or slide ({how}), which tells nothing of any other; of a gain, paired"
     if count < 2:
         return "over tiles, which takes them for independent; of a gain, paired over tiles"
-    few = ", few to tell an error by" if count < FEW_GROUPS else ""
+    few = (
+        f", few to tell an error by: a gain counts from {errors_that_count(count):.1f} errors on"
+        if count < FEW_GROUPS
+        else ""
+    )
     return (
         f"over {count} groups of test images, since those of one slide err together ({how}){few}; of a gain, paired over"
         " the groups"

@@ -4,26 +4,31 @@ Tiles of one slide are alike in stain, scanner and focus. With some of them on e
 slide passes for recognising the tissue, and of two encoders the one that learned slides looks better.
 
 What says it: a table of the user's (`pretrain.probing.slide_table`), and nothing else where there is one; the files'
-names (`pretrain.probing.slide_names`); or likeness (`pretrain.probing.likeness`), which is a guess.
+names (`pretrain.probing.slide_names`), with copies of one tile kept together whatever these say; or likeness
+(`pretrain.probing.likeness`), which is a guess.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 
 from data.fault import Fault
 from pretrain.probing.grouping import Groups
-from pretrain.probing.likeness import by_likeness
+from pretrain.probing.likeness import THUMBNAIL_SIDE, by_likeness, thumbnail_of, with_copies
 from pretrain.probing.slide_names import by_name
 from pretrain.probing.slide_table import by_table
+from pretrain.run.progress import track
+
+MOST_COMPARED = 20_000  # images, each with each, half a minute
+
+Pixels = Iterable[np.ndarray | Fault]
+"""Of images uint8 (height, width, 3), or why they can't be had."""
 
 
-def groupings(
-    files: list[Path], folder: Path, table: Path | None, images: Iterable[np.ndarray | Fault]
-) -> Iterator[Groups]:
-    """Groups of the image files below ``folder``, the surest first. ``images``: their pixels, uint8 (height, width, 3),
-    or why they can't be had; gone through only where likeness is asked for.
+def groupings(files: list[Path], folder: Path, table: Path | None, images: Callable[[], Pixels]) -> Iterator[Groups]:
+    """Groups of the image files below ``folder``, the surest first; ``images``: begins to read them.
 
     Raises Fault as `by_table` does.
     """
@@ -31,10 +36,19 @@ def groupings(
         yield by_table(files, folder, table)
         return
     if (named := by_name(files, folder)) is not None:
-        yield named
-    yield by_likeness(images, len(files))
+        if len(files) > MOST_COMPARED:
+            yield replace(named, how=f"{named.how}; too many images to look for copies among them")
+        else:
+            looked_at = track(images(), len(files), "looking for copies", "images")
+            yield with_copies(named, np.stack([thumbnail_or_none(one) for one in looked_at]))
+    yield by_likeness(images(), len(files))
 
 
-def groups_of(files: list[Path], folder: Path, table: Path | None, images: Iterable[np.ndarray | Fault]) -> Groups:
+def thumbnail_or_none(image: np.ndarray | Fault) -> np.ndarray:
+    """`thumbnail_of` an image, and that of a flat one where it can't be had."""
+    return np.zeros(THUMBNAIL_SIDE**2) if isinstance(image, Fault) else thumbnail_of(image)
+
+
+def groups_of(files: list[Path], folder: Path, table: Path | None, images: Callable[[], Pixels]) -> Groups:
     """The first of `groupings`."""
     return next(groupings(files, folder, table, images))

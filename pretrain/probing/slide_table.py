@@ -8,7 +8,7 @@ from pretrain.probing.grouping import Groups, numbered
 
 
 def by_table(files: list[Path], folder: Path, table: Path) -> Groups:
-    """By a CSV with a column ``file`` (a path below ``folder``, or a name) and one or both of ``patient`` and
+    """By a CSV with a column ``file`` (a path below ``folder``, a whole path, or a name) and one or both of ``patient`` and
     ``slide``.
 
     Raises Fault where the table can't be read, lacks a column or an image, says two things of one file, or names by its
@@ -40,7 +40,7 @@ def by_table(files: list[Path], folder: Path, table: Path) -> Groups:
             )
     names, by_bare_name, lacking = [], dict[str, Path](), []
     for path in files:
-        found = told.get(path.relative_to(folder).as_posix())
+        found = told.get(path.relative_to(folder).as_posix()) or told.get(str(path)) or told.get(str(path.absolute()))
         if found is None and path.name in told:
             found, first = told[path.name], by_bare_name.setdefault(path.name, path)
             if first != path:

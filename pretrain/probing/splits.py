@@ -13,8 +13,9 @@ from pretrain.probing.grouping import Groups
 from pretrain.probing.images import LabelledImages, image_or_fault
 from pretrain.probing.slide_groups import groupings
 
-SAME_SLIDES, LIKELY, OTHER_SLIDES = "same slides", "likely other slides", "other slides"
-"""What a split of the images' own is: tiles of one slide may be on both sides, hardly, or can't."""
+SAME_SLIDES, LIKELY, OTHER_SLIDES, ALL_OF_ONE = "same slides", "likely other slides", "other slides", "all of one"
+"""What a split of the images' own is: tiles of one slide may be on both sides, hardly, or can't; or there is but one
+patient or slide."""
 DRAWS = 50
 
 
@@ -72,8 +73,10 @@ def own_split(
 ) -> OwnSplit:
     """Train and test images of one folder, tiles of one patient or slide kept together where that can be. ``table``:
     says which tiles are of one; ``threads`` read pixels, so many images ``ahead``."""
-    pixels = map_ahead(image_or_fault, images.files, threads, ahead)
     tried: list[Groups] = []
+
+    def pixels() -> Iterable[np.ndarray | Fault]:
+        return map_ahead(image_or_fault, images.files, threads, ahead)
 
     def noted() -> Iterable[Groups]:
         for groups in groupings(images.files, images.folder, table, pixels):
@@ -81,18 +84,24 @@ def own_split(
             yield groups
 
     found = best_group_split(images, noted(), test_fraction, seed)
+    one = of_one(tried)
     if found is None:
         train, test = map(images.subset, stratified_split(images, test_fraction, seed))
         how = f"{test_fraction:g} of every class held out, seed {seed}; by {tried[-1].how} no class is on both sides"
-        return OwnSplit(train, test, f"{SAME_SLIDES}: {how}", None)
+        return OwnSplit(train, test, f"{one or f'{SAME_SLIDES}: '}{how}", None)
     train, test = images.subset(found.train), images.subset(found.test)
     share = len(test.files) / len(images.files)
     return OwnSplit(
         train,
         test,
-        f"{found.kind}: {share:.2g} held out by {found.how}, seed {seed}",
+        f"{one or f'{found.kind}: '}{share:.2g} held out by {found.how}, seed {seed}",
         Groups(found.groups.of[found.test], found.groups.how, found.groups.known),
     )
+
+
+def of_one(tried: list[Groups]) -> str:
+    """How the words of a split begin where all images are known to be of one patient or slide; else empty."""
+    return next((f"{ALL_OF_ONE} {one.kind.removesuffix('s')} ({one.how}): " for one in tried if one.all_of_one), "")
 
 
 def stratified_split(images: LabelledImages, test_fraction: float, seed: int) -> tuple[np.ndarray, np.ndarray]:

@@ -3,7 +3,8 @@
 import math
 from typing import Any
 
-from pretrain.probing.splits import LIKELY, SAME_SLIDES
+from pretrain.probing.given_sides import ON_BOTH_SIDES
+from pretrain.probing.splits import ALL_OF_ONE, LIKELY, SAME_SLIDES
 
 
 def score_table(result: dict[str, Any]) -> str:
@@ -51,9 +52,22 @@ def cautions(result: dict[str, Any]) -> list[str]:
         )
     if result["split"].startswith(LIKELY):
         said.append("likely other slides: a guess; give test=, or groups= with their slides, to be sure")
+    if result["split"].startswith(ALL_OF_ONE):
+        said.append(
+            "all images are of one patient or slide: these figures and their errors tell nothing of any other, and tiles"
+            " that lie side by side flatter every row; give test= of others"
+        )
+    if ON_BOTH_SIDES in result["split"]:
+        said.append(
+            "beware: patients or slides of test are in train too, which flatters every row; give a test= without them"
+        )
     within, across = result.get("histogram_same_slides"), result["scores"]["colour histogram"]["knn"]
     chance = 3 * math.sqrt(across * (1 - across) / result["test"]["images"])  # three standard errors over tiles
-    if within is not None and not result["split"].startswith(SAME_SLIDES) and within - across > max(0.1, chance):
+    if (
+        within is not None
+        and not result["split"].startswith((SAME_SLIDES, ALL_OF_ONE))
+        and within - across > max(0.1, chance)
+    ):
         said.append(
             f"beware: with tiles of the same slides on both sides the colour histogram reaches {within:.3f}, on others"
             f" {across:.3f}: a random split of these images measures how well slides are recognised"

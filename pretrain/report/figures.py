@@ -84,11 +84,13 @@ def superscript(exponent: int) -> str:
     return str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
-def dots(rows: Sequence[str], panels: dict[str, list[tuple[float, float]]], marks: dict[str, float]) -> str:
+def dots(
+    rows: Sequence[str], panels: dict[str, list[tuple[float, float]]], marks: dict[str, float], errors: float
+) -> str:
     """Values with error bars, one row each, one panel a kind, as SVG.
 
     ``panels[kind][i]`` is (value, standard error) of ``rows[i]``; ``marks`` are values to compare with, dashed. The
-    bars are two standard errors to each side. The first row is the one that is judged.
+    bars are so many standard ``errors`` to each side. The first row is the one that is judged.
     """
     plt = pyplot()
     height = 0.55 + 0.36 * len(rows)
@@ -100,7 +102,7 @@ def dots(rows: Sequence[str], panels: dict[str, list[tuple[float, float]]], mark
     for axis, (kind, values) in zip(axes.flat, panels.items(), strict=True):
         for place, (value, error), first in zip(places, values, [True] + [False] * len(rows), strict=False):
             colour = VIOLET if first else INK
-            axis.errorbar(value, place, xerr=2 * error, fmt="o", markersize=5, color=colour, elinewidth=1.2)
+            axis.errorbar(value, place, xerr=errors * error, fmt="o", markersize=5, color=colour, elinewidth=1.2)
             axis.annotate(
                 f"{value:.3f}",
                 (value, place),

@@ -7,6 +7,7 @@ import numpy as np
 
 from pretrain.pages import page
 from pretrain.pages.page import Section
+from pretrain.probing.scores import errors_that_count
 from pretrain.probing.table import cautions
 from pretrain.report.figures import Panel, curves, dots
 from pretrain.report.parts import ReportedRun, Series
@@ -39,7 +40,7 @@ TILE_WATCH = [
     ("k-NN accuracy on labelled tiles", "", ["probe_knn", "probe_knn_same_slides"]),
     ("Slide of a tile recognised by k-NN", "", ["slide_knn", "slide_chance"]),
 ]
-UNSHOWN = [("", "", ["look_seconds", "evaluation_seconds", "probe_knn_se", "probe_knn_se_tiles"])]
+UNSHOWN = [("", "", ["look_seconds", "evaluation_seconds", "probe_knn_se", "probe_knn_se_tiles", "probe_groups"])]
 SLIDE_COURSE = [
     ("Loss", "", ["loss"]),
     ("Learning rate", "", ["lr"]),
@@ -141,6 +142,8 @@ def tile_section(run: ReportedRun, reading: str) -> Section | None:
             f"{', or targets that tell nothing' if taught else ''}.{about_slides(run)}",
             "Looks at the features.",
         )
+    if watched := how_watched(run):
+        body += page.fact_list(watched)
     course = TILE_COURSE + everything_else(run.metrics, TILE_LOSSES, TILE_COURSE, TILE_WATCH, UNSHOWN)
     if shown := panels(run.metrics, course):
         body += page.figure(
@@ -158,6 +161,13 @@ def about_slides(run: ReportedRun) -> str:
     raised = [f"“{alarm['alarm']}” at step {alarm['step']:,}" for alarm in run.alarms if alarm["alarm"] in SLIDE_ALARMS]
     text = " A slide that is told better while labelled tiles are told no better is a slide learned by heart"
     return f"{text}: the alarm {' and '.join(raised)} was raised of it." if raised else f"{text}."
+
+
+def how_watched(run: ReportedRun) -> list[tuple[str, str]]:
+    """How the run split its labelled tiles, and why it doesn't say how well slides are told; as its newest start
+    has it."""
+    starts = run.provenance.get("starts") or [{}]
+    return list(starts[-1].get("watched", {}).items())
 
 
 def alarms_list(run: ReportedRun) -> str:
@@ -240,7 +250,7 @@ def r2_verdict(metrics: Series) -> str:
 
 def probe_section(probe: dict[str, Any]) -> Section:
     """Probe scores: a chart with error bars, the table, the method."""
-    scores = probe["scores"]
+    scores, enough = probe["scores"], errors_that_count(probe["test"].get("groups"))
     chart = dots(
         list(scores),
         {
@@ -248,6 +258,7 @@ def probe_section(probe: dict[str, Any]) -> Section:
             "Linear accuracy": [(got["linear"], got["linear_se"]) for got in scores.values()],
         },
         {"largest class": probe["chance"]},
+        enough,
     )
     rows = [
         (
@@ -266,7 +277,9 @@ def probe_section(probe: dict[str, Any]) -> Section:
     )
     body += "".join(page.paragraph(f"{caution[0].upper()}{caution[1:]}.") for caution in cautions(probe))
     body += page.figure(
-        chart, "Points: accuracy on the test images. Bars: two standard errors to each side.", "Probe scores."
+        chart,
+        f"Points: accuracy on the test images. Bars: {enough:.3g} standard errors to each side, 95 % of the time.",
+        "Probe scores.",
     )
     body += page.html_table(("Features", "width", "k-NN", "linear", "RankMe"), rows, "±: one standard error.", ours=0)
     method = [("Input", probe["encoder"]["input"])] + [(name, text) for name, text in labelled(probe["method"])]
@@ -281,12 +294,13 @@ def labelled(method: dict[str, str]) -> list[tuple[str, str]]:
 
 
 def probe_verdict(probe: dict[str, Any]) -> str:
-    """In words, where the encoder stands to its baselines: a gain counts from two standard errors on."""
-    parts = []
+    """In words, where the encoder stands to its baselines: a gain counts from two standard errors on, and later where
+    they are over few groups."""
+    parts, enough = [], errors_that_count(probe["test"].get("groups"))
     for baseline, kinds in probe["gains"].items():
         for kind, label in (("knn", "k-NN"), ("linear", "linear")):
             gain, error = kinds[kind]["gain"], kinds[kind]["se"]
-            clear = math.isfinite(error) and abs(gain) > 2 * error
+            clear = math.isfinite(error) and abs(gain) > enough * error
             place = ("above" if gain > 0 else "below") if clear else "not clearly different"
             parts.append((baseline, label, f"{signed(gain)} ± {error:.3f}", place))
     sentences = []

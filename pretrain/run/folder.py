@@ -193,6 +193,13 @@ def _add_start(run: Path, data: str, changes: dict[str, tuple[Any, Any]]) -> Non
     write_whole(path, json.dumps({"starts": starts}, indent=1))
 
 
+def note_of_start(run: Path, facts: dict[str, Any]) -> None:
+    """Add what was found while a run began to the newest start that ``provenance.json`` lists."""
+    if starts := read_starts(run):
+        starts[-1] |= facts
+        write_whole(run / "provenance.json", json.dumps({"starts": starts}, indent=1))
+
+
 def software() -> dict[str, Any]:
     """What computes: the versions of Python and of the packages that matter, and this checkout's revision."""
     return {

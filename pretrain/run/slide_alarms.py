@@ -3,8 +3,9 @@ no better than by random weights.
 
 Both are tests, since k-NN accuracies scatter from checkpoint to checkpoint. Whoever takes the best of sixteen that
 scatter evenly finds a fall behind it, so a fall is judged against the falls that chance makes, at every checkpoint
-anew. Of 400 flat runs of 16 checkpoints with independent noise fewer than 5 % raise either alarm (the tests count
-them).
+anew, and errors over few slides are themselves hardly known. Of 400 flat runs of 16 checkpoints with independent noise
+fewer than 5 % raise either alarm, and as few of 2, 4 and 10 slides whose noise is new at each checkpoint (the tests
+count them).
 """
 
 import math
@@ -31,8 +32,9 @@ def slides_recognised(history: History, known: Facts) -> Alarm | None:
     if len(tissue) < FEWEST_CHECKPOINTS or not len(slides):
         return None
     errors = dict(zip(*(part.tolist() for part in history.of("probe_knn_se")), strict=True))
-    error = float(np.mean([errors.get(step, 0.0) for step in steps.tolist()]))
-    fallen = fallen_by_errors(tissue, error) or fallen_steadily(tissue)
+    error = math.sqrt(np.mean([errors.get(step, 0.0) ** 2 for step in steps.tolist()]))
+    _, groups = history.of("probe_groups")
+    fallen = fallen_by_errors(tissue, error, int(groups[-1]) if len(groups) else None) or fallen_steadily(tissue)
     if fallen is None:
         return None
     best, before, now = fallen
@@ -53,15 +55,26 @@ def slides_recognised(history: History, known: Facts) -> Alarm | None:
     )
 
 
-def fallen_by_errors(values: np.ndarray, error: float) -> tuple[int, float, float] | None:
+def fallen_by_errors(values: np.ndarray, error: float, groups: int | None) -> tuple[int, float, float] | None:
     """Where two values in a row were highest, their mean and that of the last two, if these lie further apart than
-    chance has it: values (n,), n ≥ 4, each with the standard error ``error``."""
+    chance has it: values (n,), n ≥ 4, each with the standard error ``error``, the root of the mean square of n that are
+    over so many ``groups`` each (None: over tiles)."""
     pairs = (values[1:] + values[:-1]) / 2
     best = int(np.argmax(pairs[:-2]))
-    limit = FALL_IN_ERRORS * math.sqrt(math.log(len(values))) * error
+    limit = with_few_groups(FALL_IN_ERRORS * math.sqrt(math.log(len(values))), len(values), groups) * error
     if pairs[best] - pairs[-1] <= max(LEAST_FALL, limit):
         return None
     return best + 1, float(pairs[best]), float(pairs[-1])
+
+
+def with_few_groups(errors: float, values: int, groups: int | None) -> float:
+    """As unlikely a number of standard errors, where these are known from ``values`` × (``groups`` − 1) degrees of
+    freedom alone: the quantile of t in place of the normal one."""
+    from scipy.stats import norm, t
+
+    if groups is None or groups < 2:
+        return errors
+    return float(t.isf(norm.sf(errors), values * (groups - 1)))
 
 
 def fallen_steadily(values: np.ndarray) -> tuple[int, float, float] | None:

@@ -27,7 +27,7 @@ class FixedImages:
     ) -> None:
         self.count, self.preprocessing, self.share = count, preprocessing, -(-count // world_size)
         # The last images are read by several ranks where they don't divide: equal shares are equal numbers of passes.
-        own = [min(i * world_size + rank, count - 1) for i in range(self.share)]
+        self.own = [min(i * world_size + rank, count - 1) for i in range(self.share)]
         plain = Preprocessing(
             preprocessing.image_size,
             preprocessing.resize_to,
@@ -35,7 +35,7 @@ class FixedImages:
             (1.0, 1.0, 1.0),
             preprocessing.interpolation,
         )
-        images = [plain(torch.from_numpy(np.array(read(i))).unsqueeze(0)) for i in own]
+        images = [plain(torch.from_numpy(np.array(read(i))).unsqueeze(0)) for i in self.own]
         self.images = (torch.cat(images) * 255).round().byte()  # (share, 3, S, S)
 
     def features(

@@ -29,6 +29,7 @@ from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.run.across_ranks import total
+from pretrain.run.folder import note_of_start
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.training.module import Training
@@ -211,7 +212,7 @@ class TileTraining(Training):
         self.sizes = crop_sizes(crops, checked_views(config.objective, patch, crops.relative_to))
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
-        self.slides = SlideSample(self.tiles, config.seed) if watch.every else None
+        self.slides = SlideSample(self.tiles, config.seed) if watch.every or watch.probe else None
         apart = self.tiles.held_out()
         self.held_out = apart and (apart, Stream(apart.parts, **shape | ALONE, window=1, seed=config.seed))
         self.bad = self.seen = 0
@@ -224,14 +225,20 @@ class TileTraining(Training):
         super().on_fit_start()
         size = evaluation_size(asdict(self.config))
         preprocessing = Preprocessing(size, size, tuple(self.data.mean), tuple(self.data.std))
+        watched: dict[str, str] = {}
         if self.probe:
             how = self.probe.load(preprocessing, self.global_rank, self.trainer.world_size, self.device)
-            if self.global_rank == 0:
-                say(f"{self.run}: watch.probe, {how}")
+            watched["watch.probe"] = how
         if self.slides and self.slides.chosen:
             self.slides.load(preprocessing, self.global_rank, self.trainer.world_size)
-        elif self.slides and self.global_rank == 0:
-            say(f"{self.run}: no slide_knn, since the data names no two slides with tiles enough to be told apart")
+        elif self.slides:
+            watched["no slide_knn"] = "the data names no two slides with tiles enough to be told apart"
+        else:
+            watched["no slide_knn"] = "watch.every=0, and watch.probe isn't given"
+        if self.global_rank == 0:
+            for what, words in watched.items():
+                say(f"{self.run}: {what}, {words}")
+            note_of_start(self.run, {"watched": watched})
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:
@@ -326,16 +333,21 @@ class TileTraining(Training):
             self.save_samples(parts[0])
         moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
         encoder = watched_encoder(self.objective)
-        figures = look_of(self.objective, parts, moment) | spread(features_of(encoder, parts))
-        if self.slides and self.slides.chosen:
-            figures |= self.slides.score(encoder, self.device)
-        return figures
+        return look_of(self.objective, parts, moment) | spread(features_of(encoder, parts)) | self.slides_told()
 
     def evaluate(self) -> dict[str, float]:
-        figures = self.loss_held_out()
-        if self.probe:
-            figures |= self.probe.score(watched_encoder(self.objective), self.device, self.heeding)
-        return figures
+        """The figures of tiles apart, held out or labelled; and how well slides are told, at the end and where no look
+        says so."""
+        unsaid = not self.looks_now and (self.is_last or not self.watch.every)
+        return self.told_apart() | (self.slides_told() if unsaid else {})
+
+    def evaluate_first(self) -> dict[str, float]:
+        return self.told_apart() | self.slides_told()
+
+    def told_apart(self) -> dict[str, float]:
+        """What tiles that aren't trained on tell: the loss, and the probe's figures."""
+        probed = self.probe.score(watched_encoder(self.objective), self.device, self.heeding) if self.probe else {}
+        return self.loss_held_out() | probed
 
     def loss_held_out(self) -> dict[str, float]:
         """``validation_loss``: the objective's loss on tiles that aren't trained on, if there are any; on the same views
@@ -362,12 +374,11 @@ class TileTraining(Training):
                 module.training = mode
         return {"validation_loss": float(total(torch.stack(losses).mean())) / self.trainer.world_size}
 
-    def evaluate_first(self) -> dict[str, float]:
-        if not self.probe:
-            return self.loss_held_out()
-        encoder = watched_encoder(self.objective)
-        figures = self.loss_held_out() | self.probe.score(encoder, self.device, self.heeding)
-        return figures | (self.slides.score(encoder, self.device) if self.slides and self.slides.chosen else {})
+    def slides_told(self) -> dict[str, float]:
+        """``slide_knn`` and ``slide_chance``, where slides are known."""
+        if not (self.slides and self.slides.chosen):
+            return {}
+        return self.slides.score(watched_encoder(self.objective), self.device)
 
 
 def view_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:

@@ -33,7 +33,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -49,7 +49,7 @@ from pretrain.encoders.loading import load_encoder
 from pretrain.encoders.tile_encoder import TileEncoder
 from pretrain.probing.features import Extractor, colour_histogram, extract
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image, require_same_classes
-from pretrain.probing.scores import Score, knn_predict, score
+from pretrain.probing.scores import Score, knn_predict, score, standard_error
 from pretrain.probing.slide_groups import by_likeness, groups_of
 from pretrain.probing.splits import grouped_split
 from pretrain.settings.composition import load
@@ -84,20 +84,25 @@ class Asked:
     def folder(self, objective: str, seed: int) -> Path:
         """A run's, under a name of its own for other tiles, settings or lengths: what is there is gone on with."""
         recipe = OmegaConf.to_yaml(recipe_of(objective, self.settings[objective]), sort_keys=True)
-        asked = f"{self.tiles.resolve()} {self.other} {self.seen} {recipe}"
+        asked = f"{self.tiles.resolve()} {contents(self.tiles)} {self.other} {self.seen} {recipe}"
         return self.out / f"{objective}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
     @property
     def shards(self) -> Path:
         """The folder of the training tiles' shards."""
-        digest = hashlib.sha256(f"{self.tiles.resolve()} {self.other}".encode()).hexdigest()[:8]
-        return self.out / f"shards-{digest}"
+        asked = f"{self.tiles.resolve()} {contents(self.tiles)} {self.other}"
+        return self.out / f"shards-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
 
     @classmethod
     def parse(cls, arguments: list[str]) -> "Asked":
         asked = cls()
+        if {"-h", "--help", "help"} & set(arguments):
+            print((sys.modules["__main__"].__doc__ or "").strip())
+            raise SystemExit(0)
         for argument in arguments:
             name, _, value = argument.partition("=")
+            if not value and name.isupper():
+                raise SystemExit(f"{name}= has nothing behind it: give a value, or leave it out")
             if name in ("TILES", "OTHER", "OUT"):
                 setattr(asked, name.lower(), Path(value))
             elif name == "SEEN":
@@ -112,6 +117,9 @@ class Asked:
                 raise SystemExit(f"{argument} is not understood; see the top of {__file__}")
         if unknown := set(asked.objectives) - set(RECIPES):
             raise SystemExit(f"OBJECTIVES are some of {', '.join(RECIPES)}, not {', '.join(unknown)}")
+        if len(set(asked.seeds)) < len(asked.seeds):
+            raise SystemExit(f"SEEDS={','.join(map(str, asked.seeds))} has one twice, which would train in one folder")
+        asked.tiles = asked.tiles.resolve()  # '.' has no name
         for folder in (asked.tiles, asked.other):
             if folder is not None and not folder.is_dir():
                 raise SystemExit(f"{folder} is not there: give a folder that holds one folder of images per class")
@@ -141,6 +149,23 @@ def whole_number(argument: str, value: str) -> int:
     return int(value)
 
 
+@cache
+def contents(folder: Path) -> str:
+    """A hash of the names and sizes of all images below a folder: other ones make other shards and other runs."""
+    digest = hashlib.sha256()
+    for path in read_class_folders(folder).files:
+        digest.update(f"{path.relative_to(folder)} {path.stat().st_size}\n".encode())
+    return digest.hexdigest()
+
+
+def make_folder(folder: Path) -> None:
+    """Make OUT. Raises SystemExit where it can't be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SystemExit(f"OUT={folder} can't be made ({error.strerror}): give another folder") from error
+
+
 def images(asked: Asked) -> tuple[LabelledImages, LabelledImages, str]:
     """The images to train on, those to judge by, and what the latter are."""
     tiles = read_class_folders(asked.tiles)
@@ -148,7 +173,7 @@ def images(asked: Asked) -> tuple[LabelledImages, LabelledImages, str]:
         other = read_class_folders(asked.other)
         require_same_classes(tiles, other)
         return tiles, other, f"tiles of other slides, {asked.other}"
-    groups = groups_of(tiles.files, tiles.folder, None, map(read_image, tiles.files))
+    groups = groups_of(tiles.files, tiles.folder, None, lambda: map(read_image, tiles.files))
     split = grouped_split(tiles, groups.of, 0.2, seed=0)
     if split is None:
         raise SystemExit(
@@ -271,10 +296,13 @@ def train(asked: Asked, shards: Path) -> list[Run]:
 
 
 class Judge:
-    """The fixed question that all features are asked."""
+    """The fixed question that all features are asked. Made before anything is trained: raises Fault for an image that
+    can't be read."""
 
     def __init__(self, bank: LabelledImages, other: LabelledImages) -> None:
         self.bank, self.other, self.classes = bank, other, len(bank.classes)
+        for path in bank.files:
+            read_image(path)
         self.alike = by_likeness(map(read_image, other.files), len(other.files)).of
 
     def __call__(self, features: Extractor) -> tuple[Score, float]:
@@ -291,9 +319,8 @@ class Judge:
         return found, float(same.mean())
 
     def error_by_likeness(self, found: Score) -> float:
-        """Of the k-NN accuracy, where tiles that look like one slide's err together: ``√Σ_g (Σ_{i∈g} (c_i − c̄))² / n``."""
-        off = np.bincount(self.alike, weights=found.knn_correct - found.knn)
-        return float(np.sqrt(np.square(off).sum()) / len(self.alike))
+        """Of the k-NN accuracy, where tiles that look like one slide's err together: see `standard_error`."""
+        return standard_error(found.knn_correct, self.alike)
 
 
 def main() -> None:
@@ -304,11 +331,12 @@ def main() -> None:
 
 
 def bench(asked: Asked) -> None:
-    asked.out.mkdir(parents=True, exist_ok=True)
+    make_folder(asked.out)
     tiles, other, what = images(asked)
     print(f"{len(tiles.files)} tiles to train on, {len(other.files)} to judge by: {what}", flush=True)
+    judge = Judge(tiles, other)
     write_shards(tiles, asked.shards)
-    runs, judge = train(asked, asked.shards), Judge(tiles, other)
+    runs = train(asked, asked.shards)
     rows = [("colour histogram", None, *judge(colour_histogram))]
     figures: dict[str, list[float]] = {
         "histogram": [rows[0][2].knn],

@@ -5,7 +5,8 @@ of its own.
 
 What isn't asked for is LightlyTrain's default, its colour above all. Its warm-ups are shortened, since they are longer
 than the run. Ends with one JSON line: processor seconds of this process and its workers. With ``judge``,
-a list of folders of class folders, it leaves the class tokens of their images before and after training in ``out``.
+a list of folders of class folders, it leaves the class tokens of their images before and after training beside ``out``,
+under the folders' numbers.
 """
 
 import json
@@ -38,10 +39,8 @@ def main(asked: dict) -> None:
         block_chunks=0,
     )
     network.init_weights()
-    for folder in asked.get("judge", []):
-        np.save(
-            out.with_name(f"{out.name}-random-{Path(folder).name}.npy"), features(network, Path(folder), asked["size"])
-        )
+    for number, folder in enumerate(asked.get("judge", [])):
+        np.save(out.with_name(f"{out.name}-random-{number}.npy"), features(network, Path(folder), asked["size"]))
     steps, batch = asked["steps"], asked["batch"]
     images = sum(path.suffix.lower() in SUFFIXES for path in Path(asked["tiles"]).rglob("*"))
     lightly_train.pretrain(
@@ -79,11 +78,8 @@ def main(asked: dict) -> None:
         # teacher's.
         exported = torch.load(out / "exported_models" / "exported_last.pt", map_location="cpu", weights_only=False)
         network.load_state_dict(exported if isinstance(exported, dict) else exported.state_dict())
-        for folder in asked["judge"]:
-            np.save(
-                out.with_name(f"{out.name}-trained-{Path(folder).name}.npy"),
-                features(network, Path(folder), asked["size"]),
-            )
+        for number, folder in enumerate(asked["judge"]):
+            np.save(out.with_name(f"{out.name}-trained-{number}.npy"), features(network, Path(folder), asked["size"]))
     print(json.dumps({"cpu_seconds": seconds}))
 
 

@@ -2,6 +2,7 @@
 
     make bench-peers                            three turns of 20 and 80 steps each, then 128,000 tiles (an hour and a quarter)
     make bench-peers ARGS="SEEN=16000 TURNS=1"  less of it
+    make bench-peers ARGS="dinov2:model.depth=4"    another network, crops, batch or heads, for both
 
 Speed: tiles for each processor second, workers included, of 80 less 20 steps: what starts a run isn't counted. Both in
 bfloat16, ours with compiled blocks (LightlyTrain doesn't compile this method). Learned: 20 nearest neighbours, and a
@@ -26,16 +27,80 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
+from omegaconf import OmegaConf
 
+from data.fault import Fault
 from pretrain.probing.images import LabelledImages
 from pretrain.probing.scores import score
-from pretrain.settings.composition import load
-from tests.bench.learning import LOOKED_AT, Asked, Judge, Run, images, write_shards
+from tests.bench.learning import (
+    LOOKED_AT,
+    Asked,
+    Judge,
+    Run,
+    images,
+    make_folder,
+    recipe_of,
+    whole_number,
+    write_shards,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 PEERS = ROOT / ".venv-peers" / "bin" / "python"
 SHORT, LONG = 20, 80  # steps
 HALF = 64_000  # tiles
+
+
+HANDED_OVER = {
+    "batch": "data.batch_size",
+    "size": "data.crops.global_size",
+    "patch": "model.patch_size",
+    "width": "model.width",
+    "depth": "model.depth",
+    "heads": "model.heads",
+    "prototypes": "objective.prototypes",
+    "hidden": "objective.hidden",
+    "bottleneck": "objective.bottleneck",
+    "locals": "data.crops.local_count",
+    "local_size": "data.crops.local_size",
+    "frozen": "optim.frozen_last_layer_steps",
+    "temperature_warmup": "objective.teacher_temperature_warmup",
+}
+"""What LightlyTrain is told, and which setting of ours says it."""
+ALONG = {"model.image_size", "model.feed_forward_width"}
+"""Settings that follow from these: the size of an image is the crop's, a block's inner width four times the width."""
+
+
+def asked_of_both(arguments: list[str]) -> tuple[Asked, int]:
+    """What the command line says, and the number of turns. Raises SystemExit for what would be given to one side
+    alone, or to neither."""
+    words, turns = [], 3
+    for word in arguments:
+        name, _, value = word.partition("=")
+        if name == "TURNS":
+            turns = whole_number(word, value)
+            if turns < 1:
+                raise SystemExit(f"{word}: speed is compared in one turn at least")
+            continue
+        if name in ("SEEDS", "OBJECTIVES") or name.partition(":")[0] in ("dino", "mae"):
+            raise SystemExit(f"{word}: peers are compared with one seed of dinov2; leave it out")
+        key = name.removeprefix("dinov2:")
+        if key != name and key not in {*HANDED_OVER.values(), *ALONG}:
+            raise SystemExit(
+                f"{word} would be ours alone: what both get is {', '.join(HANDED_OVER.values())}; 'make bench-learning'"
+                " takes any setting"
+            )
+        words.append(word)
+    asked = Asked.parse(["OBJECTIVES=dinov2", *words])
+    recipe = recipe_of("dinov2", asked.settings["dinov2"])
+    if recipe.model.feed_forward_width != 4 * recipe.model.width:
+        raise SystemExit(
+            f"LightlyTrain's blocks are four times as wide inside: give dinov2:model.feed_forward_width={4 * recipe.model.width}"
+        )
+    if recipe.model.image_size != recipe.data.crops.global_size:
+        raise SystemExit(
+            f"LightlyTrain's images are its crops: give dinov2:model.image_size={recipe.data.crops.global_size}"
+        )
+    return asked, turns
 
 
 def ours(asked: Asked, folder: str, steps: int, settings: list[str]) -> Run:
@@ -52,27 +117,15 @@ WARM_UP = 20  # steps of LightlyTrain: its own warm-up is longer than these runs
 
 def theirs(asked: Asked, folder: str, steps: int, judge: list[str]) -> float:
     """A run of LightlyTrain's to its end: processor seconds."""
-    config = load("tile", ["recipe=small", "run=none", "data.shards=none"]).tree
+    recipe = recipe_of("dinov2", asked.settings["dinov2"])
     words = {
         "tiles": str(asked.tiles),
         "out": str((asked.out / folder).resolve()),
         "steps": steps,
         "seed": 0,
         "judge": judge,
-        "batch": config.data.batch_size,
-        "size": config.data.crops.global_size,
-        "patch": config.model.patch_size,
-        "width": config.model.width,
-        "depth": config.model.depth,
-        "heads": config.model.heads,
-        "prototypes": config.objective.prototypes,
-        "hidden": config.objective.hidden,
-        "bottleneck": config.objective.bottleneck,
-        "locals": config.data.crops.local_count,
-        "local_size": config.data.crops.local_size,
         "warmup": WARM_UP,
-        "frozen": config.optim.frozen_last_layer_steps,
-        "temperature_warmup": config.objective.teacher_temperature_warmup,
+        **{name: OmegaConf.select(recipe, setting) for name, setting in HANDED_OVER.items()},
     }
     log = (asked.out / f"{folder}.log").open("w")
     done = subprocess.run(
@@ -88,20 +141,24 @@ def theirs(asked: Asked, folder: str, steps: int, judge: list[str]) -> float:
 
 
 def main() -> None:
-    words, turns = [], 3
-    for word in sys.argv[1:]:
-        turns = int(word.removeprefix("TURNS=")) if word.startswith("TURNS=") else turns
-        words += [] if word.startswith("TURNS=") else [word]
-    asked = Asked.parse(words)
+    try:
+        compare(*asked_of_both(sys.argv[1:]))
+    except Fault as fault:
+        raise SystemExit(str(fault)) from fault
+
+
+def compare(asked: Asked, turns: int) -> None:
+    """Both in turns, then both to the end."""
     if asked.out == Asked.out:
         asked.out = asked.out.with_name("bench-peers")
     if asked.other is None:
         raise SystemExit(f"{asked.tiles} has no tiles of other slides beside it: give OTHER=folder of class folders")
-    asked.out.mkdir(parents=True, exist_ok=True)
+    make_folder(asked.out)
     if not PEERS.exists():
         raise SystemExit("LightlyTrain is not here: make bench-peers installs it into .venv-peers")
     os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     tiles, other, what = images(asked)
+    judge = Judge(tiles, other)
     write_shards(tiles, asked.shards)
     settings = asked.settings["dinov2"]
     speeds: dict[str, list[float]] = {"ours": [], "lightly": []}
@@ -120,7 +177,7 @@ def main() -> None:
             flush=True,
         )
     ratio = median(a / b for a, b in zip(speeds["ours"], speeds["lightly"], strict=True))
-    run, judge = ours(asked, "learned", asked.seen // batch, settings), Judge(tiles, other)
+    run = ours(asked, "learned", asked.seen // batch, settings)
     a_tile = run.wait() / asked.seen  # processor seconds
     figures = {"ours_random": judge(run.untrained(0).embed_each)[0].knn}
     folders = [str(one.folder.resolve()) for one in (tiles, other)]
@@ -131,7 +188,7 @@ def main() -> None:
         seconds = theirs(asked, f"lightly-{seen}", seen // batch, folders)
         figures |= {f"ours_seconds{ending}": a_tile * seen, f"lightly_seconds{ending}": seconds}
         for name, key in (("lightly", "trained"), ("lightly_random", "random")):
-            bank, asking = (np.load(asked.out / f"lightly-{seen}-{key}-{Path(folder).name}.npy") for folder in folders)
+            bank, asking = (np.load(asked.out / f"lightly-{seen}-{key}-{number}.npy") for number in range(2))
             found = score(bank, by_class(tiles), asking, by_class(other), len(tiles.classes))
             figures |= {f"{name}{ending}": found.knn, f"{name}_linear{ending}": found.linear}
         then = min(asked.seen, int(seconds / a_tile) // LOOKED_AT[0] * LOOKED_AT[0])

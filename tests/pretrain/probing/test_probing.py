@@ -12,6 +12,7 @@ from data.keyed import rng
 from pretrain.objectives.figures import rankme
 from pretrain.probing import features, scores, splits
 from pretrain.probing.images import read_class_folders, read_image, require_same_classes
+from pretrain.probing.question import asked_of
 
 
 def write_class_folders(folder: Path, counts: dict[str, int], size: tuple[int, int] = (24, 32)) -> Path:
@@ -41,6 +42,13 @@ def test_a_folder_that_cannot_be_probed_is_refused_by_name(tmp_path, counts, mes
     with pytest.raises(Fault, match=message) as refused:
         read_class_folders(tmp_path / "set")
     assert str(tmp_path / "set") in str(refused.value)
+
+
+def test_a_link_to_nothing_is_named_for_what_it_is(tmp_path):
+    folder = write_class_folders(tmp_path / "set", {"a": 2, "b": 2})
+    (folder / "a" / "9.png").symlink_to(tmp_path / "gone.png")
+    with pytest.raises(Fault, match=r"9\.png is a link to .*gone\.png, which isn't there"):
+        read_class_folders(folder)
 
 
 def test_a_missing_folder_is_refused_by_name(tmp_path):
@@ -195,4 +203,44 @@ def test_what_an_error_is_over_is_said():
     assert scores.words_of_error(np.arange(20), "slides of t.csv").startswith(
         "over 20 groups of test images, since those of one slide err together (slides of t.csv); of a gain"
     )
-    assert "few to tell an error by" in scores.words_of_error(np.arange(3), "slides")
+    assert "few to tell an error by: a gain counts from 4.3 errors on" in scores.words_of_error(np.arange(3), "slides")
+
+
+def test_two_slides_that_agree_by_chance_make_no_error_of_nothing_and_count_late():
+    right = np.array([True, False] * 10)
+    assert scores.standard_error(right, np.arange(20) // 10) == scores.standard_error(right) > 0.1
+    assert scores.errors_that_count(2) == pytest.approx(12.706, abs=1e-3)
+    assert scores.errors_that_count(None) == scores.errors_that_count(1) == scores.errors_that_count(500) == 2
+
+
+def named_sides(folder: Path, test_patients: range) -> tuple[Path, Path]:
+    """Tiles of patients 0 to 4 to train on, and of ``test_patients``, as TCGA names them."""
+    for side, patients in (("fit", range(5)), ("ask", test_patients)):
+        write_class_folders(folder / side, {"a": 2 * len(patients), "b": 2 * len(patients)}, size=(4, 4))
+        for path in sorted((folder / side).rglob("*.png")):
+            number = int(path.stem)
+            path.rename(path.with_name(f"TCGA-AA-{3500 + patients[number // 2]}-01Z_{number}_0.png"))
+    return folder / "fit", folder / "ask"
+
+
+def test_patients_on_both_given_sides_are_counted_in_the_words_and_others_are_none(tmp_path):
+    one = asked_of(*named_sides(tmp_path / "one", range(3, 7)), None, 0.2, 0, 1, 2)
+    assert "; 2 of the 4 patients of test are in train too (patients, by the names: 'TCGA-AA-3500" in one.split
+    assert one.groups is not None and len(np.unique(one.groups.of)) == 4
+    other = asked_of(*named_sides(tmp_path / "other", range(5, 8)), None, 0.2, 0, 1, 2)
+    assert other.split == "train and test given"
+
+
+def test_one_folder_given_twice_is_refused(tmp_path):
+    train, _ = named_sides(tmp_path, range(5))
+    (tmp_path / "link").symlink_to(train)
+    with pytest.raises(Fault, match="are the same images"):
+        asked_of(train, tmp_path / "link", None, 0.2, 0, 1, 2)
+
+
+def test_all_of_one_patient_is_said_and_not_called_other_slides(tmp_path):
+    _, only = named_sides(tmp_path, range(7, 8))
+    for path in sorted(only.rglob("*.png"))[:2]:
+        path.with_name(f"{path.stem}1.png").write_bytes(path.read_bytes())
+    found = asked_of(only, None, None, 0.5, 0, 1, 2)
+    assert found.split.startswith("all of one patient (patients, by the names: 'TCGA-AA-3507-01Z_0_0.png' is of")

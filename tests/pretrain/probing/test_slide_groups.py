@@ -4,14 +4,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from openslide import OpenSlide
 from PIL import Image
 
 from data.keyed import rng
 from pretrain.commands.probe import Config, run
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.probing import likeness, slide_groups, splits
 from pretrain.probing.grouping import Groups
 from pretrain.probing.images import LabelledImages, read_class_folders, read_image
+from pretrain.training.probe_set import ProbeSet
 from tests.pretrain.probing.test_probing import write_class_folders
 
 
@@ -55,7 +58,7 @@ def shared_slides(images: LabelledImages, slides: dict[Path, int], split: tuple[
 def test_groups_by_likeness_keep_most_tiles_of_a_slide_on_one_side(of_slides: tuple[Path, dict[Path, int]]) -> None:
     folder, slides = of_slides
     images = read_class_folders(folder)
-    groups = slide_groups.groups_of(images.files, folder, None, map(read_image, images.files))
+    groups = slide_groups.groups_of(images.files, folder, None, lambda: map(read_image, images.files))
     assert not groups.known and "likely one slide" in groups.how
     own = np.array([slides[path] for path in images.files])
     assert np.mean([np.bincount(groups.of[own == slide]).max() / 12 for slide in range(20)]) > 0.8
@@ -179,3 +182,42 @@ def test_the_probe_splits_by_slides_and_warns_where_colour_recognises_them(
     said = capsys.readouterr().out
     assert "other slides: 0.25 held out by slides of slides.csv, seed 0" in said and "a guess" not in said
     assert "beware: with tiles of the same slides on both sides the colour histogram reaches" in said
+
+
+def changed_copies(one: np.ndarray) -> dict[str, np.ndarray]:
+    """A tile, and what augmentation makes of it."""
+    softer = (one.astype(np.float64) + np.roll(one, 1, 0) + np.roll(one, 1, 1)) / 3
+    stained = (255 * (one / 255) ** np.array([1.3, 1.0, 0.8])).astype(np.uint8)
+    return {"orig": one, "blur": softer.astype(np.uint8), "stain": stained, "mirror": one[:, ::-1]}
+
+
+@pytest.mark.parametrize("name", ["{kind}7/{number}", "{kind}_S{slide}_{number}"])
+def test_copies_of_a_tile_stay_on_one_side_whatever_their_names_say_and_the_split_is_a_guess(
+    name: str, of_slides: tuple[Path, dict[Path, int]], tmp_path: Path
+) -> None:
+    files = sorted(of_slides[0].rglob("*.png"))[::10]
+    original = {}
+    for number, path in enumerate(files):
+        for kind, pixels in changed_copies(read_image(path)).items():
+            place = tmp_path / path.parent.name / f"{name.format(kind=kind, number=number, slide=number % 5)}.png"
+            place.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(place)
+            original[place] = number
+    own = splits.own_split(read_class_folders(tmp_path), None, 0.25, 0, threads=1, ahead=4)
+    assert own.words.startswith("likely other slides: ")
+    assert not {original[path] for path in own.train.files} & {original[path] for path in own.test.files}
+    asked = ProbeSet(tmp_path, 1000)
+    assert asked.load(Preprocessing(16, 16, (0.5,) * 3, (0.5,) * 3), 0, 1, torch.device("cpu")).startswith("likely")
+    one, other = ({original[asked.set.files[i]] for i in side} for side in asked.across[0])
+    assert not one & other
+
+
+def test_one_pair_of_copies_joins_two_slides_and_leaves_the_others_known(tmp_path: Path) -> None:
+    draw = rng(0, "pair")
+    thumbnails = np.stack([likeness.thumbnail_of(draw.integers(0, 255, (16, 16, 3), np.uint8)) for _ in range(200)])
+    named = Groups(np.arange(200) % 10, "slides", known=True)
+    assert likeness.with_copies(named, thumbnails) is named
+    thumbnails[7] = thumbnails[3]
+    found = likeness.with_copies(named, thumbnails)
+    assert found.known and found.of.max() + 1 == 9 and len(np.unique(found.of[[3, 7]])) == 1
+    assert found.how == "slides; 1 near duplicates with what they resemble in other groups"

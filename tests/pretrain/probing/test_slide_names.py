@@ -54,6 +54,15 @@ TOLD: dict[str, Name] = {
     "a patient's folder with one for each slide": lambda c, s, i: f"patient{s}/slide{i // 10}/{i}.jpg",
     "a folder for a patient's slide": lambda c, s, i: f"patient{s}-slide{i // 10}/{i}.jpg",
     "a part's folder": lambda c, s, i: f"train/case{s}/tiles/{i}.jpg",
+    "a region of a slide": lambda c, s, i: f"case{s}_annotation{i % 4}_{i}.png",
+    "a contour of a slide": lambda c, s, i: f"case{s}_contour{i % 4}_{224 * i}_{i}.png",
+    "a slide and a region in one word": lambda c, s, i: f"S{s}R{i % 4}_{i}.png",
+    "a side of a slide": lambda c, s, i: f"case{s}_{('top', 'bottom')[i % 20 < 10]}_{224 * i}_{i}.png",
+    "a block of a case": lambda c, s, i: f"S17-{1000 + s}-{'AB'[i % 20 < 10]}{i % 3}_{224 * i}_{i}.png",
+    "a region's folder in a slide's": lambda c, s, i: f"S{s}/roi{i % 4}/{i}.png",
+    "a slide's file in the name": lambda c, s, i: f"{149 + s}-B1-{c}.ndpi_ROI__reg00{i % 3}_crop_sk0000{i}_({i},{i},9,9).png",
+    "a slide's file as a folder": lambda c, s, i: f"{('HE', 'ER')[i % 20 < 10]}/case {s}.svs/{i}.png",
+    "a UUID": lambda c, s, i: f"{s:08x}-e29b-41d4-a716-446655440000_{224 * i}_{i}.png",
     "a folder of the class": lambda c, s, i: f"{c}_tiles/case{s}/{i}.jpg",
 }  # fmt: skip
 
@@ -91,6 +100,28 @@ GUESSED: dict[str, Name] = {
     "folders that cut across names": lambda c, s, i: f"shelf{i // 25}/case{s}_{i}.jpg",
     "one name that says nothing among others": lambda c, s, i: f"TCGA-AA-{3000 + s}-01Z.{i}.jpg" if i else "extra.jpg",
 }  # fmt: skip
+
+
+CROSSING: dict[str, Name] = {
+    "stains over slides": lambda c, s, i: f"{('HE', 'KI67', 'PR', 'ER')[i // 10 % 4]}/S{s}/{i}.png",
+    "experts over slides": lambda c, s, i: f"expert{i // 10 % 4}/S{s}/{i}.png",
+    "years over slides": lambda c, s, i: f"{2015 + i // 10 % 4}/S{s}/{i}.png",
+    "what was done before a slide": lambda c, s, i: f"{('orig', 'blur')[i // 10 % 2]}_S{s}_{i}.png",
+    "what was done behind a slide": lambda c, s, i: f"S{s}_piece{i // 10 % 2}_{i}.png",
+    "scanners over names of slides": lambda c, s, i: f"{('aperio', 'leica')[i // 10 % 2]}/S{s}_{i}.png",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", CROSSING)
+def test_an_inner_name_that_comes_again_in_outer_ones_is_kept_together_with_them_and_is_never_known(kind: str) -> None:
+    groups, slides = read(CROSSING[kind])
+    assert groups is None or (not groups.known and keeps_slides_together(groups, slides))
+
+
+def test_slides_of_stains_that_share_a_few_slides_are_kept_together_as_either_says() -> None:
+    groups, slides = read(lambda c, s, i: f"{('HE0', 'ER1', 'PR2', 'KI3')[s % 4 if i else 1]}/S{s}/{i}.png", slides=8)
+    assert groups is not None and not groups.known and keeps_slides_together(groups, slides)
+    assert groups.of.max() + 1 == 3 and "'s0' comes again in others" in groups.how
 
 
 @pytest.mark.parametrize("kind", GUESSED)

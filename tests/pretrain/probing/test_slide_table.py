@@ -16,6 +16,8 @@ def told(folder: Path, text: str, *files: str) -> list[int]:
 
 def test_a_table_tells_by_path_or_name_and_names_what_it_lacks(tmp_path: Path) -> None:
     assert told(tmp_path, "\ufefffile,slide,patient\na/1.png,s1,p\n2.png,s2,p\n", "a/1.png", "b/2.png") == [0, 0]
+    whole = f"file,slide\n{tmp_path / 'a/1.png'},s1\n{tmp_path / 'b/1.png'},s2\n"
+    assert told(tmp_path, whole, "a/1.png", "b/1.png") == [0, 1]
     with pytest.raises(Fault, match=r"says no slide of 1 of 2 images, the first is .*2\.png"):
         told(tmp_path, "file,slide\na/1.png,s1\n", "a/1.png", "b/2.png")
     with pytest.raises(Fault, match="has the columns name, slide: it needs file, and patient or slide"):

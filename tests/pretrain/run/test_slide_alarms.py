@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from data.keyed import rng
+from pretrain.probing.scores import standard_error
 from pretrain.run.alarms import find_alarms
 from pretrain.run.history import Facts, History
 from pretrain.run.slide_alarms import chance_of_falls
@@ -77,6 +78,23 @@ def test_of_flat_runs_of_sixteen_checkpoints_fewer_than_one_in_twenty_raises_an_
         slides = (0.6 + rise * np.arange(16) / 16 + of_slides * draw.standard_normal(16)).clip(0, 1)
         alarmed += bool(raised(tissue.tolist(), slides.tolist(), error))
     assert alarmed < 0.05 * 400
+
+
+@pytest.mark.parametrize("slides", [2, 4, 10])
+def test_of_flat_runs_that_few_slides_judge_fewer_than_one_in_twenty_raises_an_alarm(slides: int) -> None:
+    """Tiles of a slide are told better or worse together, anew at each checkpoint: the worst case. Errors are what the
+    probe would record."""
+    of, alarmed, runs = np.repeat(np.arange(slides), 200 // slides), 0, 100
+    for number in range(runs):
+        draw, history, names = rng(1, "few slides", slides, number), History(), set()
+        for look in range(16):
+            right = draw.random(len(of)) < np.clip(0.6 + draw.normal(0, 0.11, slides), 0, 1)[of]
+            figures = {"probe_knn": float(right.mean()), "probe_knn_se": standard_error(right, of)}
+            figures |= {"probe_groups": slides, "slide_knn": 0.6 + 0.02 * look, "slide_chance": 1 / 16}
+            history.add(125 * (look + 1), figures)
+            names |= {alarm.name for alarm in find_alarms(history, KNOWN)}
+        alarmed += bool(names)
+    assert alarmed < 0.05 * runs
 
 
 def test_runs_that_learn_tissue_and_slides_raise_hardly_an_alarm() -> None:

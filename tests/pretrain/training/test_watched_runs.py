@@ -11,6 +11,8 @@ import pytest
 
 from launch.entry import run_command_line
 from pretrain.encoders.loading import load_encoder
+from pretrain.report.parts import read_run
+from pretrain.report.training import tile_section
 from pretrain.run import checkpoints
 from pretrain.run.metrics import read_metrics
 from tests.data.shards.tile_folders import write_tiles
@@ -137,3 +139,17 @@ def test_patience_without_a_probe_is_refused(shards: Path, tmp_path: Path, capsy
     with pytest.raises(SystemExit):
         run_command_line(command(shards, tmp_path / "run", "watch.patience=3"))
     assert "watch.patience=3 and watch.probe=null don't go together" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("every", [0, 100])
+def test_how_well_slides_are_told_is_on_record_at_the_first_step_and_the_last_whenever_looks_are(
+    every: int, shards: Path, tmp_path: Path
+) -> None:
+    labelled = write_classes(tmp_path / "labelled", {"light": 4, "dark": 4}, gap=150)
+    probe = [] if every else [f"watch.probe={labelled}"]
+    run_command_line(command(shards, tmp_path / "run", "optim.steps=2", f"watch.every={every}", *probe))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "slide_knn" in row] == [0, 2]
+    watched = json.loads((tmp_path / "run" / "provenance.json").read_text())["starts"][-1]["watched"]
+    assert watched.keys() == ({"watch.probe"} if probe else set())
+    section = tile_section(read_run(tmp_path / "run"), "")
+    assert section is not None and ("watch.probe" in section.body) == bool(probe)

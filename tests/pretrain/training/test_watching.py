@@ -188,7 +188,8 @@ def test_the_error_of_the_probe_is_over_slides_where_names_tell_them(tmp_path: P
         path.rename(path.with_name(f"case{int(path.stem) // 10}_{path.stem}.png"))
     images = probe(folder)
     assert images.groups is not None and len(np.unique(images.groups)) == 6
-    assert images.score(Colour(), torch.device("cpu"))["probe_knn_se"] != plain
+    found = images.score(Colour(), torch.device("cpu"))
+    assert found["probe_knn_se"] >= plain and found["probe_groups"] == 6
 
 
 def test_the_shares_of_any_number_of_ranks_are_all_images_and_equally_long(tmp_path: Path) -> None:
