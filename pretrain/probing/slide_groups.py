@@ -23,11 +23,13 @@ from pretrain.run.progress import track
 
 MOST_COMPARED = 20_000  # images, each with each, half a minute
 
-Pixels = Iterable[np.ndarray | Fault]
+ImagesOrWhyNot = Iterable[np.ndarray | Fault]
 """Of images uint8 (height, width, 3), or why they can't be had."""
 
 
-def groupings(files: list[Path], folder: Path, table: Path | None, images: Callable[[], Pixels]) -> Iterator[Groups]:
+def groupings(
+    files: list[Path], folder: Path, table: Path | None, images: Callable[[], ImagesOrWhyNot]
+) -> Iterator[Groups]:
     """Groups of the image files below ``folder``, the surest first; ``images``: begins to read them.
 
     Raises Fault as `by_table` does.
@@ -49,6 +51,6 @@ def thumbnail_or_none(image: np.ndarray | Fault) -> np.ndarray:
     return np.zeros(THUMBNAIL_SIDE**2) if isinstance(image, Fault) else thumbnail_of(image)
 
 
-def groups_of(files: list[Path], folder: Path, table: Path | None, images: Callable[[], Pixels]) -> Groups:
+def groups_of(files: list[Path], folder: Path, table: Path | None, images: Callable[[], ImagesOrWhyNot]) -> Groups:
     """The first of `groupings`."""
     return next(groupings(files, folder, table, images))

@@ -51,7 +51,7 @@ PART_OF_A_SLIDE = re.compile(
     r"|top|bottom|left|right|upper|lower|middle",
     re.IGNORECASE,
 )
-BLOCK = re.compile(r"[A-H]\d{0,2}|(block|blk|section|sec|cut|core|dx|ts|bs|ms)\d*", re.IGNORECASE)
+BLOCK_OF_A_CASE = re.compile(r"[A-H]\d{0,2}|(block|blk|section|sec|cut|core|dx|ts|bs|ms)\d*", re.IGNORECASE)
 CASE_NUMBER = re.compile(r".*\d{3}.*")
 TWO_IN_ONE = re.compile(r"^([A-Z]+\d+)([A-Z]+\d+)$", re.IGNORECASE)  # S1R2
 MAGNIFIED = re.compile(r"[_\-\s](\d+x|x\d+|level_?\d+|l\d+|\d+px|mpp_?[\d.]+|[\d.]+mpp)$", re.IGNORECASE)
@@ -223,7 +223,11 @@ def _of_a_patient(words: list[str]) -> list[str]:
 def _of_a_case(words: list[str]) -> list[str]:
     """Without parts of a slide, where something is left; of a number with blocks (``1234-A1``) the number."""
     words = [word for word in words if not PART_OF_A_SLIDE.fullmatch(word)] or words
-    if len(words) > 1 and CASE_NUMBER.fullmatch(words[0]) and all(BLOCK.fullmatch(word) for word in words[1:]):
+    if (
+        len(words) > 1
+        and CASE_NUMBER.fullmatch(words[0])
+        and all(BLOCK_OF_A_CASE.fullmatch(word) for word in words[1:])
+    ):
         return words[:1]
     return words
 

@@ -308,11 +308,12 @@ def test_of_a_step_recorded_twice_the_later_one_counts():
 
 
 def test_a_verdict_needs_two_standard_errors():
-    def verdict(gain: float) -> str:
+    def verdict(gain: float, groups: int | None = None) -> str:
         kinds = {kind: {"gain": gain, "se": 0.02} for kind in ("knn", "linear")}
-        return training.probe_verdict({"gains": {"random weights": kinds}})
+        return training.probe_verdict({"gains": {"random weights": kinds}, "test": {"groups": groups}})
 
     assert "above in k-NN (+0.050" in verdict(0.05)
+    assert "not clearly different in k-NN" in verdict(0.05, groups=3)
     assert "below in k-NN (−0.050" in verdict(-0.05)
     assert "not clearly different in k-NN" in verdict(0.03)
 
