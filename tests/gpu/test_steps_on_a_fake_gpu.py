@@ -297,6 +297,10 @@ def waits_of(code: str) -> int:
     [
         ("x.sum().item()", 1),
         ("x.tolist()", 1),
+        ("x.view(2, 2).tolist()", 1),
+        ("[x.tolist() for _ in range(3)]", 3),
+        ("[x[i].item() for i in range(4)]", 4),
+        ("[x.sum().item() for _ in range(2)]", 2),
         ("bool(x.any())", 1),
         ("x.nonzero()", 1),
         ("x[x > 0]", 1),
