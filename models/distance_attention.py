@@ -100,12 +100,14 @@ class DistanceLayout:
             near &= (gap.square().sum(-1).sqrt() <= max(self.reach)) | meets_all[:, None] | meets_all
         counts = near.sum(-1, dtype=torch.int32)
         numbers = near.int().argsort(dim=-1, descending=True, stable=True).int()
-        size, slides, several = len(self.places), self.slides, len(self.reach) > 1
-        reach, distance = torch.tensor(self.reach, device=slides.device), self.distance_of()
+        size, slides, several, distance = len(self.places), self.slides, len(self.reach) > 1, self.distance_of()
+        # Filled by the device: it would be waited for, to copy a list to it.
+        cuts = [torch.full((1,), float(one), device=slides.device) for one in self.reach]
+        reach = torch.cat(cuts) if cuts else None
 
         def together(_: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             same = slides[i] == slides[j]
-            return same & (distance(i, j) <= reach[head if several else 0]) if len(reach) else same
+            return same if reach is None else same & (distance(i, j) <= reach[head if several else 0])
 
         return BlockMask.from_kv_blocks(
             counts[None, None],
