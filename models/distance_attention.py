@@ -135,11 +135,13 @@ def lay_out_tokens(
     special: int,
     reach: Sequence[float] | None = None,
     valid: Tensor | None = None,
+    valid_lengths: Sequence[int] | None = None,
 ) -> DistanceLayout:
     """For `distance_attention`: slides of ``lengths`` tokens, of which the first ``special`` are no tiles.
 
     cells: (tiles, 2) of all slides, in units of a tile's side, whole or not. reach: cells beyond which pairs are cut
-    off. valid: (tiles,) bool, False for cells without a tile, which are cut off from all others; it makes a GPU wait.
+    off. valid: (tiles,) bool, False for cells without a tile, which are cut off from all others. valid_lengths: how many
+    are valid of each slide; where it isn't said they are counted, for which a GPU is waited for.
     """
     tiles = [n - special for n in lengths]
 
@@ -149,8 +151,11 @@ def lay_out_tokens(
 
     places, rows = with_special(cells.float(), 0), None
     if valid is not None:
-        rows = with_special(valid, True).nonzero()[:, 0]
-        lengths = [special + n for n in torch.stack([slide.sum() for slide in valid.split(tiles)]).tolist()]
+        if valid_lengths is None:
+            valid_lengths = torch.stack([slide.sum() for slide in valid.split(tiles)]).tolist()
+        lengths = [special + n for n in valid_lengths]
+        # Valid ones first, in order: how many a nonzero() found would be waited for.
+        rows = with_special(valid, True).int().argsort(descending=True, stable=True)[: sum(lengths)]
         places = places[rows]
     layout = DistanceLayout(rows, tuple(lengths), special, places, tuple(reach or ()))
     if not reach:
