@@ -100,12 +100,14 @@ class DistanceLayout:
             near &= (gap.square().sum(-1).sqrt() <= max(self.reach)) | meets_all[:, None] | meets_all
         counts = near.sum(-1, dtype=torch.int32)
         numbers = near.int().argsort(dim=-1, descending=True, stable=True).int()
-        size, slides, several = len(self.places), self.slides, len(self.reach) > 1
-        reach, distance = torch.tensor(self.reach, device=slides.device), self.distance_of()
+        size, slides, several, distance = len(self.places), self.slides, len(self.reach) > 1, self.distance_of()
+        # Filled by the device: it would be waited for, to copy a list to it.
+        cuts = [torch.full((1,), float(one), device=slides.device) for one in self.reach]
+        reach = torch.cat(cuts) if cuts else None
 
         def together(_: Tensor, head: Tensor, i: Tensor, j: Tensor) -> Tensor:
             same = slides[i] == slides[j]
-            return same & (distance(i, j) <= reach[head if several else 0]) if len(reach) else same
+            return same if reach is None else same & (distance(i, j) <= reach[head if several else 0])
 
         return BlockMask.from_kv_blocks(
             counts[None, None],
@@ -133,11 +135,13 @@ def lay_out_tokens(
     special: int,
     reach: Sequence[float] | None = None,
     valid: Tensor | None = None,
+    valid_lengths: Sequence[int] | None = None,
 ) -> DistanceLayout:
     """For `distance_attention`: slides of ``lengths`` tokens, of which the first ``special`` are no tiles.
 
     cells: (tiles, 2) of all slides, in units of a tile's side, whole or not. reach: cells beyond which pairs are cut
-    off. valid: (tiles,) bool, False for cells without a tile, which are cut off from all others; it makes a GPU wait.
+    off. valid: (tiles,) bool, False for cells without a tile, which are cut off from all others. valid_lengths: how many
+    are valid of each slide; where it isn't said they are counted, for which a GPU is waited for.
     """
     tiles = [n - special for n in lengths]
 
@@ -147,8 +151,11 @@ def lay_out_tokens(
 
     places, rows = with_special(cells.float(), 0), None
     if valid is not None:
-        rows = with_special(valid, True).nonzero()[:, 0]
-        lengths = [special + n for n in torch.stack([slide.sum() for slide in valid.split(tiles)]).tolist()]
+        if valid_lengths is None:
+            valid_lengths = torch.stack([slide.sum() for slide in valid.split(tiles)]).tolist()
+        lengths = [special + n for n in valid_lengths]
+        # Valid ones first, in order: how many a nonzero() found would be waited for.
+        rows = with_special(valid, True).int().argsort(descending=True, stable=True)[: sum(lengths)]
         places = places[rows]
     layout = DistanceLayout(rows, tuple(lengths), special, places, tuple(reach or ()))
     if not reach:

@@ -113,6 +113,7 @@ class LongNet(SlideNetwork):
         extent: int | None = None,
         masked: Tensor | None = None,
         valid: Tensor | None = None,
+        valid_lengths: Sequence[int] | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 

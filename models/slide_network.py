@@ -133,6 +133,7 @@ class SlideNetwork(nn.Module, ABC):
         extent: int | None = None,
         masked: Tensor | None = None,
         valid: Tensor | None = None,
+        valid_lengths: Sequence[int] | None = None,
     ) -> SlideFeatures:
         """Encode packed slides.
 
@@ -141,6 +142,7 @@ class SlideNetwork(nn.Module, ABC):
         switches both off. all_layers: also collect class token and mean after every layer. extent: a number that all
         cells are below, where it is known. masked: (T,) bool of the tiles whose projection the mask token replaces, see
         `add_mask_token`. valid: (T,) bool, False for cells without a tile, which don't count; where `sees_empty_cells`.
+        valid_lengths: how many are valid of each slide, so that no GPU is waited for to count them.
         """
 
     @abstractmethod

@@ -86,12 +86,14 @@ class SlideViT(SlideNetwork):
         extent: int | None = None,
         masked: Tensor | None = None,
         valid: Tensor | None = None,
+        valid_lengths: Sequence[int] | None = None,
     ) -> SlideFeatures:
         """Encode packed slides; see `SlideNetwork.forward`.
 
         cells: (T, 2) in units of a tile's side, whole or not, from anywhere; ``extent`` isn't needed. masked: (T,) bool
         of the tiles whose projection the mask token replaces. valid: (T,) bool, False for cells without a tile: they
-        see none but themselves, nothing sees them, and means leave them out.
+        see none but themselves, nothing sees them, and means leave them out. valid_lengths: how many are valid of each
+        slide; where it isn't said, a GPU is waited for.
         """
         require_packed(tokens, cells, lengths)
         x = F.gelu(self.project(tokens))
@@ -100,7 +102,13 @@ class SlideViT(SlideNetwork):
             x = torch.where(masked[:, None], self.mask_token.to(x.dtype), x)
         first = self.cls_token if self.reg_token is None else torch.cat([self.cls_token, self.reg_token])
         x, states = self.encoder(
-            prepend(first, x, lengths), [n + len(first) for n in lengths], seeds, all_layers, cells, valid
+            prepend(first, x, lengths),
+            [n + len(first) for n in lengths],
+            seeds,
+            all_layers,
+            cells,
+            valid,
+            valid_lengths,
         )
         tiles, cls, means = summarise_valid(x, [n + len(first) for n in lengths], len(first), valid)
         return SlideFeatures(tiles, cls, means, *stacked_layers(states, self.encoder.norm))
@@ -173,10 +181,11 @@ class DistanceLayers(SlideLayers):
         all_layers: bool = False,
         cells: Tensor | None = None,
         valid: Tensor | None = None,
+        valid_lengths: Sequence[int] | None = None,
     ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-        """See `SlideLayers.forward`; ``valid`` as in `SlideViT.forward`."""
+        """See `SlideLayers.forward`; ``valid`` and ``valid_lengths`` as in `SlideViT.forward`."""
         assert cells is not None
-        layout = lay_out_tokens(cells, lengths, self.special, self.settings.reach, valid)
+        layout = lay_out_tokens(cells, lengths, self.special, self.settings.reach, valid, valid_lengths)
         share = TokenShare(tuple(lengths))
         states = [summarise_valid(x, lengths, self.special, valid)[1:]] if all_layers else []
         for block in self.blocks:

@@ -31,6 +31,7 @@ class CropBatch(SlideBatch):
     global_count: int  # views of each slide
     local_count: int
     valid: Tensor | None  # (T,) bool, False for cells without a tile; None: all have one
+    valid_lengths: list[int] | None  # how many have one, per crop, where ``valid`` says which
 
     @property
     def global_crops(self) -> int:
@@ -108,6 +109,7 @@ class CropSequences(SlideSequences):
             global_count=self.global_count,
             local_count=self.local_count,
             valid=torch.from_numpy(valid) if self.empty_cells else None,
+            valid_lengths=[int(crop.valid.sum()) for crop in crops] if self.empty_cells else None,
         )
 
     def _crops_of(self, sequence: Sequence, position: int, drawn: np.ndarray, what: str) -> list["_Crop"]:

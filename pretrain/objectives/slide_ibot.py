@@ -98,6 +98,7 @@ class SlideIBOT(SelfDistillation, SlideObjective):
             batch.lengths[: batch.global_crops],
             extent=batch.extent,
             valid=None if batch.valid is None else batch.valid[:n],
+            valid_lengths=None if batch.valid_lengths is None else batch.valid_lengths[: batch.global_crops],
         )
         return {"dino": Taught(seen.cls), "ibot": Taught(seen.tiles, batch.masked)}
 
@@ -121,6 +122,7 @@ class SlideIBOT(SelfDistillation, SlideObjective):
             extent=batch.extent,
             masked=masked.index_fill(0, batch.masked, True),
             valid=batch.valid,
+            valid_lengths=batch.valid_lengths,
         )
         return found
 

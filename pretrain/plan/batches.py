@@ -143,6 +143,7 @@ def crop_batch(kind: type[SlideObjective], data: Any, slides: SupposedSlides, la
             global_count=crops.global_count,
             local_count=crops.local_count,
             valid=torch.ones(sum(lengths), dtype=torch.bool) if crops.empty_cells else None,
+            valid_lengths=lengths if crops.empty_cells else None,
         )
 
     return RehearsedBatch(make, {}, count, parts)

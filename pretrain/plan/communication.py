@@ -6,7 +6,7 @@ the ring also takes a while of its own, and an all-reduce of little climbs a tre
 
 FSDP gathers a block's parameters while the one before computes, and reduces its gradients while the next one does. So
 what a forward or a backward gathers and reduces is hidden as far as its arithmetic lasts, and what lasts longer is
-*exposed*. All else, an all-reduce of a loss say, is waited for. What a network gathers first and reduces last is waited
+*exposed*. A micro-batch hides what it gathers itself, and the last one what is reduced once a step. All else, an all-reduce of a loss say, is waited for. What a network gathers first and reduces last is waited
 for too, and isn't counted: a block of it, of forty.
 """
 
@@ -42,10 +42,12 @@ def communication(found: Estimate, machine: Machine, per_node: int, computing: f
     """What the collectives of ``found`` take on nodes of ``per_node`` processes, in a step that computes for
     ``computing`` seconds."""
     hidden = {"forward": 0.0, "backward": 0.0}
-    waited = 0.0
+    reduced = waited = 0.0
     for one, calls in found.calls.items():
         seconds = collective_seconds(one, calls, found.sent[one], machine, per_node)
-        if one.name in (GATHERED, REDUCED) or one.once_a_step:
+        if one.once_a_step:
+            reduced += seconds
+        elif one.name in (GATHERED, REDUCED):
             hidden[one.way] += seconds
         else:
             waited += seconds
@@ -53,12 +55,19 @@ def communication(found: Estimate, machine: Machine, per_node: int, computing: f
     for (_, way), count in found.flops.items():
         flops["forward" if way == "forward" else "backward"] += count
     total = max(1, sum(flops.values()))
-    exposed = sum(max(0.0, seconds - computing * flops[way] / total) for way, seconds in hidden.items())
+    beside = {way: computing * flops[way] / total for way in hidden}
+    of_last = (hidden["backward"] - beside["backward"]) / found.accumulate + reduced
+    others = 1 - 1 / found.accumulate
+    exposed = (
+        max(0.0, hidden["forward"] - beside["forward"])
+        + max(0.0, hidden["backward"] - beside["backward"]) * others
+        + max(0.0, of_last)
+    )
     sent: Counter[str] = Counter()
     for one, size in found.sent.items():
         sent[f"{COLLECTIVE_TERMS.get(one.name, one.name)}, {one.way}"] += size
     calls = sum(count for one, count in found.calls.items() if len(one.ranks) > 1)
-    return Communication(dict(sent), calls, sum(hidden.values()) + waited, exposed + waited)
+    return Communication(dict(sent), calls, sum(hidden.values()) + reduced + waited, exposed + waited)
 
 
 COLLECTIVE_TERMS = {GATHERED: "all-gather", REDUCED: "reduce-scatter", SUMMED: "all-reduce"}

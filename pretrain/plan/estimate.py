@@ -49,6 +49,7 @@ class Estimate:
     moved: int = 0  # bytes of a step that kernels read and write, products and attention left out
     workspace: int = 0  # bytes of attention's backward, beside
     augmentation: int = 0  # bytes before the forward, beside the batch
+    accumulate: int = 1  # micro-batches of a step
 
     @property
     def peak(self) -> int:
@@ -103,6 +104,7 @@ def estimate(run: RunShape, settings: Settings, fused_attention: bool, largest: 
         moved=work["bytes"],
         workspace=seen.workspace,
         augmentation=augmentation,
+        accumulate=settings.accumulate,
     )
 
 

@@ -43,7 +43,7 @@ def make_plan(config: Any) -> dict[str, Any]:
     peak = machine.peak(settings.precision)
     with of_the_command_line():
         require_even(shape, settings.processes)
-    slide_stage = shape.stage == "slide"
+    slide_stage, compiled = shape.stage == "slide", gpu and shape.trainer.compile
 
     @cache
     def planned(wanted: Settings, largest: bool) -> Estimate:
@@ -65,7 +65,7 @@ def make_plan(config: Any) -> dict[str, Any]:
             each,
             peak=peak,
             utilisation=utilisation,
-            operator_us=config.operator_us if gpu else 0.0,
+            operator_us=config.operator_us if gpu and not compiled else 0.0,
             reads_memory=in_parts,
         )
 
@@ -115,6 +115,7 @@ def make_plan(config: Any) -> dict[str, Any]:
         "operator_us": config.operator_us,
         "step": asdict(step) | {"computing": step.computing, "waits_for_host": step.waits_for_host},
         "operators_per_step": usual.operators,
+        "compiled": compiled,
         "communication": asdict(communication(usual, machine, each, step.computing)),
         "shardings": [asdict(one) for one in ways],
         "network": verdict(step.computing, ways),

@@ -50,8 +50,8 @@ class RunShape:
         return lambda: plugins.build(objective, lambda: plugins.build(model))
 
     def batch(self, processes: int, accumulate: int, largest: bool = True, together: int = 1) -> RehearsedBatch:
-        """A process's micro-batches, two at most: each further one is like the second. Raises Fault where the settings
-        don't divide.
+        """A process's micro-batches, two at most: further pairs are like them. One by itself is not, as FSDP widens and
+        adds up gradients only where there are several. Raises Fault where the settings don't divide.
 
         ``largest``: for the slide stage, with the largest slide among them, instead of mean slides alone. Processes
         that share slides (``together``) have the same batch.

@@ -4,7 +4,7 @@ The tile stage's ``utilisation`` is what published runs of large networks got of
 arithmetic on the GPU: reading and writing memory. Nothing of the kind is known of the slide stage, whose networks are
 small: there products get what large ones reach of the peak, and memory is counted. A GPU does products and the rest one
 after the other, while the host is ahead of it or else is what is waited for: in both stages it is counted, as a set time
-for each operator.
+for each operator. Of a compiled run it isn't known, as compiled graphs start fewer than are counted.
 """
 
 from dataclasses import dataclass, replace
@@ -23,7 +23,7 @@ class StepTime:
 
     arithmetic: float
     memory: float  # what kernels read and write; 0 where utilisation covers it
-    host: float  # to start them, optimiser and average left out; 0 without a GPU
+    host: float  # to start them, optimiser and average left out; 0 without a GPU, or where it isn't known
     communication: float = 0.0
     exposed: float = 0.0  # what of that nothing hides
 

@@ -131,6 +131,13 @@ def _of_communication(found: dict[str, Any]) -> list[str]:
 def _of_step(found: dict[str, Any]) -> list[str]:
     """What a GPU does in a step and what its host does beside it, and which is the slower."""
     step = found["step"]
+    if found["compiled"]:
+        return [
+            (
+                f"  the host's time isn't known and not counted: trainer.compile=true starts fewer than the"
+                f" {found['operators_per_step']:,} operators of an uncompiled step"
+            )
+        ]
     if not step["host"]:
         return []
     of_gpu = f"{step['arithmetic']:.2g} s of " + (

@@ -40,7 +40,7 @@ class Copies(DefaultStager):
     def stage(self, state_dict: dict[str, Any], **_: Any) -> Any:
         """A copy of the nested ``state_dict``, whose tensors are on the CPU."""
         given = dict(_tensors(state_dict))
-        if given.keys() != self.copies.keys():
+        if _shapes(given) != _shapes(self.copies):
             staged = super().stage(state_dict)
             self.copies = dict(_tensors(staged))
             return staged
@@ -52,23 +52,31 @@ class Copies(DefaultStager):
 
 
 def _tensors(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Tensor]]:
-    """Every tensor in nested dictionaries and lists, with its place in them."""
+    """Every tensor in nested dictionaries, lists and tuples, with its place in them."""
     if isinstance(value, Tensor):
         yield place, value
-    elif isinstance(value, dict | list):
+    elif isinstance(value, dict | list | tuple):
         for name, one in value.items() if isinstance(value, dict) else enumerate(value):
             yield from _tensors(one, (*place, name))
 
 
 def _with_tensors(value: Any, tensors: Mapping[tuple[Any, ...], Tensor], place: tuple[Any, ...] = ()) -> Any:
-    """The same dictionaries and lists around other ``tensors``."""
+    """The same dictionaries, lists and tuples around other ``tensors``."""
     if isinstance(value, Tensor):
         return tensors[place]
     if isinstance(value, dict):
         return {name: _with_tensors(one, tensors, (*place, name)) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_with_tensors(one, tensors, (*place, i)) for i, one in enumerate(value)]
+    if isinstance(value, list | tuple):
+        found = [_with_tensors(one, tensors, (*place, i)) for i, one in enumerate(value)]
+        return found if isinstance(value, list) else tuple(found)
     return value
+
+
+def _shapes(
+    tensors: Mapping[tuple[Any, ...], Tensor],
+) -> dict[tuple[Any, ...], tuple[torch.Size, torch.Size, torch.dtype]]:
+    """Where tensors are, and what they are: their shape, that of this rank's shard, and the kind of their numbers."""
+    return {place: (one.shape, local_shard(one).shape, one.dtype) for place, one in tensors.items()}
 
 
 class Saver:

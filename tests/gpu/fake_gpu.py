@@ -25,6 +25,7 @@ from models.dilated_attention import lay_out
 ROOT = Path(__file__).resolve().parents[2]
 OURS = ("data", "models", "pretrain")
 GPU = torch.device("cuda", 0)
+TOLIST = FakeTensor.tolist
 aten = torch.ops.aten
 SHAPED_BY_NUMBERS = {
     aten.nonzero.default,
@@ -43,12 +44,22 @@ class Waits(TorchDispatchMode):
         super().__init__()
         self.seen: list[str] = []
         self.operations = 0
-        self._read: tuple[str, int] | None = None
+        self._listing = False
 
     def clear(self) -> None:
-        """Begin anew: what is read next is another read, wherever its storage lies."""
+        """Begin anew."""
         self.seen.clear()
-        self._read = None
+
+    def tolist(self, tensor: Tensor) -> Any:
+        """What a fake tensor's ``tolist`` gives: it reads number by number, and a GPU's all at once."""
+        if self._listing or not on_gpu(tensor):
+            return TOLIST(tensor)
+        self._note()
+        self._listing = True
+        try:
+            return TOLIST(tensor)
+        finally:
+            self._listing = False
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -58,11 +69,8 @@ class Waits(TorchDispatchMode):
                 return function(*args, **kwargs)
         self.operations += function.namespace == "aten"
         if function is aten._local_scalar_dense.default and on_gpu(args[0]):
-            # A list's numbers are read one by one here, and at once on a GPU.
-            read = (_place(), args[0].untyped_storage()._cdata)
-            if read != self._read:
+            if not self._listing:
                 self._note()
-            self._read = read
             return 1.0 if args[0].is_floating_point() else 1
         if self._waits(function, args, kwargs):
             self._note()
@@ -138,6 +146,7 @@ def fake_gpu() -> Iterator[Waits]:
         patch.setattr(torch.cuda, "Event", Mock)
         try:
             with FakeTensorMode(allow_non_fake_inputs=True), Waits() as waits:
+                patch.setattr(FakeTensor, "tolist", lambda tensor: waits.tolist(tensor))
                 yield waits
         finally:
             LOCKED.clear()

@@ -90,7 +90,10 @@ def test_cells_without_a_tile_see_themselves_alone_and_nothing_sees_them(reach):
     lengths = [90, 50]
     (q, k, v, slopes), grad, cells = inputs(lengths, 2)
     valid = torch.rand(len(cells), generator=torch.Generator().manual_seed(1)) < 0.7
-    out = distance_attention(q, k, v, lay_out_tokens(cells, lengths, 2, REACHES[reach], valid), slopes)
+    layout = lay_out_tokens(cells, lengths, 2, REACHES[reach], valid)
+    out = distance_attention(q, k, v, layout, slopes)
+    counted = lay_out_tokens(cells, lengths, 2, REACHES[reach], valid, [n - 2 for n in layout.lengths])
+    assert counted.lengths == layout.lengths and counted.rows.equal(layout.rows)
     there = torch.cat([part for slide in valid.split([88, 48]) for part in (torch.ones(2, dtype=torch.bool), slide)])
     kept = [int(slide.sum()) for slide in there.split(lengths)]
     reference = dense(q[there], k[there], v[there], slopes, cells[valid], kept, 2, REACHES[reach])

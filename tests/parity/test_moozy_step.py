@@ -51,7 +51,7 @@ def batch_of(tensors: dict[str, Tensor]) -> CropBatch:
     masked = masks.transpose(0, 1).flatten().nonzero()[:, 0]
     hidden = masks.transpose(0, 1).flatten(0, 1).sum((1, 2)).tolist() + [0] * (len(lengths) - 2 * slides)
     tensors = tensors | cells
-    embeddings = packed("crops")
+    embeddings, valid = packed("crops"), packed("valids").bool()
     return CropBatch(
         embeddings=embeddings,
         cells=packed("coords"),
@@ -67,7 +67,8 @@ def batch_of(tensors: dict[str, Tensor]) -> CropBatch:
         extent=0,
         global_count=2,
         local_count=views["local"][0],
-        valid=packed("valids").bool(),
+        valid=valid,
+        valid_lengths=[int(crop.sum()) for crop in valid.split(lengths)],
     )
 
 

@@ -130,8 +130,12 @@ def test_a_tile_stages_step_says_where_the_host_is_the_slower() -> None:
     assert found["pace"]["step_seconds"] == pytest.approx(step["host"]) and step["waits_for_host"]
     idle = 1 - step["arithmetic"] / step["host"]
     assert f"bound by the host: the GPU has nothing to do for {idle:.0%} of a step" in plan_table(found)
-    table = plan_table(make_plan(planned(*words, "operator_us=0.001")))
+    table = plan_table(found | {"step": step | {"waits_for_host": False}})
     assert "the GPU is the slower" in table and "bound by the host" not in table
+    compiled = make_plan(planned(*words, "trainer.compile=true"))
+    assert (compiled["step"]["host"], compiled["step"]["computing"]) == (0, step["arithmetic"])
+    table = plan_table(compiled)
+    assert "the host's time isn't known and not counted: trainer.compile=true" in table and "would help" not in table
     assert "of the host" not in plan_table(make_plan(planned(*SMALL, "model.depth=2", "hardware=cpu")))
 
 

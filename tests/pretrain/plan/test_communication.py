@@ -134,6 +134,20 @@ def test_what_lasts_longer_than_the_arithmetic_beside_it_is_exposed_and_a_loss_i
     assert found.sent == {"all-gather, forward": second, "all-reduce, forward": second}
 
 
+def test_gradients_hide_behind_the_last_micro_batch_alone_and_what_each_gathers_behind_its_own() -> None:
+    second = round(REACHED * 450e9)
+    for parts in (1, 2, 8):
+        step = replace(bill(reduce=5 * second), accumulate=parts)
+        assert communication(step, H100, 8, computing=4.0 * parts).exposed == pytest.approx(5 - 3)
+        step = replace(bill(gather=3 * parts * second), accumulate=parts)
+        assert communication(step, H100, 8, computing=4.0 * parts).exposed == pytest.approx(parts * (3 - 1))
+    gathered = Collective(GATHERED, "backward", tuple(range(8)))
+    step = replace(bill(reduce=second), accumulate=4)
+    step.calls[gathered], step.sent[gathered] = 0, 4 * second
+    # Each of four backwards, of 1.5 seconds, gathers for one, and the last one reduces for one besides.
+    assert communication(step, H100, 8, computing=8.0).exposed == pytest.approx(0.5)
+
+
 def test_one_process_sends_nothing() -> None:
     found = estimate(shape_of(*MAE)[0], Settings(1, 1, "bf16", "none", 1), fused_attention=True)
     sends = communication(found, H100, 8, computing=1.0)

@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -254,6 +255,20 @@ def test_evaluation_is_counted_and_said() -> None:
     assert "3,072 A100-hours" in plan_table(found)
     found["evaluation"]["samples"] = 0
     assert "no evaluation: data.validation_fraction=0" in plan_table(found)
+
+
+def test_two_micro_batches_tell_about_four() -> None:
+    run, _ = shape_of(*SMALL, "data.batch_size=16", "objective.group_size=4", "model.depth=2")
+    two = run.batch(2, 2)
+    found = [
+        rehearse(run.build(), replace(two, parts=parts), processes=2, shard_size=2, precision="bf16")
+        for parts in (2, 4)
+    ]
+    two_pairs, four = (
+        {name: times * n for name, n in one.work.items()} for times, one in zip((2, 1), found, strict=True)
+    )
+    assert two_pairs == pytest.approx(four, rel=0.03)  # what is done once a step is counted twice
+    assert {name: 2 * count for name, count in found[0].flops.items()} == found[1].flops
 
 
 @pytest.mark.slow
