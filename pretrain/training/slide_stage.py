@@ -128,6 +128,27 @@ def require_read(further: Sequence[str], target: str) -> None:
         raise ValueError("it reads one store; objective=slide_context reads several")
 
 
+def require_within_fields(field_cells: int, side: int, target: str, crops: int = 1) -> None:
+    """Raise ValueError for an objective's crops of slides that are larger than the fields that slides are cut into."""
+    if 0 < field_cells < side and crops and locate_class(target, SlideObjective).crops:
+        raise ValueError(
+            "crops larger than a field are mostly empty: data.field_cells=0 cuts them from whole slides, or give smaller"
+            " data.crops.global_side and data.crops.local_side"
+        )
+
+
+def require_network_shared(together: int, target: str) -> None:
+    """Raise ValueError where processes are to share slides, and the network can't."""
+    if together > 1 and not (kind := locate_class(target, SlideNetwork)).shares_slides:
+        raise ValueError(f"{kind.__name__} can't share a slide over processes; 1 gives each process slides of its own")
+
+
+def require_objective_shared(together: int, target: str) -> None:
+    """Raise ValueError where processes are to share slides, and the objective can't."""
+    if together > 1 and (kind := locate_class(target, SlideObjective)).share_slides is SlideObjective.share_slides:
+        raise ValueError(f"{kind.__name__} can't share a slide over processes; 1 gives each process slides of its own")
+
+
 class SlideBatches(IterableDataset["list[SlideBatch]"]):
     """A rank's share of global batches ``start … stop − 1``, each a list of micro-batches."""
 
