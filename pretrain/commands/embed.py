@@ -311,7 +311,8 @@ def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: 
     if not embedders.first:
         return
     slides = len(slides_in(out)) if part else gather_pieces(out, patients)
-    say(f"{out}: {slides} slides" + ("" if new else "; all were there already, nothing to do"))
+    nothing = f"; all were there already, {'their patients are as patients= says' if config.patients else 'nothing to do'}"
+    say(f"{out}: {slides} slides" + ("" if new else nothing))
     facts = {
         "out": config.out,
         "slides": slides,

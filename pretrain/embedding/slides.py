@@ -65,8 +65,9 @@ def embed_store(
         pending = embedders.agreed([slide for slide in mine if slide not in there])
         rows: list[dict[str, object]] = []
         began = time.monotonic()
-        if pending:
+        if wanted:  # other clusters than those of the slides that are there are refused, whether or not any is pending
             kept = kept_clusters(out, store, wanted, seed, clusters)
+        if pending:
             for row in track(_rows(store, encoder, pending, kept, tokens, precision), len(pending), "embed", "slides"):
                 if embedders.first:
                     rows.append(row)

@@ -149,7 +149,10 @@ def test_clusters_are_taken_over_from_another_folder_or_refused(store, encoder, 
     np.testing.assert_allclose(one["cluster_means"][3], other["cluster_means"][0], atol=2e-6)
     embed(tmp_path, f"embeddings={tmp_path / 'others'}", out="own")
     with pytest.raises(Fault, match="has other clusters than clusters="):
-        embed(tmp_path, f"clusters={tmp_path / 'own'}", out="new")
+        embed(tmp_path, f"clusters={tmp_path / 'own'}", out="new")  # though nothing is left to embed
+    with pytest.raises(Fault, match="has clusters that seed=0 drew, not seed=1: give the former"):
+        embed(tmp_path, "seed=1")
+    embed(tmp_path, *again[:1], "seed=1", out="new")  # those were taken over
     (tmp_path / "new" / "clusters.json").write_text('{"tile_encoder_hash": "other", "centres": []}')
     with pytest.raises(Fault, match="clusters of another tile encoder's"):
         embed(tmp_path, f"clusters={tmp_path / 'new'}", out="newest")
