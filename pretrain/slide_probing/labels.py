@@ -18,6 +18,7 @@ import numpy as np
 
 from data.embeddings.slide_tables import as_the_store_calls, column_of, patient_by_name, read_slide_table
 from data.fault import Fault
+from pretrain.slide_probing.measures import differ
 from pretrain.slide_probing.patho_bench import TASK_FILE, SlideTask, as_code, task_beside
 
 SIDES = {"train": 0, "val": 1, "tune": 1, "test": 2}
@@ -216,11 +217,15 @@ def _values(
             )
         if numbers[:, 1].sum() < 2:
             raise Fault(f"{table} has {numbers[:, 1].sum():.0f} events: nobody can be compared; give more slides.")
+        if not differ("survival", numbers):
+            raise Fault(f"{table} has no two cases of whom it is known who came first: give other times.")
         return "survival", numbers, [], False
     if numbers is not None:
         whole, different = (numbers == numbers.round()).all(), len(np.unique(numbers))
         if not np.isfinite(numbers).all():
             raise Fault(f"{table} has a label that isn't finite: mend it.")
+        if different == 1:
+            raise Fault(f"all labels of {table} are {numbers[0, 0]:g}: there is nothing to tell apart.")
         if not (whole and different <= ORDERED):
             return "number", numbers[:, 0], [], False
         answers = [(f"{value:g}",) for value in numbers[:, 0]]  # 1.0 is 1
