@@ -155,6 +155,8 @@ def require_consistent(config: Config) -> None:
             raise Fault("stage=slide needs checkpoint=, a slide run, and embeddings=, a store of tile embeddings.")
         if config.per_tile and config.maps:
             raise Fault("per_tile=true and maps= make folders of their own: leave one of them out.")
+        if config.direction and not config.maps:
+            raise Fault("direction= is for maps=gradient and maps=sensitivity: give one of them, or leave it out.")
         refuse_idle(config, "maps=" if config.maps else "per_tile=true" if config.per_tile else "stage=slide")
         if config.export and not config.per_tile:
             raise Fault("export= writes embeddings of tiles: with stage=slide it goes with per_tile=true.")

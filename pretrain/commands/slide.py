@@ -36,6 +36,7 @@ from pretrain.training.slide_stage import (
     open_further,
     open_store,
     require_cells_seen,
+    require_judged,
     require_network_shared,
     require_objective_shared,
     require_read,
@@ -61,6 +62,7 @@ class Config(RunConfig):
             "objective._target_",
             "data.crops.local_count",
         ): require_within_fields,
+        ("watch.patience", "data.validation_fraction", "watch.slide_labels"): require_judged,
         ("data.processes_per_slide", "model._target_"): require_network_shared,
         ("data.processes_per_slide", "objective._target_"): require_objective_shared,
     }

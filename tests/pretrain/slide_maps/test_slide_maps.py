@@ -106,6 +106,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         ),
         (["maps=rollout", "per_tile=true"], "leave one of them out"),
         (["export=[trident]"], "goes with per_tile=true"),
+        ([f"direction={tmp_path / 'short.npy'}"], "is for maps=gradient and maps=sensitivity: give one of them, or"),
         (["slides=[a.svs]"], "slides= has no effect there"),
     ):
         with pytest.raises(Fault, match=said):

@@ -96,6 +96,8 @@ def test_a_run_that_cuts_slides_into_fields_says_so_and_why() -> None:
         (["objective=slide_ibot"], r"field_cells=8, data\.crops\.global_side=20 .*data\.field_cells=0 cuts them from"),
         (["objective=slide_ibot", "data.crops.global_side=8"], r"data\.crops\.local_side=12.*larger than a field"),
         (["model=slide_vit", "data.processes_per_slide=2"], "SlideViT can't share a slide over processes; 1 gives"),
+        (["watch.slide_label=grade"], r"watch\.slide_labels=null don't go together: it is a column of slide_labels="),
+        (["watch.patience=2", "data.validation_fraction=0"], "no slide is held out to judge checkpoints by"),
         (["recipe=moozy_slide", "model=longnet", "data.processes_per_slide=2"], "SlideIBOT can't share a slide"),
     ],
 )
