@@ -47,7 +47,15 @@ from typing import Annotated
 from data.embeddings.feature_files import UNITS, list_features
 from data.embeddings.h5 import EXPORTS
 from data.embeddings.index import merge_job_indexes
-from data.embeddings.slide_features import ABOUT, POOLINGS, gather_pieces, slide_store_facts, slides_in
+from data.embeddings.slide_features import (
+    ABOUT,
+    MAPS,
+    POOLINGS,
+    gather_pieces,
+    require_parts_finished,
+    slide_store_facts,
+    slides_in,
+)
 from data.embeddings.slide_tables import patients_of
 from data.embeddings.sources import EmbeddingSource, ShardSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
@@ -131,6 +139,10 @@ def run(config: Config) -> None:
     require_consistent(config)
     if config.merge and (Path(config.out) / ABOUT).exists():
         _gather(config)
+    elif config.merge and (Path(config.out) / MAPS).exists():
+        say(f"{config.out} holds maps, which need no merging: every slide has files of its own")
+        slides = len(list((Path(config.out) / "parquet").glob("*.parquet")))
+        print(json.dumps({"out": config.out, "slides": slides}), flush=True)
     elif config.merge:
         merge_job_indexes(Path(config.out))
         say_embedded(config.out, EmbeddingStore.open(Path(config.out)), {}, None, time.monotonic(), {})
@@ -368,6 +380,7 @@ def _gather(config: Config) -> None:
     """stage=slide merge=true: the parts' rows become one file."""
     out = Path(config.out)
     about = slide_store_facts(out)
+    require_parts_finished(out)
     slides = gather_pieces(out, patients_of(Path(config.patients) if config.patients else None, slides_in(out)))
     say(f"{out}: {slides} slides")
     print(json.dumps({"out": config.out, "slides": slides} | about), flush=True)

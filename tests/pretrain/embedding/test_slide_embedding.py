@@ -74,7 +74,10 @@ def test_each_slide_has_its_own_embedding_whatever_it_is_packed_with(store, enco
 
 def test_it_goes_on_where_it_stopped_and_parts_hold_what_one_process_writes(store, encoder, tmp_path, capsys):
     embed(tmp_path)
-    for part in (2, 1, 1):
+    embed(tmp_path, "part=2/2", out="parts")
+    with pytest.raises(Fault, match=r"1 of the 2 parts of .* the first of them part=1/2: run that task again"):
+        run(replace(composed(), out=str(tmp_path / "parts"), merge=True))
+    for part in (1, 1):
         embed(tmp_path, f"part={part}/2", out="parts")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 0
     same(tmp_path / "out", tmp_path / "parts")
