@@ -36,6 +36,8 @@ def test_classes_numbers_grades_and_survival_are_told_by_what_is_written(tmp_pat
         table(tmp_path, "slide,time,event\n" + rows(*(f"{i},{i % 2}" for i in range(8)))), None, KNOWN
     )
     assert survival.kind == "survival" and survival.values[3].tolist() == [3, 1]
+    words = table(tmp_path, "slide,time,event\n" + rows(*(f"{i},{'True' if i % 2 else 'FALSE'}" for i in range(8))))
+    np.testing.assert_array_equal(read_labels(words, None, KNOWN).values, survival.values)
 
 
 def test_tables_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
@@ -224,9 +226,14 @@ def test_folds_of_one_case_each_judge_it_beside_the_others(tmp_path: Path) -> No
         ("slide,patient,label\ns0,p,a\ns1,p,b\ns2,q,b", "says two things of patient p: a (s0) and b (s1)"),
         ("slide,patient,label,fold\ns0,p,a,1\ns1,p,a,2\ns2,q,b,1\ns3,r,b,1\ns4,t,a,1", "patient p is in fold 1 and 2"),
         ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},train" for i in range(8))), "says train of all"),
-        ("slide,time,event\n" + rows(*(f"{i},2" for i in range(8))), "an event is 1 or 0"),
+        ("slide,time,event\n" + rows(*(f"{i},{2 if i == 5 else 1}" for i in range(8))), "event=2 for s5: an event is 1"),
+        ("slide,time,event\n" + rows("3,1", "-1,1"), "time=-1 for s1: a time is a number from 0 on"),
+        ("slide,time,event\n" + rows("3,1", "soon,1"), "time=soon for s1, which is no number: mend it"),
+        ("slide;time;event\n" + rows("3;1", "2,5;1").replace("s0,", "s0;").replace("s1,", "s1;"), "time=2,5 for s1"),
+        ("slide;label\n" + "\n".join(f"s{i};{i},5" for i in range(8)), "with a comma (0,5 of s0): write a point"),
+        ("slide,label\n" + rows("1", "2", "inf"), "isn't finite, inf of s2"),
         ("slide,time,event\n" + rows(*(f"{i},0" for i in range(8))), "has 0 events"),
-        ("slide,time,event\n" + rows(*(f"{i},yes" for i in range(8))), "that is no number"),
+        ("slide,time,event\n" + rows(*(f"{i},yes" for i in range(8))), "event=yes for s0: an event is 1"),
     ],
 )
 def test_what_cannot_be_judged_is_a_sentence_with_its_place(tmp_path: Path, text: str, sentence: str) -> None:
