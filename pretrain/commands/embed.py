@@ -325,8 +325,8 @@ def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: 
     if not embedders.first:
         return
     slides = len(slides_in(out)) if part else gather_pieces(out, patients)
-    nothing = f"; all were there already, {'their patients are as patients= says' if config.patients else 'nothing to do'}"
-    say(f"{out}: {slides} slides" + ("" if new else nothing))
+    why = "their patients are as patients= says" if config.patients else "nothing to do"
+    say(f"{out}: {slides} slides" + ("" if new else f"; all were there already, {why}"))
     facts = {
         "out": config.out,
         "slides": slides,

@@ -226,7 +226,10 @@ def test_folds_of_one_case_each_judge_it_beside_the_others(tmp_path: Path) -> No
         ("slide,patient,label\ns0,p,a\ns1,p,b\ns2,q,b", "says two things of patient p: a (s0) and b (s1)"),
         ("slide,patient,label,fold\ns0,p,a,1\ns1,p,a,2\ns2,q,b,1\ns3,r,b,1\ns4,t,a,1", "patient p is in fold 1 and 2"),
         ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},train" for i in range(8))), "says train of all"),
-        ("slide,time,event\n" + rows(*(f"{i},{2 if i == 5 else 1}" for i in range(8))), "event=2 for s5: an event is 1"),
+        (
+            "slide,time,event\n" + rows(*(f"{i},{2 if i == 5 else 1}" for i in range(8))),
+            "event=2 for s5: an event is 1",
+        ),
         ("slide,time,event\n" + rows("3,1", "-1,1"), "time=-1 for s1: a time is a number from 0 on"),
         ("slide,time,event\n" + rows("3,1", "soon,1"), "time=soon for s1, which is no number: mend it"),
         ("slide;time;event\n" + rows("3;1", "2,5;1").replace("s0,", "s0;").replace("s1,", "s1;"), "time=2,5 for s1"),

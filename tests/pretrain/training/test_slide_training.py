@@ -16,8 +16,8 @@ from omegaconf import OmegaConf
 
 from data.embeddings.slide_features import read_slide_features
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
-from data.keyed import rng
 from data.fault import Fault
+from data.keyed import rng
 from launch.entry import run_command_line
 from models.slide_vit import SlideViT
 from pretrain.embedding.random_weights import with_random_weights
