@@ -101,14 +101,14 @@ def require_parts_finished(folder: Path) -> None:
     """Raise Fault where no division of a job array has come to its end in all of its parts, naming one that hasn't."""
     finished: dict[int, set[int]] = {}
     for path in (folder / FINISHED).glob("*-of-*"):
-        part, _, parts = path.name.partition("-of-")
-        finished.setdefault(int(parts), set()).add(int(part))
+        part, of = map(int, path.name.split("-of-"))
+        finished.setdefault(of, set()).add(part)
     left = {parts: [part for part in range(1, parts + 1) if part not in done] for parts, done in finished.items()}
     if left and all(left.values()):
-        parts = max(left)
+        most = max(left)
         raise Fault(
-            f"{len(left[parts])} of the {parts} parts of {folder} have not come to their end, the first of them"
-            f" part={left[parts][0]}/{parts}: run that task again, then merge."
+            f"{len(left[most])} of the {most} parts of {folder} have not come to their end, the first of them"
+            f" part={left[most][0]}/{most}: run that task again, then merge."
         )
 
 
