@@ -18,7 +18,7 @@ from types import FrameType
 from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
-from launch.processes import refuse_uneven
+from launch.processes import refuse_uneven, refuse_unshared
 from pretrain.run import signals
 from pretrain.run.launched import environment_number
 from pretrain.run.preemption import TRY_AGAIN
@@ -45,6 +45,8 @@ class Local(Launcher):
             count, nodes = composed.tree.trainer.devices, composed.tree.trainer.nodes
         elif not training and "LOCAL_RANK" not in os.environ:  # a task of srun's starts its own
             count, nodes = composed.tree.get("processes_per_slide", 1), 1
+            if count > 1:
+                refuse_unshared(composed)
         else:
             count, nodes = 1, 1
         if count < 2:

@@ -77,3 +77,15 @@ def refuse_uneven(composed: Composed, processes: int) -> None:
         from pretrain.training.even_shares import require_even  # which imports Lightning and FSDP, for seconds
 
         require_even(composed.tree, processes)
+
+
+@of_the_command_line()
+def refuse_unshared(composed: Composed) -> None:
+    """Raise Fault where a command's processes are to share slides, and what they don't fit can be told before they are
+    started."""
+    from pretrain.commands.embed import require_consistent  # which imports torch
+    from pretrain.embedding.shared_slides import require_sharing
+
+    config = composed.object()
+    require_consistent(config)
+    require_sharing(config.checkpoint, config.allow_plugins)

@@ -79,6 +79,8 @@ class SlideNetwork(nn.Module, ABC):
     encoder: SlideLayers
     sees_empty_cells: ClassVar[bool] = False
     """Whether cells without a tile may be among the tokens, ``valid`` telling them."""
+    shares_slides: ClassVar[bool] = True
+    """Whether processes can share a slide's tokens: False where `SlideLayers.share_slides` always raises."""
     patch_embed: nn.ModuleDict
 
     def __init__(self) -> None:

@@ -46,6 +46,7 @@ class SlideViT(SlideNetwork):
 
     agreements: ClassVar[Agreements] = {("width", "heads"): check_heads, ("reach", "heads"): check_reach}
     sees_empty_cells = True
+    shares_slides = False
 
     def __init__(
         self,

@@ -3,6 +3,7 @@
     slide_store.json            both encoders and their hashes, and which pooling is the default: one folder, one of each
     clusters.json               the clusters of tiles that cluster_means and cluster_moments are of
     pieces/0-000000.parquet …   what was embedded since, some slides each; part numbers keep a job array's tasks apart
+    finished/1-of-2 …           empty: that part of a job array has come to its end; 0-of-0: one process has embedded all
     slides.parquet              all of them, after `gather_pieces`; what slide_store.json says is its schema's metadata
 
     slide, patient              null where the patient isn't known
@@ -32,10 +33,11 @@ from data import lease
 from data.embeddings.index import FACTS_KEY
 from data.embeddings.store import claim
 from data.fault import Fault
-from data.files import appearing
+from data.files import appearing, write_whole
 from data.json_files import read_object
 
-ABOUT, GATHERED, PIECES = "slide_store.json", "slides.parquet", "pieces"
+ABOUT, GATHERED, PIECES, FINISHED = "slide_store.json", "slides.parquet", "pieces", "finished"
+MAPS = "maps.json"  # what slide_store.json is in a folder of maps
 OF_CLUSTERS = ("cluster_means", "cluster_moments")  # poolings that need clusters of tiles
 POOLINGS = ("pooled", "mean_std", "cluster_means", "cluster_moments", "pooled_layers", "cls", "cls_layers")
 SLIDE_VECTORS = ("vector", "mean_tiles", *POOLINGS)
@@ -88,6 +90,26 @@ def add_rows(folder: Path, part: int, rows: Sequence[Mapping[str, object]]) -> N
     metadata = {FACTS_KEY: (folder / ABOUT).read_bytes()}
     with appearing(path) as partial:
         pq.write_table(pa.table(columns, metadata=metadata), partial)
+
+
+def finish_part(folder: Path, part: int, parts: int) -> None:
+    """Note that a part's slides are all there, for `require_parts_finished`; part 0 of 0 is all slides."""
+    write_whole(folder / FINISHED / f"{part}-of-{parts}", "")
+
+
+def require_parts_finished(folder: Path) -> None:
+    """Raise Fault where no division of a job array has come to its end in all of its parts, naming one that hasn't."""
+    finished: dict[int, set[int]] = {}
+    for path in (folder / FINISHED).glob("*-of-*"):
+        part, of = map(int, path.name.split("-of-"))
+        finished.setdefault(of, set()).add(part)
+    left = {parts: [part for part in range(1, parts + 1) if part not in done] for parts, done in finished.items()}
+    if left and all(left.values()):
+        most = max(left)
+        raise Fault(
+            f"{len(left[most])} of the {most} parts of {folder} have not come to their end, the first of them"
+            f" part={left[most][0]}/{most}: run that task again, then merge."
+        )
 
 
 def gather_pieces(folder: Path, patients: Mapping[str, str]) -> int:

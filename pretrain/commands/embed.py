@@ -47,7 +47,15 @@ from typing import Annotated
 from data.embeddings.feature_files import UNITS, list_features
 from data.embeddings.h5 import EXPORTS
 from data.embeddings.index import merge_job_indexes
-from data.embeddings.slide_features import ABOUT, POOLINGS, gather_pieces, slide_store_facts, slides_in
+from data.embeddings.slide_features import (
+    ABOUT,
+    MAPS,
+    POOLINGS,
+    gather_pieces,
+    require_parts_finished,
+    slide_store_facts,
+    slides_in,
+)
 from data.embeddings.slide_tables import patients_of
 from data.embeddings.sources import EmbeddingSource, ShardSource, slides_of_part
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
@@ -131,6 +139,10 @@ def run(config: Config) -> None:
     require_consistent(config)
     if config.merge and (Path(config.out) / ABOUT).exists():
         _gather(config)
+    elif config.merge and (Path(config.out) / MAPS).exists():
+        say(f"{config.out} holds maps, which need no merging: every slide has files of its own")
+        slides = len(list((Path(config.out) / "parquet").glob("*.parquet")))
+        print(json.dumps({"out": config.out, "slides": slides}), flush=True)
     elif config.merge:
         merge_job_indexes(Path(config.out))
         say_embedded(config.out, EmbeddingStore.open(Path(config.out)), {}, None, time.monotonic(), {})
@@ -155,6 +167,8 @@ def require_consistent(config: Config) -> None:
             raise Fault("stage=slide needs checkpoint=, a slide run, and embeddings=, a store of tile embeddings.")
         if config.per_tile and config.maps:
             raise Fault("per_tile=true and maps= make folders of their own: leave one of them out.")
+        if config.direction and not config.maps:
+            raise Fault("direction= is for maps=gradient and maps=sensitivity: give one of them, or leave it out.")
         refuse_idle(config, "maps=" if config.maps else "per_tile=true" if config.per_tile else "stage=slide")
         if config.export and not config.per_tile:
             raise Fault("export= writes embeddings of tiles: with stage=slide it goes with per_tile=true.")
@@ -311,7 +325,8 @@ def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: 
     if not embedders.first:
         return
     slides = len(slides_in(out)) if part else gather_pieces(out, patients)
-    say(f"{out}: {slides} slides" + ("" if new else "; all were there already, nothing to do"))
+    why = "their patients are as patients= says" if config.patients else "nothing to do"
+    say(f"{out}: {slides} slides" + ("" if new else f"; all were there already, {why}"))
     facts = {
         "out": config.out,
         "slides": slides,
@@ -365,6 +380,7 @@ def _gather(config: Config) -> None:
     """stage=slide merge=true: the parts' rows become one file."""
     out = Path(config.out)
     about = slide_store_facts(out)
+    require_parts_finished(out)
     slides = gather_pieces(out, patients_of(Path(config.patients) if config.patients else None, slides_in(out)))
     say(f"{out}: {slides} slides")
     print(json.dumps({"out": config.out, "slides": slides} | about), flush=True)

@@ -36,7 +36,11 @@ from pretrain.training.slide_stage import (
     open_further,
     open_store,
     require_cells_seen,
+    require_judged,
+    require_network_shared,
+    require_objective_shared,
     require_read,
+    require_within_fields,
 )
 from pretrain.training.trainer_settings import require_devices
 
@@ -49,7 +53,19 @@ class Config(RunConfig):
     data: SlideData
     watch: SlideWatch
 
-    agreements: ClassVar[Agreements] = {("data.further", "objective._target_"): require_read}
+    agreements: ClassVar[Agreements] = {
+        ("data.further", "objective._target_"): require_read,
+        ("data.field_cells", "data.crops.global_side", "objective._target_"): require_within_fields,
+        (
+            "data.field_cells",
+            "data.crops.local_side",
+            "objective._target_",
+            "data.crops.local_count",
+        ): require_within_fields,
+        ("watch.patience", "data.validation_fraction", "watch.slide_labels"): require_judged,
+        ("data.processes_per_slide", "model._target_"): require_network_shared,
+        ("data.processes_per_slide", "objective._target_"): require_objective_shared,
+    }
 
 
 def run(config: Config) -> None:

@@ -4,9 +4,10 @@ All of them read the same slides and find the same vectors; the first one says w
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -14,8 +15,12 @@ import torch.distributed as dist
 
 from data.fault import Fault
 from models.sequence_parallel import Group
+from models.slide_network import SlideNetwork
+from pretrain.encoders.run_checkpoint import RUN_CONFIG
 from pretrain.encoders.slide_encoders import SlideEncoder
+from pretrain.run.folder import read_config
 from pretrain.run.launched import environment_number
+from pretrain.settings.plugins import locate_class
 
 T = TypeVar("T")
 
@@ -46,6 +51,17 @@ class Embedders:
             encoder.network.encoder.share_slides(self.group)
         except ValueError as error:
             raise Fault(f"processes_per_slide= doesn't fit {encoder.name}: {error}.") from error
+
+
+def require_sharing(checkpoint: str, plugins: Collection[str]) -> None:
+    """Raise Fault where ``checkpoint`` is a run, or one of its checkpoints, whose kind of network can't be shared."""
+    path = Path(checkpoint)
+    for run in (path, *path.resolve().parents[:2]):
+        if (run / RUN_CONFIG).is_file():
+            target = (read_config(run).get("model") or {}).get("_target_", "")
+            if target and not (kind := locate_class(target, SlideNetwork, plugins)).shares_slides:
+                raise Fault(f"processes_per_slide= doesn't fit {run}: {kind.__name__} can't share a slide.")
+            return
 
 
 @contextmanager

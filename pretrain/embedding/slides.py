@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from data import lease
-from data.embeddings.slide_features import add_rows, claim_slide_store, slides_in
+from data.embeddings.slide_features import add_rows, claim_slide_store, finish_part, slides_in
 from data.embeddings.store import EmbeddingStore, SlideEmbeddings
 from data.files import make_folder
 from models.slide_network import SlideFeatures, SlideNetwork
@@ -65,8 +65,9 @@ def embed_store(
         pending = embedders.agreed([slide for slide in mine if slide not in there])
         rows: list[dict[str, object]] = []
         began = time.monotonic()
-        if pending:
+        if wanted:  # other clusters than those of the slides that are there are refused, whether or not any is pending
             kept = kept_clusters(out, store, wanted, seed, clusters)
+        if pending:
             for row in track(_rows(store, encoder, pending, kept, tokens, precision), len(pending), "embed", "slides"):
                 if embedders.first:
                     rows.append(row)
@@ -75,6 +76,8 @@ def embed_store(
                     rows, began = [], time.monotonic()
         if rows:
             add_rows(out, part, rows)
+        if embedders.first:
+            finish_part(out, part, parts if part else 0)
     if len(wanted) < len(store.slides):
         say(f"{len(store.slides) - len(wanted)} slides without tissue have no embedding")
     return len(pending)

@@ -1,6 +1,7 @@
 """Clusters of tile embeddings, found once and kept: a slide's outputs are averaged within each, on any store.
 
-clusters.json     centres, and the tile encoder whose embeddings they are of
+clusters.json     centres, the tile encoder whose embeddings they are of, and the seed that drew the tiles they were
+                  found by; none where they were taken over from elsewhere
 """
 
 import json
@@ -27,9 +28,10 @@ CLUSTERS_FILE = "clusters.json"
 
 @dataclass(frozen=True)
 class TileClusters:
-    """``centres`` (k, D) float32."""
+    """``centres`` (k, D) float32. ``seed``: by which they were drawn; None where that isn't known."""
 
     centres: Tensor
+    seed: int | None = None
 
     def of(self, tiles: Tensor) -> Tensor:
         """(T, D) → (T,) int64: the cluster whose centre is nearest."""
@@ -40,7 +42,7 @@ def clusters_of(store: EmbeddingStore, slides: Sequence[str], seed: int) -> Tile
     """k-means of `CLUSTERS` groups of tiles, by a keyed draw of the slides and of each one's tiles."""
     chosen = [slides[number] for number in drawn(len(slides), SLIDES_SAMPLED, seed, "slides of clusters")]
     tiles = sampled_tiles(store, chosen, TILES_SAMPLED, seed).astype(np.float32)
-    return TileClusters(torch.from_numpy(k_means(tiles, min(CLUSTERS, len(tiles)), seed)))
+    return TileClusters(torch.from_numpy(k_means(tiles, min(CLUSTERS, len(tiles)), seed)), seed)
 
 
 def kept_clusters(
@@ -48,16 +50,21 @@ def kept_clusters(
 ) -> TileClusters:
     """The clusters that lie in ``out``; where none do, those ``given`` (a file, or another such folder), or else new
     ones of the store, which are then kept there. Raises Fault where they are of another tile encoder, or others than
-    those given lie there already."""
+    those given, or of another ``seed``, lie there already."""
     path = out / CLUSTERS_FILE
     wanted = None if given is None else _read(given / CLUSTERS_FILE if given.is_dir() else given, store)
 
     def make() -> None:
-        centres = (wanted or clusters_of(store, slides, seed)).centres
-        write_whole(path, json.dumps({"tile_encoder_hash": store.encoder_hash, "centres": centres.tolist()}))
+        made = clusters_of(store, slides, seed) if wanted is None else TileClusters(wanted.centres)
+        about = {"tile_encoder_hash": store.encoder_hash, "seed": made.seed, "centres": made.centres.tolist()}
+        write_whole(path, json.dumps(about))
 
     once(path, make)
     found = _read(path, store)
+    if wanted is None and found.seed not in (None, seed):
+        raise Fault(
+            f"{out} has clusters that seed={found.seed} drew, not seed={seed}: give the former, or choose another folder."
+        )
     if wanted is not None and not torch.equal(wanted.centres, found.centres):
         raise Fault(f"{out} has other clusters than clusters={given}: leave that out, or choose another folder.")
     return found
@@ -79,4 +86,4 @@ def _read(path: Path, store: EmbeddingStore) -> TileClusters:
         raise Fault(f"{path} is damaged ({error}): {way_out}.") from error
     if centres.ndim != 2 or centres.shape[1] != store.width or not centres.isfinite().all():
         raise Fault(f"{path} is damaged (its centres aren't {store.width} wide and finite): {way_out}.")
-    return TileClusters(centres)
+    return TileClusters(centres, found.get("seed"))

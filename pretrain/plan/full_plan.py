@@ -42,7 +42,14 @@ def make_plan(config: Any) -> dict[str, Any]:
     settings = _settings(shape, launch.nodes * each)
     peak = machine.peak(settings.precision)
     with of_the_command_line():
-        require_even(shape, settings.processes)
+        try:
+            require_even(shape, settings.processes)
+        except Fault as fault:
+            if launch.gpus_per_node or not gpu:
+                raise
+            raise Fault(
+                f"{fault} The plan supposes {GPUS} GPUs a node, a process on each: launch.gpus_per_node= says otherwise."
+            ) from fault
     slide_stage, compiled = shape.stage == "slide", gpu and shape.trainer.compile
 
     @cache

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 
 from data import lease
-from data.embeddings.slide_features import OF_CLUSTERS, claim_slide_store
+from data.embeddings.slide_features import MAPS, OF_CLUSTERS, claim_slide_store
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.files import Refused, make_folder
@@ -19,8 +19,6 @@ from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import Progress, say
 from pretrain.slide_maps.files import is_mapped, write_map
 from pretrain.slide_maps.scores import WAYS, read_direction
-
-MAPS = "maps.json"
 
 
 def map_store(

@@ -10,6 +10,7 @@ fold | split | fold_0, fold_1, …         optional: a number, train/test, or a 
 Patho-Bench's own file beside a table says more: see `pretrain.slide_probing.patho_bench`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,13 @@ import numpy as np
 
 from data.embeddings.slide_tables import as_the_store_calls, column_of, patient_by_name, read_slide_table
 from data.fault import Fault
+from pretrain.slide_probing.measures import differ
 from pretrain.slide_probing.patho_bench import TASK_FILE, SlideTask, as_code, task_beside
 
 SIDES = {"train": 0, "val": 1, "tune": 1, "test": 2}
 UNITS_OF_TIME = ("days", "months", "years", "time")
+TRUTH = {"true": "1", "false": "0"}
+NUMBER = re.compile(r"[+-]?\d+([.,]\d+)?")
 ORDERED = 10  # classes: so many whole numbers at most are grades, more are a measurement
 Round = tuple[np.ndarray, np.ndarray]
 """Numbers of the bags to fit on, and of those to judge by."""
@@ -86,7 +90,8 @@ def read_labels(table: Path, column: str | None, known: Mapping[str, int], cases
                 " leave some out, or 'pretrain probe slide cases=slide' judges each by itself."
             )
         first.append(row)
-    kind, values, classes, ordered = _values(table, asked, [some[0].answer for some in members.values()], task)
+    answers = {some[0].slide: some[0].answer for some in members.values()}
+    kind, values, classes, ordered = _values(table, asked, answers, task)
     patients = [some[0].patient for some in members.values()]
     return LabelledSlides(
         bags=[[row.slide for row in some] for some in members.values()],
@@ -191,9 +196,10 @@ def _who_belongs_together(rows: Sequence[_Row], patient_column: str | None, by_s
 
 
 def _values(
-    table: Path, asked: Sequence[str], answers: Sequence[tuple[str, ...]], task: SlideTask | None
+    table: Path, asked: Sequence[str], told: Mapping[str, tuple[str, ...]], task: SlideTask | None
 ) -> tuple[str, np.ndarray, list[str], bool]:
-    """Kind, values, classes, and whether these have an order."""
+    """Kind, values, classes, and whether these have an order; ``told``: what is asked, by each case's first slide."""
+    answers = list(told.values())
     if task is not None and task.classes:
         codes = [as_code(answer[0]) for answer in answers]
         if unknown := sorted(set(codes) - set(task.classes)):
@@ -201,26 +207,24 @@ def _values(
         classes = [name for code, name in task.classes.items() if code in set(codes)]
         answers = [(task.classes[code],) for code in codes]
         return "classes", _codes(table, answers, classes), classes, task.ordered and len(classes) > 2
+    if len(asked) == 2:
+        return "survival", _survival(table, asked, told), [], False
     numbers = None
     try:
         numbers = np.array(answers, dtype=np.float64)
     except ValueError as error:
-        if len(asked) == 2:
-            raise Fault(f"{table} has a time or an event that is no number ({error}): mend it.") from error
-    if len(asked) == 2:
-        assert numbers is not None
-        times = numbers[:, 0]
-        if not set(numbers[:, 1].tolist()) <= {0.0, 1.0} or not (np.isfinite(times) & (times >= 0)).all():
+        if all(NUMBER.fullmatch(answer[0]) for answer in answers):
+            slide, (text,) = next((slide, answer) for slide, answer in told.items() if "," in answer[0])
             raise Fault(
-                f"{table}: an event is 1 or 0 (not seen while it was looked for), and a time a number from 0 on."
-            )
-        if numbers[:, 1].sum() < 2:
-            raise Fault(f"{table} has {numbers[:, 1].sum():.0f} events: nobody can be compared; give more slides.")
-        return "survival", numbers, [], False
+                f"{table} writes numbers with a comma ({text} of {slide}): write a point for it, {text.replace(',', '.')}."
+            ) from error
     if numbers is not None:
         whole, different = (numbers == numbers.round()).all(), len(np.unique(numbers))
         if not np.isfinite(numbers).all():
-            raise Fault(f"{table} has a label that isn't finite: mend it.")
+            slide = next(slide for slide, number in zip(told, numbers, strict=True) if not np.isfinite(number[0]))
+            raise Fault(f"{table} has a label that isn't finite, {told[slide][0]} of {slide}: mend it.")
+        if different == 1:
+            raise Fault(f"all labels of {table} are {numbers[0, 0]:g}: there is nothing to tell apart.")
         if not (whole and different <= ORDERED):
             return "number", numbers[:, 0], [], False
         answers = [(f"{value:g}",) for value in numbers[:, 0]]  # 1.0 is 1
@@ -228,6 +232,33 @@ def _values(
     else:
         classes = sorted({answer[0] for answer in answers})
     return "classes", _codes(table, answers, classes), classes, numbers is not None and len(classes) > 2
+
+
+def _survival(table: Path, asked: Sequence[str], told: Mapping[str, tuple[str, ...]]) -> np.ndarray:
+    """(n, 2) time and event; ``told``: both as they are written, by slide."""
+    numbers = np.zeros((len(told), 2))
+    for row, (slide, (time, event)) in zip(numbers, told.items(), strict=True):
+        try:
+            row[1] = float(TRUTH.get(event.lower(), event))
+        except ValueError:
+            row[1] = np.nan
+        if row[1] not in (0, 1):
+            raise Fault(
+                f"{table} has {asked[1]}={event} for {slide}: an event is 1 (or true), or 0 (or false: not seen while it"
+                " was looked for)."
+            )
+        try:
+            row[0] = float(time)
+        except ValueError as error:
+            comma = f": write {time.replace(',', '.')}" if NUMBER.fullmatch(time) else ": mend it"
+            raise Fault(f"{table} has {asked[0]}={time} for {slide}, which is no number{comma}.") from error
+        if not (np.isfinite(row[0]) and row[0] >= 0):
+            raise Fault(f"{table} has {asked[0]}={time} for {slide}: a time is a number from 0 on.")
+    if numbers[:, 1].sum() < 2:
+        raise Fault(f"{table} has {numbers[:, 1].sum():.0f} events: nobody can be compared; give more slides.")
+    if not differ("survival", numbers):
+        raise Fault(f"{table} has no two cases of whom it is known who came first: give other times.")
+    return numbers
 
 
 def _codes(table: Path, answers: Sequence[tuple[str, ...]], classes: list[str]) -> np.ndarray:

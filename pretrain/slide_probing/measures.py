@@ -82,3 +82,11 @@ MEASURES: dict[str, dict[str, Measure]] = {
     "survival": {"c_index": concordance},
 }
 """By kind of label; the first is the one that rows are compared by."""
+
+
+def differ(kind: str, truth: np.ndarray) -> bool:
+    """Whether there is anything to tell apart in the ``truth`` of some cases: two values, or, for survival, a pair of
+    which it is known who came first."""
+    if kind == "survival":
+        return bool(np.isfinite(concordance(truth, np.zeros(len(truth)))))
+    return len(np.unique(truth)) > 1

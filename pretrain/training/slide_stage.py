@@ -90,6 +90,12 @@ class SlideData:
     agreements: ClassVar[Agreements] = {("batch_size", "batch_tokens", "lanes"): check_packing}
 
 
+def check_label(column: str | None, table: str | None) -> None:
+    """Raise ValueError for a column of no table."""
+    if column is not None and table is None:
+        raise ValueError("it is a column of slide_labels=TABLE: give that too, or leave it out")
+
+
 @dataclass
 class SlideWatch(Watch):
     """The settings under ``watch:``, explained in ``configs/slide.yaml``."""
@@ -97,6 +103,8 @@ class SlideWatch(Watch):
     held_out_slides: Annotated[int, within(least=1)]
     slide_labels: Annotated[str | None, ON_DISK]
     slide_label: str | None
+
+    agreements: ClassVar[Agreements] = {("slide_label", "slide_labels"): check_label}
 
 
 def open_store(data: SlideData) -> EmbeddingStore:
@@ -126,6 +134,36 @@ def require_read(further: Sequence[str], target: str) -> None:
     """Raise ValueError for further stores that an objective doesn't read."""
     if further and not locate_class(target, SlideObjective).several_stores:
         raise ValueError("it reads one store; objective=slide_context reads several")
+
+
+def require_within_fields(field_cells: int, side: int, target: str, crops: int = 1) -> None:
+    """Raise ValueError for an objective's crops of slides that are larger than the fields that slides are cut into."""
+    if 0 < field_cells < side and crops and locate_class(target, SlideObjective).crops:
+        raise ValueError(
+            "crops larger than a field are mostly empty: data.field_cells=0 cuts them from whole slides, or give smaller"
+            " data.crops.global_side and data.crops.local_side"
+        )
+
+
+def require_judged(patience: int | None, validation_fraction: float, table: str | None) -> None:
+    """Raise ValueError for a wait for figures that nobody makes."""
+    if patience and not validation_fraction and table is None:
+        raise ValueError(
+            "no slide is held out to judge checkpoints by: set data.validation_fraction higher, give labels of slides,"
+            " watch.slide_labels=, or watch.patience=null"
+        )
+
+
+def require_network_shared(together: int, target: str) -> None:
+    """Raise ValueError where processes are to share slides, and the network can't."""
+    if together > 1 and not (kind := locate_class(target, SlideNetwork)).shares_slides:
+        raise ValueError(f"{kind.__name__} can't share a slide over processes; 1 gives each process slides of its own")
+
+
+def require_objective_shared(together: int, target: str) -> None:
+    """Raise ValueError where processes are to share slides, and the objective can't."""
+    if together > 1 and (kind := locate_class(target, SlideObjective)).share_slides is SlideObjective.share_slides:
+        raise ValueError(f"{kind.__name__} can't share a slide over processes; 1 gives each process slides of its own")
 
 
 class SlideBatches(IterableDataset["list[SlideBatch]"]):

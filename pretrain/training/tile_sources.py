@@ -197,7 +197,7 @@ def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
             raise Fault(f"{prefix}{key} must be given.")
         if kind in (list[str], list[float]) and not isinstance(settings[key], list):
             settings[key] = [settings[key]]
-        if settings[key] == []:
+        if settings[key] == [] and defaults.get(key) != []:
             raise Fault(f"{prefix}{key} is empty: give a value, or leave the member out.")
         settings[key] = _typed(f"{prefix}{key}", kind, settings[key])
     settings["_target_"] = defaults["_target_"]

@@ -12,7 +12,7 @@ import pytest
 from data.embeddings.slide_features import SLIDE_VECTORS, read_slide_features
 from data.fault import Fault
 from models.slide_vit import SlideViT
-from pretrain.embedding.shared_slides import Embedders, met
+from pretrain.embedding.shared_slides import Embedders, met, require_sharing
 from pretrain.encoders.slide_encoders import load_slide_encoder
 from tests.pretrain.embedding.small_slide_run import embed, write_small_run, write_small_store
 
@@ -53,6 +53,8 @@ def test_what_can_not_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.M
     for words in (["per_tile=true"], ["maps=rollout"], ["merge=true"]):
         with pytest.raises(Fault, match="processes_per_slide= is for slides' vectors"):
             embed(tmp_path, "processes_per_slide=2", *words)
+    with pytest.raises(Fault, match=r"doesn't fit .*slide: SlideViT can't share a slide"):
+        require_sharing(str(tmp_path / "slide"), [])
     with pytest.raises(Fault, match="processes_per_slide=2, and 1 process was started"):
         embed(tmp_path, "processes_per_slide=2")
     monkeypatch.setenv("WORLD_SIZE", "2")

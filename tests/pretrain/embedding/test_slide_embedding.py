@@ -74,7 +74,10 @@ def test_each_slide_has_its_own_embedding_whatever_it_is_packed_with(store, enco
 
 def test_it_goes_on_where_it_stopped_and_parts_hold_what_one_process_writes(store, encoder, tmp_path, capsys):
     embed(tmp_path)
-    for part in (2, 1, 1):
+    embed(tmp_path, "part=2/2", out="parts")
+    with pytest.raises(Fault, match=r"1 of the 2 parts of .* the first of them part=1/2: run that task again"):
+        run(replace(composed(), out=str(tmp_path / "parts"), merge=True))
+    for part in (1, 1):
         embed(tmp_path, f"part={part}/2", out="parts")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 0
     same(tmp_path / "out", tmp_path / "parts")
@@ -149,7 +152,10 @@ def test_clusters_are_taken_over_from_another_folder_or_refused(store, encoder, 
     np.testing.assert_allclose(one["cluster_means"][3], other["cluster_means"][0], atol=2e-6)
     embed(tmp_path, f"embeddings={tmp_path / 'others'}", out="own")
     with pytest.raises(Fault, match="has other clusters than clusters="):
-        embed(tmp_path, f"clusters={tmp_path / 'own'}", out="new")
+        embed(tmp_path, f"clusters={tmp_path / 'own'}", out="new")  # though nothing is left to embed
+    with pytest.raises(Fault, match="has clusters that seed=0 drew, not seed=1: give the former"):
+        embed(tmp_path, "seed=1")
+    embed(tmp_path, *again[:1], "seed=1", out="new")  # those were taken over
     (tmp_path / "new" / "clusters.json").write_text('{"tile_encoder_hash": "other", "centres": []}')
     with pytest.raises(Fault, match="clusters of another tile encoder's"):
         embed(tmp_path, f"clusters={tmp_path / 'new'}", out="newest")

@@ -115,6 +115,13 @@ def test_a_longnet_hides_masked_tiles_and_takes_no_empty_cells():
     ],
 )
 def test_groups_that_a_step_does_not_hold_whole_are_refused(words, says):
-    given = ["objective=slide_ibot", "objective.spread_weight=0.1", "run=r", "data.embeddings=e", *words]
+    given = [
+        "objective=slide_ibot",
+        "data.field_cells=0",
+        "objective.spread_weight=0.1",
+        "run=r",
+        "data.embeddings=e",
+        *words,
+    ]
     with pytest.raises(Fault, match=says):
         require_even(load("slide", given).object(), 1)

@@ -180,6 +180,10 @@ def test_a_batch_that_does_not_divide_names_what_does() -> None:
         tiles_of(data, 48, 1, 5)
     with pytest.raises(Fault, match=r"data.lanes=32 can't be shared evenly by 24 processes"):
         make_plan(planned("recipe=midnight", "launch.nodes=3"))
+    with pytest.raises(Fault, match=r"by 8 processes.*The plan supposes 8 GPUs a node, .*launch\.gpus_per_node= says"):
+        make_plan(planned("recipe=slide"))
+    with pytest.raises(Fault, match=r"by 3 processes × trainer\.accumulate=1; make it a multiple\.$"):
+        make_plan(planned("recipe=slide", "launch.gpus_per_node=3"))
 
 
 @pytest.mark.parametrize(

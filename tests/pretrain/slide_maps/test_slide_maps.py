@@ -89,6 +89,9 @@ def test_files_hold_the_scores_at_their_tiles_and_only_what_is_absent_is_made(tm
     (tmp_path / "maps" / "parquet" / "s1.parquet").unlink()
     embed(tmp_path, *given, out="maps")
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["new_slides"] == 1
+    embed(tmp_path, "merge=true", out="maps")
+    said = capsys.readouterr()
+    assert json.loads(said.out.splitlines()[-1])["slides"] == 4 and "which need no merging" in said.err
 
 
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
@@ -106,6 +109,7 @@ def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
         ),
         (["maps=rollout", "per_tile=true"], "leave one of them out"),
         (["export=[trident]"], "goes with per_tile=true"),
+        ([f"direction={tmp_path / 'short.npy'}"], "is for maps=gradient and maps=sensitivity: give one of them, or"),
         (["slides=[a.svs]"], "slides= has no effect there"),
     ):
         with pytest.raises(Fault, match=said):

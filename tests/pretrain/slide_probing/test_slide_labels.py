@@ -36,6 +36,8 @@ def test_classes_numbers_grades_and_survival_are_told_by_what_is_written(tmp_pat
         table(tmp_path, "slide,time,event\n" + rows(*(f"{i},{i % 2}" for i in range(8)))), None, KNOWN
     )
     assert survival.kind == "survival" and survival.values[3].tolist() == [3, 1]
+    words = table(tmp_path, "slide,time,event\n" + rows(*(f"{i},{'True' if i % 2 else 'FALSE'}" for i in range(8))))
+    np.testing.assert_array_equal(read_labels(words, None, KNOWN).values, survival.values)
 
 
 def test_tables_as_other_programs_write_them_are_read(tmp_path: Path) -> None:
@@ -165,6 +167,41 @@ def test_a_round_of_the_table_that_cannot_be_fitted_is_refused(tmp_path: Path) -
         rounds_of(read_labels(table(tmp_path, text), None, KNOWN), 5, 1, 0)
 
 
+def split(*answers: str, judged: int) -> str:
+    return rows(*(f"{answer},{'train' if i < 8 - judged else 'test'}" for i, answer in enumerate(answers)))
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("slide,label,split\n" + split(*"abababaa", judged=2), "has 2 cases to judge by, and all of them are a: put"),
+        ("slide,label,split\n" + split(*"abababab", judged=1), "has s7 alone to judge by, and one case can't"),
+        (
+            "slide,label,split\n" + split("0.1", "0.2", "0.3", "0.4", "0.5", "1.5", "1.5", "1.5", judged=3),
+            "has 3 cases to judge by, and all of their labels are 1.5",
+        ),
+        (
+            "slide,label,split\n" + split(*["0.5"] * 6, "0.1", "0.2", judged=2),
+            "has one label only, 0.5, to fit on where s6 is judged",
+        ),
+        (
+            "slide,time,event,split\n" + split(*(f"{i},{int(i < 6)}" for i in range(8)), judged=2),
+            "has 2 cases to judge by, and of no two of them it is known who came first",
+        ),
+    ],
+)
+def test_sides_of_a_split_of_which_no_figure_can_be_told_are_refused(tmp_path: Path, text: str, sentence: str) -> None:
+    found = read_labels(table(tmp_path, text), None, KNOWN)
+    with pytest.raises(Fault) as refused:
+        rounds_of(found, 5, 1, 0)
+    assert sentence in str(refused.value)
+
+
+def test_folds_of_one_case_each_judge_it_beside_the_others(tmp_path: Path) -> None:
+    text = "slide,label,fold\n" + rows(*(f"{'ab'[i % 2]},{i}" for i in range(8)))
+    assert len(rounds_of(read_labels(table(tmp_path, text), None, KNOWN), 5, 1, 0)) == 8
+
+
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
@@ -183,13 +220,23 @@ def test_a_round_of_the_table_that_cannot_be_fitted_is_refused(tmp_path: Path) -
         ("slide,label\n,a", "names no slide in line 2"),
         ("slide,label\nx,a\ny,b", "none of the slides of"),
         ("slide,label\n" + rows(*"aaaaaaaa"), "are a: there is nothing to tell apart"),
+        ("slide,label\n" + rows(*["0.5"] * 8), "are 0.5: there is nothing to tell apart"),
+        ("slide,time,event\n" + rows(*["3,1"] * 8), "no two cases of whom it is known who came first"),
         ("slide,label\n" + rows(*"aaaaaaab"), "has one case only of b"),
         ("slide,patient,label\ns0,p,a\ns1,p,b\ns2,q,b", "says two things of patient p: a (s0) and b (s1)"),
         ("slide,patient,label,fold\ns0,p,a,1\ns1,p,a,2\ns2,q,b,1\ns3,r,b,1\ns4,t,a,1", "patient p is in fold 1 and 2"),
         ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},train" for i in range(8))), "says train of all"),
-        ("slide,time,event\n" + rows(*(f"{i},2" for i in range(8))), "an event is 1 or 0"),
+        (
+            "slide,time,event\n" + rows(*(f"{i},{2 if i == 5 else 1}" for i in range(8))),
+            "event=2 for s5: an event is 1",
+        ),
+        ("slide,time,event\n" + rows("3,1", "-1,1"), "time=-1 for s1: a time is a number from 0 on"),
+        ("slide,time,event\n" + rows("3,1", "soon,1"), "time=soon for s1, which is no number: mend it"),
+        ("slide;time;event\n" + rows("3;1", "2,5;1").replace("s0,", "s0;").replace("s1,", "s1;"), "time=2,5 for s1"),
+        ("slide;label\n" + "\n".join(f"s{i};{i},5" for i in range(8)), "with a comma (0,5 of s0): write a point"),
+        ("slide,label\n" + rows("1", "2", "inf"), "isn't finite, inf of s2"),
         ("slide,time,event\n" + rows(*(f"{i},0" for i in range(8))), "has 0 events"),
-        ("slide,time,event\n" + rows(*(f"{i},yes" for i in range(8))), "that is no number"),
+        ("slide,time,event\n" + rows(*(f"{i},yes" for i in range(8))), "event=yes for s0: an event is 1"),
     ],
 )
 def test_what_cannot_be_judged_is_a_sentence_with_its_place(tmp_path: Path, text: str, sentence: str) -> None:

@@ -16,6 +16,7 @@ from omegaconf import OmegaConf
 
 from data.embeddings.slide_features import read_slide_features
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
+from data.fault import Fault
 from data.keyed import rng
 from launch.entry import run_command_line
 from models.slide_vit import SlideViT
@@ -87,6 +88,28 @@ def test_a_run_that_cuts_slides_into_fields_says_so_and_why() -> None:
         "6 slides, cut into overlapping fields of 8 × 8 tiles: 40 to train on, 9 held out; so that"
     )
     assert "few slides make enough sequences" in fields and "data.field_cells=0 takes them whole" in fields
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        (["objective=slide_ibot"], r"field_cells=8, data\.crops\.global_side=20 .*data\.field_cells=0 cuts them from"),
+        (["objective=slide_ibot", "data.crops.global_side=8"], r"data\.crops\.local_side=12.*larger than a field"),
+        (["model=slide_vit", "data.processes_per_slide=2"], "SlideViT can't share a slide over processes; 1 gives"),
+        (["watch.slide_label=grade"], r"watch\.slide_labels=null don't go together: it is a column of slide_labels="),
+        (["watch.patience=2", "data.validation_fraction=0"], "no slide is held out to judge checkpoints by"),
+        (["recipe=moozy_slide", "model=longnet", "data.processes_per_slide=2"], "SlideIBOT can't share a slide"),
+    ],
+)
+def test_settings_that_do_not_fit_are_refused_before_the_store_is_read(settings: list[str], says: str) -> None:
+    with pytest.raises(Fault, match=says):
+        load("slide", ["run=r", "data.embeddings=e", *settings]).object()
+
+
+def test_crops_that_are_not_larger_than_a_field_are_taken() -> None:
+    of_fields = ["objective=slide_ibot", "data.crops.global_side=8", "data.crops.local_count=0"]
+    for settings in (of_fields, ["recipe=titan_slide"], ["recipe=small_slide"]):
+        load("slide", ["run=r", "data.embeddings=e", *settings]).object()
 
 
 def test_compiled_blocks_are_refused_where_every_step_would_compile_anew(
