@@ -18,7 +18,7 @@ from data.keyed import rng
 from data.tiles.source import TileSource, UnreadableTile
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.probing.scores import knn_predict
-from pretrain.training.fixed_images import FixedImages, agreed
+from pretrain.training.fixed_images import BetweenBatches, FixedImages, agreed
 
 SLIDES, TILES = 16, 16  # at most so many slides, and of each so many tiles
 FEWEST_OF_A_SLIDE = 4  # tiles of a slide that is looked at
@@ -49,9 +49,11 @@ class SlideSample:
                 said, number = str(error), error.next % len(self.source)
         raise Fault(f"{said}, nor can {DRAWS_TRIED - 1} others that were tried in its place")
 
-    def score(self, encoder: nn.Module, device: torch.device) -> dict[str, float]:
+    def score(
+        self, encoder: nn.Module, device: torch.device, between: BetweenBatches = lambda batches, _: batches
+    ) -> dict[str, float]:
         """``slide_knn`` and ``slide_chance``; every rank calls it and gets the same numbers."""
-        return agreed(recognised(self.images.features(encoder, device), self.slides), device)
+        return agreed(recognised(self.images.features(encoder, device, between), self.slides), device)
 
 
 def recognised(features: Tensor, slides: np.ndarray) -> dict[str, float]:

@@ -32,6 +32,7 @@ from pretrain.run.across_ranks import total
 from pretrain.run.folder import note_of_start
 from pretrain.run.progress import say
 from pretrain.settings import plugins
+from pretrain.training.fixed_images import BetweenBatches
 from pretrain.training.module import Training
 from pretrain.training.probe_set import ProbeSet
 from pretrain.training.slide_sample import SlideSample
@@ -339,10 +340,10 @@ class TileTraining(Training):
         """The figures of tiles apart, held out or labelled; and how well slides are told, at the end and where no look
         says so."""
         unsaid = not self.looks_now and (self.is_last or not self.watch.every)
-        return self.told_apart() | (self.slides_told() if unsaid else {})
+        return self.told_apart() | (self.slides_told(self.heeding) if unsaid else {})
 
     def evaluate_first(self) -> dict[str, float]:
-        return self.told_apart() | self.slides_told()
+        return self.told_apart() | self.slides_told(self.heeding)
 
     def told_apart(self) -> dict[str, float]:
         """What tiles that aren't trained on tell: the loss, and the probe's figures."""
@@ -374,11 +375,11 @@ class TileTraining(Training):
                 module.training = mode
         return {"validation_loss": float(total(torch.stack(losses).mean())) / self.trainer.world_size}
 
-    def slides_told(self) -> dict[str, float]:
+    def slides_told(self, between: BetweenBatches = lambda batches, _: batches) -> dict[str, float]:
         """``slide_knn`` and ``slide_chance``, where slides are known."""
         if not (self.slides and self.slides.chosen):
             return {}
-        return self.slides.score(watched_encoder(self.objective), self.device)
+        return self.slides.score(watched_encoder(self.objective), self.device, between)
 
 
 def view_sheet(batch: TileBatch, mean: list[float], std: list[float]) -> Image.Image:

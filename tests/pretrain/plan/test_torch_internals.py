@@ -22,6 +22,8 @@ ELSEWHERE = {
         "_scaled_dot_product_efficient_attention",
         "_scaled_dot_product_efficient_attention_backward",
     },
+    "pretrain/run/checkpoints.py": {"_foreach_norm"},
+    "pretrain/run/saving.py": {"_foreach_copy_"},
     "pretrain/objectives/teacher.py": {"_foreach_lerp_"},
     "pretrain/training/optimisation.py": {"_foreach_norm", "_foreach_mul_"},
 }

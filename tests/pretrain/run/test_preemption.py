@@ -83,11 +83,11 @@ def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_noth
     assert all(torch.equal(found[name], expected[name]) for name in found | expected)
 
 
-@pytest.mark.parametrize("passes", [1, 11], ids=["of the first weights", "of a checkpoint"])
+@pytest.mark.parametrize("passes", [1, 20], ids=["of the first weights", "of a checkpoint"])
 def test_a_signal_while_held_out_images_are_judged_is_heeded_within_a_batch_of_them(
     passes: int, tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """80 images, 8 a pass: the first ten passes are before the first step."""
+    """80 images, 8 a pass: ten passes before the first step, with some for what tells slides, and as many at each checkpoint."""
     run, judged = tmp_path / "run", []
     watched = [*SETTINGS, "watch.every=0", f"watch.probe={write_classes(tmp_path / 'classes', {'a': 40, 'b': 40})}"]
     features = fixed_images.class_tokens

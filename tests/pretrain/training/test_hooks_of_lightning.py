@@ -107,9 +107,12 @@ def test_a_trial_takes_a_step_and_leaves_nothing(
     tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     for settings, done in (
-        (["true"], "1 step, 1 look and 1 checkpoint went well"),
-        (["3", "trainer.log_every=2"], "3 steps, 3 looks and 2 checkpoints went well"),
-        (["true", f"trainer.callbacks=[{{_target_:{__name__}.Logging}}]"], "1 step, 1 look and 1 checkpoint went well"),
+        (["true"], "1 step, 1 look, 1 checkpoint and 1 evaluation went well"),
+        (["3", "trainer.log_every=2"], "3 steps, 3 looks, 2 checkpoints and 1 evaluation went well"),
+        (
+            ["true", f"trainer.callbacks=[{{_target_:{__name__}.Logging}}]"],
+            "1 step, 1 look, 1 checkpoint and 1 evaluation went well",
+        ),
         (
             ["true", f"trainer.callbacks=[{{_target_:{__name__}.Stopping,after:0}}]"],
             "no step was taken, since a callback",

@@ -257,7 +257,7 @@ def test_wrong_settings_end_in_one_sentence(folder: Path, settings: list[str], s
         ("{a:{shards:s}}", "data.members.a.weight is missing"),
         ("{a:{shards:s,weight:x}}", "data.members.a.weight: Value 'x' of type 'str' could not be converted to Float"),
         ("{a:{shards:s,weight:nan}}", "data.members.a.weight=nan is not allowed: it must be a finite number, more than 0."),
-        ("{a:{shard:s,weight:1}}", "data.members.a says no source: give it shards=… or slides=…."),
+        ("{a:{shard:s,weight:1}}", "data.members.a says no source: give it shards=…, slides=… or files=…."),
         ("{a:{shards:s,weight:1},b:{slides:s,grids:g,mmp:2,weight:1}}", "there is no setting 'data.members.b.mmp'; did you mean 'mpp'?"),
         ("{a:{shards:s,slides:s,weight:1}}", "data.members.a has shards=… and slides=…: a member is one source; make it two."),
         ("{a:{shards:[],weight:1}}", "data.members.a.shards is empty: give a value"),
@@ -305,7 +305,7 @@ def test_no_slides_are_said_when_composing() -> None:
 def test_help_shows_the_sources_and_what_becomes_of_their_tiles(capsys: pytest.CaptureFixture[str]) -> None:
     run_command_line(["tile", "--help"])
     text = capsys.readouterr().out
-    assert "data= one of: embeddings, mixture, online, tiles (default tiles)" in text
+    assert "data= one of: embeddings, mixture, online, parquet, tiles (default tiles)" in text
     assert "slides_per_lane: null" in text and "global_size: 224" in text and "_views" not in text
 
 
