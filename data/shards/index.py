@@ -104,7 +104,8 @@ class ShardIndex:
 
     def only(self, files: Sequence[str]) -> "ShardIndex":
         """The tiles of some of the tars alone, each tar once, in the order in which they are here."""
-        chosen = sorted({self.files.index(name) for name in files})
+        wanted = set(files)
+        chosen = [number for number, name in enumerate(self.files) if name in wanted]
         rows = [range(int(self.file_start[file]), int(self.file_start[file + 1])) for file in chosen]
         columns: dict[str, Any] = {name: _joined(getattr(self, name), rows) for name in COLUMNS}
         columns["file_start"] = np.cumsum([0, *map(len, rows)])

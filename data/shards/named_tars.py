@@ -51,11 +51,12 @@ def _expanded(named: str) -> list[str]:
 
 def _only(folder: str, names: list[str], named: str) -> ShardIndex:
     index = ShardIndex.open(folder, complete=False)
+    numbers = {file: number for number, file in enumerate(index.files)}
     chosen: list[str] = []
     lost: list[str] = []
     for name in names:
-        found = fnmatch.filter(index.files, name)
-        there = [file for file in found if index.remote or index.path(index.files.index(file)).exists()]
+        found = [name] if name in numbers else fnmatch.filter(index.files, name)
+        there = [file for file in found if index.remote or index.path(numbers[file]).exists()]
         chosen += there
         lost += [name] if not found else [file for file in found if file not in there]
     if lost:

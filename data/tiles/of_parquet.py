@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 
 from data.fault import Fault
-from data.images import decode_image
 from data.parquet.index import UNREADABLE, ParquetIndex
 from data.parquet.row_groups import read_footer, read_images
 from data.recently_made import RecentlyMade
@@ -73,7 +72,7 @@ class ParquetTiles(TileSource):
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
-        return decoded(self.encoded(number), self, number)
+        return self.decoded(number, self.encoded(number))
 
     def encoded(self, number: int) -> memoryview:
         """Tile ``number`` as it lies in its file. Raises UnreadableTile naming it."""
@@ -162,14 +161,6 @@ class ParquetTiles(TileSource):
         slides = slides if self._wanted is None else slides[self._wanted[slides]]
         bounds = np.flatnonzero(np.diff(slides)) + 1
         return np.diff([0, *bounds.tolist(), len(slides)]) if len(slides) else bounds
-
-
-def decoded(image: memoryview, source: TileSource, number: int) -> np.ndarray:
-    """An encoded tile's pixels, uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
-    try:
-        return decode_image(image)
-    except ValueError as error:
-        raise UnreadableTile(f"{source.name(number)} can't be read ({error})", number + 1) from error
 
 
 def _chunk_starts(index: ParquetIndex) -> np.ndarray:

@@ -6,7 +6,6 @@ from pathlib import PurePath
 import numpy as np
 
 from data.fault import Fault
-from data.images import decode_image
 from data.remote import BlockCache, Truncated, read_range
 from data.shards.index import ShardIndex
 from data.shards.named_tars import open_shards
@@ -60,10 +59,7 @@ class ShardTiles(TileSource):
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""
-        try:
-            return decode_image(self.jpeg(number, check=True))
-        except ValueError as error:
-            raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
+        return self.decoded(number, self.jpeg(number, check=True))
 
     def jpeg(self, number: int, check: bool = False) -> memoryview:
         """Tile ``number`` as it lies in its shard, held to its header, and with ``check`` to its checksum (on a disk;

@@ -11,6 +11,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from data.images import decode_image
 from data.tiles.stream import Part
 
 TILES_PER_BLOCK = 1000
@@ -59,6 +60,14 @@ class TileSource(ABC):
         What the source itself leaves to chance is drawn with the key ``(seed, sample)``; ``sample`` is the position in
         the run.
         """
+
+    def decoded(self, number: int, image: bytes | memoryview) -> np.ndarray:
+        """The pixels of tile ``number``, uint8 ``(H, W, 3)``, of its encoded ``image``. Raises UnreadableTile naming
+        it."""
+        try:
+            return decode_image(image)
+        except ValueError as error:
+            raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
 
     def held_out(self) -> "TileSource | None":
         """Tiles that aren't among these, and that training is judged by; None where there are none."""
