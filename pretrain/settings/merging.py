@@ -90,8 +90,10 @@ def merged(command: str, fields: list[tuple[str, Any]], values: DictConfig) -> D
                 raise Fault(f"there is no setting {key!r}: {why}") from error
             others = {known for known in dotted_keys(values) if known != key and not known.startswith(f"{key}.")}
             raise Fault(f"there is no setting {key!r} in 'pretrain {command}'{in_its_place(key, others)}") from error
-        if "is not Optional" in str(error):
+        if re.search("is not Optional|Incompatible value 'None'", str(error)):
             raise Fault(f"{key} can't be null: give a value, or leave it out.") from error
+        if re.search("'?(List|Dict)Config", str(error)):
+            raise Fault(f"{key} is a single value, and neither a list nor a mapping.") from error
         raise Fault(f"{key}: {str(error).splitlines()[0]}") from error
 
 
