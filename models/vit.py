@@ -134,10 +134,8 @@ class Block(nn.Module):
         ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then, and ``kept`` is among them
         (`KeptSamples.among`). The others are keys and values, and nothing more of them is computed.
         """
-        if wanted is not None:
-            return self._of_wanted(x, shapes, kept, wanted)
-        if not self._is_as_made(x):
-            return self._by_modules(x, shapes, kept)
+        if wanted is not None or not self._is_as_made(x):
+            return self._by_modules(x, shapes, kept, wanted)
         gammas = [getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2)]
         if kept is None:
             x = add_linear(x, self.attn.attended(self.norm1(x), shapes), self.attn.proj, gammas[0])
@@ -171,27 +169,26 @@ class Block(nn.Module):
             and not torch.is_autocast_enabled(x.device.type)
         )
 
-    def _by_modules(self, x: Tensor, shapes: list[Shape], kept: tuple[KeptSamples, KeptSamples] | None) -> Tensor:
-        """The same, module by module."""
-        if kept is None:
-            x = x + self.ls1(self.attn(self.norm1(x), shapes))
-            return x + self.ls2(self.mlp(self.norm2(x)))
-        first, second = kept
-        part = self.ls1(self.attn(self.norm1(x.index_select(0, first.rows)), first.shapes))
-        x = x.index_add(0, first.rows, (part * first.scale().to(part.dtype)).to(x.dtype))
-        part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
-        return x.index_add(0, second.rows, (part * second.scale().to(part.dtype)).to(x.dtype))
-
-    def _of_wanted(
-        self, x: Tensor, shapes: list[Shape], kept: tuple[KeptSamples, KeptSamples] | None, wanted: Tensor
+    def _by_modules(
+        self,
+        x: Tensor,
+        shapes: list[Shape],
+        kept: tuple[KeptSamples, KeptSamples] | None,
+        wanted: Tensor | None,
     ) -> Tensor:
+        """The same, module by module."""
+        past = x if wanted is None else x.index_select(0, wanted)
         if kept is None:
-            x = x.index_select(0, wanted) + self.ls1(self.attn(self.norm1(x), shapes, wanted))
+            x = past + self.ls1(self.attn(self.norm1(x), shapes, wanted))
             return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
-        assert first.chosen_scale is not None and second.chosen_scale is not None
         part = self.ls1(self.attn(self.norm1(x.index_select(0, first.rows)), first.shapes, first.chosen))
-        x = x.index_select(0, wanted) + part * first.chosen_scale.to(part.dtype)
+        if wanted is None:
+            x = x.index_add(0, first.rows, (part * first.scale().to(part.dtype)).to(x.dtype))
+            part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
+            return x.index_add(0, second.rows, (part * second.scale().to(part.dtype)).to(x.dtype))
+        assert first.chosen_scale is not None and second.chosen_scale is not None
+        x = past + part * first.chosen_scale.to(part.dtype)
         return x + self.ls2(self.mlp(self.norm2(x))) * second.chosen_scale.to(part.dtype)
 
     def operations(self, shapes: Sequence[Shape], rows: float | None = None) -> Operations:
