@@ -1,4 +1,5 @@
-"""Every command that the README shows runs, in the order in which it is shown."""
+"""Every command that the README and the folders' guides show runs, in the order in which it is shown; links and paths are
+there."""
 
 import json
 import re
@@ -12,23 +13,33 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from pretrain.commands.recipes import describe_recipe
+
 ROOT = Path(__file__).resolve().parent.parent
-README = (ROOT / "README.md").read_text()
+GUIDES = [
+    "README.md",
+    *(f"{folder}/README.md" for folder in ("data", "configs", "models", "launch", "pretrain", "tests", "tests/bench")),
+]
+TEXTS = {name: (ROOT / name).read_text() for name in (*GUIDES, "CONTRIBUTING.md")}
 SLIDE = Path(sys.prefix) / "share" / "slidewright" / "CMU-1-Small-Region.svs"
 # Training as shown takes minutes; here it takes two steps, of fewer tiles. Nothing else is changed.
 FEWER = ["optim.steps=2", "optim.warmup_steps=1"]
 SHORTER = {"tile": [*FEWER, "data.batch_size=16"], "slide": FEWER, "doctor": FEWER}
 
 
+def shown() -> list[str]:
+    """The lines of all bash blocks, the README's first."""
+    blocks = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S)]
+    return [line for block in blocks for line in block.splitlines()]
+
+
 def commands(program: str) -> list[str]:
-    """The lines of the README's bash blocks that start with ``program``."""
-    blocks = re.findall(r"```bash\n(.*?)```", README, flags=re.S)
-    return [line for block in blocks for line in block.splitlines() if line.split(" ")[0] == program]
+    """Those that start with ``program``."""
+    return [line for line in shown() if line.split(" ")[0] == program]
 
 
 def test_every_line_of_the_bash_blocks_is_a_command_that_is_tested() -> None:
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", README, flags=re.S) for line in block.splitlines()]
-    assert [line for line in lines if not line.startswith(("#", "pretrain ", "make "))] == []
+    assert [line for line in shown() if not line.startswith(("#", "pretrain ", "make "))] == []
     assert len(commands("pretrain")) > 12
 
 
@@ -103,12 +114,37 @@ def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
 
 def test_the_make_targets_named_exist() -> None:
     makefile = (ROOT / "Makefile").read_text()
-    for target in re.findall(r"`?make ([a-z-]+)", README):
+    for target in re.findall(r"`?make ([a-z-]+)", "".join(TEXTS[name] for name in GUIDES)):
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
-def test_the_files_and_pictures_named_exist() -> None:
-    for path in re.findall(r"\]\((\.readme/[^)]+)\)", README) + re.findall(
-        r"`((?:data|models|pretrain)/[\w/]+\.py)`", README
-    ):
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_files_pictures_and_links_named_exist(name: str) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", TEXTS[name])
+    for path in links:
+        assert ((ROOT / name).parent / path).exists(), path
+    for path in re.findall(r"`((?:data|models|pretrain|launch|configs|tests)/[\w/]+(?:\.py|\.yaml|/))`", TEXTS[name]):
         assert (ROOT / path).exists(), path
+
+
+def test_the_readme_is_read_in_five_minutes() -> None:
+    assert len(TEXTS["README.md"].splitlines()) <= 130
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_no_paragraph_is_a_wall(name: str) -> None:
+    prose = re.sub(r"```.*?```", "", TEXTS[name], flags=re.S)
+    paragraphs = [part.strip("\n").splitlines() for part in re.split(r"\n\n|\n(?=- )", prose)]
+    walls = [lines[0] for lines in paragraphs if len(lines) > 5 and not lines[0].startswith(("|", "    "))]
+    assert walls == []
+
+
+def test_the_readmes_recipes_are_as_their_files_say() -> None:
+    for name, *cells in re.findall(
+        r"^\| [^|]+ \| `(\w+)` \| ([\d,]+) M \| ([^|]+) \| ([\d,]+) × ([\d,]+) \| (\d+) \|$",
+        TEXTS["README.md"],
+        flags=re.M,
+    ):
+        told = describe_recipe(name)
+        kept = [f"{told.parameters / 1e6:,.0f}", told.objective, f"{told.batch:,}", f"{told.steps:,}"]
+        assert cells == [*kept, str(len(told.unknown))], name
