@@ -7,6 +7,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -27,23 +28,18 @@ FEWER = ["optim.steps=2", "optim.warmup_steps=1"]
 SHORTER = {"tile": [*FEWER, "data.batch_size=16"], "slide": FEWER, "doctor": FEWER}
 
 
-def shown() -> list[str]:
-    """The lines of all bash blocks, the README's first."""
-    blocks = [block for text in TEXTS.values() for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S)]
+def shown(texts: Iterable[str]) -> list[str]:
+    """The lines of their bash blocks."""
+    blocks = [block for text in texts for block in re.findall(r"```bash\n(.*?)```", text, flags=re.S)]
     return [line for block in blocks for line in block.splitlines()]
 
 
-def commands(program: str) -> list[str]:
-    """Those that start with ``program``."""
-    return [line for line in shown() if line.split(" ")[0] == program]
-
-
 def test_every_line_of_the_bash_blocks_is_a_command_that_is_tested() -> None:
-    assert [line for line in shown() if not line.startswith(("#", "pretrain ", "make "))] == []
-    assert len(commands("pretrain")) > 12
+    assert [line for line in shown(TEXTS.values()) if not line.startswith(("#", "pretrain ", "make "))] == []
+    assert len(shown([TEXTS["README.md"]])) > 12
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with ``slides/`` (three copies of a real one) and ``labelled/{train,test}/`` (two classes of made-up
     tiles)."""
@@ -63,10 +59,13 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
+def run_as_shown(texts: Iterable[str], workplace: Path) -> None:
+    """Run every ``pretrain`` line of the texts, in their order."""
     lines = []
-    for line in commands("pretrain"):
-        words = shlex.split(line)[1:]
+    for line in shown(texts):
+        program, *words = shlex.split(line, comments=True) or [""]
+        if program != "pretrain":
+            continue
         runs = "--cfg" not in words and not any(word.startswith("launch=") for word in words)
         batch = ["data.batch_size=16"] if words[0] == "doctor" and words[1] != "slide" else []
         lines.append(words + (SHORTER.get(words[0], []) + batch if runs else []))
@@ -93,23 +92,27 @@ def test_every_pretrain_command_runs_as_shown(workplace: Path) -> None:
             env=environment,
             capture_output=True,
             text=True,
-            timeout=400,
+            timeout=600,
         )
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
-    for made in (
-        "shards/index.npz",
-        "inspect/index.html",
-        "inspect_slide/index.html",
-        "embeddings/store.json",
-        "encoder/model.safetensors",
-        "slide_encoder/slide_encoder.pth",
-        "runs/tile/report.html",
-        "runs/tile/probe.json",
-        "embeddings_of_export/trident",
-        "embeddings_of_slides/index.parquet",
-        "slide_embeddings/slide_store.json",
-    ):
-        assert (workplace / made).exists(), made
+
+
+def all_there(workplace: Path, *made: str) -> bool:
+    return all((workplace / path).exists() for path in made)
+
+
+def test_every_command_of_the_readme_runs_as_shown(workplace: Path) -> None:
+    run_as_shown([TEXTS["README.md"]], workplace)
+    tiles = ("shards/index.npz", "runs/tile/probe.json", "encoder/model.safetensors")
+    assert all_there(workplace, *tiles, "embeddings/store.json", "runs/slide/config.yaml")
+
+
+@pytest.mark.slow
+def test_every_command_of_the_guides_runs_as_shown_behind_the_readmes(workplace: Path) -> None:
+    run_as_shown(TEXTS.values(), workplace)
+    pages = ("inspect/index.html", "inspect_slide/index.html", "runs/tile/report.html")
+    stores = ("embeddings_of_export/trident", "embeddings_of_slides/index.parquet", "slide_embeddings/slide_store.json")
+    assert all_there(workplace, *pages, *stores, "slide_encoder/slide_encoder.pth")
 
 
 def test_the_make_targets_named_exist() -> None:

@@ -119,6 +119,7 @@ def losses(run: Path) -> list[float]:
     return [line["loss"] for line in read_metrics(run) if "loss" in line]
 
 
+@pytest.mark.slow
 def test_a_second_slide_objective_trains_resumes_and_is_planned_and_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -51,7 +51,7 @@ def planned(*words: str) -> Config:
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
         pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
         ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),
-        ("float32", "none", 1, CROPS),
+        pytest.param("float32", "none", 1, CROPS, marks=pytest.mark.slow),
         pytest.param("float32", "full", 2, (*CROPS, "model.depth=5", "objective.centring=sinkhorn"), marks=pytest.mark.slow),
     ],
 )  # fmt: skip
@@ -231,6 +231,7 @@ SLIDE = (
 )
 
 
+@pytest.mark.slow
 def test_evaluation_is_counted_and_said() -> None:
     words = (
         "hardware=cpu",
@@ -261,6 +262,7 @@ def test_evaluation_is_counted_and_said() -> None:
     assert "no evaluation: data.validation_fraction=0" in plan_table(found)
 
 
+@pytest.mark.slow
 def test_two_micro_batches_tell_about_four() -> None:
     run, _ = shape_of(*SMALL, "data.batch_size=16", "objective.group_size=4", "model.depth=2")
     two = run.batch(2, 2)
