@@ -76,8 +76,8 @@ class _SplitHeads(torch.autograd.Function):
         tokens, width = sum(crops * tokens for crops, tokens in ctx.shapes), ctx.heads * grads[0].shape[-1]
         if torch.compiler.is_compiling():  # of writes into one buffer it makes a walk through all cases for each number
             of_shapes = zip(grads[::3], grads[1::3], grads[2::3], strict=True)
-            joined = [torch.stack([x.transpose(1, 2) for x in qkv], dim=2).view(-1, 3 * width) for qkv in of_shapes]
-            return torch.cat(joined), None, None
+            parts = [torch.stack([x.transpose(1, 2) for x in qkv], dim=2).view(-1, 3 * width) for qkv in of_shapes]
+            return torch.cat(parts), None, None
         joined = grads[0].new_empty(tokens, 3 * width)
         for place, grad in zip(_heads(joined, ctx.shapes, ctx.heads), grads, strict=True):
             place.copy_(grad)

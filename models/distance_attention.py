@@ -33,6 +33,8 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.flop_counter import register_flop_formula
 
+from models.packed_slides import in_runs, numbers_of_slides, prepend
+
 QUERIES = 256  # at a time: with `SCORES` this bounds what is there of the pairs
 SCORES = 2**20  # of a block of queries and some of its keys, over all heads: small enough for a CPU's cache
 SQUARE = 8  # cells a side
@@ -64,19 +66,23 @@ class DistanceLayout:
     lengths: tuple[int, ...]  # of them, per slide; its special ones come first
     special: int  # how many these are
     places: Tensor  # (M, 2) float32, in cells; those of special tokens mean nothing
+    packed: tuple[int, ...]  # per slide, all tokens, also those that don't attend
     reach: tuple[float, ...]  # none, one for all heads, or one for each
 
     @cached_property
     def slides(self) -> Tensor:
         """(M,) the number of each token's slide."""
-        device = self.places.device
-        return torch.cat([torch.full((n,), number, device=device) for number, n in enumerate(self.lengths)])
+        return self._of_rows(numbers_of_slides(self.packed, self.places.device))
 
     @cached_property
     def is_tile(self) -> Tensor:
         """(M,) whether a token is a tile."""
-        parts = [(size, tile) for n in self.lengths for size, tile in ((self.special, False), (n - self.special, True))]
-        return torch.cat([torch.full((size,), tile, device=self.places.device) for size, tile in parts])
+        tiles = self.places.new_ones(sum(self.packed) - self.special * len(self.packed), dtype=torch.bool)
+        none = self.places.new_zeros(self.special, dtype=torch.bool)
+        return self._of_rows(prepend(none, tiles, [n - self.special for n in self.packed]))
+
+    def _of_rows(self, x: Tensor) -> Tensor:
+        return x if self.rows is None else x.index_select(0, self.rows)
 
     @cached_property
     def block_mask(self) -> BlockMask:
@@ -146,18 +152,17 @@ def lay_out_tokens(
     tiles = [n - special for n in lengths]
 
     def with_special(x: Tensor, token: float) -> Tensor:
-        others = x.new_full((special, *x.shape[1:]), token)
-        return torch.cat([part for slide in x.split(tiles) for part in (others, slide)])
+        return prepend(x.new_full((special, *x.shape[1:]), token), x, tiles)
 
-    places, rows = with_special(cells.float(), 0), None
+    packed, places, rows = tuple(lengths), with_special(cells.float(), 0), None
     if valid is not None:
         if valid_lengths is None:
-            valid_lengths = torch.stack([slide.sum() for slide in valid.split(tiles)]).tolist()
+            valid_lengths = torch.cat([run.sum(1) for run in in_runs(valid, tiles)]).tolist()
         lengths = [special + n for n in valid_lengths]
         # Valid ones first, in order: how many a nonzero() found would be waited for.
         rows = with_special(valid, True).int().argsort(descending=True, stable=True)[: sum(lengths)]
         places = places[rows]
-    layout = DistanceLayout(rows, tuple(lengths), special, places, tuple(reach or ()))
+    layout = DistanceLayout(rows, tuple(lengths), special, places, packed, tuple(reach or ()))
     if not reach:
         return layout
     order = _squares(layout).argsort(stable=True)

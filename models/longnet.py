@@ -23,6 +23,7 @@ from models.attention import check_heads
 from models.attention_kernels import ATTENTION_KERNELS, kernel
 from models.dilated_attention import attended_pairs, check_schedule, dilated_attention
 from models.operations import Operations, attention_products, linear_maps, total_operations
+from models.packed_slides import in_runs, of_slides, prepend, summarise
 from models.positions import check_sines, position_embedding
 from models.sequence_parallel import (
     Group,
@@ -382,21 +383,6 @@ class FeedForward(nn.Module):
         return self.fc2(self.ffn_layernorm(F.gelu(x.to(precise)).to(x.dtype)))
 
 
-def prepend(token: Tensor, x: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Put the tokens ``token`` (n, width) before each slide of the packed ``x`` (T, width) → (T + n B, width)."""
-    token = token.to(x.dtype)
-    return torch.cat([part for slide in x.split(list(lengths)) for part in (token, slide)])
-
-
-def summarise(x: Tensor, lengths: Sequence[int], special: int = 1) -> tuple[Tensor, Tensor, Tensor]:
-    """Packed slides with CLS in front, the first of their ``special`` tokens → their tiles (T, width), CLS tokens (B,
-    width) and mean tiles (B, width)."""
-    slides = x.split(list(lengths))
-    tiles = [slide[special:] for slide in slides]
-    means = torch.stack([some.mean(dim=0) for some in tiles])
-    return torch.cat(tiles), torch.stack([slide[0] for slide in slides]), means
-
-
 def dropout(x: Tensor, rate: float, share: TokenShare, seeds: Sequence[int] | None, site: str) -> Tensor:
     """Dropout whose draws for a slide depend on (the slide's seed, the site) alone, not on what else is in the
     batch."""
@@ -418,9 +404,14 @@ def drop_path(x: Tensor, rate: float, share: TokenShare, seeds: Sequence[int] | 
     up."""
     if seeds is None or rate == 0:
         return x
-    factors = [0.0 if dropout_seed(seed, site) < rate * 2**63 else 1 / (1 - rate) for seed in seeds]
-    slides = x.split([tokens.stop - tokens.start for _, tokens in share.parts])
-    return torch.cat([slide * factors[number] for (number, _), slide in zip(share.parts, slides, strict=True)])
+    kept = [dropout_seed(seed, site) >= rate * 2**63 for seed in seeds]
+    parts = [(kept[number], tokens.stop - tokens.start) for number, tokens in share.parts]
+    scaled = x * (1 / (1 - rate))
+    if all(there for there, _ in parts):
+        return scaled
+    runs = in_runs(scaled, [size for _, size in parts])
+    there = of_slides([there for there, _ in parts], x).split([len(run) for run in runs])
+    return torch.cat([(run * some[:, None, None]).flatten(0, 1) for run, some in zip(runs, there, strict=True)])
 
 
 def dropout_seed(seed: int, site: str) -> int:

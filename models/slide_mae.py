@@ -15,9 +15,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from models.longnet import fill_as_released, summarise
+from models.longnet import fill_as_released
 from models.nearby import Nearby, first_reaches
 from models.operations import Operations, linear_maps
+from models.packed_slides import summarise
 from models.positions import check_sines, position_embedding
 from models.sequence_parallel import Group
 from models.slide_network import SlideLayers

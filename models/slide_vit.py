@@ -24,8 +24,9 @@ from models.distance_attention import (
     lay_out_tokens,
     seen_pairs,
 )
-from models.longnet import drop_path, dropout, in_pieces, prepend, summarise
+from models.longnet import drop_path, dropout, in_pieces
 from models.operations import Operations, attention_products, linear_maps, total_operations
+from models.packed_slides import prepend, summarise
 from models.sequence_parallel import Group, TokenShare
 from models.slide_network import SlideFeatures, SlideLayers, SlideNetwork, require_packed, stacked_layers
 
@@ -111,7 +112,7 @@ class SlideViT(SlideNetwork):
             valid,
             valid_lengths,
         )
-        tiles, cls, means = summarise_valid(x, [n + len(first) for n in lengths], len(first), valid)
+        tiles, cls, means = summarise(x, [n + len(first) for n in lengths], len(first), valid)
         return SlideFeatures(tiles, cls, means, *stacked_layers(states, self.encoder.norm))
 
     def operations(self, lengths: Sequence[int]) -> Operations:
@@ -188,11 +189,11 @@ class DistanceLayers(SlideLayers):
         assert cells is not None
         layout = lay_out_tokens(cells, lengths, self.special, self.settings.reach, valid, valid_lengths)
         share = TokenShare(tuple(lengths))
-        states = [summarise_valid(x, lengths, self.special, valid)[1:]] if all_layers else []
+        states = [summarise(x, lengths, self.special, valid)[1:]] if all_layers else []
         for block in self.blocks:
             x = block(x, layout, share, seeds)
             if all_layers:
-                states.append(summarise_valid(x, lengths, self.special, valid)[1:])
+                states.append(summarise(x, lengths, self.special, valid)[1:])
         return self.norm(x), states
 
     def operations(self, lengths: Sequence[int]) -> Operations:
@@ -257,15 +258,3 @@ class DistanceBlock(nn.Module):
         # A checkpointed block is computed anew up to what its backward last asks for: a drawn scale, or fc2's input.
         last = 0.0 if self.dropout or self.drop_path else linear_maps(tokens, self.fc2).forward
         return replace(found, full=found.forward - last)
-
-
-def summarise_valid(
-    x: Tensor, lengths: Sequence[int], special: int, valid: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """`summarise`, with means over the tiles that are ``valid`` (T,), where that is said."""
-    tiles, cls, means = summarise(x, lengths, special)
-    if valid is not None:
-        counts = [n - special for n in lengths]
-        slides = zip(tiles.split(counts), valid.to(x.dtype).split(counts), strict=True)
-        means = torch.stack([weights @ some / weights.sum() for some, weights in slides])
-    return tiles, cls, means
