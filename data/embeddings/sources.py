@@ -22,11 +22,10 @@ from data.slides.coordinates import UNKNOWN_PLACE, TileGrid
 from data.slides.mpp import SlidesMpp
 from data.slides.reading import Slide
 from data.slides.shared import SharedSlide
-from data.slides.tiling import KEPT, TilingSettings, tile_slide
-from data.slides.tissue import is_empty
+from data.slides.tiling import KEPT, TilingSettings, tile_slide, verdict_of
 
 Pixels = np.ndarray | Fault | None
-"""A tile uint8 (H, W, 3); the Fault that says why it can't be read; or None for a tile with nothing in it."""
+"""A tile uint8 (H, W, 3); the Fault that says why it can't be read; or None for a tile that isn't kept, once it is read."""
 
 
 @dataclass(frozen=True)
@@ -122,13 +121,13 @@ class SlideSource:
             tiling, _ = tile_slide(opened, slide, self.settings, mpp, "")
         x, y, _ = tiling.tiles(KEPT)
         grid, places = tiling.grid, np.stack([x, y], axis=1)
-        shared = SharedSlide(path)
+        shared, least = SharedSlide(path), self.settings.min_saturated
         return TilesToEmbed(
             slide,
             places,
             grid.tile_size_level0,
             grid.mpp,
-            lambda rows: [_pixels(shared, grid, *places[row].tolist()) for row in rows],
+            lambda rows: [_pixels(shared, grid, *places[row].tolist(), min_saturated=least) for row in rows],
             grid.tile_size,
             grid.width,
             grid.height,
@@ -138,12 +137,12 @@ class SlideSource:
         )
 
 
-def _pixels(slide: SharedSlide, grid: TileGrid, x: int, y: int) -> Pixels:
+def _pixels(slide: SharedSlide, grid: TileGrid, x: int, y: int, *, min_saturated: float | None) -> Pixels:
     try:
         tile = slide.read_tile(grid, x, y)
     except Fault as fault:
         return Fault(f"the tile at ({x}, {y}) of {slide.path} can't be read ({fault})")
-    return None if is_empty(tile) else tile
+    return tile if verdict_of(tile, min_saturated) == KEPT else None
 
 
 def slides_of_part(source: EmbeddingSource, part: int, parts: int) -> list[str]:

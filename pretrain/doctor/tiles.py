@@ -111,6 +111,7 @@ def loading(
         world_size=processes,
         accumulate=accumulate,
         threads=data["threads"],
+        min_saturated=data["min_saturated"],
     )
 
 

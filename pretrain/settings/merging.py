@@ -4,7 +4,7 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -143,7 +143,9 @@ def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -
                         f"{prefix}{name}: {one!r} is no class with its settings: write [{{_target_: {known}}}], or [] for"
                         " none."
                     )
-        elif list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
+        elif kind == list[Any] and isinstance(value, DictConfig):  # a plug-in among words
+            values[name] = [value]
+        elif plugins.takes_list(kind) and isinstance(value, str | int | float):
             one_path = isinstance(value, str) and Path(value).expanduser().exists()  # which may hold spaces
             try:
                 values[name] = shlex.split(value) if isinstance(value, str) and not one_path else [value]

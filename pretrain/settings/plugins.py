@@ -152,6 +152,11 @@ def schema(target: str, base: type = nn.Module) -> type:
     )
 
 
+def takes_list(kind: Any) -> bool:
+    """Whether a type of settings is a list, perhaps or null."""
+    return list in (get_origin(part) for part in (kind, *get_args(kind)))
+
+
 def has_plugin_beside(kind: Any) -> bool:
     """Whether a type of settings is a dataclass whose ``_target_`` brings settings of its own."""
     return dataclasses.is_dataclass(kind) and "_target_" in get_type_hints(kind)

@@ -28,8 +28,9 @@ DEFAULTS: dict[str, Any] = {
     "out": None,
     "mpp": 0.5,
     "tile_size": 64,
-    "tissue": "otsu",
+    "tissue": ["otsu"],
     "min_tissue": None,
+    "min_saturated": None,
     "slides_mpp": None,
     "tiles": 20,
     "maps": 4,
@@ -77,7 +78,20 @@ def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: py
 def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: Path) -> None:
     shard_command.run(
         shard_command.Config(
-            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
+            [str(slide)],
+            str(tmp_path / "shards"),
+            0.5,
+            64,
+            ["otsu"],
+            None,
+            None,
+            None,
+            "",
+            1000,
+            "tiles",
+            None,
+            None,
+            1,
         )
     )
     look(shards=[tmp_path / "shards"], out=tmp_path / "look")
@@ -146,7 +160,20 @@ def test_tiles_that_are_no_jpeg_are_named_beside_those_that_are(
 def test_shards_without_one_readable_tile_are_a_fault(slide: Path, tmp_path: Path) -> None:
     shard_command.run(
         shard_command.Config(
-            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
+            [str(slide)],
+            str(tmp_path / "shards"),
+            0.5,
+            64,
+            ["otsu"],
+            None,
+            None,
+            None,
+            "",
+            1000,
+            "tiles",
+            None,
+            None,
+            1,
         )
     )
     tar = tmp_path / "shards/tiles-000000.tar"
