@@ -98,7 +98,7 @@ class Config:
     stage: Annotated[str, one_of("tile", "slide")]
     out: Annotated[str, ON_DISK]
     slides: Annotated[list[str] | None, ON_DISK]
-    shards: str | None
+    shards: list[str] | None
     features: Annotated[str | None, ON_DISK]
     embeddings: Annotated[str | None, ON_DISK]
     checkpoint: Annotated[str | None, ON_DISK]

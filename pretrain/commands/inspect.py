@@ -1,4 +1,4 @@
-"""Look at a slide before cutting it, or at shards before training on them.
+"""Look at a slide before cutting it, or at tiles before training on them.
 
 slide=FILE writes which pixels count as tissue, which tiles are kept or rejected and why, and examples of each. It uses
 the same code and settings as 'pretrain shard', so it is the place to try a tissue rule. (Tiles that turn out empty or
@@ -9,7 +9,9 @@ recipe's crops, colours and masks, where the tiles are on the slides, and histog
 slide. With several folders, and weights= of the mixture they are to be, it shows each one's share and how often its
 tiles would come.
 
-Both write PNGs and one index.html over them into out=.
+data= shows any source that 'pretrain tile' takes, by the same settings: Parquet files, slides read online, mixtures.
+
+All write PNGs and one index.html over them into out=.
 
 Examples:
 
@@ -18,6 +20,7 @@ Examples:
     pretrain inspect slide=a.svs out=look tissue=[otsu,hsv] min_tissue=[0.4,0.6]
     pretrain inspect shards=shards out=look tiles=128 views=openmidnight
     pretrain inspect shards="breast lung" weights=[3,1] out=look
+    pretrain inspect data=parquet data.files=hf://datasets/ORG/NAME data.index=index out=look
 """
 
 from dataclasses import dataclass
@@ -44,12 +47,17 @@ from data.slides.tiling import (
     verdict_of,
 )
 from data.slides.tissue import TissueNeeded, pen
+from data.tiles.source import TileSource
 from models.allowed import ON_DISK, SHARE, SOME, TILE, within
 from pretrain.inspection.page import Page, write_page
 from pretrain.inspection.shards import shards_page
 from pretrain.inspection.slides import contact_sheet, tile_map, tissue_overlay
+from pretrain.inspection.sources import source_page
 from pretrain.run.progress import say
+from pretrain.settings import plugins
 from pretrain.settings.tissue_rules import RULES, chosen_rules
+from pretrain.training.tile_sources import build_source
+from pretrain.training.tile_stage import TileData
 
 EXAMPLES = 8  # tiles of each verdict
 
@@ -58,6 +66,7 @@ EXAMPLES = 8  # tiles of each verdict
 class Config:
     slide: Annotated[str | None, ON_DISK]
     shards: list[str] | None
+    data: Annotated[Any, TileData]
     out: Annotated[str, ON_DISK]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
@@ -76,12 +85,19 @@ def run(config: Config) -> None:
     """Write the pictures and the page, and say where they are."""
     out = Path(config.out)
     require_writable(out / "index.html")
-    if config.slide is not None and not config.shards:
+    if (config.slide is not None) + bool(config.shards) + (config.data is not None) != 1:
+        raise Fault(
+            "say what to look at, one of: pretrain inspect slide=FILE, pretrain inspect shards=FOLDER, pretrain inspect"
+            " data=parquet data.files=FOLDER"
+        )
+    if config.slide is not None:
         page = slide_page(config, Path(config.slide))
-    elif config.shards and config.slide is None:
+    elif config.shards:
         page = shards_page(config.shards, config.weights, config.views, config.tiles, config.maps, config.seed)
     else:
-        raise Fault("say what to look at: pretrain inspect slide=FILE, or pretrain inspect shards=FOLDER")
+        if missing := [f"data.{name}=…" for name in plugins.lacking(config.data, TileSource)]:
+            raise Fault(f"say what to look at: {' '.join(missing)}")
+        page = source_page(build_source(config.data), config.views, config.tiles, config.seed)
     write_page(out, page)
     for name, value in page.facts:
         say(f"{name:<22}{value}")

@@ -52,6 +52,10 @@ def typed(command: str, values: DictConfig) -> DictConfig:
         kind = ranges.apart(declared[name])[0] if loose else kind
         if kind == plugins.Plugin or plugins.has_plugin_beside(kind):
             node = values.get(name)
+            if loose and node is None:  # no choice of its group, where a command does without
+                values[name] = None
+                fields.append((name, Any))
+                continue
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 raise Fault(f"{name}._target_ is missing: it names the class to build.")
             target = node["_target_"]

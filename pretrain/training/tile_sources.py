@@ -150,6 +150,13 @@ def _beside(files: list[str]) -> Path:
     return folder
 
 
+def build_source(data: Mapping[str, Any], group: int = 1) -> TileSource:
+    """The source that the settings ``data`` name, among others. Raises Fault where it can't be opened."""
+    target = data["_target_"]
+    own = {name: data[name] for name in plugins.settings_of(target, TileSource)}
+    return plugins.build({"_target_": target, **own}, group, base=TileSource)  # type: ignore[no-any-return]
+
+
 def check_members(members: Mapping[str, Any] | None) -> None:
     """Raise Fault for members of a mixture that name no source, or have settings that it hasn't; None: the doctor looks
     at none."""

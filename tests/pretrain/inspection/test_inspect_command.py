@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,16 +17,19 @@ from data.shards.layout import COLUMNS
 from launch.entry import run_command_line
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
-from pretrain.inspection.shards import _draw, _facts
+from pretrain.inspection.drawn_tiles import DrawnTiles
+from pretrain.inspection.shards import _draw, _facts, shards_page
 from pretrain.inspection.slides import COLOURS, contact_sheet, histogram
 from pretrain.inspection.views import recipe_settings, seen
 from pretrain.pages.page import STYLE
+from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import picture, spoil, write_tiles
 from tests.data.slides.synthetic_slides import stained, write_slide
 
 DEFAULTS: dict[str, Any] = {
     "slide": None,
     "shards": None,
+    "data": None,
     "out": None,
     "mpp": 0.5,
     "tile_size": 64,
@@ -117,6 +122,40 @@ def test_a_mixture_shows_each_folders_share_and_draws_by_it(tmp_path: Path, caps
             look(shards=folders, weights=weights, out=tmp_path / "look")
 
 
+def test_some_tars_of_a_folder_are_shown_by_what_lies_in_them(tmp_path: Path) -> None:
+    folder = write_tiles(tmp_path / "shards", [6, 5, 4], side=32)
+    page = shards_page([f"{folder}/tiles-{{000001..000002}}.tar"], None, None, 20, 0, 0)
+    facts = dict(page.facts)
+    assert facts["tiles"].startswith("9 of") and facts["slides"] == "2" and facts["tar files"].startswith("2 (")
+    size = sum((folder / f"tiles-00000{tar}.tar").stat().st_size for tar in (1, 2))
+    assert facts["tar files"] == f"2 ({size / 1e6:,.1f} MB)" and "9 tiles drawn" in page.pictures[0][1]
+
+
+def test_parquet_files_are_shown_as_shards_are_and_so_is_any_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slides = [f"s{number // 5}" for number in range(30)]
+    table = pq.read_table(write_table(tmp_path / "files/a.parquet", range(30), slide=slides))
+    broken = [b"no image" if number == 7 else jpeg.as_py() for number, jpeg in enumerate(table["jpeg"])]
+    pq.write_table(table.set_column(0, "jpeg", pa.array(broken)), tmp_path / "files/a.parquet", row_group_size=4)
+    words = ["inspect", "data=parquet", f"data.files={tmp_path / 'files'}", "tiles=30", f"out={tmp_path / 'look'}"]
+    run_command_line([*words, "views=null"])
+    said, page = capsys.readouterr().err, (tmp_path / "look/index.html").read_text()
+    assert {path.stem for path in (tmp_path / "look").glob("*.png")} == {"sheet", "tiles-per-slide"}
+    assert "6 known, of 0 of them the patient; none held out" in said and "8 of 4 rows" in said
+    assert "row 7 of" in page and "1 of the 30 tiles drawn" in page and "29 tiles drawn at random" in page
+    shards = write_tiles(tmp_path / "shards", [20])
+    mixed = f"{{rows:{{files:{tmp_path / 'files'},weight:1}},tars:{{shards:{shards},weight:3}}}}"
+    run_command_line(["inspect", "data=mixture", f"data.members={mixed}", "views=null", f"out={tmp_path / 'mixed'}"])
+    assert "tars: " in (said := capsys.readouterr().err) and "75.0% of what is drawn, 40.0% of the tiles" in said
+
+
+def test_a_source_without_its_files_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command_line(["inspect", "data=parquet"])
+    assert "say what to look at: data.files=…" in capsys.readouterr().err
+
+
 def test_the_views_shown_are_those_of_training_and_follow_the_recipe() -> None:
     tiles = [picture(number, 64) for number in range(3)]
     small = recipe_settings("small", ["data.crops.local_count=2", "data.crops.global_size=64"])
@@ -196,8 +235,8 @@ def test_a_picture_that_the_disk_refuses_is_a_sentence_and_no_half_one(
     assert list((tmp_path / "page").iterdir()) == []
 
 
-def test_one_of_slide_and_shards_is_needed(slide: Path, tmp_path: Path) -> None:
-    for given in ({}, {"slide": slide, "shards": [tmp_path]}):
+def test_one_of_slide_shards_and_source_is_needed(slide: Path, tmp_path: Path) -> None:
+    for given in ({}, {"slide": slide, "shards": [tmp_path]}, {"slide": slide, "data": {}}):
         with pytest.raises(Fault, match="say what to look at"):
             look(out=tmp_path, **given)
 
@@ -230,8 +269,9 @@ def test_a_billion_tiles_are_looked_at_in_memory_of_a_few(tmp_path: Path) -> Non
     huge = ShardIndex(index.folder, columns | runs, index.meta)
     tracemalloc.start()
     began = time.monotonic()
-    facts, drawn = dict(_facts(huge)), _draw(huge, 9, 0)
+    facts, drawn = dict(_facts(huge)), DrawnTiles()
+    _draw(huge, 9, 0, drawn)
     took, peak = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 300 * 2**20 and took < 3 and [len(part) for part in drawn] == [9, 9, 0]
+    assert peak < 300 * 2**20 and took < 3 and [len(part) for part in vars(drawn).values()] == [9, 9, 0]
     assert facts["tiles"] == f"1,000,000,000 of {int(index.length[1]) / 1000:.1f} kB"
