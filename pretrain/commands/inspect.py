@@ -97,7 +97,9 @@ def run(config: Config) -> None:
     else:
         if missing := [f"data.{name}=…" for name in plugins.lacking(config.data, TileSource)]:
             raise Fault(f"say what to look at: {' '.join(missing)}")
-        page = source_page(build_source(config.data), config.views, config.tiles, config.seed)
+        page = source_page(
+            build_source(config.data), config.data["min_saturated"], config.views, config.tiles, config.seed
+        )
     write_page(out, page)
     for name, value in page.facts:
         say(f"{name:<22}{value}")

@@ -7,6 +7,7 @@ import numpy as np
 
 from data.keyed import drawn, rng
 from data.redaction import redacted
+from data.slides.tissue import saturated_share
 from data.tiles.of_parquet import ParquetTiles
 from data.tiles.source import TileSource, UnreadableTile
 from pretrain.inspection.drawn_tiles import DrawnTiles
@@ -17,9 +18,10 @@ ROWS_COUNTED = 1 << 22  # rows at once, of which slide they are
 ASKED = 10_000  # tiles whose µm/px make a histogram
 
 
-def source_page(source: TileSource, recipe: str | None, tiles: int, seed: int) -> Page:
+def source_page(source: TileSource, min_saturated: float | None, recipe: str | None, tiles: int, seed: int) -> Page:
     """A sheet of ``tiles`` tiles, drawn from each part by its weight, the views that ``recipe`` makes of some (None:
-    none), and histograms. Tiles that can't be read are named. Raises Fault where not one can."""
+    none), and histograms. Tiles that can't be read are named, and those that ``min_saturated`` would pass over counted.
+    Raises Fault where not one can be read."""
     page = Page(f"{', '.join(part.name for part in source.parts)}: tiles")
     blocks = sum(len(part.block_sizes) for part in source.parts)
     page.facts = [("tiles", f"{len(source):,} in {blocks:,} blocks")]
@@ -33,6 +35,9 @@ def source_page(source: TileSource, recipe: str | None, tiles: int, seed: int) -
             found.add(source.read(number, seed, sample), _caption(source, number, seed, sample))
         except UnreadableTile as error:
             found.bad.append(redacted(str(error)))
+    if min_saturated is not None:
+        pale = sum(saturated_share(tile) < min_saturated for tile in found.tiles)
+        page.facts.append(("pale", f"{pale} of the {len(found.tiles)} tiles drawn, which training passes over"))
     found.show(page, recipe, seed)
     if isinstance(source, ParquetTiles) and source.index.slides:
         counts = _tiles_of_slides(source)

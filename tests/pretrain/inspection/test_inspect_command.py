@@ -122,6 +122,18 @@ def test_a_mixture_shows_each_folders_share_and_draws_by_it(tmp_path: Path, caps
             look(shards=folders, weights=weights, out=tmp_path / "look")
 
 
+def test_of_several_rules_each_ones_tissue_is_shown_and_pale_tiles_are_among_the_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = stained(256, 512, [(256, 128, 600)])
+    image[:, :256] = image[:, :256].mean(axis=2, keepdims=True)
+    slide = write_slide(tmp_path / "half.tiff", image, 0.5)
+    look(slide=slide, out=tmp_path / "look", tissue=["gigapath", "hsv"], min_tissue=[0.0, 0.6], min_saturated=0.5)
+    said = capsys.readouterr().err
+    assert "gigapath, judged at" in said and "hsv, judged at" in said and "a tile needs 60% tissue" in said
+    assert "16 background, 16 kept" in said and (tmp_path / "look/tissue-2.png").exists()
+
+
 def test_some_tars_of_a_folder_are_shown_by_what_lies_in_them(tmp_path: Path) -> None:
     folder = write_tiles(tmp_path / "shards", [6, 5, 4], side=32)
     page = shards_page([f"{folder}/tiles-{{000001..000002}}.tar"], None, None, 20, 0, 0)
@@ -139,10 +151,12 @@ def test_parquet_files_are_shown_as_shards_are_and_so_is_any_source(
     broken = [b"no image" if number == 7 else jpeg.as_py() for number, jpeg in enumerate(table["jpeg"])]
     pq.write_table(table.set_column(0, "jpeg", pa.array(broken)), tmp_path / "files/a.parquet", row_group_size=4)
     words = ["inspect", "data=parquet", f"data.files={tmp_path / 'files'}", "tiles=30", f"out={tmp_path / 'look'}"]
+    words.append("data.min_saturated=1.0")
     run_command_line([*words, "views=null"])
     said, page = capsys.readouterr().err, (tmp_path / "look/index.html").read_text()
     assert {path.stem for path in (tmp_path / "look").glob("*.png")} == {"sheet", "tiles-per-slide"}
     assert "6 known, of 0 of them the patient; none held out" in said and "8 of 4 rows" in said
+    assert "of the 29 tiles drawn, which training passes over" in said
     assert "row 7 of" in page and "1 of the 30 tiles drawn" in page and "29 tiles drawn at random" in page
     shards = write_tiles(tmp_path / "shards", [20])
     mixed = f"{{rows:{{files:{tmp_path / 'files'},weight:1}},tars:{{shards:{shards},weight:3}}}}"
