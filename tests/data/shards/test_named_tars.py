@@ -1,6 +1,5 @@
 """Shards named as WebDataset's users name them: some tars of a folder are the tiles of those tars, and a gap is named."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,9 +12,8 @@ from data.shards.index import ShardIndex
 from data.shards.named_tars import named_tars, open_shards
 from data.shards.scan import scan
 from data.tiles.of_shards import ShardTiles
-from launch.entry import run_command_line
 from tests.data.shards.tars import tile_members, write_tar
-from tests.data.shards.tile_folders import picture, spoil, write_tiles
+from tests.data.shards.tile_folders import picture, write_tiles
 
 
 @pytest.fixture
@@ -89,40 +87,3 @@ def test_slides_are_embedded_of_the_tars_that_are_named_each_as_a_whole(tmp_path
         ShardSource([f"{tmp_path}/parts/tiles-[12].tar"])
     with pytest.raises(Fault, match=r"the slide c is in .*parts and in .*parts"):
         ShardSource([f"{tmp_path}/parts/tiles-2.tar", str(tmp_path / "parts")])
-
-
-def test_named_tars_alone_are_verified(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil(folder, [0])
-    run_command_line(["shards", "verify", f"shards={folder}/tiles-{{000001..000003}}.tar", "workers=1"])
-    assert json.loads(capsys.readouterr().out)["folders"][0]["shards"] == 3
-    with pytest.raises(SystemExit):
-        run_command_line(["shards", "verify", f"shards={folder}/tiles-{{000002..000007}}.tar", "workers=1"])
-    assert "names tiles-000004.tar, tiles-000005.tar" in capsys.readouterr().err
-
-
-PIPE_WORDS = {
-    "tile": ["data.shards=PIPE", "run=r"],
-    "tile of a mixture": ["data=mixture", "data.members={a:{shards:PIPE,weight:1}}", "run=r"],
-    "embed": ["shards=PIPE", "checkpoint=c", "out=o"],
-    "inspect": ["shards=PIPE", "out=o"],
-    "shards verify": ["shards=PIPE"],
-    "shards index": ["shards=PIPE"],
-}
-
-
-@pytest.mark.parametrize("command", PIPE_WORDS)
-def test_a_pipe_is_refused_with_the_way_out_wherever_shards_are_named(
-    command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    words = [word.replace("PIPE", '["pipe:aws s3 cp s3://b/tiles-0.tar -"]') for word in PIPE_WORDS[command]]
-    with pytest.raises(SystemExit):
-        run_command_line([*command.partition(" of ")[0].split(), *words])
-    said = capsys.readouterr().err
-    assert "is a command, which can only be read from front to back" in said and "give the shards' own address" in said
-
-
-def test_an_index_is_of_a_folder_and_not_of_some_tars(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run_command_line(["shards", "index", f"shards={folder}/tiles-*.tar"])
-    assert f"an index is of all that lie in a folder: pretrain shards index shards={folder}" in capsys.readouterr().err
