@@ -89,7 +89,7 @@ class RankBatch:
         return RankBatch(self.step, [part.pin_memory() for part in self.parts], self.bad, self.pale)
 
 
-class OfTile(NamedTuple):
+class LoadedTile(NamedTuple):
     """What is known of a tile once its views are cut."""
 
     number: int
@@ -166,7 +166,7 @@ class TileBatches(IterableDataset["RankBatch"]):
             futures.append(pool.submit(self._views, number, first + i, own))
         return views, futures
 
-    def _views(self, number: int, sample: int, views: list[Tensor]) -> OfTile:
+    def _views(self, number: int, sample: int, views: list[Tensor]) -> LoadedTile:
         """Cut one tile's views into ``views``. ``sample`` is its position in the run, the key of every draw."""
         bad: list[str] = []
         pale: list[int] = []
@@ -177,7 +177,7 @@ class TileBatches(IterableDataset["RankBatch"]):
         rows = draw_parameters(self.colour, self.sizes.kinds(), generator)
         for view, crop in zip(views, cut(tile, self.sizes, self.seed, sample), strict=True):
             view.copy_(crop)
-        return OfTile(number, rows, bad, pale)
+        return LoadedTile(number, rows, bad, pale)
 
     def _read(self, number: int, sample: int, bad: list[str]) -> tuple[int, np.ndarray]:
         """A tile, or the next that can be read, and its number; those that can't are named in ``bad``."""
@@ -210,7 +210,7 @@ class TileBatches(IterableDataset["RankBatch"]):
                 break
         return number, tile
 
-    def _collect(self, step: int, views: list[list[Tensor]], results: list[OfTile]) -> RankBatch:
+    def _collect(self, step: int, views: list[list[Tensor]], results: list[LoadedTile]) -> RankBatch:
         size = self.share // self.accumulate
         shares = masks.ratios(
             self.stream.batch_size * self.sizes.global_count,
