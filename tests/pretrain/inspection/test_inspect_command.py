@@ -80,11 +80,12 @@ def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: py
     assert near(tiles, COLOURS[2]).sum() > 500, "pen is in the picture"
 
 
-def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: Path) -> None:
+def cut(slide: Path, out: Path) -> None:
+    """Shards of a slide, as 'pretrain shard' makes them."""
     shard_command.run(
         shard_command.Config(
             [str(slide)],
-            str(tmp_path / "shards"),
+            str(out),
             0.5,
             64,
             ["otsu"],
@@ -99,6 +100,10 @@ def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: P
             1,
         )
     )
+
+
+def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: Path) -> None:
+    cut(slide, tmp_path / "shards")
     look(shards=[tmp_path / "shards"], out=tmp_path / "look")
     stems = {path.stem for path in (tmp_path / "look").glob("*.png")}
     assert stems == {"sheet", "seen", "map-s", "tiles-per-slide", "mpp", "mpp-level0"}
@@ -211,24 +216,7 @@ def test_tiles_that_are_no_jpeg_are_named_beside_those_that_are(
 
 
 def test_shards_without_one_readable_tile_are_a_fault(slide: Path, tmp_path: Path) -> None:
-    shard_command.run(
-        shard_command.Config(
-            [str(slide)],
-            str(tmp_path / "shards"),
-            0.5,
-            64,
-            ["otsu"],
-            None,
-            None,
-            None,
-            "",
-            1000,
-            "tiles",
-            None,
-            None,
-            1,
-        )
-    )
+    cut(slide, tmp_path / "shards")
     tar = tmp_path / "shards/tiles-000000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     with pytest.raises(Fault, match=r"can be read: .*tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
