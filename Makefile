@@ -19,7 +19,7 @@ SHARED ?= ../shared
 # Slides that 'make bench-shard' cuts, in place of a made-up one.
 BENCH_SLIDES ?=
 
-.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-longnet bench-slide bench-slide-attention bench-slide-scale bench-embed bench-checkpoint gpu soak lint setup clean
+.PHONY: demo test test-slow parity bench-packed bench-step bench-learning bench-peers bench-shard bench-plan bench-data bench-online bench-longnet bench-slide bench-slide-attention bench-slide-scale bench-embed bench-checkpoint gpu soak lint setup clean
 .DEFAULT_GOAL := demo
 
 setup: $(VENV)/installed $(SLIDE)
@@ -65,6 +65,13 @@ bench-shard: setup
 
 bench-data: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/data_path.py $(SHARED)
+
+# wsistream, in a folder of its own behind our environment, beside data=online.
+bench-online: setup $(PEERS)/online/wsistream
+	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/online.py $(SHARED) $(PEERS)/online
+
+$(PEERS)/online/wsistream:
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --target $(PEERS)/online --no-deps wsistream==0.1.6 opencv-python-headless
 
 bench-longnet: setup
 	$(BIN)/python tests/bench/longnet.py

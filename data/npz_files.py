@@ -1,12 +1,13 @@
 """``.npz`` files: their columns written piece by piece and mapped, and read where bytes may have been changed, from
 threads too."""
 
+import mmap
 import tokenize
 import zipfile
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -62,3 +63,13 @@ def mapped(path: Path, place: Place) -> np.ndarray:
     a memmap."""
     dtype, start, rows = place
     return np.asarray(np.memmap(path, dtype, "r", start, (rows,))) if rows else np.empty(0, dtype)
+
+
+def let_go(column: np.ndarray) -> None:
+    """Give back the memory of what was looked at of a `mapped` column; it is read again when it is asked for. Of another
+    array there is nothing to give back."""
+    owner: Any = column
+    while isinstance(owner, np.ndarray):
+        owner = owner.base
+    if isinstance(owner, mmap.mmap):
+        owner.madvise(mmap.MADV_DONTNEED)

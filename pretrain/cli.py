@@ -21,7 +21,7 @@ COMMANDS = {
     "shard": "slides → tile shards",
     "shards verify": "read shards whole, and find what is missing, damaged or not as the index says",
     "shards index": "index shards that another program wrote, or merge what a job array made",
-    "inspect": "look at a slide's tissue mask and grid, or at the tiles of a shard",
+    "inspect": "look at a slide's tissue mask and grid, or at the tiles of any source",
     "tile": "tile shards → tile encoder (DINOv2 and its relatives)",
     "embed": "tile shards or slides + tile encoder → tile embeddings; these + slide encoder → slide embeddings",
     "slide": "slide embeddings → slide encoder (masked autoencoder)",

@@ -17,16 +17,16 @@ from data.fault import Fault
 from data.images import decode_image
 from data.remote import Truncated
 from data.shards.index import ShardIndex
+from data.shards.named_tars import open_shards
 from data.shards.open_tars import OpenTars
 from data.slides.coordinates import UNKNOWN_PLACE, TileGrid
 from data.slides.mpp import SlidesMpp
 from data.slides.reading import Slide
 from data.slides.shared import SharedSlide
-from data.slides.tiling import KEPT, TilingSettings, tile_slide
-from data.slides.tissue import is_empty
+from data.slides.tiling import KEPT, TilingSettings, tile_slide, verdict_of
 
 Pixels = np.ndarray | Fault | None
-"""A tile uint8 (H, W, 3); the Fault that says why it can't be read; or None for a tile with nothing in it."""
+"""A tile uint8 (H, W, 3); the Fault that says why it can't be read; or None for a tile that isn't kept, once it is read."""
 
 
 @dataclass(frozen=True)
@@ -59,19 +59,33 @@ class EmbeddingSource(Protocol):
 
 
 class ShardSource:
-    """The slides of a folder of tile shards, or of a URL of one. Rows are in the order of the tars, so that each is
-    read once through."""
+    """The slides of tile shards, as `open_shards` takes them. Rows are in the order of the tars, so that each is read once
+    through. Raises Fault for a slide that is in two folders, and for one some of whose tars aren't named."""
 
-    def __init__(self, folder: Path | str) -> None:
-        self.index = ShardIndex.open(folder)
-        self.slides = list(self.index.slides)
-        self._numbers = {slide: number for number, slide in enumerate(self.slides)}
-        self.sizes: list[int] = self.index.meta["slides"]["tiles"]
+    def __init__(self, shards: Sequence[str]) -> None:
+        self.sizes: list[int] = []
+        self._places: dict[str, tuple[ShardIndex, int]] = {}
+        for index in (index for named in shards for index in open_shards(named)):
+            for number, tiles in index.tiles_here.items():
+                slide = index.slides[number]
+                if slide in self._places:
+                    raise Fault(
+                        f"the slide {slide} is in {self._places[slide][0].folder} and in {index.folder}: embed each folder"
+                        " into an out= of its own."
+                    )
+                if tiles != index.facts(number)["tiles"]:
+                    raise Fault(
+                        f"of the slide {slide} the tars that are named hold {tiles} of {index.facts(number)['tiles']}"
+                        f" tiles, and it is embedded as a whole: name all of its tars in {index.folder}."
+                    )
+                self._places[slide] = index, number
+                self.sizes.append(tiles)
+        self.slides = list(self._places)
         self._tars = OpenTars()
 
     def open(self, slide: str) -> TilesToEmbed:
         """Find a slide's tiles. Raises Fault where nobody recorded where they lie on the slide."""
-        index, number = self.index, self._numbers[slide]
+        index, number = self._places[slide]
         rows, facts = index.rows_of(number), index.facts(number)
         places = np.stack([index.x[rows], index.y[rows]], axis=1).astype(np.int64)
         if not facts["tile_size_level0"] or (places == UNKNOWN_PLACE).any():
@@ -84,15 +98,15 @@ class ShardSource:
             places,
             float(facts["tile_size_level0"]),
             float(facts["mpp"]) if facts["mpp"] else float("nan"),
-            lambda wanted: self._read(rows[wanted]),
+            lambda wanted: self._read(index, rows[wanted]),
             tile_size=int(facts["tile_size"] or 0),
             slide_width=int(facts["width"] or 0),
             slide_height=int(facts["height"] or 0),
         )
 
-    def _read(self, rows: np.ndarray) -> list[Pixels]:
-        """Decode tiles of the index, or say of each which one can't be and why."""
-        index, tiles = self.index, list[Pixels]()
+    def _read(self, index: ShardIndex, rows: np.ndarray) -> list[Pixels]:
+        """Decode tiles of an index, or say of each which one can't be and why."""
+        tiles = list[Pixels]()
         for row in rows.tolist():
             try:
                 tiles.append(decode_image(self._tars.jpeg(index, row)))
@@ -122,13 +136,13 @@ class SlideSource:
             tiling, _ = tile_slide(opened, slide, self.settings, mpp, "")
         x, y, _ = tiling.tiles(KEPT)
         grid, places = tiling.grid, np.stack([x, y], axis=1)
-        shared = SharedSlide(path)
+        shared, least = SharedSlide(path), self.settings.min_saturated
         return TilesToEmbed(
             slide,
             places,
             grid.tile_size_level0,
             grid.mpp,
-            lambda rows: [_pixels(shared, grid, *places[row].tolist()) for row in rows],
+            lambda rows: [_pixels(shared, grid, *places[row].tolist(), min_saturated=least) for row in rows],
             grid.tile_size,
             grid.width,
             grid.height,
@@ -138,12 +152,12 @@ class SlideSource:
         )
 
 
-def _pixels(slide: SharedSlide, grid: TileGrid, x: int, y: int) -> Pixels:
+def _pixels(slide: SharedSlide, grid: TileGrid, x: int, y: int, *, min_saturated: float | None) -> Pixels:
     try:
         tile = slide.read_tile(grid, x, y)
     except Fault as fault:
         return Fault(f"the tile at ({x}, {y}) of {slide.path} can't be read ({fault})")
-    return None if is_empty(tile) else tile
+    return tile if verdict_of(tile, min_saturated) == KEPT else None
 
 
 def slides_of_part(source: EmbeddingSource, part: int, parts: int) -> list[str]:

@@ -36,6 +36,7 @@ class SlideRow:
     pen: int = 0
     empty: int = 0
     damaged: int = 0
+    pale: int = 0
     mpp: float = 0.0
     width: int = 0
     height: int = 0

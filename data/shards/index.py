@@ -102,6 +102,14 @@ class ShardIndex:
         pieces = [np.arange(self.run_start[run], self.run_start[run + 1]) for run in runs]
         return np.concatenate(pieces) if pieces else np.empty(0, dtype=np.int64)
 
+    @cached_property
+    def tiles_here(self) -> dict[int, int]:
+        """How many tiles of each slide there are, by the slide's number: all of them, or, of an index of some tars, those
+        that lie in these."""
+        counts = np.zeros(len(self.slides), np.int64)
+        np.add.at(counts, self.run_slide, np.diff(self.run_start))
+        return {slide: int(counts[slide]) for slide in np.flatnonzero(counts).tolist()}
+
     def only(self, files: Sequence[str]) -> "ShardIndex":
         """The tiles of some of the tars alone, each tar once, in the order in which they are here."""
         wanted = set(files)
@@ -120,7 +128,8 @@ class ShardIndex:
         columns["run_start"], columns["run_slide"] = np.array([*starts, sum(map(len, rows))]), np.array(slides)
         names = [self.files[file] for file in chosen]
         digest = hashlib.blake2b(json.dumps([self.digest, names]).encode(), digest_size=8).hexdigest()
-        meta = self.meta | {"location": self.location, "files": names, "digest": digest}
+        sizes = [self.meta["sizes"][file] for file in chosen]
+        meta = self.meta | {"location": self.location, "files": names, "sizes": sizes, "digest": digest}
         return ShardIndex(self.folder, columns, meta)
 
     @cached_property

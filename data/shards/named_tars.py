@@ -20,20 +20,48 @@ GAPS_NAMED = 5
 def open_shards(named: str) -> list[ShardIndex]:
     """The tiles of a folder of shards, or of the tars that are named, an index for each folder of theirs. Raises Fault
     as `ShardIndex.open` does, for a tar that isn't in its folder's index, and for a pipe."""
+    return [
+        ShardIndex.open(folder) if names is None else _only(folder, names, str(named))
+        for folder, names in named_tars(named).items()
+    ]
+
+
+def named_tars(named: str) -> dict[str, list[str] | None]:
+    """The folders that are meant, each with the names (globs among them) of its tars that are; None: all of them. Raises
+    Fault for a pipe."""
     named = str(named)
     if named.startswith(PIPE):
         raise Fault(
             f"{named} is a command, which can only be read from front to back, and tiles are read where they lie: give"
             " the shards' own address (s3://, gs://, https://, hf://), or copy them to a disk."
         )
-    if not _names_tars(named):
-        return [ShardIndex.open(named)]
-    wanted: dict[str, list[str]] = {}
-    for url in _expanded(named):
+    wanted: dict[str, list[str] | None] = {}
+    for url in _expanded(named) if _names_tars(named) else [named]:
+        if not _names_tars(url):
+            wanted[url] = None
+            continue
         path, mark, query = url.partition("?")
         folder, slash, name = path.rpartition("/")
-        wanted.setdefault(f"{folder}{mark}{query}" if slash else ".", []).append(name)
-    return [_only(folder, names, named) for folder, names in wanted.items()]
+        names = wanted.setdefault(f"{folder}{mark}{query}" if slash else ".", [])
+        if names is not None:
+            names.append(name)
+    return wanted
+
+
+def tars_among(names: list[str], there: list[str]) -> tuple[list[str], list[str]]:
+    """Which of the tars that are ``there`` are named, and which names lead to none."""
+    known = set(there)
+    found = {name: [name] if name in known else fnmatch.filter(there, name) for name in names}
+    return [tar for tars in found.values() for tar in tars], [name for name, tars in found.items() if not tars]
+
+
+def gap(named: str, lost: list[str], folder: str) -> Fault:
+    """What to say of names that lead to no tar."""
+    more = f" and {len(lost) - GAPS_NAMED} more" if len(lost) > GAPS_NAMED else ""
+    return Fault(
+        f"{named} names {', '.join(lost[:GAPS_NAMED])}{more}, which {folder} doesn't have, or its index doesn't: put"
+        f" the tars there and run 'pretrain shards index shards={folder}', or leave them out."
+    )
 
 
 def _names_tars(named: str) -> bool:
@@ -52,17 +80,8 @@ def _expanded(named: str) -> list[str]:
 def _only(folder: str, names: list[str], named: str) -> ShardIndex:
     index = ShardIndex.open(folder, complete=False)
     numbers = {file: number for number, file in enumerate(index.files)}
-    chosen: list[str] = []
-    lost: list[str] = []
-    for name in names:
-        found = [name] if name in numbers else fnmatch.filter(index.files, name)
-        there = [file for file in found if index.remote or index.path(numbers[file]).exists()]
-        chosen += there
-        lost += [name] if not found else [file for file in found if file not in there]
+    found, lost = tars_among(names, index.files)
+    lost += [] if index.remote else [file for file in found if not index.path(numbers[file]).exists()]
     if lost:
-        more = f" and {len(lost) - GAPS_NAMED} more" if len(lost) > GAPS_NAMED else ""
-        raise Fault(
-            f"{named} names {', '.join(lost[:GAPS_NAMED])}{more}, which {folder} doesn't have, or its index doesn't: put"
-            f" the tars there and run 'pretrain shards index shards={folder}', or leave them out."
-        )
-    return index.only(chosen)
+        raise gap(named, lost, folder)
+    return index.only(found)

@@ -11,6 +11,7 @@ import json
 import math
 import tarfile
 import zlib
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +26,7 @@ from data.shards.layout import COLUMNS
 from data.shards.records import CHECKSUMS, record_path, write_record
 from data.shards.tar_members import TAR_BLOCK, member_header
 from data.slides.coordinates_h5 import coordinates_path, read_tiling
-from data.slides.cutting import cut_tiles
+from data.slides.cutting import CutTile, cut_tiles
 from data.slides.tiling import KEPT, Tiling
 
 
@@ -95,11 +96,13 @@ def read_shard_facts(folder: Path, name: str) -> dict[str, Any]:
         return json.loads(str(record["facts"]))
 
 
-def write_shard(folder: Path, shard: PlannedShard, sources: dict[str, str]) -> WrittenShard:
+def write_shard(
+    folder: Path, shard: PlannedShard, sources: dict[str, str], min_saturated: float | None = None
+) -> WrittenShard:
     """Cut the tiles of ``shard`` and publish its tar and its record.
 
-    ``sources`` gives each slide's file. Tiles that turn out empty, or whose data is damaged, are left out and recorded
-    in ``facts["rejected"]`` as [slide, x, y, verdict]. A slide that can't be read, or with more than 5 % of its tiles
+    ``sources`` gives each slide's file. Tiles that turn out empty or pale, or whose data is damaged, are left out and
+    recorded in ``facts["rejected"]`` as [slide, x, y, verdict]. A slide that can't be read, or with more than 5 % of its tiles
     damaged, is taken out of the shard again and recorded in ``facts["failed"]``; where every slide failed nothing is
     published.
 
@@ -118,8 +121,10 @@ def write_shard(folder: Path, shard: PlannedShard, sources: dict[str, str]) -> W
             for part in shard.parts:
                 before, rejected_before, start = len(rows), len(rejected), tar.offset
                 tiling = read_tiling(coordinates_path(folder, part.slide))
+                source = Path(sources.get(part.slide, tiling.source))
+                cut = cut_tiles(source, tiling, part.first, part.last, min_saturated)
                 try:
-                    _add_part(tar, part, tiling, Path(sources.get(part.slide, tiling.source)), rows, rejected)
+                    _add_part(tar, part, tiling, cut, rows, rejected)
                 except Fault as fault:
                     written.failed[part.slide] = str(fault)
                     del rows[before:], rejected[rejected_before:]
@@ -198,7 +203,7 @@ def _add_part(
     tar: TarWriter,
     part: TileRange,
     tiling: Tiling,
-    source: Path,
+    cut: Iterable[CutTile],
     rows: list[tuple[int, ...]],
     rejected: list[tuple[str, int, int, int]],
 ) -> None:
@@ -208,7 +213,7 @@ def _add_part(
         if key in ("slide", "patient", "level", "mpp", "tile_size", "tile_size_level0") and value is not None
     }
     beginning = json.dumps(common)[:-1]
-    for tile in cut_tiles(source, tiling, part.first, part.last):
+    for tile in cut:
         if tile.verdict != KEPT:
             rejected.append((part.slide, tile.x, tile.y, tile.verdict))
             continue

@@ -4,6 +4,7 @@
     tissue    float32 (N,)       share of tissue of each kept tile
     verdict   uint8 (rows, cols) every cell of the grid: kept, or why not (attribute ``names``)
     share     float16 (rows, cols) share of tissue of every cell
+    further   float16 (rules − 1, rows, cols) only where several rules were asked: the shares by the others
     places    int64 (N, 2)       only where another program chose the tiles: see `data.slides.tiling.Tiling`
 
 TRIDENT's attributes: ``patch_size`` (delivered pixels), ``patch_size_level0``, ``level0_magnification,
@@ -109,6 +110,8 @@ def write_tiling(folder: Path, tiling: Tiling) -> None:
         verdict = file.create_dataset("verdict", data=tiling.verdict, compression="gzip")
         verdict.attrs["names"] = list(VERDICTS)
         file.create_dataset("share", data=tiling.tissue.astype(np.float16), compression="gzip")
+        if tiling.further:
+            file.create_dataset("further", data=np.stack(tiling.further).astype(np.float16), compression="gzip")
         if tiling.places is not None:
             file.create_dataset("places", data=tiling.places, compression="gzip")
     write_whole(path, whole.getvalue())
@@ -139,6 +142,7 @@ def read_tiling(path: Path | RemotePath) -> Tiling:
             file["share"][()].astype(np.float32),
             float(of["thumbnail_downsample"]),
             file["places"][()] if "places" in file else None,
+            tuple(file["further"][()].astype(np.float32)) if "further" in file else (),
         )
 
 

@@ -16,8 +16,7 @@ import simplejpeg
 
 from data.fault import Fault
 from data.slides.reading import Slide
-from data.slides.tiling import DAMAGED, EMPTY, KEPT, READ, Tiling
-from data.slides.tissue import is_empty
+from data.slides.tiling import DAMAGED, KEPT, READ, Tiling, verdict_of
 
 JPEG_QUALITY = 90
 MOST_DAMAGED = 0.05  # share of a slide's tiles that may be damaged before the slide counts as failed
@@ -38,9 +37,11 @@ class CutTile:
     jpeg: bytes
 
 
-def cut_tiles(source: Path, tiling: Tiling, first: int, last: int) -> Iterator[CutTile]:
+def cut_tiles(
+    source: Path, tiling: Tiling, first: int, last: int, min_saturated: float | None = None
+) -> Iterator[CutTile]:
     """Cut candidates ``first … last − 1`` of the tiling from the slide ``source``, in row-major order, reading each
-    once.
+    once; what its pixels say of one is `verdict_of` it.
 
     Raises Fault where the slide can't be opened, isn't the one that was tiled, or more than 5 % of these tiles are
     damaged.
@@ -75,7 +76,8 @@ def cut_tiles(source: Path, tiling: Tiling, first: int, last: int) -> Iterator[C
                 slide.close()
                 slide = Slide(source, CACHE)  # after an error openslide refuses everything else on the same handle
             else:
-                waiting[number] = CutTile(*place, EMPTY, b"") if is_empty(tile) else CutTile(*place, KEPT, encode(tile))
+                verdict = verdict_of(tile, min_saturated)
+                waiting[number] = CutTile(*place, verdict, encode(tile) if verdict == KEPT else b"")
             while following in waiting:
                 yield waiting.pop(following)
                 following += 1

@@ -13,7 +13,7 @@ import json
 import os
 import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -99,7 +99,7 @@ def known_survey(folder: Path, paths: list[Path], settings: TilingSettings, slid
         return None
     changed = [
         f"{key} {kept['settings'].get(key)} then, {value} now"
-        for key, value in asdict(settings).items()
+        for key, value in settings.facts().items()
         if kept["settings"].get(key) != value
     ]
     then = kept["settings"].get("slides_mpp", slides_mpp.given)
@@ -144,7 +144,7 @@ def _write(
     files: list[str] = []
     tiles: list[int] = []
     left_out: dict[str, str] = {}
-    digest = hashlib.blake2b(json.dumps(asdict(settings)).encode(), digest_size=16)
+    digest = hashlib.blake2b(json.dumps(settings.facts()).encode(), digest_size=16)
     for path, slide in sorted(names.items()):
         tiling = found[path]
         count = tiling.counts()["kept"] if isinstance(tiling, Tiling) else 0
@@ -158,7 +158,7 @@ def _write(
         digest.update(f"{slide} {tiling.grid.tile_size_level0} {tiling.verdict.shape}".encode())
         digest.update((tiling.verdict == KEPT).tobytes())
     kept: dict[str, Any] = {
-        "settings": asdict(settings) | {"slides_mpp": slides_mpp.given},
+        "settings": settings.facts() | {"slides_mpp": slides_mpp.given},
         "slides": slides,
         "files": files,
         "tiles": tiles,

@@ -9,6 +9,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -18,12 +19,12 @@ from data.fault import Fault
 from data.files import write_whole
 from data.slides.coordinates import TileGrid, plan_grid
 from data.slides.reading import Slide
-from data.slides.tissue import TISSUE_RULES, TissueRule, covered_shares, is_fluorescence, pen
+from data.slides.tissue import TissueNeeded, TissueRule, covered_shares, is_empty, is_fluorescence, pen, saturated_share
 
-BACKGROUND, KEPT, PEN, EMPTY, DAMAGED = range(5)
-VERDICTS = ("background", "kept", "pen", "empty", "damaged")
+BACKGROUND, KEPT, PEN, EMPTY, DAMAGED, PALE = range(6)
+VERDICTS = ("background", "kept", "pen", "empty", "damaged", "pale")
 # Decided by reading the tile; the others are decided on the thumbnail.
-READ = (KEPT, EMPTY, DAMAGED)
+READ = (KEPT, EMPTY, DAMAGED, PALE)
 
 THUMBNAIL = 1024  # longest side of the stored thumbnail, pixels
 LARGEST_MASK = 4096  # longest side of the image that a tissue rule judges: at most 50 MB
@@ -35,18 +36,34 @@ SOME_PEN = 0.15  # share of ink from which a tile with too little tissue is said
 
 @dataclass(frozen=True)
 class TilingSettings:
-    """What decides which tiles a slide gives. ``min_tissue`` is the least share of a tile that must be tissue."""
+    """What decides which tiles a slide gives: a tile has enough ``tissue`` by every rule, and, once it is read, at least
+    ``min_saturated`` of coloured pixels (see `saturated_share`; None: any)."""
 
     mpp: float
     tile_size: int
-    tissue: str
-    min_tissue: float
+    tissue: tuple[TissueNeeded, ...]
+    min_saturated: float | None = None
+
+    def facts(self) -> dict[str, Any]:
+        """Grid and rules as JSON has them: what candidate tiles of the same settings have in common. A rule alone is in no
+        list."""
+        called, shares = [needed.called for needed in self.tissue], [needed.share for needed in self.tissue]
+        one = len(self.tissue) == 1
+        of_tissue = {"tissue": called[0] if one else called, "min_tissue": shares[0] if one else shares}
+        return {"mpp": self.mpp, "tile_size": self.tile_size, **of_tissue}
+
+
+def verdict_of(tile: np.ndarray, min_saturated: float | None) -> int:
+    """`EMPTY`, `PALE` or `KEPT`: what a tile's own pixels, uint8 (H, W, 3 or more), say."""
+    if is_empty(tile):
+        return EMPTY
+    return PALE if min_saturated is not None and saturated_share(tile) < min_saturated else KEPT
 
 
 @dataclass(frozen=True)
 class Tiling:
     """A slide's tiles, and its cells without one. ``verdict`` (rows, columns) uint8 indexes `VERDICTS`; ``tissue``
-    (rows, columns) float32 is each cell's share of tissue.
+    (rows, columns) float32 is each cell's share of tissue by the first rule, and ``further`` has those by the others.
 
     Tiles that another program chose needn't lie on the grid: they are ``places`` (N, 2) int64, level-0 x and y in
     row-major order, ``verdict`` and ``tissue`` are (1, N), and ``tissue`` is NaN, which nobody measured.
@@ -60,6 +77,7 @@ class Tiling:
     tissue: np.ndarray
     thumbnail_downsample: float  # level-0 pixels per pixel of the stored thumbnail
     places: np.ndarray | None = None
+    further: tuple[np.ndarray, ...] = ()
 
     def tiles(self, *verdicts: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Level-0 x, y (int64) and tissue share of the cells with one of these verdicts, in row-major order."""
@@ -93,10 +111,9 @@ def tile_slide(
     Raises Fault for a slide without a plausible mpp, coarser than asked, fluorescent, or smaller than one tile.
     """
     grid = plan_grid(slide.dimensions, slide.mpp(mpp), settings.mpp, settings.tile_size, str(slide.path))
-    rule = TISSUE_RULES[settings.tissue]
-    mask_downsample = downsample_for(rule, grid, slide.downsamples)
+    scales = [downsample_for(needed.rule, grid, slide.downsamples) for needed in settings.tissue]
     thumbnail_downsample = max(1.0, max(slide.width, slide.height) / THUMBNAIL)
-    finest = min(mask_downsample, thumbnail_downsample)
+    finest = min(*scales, thumbnail_downsample)
     image = slide.thumbnail(finest)
     if is_fluorescence(image):
         raise Fault(
@@ -108,17 +125,22 @@ def tile_slide(
             f"{slide.path} ({slide.width}×{slide.height} pixels) is smaller than one tile "
             f"({grid.tile_size_level0:.0f} of its pixels a side): ask for a smaller tile_size or mpp, or leave it out"
         )
-    picture = _shrunk(image, mask_downsample / finest)
-    left = grid.origin(np.arange(grid.columns)) / mask_downsample
-    top = grid.origin(np.arange(grid.rows)) / mask_downsample
-    side = grid.tile_size_level0 / mask_downsample
-    tissue = covered_shares(rule.mask(picture), left, top, side)
-    verdict = np.where(tissue >= settings.min_tissue, KEPT, BACKGROUND).astype(np.uint8)
-    if rule.rejects_pen:
-        ink = covered_shares(pen(picture), left, top, side)
-        verdict[(ink >= MOST_PEN) | ((verdict == BACKGROUND) & (ink >= SOME_PEN))] = PEN
+    verdict = np.full((grid.rows, grid.columns), KEPT, np.uint8)
+    ink = np.zeros(verdict.shape, np.float32)
+    shares = []
+    for needed, downsample in zip(settings.tissue, scales, strict=True):
+        picture = _shrunk(image, downsample / finest)
+        left = grid.origin(np.arange(grid.columns)) / downsample
+        top = grid.origin(np.arange(grid.rows)) / downsample
+        side = grid.tile_size_level0 / downsample
+        shares.append(covered_shares(needed.mask(picture), left, top, side))
+        verdict[shares[-1] < needed.share] = BACKGROUND
+        if needed.rule.rejects_pen:
+            ink = np.maximum(ink, covered_shares(pen(picture), left, top, side))
+    verdict[(ink >= MOST_PEN) | ((verdict == BACKGROUND) & (ink >= SOME_PEN))] = PEN
     patient = patient_in(slide.path, patient_pattern)
-    tiling = Tiling(name, str(slide.path), patient, grid, verdict, tissue, thumbnail_downsample)
+    tissue, *further = shares
+    tiling = Tiling(name, str(slide.path), patient, grid, verdict, tissue, thumbnail_downsample, further=tuple(further))
     return tiling, _shrunk(image, thumbnail_downsample / finest)
 
 

@@ -1,28 +1,67 @@
 """What on a slide is tissue: rules from an RGB thumbnail to a mask, by name.
 
 Every rule is one function on a thumbnail (H, W, 3) uint8 → bool mask (H, W), True where there is tissue. To add one,
-write the function and put a line in `TISSUE_RULES`. `otsu` is the default: permissive about faint tissue, strict about
-pen.
+write the function and put a line in `TISSUE_RULES`; one of your own, a trained network say, is a class derived from
+`TissueRule` in a file of yours. `otsu` is the default: permissive about faint tissue, strict about pen.
 """
 
 import math
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import ndimage
 from skimage.filters import threshold_otsu
 
+from data.fault import Fault
 
-@dataclass(frozen=True)
-class TissueRule:
-    """A mask function and what belongs to it."""
 
-    mask: Callable[[np.ndarray], np.ndarray]
+class TissueRule(ABC):
+    """Tells tissue on a thumbnail; the same in any process, to which it is sent pickled."""
+
     mpp: float  # microns per pixel of the thumbnail it judges; a very large slide gets a coarser one
     min_tissue: float  # least share of a tile that must be tissue
-    rejects_pen: bool
+    rejects_pen: bool = False
     level: float | None = None  # in place of mpp: it judges the slide's coarsest level of at most this downsample
+
+    @abstractmethod
+    def mask(self, rgb: np.ndarray) -> np.ndarray:
+        """Where there is tissue: uint8 (H, W, 3) → bool (H, W)."""
+
+
+@dataclass(frozen=True)
+class FunctionRule(TissueRule):
+    """A mask function and what belongs to it."""
+
+    of: Callable[[np.ndarray], np.ndarray]
+    mpp: float
+    min_tissue: float
+    rejects_pen: bool = False
+    level: float | None = None
+
+    def mask(self, rgb: np.ndarray) -> np.ndarray:
+        return self.of(rgb)
+
+
+class TissueNeeded(NamedTuple):
+    """The least share of a tile that must be tissue by a rule, which is ``called`` by its name, or is a user's class
+    with its settings."""
+
+    called: str | dict[str, Any]
+    rule: TissueRule
+    share: float
+
+    def mask(self, rgb: np.ndarray) -> np.ndarray:
+        """The rule's mask of a thumbnail. Raises Fault where a user's rule gives none."""
+        mask = np.asarray(self.rule.mask(rgb))
+        if mask.shape != rgb.shape[:2] or mask.dtype != np.bool_:
+            raise Fault(
+                f"tissue={self.called}: its mask of a thumbnail of {rgb.shape[0]}×{rgb.shape[1]} pixels is"
+                f" {mask.dtype} {mask.shape}; it must be bool, a value for each pixel."
+            )
+        return mask
 
 
 def otsu(rgb: np.ndarray) -> np.ndarray:
@@ -71,11 +110,18 @@ def hsv(rgb: np.ndarray) -> np.ndarray:
 FULL = 0.1
 
 TISSUE_RULES: dict[str, TissueRule] = {
-    "otsu": TissueRule(otsu, mpp=8.0, min_tissue=0.25, rejects_pen=True),
-    "gigapath": TissueRule(gigapath, mpp=2.0, min_tissue=0.1, rejects_pen=False),
-    "clam": TissueRule(clam, mpp=FULL, min_tissue=1e-6, rejects_pen=False, level=64),
-    "hsv": TissueRule(hsv, mpp=FULL, min_tissue=0.6, rejects_pen=False),
+    "otsu": FunctionRule(otsu, mpp=8.0, min_tissue=0.25, rejects_pen=True),
+    "gigapath": FunctionRule(gigapath, mpp=2.0, min_tissue=0.1),
+    "clam": FunctionRule(clam, mpp=FULL, min_tissue=1e-6, level=64),
+    "hsv": FunctionRule(hsv, mpp=FULL, min_tissue=0.6),
 }
+
+
+def tissue_needed(names: Sequence[str], shares: Sequence[float] | None = None) -> tuple[TissueNeeded, ...]:
+    """Rules of `TISSUE_RULES` with the least share of each; None: their own."""
+    rules = [TISSUE_RULES[name] for name in names]
+    own = [rule.min_tissue for rule in rules] if shares is None else shares
+    return tuple(map(TissueNeeded, names, rules, own))
 
 
 def pen(rgb: np.ndarray) -> np.ndarray:
@@ -122,6 +168,17 @@ def is_empty(tile: np.ndarray) -> bool:
     colours = red | green << 8 | blue << 16
     missing = max(np.count_nonzero(colours == 0), np.count_nonzero(colours == 0xFFFFFF)) > count / 2
     return bool(spread < 5 or missing)
+
+
+SATURATED = 0.07  # saturation, of 1, above which a pixel is coloured: nanopath's (MedARC, dataloader.py)
+
+
+def saturated_share(tile: np.ndarray) -> float:
+    """The share of a tile's pixels, uint8 (H, W, 3 or more), whose saturation in HSV is above `SATURATED`."""
+    red, green, blue = (np.ascontiguousarray(tile[..., channel]) for channel in range(3))
+    value = np.maximum(np.maximum(red, green), blue)
+    chroma = (value - np.minimum(np.minimum(red, green), blue)).astype(np.uint16)
+    return float((100 * chroma > round(100 * SATURATED) * value.astype(np.uint16)).mean())
 
 
 def covered_shares(mask: np.ndarray, left: np.ndarray, top: np.ndarray, side: float) -> np.ndarray:

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from data.fault import Fault
 from data.keyed import rng
 from data.loader_process import LoaderProcess, shared_memory_room
 from data.shared_memory import Slots
+from data.slides.tissue import saturated_share
 from data.tiles.augment_parameters import Colour, draw_parameters
 from data.tiles.crops import CropSizes, cut
 from data.tiles.source import TileSource, UnreadableTile
@@ -28,6 +30,7 @@ from data.tiles.stream import Stream
 STEPS_AHEAD = 3
 EXPECTED_AHEAD = 24  # steps; a source that fetches from afar begins that early
 REPLACEMENTS_TRIED = 100
+PALE_TRIED = 30  # other tiles of the block, before the most coloured of them is taken
 
 
 @dataclass(frozen=True)
@@ -73,15 +76,26 @@ def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> Micr
 
 @dataclass
 class RankBatch:
-    """A rank's share of global batch ``step``, in micro-batches; ``bad`` names the tiles that could not be read."""
+    """A rank's share of global batch ``step``, in micro-batches; ``bad`` names the tiles that could not be read, and
+    ``pale`` are the numbers of those passed over."""
 
     step: int
     parts: list[MicroBatch]
     bad: list[str]
+    pale: list[int]
 
     def pin_memory(self) -> "RankBatch":
         """See `MicroBatch.pin_memory`."""
-        return RankBatch(self.step, [part.pin_memory() for part in self.parts], self.bad)
+        return RankBatch(self.step, [part.pin_memory() for part in self.parts], self.bad, self.pale)
+
+
+class LoadedTile(NamedTuple):
+    """What is known of a tile once its views are cut."""
+
+    number: int
+    rows: np.ndarray  # (views, WIDTH) float32: colour parameters
+    bad: list[str]  # tiles that couldn't be read in its place
+    pale: list[int]  # tiles that were passed over
 
 
 class TileBatches(IterableDataset["RankBatch"]):
@@ -89,7 +103,8 @@ class TileBatches(IterableDataset["RankBatch"]):
 
     A tile that can't be read is replaced by the next one of its source that can, is named once, and is counted: the run
     goes on while the tiles that were bad stay under the trainer's limit, and every rank still takes the same number of
-    tiles.
+    tiles. A tile of whose pixels fewer than ``min_saturated`` are coloured (`saturated_share`; nanopath's rule) is
+    passed over for others of its block, drawn by its position, and counted.
     """
 
     def __init__(
@@ -107,8 +122,10 @@ class TileBatches(IterableDataset["RankBatch"]):
         world_size: int,
         accumulate: int,
         threads: int,
+        min_saturated: float | None = None,
     ) -> None:
         self.tiles, self.stream, self.sizes, self.colour, self.masking = tiles, stream, sizes, colour, masking
+        self.min_saturated = min_saturated
         self.seed, self.start, self.stop = seed, start, stop
         self.rank, self.world_size, self.accumulate, self.threads = rank, world_size, accumulate, threads
         self.in_slots = True  # of shared memory
@@ -149,28 +166,51 @@ class TileBatches(IterableDataset["RankBatch"]):
             futures.append(pool.submit(self._views, number, first + i, own))
         return views, futures
 
-    def _views(self, number: int, sample: int, views: list[Tensor]) -> tuple[int, np.ndarray, list[str]]:
-        """Cut one tile's views into ``views``; its number and colour parameters. ``sample`` is its position in the run,
-        the key of every draw."""
+    def _views(self, number: int, sample: int, views: list[Tensor]) -> LoadedTile:
+        """Cut one tile's views into ``views``. ``sample`` is its position in the run, the key of every draw."""
         bad: list[str] = []
+        pale: list[int] = []
+        number, tile = self._read(number, sample, bad)
+        if self.min_saturated is not None:
+            number, tile = self._coloured(number, tile, sample, self.min_saturated, bad, pale)
+        generator = rng(self.seed, "colour", sample)
+        rows = draw_parameters(self.colour, self.sizes.kinds(), generator)
+        for view, crop in zip(views, cut(tile, self.sizes, self.seed, sample), strict=True):
+            view.copy_(crop)
+        return LoadedTile(number, rows, bad, pale)
+
+    def _read(self, number: int, sample: int, bad: list[str]) -> tuple[int, np.ndarray]:
+        """A tile, or the next that can be read, and its number; those that can't are named in ``bad``."""
         while True:
             try:
-                tile = self.tiles.read(number, self.seed, sample)
-                break
+                return number, self.tiles.read(number, self.seed, sample)
             except UnreadableTile as error:
                 bad.append(str(error))
                 number = error.next % len(self.tiles)
             if len(bad) == REPLACEMENTS_TRIED:
                 raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
-        generator = rng(self.seed, "colour", sample)
-        rows = draw_parameters(self.colour, self.sizes.kinds(), generator)
-        for view, crop in zip(views, cut(tile, self.sizes, self.seed, sample), strict=True):
-            view.copy_(crop)
-        return number, rows, bad
 
-    def _collect(
-        self, step: int, views: list[list[Tensor]], results: list[tuple[int, np.ndarray, list[str]]]
-    ) -> RankBatch:
+    def _coloured(
+        self, number: int, tile: np.ndarray, sample: int, least: float, bad: list[str], pale: list[int]
+    ) -> tuple[int, np.ndarray]:
+        """The tile, or another of its block with ``least`` of coloured pixels; where so many tries find none, the one
+        that has most. The others are in ``pale``."""
+        share = saturated_share(tile)
+        if share >= least:
+            return number, tile
+        block = self.stream.block(number)
+        others = rng(self.seed, "coloured", sample).permutation(len(block))[: PALE_TRIED + 1] + block.start
+        for other in [other for other in others.tolist() if other != number][:PALE_TRIED]:
+            other, found = self._read(other, sample, bad)
+            its = saturated_share(found)
+            pale.append(number if its > share else other)
+            if its > share:
+                number, tile, share = other, found, its
+            if share >= least:
+                break
+        return number, tile
+
+    def _collect(self, step: int, views: list[list[Tensor]], results: list[LoadedTile]) -> RankBatch:
         size = self.share // self.accumulate
         shares = masks.ratios(
             self.stream.batch_size * self.sizes.global_count,
@@ -185,20 +225,21 @@ class TileBatches(IterableDataset["RankBatch"]):
         for begin, of_part in zip(range(0, self.share, size), views, strict=True):
             first = self.rank * self.share + begin
             part = results[begin : begin + size]
-            rows = np.stack([of_tile for _, of_tile, _ in part], 1)  # (views, tiles, WIDTH)
+            rows = np.stack([of_tile.rows for of_tile in part], 1)  # (views, tiles, WIDTH)
             patches = self._masks(step, first, shares[first : first + size])
             parts.append(
                 MicroBatch(
                     first,
-                    torch.tensor([number for number, _, _ in part]),
-                    torch.tensor([self._mpp(one[0], sample) for sample, one in enumerate(part, of_batch + first)]),
+                    torch.tensor([one.number for one in part]),
+                    torch.tensor([self._mpp(one.number, sample) for sample, one in enumerate(part, of_batch + first)]),
                     of_part,
                     [of_size.flatten(0, 1) for of_size in torch.from_numpy(rows).split(counts)],
                     torch.from_numpy(patches),
                     torch.from_numpy(np.flatnonzero(patches)),
                 )
             )
-        return RankBatch(step, parts, [message for _, _, bad in results for message in bad])
+        bad = [message for of_tile in results for message in of_tile.bad]
+        return RankBatch(step, parts, bad, [number for of_tile in results for number in of_tile.pale])
 
     def _mpp(self, number: int, sample: int) -> float:
         found = self.tiles.mpp(number, self.seed, sample)

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.fault import Fault
+from data.npz_files import let_go
 from data.parquet.index import UNREADABLE, ParquetIndex
 from data.parquet.row_groups import read_footer, read_images
 from data.recently_made import RecentlyMade
@@ -106,6 +107,7 @@ class ParquetTiles(TileSource):
         file, group = self._file_of(chunk)
         count = int(self._first_group[chunk + 1] - self._first_group[chunk])
         name = self.index.files[file]
+        let_go(self.index.slide)  # or a long run would have looked at all of it
         return read_images(name, self._footers.get(name), range(group, group + count), self.index.image)
 
     def _file_of(self, chunk: int) -> tuple[int, int]:
@@ -140,6 +142,7 @@ class ParquetTiles(TileSource):
             first = starts[chunk : chunk + CHUNKS_COUNTED + 1]
             wanted = self._wanted[self.index.slide[first[0] : first[-1]]]
             counts.append(np.add.reduceat(wanted, first[:-1] - first[0], dtype=np.int64))
+            let_go(self.index.slide)
         return np.concatenate(counts)
 
     def _blocks(self, group: int) -> np.ndarray:

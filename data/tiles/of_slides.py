@@ -92,7 +92,7 @@ class SlideTiles(TileSource):
         """Level-0 ``(x, y)`` where a kept cell of a slide (``cell`` counts along its rows) is read for that sample, as a
         tile of ``side`` level-0 pixels (None: the grid's).
 
-        A shifted tile has at least the survey's share of tissue, by the shares of the cells it lies on, and next to no
+        A shifted tile has at least the survey's shares of tissue, by those of the cells it lies on, and next to no
         pen; where ten shifts don't find such a place it is the cell itself, in the tile's middle.
         """
         row, column = divmod(cell, tiling.verdict.shape[1])
@@ -104,7 +104,10 @@ class SlideTiles(TileSource):
                 x = round(min(max(0.0, (column + right + around) * step), grid.width - side))
                 y = round(min(max(0.0, (row + down + around) * step), grid.height - side))
                 tissue, ink = _beneath(tiling, y / step, x / step, side / step)
-                if tissue >= self.surveyed.settings.min_tissue and ink <= PEN_ALLOWED:
+                enough = (
+                    has >= needed.share for has, needed in zip(tissue, self.surveyed.settings.tissue, strict=True)
+                )
+                if ink <= PEN_ALLOWED and all(enough):
                     return x, y
         if side == step:
             return int(grid.origin(column)), int(grid.origin(row))
@@ -142,14 +145,14 @@ class SlideTiles(TileSource):
         return slide
 
 
-def _beneath(tiling: Tiling, row: float, column: float, side: float = 1.0) -> tuple[float, float]:
-    """Shares of tissue, and of cells with pen, under a tile at a fractional ``(row, column)`` of the grid, ``side``
-    cells wide."""
+def _beneath(tiling: Tiling, row: float, column: float, side: float = 1.0) -> tuple[list[float], float]:
+    """Shares of tissue by each rule, and of cells with pen, under a tile at a fractional ``(row, column)`` of the grid,
+    ``side`` cells wide."""
     (rows, down), (columns, right) = (
         _overlaps(start, side, count) for start, count in zip((row, column), tiling.verdict.shape, strict=True)
     )
-    tissue, verdict = tiling.tissue[rows, columns], tiling.verdict[rows, columns]
-    return float(down @ tissue @ right), float(down @ (verdict == PEN) @ right)
+    tissue = [float(down @ shares[rows, columns] @ right) for shares in (tiling.tissue, *tiling.further)]
+    return tissue, float(down @ (tiling.verdict[rows, columns] == PEN) @ right)
 
 
 def _overlaps(start: float, side: float, cells: int) -> tuple[slice, np.ndarray]:

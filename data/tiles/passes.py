@@ -44,7 +44,7 @@ class Passes:
         self, block_sizes: np.ndarray, *, lanes: int, window: int, group: int, seed: int, key: int, first: int
     ) -> None:
         self.sizes = np.asarray(block_sizes, dtype=np.int64)
-        self.tiles = int(self.sizes.sum())
+        self.tiles, self.first = int(self.sizes.sum()), first
         self.starts = np.cumsum(self.sizes) - self.sizes + first  # each block's first tile number
         self.lanes, self.window, self.group, self.seed, self.key = lanes, window, group, seed, key
         self._passes = RecentlyMade(self._pass, 2)  # lanes differ by a tile a pass: no more are open at once

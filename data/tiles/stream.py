@@ -77,6 +77,12 @@ class Stream:
         each = self.lanes // world_size
         return range(rank * each, (rank + 1) * each)
 
+    def block(self, number: int) -> range:
+        """The tiles of the block that tile ``number`` is of."""
+        passes = next(passes for passes in self.passes if number < passes.first + passes.tiles)
+        which = int(np.searchsorted(passes.starts, number, side="right")) - 1
+        return range(int(passes.starts[which]), int(passes.starts[which] + passes.sizes[which]))
+
     def lane(self, lane: int, position: int, count: int) -> np.ndarray:
         """``count`` tile numbers of ``lane`` from its ``position`` on (tiles consumed so far)."""
         if len(self.passes) == 1:

@@ -47,7 +47,7 @@ def run(config: Config) -> None:
     """Check, print, and end with exit code 1 where anything fails."""
     place, trainer, data = Path(config.run), config.trainer, config.data
     as_tile = {field.name: getattr(config, field.name) for field in fields(tile.Config)}
-    with_data = not plugins.lacks(data, TileSource) and data.get("shards") != []
+    with_data = not plugins.lacking(data, TileSource) and data.get("shards") != []
 
     def objective() -> Objective:
         return plugins.build(config.objective, lambda: plugins.build(config.model))  # type: ignore[no-any-return]

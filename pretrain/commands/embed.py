@@ -42,7 +42,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from data.embeddings.feature_files import UNITS, list_features
 from data.embeddings.h5 import EXPORTS
@@ -64,17 +64,17 @@ from data.shards.job_array import JobPart
 from data.slides.lists import list_slides
 from data.slides.mpp import ISOTROPIC, SlidesMpp
 from data.slides.tiling import TilingSettings
-from data.slides.tissue import TISSUE_RULES
-from models.allowed import ON_DISK, SHARE, TILE, one_of, within
+from models.allowed import ON_DISK, SHARE, SOME, TILE, one_of, within
 from pretrain.embedding.named_slides import hold_to_embedded_mpp, named_slides
 from pretrain.embedding.result import require_none_left_out, say_embedded, write_exports
 from pretrain.embedding.shared_slides import Embedders, met
 from pretrain.encoders.slide_encoders import SlideEncoder, load_slide_encoder
 from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
+from pretrain.settings.tissue_rules import RULES, chosen_rules
 
 USED_BY = {
-    "slides=": {"slides", "checkpoint", "slides_mpp", "min_tissue"},
+    "slides=": {"slides", "checkpoint", "slides_mpp", "min_tissue", "min_saturated"},
     "shards=": {"shards", "checkpoint"},
     "features=": {"features", "slides", "slides_mpp", "encoder", "features_tile", "features_unit", "features_mpp"},
     "stage=slide": {"embeddings", "checkpoint", "random", "patients", "clusters"},
@@ -98,7 +98,7 @@ class Config:
     stage: Annotated[str, one_of("tile", "slide")]
     out: Annotated[str, ON_DISK]
     slides: Annotated[list[str] | None, ON_DISK]
-    shards: str | None
+    shards: list[str] | None
     features: Annotated[str | None, ON_DISK]
     embeddings: Annotated[str | None, ON_DISK]
     checkpoint: Annotated[str | None, ON_DISK]
@@ -122,8 +122,9 @@ class Config:
     export: Annotated[list[str], one_of(*EXPORTS)]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
-    tissue: Annotated[str, one_of(*TISSUE_RULES)]
-    min_tissue: Annotated[float | None, SHARE]
+    tissue: Annotated[list[Any], SOME, RULES]
+    min_tissue: Annotated[list[float] | None, SHARE]
+    min_saturated: Annotated[float | None, SHARE]
     slides_mpp: str | None
     encoder: str | None
     features_tile: Annotated[float | None, within(above=0)]
@@ -240,8 +241,8 @@ def _embed_tiles(config: Config, part: int, parts: int) -> None:
 
 
 def _tiling(config: Config) -> TilingSettings:
-    min_tissue = TISSUE_RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
-    return TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
+    rules = chosen_rules(config.tissue, config.min_tissue)
+    return TilingSettings(config.mpp, config.tile_size, rules, config.min_saturated)
 
 
 def _import_features(config: Config, part: int, parts: int) -> None:

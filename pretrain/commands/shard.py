@@ -19,18 +19,23 @@ Examples:
     pretrain shard slides="a.svs b.tiff" out=shards mpp=1.0 slides_mpp=0.25
     pretrain shard slides=slides.csv out=shards slides_mpp=slides.csv
     pretrain shard slides='/archive/**/*.ndpi' out=shards tissue=gigapath workers=8
+    pretrain shard slides=/slides out=shards tissue=[otsu,hsv] min_tissue=[0.4,0.6] min_saturated=0.5
+    pretrain shard slides=/slides out=shards 'tissue=[otsu,{_target_: my_rules.Pink, least_red: 150}]'
     pretrain shard slides=/slides out=shards coordinates=trident/20x_256px_0px_overlap
     pretrain shard slides=/slides out=shards part=3/40
 
 The last line is one job of an array of forty, each of which takes its share of the slides; 'pretrain shards index
 shards=shards' merges what they made. With coordinates= the tiles are those that TRIDENT or CLAM chose, and no tissue is
 looked for.
+
+With several tissue rules a tile must satisfy each. A rule of your own, or a trained network, is a class derived from
+data.slides.tissue.TissueRule in a file of a folder that --config-dir or PYTHONPATH names.
 """
 
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from data.fault import Fault
 from data.files import refused
@@ -43,12 +48,12 @@ from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.names import name_slides
 from data.slides.tiling import TilingSettings
-from data.slides.tissue import TISSUE_RULES
-from models.allowed import FILE_STEM, ON_DISK, PATTERN, SHARE, SOME, TILE, one_of, within
+from models.allowed import FILE_STEM, ON_DISK, PATTERN, SHARE, SOME, TILE, within
 from pretrain.cutting.summary import counted_as, say_outcomes, say_renamed
 from pretrain.cutting.tiles import cut_shards, failed_parts, record_outcomes
 from pretrain.cutting.tissue import find_tissue, hold_to_same_mpp
 from pretrain.run.progress import say
+from pretrain.settings.tissue_rules import RULES, chosen_rules
 
 
 @dataclass
@@ -57,8 +62,9 @@ class Config:
     out: Annotated[str, ON_DISK]
     mpp: Annotated[float, within(above=0)]
     tile_size: Annotated[int, TILE]
-    tissue: Annotated[str, one_of(*TISSUE_RULES)]
-    min_tissue: Annotated[float | None, SHARE]
+    tissue: Annotated[list[Any], SOME, RULES]
+    min_tissue: Annotated[list[float] | None, SHARE]
+    min_saturated: Annotated[float | None, SHARE]
     slides_mpp: str | None
     patient_pattern: Annotated[str, PATTERN]
     tiles_per_shard: Annotated[int, within(least=1)]
@@ -85,9 +91,9 @@ def run(config: Config) -> None:
 
 def _shard(config: Config, out: Path, paths: list[Path], part: JobPart | None, slides_mpp: SlidesMpp) -> None:
     workers = config.workers or len(os.sched_getaffinity(0))
-    min_tissue = TISSUE_RULES[config.tissue].min_tissue if config.min_tissue is None else config.min_tissue
-    settings = TilingSettings(config.mpp, config.tile_size, config.tissue, min_tissue)
-    made = asdict(settings) | {"jpeg_quality": JPEG_QUALITY}
+    rules = chosen_rules(config.tissue, config.min_tissue)
+    settings = TilingSettings(config.mpp, config.tile_size, rules, config.min_saturated)
+    made = settings.facts() | {"min_saturated": config.min_saturated, "jpeg_quality": JPEG_QUALITY}
     if config.coordinates is not None:
         made |= {"tissue": "given", "min_tissue": None}
     check_division(out, part)

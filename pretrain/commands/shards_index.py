@@ -27,6 +27,7 @@ from data.fault import Fault
 from data.shards.folder import FAILED, NO_TISSUE, TILED, load_plan, written_by_one
 from data.shards.index import ShardIndex
 from data.shards.job_array import merge_parts, parts_in
+from data.shards.named_tars import named_tars
 from data.shards.records import merge_records, record_path
 from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.tile_members import LeftOut
@@ -47,16 +48,25 @@ class Config:
 
 def run(config: Config) -> None:
     """Index every folder. Raises Fault where shards are unfinished or damaged."""
+    folders: list[str] = []
+    for named in config.shards:
+        for where, tars in named_tars(named).items():
+            folders.append(where)
+            if tars is not None:
+                raise Fault(
+                    f"{named} names tars, and an index is of all that lie in a folder: pretrain shards index"
+                    f" shards={where}; which of them are read is said where they are used, data.shards={named}."
+                )
     if config.out is not None:
-        if len(config.shards) != 1:
+        if len(folders) != 1:
             raise Fault(
-                f"out={config.out} keeps the index of one folder, and shards= names {len(config.shards)}: run the"
-                " command once for each"
+                f"out={config.out} keeps the index of one folder, and shards= names {len(folders)}: run the command once"
+                " for each"
             )
-        index = scan(config.shards[0], Path(config.out))
-        say(f"{config.shards[0]}: {holdings(index)}, indexed in {config.out}{_said_left_out(index)}")
+        index = scan(folders[0], Path(config.out))
+        say(f"{folders[0]}: {holdings(index)}, indexed in {config.out}{_said_left_out(index)}")
         return
-    for name in config.shards:
+    for name in folders:
         folder = Path(name)
         if parts_in(folder):
             with written_by_one(folder):

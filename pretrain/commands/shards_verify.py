@@ -13,6 +13,7 @@ Examples:
     pretrain shards verify shards=shards
     pretrain shards verify shards="/data/a /data/b" report=findings.json workers=8
     pretrain shards verify shards=s3://bucket/shards workers=16
+    pretrain shards verify 'shards=/data/a/tiles-{000000..000123}.tar'
 """
 
 import json
@@ -29,6 +30,7 @@ from data.files import require_writable, write_whole
 from data.parallel import in_processes
 from data.redaction import redacted_settings
 from data.remote import is_remote
+from data.shards.named_tars import gap, named_tars, tars_among
 from data.shards.verify import Defect, Folder, Verified, list_shards, verify_folder, verify_shard
 from models.allowed import ON_DISK, SOME, within
 from pretrain.run.progress import Progress, say
@@ -47,9 +49,10 @@ def run(config: Config) -> None:
     """Verify every folder, write the report, and raise a Fault where anything was found."""
     if config.report is not None:
         require_writable(Path(config.report))
+    workers = config.workers or len(os.sched_getaffinity(0))
+    asked = [(named, *of_folder) for named in config.shards for of_folder in named_tars(named).items()]
     folders = [
-        verify(folder if is_remote(folder) else Path(folder), config.workers or len(os.sched_getaffinity(0)))
-        for folder in config.shards
+        verify(folder if is_remote(folder) else Path(folder), workers, tars, named) for named, folder, tars in asked
     ]
     found = sum(folder["found"] for folder in folders)
     report = json.dumps(redacted_settings({"ok": not found, "found": found, "folders": folders}), indent=1)
@@ -66,9 +69,14 @@ def run(config: Config) -> None:
         )
 
 
-def verify(folder: Folder, workers: int) -> dict[str, Any]:
-    """The report on one folder: what was there, how many findings of which kind, and each of them."""
+def verify(folder: Folder, workers: int, tars: list[str] | None = None, named: str = "") -> dict[str, Any]:
+    """The report on one folder, or on those ``tars`` of it that are ``named``: what was there, how many findings of which
+    kind, and each of them."""
     names = list_shards(folder)
+    if tars is not None:
+        names, lost = tars_among(tars, names)
+        if lost:
+            raise gap(named, lost, str(folder))
     results = [verify_folder(folder)]
     progress = Progress(len(names), f"verifying {folder}", "shards")
     said = 0

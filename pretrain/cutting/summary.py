@@ -44,7 +44,7 @@ def say_outcomes(folder: ShardFolder, asked: set[str], part: JobPart | None) -> 
     say("")
     if 0 < len(chosen) <= 40:
         width = max(len(row.slide) for row in chosen)
-        columns = ("kept", "background", "pen", "empty", "damaged")
+        columns = ["kept", "background", "pen", "empty", "damaged"] + ["pale"] * any(row.pale for row in chosen)
         say(f"{'slide':<{width}}  {'outcome':<9}  {'µm/px':<6}" + "".join(f"{name:>12}" for name in columns))
         for row in chosen:
             mpp = f"{row.mpp:.4g}" if row.mpp else ""

@@ -21,7 +21,8 @@ def cut_shards(folder: ShardFolder, names: dict[Path, str], workers: int) -> dic
     if not todo:
         say("no new tiles to cut")
         return {}
-    cut = partial(_write, out=folder.out, sources={slide: str(path) for path, slide in names.items()})
+    sources = {slide: str(path) for path, slide in names.items()}
+    cut = partial(_write, out=folder.out, sources=sources, min_saturated=folder.made["min_saturated"])
     failed: dict[str, str] = {}
     progress = Progress(sum(len(shard) for shard in todo), "cutting tiles", "tiles")
     try:
@@ -37,8 +38,8 @@ def cut_shards(folder: ShardFolder, names: dict[Path, str], workers: int) -> dic
     return failed
 
 
-def _write(shard: PlannedShard, out: Path, sources: dict[str, str]) -> WrittenShard:
-    return write_shard(out, shard, sources)
+def _write(shard: PlannedShard, out: Path, sources: dict[str, str], min_saturated: float | None) -> WrittenShard:
+    return write_shard(out, shard, sources, min_saturated)
 
 
 def record_outcomes(folder: ShardFolder, failed: dict[str, str]) -> None:
@@ -54,7 +55,7 @@ def record_outcomes(folder: ShardFolder, failed: dict[str, str]) -> None:
 
 
 def _record_rejected(out: Path, shards: list[PlannedShard], rows: dict[str, SlideRow]) -> None:
-    """Move tiles that turned out empty or damaged from kept to their verdict, in the slides' h5 and rows."""
+    """Move tiles that turned out empty, damaged or pale from kept to their verdict, in the slides' h5 and rows."""
     rejected: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
     for shard in shards:
         for slide, x, y, verdict in read_shard_facts(out, shard.name)["rejected"]:

@@ -60,7 +60,7 @@ def find_tissue(
                 " were given twice"
             )
         row.describe(tiling)
-        candidates = int(sum(row.__dict__[name] for name in ("kept", "empty", "damaged")))
+        candidates = int(sum(row.__dict__[name] for name in ("kept", "empty", "damaged", "pale")))
         row.outcome, row.message = (PENDING, "") if candidates else (NO_TISSUE, "")
         if candidates:
             new[slide] = candidates

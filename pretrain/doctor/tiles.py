@@ -10,12 +10,13 @@ import numpy as np
 from data.fault import Fault
 from data.loader_process import SHARED_MEMORY, shared_memory_room
 from data.tiles.loader import Masking, TileBatches, shared_memory_needed
+from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Stream, group_size
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
-from pretrain.settings import plugins
 from pretrain.training.even_shares import tiles_of
+from pretrain.training.tile_sources import build_source
 from pretrain.training.tile_stage import ColourSettings, Crops, colour, crop_sizes
 
 SAMPLED_TILES = 64  # tiles that are read beside those of the rate
@@ -55,22 +56,18 @@ def check_tiles(
             warned(
                 "tiles",
                 f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a"
-                f" multiple of the {processes} processes), or take more shards",
+                f" multiple of the {processes} processes), or take more data",
             )
         ]
     does = f"one process with data.threads={data['threads']} reads, decodes and cuts"
-    remedy = "raise data.threads and the cores for each process, or put the shards on faster storage"
+    remedy = "raise data.threads and the cores for each process, or put the tiles on faster storage"
     return [*found, *memory, fast_enough(rate, needed, processes, "tiles", does, remedy)]
 
 
 def open_stream(data: Mapping[str, Any], seed: int) -> tuple[TileSource, Stream]:
     """The source that ``data`` names and the stream over it. Raises Fault where they don't fit."""
     shape = {name: data[name] for name in ("batch_size", "lanes", "slides_per_lane")}
-    target = data["_target_"]
-    own = {name: data[name] for name in plugins.settings_of(target, TileSource)}
-    if isinstance(own.get("shards"), str):
-        own["shards"] = [own["shards"]]
-    source = plugins.build({"_target_": target, **own}, group_size(**shape), base=TileSource)
+    source = build_source(data, group_size(**shape))
     return source, Stream(source.parts, **shape, window=data["window"], seed=seed)
 
 
@@ -80,9 +77,8 @@ def read_ends_of_source(source: TileSource) -> None:
         try:
             source.read(number)
         except UnreadableTile as error:
-            raise Fault(
-                f"{error}: 'pretrain shards verify' finds all that are; restore them, or index the shards anew"
-            ) from error
+            finds = "'pretrain shards verify' finds all that are; " if isinstance(source, ShardTiles) else ""
+            raise Fault(f"{error}: {finds}restore them, or delete their index, which is made anew") from error
 
 
 def loading(
@@ -111,6 +107,7 @@ def loading(
         world_size=processes,
         accumulate=accumulate,
         threads=data["threads"],
+        min_saturated=data["min_saturated"],
     )
 
 

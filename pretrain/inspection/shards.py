@@ -14,15 +14,14 @@ from data.keyed import drawn, rng
 from data.redaction import redacted
 from data.remote import Truncated
 from data.shards.index import ShardIndex
+from data.shards.named_tars import open_shards
 from data.shards.open_tars import OpenTars
 from data.slides.coordinates import UNKNOWN_PLACE
 from data.slides.coordinates_h5 import read_tiling
+from pretrain.inspection.drawn_tiles import DrawnTiles
 from pretrain.inspection.page import Page
-from pretrain.inspection.slides import contact_sheet, histogram, mixture_chart, tile_map
-from pretrain.inspection.views import recipe_settings, seen
+from pretrain.inspection.slides import histogram, mixture_chart, tile_map
 
-SEEN = 8  # tiles whose views are shown
-SAID = 10  # unreadable tiles that are named; the rest are counted
 MEASURED = 100_000  # tiles whose lengths make the mean; of a larger index so many are drawn
 
 
@@ -32,33 +31,18 @@ def shards_page(
     """Sheets of ``tiles`` tiles, the views that ``recipe`` makes of some (None: none), ``maps`` tile maps, histograms,
     and the shares of a mixture by ``weights`` (any scale; None: by their tiles). Tiles that can't be read are named.
     Raises Fault for weights that don't fit the folders, and where not one tile can be read."""
-    indices = [ShardIndex.open(folder) for folder in folders]
+    indices = [index for folder in folders for index in open_shards(str(folder))]
     counts = np.array([len(index) for index in indices])
-    shares = counts / counts.sum() if weights is None else _shares(weights, len(folders))
-    names = [PurePath(redacted(str(folder).partition("?")[0])).name for folder in folders]
+    shares = counts / counts.sum() if weights is None else _shares(weights, len(indices))
+    names = [PurePath(redacted(str(index.location).partition("?")[0])).name for index in indices]
     page = Page(f"{', '.join(names)}: tile shards")
     page.facts = [fact for index in indices for fact in _facts(index)]
     of_each = rng(seed, "mixture").multinomial(tiles, shares)
-    drawn = [_draw(index, int(count), seed) for index, count in zip(indices, of_each, strict=True)]
-    pictures = [tile for own, _, _ in drawn for tile in own]
-    captions = [caption for _, own, _ in drawn for caption in own]
-    bad = [sentence for _, _, own in drawn for sentence in own]
-    if bad and not pictures:
-        raise Fault(
-            f"not one of {len(bad)} tiles can be read: {bad[0]}; 'pretrain shards verify' finds all that is wrong"
-        )
-    page.facts += [("unreadable", f"{len(bad)} of the {len(bad) + len(pictures)} tiles drawn")] * bool(bad) + [
-        ("", sentence) for sentence in bad[:SAID]
-    ]
-    page.pictures.append(("sheet", f"{len(pictures)} tiles drawn at random", contact_sheet(pictures, captions)))
-    if recipe is not None:
-        some = [pictures[at] for at in np.linspace(0, len(pictures) - 1, min(SEEN, len(pictures))).astype(int)]
-        words = (
-            f"What the network sees under recipe={recipe}: a tile a row, global views with masked patches grey, then"
-            " local views"
-        )
-        page.pictures.append(("seen", words, seen(some, recipe_settings(recipe), seed)))
-    if len(folders) > 1:
+    drawn = DrawnTiles()
+    for index, count in zip(indices, of_each.tolist(), strict=True):
+        _draw(index, count, seed, drawn)
+    drawn.show(page, recipe, seed, "; 'pretrain shards verify' finds all that is wrong")
+    if len(indices) > 1:
         names = _distinct(names)
         page.facts += [
             (f"share of {name}", f"{share:.1%} of what is drawn, {count / counts.sum():.1%} of the tiles")
@@ -81,8 +65,8 @@ def _facts(index: ShardIndex) -> list[tuple[str, str]]:
         ("shards", redacted(str(index.location))),
         ("tar files", f"{len(index.files):,} ({sum(index.meta['sizes']) / 1e6:,.1f} MB)"),
         ("tiles", f"{len(index):,} of {_mean_length(index) / 1000:.1f} kB"),
-        ("slides", f"{len(index.slides):,}"),
-        ("patients", f"{len({patient for patient in facts['patient'] if patient}):,} known"),
+        ("slides", f"{len(index.tiles_here):,}"),
+        ("patients", f"{len({facts['patient'][slide] for slide in index.tiles_here} - {None, ''}):,} known"),
         ("digest", index.digest),
     ]
 
@@ -92,29 +76,28 @@ def _mean_length(index: ShardIndex) -> float:
     return float(index.length[drawn(len(index), MEASURED, "mean length")].mean())
 
 
-def _draw(index: ShardIndex, count: int, seed: int) -> tuple[list[np.ndarray], list[str], list[str]]:
-    """``count`` tiles (H, W, 3) uint8 at random, their captions, and a sentence about each that can't be read."""
-    tiles, captions, bad = [], [], []
+def _draw(index: ShardIndex, count: int, seed: int, into: DrawnTiles) -> None:
+    """Draw ``count`` tiles at random."""
     tars = OpenTars()
     for row in drawn(len(index), count, seed, "inspect", index.digest).tolist():
         try:
-            tiles.append(decode_image(tars.jpeg(index, row)))
+            tile = decode_image(tars.jpeg(index, row))
         except (OSError, ValueError, Truncated) as error:
-            bad.append(
+            into.bad.append(
                 f"{redacted(index.place(index.file_of(row)))}: the tile at byte {index.offset[row]} is no readable JPEG"
                 f" ({error})"
             )
             continue
         place = "place unknown" if index.x[row] == UNKNOWN_PLACE else f"{index.x[row]}, {index.y[row]}"
-        captions.append(f"{index.slide_of(row)}\n{place}")
-    return tiles, captions, bad
+        into.add(tile, f"{index.slide_of(row)}\n{place}")
 
 
 def _maps(indices: Sequence[ShardIndex], most: int) -> list[tuple[str, str, Image.Image]]:
     """Where the tiles are on the first ``most`` slides that have a thumbnail."""
     found: list[tuple[str, str, Image.Image]] = []
     for number, index in enumerate(indices):
-        for slide, coordinates in zip(index.slides, index.meta["slides"]["coordinates"], strict=True):
+        for own in index.tiles_here:
+            slide, coordinates = index.slides[own], index.meta["slides"]["coordinates"][own]
             picture = index.folder / "thumbnails" / f"{slide}.jpg"
             if len(found) == most:
                 return found
@@ -131,7 +114,12 @@ def _with_histograms(page: Page, indices: Sequence[ShardIndex]) -> Page:
         ("mpp", "mpp", "Resolution of the tiles", "µm per pixel"),
         ("mpp_level0", "mpp-level0", "Resolution of the scanners", "µm per level-0 pixel"),
     ):
-        values = [value for index in indices for value in index.meta["slides"][fact] if value is not None]
+        values = [
+            tiles if fact == "tiles" else index.meta["slides"][fact][slide]
+            for index in indices
+            for slide, tiles in index.tiles_here.items()
+            if index.meta["slides"][fact][slide] is not None
+        ]
         if values:
             page.pictures.append((stem, "", histogram(np.array(values), title, label)))
     return page

@@ -11,7 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image, ImageDraw, ImageFont
 
-from data.slides.tiling import BACKGROUND, DAMAGED, EMPTY, KEPT, PEN, VERDICTS, Tiling
+from data.slides.tiling import BACKGROUND, DAMAGED, EMPTY, KEPT, PALE, PEN, VERDICTS, Tiling
 
 Rgb = tuple[int, int, int]
 
@@ -20,6 +20,7 @@ COLOURS: dict[int, Rgb] = {
     PEN: (230, 126, 16),
     EMPTY: (52, 120, 219),
     DAMAGED: (200, 30, 60),
+    PALE: (178, 102, 204),
     BACKGROUND: (150, 150, 150),
 }
 INK: Rgb = (40, 44, 52)
@@ -41,7 +42,7 @@ def tile_map(thumbnail: np.ndarray, tiling: Tiling, longest: int = 1200) -> Imag
     right, bottom = round(tiling.grid.columns * side), round(tiling.grid.rows * side)  # beyond them no whole tile fits
     tint.paste((*PAPER, 150), (right, 0, canvas.width, canvas.height))
     tint.paste((*PAPER, 150), (0, bottom, right, canvas.height))
-    for code in (BACKGROUND, PEN, EMPTY, DAMAGED, KEPT):
+    for code in (BACKGROUND, PEN, EMPTY, DAMAGED, PALE, KEPT):
         xs, ys, _ = tiling.tiles(code)
         fill = (*PAPER, 150) if code == BACKGROUND else (*COLOURS[code], 28 if code == KEPT else 120)
         outline = (*COLOURS[code], 60 if code == BACKGROUND else 255) if side >= 5 else None

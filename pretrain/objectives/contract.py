@@ -26,7 +26,7 @@ FURTHER_VIEWS = {
 }
 OF_THE_RECORD = re.compile(
     "step|loss|operations|lr|weight_decay|skipped|grad_norm(/.*)?|data_wait|peak_memory_gib|flop_utilisation"
-    "|tiles|slides|bad_tiles|(tiles|slides)_per_second|(look|evaluation)_seconds|failed_saves|alarm|since|says|epoch|callbacks/.*|labels_.*"
+    "|tiles|slides|(bad|pale)_tiles|(tiles|slides)_per_second|(look|evaluation)_seconds|failed_saves|alarm|since|says|epoch|callbacks/.*|labels_.*"
 )
 """Names in ``metrics.jsonl`` of what the run itself finds out."""
 OF_TILE_LOOKS = re.compile(r"rankme|feature_cosine|feature_std|slide_knn|slide_chance|probe_\w+")

@@ -1,10 +1,14 @@
 """A tensor's part on this rank, and sums over a run's ranks for what belongs to the global batch. Without a process
 group they are no-ops."""
 
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+
+T = TypeVar("T")
 
 
 def world_size() -> int:
@@ -30,6 +34,14 @@ def total(x: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
     if world_size() > 1:
         dist.all_reduce(x, group=group)
     return x
+
+
+def together(x: T) -> list[T]:
+    """What every rank has, in order, on all of them: things of any kind, small and seldom."""
+    parts: list[Any] = [x] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(parts, x)
+    return parts
 
 
 def gathered(x: Tensor) -> Tensor:

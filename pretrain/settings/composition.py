@@ -106,7 +106,7 @@ class Composed:
         for name, value in values.items():
             if kinds[name] == plugins.Plugin:
                 values[name] = vars(value)
-            elif kinds[name] is Any:
+            elif kinds[name] is Any and value is not None:
                 values[name] = dataclasses.asdict(value)
         return config(**values)
 

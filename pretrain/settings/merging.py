@@ -4,7 +4,7 @@ import dataclasses
 import re
 import shlex
 from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from omegaconf import AnyNode, DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import InterpolationResolutionError, OmegaConfBaseException
@@ -52,6 +52,10 @@ def typed(command: str, values: DictConfig) -> DictConfig:
         kind = ranges.apart(declared[name])[0] if loose else kind
         if kind == plugins.Plugin or plugins.has_plugin_beside(kind):
             node = values.get(name)
+            if loose and node is None:  # no choice of its group, where a command does without
+                values[name] = None
+                fields.append((name, Any))
+                continue
             if not isinstance(node, DictConfig) or "_target_" not in node:
                 raise Fault(f"{name}._target_ is missing: it names the class to build.")
             target = node["_target_"]
@@ -145,7 +149,9 @@ def _spread_lists(kinds: dict[str, Any], values: DictConfig, prefix: str = "") -
                         f"{prefix}{name}: {one!r} is no class with its settings: write [{{_target_: {known}}}], or [] for"
                         " none."
                     )
-        elif list in (get_origin(part) for part in (kind, *get_args(kind))) and isinstance(value, str | int | float):
+        elif kind == list[Any] and isinstance(value, DictConfig):  # a plug-in among words
+            values[name] = [value]
+        elif plugins.takes_list(kind) and isinstance(value, str | int | float):
             one_path = isinstance(value, str) and Path(value).expanduser().exists()  # which may hold spaces
             try:
                 values[name] = shlex.split(value) if isinstance(value, str) and not one_path else [value]

@@ -152,6 +152,11 @@ def schema(target: str, base: type = nn.Module) -> type:
     )
 
 
+def takes_list(kind: Any) -> bool:
+    """Whether a type of settings is a list, perhaps or null."""
+    return list in (get_origin(part) for part in (kind, *get_args(kind)))
+
+
 def has_plugin_beside(kind: Any) -> bool:
     """Whether a type of settings is a dataclass whose ``_target_`` brings settings of its own."""
     return dataclasses.is_dataclass(kind) and "_target_" in get_type_hints(kind)
@@ -211,10 +216,10 @@ def build_empty(settings: Mapping[str, Any], *arguments: Any) -> Any:
         return build(settings, *arguments)
 
 
-def lacks(settings: Mapping[str, Any], base: type) -> bool:
-    """Whether a plug-in's ``settings`` have null where its class takes none: they were left out."""
+def lacking(settings: Mapping[str, Any], base: type) -> list[str]:
+    """The names of a plug-in's ``settings`` that are null where its class takes none: they were left out."""
     kinds = settings_of(settings["_target_"], base)
-    return any(settings[name] is None and type(None) not in get_args(kind) for name, kind in kinds.items())
+    return [name for name, kind in kinds.items() if settings[name] is None and type(None) not in get_args(kind)]
 
 
 def build_beside(settings: Any, *arguments: Any) -> Any:

@@ -22,7 +22,6 @@ from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.survey import known_survey, survey_slides
 from data.slides.tiling import TilingSettings
-from data.slides.tissue import TISSUE_RULES
 from data.tiles.mixture import Mixture
 from data.tiles.of_parquet import ParquetTiles
 from data.tiles.of_slides import SlideTiles
@@ -34,6 +33,7 @@ from pretrain.run.signals import heed, heeding
 from pretrain.settings import plugins, ranges
 from pretrain.settings.config_files import CONFIGS
 from pretrain.settings.refusals import nearest
+from pretrain.settings.tissue_rules import RULES, chosen_rules
 
 DATA_CONFIGS = {
     "shards": "tiles",
@@ -76,19 +76,19 @@ class OnlineSlides(Mixture):
         mpp_shares: Annotated[list[float], within(above=0)],
         tiles_per_slide: Annotated[int | None, within(least=1)],
         tile_size: Annotated[int, TILE],
-        tissue: Annotated[str, one_of(*TISSUE_RULES)],
-        min_tissue: Annotated[float | None, SHARE],
+        tissue: Annotated[list[Any], SOME, RULES],
+        min_tissue: Annotated[list[float] | None, SHARE],
         slides_mpp: str | None,
         workers: Annotated[int | None, within(least=1)],
     ) -> None:
         paths, said_mpp = list_slides(slides), SlidesMpp.parse(slides_mpp)
         said_mpp.tells_of(paths)
-        least = TISSUE_RULES[tissue].min_tissue if min_tissue is None else min_tissue
+        rules = chosen_rules(tissue, min_tissue)
         members: dict[str, tuple[TileSource, float]] = {}
         scales = None if mpp_law == _VALUES else Scales(mpp[0], mpp[1], mpp_law)
         shares = mpp_shares or [1.0] * len(mpp)
         for scale, share in zip(mpp, shares, strict=True) if scales is None else [(scales.finest, 1.0)]:
-            settings = TilingSettings(scale, tile_size, tissue, least)
+            settings = TilingSettings(scale, tile_size, rules)
             folder = Path(grids) / f"{scale:g}um-{tile_size}px"
             look = partial(_survey, folder, paths, settings, said_mpp, workers)
             once(folder / "survey.json", look, partial(heed, kept=True))
@@ -150,6 +150,13 @@ def _beside(files: list[str]) -> Path:
     return folder
 
 
+def build_source(data: Mapping[str, Any], group: int = 1) -> TileSource:
+    """The source that the settings ``data`` name, among others. Raises Fault where it can't be opened."""
+    target = data["_target_"]
+    own = {name: data[name] for name in plugins.settings_of(target, TileSource)}
+    return plugins.build({"_target_": target, **own}, group, base=TileSource)  # type: ignore[no-any-return]
+
+
 def check_members(members: Mapping[str, Any] | None) -> None:
     """Raise Fault for members of a mixture that name no source, or have settings that it hasn't; None: the doctor looks
     at none."""
@@ -195,7 +202,7 @@ def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
     for key, kind in wanted.items():
         if settings.get(key, ranges.MISSING) == ranges.MISSING:
             raise Fault(f"{prefix}{key} must be given.")
-        if kind in (list[str], list[float]) and not isinstance(settings[key], list):
+        if plugins.takes_list(kind) and settings[key] is not None and not isinstance(settings[key], list):
             settings[key] = [settings[key]]
         if settings[key] == [] and defaults.get(key) != []:
             raise Fault(f"{prefix}{key} is empty: give a value, or leave the member out.")

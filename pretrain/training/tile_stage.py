@@ -28,12 +28,14 @@ from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.tile_batch import TileBatch
+from pretrain.run import checkpoints
 from pretrain.run.across_ranks import total
 from pretrain.run.folder import note_of_start
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.training.fixed_images import BetweenBatches
 from pretrain.training.module import Training
+from pretrain.training.pale_tiles import PaleTiles
 from pretrain.training.probe_set import ProbeSet
 from pretrain.training.slide_sample import SlideSample
 from pretrain.training.watching import Watch
@@ -122,6 +124,7 @@ class TileData:
     slides_per_lane: Annotated[int | None, within(least=1)]
     threads: Annotated[int, within(least=1)]
     max_bad_fraction: Annotated[float, SHARE]
+    min_saturated: Annotated[float | None, SHARE]
     mean: Annotated[list[float], numbers(3), SHARE]  # of pixels between 0 and 1
     std: Annotated[list[float], numbers(3), within(least=0.001, most=1)]
     crops: Crops
@@ -216,6 +219,7 @@ class TileTraining(Training):
         self.slides = SlideSample(self.tiles, config.seed) if watch.every or watch.probe else None
         apart = self.tiles.held_out()
         self.held_out = apart and (apart, Stream(apart.parts, **shape | ALONE, window=1, seed=config.seed))
+        self.pale = None if self.data.min_saturated is None else PaleTiles(self.tiles)
         self.bad = self.seen = 0
         self.sampled = False
 
@@ -224,6 +228,8 @@ class TileTraining(Training):
 
     def on_fit_start(self) -> None:
         super().on_fit_start()
+        if self.pale and self.began_from:
+            self.pale.restore(checkpoints.read_state(self.began_from))
         size = evaluation_size(asdict(self.config))
         preprocessing = Preprocessing(size, size, tuple(self.data.mean), tuple(self.data.std))
         watched: dict[str, str] = {}
@@ -270,12 +276,23 @@ class TileTraining(Training):
             world_size=self.trainer.world_size,
             accumulate=self.settings.accumulate,
             threads=self.data.threads,
+            min_saturated=self.data.min_saturated if tiles is self.tiles else None,
         )
+
+    def state(self) -> dict[str, Any]:
+        """With what is counted of pale tiles, which is told as well; every rank calls it."""
+        counted = self.pale.gathered() if self.pale else {}
+        if self.pale and self.global_rank == 0:
+            self.pale.tell(self.run, self.is_last)
+        return super().state() | counted
 
     def before_step(self, batch: RankBatch) -> dict[str, float]:
         for message in batch.bad[: max(0, BAD_TILES_SAID - self.bad)]:
             say(f"skipped: {message}")
-        return {"bad_tiles": len(batch.bad)}
+        if self.pale is None:
+            return {"bad_tiles": len(batch.bad)}
+        self.pale.count(batch)
+        return {"bad_tiles": len(batch.bad), "pale_tiles": len(batch.pale)}
 
     def after_step(self, counts: dict[str, int]) -> dict[str, float]:
         # The count is the same on every rank, so all of them stop or none does, and nobody waits for one that has gone.
@@ -290,7 +307,7 @@ class TileTraining(Training):
                 f" data.max_bad_fraction={self.data.max_bad_fraction} allows; they are named above: put those files"
                 " back, or raise the limit."
             )
-        return {"bad_tiles": bad}
+        return dict(counts)
 
     def micro_batches(self, batch: RankBatch) -> Iterator[tuple[TileBatch, int]]:
         for part in batch.parts:

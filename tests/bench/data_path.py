@@ -10,11 +10,18 @@ every process and thread that takes part, from the second batch on. Rounds of al
 round of each counts, since other work on the machine only ever adds. Without SHARED the tiles are cut from the slide
 that 'make setup' fetched.
 
+The same tiles lie in Parquet files too, a path and a JPEG a row and 64 rows a group, as public tiles of the field do.
+*Plain* is pyarrow, PIL and torchvision as one would write them: a random row's group is read, its row taken, decoded
+and put through the same transforms. Our loader reads row groups so far ahead that the clock misses part of it; a whole
+pass of such reading alone is added to its figure.
+
     loader_ratio      usual loader / our loader (ours is without colour, which the device adds)
     end_to_end_ratio  usual loader / (our loader + our augmentation on the same core)
     raw_read_ratio    webdataset, shuffled, bytes only / our reads of the same tiles at random
     online_ratio      our reading of random tiles of a slide / openslide's read_region alone
     floor_share       (JPEG decoding + resampling alone) / our loader: 1 would be no overhead at all
+    parquet_of_shards our loader from Parquet in tiles per core-second / the same from shards
+    parquet_ratio     plain Parquet reader / (our loader from Parquet + our augmentation on the same core)
     colour_ratio      colour by torch, as on a GPU / by numba, as on a CPU, of these crops; the median of paired turns
     colour_ratio_small  the same of the small recipe's crops, two of 96 px and four of 48 px, 64 tiles at a time
 """
@@ -35,6 +42,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import numpy as np
 import openslide
+import pyarrow as pa
+import pyarrow.parquet as pq
 import simplejpeg
 import torch
 import torch.nn.functional as F
@@ -44,6 +53,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
 from data.keyed import rng
+from data.parquet.files import list_parquet
+from data.parquet.index import ParquetIndex, ParquetQuestion, scan_parquet
 from data.shards.scan import scan
 from data.slides.coordinates import plan_grid
 from data.slides.reading import Slide
@@ -51,7 +62,9 @@ from data.tiles.augment import augment, augment_together
 from data.tiles.augment_parameters import Colour, draw_parameters
 from data.tiles.crops import NUMBERS_A_CROP, CropSizes, box
 from data.tiles.loader import Masking, RankBatch, TileBatches
+from data.tiles.of_parquet import ParquetTiles
 from data.tiles.of_shards import ShardTiles
+from data.tiles.source import TileSource
 from data.tiles.stream import Stream
 from tests.data.shards.tars import write_tar
 
@@ -63,7 +76,8 @@ SMALL, SMALL_BATCH = CropSizes(2, 96, (0.32, 1.0), 4, 48, (0.05, 0.32)), 64  # r
 COLOUR_TURNS = 15
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 ONLINE_TILES = 40
-TILES_A_TAR = 1000
+TILES_A_TAR = 1000  # and in a Parquet file
+ROWS_A_GROUP = 64
 FETCHED = Path(__file__).resolve().parents[2] / ".venv/share/slidewright/CMU-1-Small-Region.svs"
 
 
@@ -89,6 +103,21 @@ def write_shards(folder: Path, tiles: list[bytes]) -> None:
         pairs = [((f"s_{number}_0.jpg", tiles[number]), (f"s_{number}_0.json", b"{}")) for number in numbers]
         write_tar(folder / f"tiles-{which:06d}.tar", itertools.chain(*pairs), tarfile.GNU_FORMAT)
     scan(folder)
+
+
+def write_parquet(folder: Path, tiles: list[bytes]) -> None:
+    """The tiles in Parquet files, in the same random order, with their index."""
+    order = rng(0, "order").permutation(len(tiles))
+    for which, first in enumerate(range(0, len(tiles), TILES_A_TAR)):
+        numbers = order[first : first + TILES_A_TAR].tolist()
+        paths = [f"s/{number}_0.jpg" for number in numbers]
+        table = pa.table({"path": paths, "jpeg": pa.array([tiles[number] for number in numbers], pa.binary())})
+        pq.write_table(table, folder / f"shard-{which:05d}.parquet", row_group_size=ROWS_A_GROUP)
+    scan_parquet(folder, parquet_question(folder), lambda files, _: files)
+
+
+def parquet_question(folder: Path) -> ParquetQuestion:
+    return ParquetQuestion.of(list_parquet([str(folder)]), None, None, None, None)
 
 
 # The usual way -----------------------------------------------------------------------------------------------------
@@ -139,8 +168,26 @@ def usual_batches(tars: list[str]) -> Iterator[list[torch.Tensor]]:
         yield [torch.stack([tile[view] for tile in views]) for view in range(len(views[0]))]
 
 
-def our_batches(folder: Path) -> Iterator[RankBatch]:
-    tiles = ShardTiles(shards=[str(folder)])
+def plain_parquet_batches(files: list[str]) -> Iterator[list[torch.Tensor]]:
+    """Rows at random, each out of its own row group: PIL's decoder, torchvision's views."""
+    transform = Usual()
+    opened = [pq.ParquetFile(file, memory_map=True) for file in files]
+    rows = [(file, row) for file, reader in enumerate(opened) for row in range(reader.metadata.num_rows)]
+    order = itertools.chain.from_iterable(rng(0, "plain", again).permutation(len(rows)) for again in itertools.count())
+    while True:
+        views = []
+        for file, row in (rows[number] for number in itertools.islice(order, BATCH)):
+            group, own = divmod(row, ROWS_A_GROUP)
+            jpeg = opened[file].read_row_group(group, columns=["path", "jpeg"])["jpeg"][own].as_py()
+            views.append(transform(Image.open(io.BytesIO(jpeg)).convert("RGB")))
+        yield [torch.stack([tile[view] for tile in views]) for view in range(len(views[0]))]
+
+
+def parquet_tiles(folder: Path) -> ParquetTiles:
+    return ParquetTiles(ParquetIndex.open(folder, parquet_question(folder)))
+
+
+def our_batches(tiles: TileSource) -> Iterator[RankBatch]:
     stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=4, seed=0)
     for batch in TileBatches(
         tiles,
@@ -267,6 +314,22 @@ def raw(folder: Path) -> float:
     return seconds(read) / len(order)
 
 
+def parquet_read(folder: Path) -> float:
+    """All tiles of a pass in the stream's order, bytes only: row groups are read, kept while their tiles come, and let
+    go."""
+    tiles = parquet_tiles(folder)
+    stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=4, seed=0)
+    steps = len(tiles) // BATCH
+
+    def read() -> None:
+        tiles.hold(stream.window * stream.lanes)
+        for step in range(steps):
+            for number in stream.batch(step).tolist():
+                tiles.encoded(number)
+
+    return seconds(read) / (steps * BATCH)
+
+
 def usual_raw(tars: list[str], count: int) -> float:
     """As many samples of webdataset's as are asked for, once its shuffle buffer is full."""
     samples = iter(usual_tiles(tars))
@@ -314,17 +377,24 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder, tiles = Path(name), jpegs(shared, slide)
         write_shards(folder, tiles)
+        rows = folder / "parquet"
+        rows.mkdir()
+        write_parquet(rows, tiles)
+        files = sorted(str(file) for file in rows.glob("*.parquet"))
         tars = sorted(str(tar) for tar in folder.glob("*.tar"))
-        batches = list(itertools.islice(our_batches(folder), BATCHES))
+        shards = [str(folder)]
+        batches = list(itertools.islice(our_batches(ShardTiles(shards=shards)), BATCHES))
         for _ in range(ROUNDS):
             note(usual=in_a_loader(lambda: usual_batches(tars), USUAL_BATCHES))
+            note(plain_parquet=in_a_loader(lambda: plain_parquet_batches(files), USUAL_BATCHES))
             for _ in range(2):
                 note(
-                    loader=in_a_loader(lambda: our_batches(folder), BATCHES),
+                    loader=in_a_loader(lambda: our_batches(ShardTiles(shards=shards)), BATCHES),
+                    parquet_loader=in_a_loader(lambda: our_batches(parquet_tiles(rows)), BATCHES),
                     floor=floor(tiles[: BATCHES * BATCH]),
                     colour=colour(batches),
                 )
-            note(usual_raw=usual_raw(tars, 1500), raw=raw(folder))
+            note(usual_raw=usual_raw(tars, 1500), raw=raw(folder), parquet_read=parquet_read(rows))
             note(**dict(zip(("online", "bare"), online(slide), strict=True)))
     words = {
         "usual": "usual loader, colour included",
@@ -333,11 +403,15 @@ def main() -> None:
         "colour": "our augmentation",
         "usual_raw": "webdataset, bytes only",
         "raw": "our reads of a tile, bytes only",
+        "plain_parquet": "plain Parquet reader, colour included",
+        "parquet_loader": "our loader from Parquet",
+        "parquet_read": "our reads of Parquet, bytes only",
         "online": "our reading of a slide",
         "bare": "openslide's read_region",
     }
     for key, meaning in words.items():
-        print(f"{meaning:<34} {fastest[key] * 1e3:8.4f} ms a tile")
+        print(f"{meaning:<37} {fastest[key] * 1e3:8.4f} ms a tile")
+    whole_parquet = fastest["parquet_loader"] + fastest["parquet_read"]
     ratios = {}
     for name, sizes, together in (("colour_ratio", SIZES, BATCH), ("colour_ratio_small", SMALL, SMALL_BATCH)):
         by_torch, by_numba = colour_paths(sizes, together)
@@ -349,6 +423,8 @@ def main() -> None:
                 "loader_ratio": round(fastest["usual"] / fastest["loader"], 2),
                 "end_to_end_ratio": round(fastest["usual"] / (fastest["loader"] + fastest["colour"]), 2),
                 "raw_read_ratio": round(fastest["usual_raw"] / fastest["raw"], 2),
+                "parquet_of_shards": round(fastest["loader"] / whole_parquet, 3),
+                "parquet_ratio": round(fastest["plain_parquet"] / (whole_parquet + fastest["colour"]), 2),
                 "online_ratio": round(fastest["online"] / fastest["bare"], 3),
                 "floor_share": round(fastest["floor"] / fastest["loader"], 3),
                 **ratios,

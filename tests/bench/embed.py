@@ -93,7 +93,7 @@ def spent(work: Callable[[], None]) -> tuple[float, float]:
 def embed_ratios(folder: Path, threads: int) -> tuple[float, float]:
     """(by wall time, by CPU time), each the median of the rounds."""
     write_shards(folder / "shards")
-    source, network = ShardSource(folder / "shards"), encoder()
+    source, network = ShardSource([str(folder / "shards")]), encoder()
     ready = torch.randn(BATCH, 3, 224, 224, device=network.device)
 
     def bare() -> None:

@@ -26,6 +26,7 @@ from data.slides.coordinates_h5 import write_tiling
 from data.slides.cutting import JPEG_QUALITY
 from data.slides.reading import Slide
 from data.slides.tiling import READ, Tiling, TilingSettings, tile_slide
+from data.slides.tissue import tissue_needed
 from tests.data.slides.enormous_slide import write_enormous
 
 ROUNDS = 9
@@ -63,7 +64,7 @@ def measure(path: Path, out: Path) -> dict[str, object]:
         (out / folder).mkdir(parents=True, exist_ok=True)
     started = time.process_time()
     with Slide(path) as slide:
-        tiling, _ = tile_slide(slide, "s", TilingSettings(0.5, 256, "otsu", 0.25), 0.5, "")
+        tiling, _ = tile_slide(slide, "s", TilingSettings(0.5, 256, tissue_needed(["otsu"])), 0.5, "")
     survey = time.process_time() - started
     write_tiling(out, tiling)
     tiles = min(len(tiling.tiles(*READ)[0]), MOST_TILES)

@@ -204,7 +204,7 @@ def test_remote_shards_are_embedded_and_looked_at_as_local_ones_are(
     folder: Path, tmp_path: Path, server: FlakyServer
 ) -> None:
     url = f"{server.url}/shards"
-    near, far = ShardSource(folder), ShardSource(url)
+    near, far = ShardSource([str(folder)]), ShardSource([url])
     assert near.slides == far.slides
     for slide in near.slides:
         rows = np.arange(len(near.open(slide).coordinates))

@@ -21,6 +21,7 @@ from data.shards.writing import PlannedShard, TileRange, write_shard
 from data.slides.coordinates_h5 import read_tiling, write_tiling
 from data.slides.reading import Slide
 from data.slides.tiling import READ, TilingSettings, tile_slide
+from data.slides.tissue import tissue_needed
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
 from data.tiles.loader import Masking, RankBatch, TileBatches
@@ -46,7 +47,9 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         slide_name = f"s{number}"
         path = write_slide(ours / "slides" / f"{slide_name}.tiff", stained(128, 256, [(128, 64, 300)], number), 0.5)
         with Slide(path) as slide:
-            tiling, _ = tile_slide(slide, slide_name, TilingSettings(0.5, 64, "otsu", 0.25), None, "")
+            tiling, _ = tile_slide(
+                slide, slide_name, TilingSettings(0.5, 64, tissue_needed(["otsu"], [0.25])), None, ""
+            )
         write_tiling(ours, tiling)
         shard = PlannedShard(f"tiles-{number:06d}", [TileRange(slide_name, 0, len(tiling.tiles(*READ)[0]))])
         assert write_shard(ours, shard, {}).tiles == 8

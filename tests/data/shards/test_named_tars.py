@@ -4,11 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
+from data.embeddings.sources import ShardSource
 from data.fault import Fault
 from data.shards.index import ShardIndex
-from data.shards.named_tars import open_shards
+from data.shards.named_tars import named_tars, open_shards
+from data.shards.scan import scan
 from data.tiles.of_shards import ShardTiles
+from tests.data.shards.tars import tile_members, write_tar
 from tests.data.shards.tile_folders import picture, write_tiles
 
 
@@ -60,3 +64,26 @@ def test_a_gap_a_lost_tar_and_a_pipe_are_said_with_the_way_out(folder: Path) -> 
         open_shards(f"{folder}/tiles-*.tar")
     with pytest.raises(Fault, match=r"is a command, .* give the shards' own address \(s3://"):
         open_shards("pipe:aws s3 cp s3://bucket/tiles-{000000..000004}.tar -")
+
+
+def test_folders_in_braces_are_whole_folders(folder: Path, tmp_path: Path) -> None:
+    other = write_tiles(tmp_path / "other", [2, 2])
+    assert named_tars(f"{tmp_path}/{{shards,other}}") == {str(folder): None, str(other): None}
+    assert len(ShardTiles(shards=[f"{tmp_path}/{{shards,other}}"])) == 14 + 4
+
+
+def test_slides_are_embedded_of_the_tars_that_are_named_each_as_a_whole(tmp_path: Path) -> None:
+    jpeg = simplejpeg.encode_jpeg(picture(0), quality=90)
+    for tar, slides in enumerate((["a", "a"], ["a", "b"], ["c"])):
+        places = [(name, 64 * (2 * tar + x)) for x, name in enumerate(slides)]
+        members = [member for name, x in places for member in tile_members(jpeg, name, x, 0, 48)]
+        write_tar(tmp_path / "parts" / f"tiles-{tar}.tar", members)
+    scan(tmp_path / "parts")
+    source = ShardSource([f"{tmp_path}/parts/tiles-{{0..1}}.tar"])
+    assert source.slides == ["a", "b"] and source.sizes == [3, 1]
+    assert source.open("a").coordinates[:, 0].tolist() == [0, 64, 128]
+    assert all(isinstance(tile, np.ndarray) for tile in source.open("a").read(np.arange(3)))
+    with pytest.raises(Fault, match=r"of the slide a .* hold 1 of 3 tiles.*name all of its tars"):
+        ShardSource([f"{tmp_path}/parts/tiles-[12].tar"])
+    with pytest.raises(Fault, match=r"the slide c is in .*parts and in .*parts"):
+        ShardSource([f"{tmp_path}/parts/tiles-2.tar", str(tmp_path / "parts")])

@@ -46,14 +46,14 @@ def test_whoever_reads_another_shard_than_the_one_that_was_indexed_is_told(tmp_p
     shutil.copy(folder / "tiles-000000.tar", folder / "tiles-000001.tar")
     with pytest.raises(ValueError, match="its index is of another file"):
         OpenTars().jpeg(index, 3)
-    found = ShardSource(folder)._read(np.arange(6))
+    found = ShardSource([str(folder)])._read(index, np.arange(6))
     assert all(isinstance(tile, np.ndarray) for tile in found[:3])
     assert all(isinstance(tile, Fault) and "another file" in str(tile) for tile in found[3:])
 
 
 def test_a_tar_that_vanishes_while_it_is_embedded_is_a_fault_of_each_of_its_tiles(tmp_path: Path) -> None:
     folder = write_tiles(tmp_path / "shards", [3, 2])
-    source = ShardSource(folder)
+    source = ShardSource([str(folder)])
     (folder / "tiles-000001.tar").unlink()
     assert all(isinstance(tile, np.ndarray) for tile in source.open("slide0").read(np.arange(3)))
     gone = source.open("slide1").read(np.arange(2))

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import re
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -303,7 +304,7 @@ def test_of_a_sample_with_several_pictures_the_tile_is_known_or_none_is_taken(tm
     assert not [found for found in verify_shard(tmp_path, "a.tar").findings if found.kind != "undecodable tile"]
 
 
-@pytest.mark.parametrize("by", ["its own writer", "GNU", "PAX"])
+@pytest.mark.parametrize("by", ["its own writer", "GNU", "PAX", "tar --format=gnu", "tar --format=pax"])
 def test_samples_are_those_that_the_webdataset_package_makes(tmp_path: Path, by: str) -> None:
     names = ["a", "folder/b", "folder.v2/c", "d" * 120, "Müller_3", "e.extra.f"]
     picture = simplejpeg.encode_jpeg(np.zeros((16, 16, 3), np.uint8))
@@ -312,13 +313,19 @@ def test_samples_are_those_that_the_webdataset_package_makes(tmp_path: Path, by:
         with webdataset.TarWriter(str(tmp_path / "a.tar")) as writer:
             for name in names:
                 writer.write({"__key__": name, "jpg": picture, "cls": b"1"})
+    elif by.startswith("tar "):  # the program, with entries of folders and what macOS leaves beside files
+        for name, data in [*members, ("folder/._b.jpg", b"macOS"), ("._a.jpg", b"macOS")]:
+            (tmp_path / "files" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "files" / name).write_bytes(data)
+        program = [*by.split(), "--sort=name", "-C", "files", "-cf", "a.tar", "."]
+        subprocess.run(program, cwd=tmp_path, check=True)
     else:
         write_tar(tmp_path / "a.tar", members, tarfile.GNU_FORMAT if by == "GNU" else tarfile.PAX_FORMAT)
     theirs = [
         (sample["__key__"], kind)
         for sample in webdataset.WebDataset(str(tmp_path / "a.tar"), shardshuffle=False)
         for kind in sample
-        if kind.split(".")[-1] == "jpg"
+        if kind.split(".")[-1] == "jpg" and not sample["__key__"].endswith("/")  # folder/._b.jpg is its "folder/"
     ]
     with (tmp_path / "a.tar").open("rb") as file:
         tiles = [

@@ -21,10 +21,11 @@ from data.slides import cutting
 from data.slides.coordinates_h5 import write_tiling
 from data.slides.reading import Slide
 from data.slides.tiling import READ, Tiling, TilingSettings, tile_slide
+from data.slides.tissue import tissue_needed
 from tests.data.shards.tile_folders import write_tiles
 from tests.data.slides.synthetic_slides import stained, write_slide
 
-SETTINGS = TilingSettings(mpp=0.5, tile_size=64, tissue="otsu", min_tissue=0.25)
+SETTINGS = TilingSettings(mpp=0.5, tile_size=64, tissue=tissue_needed(["otsu"], [0.25]))
 
 
 def tiled(folder: Path, name: str, image: np.ndarray | None = None) -> Tiling:

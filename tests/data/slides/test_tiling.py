@@ -11,10 +11,10 @@ from data.slides.coordinates import plan_grid
 from data.slides.coordinates_h5 import coordinates_path, read_coordinates_h5, read_tiling, write_tiling
 from data.slides.reading import Slide
 from data.slides.tiling import BACKGROUND, KEPT, PEN, Tiling, TilingSettings, downsample_for, tile_slide
-from data.slides.tissue import TISSUE_RULES
+from data.slides.tissue import TISSUE_RULES, tissue_needed
 from tests.data.slides.synthetic_slides import stained, write_slide
 
-SETTINGS = TilingSettings(mpp=0.5, tile_size=64, tissue="otsu", min_tissue=0.25)
+SETTINGS = TilingSettings(mpp=0.5, tile_size=64, tissue=tissue_needed(["otsu"], [0.25]))
 
 
 def tiled(
@@ -38,6 +38,28 @@ def test_the_disc_is_kept_and_the_glass_is_not(tmp_path: Path) -> None:
     assert (share >= 0.25).all()
     assert np.lexsort((x, y)).tolist() == list(range(len(x))), "row-major"
     assert thumbnail.shape == (650, 900, 3)
+
+
+def test_of_several_rules_a_tile_satisfies_each(tmp_path: Path) -> None:
+    """A blob that is grey has enough by luminance and none by hue; its verdict and shares survive the h5."""
+    image = stained(640, 640, [(180, 180, 140), (460, 460, 140)])
+    grey = image[320:, 320:].mean(axis=2, keepdims=True)
+    image[320:, 320:] = grey
+    alone = {
+        name: tiled(tmp_path / "a.tiff", image, settings=TilingSettings(0.5, 64, tissue_needed([name], [share])))[0]
+        for name, share in (("gigapath", 0.4), ("hsv", 0.6))
+    }
+    settings = TilingSettings(0.5, 64, tissue_needed(["gigapath", "hsv"], [0.4, 0.6]))
+    both, _ = tiled(tmp_path / "a.tiff", image, settings=settings)
+    np.testing.assert_allclose(both.tissue, alone["gigapath"].tissue, atol=0.02)
+    np.testing.assert_array_equal(both.further[0], alone["hsv"].tissue)
+    kept = (both.tissue >= 0.4) & (both.further[0] >= 0.6)
+    np.testing.assert_array_equal(both.verdict == KEPT, kept)
+    assert 4 < kept.sum() < (alone["gigapath"].verdict == KEPT).sum() and not kept[5:, 5:].any()
+    write_tiling(tmp_path, both)
+    back = read_tiling(coordinates_path(tmp_path, "a"))
+    np.testing.assert_allclose(back.further[0], both.further[0], atol=1e-3)
+    assert settings.facts()["min_tissue"] == [0.4, 0.6] and SETTINGS.facts()["tissue"] == "otsu"
 
 
 def test_every_cell_has_one_verdict(tmp_path: Path) -> None:

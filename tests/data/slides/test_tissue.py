@@ -12,7 +12,18 @@ from data.keyed import rng
 from data.slides.coordinates import plan_grid
 from data.slides.reading import Slide
 from data.slides.tiling import TilingSettings, downsample_for, tile_slide
-from data.slides.tissue import TISSUE_RULES, _closed, _hsv, covered_shares, is_empty, is_fluorescence, otsu, pen
+from data.slides.tissue import (
+    TISSUE_RULES,
+    _closed,
+    _hsv,
+    covered_shares,
+    is_empty,
+    is_fluorescence,
+    otsu,
+    pen,
+    saturated_share,
+    tissue_needed,
+)
 from tests.data.slides.synthetic_slides import stained
 
 INKS = {"green": (40, 130, 110), "blue": (40, 80, 190), "red": (205, 25, 30), "black": (35, 33, 36)}
@@ -53,6 +64,17 @@ def test_glass_with_a_shadow_is_not_tissue() -> None:
     image = stained(100, 100, [])
     image[:, 60:] = (222, 222, 223)
     assert otsu(image).mean() < 0.01
+
+
+def test_the_saturated_share_is_that_of_hsv() -> None:
+    """0.07 is nanopath's limit; saturation as scikit-image has it."""
+    draw = rng(0, "saturated")
+    grey = draw.integers(0, 256, (32, 48, 1), dtype=np.uint8)
+    tile = np.clip(grey + draw.integers(-12, 13, (32, 48, 3)), 0, 255).astype(np.uint8)
+    expected = float((rgb2hsv(tile)[..., 1] > 0.07 + 1e-9).mean())
+    assert saturated_share(tile) == pytest.approx(expected, abs=1e-9) and 0.3 < expected < 0.7
+    assert saturated_share(np.dstack([tile, grey])) == saturated_share(tile), "a fourth channel is none of its colours"
+    assert saturated_share(np.zeros((8, 8, 3), np.uint8)) == 0.0
 
 
 def test_only_a_dark_field_is_fluorescence() -> None:
@@ -126,7 +148,7 @@ def test_no_real_tissue_is_called_pen(shared: Path) -> None:
 
 @pytest.mark.parametrize(("rule", "published"), [("gigapath", 48), ("hsv", 23), ("clam", 72), ("otsu", None)])
 def test_tiles_kept_on_a_real_slide_are_the_systems_own_counts(shared: Path, rule: str, published: int | None) -> None:
-    settings = TilingSettings(0.5, 256, rule, TISSUE_RULES[rule].min_tissue)
+    settings = TilingSettings(0.5, 256, tissue_needed([rule]))
     with Slide(shared / "slides/whole/CMU-1-Small-Region.svs") as slide:
         tiling, _ = tile_slide(slide, "CMU", settings, None, "")
     assert tiling.verdict.size == 88

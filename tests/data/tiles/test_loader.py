@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from data.fault import Fault
+from data.slides.tissue import saturated_share
 from data.tiles import loader
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
@@ -120,6 +121,49 @@ def test_accumulation_splits_the_same_samples(folder: Path, accumulate: int) -> 
 def test_another_seed_changes_tiles_pixels_parameters_and_masks(folder: Path) -> None:
     one, other = (by_tile(load(folder, seed=seed, stop=1)[0].parts) for seed in (0, 1))
     assert not any(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+class HalfGrey(ShardTiles):
+    """Every second tile has no colour; the first block, of 11, has none but in its last tile."""
+
+    def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
+        tile = super().read(number, seed, sample)
+        coloured = number == 10 if number < 11 else number % 2 == 0
+        return tile if coloured else np.repeat(tile.mean(axis=2, keepdims=True).astype(np.uint8), 3, 2)
+
+
+def test_pale_tiles_are_passed_over_for_others_of_their_block_whoever_loads_them(folder: Path) -> None:
+    def loaded(rank: int, world_size: int, least: float | None = 0.5) -> list[RankBatch]:
+        found = batches(folder, rank=rank, world_size=world_size, stop=12)
+        found.tiles, found.min_saturated = HalfGrey(shards=[str(folder)]), least
+        return list(found)
+
+    alone, as_they_come = loaded(0, 1), loaded(0, 1, None)
+    wanted, taken = (
+        np.concatenate([part.numbers for batch in every for part in batch.parts]) for every in (as_they_come, alone)
+    )
+    assert ((taken % 2 == 0) & (taken >= 10)).all() and not any(batch.pale for batch in as_they_come)
+    np.testing.assert_array_equal(wanted < 11, taken < 11)
+    fine = (wanted % 2 == 0) & (wanted >= 10)
+    np.testing.assert_array_equal(taken[fine], wanted[fine])
+    pale = [number for batch in alone for number in batch.pale]
+    assert (~fine).sum() <= len(pale) and not any(number % 2 == 0 and number >= 10 for number in pale)
+    assert len(set(taken[taken >= 11].tolist())) > 4, "not one stands in for all"
+    for both in zip(alone, loaded(0, 2), loaded(1, 2), strict=True):
+        whole, *ranks = both
+        assert same(by_tile([part for rank in ranks for part in rank.parts]), by_tile(whole.parts))
+        assert sorted(whole.pale) == sorted(number for rank in ranks for number in rank.pale)
+
+
+def test_where_a_block_has_no_coloured_tile_the_most_coloured_is_taken(folder: Path) -> None:
+    found = batches(folder, stop=1)
+    found.min_saturated = 1.1  # more than there is
+    (batch,) = found
+    blocks = [found.stream.block(number) for number in batch.parts[0].numbers.tolist()]
+    shares = [saturated_share(found.tiles.read(number)) for number in range(24)]
+    for number, block in zip(batch.parts[0].numbers.tolist(), blocks, strict=True):
+        assert shares[number] == max(shares[other] for other in block)
+    assert len(batch.pale) == sum(len(block) - 1 for block in blocks)
 
 
 def test_exactly_half_of_the_global_batch_is_masked_however_it_is_shared(folder: Path) -> None:

@@ -18,6 +18,7 @@ from data.slides.reading import Slide
 from data.slides.shared import SharedSlide
 from data.slides.survey import Surveyed, SurveyedSlide, known_survey, survey_slides
 from data.slides.tiling import KEPT, PEN, TilingSettings
+from data.slides.tissue import tissue_needed
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
 from data.tiles.loader import Masking, TileBatches
@@ -28,7 +29,7 @@ from data.tiles.stream import Stream
 from tests.data.slides.synthetic_slides import stained, write_slide
 
 SIDE = 32
-SETTINGS = TilingSettings(0.5, SIDE, "otsu", 0.4)
+SETTINGS = TilingSettings(0.5, SIDE, tissue_needed(["otsu"], [0.4]))
 DISCS = [(300, 260, 170), (200, 300, 150)]  # x, y, radius of each slide's tissue
 
 
@@ -166,7 +167,7 @@ def test_a_survey_is_made_once_and_bound_to_its_slides_and_settings(tmp_path: Pa
     assert look(slides, tmp_path / "grids") == first
     assert (tmp_path / "grids" / "survey.json").stat().st_mtime_ns == before
     with pytest.raises(Fault, match=r"survey of another kind \(min_tissue 0\.4 then, 0\.5 now\)"):
-        look(slides, tmp_path / "grids", replace(SETTINGS, min_tissue=0.5))
+        look(slides, tmp_path / "grids", replace(SETTINGS, tissue=tissue_needed(["otsu"], [0.5])))
     (slides / "glass.tiff").unlink()
     with pytest.raises(Fault, match="other slides"):
         look(slides, tmp_path / "grids")
@@ -285,10 +286,21 @@ def test_a_tile_as_large_as_the_slide_is_the_largest(surveyed: Surveyed) -> None
 
 def test_what_lies_beneath_a_tile_of_any_size_is_the_mean_of_its_cells(surveyed: Surveyed) -> None:
     tiling = surveyed.tiling(0)
-    assert _beneath(tiling, 3.0, 4.0)[0] == pytest.approx(float(tiling.tissue[3, 4]))
-    assert _beneath(tiling, 2.0, 5.0, 3.0)[0] == pytest.approx(float(tiling.tissue[2:5, 5:8].mean()))
+    assert _beneath(tiling, 3.0, 4.0)[0] == pytest.approx([float(tiling.tissue[3, 4])])
+    assert _beneath(tiling, 2.0, 5.0, 3.0)[0] == pytest.approx([float(tiling.tissue[2:5, 5:8].mean())])
     half = tiling.tissue[3:5, 4:6].mean()
-    assert _beneath(tiling, 3.5, 4.5)[0] == pytest.approx(float(half), rel=1e-5)
+    assert _beneath(tiling, 3.5, 4.5)[0] == pytest.approx([float(half)], rel=1e-5)
+
+
+def test_a_shifted_place_has_enough_tissue_by_every_rule(slides: Path, tmp_path: Path) -> None:
+    rules = tissue_needed(["otsu", "hsv"], [0.4, 0.8])
+    source = SlideTiles(look(slides, tmp_path, TilingSettings(0.5, SIDE, rules)))
+    tiling, cells = source._tilings.get(0)
+    step = tiling.grid.tile_size_level0
+    for sample, cell in enumerate(cells.tolist() * 2):
+        x, y = source.place(tiling, cell, 0, sample)
+        (by_otsu, by_hsv), _ = _beneath(tiling, y / step, x / step)
+        assert by_otsu >= 0.39 and by_hsv >= 0.79  # as the h5 keeps them
 
 
 def test_a_slide_gives_no_more_than_its_cap_a_pass_spread_over_its_tissue(surveyed: Surveyed) -> None:

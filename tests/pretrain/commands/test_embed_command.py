@@ -83,7 +83,7 @@ def test_an_interrupted_command_goes_on_with_the_first_slide_that_is_not_whole(m
     with pytest.raises(Killed), EmbeddingWriter(tmp_path / "out", encoder.width, encoder.name, encoder.hash) as writer:
         tile_embedding.embed_slides(
             dies_in_the_second_slide,
-            ShardSource(shards),
+            ShardSource([str(shards)]),
             ["slide0", "slide1"],
             writer,
             batch=4,
@@ -244,7 +244,7 @@ def test_the_tasks_of_a_job_array_share_the_slides_and_merge_to_what_one_process
 
 
 def test_shares_are_disjoint_complete_and_of_about_the_same_size(shards):
-    source = ShardSource(shards)
+    source = ShardSource([str(shards)])
     source.slides = [f"s{i:03d}" for i in range(100)]
     source.sizes = [int(size) for size in rng(0).pareto(1.5, 100) * 1000 + 10]
     parts = [slides_of_part(source, part, 7) for part in range(1, 8)]

@@ -22,8 +22,9 @@ DEFAULTS: dict[str, Any] = {
     "out": None,
     "mpp": 0.5,
     "tile_size": 64,
-    "tissue": "otsu",
+    "tissue": ["otsu"],
     "min_tissue": None,
+    "min_saturated": None,
     "slides_mpp": None,
     "patient_pattern": "TCGA-[A-Z0-9]{2}-[A-Z0-9]{4}",
     "tiles_per_shard": 40,
@@ -192,6 +193,20 @@ def test_only_bad_slides_end_in_a_fault(tmp_path: Path) -> None:
     (tmp_path / "broken.svs").write_bytes(b"no slide")
     with pytest.raises(Fault, match="none of the 1 slides gave a tile"):
         shard(slides=tmp_path / "broken.svs", out=tmp_path / "out")
+
+
+def test_pale_tiles_are_not_cut_and_are_counted_by_slide(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    image = stained(256, 512, [(256, 128, 600)])
+    image[:, :256] = image[:, :256].mean(axis=2, keepdims=True)
+    write_slide(tmp_path / "half.tiff", image, 0.5)
+    asked = {"slides": tmp_path / "half.tiff", "out": tmp_path / "out", "tissue": ["gigapath"], "min_tissue": [0.0]}
+    shard(**asked, min_saturated=0.5)
+    (row,) = load_rows(tmp_path / "out").values()
+    assert (row.kept, row.pale, row.empty) == (16, 16, 0) and "pale" in capsys.readouterr().err
+    index = ShardIndex.open(tmp_path / "out")
+    assert len(index) == 16 and min(index.x) == 256
+    with pytest.raises(Fault, match=r"min_saturated=0\.5 then, None now"):
+        shard(**asked)
 
 
 def test_a_slide_that_breaks_between_tissue_and_tiles_is_retried(

@@ -267,7 +267,7 @@ def test_given_coordinates_are_held_to_what_they_are_said_to_be(
     else:
         trident(path, places, **said)
     with Slide(tmp_path / "s.tiff") as slide:
-        settings = TilingSettings(0.5, 64, "given", 0.0)
+        settings = TilingSettings(0.5, 64, ())
         if sentence:
             with pytest.raises(Fault, match=sentence):
                 given_tiles(slide, "s", path, settings, None, "")

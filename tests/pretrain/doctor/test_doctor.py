@@ -23,6 +23,7 @@ from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.training.slide_stage import SlideData
+from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import spoil, write_tiles
 from tests.pretrain.training.test_slide_training import SMALL
 from tests.pretrain.training.test_tile_training import TINY
@@ -218,6 +219,21 @@ def test_lanes_and_processes_that_do_not_fit(
     few = write_tiles(tmp_path / "few", [5])
     status, says = only(tiles.check_tiles(data(few, *words), processes, accumulate, 16, None, 0))
     assert status == "FAIL" and sentence in says
+
+
+def test_parquet_files_are_read_and_timed_and_what_is_wrong_with_them_is_no_shards(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        write_table(tmp_path / f"{name}.parquet", range(40))
+    words = [f"data.files={tmp_path}", "data.batch_size=4", "data.lanes=1"]
+    settings = load("doctor", ["data=parquet", *words]).object().data
+    looked, rate = tiles.check_tiles(settings, 1, 1, 16, None, 0)
+    assert "80 tiles in 2 blocks for 1 lanes on 1 processes; 64 of them read" in looked.says
+    assert rate.status == "ok" and tiles.check_tiles(settings, 1, 1, 16, 1e9, 0)[1].status == "FAIL"
+    size = (tmp_path / "a.parquet").stat().st_size
+    with (tmp_path / "a.parquet").open("r+b") as file:
+        file.write(bytes(size - 3000))
+    status, says = only(tiles.check_tiles(settings, 1, 1, 16, None, 0))
+    assert status == "FAIL" and "can't be read" in says and "pretrain shards verify" not in says
 
 
 def test_few_blocks_a_damaged_tile_and_no_shards(shards: Path, tmp_path: Path) -> None:

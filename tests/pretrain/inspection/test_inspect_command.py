@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,21 +17,25 @@ from data.shards.layout import COLUMNS
 from launch.entry import run_command_line
 from pretrain.commands import inspect
 from pretrain.commands import shard as shard_command
-from pretrain.inspection.shards import _draw, _facts
+from pretrain.inspection.drawn_tiles import DrawnTiles
+from pretrain.inspection.shards import _draw, _facts, shards_page
 from pretrain.inspection.slides import COLOURS, contact_sheet, histogram
 from pretrain.inspection.views import recipe_settings, seen
 from pretrain.pages.page import STYLE
+from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import picture, spoil, write_tiles
 from tests.data.slides.synthetic_slides import stained, write_slide
 
 DEFAULTS: dict[str, Any] = {
     "slide": None,
     "shards": None,
+    "data": None,
     "out": None,
     "mpp": 0.5,
     "tile_size": 64,
-    "tissue": "otsu",
+    "tissue": ["otsu"],
     "min_tissue": None,
+    "min_saturated": None,
     "slides_mpp": None,
     "tiles": 20,
     "maps": 4,
@@ -74,12 +80,30 @@ def test_a_slide_gives_mask_map_and_page(slide: Path, tmp_path: Path, capsys: py
     assert near(tiles, COLOURS[2]).sum() > 500, "pen is in the picture"
 
 
-def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: Path) -> None:
+def cut(slide: Path, out: Path) -> None:
+    """Shards of a slide, as 'pretrain shard' makes them."""
     shard_command.run(
         shard_command.Config(
-            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
+            [str(slide)],
+            str(out),
+            0.5,
+            64,
+            ["otsu"],
+            None,
+            None,
+            None,
+            "",
+            1000,
+            "tiles",
+            None,
+            None,
+            1,
         )
     )
+
+
+def test_shards_give_a_sheet_maps_histograms_and_a_page(slide: Path, tmp_path: Path) -> None:
+    cut(slide, tmp_path / "shards")
     look(shards=[tmp_path / "shards"], out=tmp_path / "look")
     stems = {path.stem for path in (tmp_path / "look").glob("*.png")}
     assert stems == {"sheet", "seen", "map-s", "tiles-per-slide", "mpp", "mpp-level0"}
@@ -101,6 +125,54 @@ def test_a_mixture_shows_each_folders_share_and_draws_by_it(tmp_path: Path, caps
     for weights in ([1.0], [1.0, 0.0]):
         with pytest.raises(Fault, match="2 positive numbers, one for each folder"):
             look(shards=folders, weights=weights, out=tmp_path / "look")
+
+
+def test_of_several_rules_each_ones_tissue_is_shown_and_pale_tiles_are_among_the_examples(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = stained(256, 512, [(256, 128, 600)])
+    image[:, :256] = image[:, :256].mean(axis=2, keepdims=True)
+    slide = write_slide(tmp_path / "half.tiff", image, 0.5)
+    look(slide=slide, out=tmp_path / "look", tissue=["gigapath", "hsv"], min_tissue=[0.0, 0.6], min_saturated=0.5)
+    said = capsys.readouterr().err
+    assert "gigapath, judged at" in said and "hsv, judged at" in said and "a tile needs 60% tissue" in said
+    assert "16 background, 16 kept" in said and (tmp_path / "look/tissue-2.png").exists()
+
+
+def test_some_tars_of_a_folder_are_shown_by_what_lies_in_them(tmp_path: Path) -> None:
+    folder = write_tiles(tmp_path / "shards", [6, 5, 4], side=32)
+    page = shards_page([f"{folder}/tiles-{{000001..000002}}.tar"], None, None, 20, 0, 0)
+    facts = dict(page.facts)
+    assert facts["tiles"].startswith("9 of") and facts["slides"] == "2" and facts["tar files"].startswith("2 (")
+    size = sum((folder / f"tiles-00000{tar}.tar").stat().st_size for tar in (1, 2))
+    assert facts["tar files"] == f"2 ({size / 1e6:,.1f} MB)" and "9 tiles drawn" in page.pictures[0][1]
+
+
+def test_parquet_files_are_shown_as_shards_are_and_so_is_any_source(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slides = [f"s{number // 5}" for number in range(30)]
+    table = pq.read_table(write_table(tmp_path / "files/a.parquet", range(30), slide=slides))
+    broken = [b"no image" if number == 7 else jpeg.as_py() for number, jpeg in enumerate(table["jpeg"])]
+    pq.write_table(table.set_column(0, "jpeg", pa.array(broken)), tmp_path / "files/a.parquet", row_group_size=4)
+    words = ["inspect", "data=parquet", f"data.files={tmp_path / 'files'}", "tiles=30", f"out={tmp_path / 'look'}"]
+    words.append("data.min_saturated=1.0")
+    run_command_line([*words, "views=null"])
+    said, page = capsys.readouterr().err, (tmp_path / "look/index.html").read_text()
+    assert {path.stem for path in (tmp_path / "look").glob("*.png")} == {"sheet", "tiles-per-slide"}
+    assert "6 known, of 0 of them the patient; none held out" in said and "8 of 4 rows" in said
+    assert "of the 29 tiles drawn, which training passes over" in said
+    assert "row 7 of" in page and "1 of the 30 tiles drawn" in page and "29 tiles drawn at random" in page
+    shards = write_tiles(tmp_path / "shards", [20])
+    mixed = f"{{rows:{{files:{tmp_path / 'files'},weight:1}},tars:{{shards:{shards},weight:3}}}}"
+    run_command_line(["inspect", "data=mixture", f"data.members={mixed}", "views=null", f"out={tmp_path / 'mixed'}"])
+    assert "tars: " in (said := capsys.readouterr().err) and "75.0% of what is drawn, 40.0% of the tiles" in said
+
+
+def test_a_source_without_its_files_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_command_line(["inspect", "data=parquet"])
+    assert "say what to look at: data.files=…" in capsys.readouterr().err
 
 
 def test_the_views_shown_are_those_of_training_and_follow_the_recipe() -> None:
@@ -144,11 +216,7 @@ def test_tiles_that_are_no_jpeg_are_named_beside_those_that_are(
 
 
 def test_shards_without_one_readable_tile_are_a_fault(slide: Path, tmp_path: Path) -> None:
-    shard_command.run(
-        shard_command.Config(
-            [str(slide)], str(tmp_path / "shards"), 0.5, 64, "otsu", None, None, "", 1000, "tiles", None, None, 1
-        )
-    )
+    cut(slide, tmp_path / "shards")
     tar = tmp_path / "shards/tiles-000000.tar"
     tar.write_bytes(bytes(tar.stat().st_size))
     with pytest.raises(Fault, match=r"can be read: .*tiles-000000\.tar: the tile at byte \d+ is no readable JPEG"):
@@ -169,8 +237,8 @@ def test_a_picture_that_the_disk_refuses_is_a_sentence_and_no_half_one(
     assert list((tmp_path / "page").iterdir()) == []
 
 
-def test_one_of_slide_and_shards_is_needed(slide: Path, tmp_path: Path) -> None:
-    for given in ({}, {"slide": slide, "shards": [tmp_path]}):
+def test_one_of_slide_shards_and_source_is_needed(slide: Path, tmp_path: Path) -> None:
+    for given in ({}, {"slide": slide, "shards": [tmp_path]}, {"slide": slide, "data": {}}):
         with pytest.raises(Fault, match="say what to look at"):
             look(out=tmp_path, **given)
 
@@ -203,8 +271,9 @@ def test_a_billion_tiles_are_looked_at_in_memory_of_a_few(tmp_path: Path) -> Non
     huge = ShardIndex(index.folder, columns | runs, index.meta)
     tracemalloc.start()
     began = time.monotonic()
-    facts, drawn = dict(_facts(huge)), _draw(huge, 9, 0)
+    facts, drawn = dict(_facts(huge)), DrawnTiles()
+    _draw(huge, 9, 0, drawn)
     took, peak = time.monotonic() - began, tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert peak < 300 * 2**20 and took < 3 and [len(part) for part in drawn] == [9, 9, 0]
+    assert peak < 300 * 2**20 and took < 3 and [len(part) for part in vars(drawn).values()] == [9, 9, 0]
     assert facts["tiles"] == f"1,000,000,000 of {int(index.length[1]) / 1000:.1f} kB"

@@ -378,6 +378,7 @@ def test_figures_without_rows_are_refused_with_what_gives_rows() -> None:
 RECORDED = [
     *("step", "loss", "operations", "lr", "weight_decay", "skipped", "grad_norm", "grad_norm/encoder", "data_wait"),
     *("tiles_per_second", "slides_per_second", "peak_memory_gib", "flop_utilisation", "tiles", "slides", "bad_tiles"),
+    "pale_tiles",
     *("look_seconds", "failed_saves", "alarm", "epoch", "callbacks/loss"),
     *("rankme", "feature_cosine", "feature_std", "slide_knn", "slide_chance", "probe_knn", "probe_rankme"),
 ]

@@ -27,7 +27,7 @@ from tests.data.flaky_server import serving
 from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import write_tiles
 from tests.data.tiles.test_slide_tiles import write_slides
-from tests.pretrain.training.test_tile_training import TINY, metrics, weights
+from tests.pretrain.training.test_tile_training import STEPS, TINY, metrics, weights
 
 
 @pytest.fixture(scope="module")
@@ -50,8 +50,9 @@ def losses(run: Path) -> list[float]:
 
 
 def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tissue_is_looked_for_once(
-    folder: Path, tmp_path: Path
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    """Pale tiles are counted by slide, in the resumed run as in the whole one."""
     words = [
         "tile",
         *TINY,
@@ -61,8 +62,16 @@ def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tis
         "data.mpp=[0.5,1.0]",
         "data.tile_size=32",
         "data.workers=1",
+        "data.min_saturated=0.9",
     ]
     run_command_line([*words, f"run={tmp_path / 'whole'}"])
+    table = (tmp_path / "whole/pale_tiles.csv").read_text()
+    slides, taken, passed_over = zip(*(line.split(",") for line in table.splitlines()[1:]), strict=True)
+    assert {Path(slide).name for slide in slides} == {"slide0.tiff", "slide1.tiff"}
+    passed = sum(line["pale_tiles"] for line in metrics(tmp_path / "whole"))
+    assert sum(map(int, taken)) == 16 * STEPS and sum(map(int, passed_over)) == passed > 5
+    said = f"{passed} pale tiles were passed over for the {16 * STEPS} that were taken, most of {slides[0]}"
+    assert said in capsys.readouterr().err
     made = {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")}
     assert {path.parent.name for path in made} >= {"0.5um-32px", "1um-32px"}
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
@@ -70,6 +79,7 @@ def test_slides_online_train_and_resume_also_where_they_were_moved_and_their_tis
     run_command_line([*words, f"run={tmp_path / 'again'}"])  # goes on after step 4
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "again")
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    assert (tmp_path / "again/pale_tiles.csv").read_text() == table
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "grids").rglob("*.*")} == made
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
     shutil.copytree(folder / "slides", tmp_path / "moved")
@@ -238,7 +248,7 @@ def test_one_slide_a_lane_and_step(tmp_path: Path) -> None:
         (["data=mixture", "data.members={a:{weight:1,shards:FOLDER/a,mmp:1}}"], "there is no setting 'data.members.a.mmp'"),
         (["data=mixture", "data.members={a:{weight:1,slides:FOLDER/slides}}"], "data.members.a.grids must be given"),
         (["data=mixture", "data.members={a:{weight:0,shards:FOLDER/a}}"], "data.members.a.weight=0.0 is not allowed: it must be more than 0."),
-        (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.tissue=otzu"], "data.tissue=otzu is not allowed: it must be otsu, gigapath, clam or hsv."),
+        (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.tissue=otzu"], "data.tissue holds 'otzu', which is not allowed: each must be otsu, gigapath, clam, hsv or {_target_: CLASS} of yours."),
         (["data=online", "data.slides=FOLDER/slides", "data.grids=FOLDER/g", "data.mpp=0.25", "data.workers=1"], "none of the 2 slides"),
         (["data.shards=FOLDER/a", "data.slides_per_lane=3"], "data.slides_per_lane=3 doesn't divide the 4 tiles"),
         (["data.shards=FOLDER/a", "data._target_=data.tiles.stream.Stream"], "data.tiles.stream.Stream is no TileSource"),
@@ -314,6 +324,6 @@ def test_a_source_of_ones_own_is_one_class_and_its_settings(folder: Path) -> Non
     settings: dict[str, Any] = {"data": tile_command.TileData}
     assert "shards" not in settings["data"].__dataclass_fields__
     tree = load("tile", ["run=r", "data=online", "data.slides=s", "data.grids=g", "data.min_tissue=0.4"]).object()
-    assert tree.data.slides == ["s"] and tree.data.min_tissue == 0.4 and not hasattr(tree.data, "shards")
+    assert tree.data.slides == ["s"] and tree.data.min_tissue == [0.4] and not hasattr(tree.data, "shards")
     with pytest.raises(Fault, match=r"there is no setting 'data\.slides'"):
         load("tile", ["run=r", "data.shards=s", "+data.slides=s"])

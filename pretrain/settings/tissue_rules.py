@@ -1,0 +1,42 @@
+"""Tissue rules as settings name them: those there are, by name, and a user's own, by class."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from data.fault import Fault
+from data.slides.tissue import TISSUE_RULES, TissueNeeded, TissueRule, tissue_needed
+from models.allowed import Allowed
+from pretrain.settings import plugins
+
+RULES = Allowed(
+    f"{', '.join(TISSUE_RULES)} or {{_target_: CLASS}} of yours",
+    lambda value: "_target_" in value if isinstance(value, Mapping) else value in TISSUE_RULES,
+)
+"""What stands in a list of rules."""
+
+
+def chosen_rules(given: Sequence[Any], min_tissue: Sequence[float] | None) -> tuple[TissueNeeded, ...]:
+    """The rules ``given`` by name, or by class and settings, with the least share of a tile for each; None: their own.
+    Raises Fault for shares that don't fit them, and for a class that is no rule."""
+    if min_tissue is not None and len(min_tissue) != len(given):
+        raise Fault(
+            f"min_tissue={list(min_tissue)} has {len(min_tissue)} shares, and tissue= has {len(given)} rules: each"
+            " needs one, or null takes their own."
+        )
+    found: list[TissueNeeded] = []
+    for number, one in enumerate(given):
+        share = None if min_tissue is None else [min_tissue[number]]
+        found += tissue_needed([one], share) if isinstance(one, str) else [_own(dict(one), share)]
+    return tuple(found)
+
+
+def _own(settings: dict[str, Any], share: Sequence[float] | None) -> TissueNeeded:
+    target = settings["_target_"]
+    known = plugins.settings_of(target, TissueRule)
+    if unknown := sorted(settings.keys() - known.keys() - {"_target_"}):
+        raise Fault(f"tissue: {target} has no setting {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+    rule: TissueRule = plugins.build(settings, base=TissueRule)
+    for name in ("mpp", "min_tissue"):
+        if not isinstance(getattr(rule, name, None), int | float):
+            raise Fault(f"tissue: {target} doesn't say its {name}: give the class a number of that name.")
+    return TissueNeeded(settings, rule, rule.min_tissue if share is None else share[0])
