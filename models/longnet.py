@@ -23,7 +23,7 @@ from models.attention import check_heads
 from models.attention_kernels import ATTENTION_KERNELS, kernel
 from models.dilated_attention import attended_pairs, check_schedule, dilated_attention
 from models.operations import Operations, attention_products, linear_maps, total_operations
-from models.packed_slides import in_runs, of_slides, prepend, summarise
+from models.packed_slides import in_runs, number_of_each, prepend, summarise
 from models.positions import check_sines, position_embedding
 from models.sequence_parallel import (
     Group,
@@ -410,7 +410,7 @@ def drop_path(x: Tensor, rate: float, share: TokenShare, seeds: Sequence[int] | 
     if all(there for there, _ in parts):
         return scaled
     runs = in_runs(scaled, [size for _, size in parts])
-    there = of_slides([there for there, _ in parts], x).split([len(run) for run in runs])
+    there = number_of_each([there for there, _ in parts], x).split([len(run) for run in runs])
     return torch.cat([(run * some[:, None, None]).flatten(0, 1) for run, some in zip(runs, there, strict=True)])
 
 

@@ -54,7 +54,7 @@ def numbers_of_slides(lengths: Sequence[int], device: torch.device) -> Tensor:
     return torch.cat(found)
 
 
-def of_slides(values: Sequence[float], like: Tensor) -> Tensor:
+def number_of_each(values: Sequence[float], like: Tensor) -> Tensor:
     """(B,) a number for each slide, on the device and in the precision of ``like``, for which no GPU is waited for."""
     found = torch.tensor(values, dtype=like.dtype)
     return found.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else found.to(like.device)
