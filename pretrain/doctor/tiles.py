@@ -16,6 +16,7 @@ from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
 from pretrain.settings import plugins
 from pretrain.training.even_shares import tiles_of
+from pretrain.training.tile_sources import chosen_by
 from pretrain.training.tile_stage import ColourSettings, Crops, colour, crop_sizes
 
 SAMPLED_TILES = 64  # tiles that are read beside those of the rate
@@ -70,7 +71,8 @@ def open_stream(data: Mapping[str, Any], seed: int) -> tuple[TileSource, Stream]
     own = {name: data[name] for name in plugins.settings_of(target, TileSource)}
     if isinstance(own.get("shards"), str):
         own["shards"] = [own["shards"]]
-    source = plugins.build({"_target_": target, **own}, group_size(**shape), base=TileSource)
+    group = group_size(**shape)
+    source = chosen_by(plugins.build({"_target_": target, **own}, group, base=TileSource), data["sample"], group)
     return source, Stream(source.parts, **shape, window=data["window"], seed=seed)
 
 
