@@ -1,4 +1,4 @@
-"""Some tiles of any source, each as often as a table says: what `data.sample` makes of it.
+"""Some tiles of any source, each as often as a table says: what ``data.sample`` makes of it.
 
     the source's tiles   0 1 2 3 4 5 6 7 8 9 …          its blocks  ├── a ──┤├── b ──┤
     their weights        1 0 0 3 0 0 1 2 0 0 …

@@ -33,7 +33,7 @@ Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 @dataclass(frozen=True)
-class SlideSample:
+class SampleOfSlide:
     """A slide's rows of the table, in row-major order: ``keys`` of their places, how often each comes, and a tile's
     side in level-0 pixels, 0 where the table doesn't say."""
 
@@ -76,7 +76,7 @@ class SampleTable:
         """The slides that have rows."""
         return list(self._runs)
 
-    def of(self, slide: str) -> SlideSample | None:
+    def of(self, slide: str) -> SampleOfSlide | None:
         """The rows of a slide, None where there are none. Raises Fault where they contradict each other."""
         if slide not in self._runs:
             return None
@@ -97,7 +97,7 @@ class SampleTable:
                 f"{self.path} has tiles of {slide} of several sizes: make a table of each size, and give each to a"
                 " member of data=mixture as its sample."
             )
-        return SlideSample(keys[order], weights[order], float(sides[0]))
+        return SampleOfSlide(keys[order], weights[order], float(sides[0]))
 
     def _look_through(self) -> None:
         """Find where each slide's rows are, and how many are chosen. Raises Fault for values that can't be."""

@@ -31,7 +31,7 @@ from data.npz_files import SPOILT
 from pretrain.curation.balance import Lots, balanced
 from pretrain.curation.labels import TileLabels
 from pretrain.curation.levels import fitted_level
-from pretrain.curation.lloyd import nearest
+from pretrain.curation.lloyd import assigned
 from pretrain.curation.rows import Rows, RowsInMemory, StoreRows, chunk_rows
 from pretrain.curation.table import SeenClusters, SlideShare, write_curated
 from pretrain.run.progress import Progress, say
@@ -85,7 +85,7 @@ def curate(out: Path, store: EmbeddingStore, wanted: Wanted, device: torch.devic
     rows = StoreRows(store, device, wanted.distance)
     centres = _centres(out, rows, wanted)
     parents = [
-        torch.cat([nearest(chunk, above)[0] for chunk in own.split(chunk_rows(*above.shape))]).cpu().numpy()
+        torch.cat([assigned(chunk, above)[0] for chunk in own.split(chunk_rows(*above.shape))]).cpu().numpy()
         for own, above in pairwise(centres)
     ]
     labels = TileLabels(out, len(rows))

@@ -11,7 +11,7 @@ from torch import Tensor
 from data.fault import Fault
 from data.files import appearing
 from data.npz_files import SPOILT
-from pretrain.curation.lloyd import nearest
+from pretrain.curation.lloyd import assigned
 from pretrain.curation.rows import Rows, chunk_rows
 
 TILES_OF_A_FILE = 2**20
@@ -33,7 +33,7 @@ class TileLabels:
                 continue
             found = []
             for chunk in rows.only(np.arange(first, last)).chunks(chunk_rows(*centres.shape)):
-                found.append(nearest(chunk, centres)[0].to(torch.int32).cpu().numpy())
+                found.append(assigned(chunk, centres)[0].to(torch.int32).cpu().numpy())
                 watched(len(chunk))
             with appearing(self._path(piece)) as partial, partial.open("wb") as file:
                 np.save(file, np.concatenate(found))

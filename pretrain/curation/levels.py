@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.curation.lloyd import Watched, fitted, nearest
+from pretrain.curation.lloyd import Watched, assigned, fitted
 from pretrain.curation.rows import Rows, chunk_rows
 
 FEWEST_NEAREST = 2  # rows of a cluster that are taken
@@ -39,7 +39,7 @@ def nearest_of_each(rows: Rows, centres: Tensor, each: int, watched: Callable[[i
     labels, distances = torch.empty(0, dtype=torch.int64, device=device), centres.new_empty(0)
     numbers, bounds, first = labels, torch.full((count,), torch.inf, device=device), 0
     for chunk in rows.chunks(chunk_rows(count, rows.width)):
-        own, apart = nearest(chunk, centres)
+        own, apart = assigned(chunk, centres)
         closer = apart < bounds[own]  # than those that a full cluster has
         here = first + torch.arange(len(chunk), device=device)
         labels, distances, numbers = (

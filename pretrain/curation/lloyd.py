@@ -24,7 +24,7 @@ Watched = Callable[[int, str], object]
 """Told of rows that were gone over, and in which round."""
 
 
-def nearest(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+def assigned(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """(n, D) and (K, D) → the nearest centre of each, (n,) int64, and its squared distance, (n,) float32."""
     half = centres.square().sum(dim=1) / 2
     least, labels = (half - rows @ centres.T).min(dim=1)
@@ -64,7 +64,7 @@ def improved(rows: Rows, centres: Tensor, watched: Callable[[int], object]) -> t
     most = min(count, MOST_RELOCATED)
     far = Farthest(centres.new_empty(0), sizes[:0], centres[:0])
     for chunk in rows.chunks(chunk_rows(count, width)):
-        labels, distances = nearest(chunk, centres)
+        labels, distances = assigned(chunk, centres)
         sums.index_add_(0, labels, chunk.double())
         sizes += torch.bincount(labels, minlength=count)
         total += distances.double().sum()

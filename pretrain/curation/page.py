@@ -13,7 +13,7 @@ from pretrain.inspection.slides import contact_sheet
 from pretrain.pages import page as paper
 from pretrain.report.figures import FAINT, VIOLET, WIDTH, pyplot, svg
 
-BESIDE = 8  # tiles on a row of a sheet
+TILES_BESIDE = 8  # tiles on a row of a sheet
 
 
 def write_curation_page(out: Path, facts: dict[str, Any], shards: ShardTiles | None) -> None:
@@ -113,7 +113,7 @@ def _tiles(out: Path, facts: dict[str, Any], tiles: ShardTiles | None) -> str:
         if not pictures:
             figures.append(paper.paragraph(words))
             continue
-        sheet = contact_sheet(pictures, captions, BESIDE, 110)
+        sheet = contact_sheet(pictures, captions, TILES_BESIDE, 110)
         name = f"cluster-{seen['cluster']:06d}.png"
         with appearing(out / name) as partial:
             sheet.save(partial, format="PNG")

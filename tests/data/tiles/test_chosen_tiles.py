@@ -137,7 +137,9 @@ def test_grid_cells_of_slides_online_are_chosen_by_their_places(tmp_path: Path) 
     assert tiles.numbers.tolist() == wanted
     assert np.array_equal(tiles.read(3, 0, 17), source.read(wanted[3], 0, 17))
     coarse = SlideTiles(look(tmp_path / "slides", tmp_path / "coarse", TilingSettings(1.0, 32, "otsu", 0.4)))
-    with pytest.raises(Fault, match="are 64 level-0 pixels a side in this source and 32 in .*: take tiles of the size"):
+    with pytest.raises(
+        Fault, match=r"are 64 level-0 pixels a side in this source and 32 in .*: take tiles of the size"
+    ):
         choose(coarse, tmp_path / "a.parquet")
     with pytest.raises(Fault, match=r"data\.tiles_per_slide draws a slide's tiles anew"):
         choose(SlideTiles(surveyed, most=10), tmp_path / "a.parquet")
@@ -240,7 +242,7 @@ def test_tables_that_can_t_be_used_say_why(
 
 def test_files_that_are_no_tables_or_are_damaged_say_so(shards: Path, tmp_path: Path) -> None:
     source, place = ShardTiles(shards=[str(shards)]), tmp_path / "a.parquet"
-    with pytest.raises(Fault, match="there is no table of tiles at .*'pretrain curate' makes one"):
+    with pytest.raises(Fault, match=r"there is no table of tiles at .*'pretrain curate' makes one"):
         choose(source, place)
     with pytest.raises(Fault, match="can't be read as a table of tiles"):
         choose(source, tmp_path)
@@ -257,7 +259,7 @@ def test_files_that_are_no_tables_or_are_damaged_say_so(shards: Path, tmp_path: 
     choose(source, write_sample(place, [1]))
     (kept,) = tmp_path.glob("a-*.npz")
     kept.write_bytes(b"PK nothing")
-    with pytest.raises(Fault, match="is damaged .*makes it anew"):
+    with pytest.raises(Fault, match=r"is damaged .*makes it anew"):
         read_chosen(kept)
 
 

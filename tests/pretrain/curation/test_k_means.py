@@ -10,7 +10,7 @@ from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from pretrain.curation import rows as module
 from pretrain.curation.levels import nearest_of_each
-from pretrain.curation.lloyd import first_centres, fitted, improved, nearest
+from pretrain.curation.lloyd import assigned, first_centres, fitted, improved
 from pretrain.curation.rows import RowsInMemory, StoreRows
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def test_centres_equal_scikit_learn_s_from_the_same_first_values(monkeypatch: py
     theirs = cluster.KMeans(9, init=first, n_init=1, max_iter=5, tol=0, algorithm="lloyd").fit(values)
     ours, _ = rounds(values, first, 5)
     assert np.abs(ours.numpy() - theirs.cluster_centers_).max() < 1e-4
-    labels, apart = nearest(torch.from_numpy(values), ours)
+    labels, apart = assigned(torch.from_numpy(values), ours)
     assert (labels.numpy() == theirs.predict(values)).all()
     assert float(apart.sum()) == pytest.approx(-theirs.score(values), rel=1e-4)
 
@@ -82,7 +82,7 @@ def test_the_nearest_of_each_cluster_are_those_that_sorting_all_finds(monkeypatc
     monkeypatch.setattr(module, "FEWEST_ROWS", 16)
     values = torch.from_numpy(points(400))
     centres = values[:7].clone()
-    labels, apart = nearest(values, centres)
+    labels, apart = assigned(values, centres)
     wanted = []
     for cluster in range(7):
         own = torch.nonzero(labels == cluster).flatten()
