@@ -28,6 +28,7 @@ NEEDED = ("slide", "x", "y")
 WEIGHT, SIDE_LEVEL0 = "weight", "tile_size_level0"
 ROWS_AT_ONCE = 65_536
 GROUPS_KEPT = 4
+UNREADABLE_TABLE = (pa.ArrowException, OSError, ValueError)  # the last of text that is none
 MOST_WEIGHT = 1000  # a larger one is a mistake
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
@@ -52,7 +53,7 @@ class SampleTable:
             self.columns = self.footer.schema.to_arrow_schema().names
         except FileNotFoundError as error:
             raise Fault(f"there is no table of tiles at {path}: 'pretrain curate' makes one.") from error
-        except (pa.ArrowException, OSError) as error:
+        except UNREADABLE_TABLE as error:
             raise self._unreadable(error) from error
         if lacking := [name for name in NEEDED if name not in self.columns]:
             raise Fault(
@@ -112,7 +113,9 @@ class SampleTable:
                     self._note_runs(first, pc.dictionary_encode(pc.cast(slides, pa.string())))
                     self.chosen += int((self._weights(batch) > 0).sum())
                     first += len(batch)
-        except (pa.ArrowException, OSError) as error:
+            if first != len(self):
+                raise ValueError(f"{first} rows, where {len(self)} were said")
+        except UNREADABLE_TABLE as error:
             raise self._unreadable(error) from error
 
     def _note_runs(self, first: int, slides: pa.DictionaryArray) -> None:
@@ -139,7 +142,9 @@ class SampleTable:
         try:
             with pq.ParquetFile(self.path, metadata=self.footer, page_checksum_verification=True) as opened:
                 table = opened.read_row_group(group, columns=wanted)
-        except (pa.ArrowException, OSError) as error:
+            if len(table) != self._starts[group + 1] - self._starts[group]:
+                raise ValueError(f"{len(table)} rows of row group {group}")
+        except UNREADABLE_TABLE as error:
             raise self._unreadable(error) from error
         sides = table.column(SIDE_LEVEL0) if SIDE_LEVEL0 in wanted else pa.nulls(len(table), pa.float64())
         return (
