@@ -154,7 +154,7 @@ def find_chosen(
         for begin, end in zip(bounds[:-1].tolist(), bounds[1:].tolist(), strict=True):
             rows = order[begin:end]
             slide = places.slides[int(places.slide[rows[0]])]
-            names += [slide] if len(names) < NAMES_SHOWN else []
+            names += [slide] if len(names) < NAMES_SHOWN and slide not in names else []
             sample = samples.get(slide)
             if sample is None:
                 continue

@@ -14,8 +14,9 @@ read online must be so at the size and µm/px that were embedded; a tile stands 
 index.html shows the clusters' sizes before and after, each slide's share, and with shards= tiles of some clusters.
 
 Embeddings stay on disk and are gone through by chunks. In memory are about ten times the finest centres (10,000 of width
-1536: 0.7 GB) and half a GiB. Centres are found among fit_tiles= tiles a cluster; then every tile is compared once with all
-finest centres, on a GPU where there is one. Features that another program made become a store by 'pretrain embed
+1536: 0.6 GB) and half a GiB, and with resampling in the finest level 20 bytes for each tile that it is fitted on. Centres
+are found among fit_tiles= tiles a cluster; then every tile is compared once with all finest centres, on a GPU where there is
+one. Features that another program made become a store by 'pretrain embed
 features=…' first. Stopped at any moment, the same command goes on with the level, or the million of tiles, that it was at.
 
 Examples:
@@ -70,6 +71,8 @@ class Config:
 
 def run(config: Config) -> None:
     """Curate what isn't curated yet, and write the page."""
+    import torch
+
     from data.tiles.of_shards import ShardTiles
     from pretrain.curation.curating import TABLE, Wanted, curate, require_possible
     from pretrain.curation.page import write_curation_page
@@ -82,8 +85,10 @@ def run(config: Config) -> None:
     wanted = Wanted(**{field.name: getattr(config, field.name) for field in fields(Wanted)})
     require_possible(store, wanted)
     shown = ShardTiles(shards=config.shards) if config.shards is not None else None
+    device = device_of(config.device or "")
+    torch.set_float32_matmul_precision("highest")  # distances are small differences of large products
     with alone(out, doing="another 'pretrain curate'", while_waiting=heed):
-        facts = curate(out, store, wanted, device_of(config.device or ""))
+        facts = curate(out, store, wanted, device)
         write_curation_page(out, facts, shown)
     for number, level in enumerate(facts["levels"], 1):
         before, after = level["effective"]

@@ -134,7 +134,7 @@ def _centres(out: Path, rows: StoreRows, wanted: Wanted) -> list[Tensor]:
         else:
             steps = wanted.resampling_steps[min(level, 1)]
             with _watched(
-                (steps + 1) * wanted.iterations * len(below), f"{count:,} clusters", "rows at most"
+                (steps + 1) * wanted.iterations * len(below), f"finding {count:,} clusters", "rows"
             ) as watched:
                 centres = fitted_level(
                     below,

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.keyed import drawn, rng
-from pretrain.curation.rows import Rows, chunk_rows
+from pretrain.curation.rows import MOST_ROWS, Rows, chunk_rows
 
 MOST_RELOCATED = 1024  # empty clusters that a round gives a row to
 STARTED_AMONG = 8  # rows for each centre that the first centres are drawn among
@@ -88,7 +88,8 @@ def first_centres(rows: Tensor, count: int, draw: np.random.Generator) -> Tensor
     chosen = [int(draw.integers(len(rows)))]
     apart = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
     for _ in range(count - 1):
-        apart = torch.minimum(apart, (rows - rows[chosen[-1]]).square().sum(dim=1).double())
+        last = torch.cat([(part - rows[chosen[-1]]).square().sum(dim=1) for part in rows.split(MOST_ROWS)])
+        apart = torch.minimum(apart, last.double())
         ends = apart.cumsum(0)
         at = torch.searchsorted(ends, float(draw.random()) * ends[-1], right=True)
         chosen.append(min(int(at), len(rows) - 1))

@@ -51,7 +51,8 @@ def _clusters(facts: dict[str, Any]) -> str:
     table = paper.html_table(
         ["", "clusters", "with tiles", "as even as, before", "after"],
         rows,
-        "As even as so many clusters of equal size: the exponential of the entropy of their shares.",
+        "As even as so many clusters of equal size: the exponential of the entropy of their shares. The last level is what"
+        " is made even; the first may become less so, where many of its clusters had shared out what is common.",
     )
     words = "Share of each cluster, from the largest down, among all tiles and among those of a pass."
     return table + paper.figure(size_chart(levels), words)
@@ -65,6 +66,7 @@ def size_chart(levels: Sequence[dict[str, Any]]) -> str:
             ranks, shares = np.array(curve).T
             axis.plot(ranks, np.where(shares > 0, shares, np.nan), color=colour, label=name)
         axis.set(xscale="log", yscale="log", xlabel="cluster by size")
+        axis.minorticks_off()
         axis.set_title(f"level {number}")
     axes[0][-1].legend()
     return svg(figure)

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import simplejpeg
 
 from data.fault import Fault
+from data.shards.scan import scan
 from data.slides.tiling import KEPT, TilingSettings
 from data.tiles import of_parquet, sample_table
 from data.tiles.chosen import ChosenTiles, chosen_path, find_chosen, read_chosen
@@ -23,6 +25,7 @@ from data.tiles.sample_table import SampleTable
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Stream
 from tests.data.parquet.tables import write_table
+from tests.data.shards.tars import write_tar
 from tests.data.shards.tile_folders import SIDE, picture, spoil, write_tiles
 from tests.data.tiles.test_parquet_tiles import index_of, near
 from tests.data.tiles.test_slide_tiles import look, write_slides
@@ -238,6 +241,14 @@ def test_tables_that_can_t_be_used_say_why(
     pq.write_table(pa.table(table), tmp_path / "a.parquet")
     with pytest.raises(Fault, match=re.escape(sentence)):
         choose(ShardTiles(shards=[str(shards)]), tmp_path / "a.parquet")
+
+
+def test_tiles_whose_places_nobody_recorded_can_t_be_chosen(tmp_path: Path) -> None:
+    members = [(f"slide0_{number}.jpg", simplejpeg.encode_jpeg(picture(number))) for number in range(5)]
+    write_tar(tmp_path / "shards" / "slide0.tar", members)
+    scan(tmp_path / "shards")
+    with pytest.raises(Fault, match="nobody recorded where this source's lie: make shards of them by 'pretrain shard'"):
+        choose(ShardTiles(shards=[str(tmp_path / "shards")]), write_sample(tmp_path / "a.parquet", range(5)))
 
 
 def test_files_that_are_no_tables_or_are_damaged_say_so(shards: Path, tmp_path: Path) -> None:
