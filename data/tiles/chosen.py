@@ -63,19 +63,20 @@ class ChosenTiles(TileSource):
             starts = first + np.cumsum([0, *part.block_sizes.tolist()])
             ends = [self._round_starts[which + turn : which + turn + 2] for turn in range(len(rounds))]
             counts = [np.diff(np.searchsorted(self.numbers[begin:end], starts)) for begin, end in ends]
-            sizes = [self._dealt_out(of_round, starts[:-1], group) for of_round in counts]
+            sizes = [self._dealt_out(of_round, starts[:-1], group, not turn) for turn, of_round in enumerate(counts)]
             self.parts.append(Part(np.concatenate(sizes), part.weight, part.name))
             first, which = int(starts[-1]), which + len(rounds)
 
-    def _dealt_out(self, counts: np.ndarray, starts: np.ndarray, group: int) -> np.ndarray:
-        """Sizes of the blocks of a round of which ``counts`` tiles are in each block of the source."""
+    def _dealt_out(self, counts: np.ndarray, starts: np.ndarray, group: int, whole: bool) -> np.ndarray:
+        """Sizes of the blocks of a round of which ``counts`` tiles are in each block of the source; ``whole``: of the
+        round that has every tile."""
         starts, counts = starts[counts > 0], counts[counts > 0]
         if group == 1:
             return counts
         slides = [self.source.slide(int(start)) for start in starts]
         begins = [at for at, name in enumerate(slides) if not at or name is None or name != slides[at - 1]]
         runs = np.add.reduceat(counts, begins)
-        if runs.mean() < group:
+        if whole and runs.mean() < group:
             raise Fault(
                 f"data.slides_per_lane deals out {group} tiles of one slide together, and data.sample takes"
                 f" {runs.mean():.3g} of a slide: leave data.slides_per_lane null, or choose more tiles."
@@ -125,7 +126,7 @@ def chosen_path(table: Path, source: TileSource) -> Path:
             f"there is no table of tiles at {table} ({error.strerror}): 'pretrain curate' makes one."
         ) from error
     asked = json.dumps(
-        [source.digest, [len(part.block_sizes) for part in source.parts], told.st_size, told.st_mtime_ns]
+        [source.digest, [int(part.block_sizes.sum()) for part in source.parts], told.st_size, told.st_mtime_ns]
     )
     return table.with_name(f"{table.stem}-{hashlib.blake2b(asked.encode(), digest_size=8).hexdigest()}.npz")
 

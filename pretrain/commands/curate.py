@@ -37,7 +37,6 @@ from data.files import require_writable
 from data.lease import alone
 from models.allowed import ON_DISK, SHARE, SOME, Agreements, numbers, one_of, within
 from pretrain.run.progress import say
-from pretrain.run.signals import heed
 
 
 def check_clusters(clusters: list[int]) -> None:
@@ -87,7 +86,7 @@ def run(config: Config) -> None:
     shown = ShardTiles(shards=config.shards) if config.shards is not None else None
     device = device_of(config.device or "")
     torch.set_float32_matmul_precision("highest")  # distances are small differences of large products
-    with alone(out, doing="another 'pretrain curate'", while_waiting=heed):
+    with alone(out, doing="another 'pretrain curate'"):
         facts = curate(out, store, wanted, device)
         write_curation_page(out, facts, shown)
     for number, level in enumerate(facts["levels"], 1):

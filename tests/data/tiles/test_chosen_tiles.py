@@ -110,6 +110,8 @@ def test_tiles_of_one_slide_are_dealt_out_together_or_are_too_few(shards: Path, 
     source = ShardTiles(4, shards=[str(shards)])
     tiles = choose(source, write_sample(tmp_path / "a.parquet", range(0, 77, 2)), group=4)
     assert [int(size) for size in tiles.parts[0].block_sizes] == [20, 19]
+    twice = write_sample(tmp_path / "c.parquet", range(0, 77, 2), [1 + (number == 6) for number in range(39)])
+    assert [int(size) for size in choose(source, twice, group=4).parts[0].block_sizes] == [20, 19, 1]
     with pytest.raises(Fault, match=r"deals out 4 tiles of one slide together, and data\.sample takes 1\.5 of a slide"):
         choose(source, write_sample(tmp_path / "b.parquet", [1, 2, 50]), group=4)
 
