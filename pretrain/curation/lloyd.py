@@ -87,9 +87,10 @@ def first_centres(rows: Tensor, count: int, draw: np.random.Generator) -> Tensor
     distance to those before it (k-means++)."""
     chosen = [int(draw.integers(len(rows)))]
     apart = torch.full((len(rows),), torch.inf, dtype=torch.float64, device=rows.device)
+    squares = torch.cat([part.square().sum(dim=1) for part in rows.split(MOST_ROWS)])
     for _ in range(count - 1):
-        last = torch.cat([(part - rows[chosen[-1]]).square().sum(dim=1) for part in rows.split(MOST_ROWS)])
-        apart = torch.minimum(apart, last.double())
+        last = squares + squares[chosen[-1]] - 2 * (rows @ rows[chosen[-1]])
+        apart = torch.minimum(apart, last.clamp_min(0).double())
         ends = apart.cumsum(0)
         at = torch.searchsorted(ends, float(draw.random()) * ends[-1], right=True)
         chosen.append(min(int(at), len(rows) - 1))

@@ -37,7 +37,7 @@ def long_tail(folder: Path, slides: int = 6, encoder: str = "0") -> np.ndarray:
 
 def command(folder: Path, *words: str, out: str = "out") -> list[str]:
     settings = [f"embeddings={folder / 'store'}", "clusters=[120,30]", "size=600", "device=cpu"]
-    settings += ["resampling_steps=[3,3]", "iterations=15", "fit_tiles=null"]
+    settings += ["resampling_steps=[2,2]", "iterations=10", "fit_tiles=null"]
     return ["curate", *settings, f"out={folder / out}", *words]
 
 
