@@ -16,8 +16,8 @@ index.html shows the clusters' sizes before and after, each slide's share, and w
 Embeddings stay on disk and are gone through by chunks. In memory are about ten times the finest centres (10,000 of width
 1536: 0.6 GB) and half a GiB, and with resampling in the finest level 20 bytes for each tile that it is fitted on. Centres
 are found among fit_tiles= tiles a cluster; then every tile is compared once with all finest centres, on a GPU where there is
-one. Features that another program made become a store by 'pretrain embed
-features=…' first. Stopped at any moment, the same command goes on with the level, or the million of tiles, that it was at.
+one. Features that another program made become a store by 'pretrain embed features=…' first. Stopped at any moment, the same
+command goes on with the level, or the million of tiles, that it was at.
 
 Examples:
 
