@@ -24,6 +24,7 @@ COMMANDS = {
     "inspect": "look at a slide's tissue mask and grid, or at the tiles of any source",
     "tile": "tile shards → tile encoder (DINOv2 and its relatives)",
     "embed": "tile shards or slides + tile encoder → tile embeddings; these + slide encoder → slide embeddings",
+    "curate": "tile embeddings → which tiles to train on, balanced over clusters of what they show",
     "slide": "slide embeddings → slide encoder (masked autoencoder)",
     "probe": "encoder + labelled tiles → k-NN and linear accuracy beside their baselines",
     "probe slide": "slide encoder + labels of slides → is it of use; 'probe stage=slide' is the same",

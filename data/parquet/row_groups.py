@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -50,6 +51,18 @@ def read_images(file: str, footer: pq.FileMetaData, groups: Sequence[int], colum
     )
     images = table.column(0).combine_chunks()
     return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
+
+
+def read_numbers(
+    file: str, footer: pq.FileMetaData, groups: Sequence[int], columns: Sequence[str]
+) -> dict[str, np.ndarray]:
+    """Columns of numbers of some row groups, those that there are: float64, NaN where a row has none. Raises OSError or
+    pyarrow's errors where they can't be read, or aren't numbers."""
+    there = [name for name in columns if name in footer.schema.to_arrow_schema().names]
+    source = RemotePath(file).open() if is_remote(file) else file
+    with pq.ParquetFile(source, metadata=footer) as opened:
+        table = opened.read_row_groups(groups, columns=there, use_threads=False)
+    return {name: np.asarray(pc.fill_null(pc.cast(table.column(name), pa.float64()), np.nan)) for name in there}
 
 
 def _read(file: str, start: int, stop: int) -> bytes:

@@ -1,10 +1,11 @@
 """Several sources as one: data sets, magnifications, stains, each with its weight in the batches."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
 from data.tiles.numbering import Numbering
+from data.tiles.places import TilePlaces
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Part
 
@@ -43,6 +44,10 @@ class Mixture(TileSource):
     def mpp(self, number: int, seed: int = 0, sample: int = 0) -> float | None:
         member, own = self.numbering.locate(number)
         return self.sources[member].mpp(own, seed, sample)
+
+    def places(self) -> Iterator[TilePlaces]:
+        for source in self.sources:
+            yield from source.places()
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         member, own = self.numbering.locate(number)

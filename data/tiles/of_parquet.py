@@ -5,6 +5,7 @@ block of the stream is one such chunk, so that each is read once a pass. Nothing
 """
 
 import hashlib
+from collections.abc import Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -12,10 +13,13 @@ import pyarrow as pa
 from data.fault import Fault
 from data.npz_files import let_go
 from data.parquet.index import UNREADABLE, ParquetIndex
-from data.parquet.row_groups import read_footer, read_images
+from data.parquet.row_groups import read_footer, read_images, read_numbers
 from data.recently_made import RecentlyMade
 from data.remote import BlockCache
+from data.slides.coordinates import UNKNOWN_PLACE
+from data.slides.names import safe_ids
 from data.tiles.numbering import Numbering
+from data.tiles.places import TilePlaces
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
 
@@ -23,6 +27,7 @@ TILES_PER_CHUNK = 250
 FOOTERS = 64  # of files, kept
 CHUNKS_COUNTED = 10_000  # at once
 MOST_HELD = 2 << 30  # bytes of images of a process
+PLACE_COLUMNS = ("x", "y", "tile_size_level0")
 
 
 class ParquetTiles(TileSource):
@@ -70,6 +75,35 @@ class ParquetTiles(TileSource):
             return None
         chunk, own = self.numbering.locate(number)
         return self.index.slides[self.index.slide[int(self._first_row[chunk]) + self._row(chunk, own)]]
+
+    def places(self) -> Iterator[TilePlaces]:
+        if not self.index.slides:
+            raise Fault(
+                "data.sample chooses tiles by slide and place, and these files don't say whose tiles they hold: name a"
+                " column by data.slide=…"
+            )
+        slides = safe_ids(self.index.slides)
+        for chunk in range(len(self._first_row) - 1):
+            file, group = self._file_of(chunk)
+            count = int(self._first_group[chunk + 1] - self._first_group[chunk])
+            name = self.index.files[file]
+            try:
+                found = read_numbers(name, self._footers.get(name), range(group, group + count), PLACE_COLUMNS)
+            except UNREADABLE as error:
+                raise Fault(f"where the tiles of {name} lie can't be read ({' '.join(str(error).split())}).") from error
+            if lacking := [column for column in PLACE_COLUMNS[:2] if column not in found]:
+                raise Fault(
+                    f"data.sample chooses tiles by slide and place, and {name} has no column {' and no '.join(lacking)}:"
+                    " add them, level-0 pixels of a tile's top-left corner, or leave data.sample out."
+                )
+            rows = slice(None) if self._wanted is None else self._rows_of(chunk)
+            first, last = self._first_row[chunk : chunk + 2]
+            own, slide = np.unique(self.index.slide[first:last][rows], return_inverse=True)
+            x, y = (np.nan_to_num(found[name][rows], nan=UNKNOWN_PLACE).astype(np.int64) for name in PLACE_COLUMNS[:2])
+            sides = np.zeros(len(own))
+            if PLACE_COLUMNS[2] in found:
+                sides[slide] = np.nan_to_num(found[PLACE_COLUMNS[2]][rows])
+            yield TilePlaces([slides[number] for number in own], slide, x, y, sides)
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""

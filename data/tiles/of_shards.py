@@ -1,6 +1,8 @@
 """Tiles of one or several folders of shards, by number: bytes from an index and a range read, never a scan."""
 
 import re
+from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import PurePath
 
 import numpy as np
@@ -12,6 +14,7 @@ from data.shards.named_tars import open_shards
 from data.shards.open_tars import OpenTars, without_header
 from data.shards.tar_members import TAR_BLOCK
 from data.tiles.numbering import Numbering
+from data.tiles.places import TilePlaces
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
 
@@ -56,6 +59,14 @@ class ShardTiles(TileSource):
     def mpp(self, number: int, seed: int = 0, sample: int = 0) -> float | None:
         index, row = self.locate(number)
         return index.mpp_of(row)
+
+    def places(self) -> Iterator[TilePlaces]:
+        for index in self.indices:
+            sides = np.array([float(side or 0) for side in index.meta["slides"]["tile_size_level0"]])
+            for first, last in pairwise(index.file_start.tolist()):
+                runs = np.searchsorted(index.run_start, np.arange(first, last), side="right") - 1
+                x, y = (np.asarray(column[first:last], dtype=np.int64) for column in (index.x, index.y))
+                yield TilePlaces(index.slides, np.asarray(index.run_slide)[runs], x, y, sides)
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         """Tile ``number`` as uint8 ``(H, W, 3)``. Raises UnreadableTile naming it."""

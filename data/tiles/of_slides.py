@@ -7,6 +7,7 @@ the tissue is met, none is met again, and yet a pass covers all of it evenly, wh
 With `Scales` the tile's µm/px is drawn by the same key; cells are then those of the finest.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from data.slides.shared import SharedSlide
 from data.slides.survey import Surveyed
 from data.slides.tiling import KEPT, PEN, Tiling
 from data.tiles.numbering import Numbering
+from data.tiles.places import TilePlaces
 from data.tiles.scales import Scales
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
 from data.tiles.stream import Part
@@ -45,7 +47,7 @@ class SlideTiles(TileSource):
         scales: Scales | None = None,
         most: int | None = None,
     ) -> None:
-        self.surveyed, self.shifted, self.scales = surveyed, shifted, scales
+        self.surveyed, self.shifted, self.scales, self.most = surveyed, shifted, scales, most
         counts = surveyed.tiles if most is None else [min(most, tiles) for tiles in surveyed.tiles]
         tiles = np.array(counts, dtype=np.int64)
         self.numbering = Numbering(counts)
@@ -67,6 +69,18 @@ class SlideTiles(TileSource):
     def mpp(self, number: int, seed: int = 0, sample: int = 0) -> float:
         tiling, _ = self._tilings.get(self.numbering.locate(number)[0])
         return tiling.grid.mpp if self.scales is None else self._drawn(tiling.grid, self.scales, seed, sample)
+
+    def places(self) -> Iterator[TilePlaces]:
+        if self.most is not None:
+            raise Fault(
+                "data.tiles_per_slide draws a slide's tiles anew each time, and data.sample names them: leave one of the"
+                " two null."
+            )
+        for number, slide in enumerate(self.surveyed.slides):
+            tiling = self.surveyed.tiling(number)
+            x, y, _ = tiling.tiles(KEPT)
+            side = np.array([tiling.grid.tile_size_level0])
+            yield TilePlaces([slide], np.zeros(len(x), dtype=np.int64), x, y, side)
 
     def read(self, number: int, seed: int = 0, sample: int = 0) -> np.ndarray:
         which, own = self.numbering.locate(number)

@@ -6,12 +6,14 @@ source is one class with these members.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
 import numpy as np
 
+from data.fault import Fault
 from data.images import decode_image
+from data.tiles.places import TilePlaces
 from data.tiles.stream import Part
 
 TILES_PER_BLOCK = 1000
@@ -68,6 +70,14 @@ class TileSource(ABC):
             return decode_image(image)
         except ValueError as error:
             raise UnreadableTile(f"{self.name(number)} can't be read ({error})", number + 1) from error
+
+    def places(self) -> Iterator[TilePlaces]:
+        """Where its tiles lie on their slides, in the order of their numbers, some at a time. Raises Fault where that
+        can't be told."""
+        raise Fault(
+            f"data.sample chooses tiles by slide and place, and {type(self).__name__} doesn't say where its tiles lie:"
+            " leave data.sample out, or give the source a method places()."
+        )
 
     def held_out(self) -> "TileSource | None":
         """Tiles that aren't among these, and that training is judged by; None where there are none."""

@@ -1,12 +1,12 @@
-"""Sources of tiles as settings name them: slides read online, Parquet files, and weighted mixtures. Shards need nothing
-more: `data.tiles.of_shards`."""
+"""Sources of tiles as settings name them: slides read online, Parquet files, weighted mixtures, and of any of them what a
+table chooses. Shards need nothing more: `data.tiles.of_shards`."""
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import make_dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
@@ -22,13 +22,17 @@ from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.survey import known_survey, survey_slides
 from data.slides.tiling import TilingSettings
+from data.tiles.chosen import Chosen, ChosenTiles, chosen_path, find_chosen, read_chosen
 from data.tiles.mixture import Mixture
 from data.tiles.of_parquet import ParquetTiles
 from data.tiles.of_slides import SlideTiles
+from data.tiles.places import TilePlaces
+from data.tiles.sample_table import SampleTable
 from data.tiles.scales import LAWS, Scales
 from data.tiles.source import TileSource
 from models.allowed import ON_DISK, PATTERN, SHARE, SOME, TILE, Agreements, one_of, within
-from pretrain.run.progress import say, track
+from pretrain.run.launched import rank
+from pretrain.run.progress import Progress, say, track
 from pretrain.run.signals import heed, heeding
 from pretrain.settings import plugins, ranges
 from pretrain.settings.config_files import CONFIGS
@@ -41,6 +45,8 @@ DATA_CONFIGS = {
     "files": "parquet",
 }  # the setting that only one kind of member has → its file in configs/data
 NAMED = 10  # slides left out that are said one by one
+MEMBER_KINDS = {"weight": Annotated[float, within(above=0)], "sample": Annotated[str | None, ON_DISK]}
+"""What every member of a mixture has beside the settings of its kind."""
 
 
 _VALUES = "values"
@@ -154,7 +160,58 @@ def build_source(data: Mapping[str, Any], group: int = 1) -> TileSource:
     """The source that the settings ``data`` name, among others. Raises Fault where it can't be opened."""
     target = data["_target_"]
     own = {name: data[name] for name in plugins.settings_of(target, TileSource)}
-    return plugins.build({"_target_": target, **own}, group, base=TileSource)  # type: ignore[no-any-return]
+    return chosen_by(plugins.build({"_target_": target, **own}, group, base=TileSource), data["sample"], group)
+
+
+def chosen_by(source: TileSource, table: str | None, group: int) -> TileSource:
+    """The tiles of a source that a table chooses, as often as it says (`data.tiles.sample_table`); None: the source.
+
+    They are looked up once, and kept beside the table. Raises Fault for a table that can't be used, and for a source
+    that has none of its tiles.
+    """
+    if table is None:
+        return source
+    path = chosen_path(Path(table), source)
+    if not path.exists():
+        try:
+            require_writable(path)
+        except Refused as refusal:
+            raise Fault(f"{refusal} Or copy the table to a folder of yours, and give that.") from refusal
+
+    def look() -> None:
+        find_chosen(path, SampleTable(Path(table)), source, partial(_looked_up, len(source)))
+
+    once(path, look, partial(heed, kept=True))
+    found = read_chosen(path)
+    made = ChosenTiles(source, found, group)
+    if not rank():
+        for sentence in _says_chosen(table, source, made, found):
+            say(sentence)
+    return made
+
+
+def _looked_up(tiles: int, places: Iterable[TilePlaces]) -> Iterator[TilePlaces]:
+    progress = Progress(tiles, "looking up tiles in data.sample", "tiles")
+    try:
+        for some in heeding(places):
+            yield some
+            progress.advance(len(some.x))
+    finally:
+        progress.close()
+
+
+def _says_chosen(table: str, source: TileSource, made: ChosenTiles, found: Chosen) -> Iterator[str]:
+    often = "" if len(made) == found.tiles else f", {len(made):,} a pass, by their weights"
+    yield (
+        f"{table}: {found.tiles:,} of {len(source):,} tiles are trained on{often}; {found.left:,} are left out by it, and"
+        f" {found.unknown:,} that it hasn't got; {found.lost:,} of its own aren't in this source"
+    )
+    before, after = (len(one) / sum(len(part.block_sizes) for part in one.parts) for one in (source, made))
+    if after < before / 2:
+        yield (
+            f"blocks hold {after:.3g} tiles, of {before:.3g}: a data.window {before / after:.0f} times as large mixes as"
+            " many as without data.sample"
+        )
 
 
 def check_members(members: Mapping[str, Any] | None) -> None:
@@ -180,23 +237,26 @@ class WeightedMixture(Mixture):
         typed = {name: _member(name, member) for name, member in members.items()}
         super().__init__(
             {
-                name: (plugins.build(settings, group, base=TileSource), weight)
-                for name, (settings, weight) in typed.items()
+                name: (chosen_by(plugins.build(settings, group, base=TileSource), table, group), weight)
+                for name, (settings, weight, table) in typed.items()
             }
         )
 
 
-def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
-    """A member's settings, with the class that they are of, and its weight. Raises Fault for what it lacks, for
-    settings that its kind doesn't have, and for values of another type or out of their range."""
+def _member(name: str, given: Any) -> tuple[dict[str, Any], float, str | None]:
+    """A member's settings, with the class that they are of, its weight, and the table that its tiles are chosen by.
+    Raises Fault for what it lacks, for settings that its kind doesn't have, and for values of another type or out of
+    their range."""
     prefix = f"data.members.{name}."
     if not isinstance(given, Mapping):
         raise Fault(f"data.members.{name}={given} is no source: give its settings, {{shards:…,weight:1}}.")
     if given.get("weight") is None:
         raise Fault(f"{prefix}weight is missing: it is the member's share, in any scale.")
     defaults = _defaults(name, given)
-    wanted = {"weight": float} | plugins.settings_of(defaults["_target_"], TileSource)
-    settings = {key: value for key, value in defaults.items() if key in wanted} | dict(given)
+    wanted: dict[str, Any] = {key: get_args(kind)[0] for key, kind in MEMBER_KINDS.items()} | plugins.settings_of(
+        defaults["_target_"], TileSource
+    )
+    settings = {"sample": None} | {key: value for key, value in defaults.items() if key in wanted} | dict(given)
     for key in settings.keys() - wanted.keys() - {"_target_"}:
         raise Fault(f"there is no setting '{prefix}{key}'{nearest(key, set(wanted))}")
     for key, kind in wanted.items():
@@ -208,10 +268,10 @@ def _member(name: str, given: Any) -> tuple[dict[str, Any], float]:
             raise Fault(f"{prefix}{key} is empty: give a value, or leave the member out.")
         settings[key] = _typed(f"{prefix}{key}", kind, settings[key])
     settings["_target_"] = defaults["_target_"]
-    weight = settings.pop("weight")
-    ranges.require_allowed({"weight": weight}, {"weight": Annotated[float, within(above=0)]}, prefix)
+    common = {key: settings.pop(key) for key in MEMBER_KINDS}
+    ranges.require_allowed(common, MEMBER_KINDS, prefix)
     ranges.require_allowed({name: settings}, {name: plugins.Plugin}, "data.members.")
-    return settings, weight
+    return settings, common["weight"], common["sample"]
 
 
 def _typed(name: str, kind: Any, value: Any) -> Any:

@@ -38,6 +38,7 @@ from pretrain.training.module import Training
 from pretrain.training.pale_tiles import PaleTiles
 from pretrain.training.probe_set import ProbeSet
 from pretrain.training.slide_sample import SlideSample
+from pretrain.training.tile_sources import chosen_by
 from pretrain.training.watching import Watch
 
 BAD_TILES_SAID = 20  # said one by one; the rest are counted
@@ -123,6 +124,7 @@ class TileData:
     window: Annotated[int, within(least=1)]
     slides_per_lane: Annotated[int | None, within(least=1)]
     threads: Annotated[int, within(least=1)]
+    sample: Annotated[str | None, ON_DISK]
     max_bad_fraction: Annotated[float, SHARE]
     min_saturated: Annotated[float | None, SHARE]
     mean: Annotated[list[float], numbers(3), SHARE]  # of pixels between 0 and 1
@@ -210,7 +212,8 @@ class TileTraining(Training):
         super().__init__(run, config, make_objective, config.data.batch_size)
         self.data: TileData = config.data
         shape: dict[str, Any] = {name: getattr(self.data, name) for name in ("batch_size", "lanes", "slides_per_lane")}
-        self.tiles: TileSource = plugins.build_beside(self.data, group_size(**shape))
+        group = group_size(**shape)
+        self.tiles = chosen_by(plugins.build_beside(self.data, group), self.data.sample, group)
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
         crops, patch = self.data.crops, config.model["patch_size"]
         self.sizes = crop_sizes(crops, checked_views(config.objective, patch, crops.relative_to))

@@ -24,13 +24,22 @@ from data.tiles.of_slides import SlideTiles
 from data.tiles.source import TileSource
 from data.tiles.stream import Stream, group_size
 from tests.data.shards.tile_folders import write_tiles
+from tests.data.tiles.test_chosen_tiles import choose, write_sample
 from tests.data.tiles.test_loader import by_tile, same
 from tests.data.tiles.test_slide_tiles import look, write_slides
 
 SIZES = CropSizes(2, 16, (0.32, 1.0), 2, 8, (0.05, 0.32))
 SHAPE = {"batch_size": 16, "lanes": 8}
 STEPS = 6
-ORDERS = {"shards": None, "one slide a lane": 1, "mixture": None, "slides online": None, "mixture of groups": 1}
+ORDERS = {
+    "shards": None,
+    "one slide a lane": 1,
+    "mixture": None,
+    "slides online": None,
+    "mixture of groups": 1,
+    "chosen of a mixture": None,
+    "chosen, one slide a lane": 1,
+}
 SEGMENTS = st.lists(
     st.tuples(st.integers(1, 3), st.sampled_from([1, 2, 4, 8]), st.integers(1, 4)), min_size=1, max_size=4
 )
@@ -43,6 +52,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TileSource
     few, more = write_tiles(folder / "few", [19]), write_tiles(folder / "more", [23, 11, 14])
     slides = write_slides(folder / "slides")
     look(slides, folder / "grids")
+    table = write_sample(folder / "sample.parquet", range(34), [n % 4 for n in range(34)], slide=["slide0"] * 34)
 
     def source(name: str) -> TileSource:
         group = group_size(**SHAPE, slides_per_lane=ORDERS[name])
@@ -52,6 +62,10 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], TileSource
         online = SlideTiles(look(slides, folder / "grids"), group)
         if name == "slides online":
             return online
+        if name == "chosen, one slide a lane":
+            return choose(shards, table, group)
+        if name == "chosen of a mixture":
+            return choose(Mixture({"few": (ShardTiles(shards=[str(few)]), 1), "more": (shards, 2)}), table)
         return Mixture({"few": (ShardTiles(group, shards=[str(few)]), 1), "more": (shards, 2), "online": (online, 1.5)})
 
     return source

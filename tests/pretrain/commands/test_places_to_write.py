@@ -63,6 +63,7 @@ def test_a_read_only_disk_is_one_sentence_on_every_command(
         ["inspect", f"slide={tmp_path / 'slides' / 'a.tiff'}", out],
         ["probe", f"checkpoint={run}", f"train={class_folders}", f"{out}.json"],
         ["plan", f"{out}.json"],
+        ["curate", f"embeddings={store}", "size=10", "clusters=[4,2]", out],
         ["demo", f"slides={tmp_path / 'slides'}", out],
     ]
     kept = {name: value for name, value in os.environ.items() if name not in GROUP}

@@ -26,6 +26,7 @@ from pretrain.training.tile_stage import TileTraining
 from tests.data.flaky_server import serving
 from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import write_tiles
+from tests.data.tiles.test_chosen_tiles import write_sample
 from tests.data.tiles.test_slide_tiles import write_slides
 from tests.pretrain.training.test_tile_training import STEPS, TINY, metrics, weights
 
@@ -138,6 +139,52 @@ def test_tiles_held_out_tell_a_loss_at_checkpoints_and_change_nothing(tmp_path: 
     assert ours == theirs and len(ours) == 6
     one, other = weights(tmp_path / "whole"), weights(tmp_path / "unjudged")
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_a_chosen_subset_trains_resumes_also_from_another_place_and_says_what_it_is(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_tiles(tmp_path / "shards", [40, 37])
+    often = [number % 3 for number in range(70)]
+    write_sample(tmp_path / "table.parquet", range(70), often)
+    words = ["tile", *TINY, f"data.shards={shards}", f"data.sample={tmp_path / 'table.parquet'}"]
+    run_command_line([*words, f"run={tmp_path / 'whole'}"])
+    said = capsys.readouterr().err
+    assert "46 of 77 tiles are trained on, 69 a pass, by their weights; 24 are left out by it, and 7 that it" in said
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
+    (tmp_path / "moved").mkdir()
+    shutil.copy(tmp_path / "table.parquet", tmp_path / "moved")
+    moved = [*words[:-1], f"data.sample={tmp_path / 'moved' / 'table.parquet'}"]
+    run_command_line([*moved, f"run={tmp_path / 'again'}"])  # goes on after step 4
+    one, other = weights(tmp_path / "whole"), weights(tmp_path / "again")
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    write_sample(tmp_path / "moved" / "table.parquet", range(70), often[::-1])
+    with pytest.raises(SystemExit):
+        run_command_line([*moved, f"run={tmp_path / 'again'}", "optim.steps=8", "allow_changes=false"])
+    assert "other settings" in capsys.readouterr().err
+    both = f"{{a:{{shards:{shards},weight:1,sample:{tmp_path / 'table.parquet'}}},b:{{shards:{shards},weight:1}}}}"
+    mixed = stage(tmp_path, "data=mixture", f"data.members={both}")
+    assert [int(part.block_sizes.sum()) for part in mixed.tiles.parts] == [69, 77]
+    few = write_sample(tmp_path / "few.parquet", range(0, 77, 7))
+    stage(tmp_path, f"data.shards={shards}", f"data.sample={few}")
+    assert "blocks hold 5.5 tiles, of 38.5: a data.window 7 times as large" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ([], "there is no table of tiles at FOLDER/none.parquet"),
+        (["data.sample=s3://bucket/a.parquet"], "data.sample=s3://bucket/a.parquet is not allowed"),
+        (["data=mixture", "data.members={a:{shards:s,weight:1,sample:s3://b/a.parquet}}"], "data.members.a.sample=s3"),
+    ],
+)
+def test_a_table_that_isn_t_there_is_one_sentence(
+    folder: Path, tmp_path: Path, words: list[str], sentence: str
+) -> None:
+    source = [] if "data=mixture" in words else [f"data.shards={folder / 'a'}"]
+    with pytest.raises(Fault, match=re.escape(sentence.replace("FOLDER", str(tmp_path)))):
+        stage(folder, *source, f"data.sample={tmp_path / 'none.parquet'}", *words)
 
 
 def test_magnifications_in_shares_or_between_two_reach_the_objective_s_batch(folder: Path, tmp_path: Path) -> None:
@@ -302,8 +349,8 @@ def test_a_members_names_that_look_like_numbers_stay_as_they_were_typed() -> Non
     ]
     found = {name: _member(name, member) for name, member in load("tile", words).object().data.members.items()}
     assert found["a"][0]["shards"] == ["2024_01", "b"] and found["a"][1] == 10.0
-    one, weight = found["c"]
-    assert (one["slides"], one["grids"], one["mpp"], weight) == (["1e3"], "007", [0.5], 2.0)
+    one, weight, table = found["c"]
+    assert (one["slides"], one["grids"], one["mpp"], weight, table) == (["1e3"], "007", [0.5], 2.0, None)
 
 
 def test_no_slides_are_said_when_composing() -> None:
