@@ -15,6 +15,7 @@ import simplejpeg
 from data.fault import Fault
 from data.shards.scan import scan
 from data.slides.tiling import KEPT, TilingSettings
+from data.slides.tissue import tissue_needed
 from data.tiles import of_parquet, sample_table
 from data.tiles.chosen import ChosenTiles, chosen_path, find_chosen, read_chosen
 from data.tiles.mixture import Mixture
@@ -141,7 +142,9 @@ def test_grid_cells_of_slides_online_are_chosen_by_their_places(tmp_path: Path) 
     tiles = choose(source, tmp_path / "a.parquet")
     assert tiles.numbers.tolist() == wanted
     assert np.array_equal(tiles.read(3, 0, 17), source.read(wanted[3], 0, 17))
-    coarse = SlideTiles(look(tmp_path / "slides", tmp_path / "coarse", TilingSettings(1.0, 32, "otsu", 0.4)))
+    coarse = SlideTiles(
+        look(tmp_path / "slides", tmp_path / "coarse", TilingSettings(1.0, 32, tissue_needed(["otsu"], [0.4])))
+    )
     with pytest.raises(
         Fault, match=r"are 64 level-0 pixels a side in this source and 32 in .*: take tiles of the size"
     ):
