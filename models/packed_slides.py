@@ -36,10 +36,11 @@ def summarise(
     if valid is None:
         means = [some.mean(dim=1) for some in tiles]
     else:
-        weights = in_runs(valid.to(x.dtype), [n - special for n in lengths])
-        means = [
-            (of.unsqueeze(1) @ some).squeeze(1) / of.sum(1, keepdim=True)
-            for some, of in zip(tiles, weights, strict=True)
+        precise = torch.promote_types(x.dtype, torch.float32)
+        there = in_runs(valid, [n - special for n in lengths])
+        means = [  # a count needn't fit a low precision
+            ((of.to(x.dtype).unsqueeze(1) @ some).squeeze(1).to(precise) / of.sum(1, keepdim=True)).to(x.dtype)
+            for some, of in zip(tiles, there, strict=True)
         ]
     return torch.cat([some.flatten(0, 1) for some in tiles]), torch.cat([run[:, 0] for run in runs]), torch.cat(means)
 

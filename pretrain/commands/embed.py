@@ -384,4 +384,5 @@ def _gather(config: Config) -> None:
     require_parts_finished(out)
     slides = gather_pieces(out, patients_of(Path(config.patients) if config.patients else None, slides_in(out)))
     say(f"{out}: {slides} slides")
-    print(json.dumps({"out": config.out, "slides": slides} | about), flush=True)
+    hashed = {"encoder_hash": about["encoder_hash"].partition(" ")[0]}  # without what else its slides depend on
+    print(json.dumps({"out": config.out, "slides": slides} | about | hashed), flush=True)

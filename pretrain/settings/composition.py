@@ -36,7 +36,7 @@ from pretrain.settings.merging import (
     typed_launch,
     unresolved,
 )
-from pretrain.settings.refusals import require_of_the_stage, why_refused
+from pretrain.settings.refusals import require_heeded, require_of_the_stage, why_refused
 from pretrain.settings.shell_words import key_of, readable
 
 
@@ -135,6 +135,7 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
     launch = typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = typed(command, values)
     _check_ranges(command, tree, launch)
+    require_heeded(command, words, values)
     files = _files(command, choices, directories)
     return Composed(command, tree, launch, files, overrides, directories[1:], left_out)
 

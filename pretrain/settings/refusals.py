@@ -14,6 +14,7 @@ from data.fault import Fault
 from pretrain.settings import plugins, ranges
 from pretrain.settings.command_schema import config_class, file_stem, with_launch
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
+from pretrain.settings.shell_words import key_of
 
 OF_LIGHTNINGS_TRAINER = {
     "max_steps": "optim.steps= is a run's length, and optim.schedule_steps= that of its schedules where it stops before",
@@ -50,6 +51,8 @@ def why_refused(
         try:
             override = OverridesParser.create().parse_override(text)
         except HydraException as problem:
+            if command == "plan" and text in ("tile", "slide"):
+                return f"a plan is of the stage that its recipe= or objective= is for: leave {text!r} out."
             first = str(problem).splitlines()[0]
             return f"{text!r} can't be read as key=value ({first}); quote values that hold spaces, commas or braces."
         key, value = override.key_or_group, override.value()
@@ -63,6 +66,8 @@ def why_refused(
             return (
                 f"{key} is a setting of {' and of '.join(others)}: give that too, as without it the command runs here."
             )
+        elif command == "plan" and key == "stage":
+            return "a plan is of the stage that its recipe= or objective= is for: leave stage= out."
         elif key not in known and not override.is_add():
             return f"there is no setting {key!r} in 'pretrain {command}'{in_its_place(key, known)}"
         elif isinstance(value, dict) and key in known and OmegaConf.is_list(OmegaConf.select(tree, key)):
@@ -82,6 +87,22 @@ def require_of_the_stage(
             known = [one for one in choices_of(group, [CONFIGS]) if not other_stage(command, group, one, [CONFIGS])]
             asks = "is" if chose == f"{group}={choice}" else f"asks for {group}={choice}, which is"
             raise Fault(f"{chose} {asks} of 'pretrain {its}': here {group}= is one of {', '.join(known)}.")
+
+
+OF_WHOLE_FIELDS = ("data.crop", "data.mask", "data.mask_ratio", "data.block_cells")
+
+
+def require_heeded(command: str, words: Sequence[str], values: DictConfig) -> None:
+    """Raise Fault for a setting of the command line that the chosen objective of slides doesn't read."""
+    if command != "slide":
+        return
+    objective = plugins.locate_class(values["objective"]["_target_"], object)
+    crops = bool(getattr(objective, "crops", False))
+    for key in map(key_of, words):
+        of_crops = key.startswith("data.crops.")
+        if (of_crops or key in OF_WHOLE_FIELDS) and of_crops != crops:
+            theirs = "compare crops of a slide" if of_crops else "hide tiles of whole slides or fields"
+            raise Fault(f"{key} is for objectives that {theirs}, and {objective.__name__} doesn't: leave it out.")
 
 
 def other_stage(command: str, group: str, choice: str, directories: list[Path]) -> str | None:

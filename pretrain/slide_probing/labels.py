@@ -296,8 +296,10 @@ def _rounds(table: Path, names: Sequence[str], rows: Sequence[_Row], patients: S
             part = np.array([SIDES[one.lower()] for one in side.tolist()])
             # Where nothing is kept for a test, as in eva's tables, what is kept for validation is judged.
             rounds.append((np.flatnonzero(part < part.max()), np.flatnonzero(part == part.max())))
-            if part.max() == 0:
-                raise Fault(f"{table}: column {name} says train of all: some must be test, or val.")
+            if part.max() == part.min():
+                only = side[0].lower()
+                lacking_side = "train" if part.max() else "test, or val"
+                raise Fault(f"{table}: column {name} says {only} of all: some must be {lacking_side}.")
     return rounds or None
 
 

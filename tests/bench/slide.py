@@ -140,6 +140,8 @@ class Asked:
                 setattr(asked, name.lower(), _number(argument, value))
             elif name == "SEEDS":
                 asked.seeds = [_number(argument, seed) for seed in value.split(",")]
+                if len(set(asked.seeds)) < len(asked.seeds):
+                    raise SystemExit(f"{argument} has one twice, which would train in one folder")
             elif name in ("LABELS", "ROWS", "GROUNDS"):
                 known = {"LABELS": LABELS, "ROWS": ROWS, "GROUNDS": GROUNDS}[name]
                 if unknown := set(value.split(",")) - set(known):
@@ -158,7 +160,7 @@ class Asked:
 
 def _number(argument: str, value: str) -> int:
     if not value.isdecimal():
-        raise SystemExit(f"{argument}: {value!r} is no whole number")
+        raise SystemExit(f"{argument}: {value!r} is no whole number of digits alone")
     return int(value)
 
 

@@ -15,6 +15,7 @@ from pretrain.settings.composition import load
 from pretrain.settings.config_files import CONFIGS, choices_of, comments
 from pretrain.settings.refusals import OF_LIGHTNINGS_TRAINER, dotted_keys, nearest
 
+CROPS_OF_SLIDES = ["objective=slide_ibot", "data.field_cells=0"]
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
 
 
@@ -243,3 +244,26 @@ def test_comments_are_read_from_values_not_from_strings(tmp_path: Path) -> None:
 def test_nearest_finds_a_name_by_its_last_part() -> None:
     assert nearest("lerning", {"optim.learning", "data.threads"}) == "; did you mean 'optim.learning'?"
     assert nearest("qqq", {"optim.lr"}) == "."
+
+
+@pytest.mark.parametrize(
+    ("command", "words", "sentence"),
+    [
+        (
+            "slide",
+            ["data.crops.local_count=3"],
+            "data.crops.local_count is for objectives that compare crops of a slide",
+        ),
+        ("slide", [*CROPS_OF_SLIDES, "data.mask_ratio=0.5"], "data.mask_ratio is for objectives that hide tiles of"),
+        ("plan", ["stage=slide"], "a plan is of the stage that its recipe= or objective= is for: leave stage= out."),
+        (
+            "plan",
+            ["slide", "recipe=slide"],
+            "a plan is of the stage that its recipe= or objective= is for: leave 'slide'",
+        ),
+    ],
+)
+def test_what_the_command_would_not_heed_is_refused(command: str, words: list[str], sentence: str) -> None:
+    with pytest.raises(Fault, match=re.escape(sentence)):
+        load(command, words)
+    load("slide", [*CROPS_OF_SLIDES, "data.crops.local_count=3"])

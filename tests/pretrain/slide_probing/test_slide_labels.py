@@ -227,6 +227,10 @@ def test_folds_of_one_case_each_judge_it_beside_the_others(tmp_path: Path) -> No
         ("slide,patient,label,fold\ns0,p,a,1\ns1,p,a,2\ns2,q,b,1\ns3,r,b,1\ns4,t,a,1", "patient p is in fold 1 and 2"),
         ("slide,label,split\n" + rows(*(f"{'ab'[i % 2]},train" for i in range(8))), "says train of all"),
         (
+            "slide,label,split\n" + rows(*(f"{'ab'[i % 2]},test" for i in range(8))),
+            "says test of all: some must be train",
+        ),
+        (
             "slide,time,event\n" + rows(*(f"{i},{2 if i == 5 else 1}" for i in range(8))),
             "event=2 for s5: an event is 1",
         ),
