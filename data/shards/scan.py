@@ -139,9 +139,26 @@ def describe_left_out(index: ShardIndex) -> tuple[list[LeftOut], list[LeftOut]]:
 
 
 def disputed(index: ShardIndex) -> list[LeftOut]:
-    """What is in an index that `scan` made, and can't all be true: facts of a slide that its tiles contradict one
-    another in, places of a slide that have several tiles."""
-    return [*(LeftOut(**kind) for kind in index.meta.get("disputed", [])), *_twice(index).values()]
+    """What is in an index that `scan` made, and isn't known or can't all be true: tiles of which nothing says slide and
+    place, facts of a slide that its tiles contradict one another in, places of a slide that have several tiles."""
+    told = [LeftOut(**kind) for kind in index.meta.get("disputed", [])]
+    return [*_nowhere(index).values(), *told, *_twice(index).values()]
+
+
+def _nowhere(index: ShardIndex) -> dict[str, LeftOut]:
+    """Tiles of whose slide nothing is known but the tar that they lie in."""
+    nowhere: dict[str, LeftOut] = {}
+    starts = np.asarray(index.run_start)
+    for run in np.flatnonzero(index.x[starts[:-1]] == UNKNOWN_PLACE).tolist():
+        first, last = int(starts[run]), int(starts[run + 1])
+        tar = index.files[index.file_of(first)]
+        if index.slide_of(first) == tar.removesuffix(".tar"):
+            why = (
+                "neither a .json, as slide, x and y, nor a key <slide>_<x>_<y> says where they are from, so each tar counts"
+                " as a slide"
+            )
+            leave_out(nowhere, "tile without slide and place", why, f"the first in {tar}", last - first)
+    return nowhere
 
 
 def _twice(index: ShardIndex) -> dict[str, LeftOut]:

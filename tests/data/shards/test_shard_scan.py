@@ -228,6 +228,14 @@ def test_pictures_that_share_a_json_lie_at_one_place_which_is_said(tmp_path: Pat
     assert str(kind).startswith("1 tile at a place that is taken (as (0, 0) of a in a.tar)")
 
 
+def test_tiles_of_which_nothing_says_slide_and_place_are_said(tmp_path: Path) -> None:
+    others = json.dumps({"slide_id": "s", "coords": [0, 0]}).encode()  # names that aren't read
+    write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", others), ("l.jpg", b"jpeg")])
+    write_tar(tmp_path / "b.tar", [("s_0_0.jpg", b"jpeg")])
+    (kind,) = disputed(scan(tmp_path))
+    assert str(kind).startswith("2 tiles without slide and place (as the first in a.tar): neither a .json,")
+
+
 def test_what_another_program_says_of_its_pictures_is_not_taken_for_the_slides(tmp_path: Path) -> None:
     said = {"width": 256, "height": 256, "source": ["x"], "thumbnail_downsample": "a", "slide": "s", "patient": 7}
     write_tar(tmp_path / "a.tar", [("k.jpg", b"jpeg"), ("k.json", json.dumps(said).encode())])
