@@ -38,6 +38,7 @@ FILE_SYSTEM_PACKAGES = {
     "abfs": "adlfs",
     "hf": "huggingface_hub",
 }
+VERSIONS = ("ETag", "etag", "blob_id")  # of http and S3, of GCS and Azure, of the hub
 HOPELESS = (FileNotFoundError, Fault)
 READ_AHEAD = 4 << 20  # bytes, where a file is read from front to back
 FETCHED_AT_ONCE = 8  # blocks, beside those that somebody waits for
@@ -98,12 +99,18 @@ def read_range(url: str, start: int, stop: int) -> bytes:
 
 def size_of(url: str) -> int:
     """A file's length in bytes. Raises as `read_range` does."""
+    return size_and_version(url)[0]
 
-    def attempt(system: Any, path: str) -> int:
+
+def size_and_version(url: str) -> tuple[int, str]:
+    """A file's length in bytes, and what its server calls its content, "" where it doesn't say. Raises as `read_range`
+    does."""
+
+    def attempt(system: Any, path: str) -> tuple[int, str]:
         info = _waited_for(system, system._info if isinstance(system, AsyncFileSystem) else system.info, path)
         if info.get("size") is None:
             raise Fault(f"the server of {url} doesn't say how long the file is, which reading parts of it takes.")
-        return int(info["size"])
+        return int(info["size"]), next((str(info[name]) for name in VERSIONS if info.get(name)), "")
 
     return _persistent(url, attempt)
 

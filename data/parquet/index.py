@@ -6,8 +6,11 @@
     groups    ├── 64 ──┤├── 64 ──┤├── 64 ──┤├9┤├── 64 ──┤├─ 31 ─┤     rows that were compressed together
     chunks    ├───────── 192 ───────────────┤├9┤├───── 95 ──────┤     row groups that are read together
 
-The name of the file is the hash of the files' names and sizes and of the columns, so that others give another index. A
-row costs 4 bytes there, of its slide, where slides are known.
+The name of the file is the hash of the files' names, sizes and times of writing and of the columns, so that others give
+another index. A row costs 4 bytes there, of its slide, where slides are known.
+
+What an index is of is told by its ``digest``, of what was found and not of when it was written: a copy of the files is
+looked through anew, and is the same data.
 """
 
 import hashlib
@@ -29,8 +32,8 @@ from data.fault import Fault
 from data.files import appearing
 from data.npz_files import SPOILT, mapped, place_of, write_column
 from data.parquet.columns import ImageColumns, find_columns
-from data.parquet.row_groups import column_place, read_footer
-from data.remote import RemotePath, is_remote, size_of
+from data.parquet.row_groups import column_place, read_footer, read_raw_footer
+from data.remote import RemotePath, is_remote, size_and_version
 
 INDEX_COLUMNS = ("file_groups", "group_rows", "group_bytes", "slide")
 SCANNED_AT_ONCE = 8  # files
@@ -44,6 +47,7 @@ class ParquetQuestion:
 
     files: list[str]
     sizes: list[int]
+    versions: list[str]
     image: str | None
     slide: str | None
     patient: str | None
@@ -53,10 +57,10 @@ class ParquetQuestion:
     def of(
         cls, files: list[str], image: str | None, slide: str | None, patient: str | None, slide_pattern: str | None
     ) -> "ParquetQuestion":
-        """The same, with the files' sizes looked up."""
+        """The same, with the files' sizes looked up, and when they were written (what a server calls their content)."""
         with ThreadPoolExecutor(SCANNED_AT_ONCE) as pool:
-            sizes = list(pool.map(_size, files))
-        return cls(files, sizes, image, slide, patient, slide_pattern)
+            sizes, versions = zip(*pool.map(_size_and_version, files), strict=True)
+        return cls(files, list(sizes), list(versions), image, slide, patient, slide_pattern)
 
     @property
     def names(self) -> list[str]:
@@ -67,19 +71,21 @@ class ParquetQuestion:
             common += 1
         return ["/".join(PurePosixPath(file).parts[common:]) for file in self.files]
 
-    @property
-    def digest(self) -> str:
-        """A hash of all of it, the same on every machine."""
-        asked = [self.names, self.sizes, self.image, self.slide, self.patient, self.slide_pattern]
+    def digest_with(self, more: object) -> str:
+        """A hash of what is asked, of all but the versions the same on every machine, and of ``more``."""
+        asked = [self.names, self.sizes, self.image, self.slide, self.patient, self.slide_pattern, more]
         return hashlib.blake2b(json.dumps(asked).encode(), digest_size=8).hexdigest()
 
     def path(self, folder: Path) -> Path:
-        """Where the index lies in a folder of indices."""
-        return folder / f"parquet-{self.digest}.npz"
+        """Where the index lies in a folder of indices: another place where a file was written anew."""
+        return folder / f"parquet-{self.digest_with(self.versions)}.npz"
 
 
-def _size(file: str) -> int:
-    return size_of(file) if is_remote(file) else Path(file).stat().st_size
+def _size_and_version(file: str) -> tuple[int, str]:
+    if is_remote(file):
+        return size_and_version(file)
+    told = Path(file).stat()
+    return told.st_size, str(told.st_mtime_ns)
 
 
 class ParquetIndex:
@@ -88,7 +94,7 @@ class ParquetIndex:
     ``file_groups`` (files + 1,) are the row groups at which the files begin; ``group_rows`` and ``group_bytes``
     (groups,) the rows of each and the bytes of its images; ``slide`` (rows,) int32 says which of ``slides`` a row is
     of, and is empty where slides aren't known. ``patients`` are those of the slides, "" where not known. ``left_out``
-    says which files can't be used, and why.
+    says which files can't be used, and why; ``unclear`` what keeps patients from being told apart, "" where nothing does.
     """
 
     def __init__(self, question: ParquetQuestion, columns: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
@@ -98,7 +104,8 @@ class ParquetIndex:
         self.slides: list[str] = meta["slides"]
         self.patients: list[str] = meta["patients"]
         self.left_out: list[str] = meta["left_out"]
-        self.digest = question.digest
+        self.unclear: str = meta["unclear"]
+        self.digest: str = meta["digest"]
 
     def __len__(self) -> int:
         return int(self.group_rows.sum())
@@ -127,12 +134,15 @@ def scan_parquet(
     """
     found: list[tuple[int, pq.FileMetaData, ImageColumns]] = []
     left_out: list[str] = []
+    seen = hashlib.blake2b(digest_size=8)
     with ThreadPoolExecutor(SCANNED_AT_ONCE) as pool:
-        footers = progress(pool.map(_footer, question.files), len(question.files))
-        for number, (file, footer) in enumerate(zip(question.files, footers, strict=True)):
-            if isinstance(footer, Exception):
-                left_out.append(f"{file} can't be read ({' '.join(str(footer).split())})")
-            elif not footer.num_rows:
+        footers = progress(pool.map(_footer, question.files, question.sizes), len(question.files))
+        for number, (file, footer_or_error) in enumerate(zip(question.files, footers, strict=True)):
+            if isinstance(footer_or_error, Exception):
+                left_out.append(f"{file} can't be read ({' '.join(str(footer_or_error).split())})")
+                continue
+            footer, raw = footer_or_error
+            if not footer.num_rows:
                 left_out.append(f"{file} has no rows")
             else:
                 try:
@@ -148,6 +158,7 @@ def scan_parquet(
                     left_out.append(f"{file} has other columns than {first}: {_difference(found[0][2], columns)}")
                 else:
                     found.append((number, footer, columns))
+                    seen.update(raw)
     if not found:
         raise Fault(f"none of the Parquet files can be used: {left_out[0]}")
     columns = found[0][2]
@@ -166,14 +177,24 @@ def scan_parquet(
             write_column(archive, name, np.dtype(np.int64), len(values), [np.asarray(values)])
         files = [question.files[number] for number, _, _ in found]
         named = (slides.of(file) for file in progress(iter(files), len(files))) if known else iter(())
-        write_column(archive, "slide", np.dtype(np.int32), known, (piece for pieces in named for piece in pieces))
-        meta = {"files": [number for number, _, _ in found], "image": columns.image, "left_out": left_out}
-        archive.writestr("meta.json", json.dumps(meta | slides.names()))
+        pieces = (piece for pieces in named for piece in pieces)
+        write_column(archive, "slide", np.dtype(np.int32), known, _hashed(pieces, seen))
+        meta = {"files": [number for number, _, _ in found], "image": columns.image} | slides.names()
+        seen.update(json.dumps(meta).encode())
+        meta |= {"left_out": left_out, "unclear": slides.unclear(), "digest": question.digest_with(seen.hexdigest())}
+        archive.writestr("meta.json", json.dumps(meta))
 
 
-def _footer(file: str) -> pq.FileMetaData | Exception:
+def _hashed(pieces: Iterable[np.ndarray], seen: "hashlib.blake2b") -> Iterator[np.ndarray]:
+    for piece in pieces:
+        seen.update(piece.astype("<i4").tobytes())
+        yield piece
+
+
+def _footer(file: str, size: int) -> tuple[pq.FileMetaData, bytes] | Exception:
     try:
-        return read_footer(file)
+        footer = read_footer(file)
+        return footer, read_raw_footer(file, footer, size)
     except UNREADABLE as error:
         return error
 
@@ -188,6 +209,12 @@ def _difference(one: ImageColumns, other: ImageColumns) -> str:
     )
 
 
+def _texts(names: pa.Array) -> pa.Array:
+    """Names as text, "" for those that are missing."""
+    names = names.dictionary_decode() if pa.types.is_dictionary(names.type) else names
+    return pc.fill_null(pc.cast(names, pa.string()), "")
+
+
 class _Slides:
     """Numbers for the slides that rows name, given out as they come."""
 
@@ -195,6 +222,8 @@ class _Slides:
         self.columns, self.pattern = columns, pattern
         self.numbers: dict[str, int] = {}
         self.patients: dict[str, str] = {}
+        self.nameless, self.first_nameless = 0, ""  # rows, and the file of the first
+        self.of_two = ""  # says which slide is of two patients
         if pattern is not None and columns.slide is None:
             raise Fault("data.slide_pattern is looked for in a column of names: say which, by data.slide=COLUMN.")
         if pattern is not None and "slide" not in re.compile(pattern).groupindex:
@@ -203,17 +232,22 @@ class _Slides:
             )
 
     def of(self, file: str) -> Iterator[np.ndarray]:
-        """The slides of a file's rows, int32, by pieces."""
+        """The slides of a file's rows, int32, by pieces. Raises Fault where they can't be read."""
         assert self.columns.slide is not None
         wanted = [name for name in (self.columns.slide, self.columns.patient) if name]
         source = RemotePath(file).open() if is_remote(file) else file
-        with pq.ParquetFile(source) as opened:
-            for batch in opened.iter_batches(65_536, columns=wanted):
-                table = pa.Table.from_batches([batch]).flatten()
-                yield self._numbers(file, *(table.column(name).combine_chunks() for name in wanted))
+        try:
+            with pq.ParquetFile(source, page_checksum_verification=True) as opened:
+                for batch in opened.iter_batches(65_536, columns=wanted):
+                    table = pa.Table.from_batches([batch]).flatten()
+                    yield self._numbers(file, *(_texts(table.column(name).combine_chunks()) for name in wanted))
+        except (OSError, pa.ArrowException) as error:
+            raise Fault(
+                f"the slides of {file} can't be read ({' '.join(str(error).split())}): have the file written again, or"
+                " leave it out of data.files."
+            ) from error
 
-    def _numbers(self, file: str, names: pa.Array, patients: pa.Array | None = None) -> np.ndarray:
-        texts = pc.fill_null(pc.cast(names, pa.string()), "")
+    def _numbers(self, file: str, texts: pa.Array, patients: pa.Array | None = None) -> np.ndarray:
         if self.pattern is not None:
             try:
                 found = pc.extract_regex(texts, self.pattern)
@@ -230,12 +264,34 @@ class _Slides:
         coded = pc.dictionary_encode(texts)
         kinds = coded.dictionary.to_pylist()
         numbers = np.array([self.numbers.setdefault(name, len(self.numbers)) for name in kinds], dtype=np.int32)
+        indices = np.asarray(coded.indices)
+        if nameless := int((indices == kinds.index("")).sum()) if "" in kinds else 0:
+            self.nameless, self.first_nameless = self.nameless + nameless, self.first_nameless or file
         if patients is not None:
-            indices = np.asarray(coded.indices)
-            _, firsts = np.unique(indices, return_index=True)
-            for kind, first in zip(np.unique(indices).tolist(), firsts.tolist(), strict=True):
-                self.patients.setdefault(kinds[kind], str(patients[first].as_py() or ""))
-        return numbers[np.asarray(coded.indices)]
+            whose = pc.dictionary_encode(patients)
+            people = whose.dictionary.to_pylist()
+            for pair in np.unique(indices.astype(np.int64) * len(people) + np.asarray(whose.indices)).tolist():
+                self._note(file, kinds[pair // len(people)], people[pair % len(people)])
+        return numbers[indices]
+
+    def _note(self, file: str, slide: str, patient: str) -> None:
+        """A slide is of a patient; "" is neither."""
+        if slide and patient and (known := self.patients.setdefault(slide, patient)) != patient and not self.of_two:
+            column = self.columns.patient
+            alone = f", or hold out by patients alone, by data.slide={column}" if column else ""
+            self.of_two = (
+                f"slide {slide} is of patient {known}, and in {file} of patient {patient} too; give each slide a name of"
+                f" its own, in the files or by data.slide_pattern{alone}"
+            )
+
+    def unclear(self) -> str:
+        """What keeps patients from being told apart, and the way out."""
+        if not self.nameless:
+            return self.of_two
+        return (
+            f"{self.nameless:,} rows say no slide, the first of them in {self.first_nameless}; fill them in, or name"
+            " another column by data.slide"
+        )
 
     def names(self) -> dict[str, list[str]]:
         """``slides`` in the order of their numbers, and ``patients`` beside them."""

@@ -13,6 +13,7 @@ from data.remote import RemotePath, Truncated, is_remote, read_range
 from data.seekable import SeekableFile
 
 GAP = 1 << 20  # bytes of other columns between two row groups that are read along, since another read costs more
+FOOTER_END = 8  # bytes behind the footer: its length, and "PAR1"
 
 
 def read_footer(file: str) -> pq.FileMetaData:
@@ -36,9 +37,15 @@ def column_place(footer: pq.FileMetaData, group: int, column: str) -> tuple[int,
     raise KeyError(f"row group {group} has no column {column}")
 
 
+def read_raw_footer(file: str, footer: pq.FileMetaData, size: int) -> bytes:
+    """The bytes of the footer of a file of ``size`` bytes. Raises as `read_footer` does, and Fault."""
+    return _read(file, size - FOOTER_END - footer.serialized_size, size - FOOTER_END)
+
+
 def read_images(file: str, footer: pq.FileMetaData, groups: Sequence[int], column: str) -> pa.Array:
     """The encoded images of neighbouring row groups, in their order; null where a row has none. Raises Fault, OSError
     or pyarrow's errors where they can't be read."""
+    groups = [group for group in groups if footer.row_group(group).num_rows]  # the pages of the others may lie anywhere
     ranges: list[list[int]] = []
     for start, stop in (column_place(footer, group, column) for group in groups):
         if ranges and 0 <= start - ranges[-1][1] <= GAP:
@@ -46,9 +53,9 @@ def read_images(file: str, footer: pq.FileMetaData, groups: Sequence[int], colum
         else:
             ranges.append([start, stop])
     parts = [(start, _read(file, start, stop)) for start, stop in ranges]
-    table = pq.ParquetFile(pa.PythonFile(_Parts(parts), "r"), metadata=footer).read_row_groups(
-        groups, columns=[column], use_threads=False
-    )
+    source = pa.PythonFile(_Parts(parts), "r")
+    with pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as opened:
+        table = opened.read_row_groups(groups, columns=[column], use_threads=False)
     images = table.column(0).combine_chunks()
     return pc.struct_field(images, "bytes") if pa.types.is_struct(images.type) else images
 
@@ -60,7 +67,7 @@ def read_numbers(
     pyarrow's errors where they can't be read, or aren't numbers."""
     there = [name for name in columns if name in footer.schema.to_arrow_schema().names]
     source = RemotePath(file).open() if is_remote(file) else file
-    with pq.ParquetFile(source, metadata=footer) as opened:
+    with pq.ParquetFile(source, metadata=footer, page_checksum_verification=True) as opened:
         table = opened.read_row_groups(groups, columns=there, use_threads=False)
     return {name: np.asarray(pc.fill_null(pc.cast(table.column(name), pa.float64()), np.nan)) for name in there}
 

@@ -35,7 +35,7 @@ class ParquetTiles(TileSource):
 
     ``hold_out`` is the share of patients (of slides, where those aren't known) whose tiles aren't trained on: whose it
     is a hash of the name tells, so that it is the same whatever else there is. Raises Fault where nothing is known to
-    tell by.
+    tell by, or what is known contradicts itself.
     """
 
     def __init__(self, index: ParquetIndex, group: int = 1, hold_out: float = 0.0, held_out: bool = False) -> None:
@@ -45,6 +45,8 @@ class ParquetTiles(TileSource):
                 f"data.hold_out={hold_out:g} holds out patients or slides, and these files don't say whose tiles they"
                 " hold: name a column by data.slide=…"
             )
+        if hold_out and index.unclear:
+            raise Fault(f"data.hold_out={hold_out:g} can't tell whose tiles to hold out: {index.unclear}.")
         self._first_group = _chunk_starts(index)  # (chunks + 1,)
         row_starts = np.concatenate([[0], np.cumsum(index.group_rows)])
         self._first_row = row_starts[self._first_group]  # (chunks + 1,)
@@ -205,9 +207,11 @@ def _chunk_starts(index: ParquetIndex) -> np.ndarray:
     rows."""
     starts = []
     for first, last in zip(index.file_groups[:-1].tolist(), index.file_groups[1:].tolist(), strict=True):
-        rows = np.cumsum(index.group_rows[first:last])
+        filled = np.flatnonzero(index.group_rows[first:last])  # groups without rows begin no chunk
+        rows = np.cumsum(index.group_rows[first:last])[filled]
         parts = (rows - 1) // TILES_PER_CHUNK  # which share of the file a group ends in
-        starts.append(first + np.flatnonzero(np.diff(parts, prepend=-1)))
+        filled[0] = 0  # but in a file's first chunk they may come first
+        starts.append(first + filled[np.flatnonzero(np.diff(parts, prepend=-1))])
     return np.concatenate([*starts, index.file_groups[-1:]])
 
 

@@ -79,6 +79,7 @@ def _of_parquet(source: ParquetTiles) -> list[tuple[str, str]]:
         ("files", f"{len(index.files):,} ({index.group_bytes.sum() / 1e6:,.1f} MB of images)"),
         ("row groups", f"{len(index.group_rows):,} of {index.group_rows.mean():.0f} rows"),
         ("slides", f"{len(index.slides):,} known, of {whose[True]:,} of them the patient; {held}"),
+        *([("can't be held out", redacted(index.unclear))] if index.unclear else []),
         *(("left out", redacted(why)) for why in index.left_out),
     ]
 

@@ -32,8 +32,9 @@ def huge_index(folder: Path) -> ParquetIndex:
     }
     slides = [f"slide{number}" for number in range(SLIDES)]
     meta = {"files": list(range(FILES)), "image": "jpeg", "slides": slides, "patients": [""] * SLIDES, "left_out": []}
+    meta |= {"unclear": "", "digest": "huge"}
     files = [f"/nowhere/{number:04d}.parquet" for number in range(FILES)]
-    return ParquetIndex(ParquetQuestion(files, [1] * FILES, None, None, None, None), columns, meta)
+    return ParquetIndex(ParquetQuestion(files, [1] * FILES, ["1"] * FILES, None, None, None, None), columns, meta)
 
 
 def resident(name: str) -> float:

@@ -66,6 +66,8 @@ def s3(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
 
 def test_a_folder_of_a_bucket_is_listed(s3: FlakyServer, files: Path, tmp_path: Path) -> None:
     assert list_parquet(["s3://shards"]) == ["s3://shards/a.parquet", "s3://shards/b.parquet"]
+    asked = ParquetQuestion.of(["s3://shards/a.parquet"], None, None, None, None)
+    assert asked.versions == ['"1"']  # its ETag; another means that its index isn't taken again
     there = read("s3://shards", tmp_path / "there")
     local = read(str(files / "shards"), tmp_path / "local")
     assert len(there) == len(local) == 60 and np.array_equal(there.read(45), local.read(45))

@@ -1,5 +1,6 @@
 """Tiles of Parquet files by number: every row once, whole row groups, whatever is wrong with a file named."""
 
+import os
 import pickle
 from collections.abc import Iterable
 from pathlib import Path
@@ -233,3 +234,96 @@ def test_the_index_is_found_again_and_another_question_makes_another(folder: Pat
     question.path(folder / "index").write_bytes(b"PK nothing")
     with pytest.raises(Fault, match=r"is damaged .*makes it anew"):
         ParquetIndex.open(folder / "index", question)
+
+
+def test_slide_names_of_several_patients_are_refused_where_patients_are_held_out(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", range(8), slide=["3"] * 4 + ["4"] * 4, patient=["P2"] * 3 + ["P3"] + ["P2"] * 4)
+    index = index_of(tmp_path)
+    assert len(ParquetTiles(index)) == 8
+    says = r"slide 3 is of patient P2, and in .*a\.parquet of patient P3 too; .* or hold out by patients alone, by data\.slide=patient\."
+    with pytest.raises(Fault, match=says):
+        ParquetTiles(index, hold_out=0.5)
+    assert index_of(tmp_path, slide="patient").unclear == ""
+    with pytest.raises(Fault, match="slide 3 is of patient 2"):  # a second file's
+        write_table(tmp_path / "two" / "a.parquet", range(4), slide=["3"] * 4, patient=[2] * 4)
+        write_table(tmp_path / "two" / "b.parquet", range(4), slide=["3"] * 4, patient=[0] * 4)
+        ParquetTiles(index_of(tmp_path / "two"), hold_out=0.5)
+
+
+def test_patient_0_is_a_patient_and_a_missing_one_is_what_other_rows_of_the_slide_say(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", range(8), slide=list("aaaabbbc"), patient=[0, 0, 0, 0, None, 1, 1, None])
+    assert index_of(tmp_path).patients == ["0", "1", ""] and index_of(tmp_path).unclear == ""
+    codes = pa.array([0, 0, 0, 0, None, 1, 1, None], pa.int8())
+    patients = pa.DictionaryArray.from_arrays(codes, pa.array([70, 0]))
+    write_table(tmp_path / "coded" / "a.parquet", range(8), slide=list("aaaabbbc"), patient=patients)
+    assert index_of(tmp_path / "coded").patients == ["70", "0", ""]
+
+
+def test_rows_without_a_slide_are_counted_where_slides_are_held_out(tmp_path: Path) -> None:
+    write_table(tmp_path / "a.parquet", range(8), slide=["a", None, "b", "", "c", None, "d", "e"])
+    assert len(ParquetTiles(index_of(tmp_path))) == 8
+    with pytest.raises(Fault, match=r"3 rows say no slide, the first of them in .*a\.parquet; fill them in"):
+        ParquetTiles(index_of(tmp_path), hold_out=0.5)
+
+
+@pytest.mark.parametrize("rows", [[0, 4, 0, 0, 4], [0, 12, 0, 4], [4, 0, 12, 0], [0, 0, 4]])
+def test_row_groups_without_rows_are_harmless_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: list[int]
+) -> None:
+    monkeypatch.setattr(of_parquet, "TILES_PER_CHUNK", 8)
+    numbers = iter(range(2 * sum(rows)))
+    for name in "ab":
+        tables = [
+            pa.table({"jpeg": pa.array(map(encoded, own), pa.binary()), "slide": pa.array(map(str, own), pa.string())})
+            for own in ([next(numbers) for _ in range(count)] for count in rows)
+        ]
+        with pq.ParquetWriter(tmp_path / f"{name}.parquet", tables[0].schema) as writer:
+            for table in tables:
+                writer.write_table(table)
+    index = index_of(tmp_path)
+    tiles = ParquetTiles(index)
+    assert len(index.group_rows) == 2 * len(rows) and min(tiles.parts[0].block_sizes) > 0
+    for number in range(2 * sum(rows)):
+        assert near(tiles.read(number), picture(number)) and tiles.slide(number) == str(number)
+    assert tiles.name(sum(rows)) == f"row 0 of {tmp_path / 'b.parquet'}"
+    kept = ParquetTiles(index, hold_out=0.5)
+    out = kept.held_out()
+    assert out is not None and {*map(kept.slide, range(len(kept)))} & {*map(out.slide, range(len(out)))} == set()
+    assert len(kept) + len(out) == len(tiles)
+
+
+def test_a_file_that_is_written_anew_at_its_size_is_looked_through_again_and_a_copy_is_the_same_data(
+    tmp_path: Path,
+) -> None:
+    place = write_table(tmp_path / "a.parquet", range(8), slide=list("aaaabbbb"), patient=list("ppppqqqq"))
+    first = index_of(tmp_path)
+    written = place.stat()
+    question = ParquetQuestion.of([str(place)], None, None, None, None)
+    os.utime(place, ns=(written.st_atime_ns, written.st_mtime_ns + 1))
+    later = ParquetQuestion.of([str(place)], None, None, None, None)
+    assert later.path(tmp_path) != question.path(tmp_path)
+    assert index_of(tmp_path).digest == first.digest
+    write_table(place, range(8), slide=list("aaaabbbb"), patient=list("qqqqpppp"))
+    os.utime(place, ns=(written.st_atime_ns, written.st_mtime_ns + 2))
+    assert place.stat().st_size == written.st_size
+    other = index_of(tmp_path)
+    assert (first.patients, other.patients) == (["p", "q"], ["q", "p"]) and other.digest != first.digest
+
+
+def test_flipped_bits_are_seen_and_named_where_pages_have_checksums(tmp_path: Path) -> None:
+    place = tmp_path / "a.parquet"
+    table = pa.table({"jpeg": [encoded(number) for number in range(8)], "slide": list("abcdefgh")})
+    pq.write_table(table, place, row_group_size=4, compression="none", write_page_checksum=True, use_dictionary=False)
+    index, whole = index_of(tmp_path), bytearray(place.read_bytes())
+    picture_at = whole.index(encoded(2)) + 700
+    whole[picture_at] ^= 1
+    place.write_bytes(whole)
+    with pytest.raises(UnreadableTile, match=r"row 2 of .*a\.parquet can't be read .*(CRC|checksum)"):
+        ParquetTiles(index).read(2)
+    whole = bytearray(place.read_bytes())
+    whole[picture_at] ^= 1
+    names = pq.read_metadata(place).row_group(1).column(1)
+    whole[names.data_page_offset + names.total_compressed_size - 1] ^= 2
+    place.write_bytes(whole)
+    with pytest.raises(Fault, match=r"the slides of .*a\.parquet can't be read .*leave it out of data\.files"):
+        index_of(tmp_path)
