@@ -9,7 +9,7 @@ from PIL import Image, ImageOps
 
 JPEG = b"\xff\xd8\xff"
 EXIF = b"Exif\0\0"
-EXIF_WITHIN = 4096  # bytes from a JPEG's beginning: of its segments Exif comes first or second
+APP1, SCAN = 0xE1, 0xDA  # markers of segments: the kind that Exif is of, and the one that pixels begin with
 SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 NO_LIGHT = ("CMYK", "YCCK", "LAB", "HSV")  # inks or coordinates, which tell no red, green and blue without a profile
 
@@ -20,7 +20,7 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     Grey ones get three equal channels, and a camera's note that it lay on its side (EXIF) is heeded. Raises ValueError
     where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, or parts that can be seen through.
     """
-    if bytes(data[:3]) == JPEG and EXIF not in bytes(data[:EXIF_WITHIN]):
+    if bytes(data[:3]) == JPEG and not _has_exif(data):
         colours = simplejpeg.decode_jpeg_header(data)[2]
         if colours in NO_LIGHT:
             raise _inks(colours)
@@ -31,6 +31,17 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]) from error
+
+
+def _has_exif(data: bytes | memoryview) -> bool:
+    """Whether one of a JPEG's segments before its pixels is Exif; behind how many others makes no difference."""
+    at, last = 2, len(data) - 10
+    while at <= last and data[at] == 0xFF and (marker := data[at + 1]) != SCAN:
+        if marker == APP1 and data[at + 4 : at + 10] == EXIF:
+            return True
+        # Any number of 0xFF may fill the room in front of a marker.
+        at += 1 if marker == 0xFF else 2 + (data[at + 2] << 8 | data[at + 3])
+    return False
 
 
 def _as_rgb(image: Image.Image) -> Image.Image:

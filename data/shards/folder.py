@@ -103,7 +103,9 @@ def prepare(out: Path, settings: dict[str, Any], state: str = "") -> list[Planne
         return []
     then, shards = load_plan(out, state)
     changed = [f"{key}={then.get(key)} then, {value} now" for key, value in settings.items() if then.get(key) != value]
-    if changed:
+    if changed and not shards and not any((out / "coordinates").iterdir()):
+        save_plan(out, settings, [], state)  # nothing came of it: a rule, say, that failed on every slide
+    elif changed:
         raise Fault(f"the tiles in {out} were cut with other settings ({'; '.join(changed)}): choose another out=")
     return shards
 

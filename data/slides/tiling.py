@@ -133,7 +133,7 @@ def tile_slide(
         left = grid.origin(np.arange(grid.columns)) / downsample
         top = grid.origin(np.arange(grid.rows)) / downsample
         side = grid.tile_size_level0 / downsample
-        shares.append(covered_shares(needed.mask(picture), left, top, side))
+        shares.append(covered_shares(needed.mask(picture, str(slide.path)), left, top, side))
         verdict[shares[-1] < needed.share] = BACKGROUND
         if needed.rule.rejects_pen:
             ink = np.maximum(ink, covered_shares(pen(picture), left, top, side))

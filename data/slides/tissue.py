@@ -6,9 +6,11 @@ write the function and put a line in `TISSUE_RULES`; one of your own, a trained 
 """
 
 import math
+import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,13 +55,27 @@ class TissueNeeded(NamedTuple):
     rule: TissueRule
     share: float
 
-    def mask(self, rgb: np.ndarray) -> np.ndarray:
-        """The rule's mask of a thumbnail. Raises Fault where a user's rule gives none."""
-        mask = np.asarray(self.rule.mask(rgb))
-        if mask.shape != rgb.shape[:2] or mask.dtype != np.bool_:
+    def mask(self, rgb: np.ndarray, slide: str) -> np.ndarray:
+        """The rule's mask of the thumbnail of ``slide``. Raises Fault where a user's rule gives none, or fails."""
+        try:
+            given = self.rule.mask(rgb)
+        except Exception as error:
+            if isinstance(self.called, str):
+                raise  # a rule of ours: a defect keeps its traceback
+            said = " ".join("".join(traceback.format_exception_only(error)).split())
+            at = traceback.extract_tb(error.__traceback__)[-1]
             raise Fault(
-                f"tissue={self.called}: its mask of a thumbnail of {rgb.shape[0]}×{rgb.shape[1]} pixels is"
-                f" {mask.dtype} {mask.shape}; it must be bool, a value for each pixel."
+                f"tissue={self.called} fails on a thumbnail of {slide}: {said} ({Path(at.filename).name}:{at.lineno})"
+            ) from error
+        try:
+            mask = np.asarray(given)
+            found = f"{mask.dtype} {mask.shape}"
+        except ValueError:
+            mask, found = None, f"a {type(given).__name__} that is no array"
+        if mask is None or mask.shape != rgb.shape[:2] or mask.dtype != np.bool_:
+            raise Fault(
+                f"tissue={self.called}: its mask of a thumbnail of {slide}, {rgb.shape[0]}×{rgb.shape[1]} pixels, is"
+                f" {found}; it must be bool, a value for each pixel."
             )
         return mask
 

@@ -57,6 +57,8 @@ class ChosenTiles(TileSource):
         self.digest = f"{source.digest} of {chosen.digest}"
         lengths = [length for rounds in chosen.rounds for length in rounds]
         self._round_starts = np.cumsum([0, *lengths])
+        rounds_of = list(map(len, chosen.rounds))
+        self._first_round = np.repeat(np.cumsum([0, *rounds_of[:-1]]), rounds_of)  # of the part of each round
         self._span = 1  # blocks of the source that one of these lies in, at most
         self.parts, first, which = [], 0, 0
         for part, rounds in zip(source.parts, chosen.rounds, strict=True):
@@ -103,11 +105,20 @@ class ChosenTiles(TileSource):
         try:
             return self.source.read(int(self.numbers[number]), seed, sample)
         except UnreadableTile as error:
-            # The first of the same round, and so of the same part, that may be sound again.
+            # The next of the same round that may be sound again; where none is left, one of the first round, which has
+            # every tile of the part.
             turn = int(np.searchsorted(self._round_starts, number, side="right")) - 1
-            begin, end = self._round_starts[turn : turn + 2].tolist()
-            following = begin + int(np.searchsorted(self.numbers[begin:end], error.next))
-            raise UnreadableTile(str(error), following if following < end else begin) from error
+            following, end = self._from(error.next, turn)
+            if not number < following < end:
+                first = int(self._first_round[turn])
+                following, end = self._from(error.next, first)
+                following = following if following < end else int(self._round_starts[first])
+            raise UnreadableTile(str(error), following) from error
+
+    def _from(self, number: int, turn: int) -> tuple[int, int]:
+        """The first tile of a round that is ``number`` of the source or a later one, and the round's end."""
+        begin, end = self._round_starts[turn : turn + 2].tolist()
+        return begin + int(np.searchsorted(self.numbers[begin:end], number)), end
 
     def hold(self, blocks: int) -> None:
         self.source.hold(blocks * self._span)

@@ -13,6 +13,7 @@ from data.shards.index import ShardIndex
 from data.shards.named_tars import open_shards
 from data.shards.open_tars import OpenTars, without_header
 from data.shards.tar_members import TAR_BLOCK
+from data.slides.coordinates import UNKNOWN_PLACE
 from data.tiles.numbering import Numbering
 from data.tiles.places import TilePlaces
 from data.tiles.source import TileSource, UnreadableTile, cut_blocks
@@ -48,7 +49,12 @@ class ShardTiles(TileSource):
 
     def name(self, number: int) -> str:
         index, row = self.locate(number)
-        return f"tile {index.slide_of(row)} ({index.x[row]}, {index.y[row]}) in {index.place(index.file_of(row))}"
+        file = index.file_of(row)
+        if index.x[row] == UNKNOWN_PLACE:
+            which = f"number {row - int(index.file_start[file]) + 1} (at byte {index.offset[row]})"
+        else:
+            which = f"{index.slide_of(row)} ({index.x[row]}, {index.y[row]})"
+        return f"tile {which} in {index.place(file)}"
 
     def slide(self, number: int) -> str | None:
         index, row = self.locate(number)

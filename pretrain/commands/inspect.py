@@ -156,7 +156,7 @@ def _judged(slide: Slide, tiling: Tiling, needed: TissueNeeded) -> tuple[str, Im
     """What a rule asks for, and what it says of the slide."""
     downsample = downsample_for(needed.rule, tiling.grid, slide.downsamples)
     image = slide.thumbnail(downsample)
-    mask = needed.mask(image)
+    mask = needed.mask(image, str(slide.path))
     ink = pen(image) & ~mask if needed.rule.rejects_pen else np.zeros_like(mask)
     scale = f"judged at {downsample * tiling.grid.mpp_level0:.3g} µm/px"
     said = f"{needed.called}, {scale}; a tile needs {needed.share:.0%} tissue"

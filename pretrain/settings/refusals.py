@@ -9,6 +9,7 @@ from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from data.fault import Fault
 from pretrain.settings import plugins, ranges
@@ -40,13 +41,14 @@ def why_refused(
 ) -> str:
     """One sentence for Hydra's refusal: the first override whose key or choice is unknown, with the nearest known
     one."""
-    launch = [
-        word for word in overrides if word in {f"launch={choice}" for choice in choices_of("launch", directories)}
-    ]
-    with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=file_stem(command)):
-        tree = compose(file_stem(command), with_launch(command, launch) + search)
-    known = dotted_keys(tree)
     groups = {folder.name for directory in directories for folder in directory.iterdir() if folder.is_dir()}
+    chosen = [word for word in overrides if _is_choice(word, groups, directories)]
+    launch = [word for word in chosen if word.startswith("launch=")]
+    try:
+        tree = _composed(command, chosen, search)
+    except (HydraException, OmegaConfBaseException):  # choices that don't go together, or of no group of the command
+        tree = _composed(command, launch, search)
+    known = dotted_keys(tree)
     for text in overrides:
         try:
             override = OverridesParser.create().parse_override(text)
@@ -62,15 +64,20 @@ def why_refused(
             options = choices_of(key, directories)
             if value not in options:
                 return f"there is no {key} {value!r}{nearest(value, set(options))} There are: {', '.join(options)}."
-        elif not launch and (others := _launches_with(key, directories)):
-            return (
-                f"{key} is a setting of {' and of '.join(others)}: give that too, as without it the command runs here."
-            )
+        elif not launch and key.startswith("launch.") and (having := _choices_with(key, directories)):
+            choices = " and of ".join(f"launch={choice}" for choice in having)
+            return f"{key} is a setting of {choices}: give that too, as without it the command runs here."
         elif command == "plan" and key == "stage":
             return "a plan is of the stage that its recipe= or objective= is for: leave stage= out."
         elif key not in known and not override.is_add():
+            if others := _belongs_to(command, key, tree, directories):
+                belongs = " and to ".join(others)
+                return f"there is no setting {key!r} as 'pretrain {command}' is set here: it belongs to {belongs}."
             return f"there is no setting {key!r} in 'pretrain {command}'{in_its_place(key, known)}"
         elif isinstance(value, dict) and key in known and OmegaConf.is_list(OmegaConf.select(tree, key)):
+            if value and all(isinstance(one, int | float) for one in value.values()):
+                drawn = f" with {key}_law=log_uniform, which draws between two" if f"{key}_law" in known else ""
+                return f"{key} is a list: write {key}=[{','.join(map(str, value.values()))}]{drawn}."
             return f"{key} is a list: write {key}=[{text.partition('=')[2]}]."
         elif key in known and override.is_add() and not override.is_force_add():
             return f"{key} is a setting already, and + adds one: write {text.lstrip('+')}."
@@ -118,14 +125,34 @@ def other_stage(command: str, group: str, choice: str, directories: list[Path]) 
     return None
 
 
-def _launches_with(key: str, directories: list[Path]) -> list[str]:
-    """The choices of ``launch=`` that have the setting ``key``."""
-    found = []
-    for choice in choices_of("launch", directories):
-        keys = {
-            prefix + name for prefix, file in with_parents("launch", choice, directories) for name in comments(file)
-        }
-        found += [f"launch={choice}"] if key in keys else []
+def _is_choice(word: str, groups: set[str], directories: list[Path]) -> bool:
+    """Whether a word of the command line takes one of a group's choices that there are."""
+    group, _, choice = word.partition("=")
+    return group in groups and choice in choices_of(group, directories)
+
+
+def _composed(command: str, chosen: list[str], search: list[str]) -> DictConfig:
+    with initialize_config_dir(str(CONFIGS), version_base="1.3", job_name=file_stem(command)):
+        return compose(file_stem(command), with_launch(command, chosen) + search)
+
+
+def _choices_with(key: str, directories: list[Path]) -> dict[str, set[str]]:
+    """The choices of a key's group that have the setting ``key``, each with all that it has."""
+    group = key.partition(".")[0]
+    found: dict[str, set[str]] = {}
+    for choice in choices_of(group, directories):
+        keys = {prefix + name for prefix, file in with_parents(group, choice, directories) for name in comments(file)}
+        found |= {choice: keys} if key in keys else {}
+    return found
+
+
+def _belongs_to(command: str, key: str, tree: DictConfig, directories: list[Path]) -> list[str]:
+    """The choices of a key's group, of those for this ``command``, whose values are ``tree``, that have the setting
+    ``key``."""
+    group, found = key.partition(".")[0], []
+    for choice, keys in _choices_with(key, directories).items() if group in tree else ():
+        alike = (f"{group}._target_" in keys) == (f"{group}._target_" in dotted_keys(tree))
+        found += [f"{group}={choice}"] if alike and not other_stage(command, group, choice, directories) else []
     return found
 
 

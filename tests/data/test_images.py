@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images import decode_image
+from data.images import _has_exif, decode_image
 from tests.data.shards.tile_folders import picture
 
 PIXELS = picture(1)
@@ -52,6 +52,22 @@ def test_a_picture_that_lay_on_its_side_is_turned(kind: str, orientation: int, t
     image = Image.fromarray(PIXELS[:32])  # oblong
     settings = {"quality": 95} if kind != "PNG" else {}
     assert near(decode_image(written(image, kind, exif=exif, **settings)), np.rot90(PIXELS[:32], turns))
+
+
+@pytest.mark.parametrize("others", [0, 2, 40])
+def test_a_note_that_it_lay_on_its_side_is_heeded_behind_any_number_of_segments(others: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    whole = written(Image.fromarray(PIXELS[:32]), "JPEG", exif=exif, quality=95)
+    xmp = b"http://ns.adobe.com/xap/1.0/\0" + b" " * 3000
+    before = (b"\xff\xff\xe1" + (len(xmp) + 2).to_bytes(2, "big") + xmp) * others  # filled by a byte, as is allowed
+    assert near(decode_image(memoryview(whole[:2] + before + whole[2:])), np.rot90(PIXELS[:32], 3))
+
+
+def test_what_only_looks_like_such_a_note_turns_nothing() -> None:
+    comment = b"Exif\0\0 MM"
+    whole = written(Image.fromarray(PIXELS), "JPEG", comment=comment, quality=95)
+    assert not _has_exif(whole) and not _has_exif(whole[:25]) and near(decode_image(whole), PIXELS)
 
 
 def test_what_cannot_be_read_rightly_is_refused_with_the_reason() -> None:

@@ -123,10 +123,29 @@ def test_a_bad_tile_is_replaced_by_a_chosen_one_of_its_part(tmp_path: Path) -> N
     table = write_sample(tmp_path / "a.parquet", [2, 20, 30, 76], [1, 2, 1, 2])
     tiles = choose(ShardTiles(shards=[str(shards)]), table)
     assert tiles.numbers.tolist() == [2, 20, 30, 76, 20, 76]
-    for number, following in ((1, 2), (3, 0), (4, 5), (5, 4)):
+    for number, following in ((1, 2), (3, 0), (4, 5), (5, 0)):
         with pytest.raises(UnreadableTile, match="can't be read") as raised:
             tiles.read(number)
         assert raised.value.next == following
+
+
+def test_a_bad_tile_that_is_alone_in_its_round_is_replaced_by_another_of_its_own_part(tmp_path: Path) -> None:
+    one, other = (write_tiles(tmp_path / name, [16]) for name in ("one", "other"))
+    spoil(other, [5, 15])
+    both = {"a": (ShardTiles(shards=[str(one)]), 1.0), "b": (ShardTiles(shards=[str(other)]), 1.0)}
+    source = Mixture(both)
+    table = write_sample(tmp_path / "a.parquet", [2, 5, 7, 15], [1, 4, 1, 5])
+    tiles = choose(source, table)
+    assert tiles.numbers.tolist()[10:] == [15, 2 + 16, 5 + 16, 7 + 16, 15 + 16, *[21, 31] * 3, 31]
+    for number, sound in ((21, 11), (20, 11), (19, 11)):
+        for _ in range(3):
+            try:
+                tiles.read(number)
+                break
+            except UnreadableTile as error:
+                assert error.next != number
+                number = error.next
+        assert number == sound
 
 
 def test_grid_cells_of_slides_online_are_chosen_by_their_places(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import simplejpeg
 
 from data.shards.scan import scan
 from data.tiles import of_shards
@@ -47,6 +48,14 @@ def test_a_spoilt_tile_is_named_with_its_tar_slide_and_place(folder: Path) -> No
     spoil(folder, [8])
     with pytest.raises(UnreadableTile, match=r"tile slide1 \(0, 48\) in .*tiles-000001\.tar can't be read"):
         ShardTiles(shards=[folder]).read(8)
+
+
+def test_a_spoilt_tile_without_a_place_is_named_by_its_number_and_byte(tmp_path: Path) -> None:
+    good = simplejpeg.encode_jpeg(picture(0))
+    write_tar(tmp_path / "a.tar", [("one.jpg", good), ("two.jpg", good[:200])])
+    scan(tmp_path)
+    with pytest.raises(UnreadableTile, match=r"^tile number 2 \(at byte \d+\) in .*a\.tar can't be"):
+        ShardTiles(shards=[str(tmp_path)]).read(1)
 
 
 def test_a_truncated_shard_loses_its_last_tiles_and_no_others(folder: Path) -> None:

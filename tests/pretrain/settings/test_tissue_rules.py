@@ -63,8 +63,8 @@ def test_a_rule_alone_needs_no_list_and_is_the_same_in_another_process(weights: 
     config = load("shard", words).object()
     (needed,) = chosen_rules(config.tissue, config.min_tissue)
     image = stained(60, 80, [(40, 30, 20)])
-    assert needed.share == 0.5 and 0.1 < needed.mask(image).mean() < 0.5
-    np.testing.assert_array_equal(pickle.loads(pickle.dumps(needed)).mask(image), needed.mask(image))
+    assert needed.share == 0.5 and 0.1 < needed.mask(image, "s").mean() < 0.5
+    np.testing.assert_array_equal(pickle.loads(pickle.dumps(needed)).mask(image, "s"), needed.mask(image, "s"))
 
 
 class Wrong(TissueRule):
@@ -80,6 +80,20 @@ class Wrong(TissueRule):
         return rgb.mean(axis=2)
 
 
+class Failing(TissueRule):
+    """Fails as it is told to, or has what isn't allowed."""
+
+    def __init__(self, *, how: str, mpp: float = 8.0, min_tissue: float = 0.1) -> None:
+        self.how, self.mpp, self.min_tissue = how, mpp, min_tissue
+        self.hidden = (lambda: how) if how == "closure" else None
+
+    def mask(self, rgb: np.ndarray) -> Any:
+        if self.how == "raises":
+            raise MemoryError("boom\nline two")
+        return [[True], [True, False]] if self.how == "ragged" else rgb[..., 0] < 240
+
+
+FAILING = "tests.pretrain.settings.test_tissue_rules.Failing"
 WRONG = "tests.pretrain.settings.test_tissue_rules.Wrong"
 
 
@@ -88,6 +102,11 @@ WRONG = "tests.pretrain.settings.test_tissue_rules.Wrong"
     [
         (["otsu", "hsv"], [0.4], "min_tissue=[0.4] has 1 shares, and tissue= has 2 rules"),
         ([{"_target_": WRONG}], None, f"tissue: {WRONG} doesn't say its mpp"),
+        ([{"_target_": FAILING, "how": "", "mpp": True}], None, f"tissue: {FAILING} doesn't say its mpp"),
+        ([{"_target_": FAILING, "how": "", "mpp": -1.0}], None, f"tissue: {FAILING} has mpp=-1.0: µm per pixel are"),
+        ([{"_target_": FAILING, "how": "", "mpp": float("nan")}], None, f"tissue: {FAILING} has mpp=nan"),
+        ([{"_target_": FAILING, "how": "", "min_tissue": 2.0}], None, f"{FAILING} has min_tissue=2.0: a share is 0"),
+        ([{"_target_": FAILING, "how": "closure"}], None, f"tissue: {FAILING} can't be sent to other processes"),
         ([{"_target_": WRONG, "scale": 4}], None, f"tissue: {WRONG} has no setting 'scale'; it has mpp."),
         ([{"_target_": "data.tiles.stream.Stream"}], None, "data.tiles.stream.Stream is no TissueRule"),
         ([{"_target_": "nowhere.Rule"}], None, "nowhere.Rule can't be imported"),
@@ -100,8 +119,33 @@ def test_what_is_wrong_with_rules_is_said_in_a_sentence(given: list[Any], shares
 
 def test_a_mask_that_is_none_is_refused_by_its_rules_name() -> None:
     (needed,) = chosen_rules([{"_target_": WRONG, "mpp": 4.0}], None)
-    with pytest.raises(Fault, match=r"Wrong.*float64 \(20, 30\); it must be bool, a value for each pixel"):
-        needed.mask(stained(20, 30, []))
+    with pytest.raises(
+        Fault, match=r"Wrong.*s\.svs, 20×30 .*float64 \(20, 30\); it must be bool, a value for each pixel"
+    ):
+        needed.mask(stained(20, 30, []), "s.svs")
+
+
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("raises", r"MemoryError: boom line two \(test_tissue_rules\.py:\d+\)"),
+        ("ragged", "is a list that is no array; it must be bool"),
+    ],
+)
+def test_a_rule_that_fails_costs_its_slide_a_sentence_and_its_settings_are_not_kept(
+    tmp_path: Path, how: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slide = write_slide(tmp_path / "s.tiff", stained(640, 640, [(320, 320, 250)]), 0.5)
+    words = ["shard", f"slides={slide}", f"out={tmp_path / 'out'}", "tile_size=64", "workers=1"]
+    with pytest.raises(SystemExit):
+        run_command_line([*words, f"tissue={{_target_: {FAILING}, how: {how}}}"])
+    shown = capsys.readouterr()
+    skipped = " ".join((shown.out + shown.err).split())
+    assert re.search(rf"skipped: tissue=.*Failing.*{re.escape(str(slide))}.*{said}", skipped)
+    run_command_line([*words, f"tissue={{_target_: {FAILING}, how: well}}"])
+    assert load_plan(tmp_path / "out")[0]["tissue"]["how"] == "well"
+    with pytest.raises(SystemExit):
+        run_command_line([*words, "tissue=otsu"])
 
 
 def test_what_is_no_rule_is_refused_when_composing() -> None:
