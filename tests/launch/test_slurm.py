@@ -277,6 +277,7 @@ def ends_as_if_it_had_not_been_put_back(cluster: Cluster, here: Path, run: Path,
     assert_close(run, here)
 
 
+@pytest.mark.slow
 def test_the_slide_stage_trains_on_two_nodes_to_the_losses_of_one_process_here(
     cluster: Cluster, slides_here: Path, store: Path, tmp_path: Path
 ) -> None:

@@ -456,6 +456,7 @@ dist.barrier()
 """
 
 
+@pytest.mark.slow
 def test_shards_of_two_processes_hold_the_published_weights(tmp_path: Path) -> None:
     encoder = source()
     save_file(dinov2.write_dinov2(encoder), tmp_path / "start.safetensors")

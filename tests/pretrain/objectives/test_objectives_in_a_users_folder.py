@@ -143,6 +143,7 @@ def test_a_second_slide_objective_trains_resumes_and_is_planned_and_reported(
     assert "Retrieved" in (tmp_path / "page.html").read_text()
 
 
+@pytest.mark.slow
 def test_a_tile_objective_with_a_third_kind_of_view_and_all_patches_trains_resumes_and_is_planned_and_reported(
     tile_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -113,6 +113,7 @@ def test_a_step_waits_for_the_gpu_or_for_its_host() -> None:
     assert step(6, False).seconds == pytest.approx(0.12) and step(6, False).waits_for_host
 
 
+@pytest.mark.slow
 def test_the_parts_of_a_slide_stages_step_are_said() -> None:
     words = (*SLIDE, *SUPPOSED, "hardware=h100_80gb", "launch.gpus_per_node=1", "trainer.precision=bf16")
     found = make_plan(planned(*words, "operator_us=25"))
@@ -122,6 +123,7 @@ def test_the_parts_of_a_slide_stages_step_are_said() -> None:
     assert "of the host (operator_us=25): the host is the slower" in plan_table(found)
 
 
+@pytest.mark.slow
 def test_a_tile_stages_step_says_where_the_host_is_the_slower() -> None:
     words = (*SMALL, "model.depth=2", "hardware=h100_80gb", "launch.gpus_per_node=1", "trainer.precision=bf16")
     found = make_plan(planned(*words))

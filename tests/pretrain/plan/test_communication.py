@@ -54,6 +54,7 @@ def test_a_teacher_is_gathered_and_has_no_gradients_to_reduce() -> None:
     assert found.sent[Collective(REDUCED, "backward", everyone)] == 3 * 4 * learning
 
 
+@pytest.mark.slow
 def test_micro_batches_gather_each_and_reduce_together() -> None:
     one, four = (estimate(shape_of(*MAE)[0], Settings(2, 2, "bf16", "none", parts), True) for parts in (1, 4))
     pair = (0, 1)

@@ -45,7 +45,7 @@ def planned(*words: str) -> Config:
     ("precision", "checkpointing", "accumulate", "settings"),
     [
         ("float32", "none", 1, SMALL),
-        ("float32", "full", 1, (*SMALL, "model.depth=4")),
+        pytest.param("float32", "full", 1, (*SMALL, "model.depth=4"), marks=pytest.mark.slow),
         pytest.param("float32", "selective", 2, (*SMALL, "data.batch_size=16", "objective.separate_ibot_head=true"), marks=pytest.mark.slow),
         pytest.param("bf16", "none", 1, ("recipe=small", "model.width=192", "data.batch_size=8", "objective.prototypes=4096"), marks=pytest.mark.slow),
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
