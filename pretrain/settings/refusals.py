@@ -17,6 +17,12 @@ from pretrain.settings.command_schema import config_class, file_stem, with_launc
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
 from pretrain.settings.shell_words import key_of
 
+OF_WHOLE_FIELDS = (
+    "data.crop",
+    "data.mask",
+    "data.mask_ratio",
+    "data.block_cells",
+)  # that objectives of crops don't read
 OF_LIGHTNINGS_TRAINER = {
     "max_steps": "optim.steps= is a run's length, and optim.schedule_steps= that of its schedules where it stops before",
     "max_epochs": "optim.steps= is a run's length, in steps",
@@ -94,9 +100,6 @@ def require_of_the_stage(
             known = [one for one in choices_of(group, [CONFIGS]) if not other_stage(command, group, one, [CONFIGS])]
             asks = "is" if chose == f"{group}={choice}" else f"asks for {group}={choice}, which is"
             raise Fault(f"{chose} {asks} of 'pretrain {its}': here {group}= is one of {', '.join(known)}.")
-
-
-OF_WHOLE_FIELDS = ("data.crop", "data.mask", "data.mask_ratio", "data.block_cells")
 
 
 def require_heeded(command: str, words: Sequence[str], values: DictConfig) -> None:
