@@ -17,12 +17,8 @@ from pretrain.settings.command_schema import config_class, file_stem, with_launc
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
 from pretrain.settings.shell_words import key_of
 
-OF_WHOLE_FIELDS = (
-    "data.crop",
-    "data.mask",
-    "data.mask_ratio",
-    "data.block_cells",
-)  # that objectives of crops don't read
+# What objectives that compare crops don't read.
+OF_WHOLE_FIELDS = ("data.crop", "data.mask", "data.mask_ratio", "data.block_cells")
 OF_LIGHTNINGS_TRAINER = {
     "max_steps": "optim.steps= is a run's length, and optim.schedule_steps= that of its schedules where it stops before",
     "max_epochs": "optim.steps= is a run's length, in steps",
