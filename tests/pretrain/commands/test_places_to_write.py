@@ -37,6 +37,7 @@ def test_asking_whether_a_file_can_be_written_makes_nothing(tmp_path: Path) -> N
         require_writable(tmp_path / "file" / "there.json")
 
 
+@pytest.mark.slow
 def test_a_read_only_disk_is_one_sentence_on_every_command(
     tmp_path: Path, shards: Path, class_folders: Path, make_tile_run
 ) -> None:

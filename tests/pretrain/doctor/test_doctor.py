@@ -95,6 +95,7 @@ def test_tasks_with_a_gpu_each_are_told_to_see_all_of_their_node(monkeypatch: py
     assert "(--gpus-per-task); give --gpus-per-node in its place" in says
 
 
+@pytest.mark.slow
 def test_processes_add_up_and_one_that_is_not_let_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     assert only(machine.all_reduce(2, gpu=False))[0] == "ok"
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "no-such-interface")
