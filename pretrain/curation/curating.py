@@ -24,11 +24,11 @@ from torch import Tensor
 
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
-from data.files import appearing, remove, write_whole
+from data.files import remove, write_whole
 from data.json_files import read_object
 from data.keyed import drawn
-from data.npz_files import SPOILT
 from pretrain.curation.balance import Lots, balanced
+from pretrain.curation.kept_arrays import keep_array, kept_array
 from pretrain.curation.labels import TileLabels
 from pretrain.curation.levels import fitted_level
 from pretrain.curation.lloyd import assigned
@@ -130,7 +130,7 @@ def _centres(out: Path, rows: StoreRows, wanted: Wanted) -> list[Tensor]:
     for level, count in enumerate(wanted.clusters):
         path = out / f"centres-{level + 1}.npy"
         if path.exists():
-            found.append(_load(path, (count, rows.width)).to(rows.device))
+            found.append(torch.from_numpy(kept_array(path, (count, rows.width))).to(rows.device))
         else:
             steps = wanted.resampling_steps[min(level, 1)]
             with _watched(
@@ -146,20 +146,9 @@ def _centres(out: Path, rows: StoreRows, wanted: Wanted) -> list[Tensor]:
                     key=(wanted.seed, "curate", level),
                 )
             found.append(centres)
-            with appearing(path) as partial, partial.open("wb") as file:
-                np.save(file, centres.cpu().numpy())
+            keep_array(path, centres.cpu().numpy())
         below = RowsInMemory(found[-1])
     return found
-
-
-def _load(path: Path, shape: tuple[int, int]) -> Tensor:
-    try:
-        found = np.load(path, allow_pickle=False)
-        if found.shape != shape:
-            raise ValueError(f"{found.shape} is not {shape}")
-    except SPOILT as error:
-        raise Fault(f"{path} is damaged ({error}): delete it, and the same command makes it anew.") from error
-    return torch.from_numpy(found)
 
 
 @contextmanager

@@ -8,9 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.fault import Fault
-from data.files import appearing
-from data.npz_files import SPOILT
+from pretrain.curation.kept_arrays import keep_array, kept_array
 from pretrain.curation.lloyd import assigned
 from pretrain.curation.rows import Rows, chunk_rows
 
@@ -35,8 +33,7 @@ class TileLabels:
             for chunk in rows.only(np.arange(first, last)).chunks(chunk_rows(*centres.shape)):
                 found.append(assigned(chunk, centres)[0].to(torch.int32).cpu().numpy())
                 watched(len(chunk))
-            with appearing(self._path(piece)) as partial, partial.open("wb") as file:
-                np.save(file, np.concatenate(found))
+            keep_array(self._path(piece), np.concatenate(found))
 
     def read(self, first: int, last: int) -> np.ndarray:
         """Those of tiles ``first … last − 1``. Quickest in order."""
@@ -57,16 +54,7 @@ class TileLabels:
         return found
 
     def _load(self, piece: int) -> np.ndarray:
-        tiles = min(TILES_OF_A_FILE, self.tiles - piece * TILES_OF_A_FILE)
-        try:
-            found = np.load(self._path(piece), allow_pickle=False)
-            if found.shape != (tiles,):
-                raise ValueError(f"{found.shape} are not {tiles} tiles")
-            return found
-        except SPOILT as error:
-            raise Fault(
-                f"{self._path(piece)} is damaged ({error}): delete it, and the same command makes it anew."
-            ) from error
+        return kept_array(self._path(piece), (min(TILES_OF_A_FILE, self.tiles - piece * TILES_OF_A_FILE),))
 
     def _path(self, piece: int) -> Path:
         return self.folder / f"labels-{piece:06d}.npy"

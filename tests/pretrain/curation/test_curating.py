@@ -16,6 +16,7 @@ from launch.entry import run_command_line
 from pretrain.curation import curating, labels, table
 from pretrain.curation.balance import Lots, balanced, levelled
 from pretrain.curation.curating import effective
+from pretrain.curation.kept_arrays import kept_array
 from tests.data.shards.tile_folders import write_tiles
 
 KINDS, WIDTH = 20, 12
@@ -237,7 +238,7 @@ def test_embeddings_that_are_damaged_are_named(tmp_path: Path, capsys: pytest.Ca
 def test_a_damaged_file_of_ours_is_named(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "centres-1.npy").write_bytes(b"nothing")
     with pytest.raises(Fault, match=r"centres-1\.npy is damaged"):
-        curating._load(tmp_path / "centres-1.npy", (2, 3))
+        kept_array(tmp_path / "centres-1.npy", (2, 3))
     (tmp_path / "labels-000000.npy").write_bytes((folder / "out" / "centres-1.npy").read_bytes())
     with pytest.raises(Fault, match=r"labels-000000\.npy is damaged"):
         labels.TileLabels(tmp_path, 5).sizes(3)
