@@ -22,6 +22,7 @@ from data.keyed import rng
 from data.loader_process import LoaderProcess, shared_memory_room
 from data.shared_memory import Slots
 from data.slides.tissue import saturated_share
+from data.stochastic_depth import StochasticDepth
 from data.tiles.augment_parameters import Colour, draw_parameters
 from data.tiles.crops import CropSizes, cut
 from data.tiles.source import TileSource, UnreadableTile
@@ -55,23 +56,25 @@ class MicroBatch:
     parameters: list[Tensor]  # per crop size float32 (views * tiles, WIDTH): see data.tiles.augment
     masks: Tensor  # bool (global views * tiles, rows, columns)
     masked: Tensor  # int64 (M,): which of masks.flatten() are true
+    kept: list[Tensor]  # per crop size int64 (blocks, 2, kept): see `StochasticDepth.draw`; empty without it
 
     def __reduce__(self) -> tuple[object, ...]:
         # As bytes: between processes a tensor travels as a file of shared memory of its own, which costs more than
         # these hold.
-        small = [tensor.numpy() for tensor in (self.numbers, self.mpp, self.masks, self.masked, *self.parameters)]
-        return _unpickled, (self.first, self.views, small)
+        tensors = (self.numbers, self.mpp, self.masks, self.masked, *self.parameters, *self.kept)
+        return _unpickled, (self.first, self.views, [tensor.numpy() for tensor in tensors])
 
     def pin_memory(self) -> "MicroBatch":
         """The same in page-locked memory, for copies to the device that don't wait."""
         views = [of_size.pin_memory() for of_size in self.views]
-        mpp, masks, masked = (tensor.pin_memory() for tensor in (self.mpp, self.masks, self.masked))
-        return MicroBatch(self.first, self.numbers, mpp, views, self.parameters, masks, masked)
+        mpp, masks, masked, *kept = (tensor.pin_memory() for tensor in (self.mpp, self.masks, self.masked, *self.kept))
+        return MicroBatch(self.first, self.numbers, mpp, views, self.parameters, masks, masked, kept)
 
 
 def _unpickled(first: int, views: list[Tensor], small: list[np.ndarray]) -> MicroBatch:
-    numbers, mpp, patches, masked, *parameters = map(torch.from_numpy, small)
-    return MicroBatch(first, numbers, mpp, views, parameters, patches, masked)
+    numbers, mpp, patches, masked, *rest = map(torch.from_numpy, small)
+    parameters, kept = rest[: len(views)], rest[len(views) :]
+    return MicroBatch(first, numbers, mpp, views, parameters, patches, masked, kept)
 
 
 @dataclass
@@ -123,9 +126,10 @@ class TileBatches(IterableDataset["RankBatch"]):
         accumulate: int,
         threads: int,
         min_saturated: float | None = None,
+        depth: StochasticDepth | None = None,
     ) -> None:
         self.tiles, self.stream, self.sizes, self.colour, self.masking = tiles, stream, sizes, colour, masking
-        self.min_saturated = min_saturated
+        self.min_saturated, self.depth = min_saturated, depth
         self.seed, self.start, self.stop = seed, start, stop
         self.rank, self.world_size, self.accumulate, self.threads = rank, world_size, accumulate, threads
         self.in_slots = True  # of shared memory
@@ -236,6 +240,7 @@ class TileBatches(IterableDataset["RankBatch"]):
                     [of_size.flatten(0, 1) for of_size in torch.from_numpy(rows).split(counts)],
                     torch.from_numpy(patches),
                     torch.from_numpy(np.flatnonzero(patches)),
+                    self._kept(step, first, size, counts),
                 )
             )
         bad = [message for of_tile in results for message in of_tile.bad]
@@ -244,6 +249,13 @@ class TileBatches(IterableDataset["RankBatch"]):
     def _mpp(self, number: int, sample: int) -> float:
         found = self.tiles.mpp(number, self.seed, sample)
         return float("nan") if found is None else found
+
+    def _kept(self, step: int, first: int, tiles: int, counts: list[int]) -> list[Tensor]:
+        if self.depth is None:
+            return []
+        return [
+            torch.from_numpy(crops) for crops in self.depth.draw(counts, tiles, seed=self.seed, step=step, first=first)
+        ]
 
     def _masks(self, step: int, first: int, ratios: np.ndarray) -> np.ndarray:
         """Masks ``(views * tiles, grid, grid)`` of the global crops with these ``ratios`` ``(tiles, views)``."""

@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
+from data.stochastic_depth import StochasticDepth
 from data.tiles.crops import FurtherViews
 from models.operations import Operations
 from models.sequence_parallel import Group
@@ -52,6 +53,10 @@ class Objective(nn.Module, ABC):
         """Kinds of view that the tile stage cuts beside global and local ones, by the objective's ``settings``. They
         follow in ``TileBatch.crops``, in this order."""
         return ()
+
+    def stochastic_depth(self) -> StochasticDepth | None:
+        """Which crops skip branches, if any do: the tile stage's loader draws it, into ``TileBatch.kept``."""
+        return None
 
     @abstractmethod
     def trained(self) -> dict[str, nn.Module]:

@@ -1,6 +1,6 @@
 """What a tile objective sees: crops on the device, augmented and normalised, and the masks of the global ones."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,7 +17,8 @@ class TileBatch:
     after view, each view's tiles in stream order. ``masks``: bool ``(global views * tiles, rows, columns)``.
     ``targets``: by kind, what an objective's ``prepare`` found out from all micro-batches of the step.
     ``masked_numbers``: `masked`, where it is known; a GPU that is asked makes everybody wait. ``mpp``: (tiles,) float32,
-    µm/px at which each tile was read, NaN where its source doesn't know.
+    µm/px at which each tile was read, NaN where its source doesn't know. ``kept``: what `StochasticDepth.draw` says of
+    each crop size, where the loader has drawn it.
     """
 
     crops: list[tuple[Tensor, int]]
@@ -25,6 +26,7 @@ class TileBatch:
     targets: dict[str, Target] | None = None
     masked_numbers: Tensor | None = None
     mpp: Tensor | None = None
+    kept: Sequence[Tensor] | None = None
 
     @property
     def masked(self) -> Tensor:

@@ -8,11 +8,13 @@ from typing import ClassVar, Unpack
 from torch import Tensor
 
 from data.fault import Fault
+from data.on_device import on_device
+from data.stochastic_depth import StochasticDepth
 from models.operations import Operations
-from models.vit import Tokens
+from models.vit import KeptSamples, Tokens
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.self_distillation import Network, SelfDistillation, Teaching
-from pretrain.objectives.stochastic_depth import kept_of, kept_samples
+from pretrain.objectives.stochastic_depth import kept_samples
 from pretrain.objectives.tile_batch import TileBatch
 
 
@@ -33,6 +35,13 @@ class TileDistillation(SelfDistillation):
         super().__init__(make_network, prototypes, **teaching)
         self.group_size = group_size
 
+    def stochastic_depth(self) -> StochasticDepth | None:
+        """Of the student's blocks, in training; else no crop skips any."""
+        encoder = self.student.encoder
+        if not (encoder.drop_path and encoder.training):
+            return None
+        return StochasticDepth(self.group_size, encoder.drop_path, len(encoder.blocks))
+
     def prepare(self, parts: Sequence[TileBatch], moment: Moment) -> list[TileBatch]:
         """The micro-batches with their targets."""
         return [
@@ -52,34 +61,35 @@ class TileDistillation(SelfDistillation):
                 "self-distillation compares views of a tile, and there is one: set data.crops.global_count=2, or"
                 " local_count higher."
             )
-        encoder, (images, views) = self.student.encoder, batch.crops[0]
-        kept = kept_samples(
-            [(views, encoder.tokens_per_crop(crops.shape[-1])) for crops, views in batch.crops],
-            len(images) // views,
-            group=self.group_size,
-            rate=encoder.drop_path,
-            depth=len(encoder.blocks),
-            seed=moment.seed,
-            step=moment.step,
-            first=moment.first,
-            device=images.device,
-        )
+        encoder = self.student.encoder
         others = [None] * (len(batch.crops) - 1)
         masks = [batch.masks.flatten(1) if masked else None, *others]
         wanted = None if self.all_patches else [batch.masked if masked else None, *others]
-        return encoder([crops for crops, _ in batch.crops], masks, kept, wanted=wanted)
+        return encoder([crops for crops, _ in batch.crops], masks, self._kept(batch, moment), wanted=wanted)
+
+    def _kept(self, batch: TileBatch, moment: Moment) -> list[tuple[KeptSamples, KeptSamples]] | None:
+        """What the student's branches run on, by block; None: on all crops. Drawn here where the loader hasn't."""
+        depth, (images, views) = self.stochastic_depth(), batch.crops[0]
+        if depth is None:
+            return None
+        tiles, counts, kept = len(images) // views, [views for _, views in batch.crops], batch.kept
+        if kept is None:
+            drawn = depth.draw(counts, tiles, seed=moment.seed, step=moment.step, first=moment.first)
+            kept = [on_device(crops, images.device) for crops in drawn]
+        tokens = [self.student.encoder.tokens_per_crop(crops.shape[-1]) for crops, _ in batch.crops]
+        return kept_samples(kept, list(zip(counts, tokens, strict=True)), tiles)
 
     def encoder_operations(self, batch: TileBatch, masked: int) -> Operations:
         """Of both encoders on a micro-batch whose loss is given ``masked`` patches."""
         encoder = self.student.encoder
         shapes = [(len(images), encoder.tokens_per_crop(images.shape[-1])) for images, _ in batch.crops]
         wanted = [crops + (0 if i else masked) for i, (crops, _) in enumerate(shapes)]
-        group, rate = self.group_size, encoder.drop_path
-        kept = [
-            (kept_of(views * group, rate) * crops // (views * group), tokens)
+        depth = self.stochastic_depth()
+        kept = depth and [
+            (depth.kept_of(views * depth.group) * crops // (views * depth.group), tokens)
             for (crops, tokens), (_, views) in zip(shapes, batch.crops, strict=True)
         ]
-        student = encoder.operations(shapes, kept if rate else None, None if self.all_patches else wanted)
+        student = encoder.operations(shapes, kept, None if self.all_patches else wanted)
         return student + self.teacher.encoder.operations(shapes[:1], wanted=wanted[:1]).without_gradients
 
 

@@ -280,6 +280,7 @@ class TileTraining(Training):
             accumulate=self.settings.accumulate,
             threads=self.data.threads,
             min_saturated=self.data.min_saturated if tiles is self.tiles else None,
+            depth=self.objective.stochastic_depth(),
         )
 
     def state(self) -> dict[str, Any]:
@@ -331,10 +332,10 @@ class TileTraining(Training):
         for views, parameters in zip(part.views, part.parameters, strict=True):
             images = views.to(self.device, non_blocking=True)
             crops.append((augment(images, parameters, *self.pixel_statistics), len(images) // len(part.numbers)))
-        masks, masked, mpp = (
-            part_of.to(self.device, non_blocking=True) for part_of in (part.masks, part.masked, part.mpp)
+        masks, masked, mpp, *kept = (
+            part_of.to(self.device, non_blocking=True) for part_of in (part.masks, part.masked, part.mpp, *part.kept)
         )
-        return TileBatch(crops, masks, masked_numbers=masked, mpp=mpp)
+        return TileBatch(crops, masks, masked_numbers=masked, mpp=mpp, kept=kept or None)
 
     def save_samples(self, batch: TileBatch) -> None:
         """A picture of the first tiles' crops as the network sees them, masked patches greyed: a row a tile. Where

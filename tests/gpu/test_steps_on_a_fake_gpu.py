@@ -115,14 +115,13 @@ def slide_training(run: Path, store: Path, *settings: str) -> Training:
 
 def steps(training: Training, count: int) -> Iterator[tuple[dict[str, Any], Waits]]:
     """The figures and the waits of so many steps, on batches of the real loader."""
+    with torch.device("meta"):
+        objective = training.objective = training.make_objective()
     loader = training.batches(0, count)
     batches = [batch for _, batch in zip(range(count), loader, strict=False)]
     loader.end()
-    with torch.device("meta"):
-        objective = training.make_objective()
     with fake_gpu() as waits:
         objective.to_empty(device=GPU)
-        training.objective = objective
         optimiser = training.configure_optimizers()
         trained = list(objective.trained().values())
         training.optimizers = lambda: SimpleNamespace(step=optimiser.step, optimizer=optimiser)  # type: ignore[method-assign, assignment]

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 
 from models.vit import Block, VisionTransformer
-from pretrain.objectives.stochastic_depth import kept_samples
+from tests.models.drawn_depth import drawn_samples
 from tests.models.test_vit import images, network
 
 BYPASSED = ("attn", "attn.proj", "mlp", "mlp.fc2", "ls1", "ls2")
@@ -89,7 +89,7 @@ def called_block(block: Block, x: Tensor, shapes: list[tuple[int, int]], kept: o
 def test_module_by_module_a_block_has_the_results_and_gradients_of_its_branches_ends(kept: bool) -> None:
     block, shapes = blocks(network())[0].double(), [(4, 17), (4, 5)]
     views = [(1, 17), (1, 5)]
-    drawn = kept_samples(views, 4, group=4, rate=0.5, depth=1, seed=0, step=0, first=0, device=torch.device("cpu"))
+    drawn = drawn_samples(views, 4, group=4, rate=0.5, depth=1, seed=0, step=0, first=0)
     depth = drawn[0] if kept and drawn else None
     x = torch.randn(88, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
     ends = called_block(block, x, shapes, depth)

@@ -8,7 +8,7 @@ from torch._dynamo.testing import CompileCounter
 
 from models.initialise import initialise
 from models.vit import KeptSamples, Tokens, VisionTransformer
-from pretrain.objectives.stochastic_depth import kept_samples
+from tests.models.drawn_depth import drawn_samples
 
 TILES, GROUP, DEPTH = 4, 2, 3
 TOLERANCE = 1e-6  # of the tensor's largest value, in float32
@@ -62,16 +62,8 @@ def test_packed_equals_unpacked_with_stochastic_depth_and_masks(feed_forward: st
     ]
     masks = [torch.rand(2 * TILES, 16, generator=generator) < 0.3, None]
     tokens = [vit.tokens_per_crop(32), vit.tokens_per_crop(16)]
-    kept = kept_samples(
-        list(zip((2, 3), tokens, strict=True)),
-        TILES,
-        group=GROUP,
-        rate=rate,
-        depth=DEPTH,
-        seed=0,
-        step=3,
-        first=0,
-        device=torch.device("cpu"),
+    kept = drawn_samples(
+        list(zip((2, 3), tokens, strict=True)), TILES, group=GROUP, rate=rate, depth=DEPTH, seed=0, step=3, first=0
     )
     assert (kept is None) == (rate == 0)
 
@@ -95,16 +87,8 @@ def test_packed_equals_unpacked_with_stochastic_depth_and_masks(feed_forward: st
 def test_a_block_compiles_to_one_graph_and_the_last_one_to_another(rate: float) -> None:
     vit = network("mlp", 0)
     crops, masks = [torch.randn(2 * TILES, 3, 32, 32)], [torch.rand(2 * TILES, 16) < 0.3]
-    kept = kept_samples(
-        [(2, vit.tokens_per_crop(32))],
-        TILES,
-        group=GROUP,
-        rate=rate,
-        depth=DEPTH,
-        seed=0,
-        step=3,
-        first=0,
-        device=torch.device("cpu"),
+    kept = drawn_samples(
+        [(2, vit.tokens_per_crop(32))], TILES, group=GROUP, rate=rate, depth=DEPTH, seed=0, step=3, first=0
     )
     (expected,) = vit(crops, masks, kept, wanted=[masks[0].flatten().nonzero()[:, 0]])
     graphs = CompileCounter()

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from models.initialise import initialise
 from models.vit import VisionTransformer
-from pretrain.objectives.stochastic_depth import kept_samples
+from tests.models.drawn_depth import drawn_samples
 
 SETTINGS = {
     "image_size": 32,
@@ -72,7 +72,7 @@ def test_stochastic_depth_equals_skipping_and_scaling_written_out() -> None:
     vit, tiles = network(drop_path=0.5), 4
     wide, narrow = images(2 * tiles, 32), images(3 * tiles, 16, 1)
     views = [(2, vit.tokens_per_crop(32)), (3, vit.tokens_per_crop(16))]
-    kept = kept_samples(views, tiles, group=2, rate=0.5, depth=3, seed=0, step=7, first=0, device=torch.device("cpu"))
+    kept = drawn_samples(views, tiles, group=2, rate=0.5, depth=3, seed=0, step=7, first=0)
     assert kept is not None
     found = vit([wide, narrow], None, kept)
 
@@ -103,9 +103,7 @@ def test_the_last_block_computes_the_wanted_tokens_alone_with_the_same_outputs_a
     vit, tiles = network(drop_path=drop_path, registers=2).double(), 4
     wide, narrow = images(2 * tiles, 32).double(), images(3 * tiles, 16, 1).double()
     views = [(2, vit.tokens_per_crop(32)), (3, vit.tokens_per_crop(16))]
-    kept = kept_samples(
-        views, tiles, group=2, rate=drop_path, depth=3, seed=0, step=7, first=0, device=torch.device("cpu")
-    )
+    kept = drawn_samples(views, tiles, group=2, rate=drop_path, depth=3, seed=0, step=7, first=0)
     mask = torch.rand(2 * tiles, 16, generator=torch.Generator().manual_seed(2)) < 0.4
     seen = []
     hook = vit.blocks[-1].mlp.fc1.register_forward_pre_hook(lambda _, inputs: seen.append(len(inputs[0])))

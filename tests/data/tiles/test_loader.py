@@ -1,6 +1,8 @@
 """Batches are the same whoever loads them: any number of ranks, threads and starts."""
 
+import pickle
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ import torch
 
 from data.fault import Fault
 from data.slides.tissue import saturated_share
+from data.stochastic_depth import StochasticDepth
 from data.tiles import loader
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
@@ -35,6 +38,7 @@ def batches(
     accumulate: int = 1,
     threads: int = 2,
     seed: int = 0,
+    depth: StochasticDepth | None = None,
 ) -> TileBatches:
     tiles = ShardTiles(shards=[folder])
     stream = Stream(tiles.parts, batch_size=BATCH, lanes=4, window=1, seed=seed)
@@ -51,10 +55,11 @@ def batches(
         world_size=world_size,
         accumulate=accumulate,
         threads=threads,
+        depth=depth,
     )
 
 
-def load(folder: Path, **settings: int) -> list[RankBatch]:
+def load(folder: Path, **settings: Any) -> list[RankBatch]:
     found = list(batches(folder, **settings))
     assert all(isinstance(batch, RankBatch) for batch in found)
     return found  # type: ignore[return-value]
@@ -93,6 +98,16 @@ def test_ranks_load_together_what_one_loads_alone(folder: Path, world_size: int)
         parts = [part for rank in ranks for part in rank[step].parts]
         assert [part.first for part in parts] == [rank * BATCH // world_size for rank in range(world_size)]
         assert same(by_tile(parts), by_tile(whole.parts))
+
+
+def test_the_crops_that_skip_branches_travel_with_their_micro_batch(folder: Path) -> None:
+    depth = StochasticDepth(group=2, rate=0.4, blocks=3)
+    ranks = [load(folder, rank=rank, world_size=2, accumulate=2, depth=depth) for rank in range(2)]
+    for step in range(3):
+        for part in [part for rank in ranks for part in rank[step].parts]:
+            expected = depth.draw([2, 2], 2, seed=0, step=step, first=part.first)
+            for kept in (part.kept, pickle.loads(pickle.dumps(part)).kept):
+                assert [crops.tolist() for crops in kept] == [crops.tolist() for crops in expected]
 
 
 def test_the_number_of_threads_changes_nothing(folder: Path) -> None:

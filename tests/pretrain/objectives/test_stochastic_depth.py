@@ -1,12 +1,15 @@
 """Which samples skip: a function of (seed, step, group), whoever computes them."""
 
+from dataclasses import replace
+
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pretrain.objectives.stochastic_depth import kept_samples
+from pretrain.objectives.interface import Moment
+from tests.models.drawn_depth import drawn_samples
+from tests.pretrain.objectives.tile_objectives import batch, dinov2
 
-CPU = torch.device("cpu")
 VIEWS = [(2, 5), (3, 2)]  # (views, tokens per crop) of two crop sizes
 
 
@@ -14,7 +17,7 @@ def crops(
     tiles: int, first: int = 0, group: int = 4, rate: float = 0.4, step: int = 0, seed: int = 0
 ) -> list[list[set[tuple[int, int, int]]]]:
     """Per block and branch the kept crops as (crop size, view, tile of the global batch)."""
-    kept = kept_samples(VIEWS, tiles, group=group, rate=rate, depth=3, seed=seed, step=step, first=first, device=CPU)
+    kept = drawn_samples(VIEWS, tiles, group=group, rate=rate, depth=3, seed=seed, step=step, first=first)
     assert kept is not None
     place = {}
     row = 0
@@ -27,14 +30,10 @@ def crops(
     return [[{place[r] for r in branch.rows.tolist()} for branch in branches] for branches in kept]
 
 
-def test_no_rate_is_no_plan() -> None:
-    assert kept_samples(VIEWS, 4, group=4, rate=0.0, depth=3, seed=0, step=0, first=0, device=CPU) is None
-
-
 @given(st.integers(1, 4), st.integers(2, 6), st.floats(0.05, 0.95), st.integers(0, 20))
 def test_every_group_keeps_the_set_number_of_whole_crops(groups: int, group: int, rate: float, step: int) -> None:
     tiles = groups * group
-    kept = kept_samples(VIEWS, tiles, group=group, rate=rate, depth=2, seed=0, step=step, first=0, device=CPU)
+    kept = drawn_samples(VIEWS, tiles, group=group, rate=rate, depth=2, seed=0, step=step, first=0)
     assert kept is not None
     for branches in kept:
         for branch in branches:
@@ -77,3 +76,19 @@ def test_every_crop_is_kept_equally_often() -> None:
         share = [int(8 * 0.6) / 8, int(12 * 0.6) / 12][size]
         assert abs(count / 300 - share) < 5 * (share * (1 - share) / 300) ** 0.5
     assert len(counts) == 20
+
+
+def test_what_the_loader_drew_is_what_the_step_draws_and_nothing_is_skipped_in_evaluation() -> None:
+    objective, whole = dinov2(drop_path=0.4), batch(4)
+    depth, moment = objective.stochastic_depth(), Moment(3, 10, 7, first=4)
+    assert depth is not None
+    drawn = depth.draw([views for _, views in whole.crops], 4, seed=7, step=3, first=4)
+    loaded = replace(whole, kept=[torch.from_numpy(crops) for crops in drawn])
+    one, other = (objective.student_tokens(part, moment, masked=True) for part in (whole, loaded))
+    assert all(torch.equal(a, b) for a, b in zip(sum(one, ()), sum(other, ()), strict=True))
+    objective.eval()
+    assert objective.stochastic_depth() is None
+    found = objective.student_tokens(loaded, moment, masked=True)
+    objective.student.encoder.drop_path = 0.0
+    expected = objective.train().student_tokens(whole, moment, masked=True)
+    assert all(torch.equal(a, b) for a, b in zip(sum(found, ()), sum(expected, ()), strict=True))
