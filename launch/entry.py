@@ -12,9 +12,11 @@ from data.files import denied
 from data.redaction import redacted
 from launch import failures, ranks
 from launch.launcher import Launcher, run_here
+from launch.sweeping import run_sweep
 from pretrain import cli
 from pretrain.run.launched import rank
 from pretrain.settings import plugins
+from pretrain.settings.sweeps import Sweep
 
 
 def say_defect(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -49,7 +51,9 @@ def run_command_line(arguments: list[str]) -> None:
         if composed is None:
             sys.stdout.flush()
             return
-        if composed.launch:
+        if isinstance(composed, Sweep):
+            run_sweep(composed)
+        elif composed.launch:
             plugins.build(composed.launch, base=Launcher).launch(composed)
         else:
             run_here(composed)

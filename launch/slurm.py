@@ -25,6 +25,7 @@ from pretrain.run.progress import say
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import Composed, of_the_command_line
 from pretrain.settings.ranges import matching, within
+from pretrain.settings.sweeps import Sweep
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Job:
     origin: str  # the command line that made it
     arguments: list[
         str
-    ]  # of the interpreter; of an array, one of the words is part={part}, which each of its jobs fills in
+    ]  # of the interpreter; of an array, one of the words is part={part} or {point}, which each of its jobs fills in
     processes: Processes
     trains: bool
     name: str
@@ -42,6 +43,7 @@ class Job:
     directory: Path  # where relative paths begin
     doctor: list[str] = field(default_factory=list)  # arguments of 'pretrain doctor', if every node is to run it first
     array: int = 0  # jobs
+    points: list[list[str]] = field(default_factory=list)  # the words of each job of a sweep
     after: list[str] = field(default_factory=list)  # numbers of jobs
     chained: bool = False  # whether it is followed by others that go on with the same
 
@@ -73,6 +75,8 @@ WRITTEN = {
     **dict.fromkeys(["wrap", "parsable", "W", "wait"], "leave it out"),
 }
 """Options of sbatch that have a meaning for the script, by both of their names, with what sets them."""
+
+POINT = "{point}"  # stands for the words of a job of a sweep
 
 TIME = matching(
     r"\d+(:\d+){0,2}|\d+-\d+(:\d+){0,2}|UNLIMITED|INFINITE",
@@ -115,17 +119,9 @@ class Slurm(Launcher):
     dry_run: bool
 
     def launch(self, composed: Composed) -> None:
-        config = composed.object()  # what is missing or mistyped is said now, and not when the job's turn comes
         self.refuse_contradictions()
-        _refuse_secrets(composed.overrides)
         folder = Path(self.folder) if self.folder else folder_of(composed)
-        processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
-        refuse_uneven(composed, processes.count)
-        if composed.command in TRAINING:
-            from pretrain.run.folder import allowed_changes  # which imports Lightning and FSDP, for seconds
-
-            # The data may be made by a job that this one waits for; what the run's folder holds is there now.
-            allowed_changes(Path(composed.tree.run), config, data=None)
+        processes, words = self._checked(composed)
         merge = None
         if self.array:
             merge = merging(composed)
@@ -143,15 +139,7 @@ class Slurm(Launcher):
             after=self.after,
             chained=self.chain is not None,
         )
-        if (
-            processes.gpus
-            and not self.cpus_per_task
-            and not any(word.startswith("--cpus-per-gpu") for word in self.sbatch)
-        ):
-            say(
-                "launch.cpus_per_task isn't given: on many clusters a process then has one core to feed its GPU; give"
-                " it what a node has for each"
-            )
+        self._say_of_cores(processes)
         text, path = script(self, job), folder / f"{file_stem(composed.command)}.sbatch"
         if self.dry_run:
             print(text, end="")
@@ -184,6 +172,64 @@ class Slurm(Launcher):
                 print(f"\n{text}", end="")
             else:
                 announce(submit(path, text, last.logs), last.name, path, last.logs)
+
+    def launch_sweep(self, sweep: Sweep) -> None:
+        """Submit the runs of a sweep as one array of jobs. Raises Fault for runs that can't share one script."""
+        self.refuse_contradictions()
+        if self.array or self.chain:
+            raise Fault(
+                "launch.array= and launch.chain= aren't for a sweep, which is an array of jobs itself: leave them out;"
+                " each of them goes back into the queue by itself."
+            )
+        checked = [self._checked(composed) for composed in sweep.points.values()]
+        first, processes = next(iter(sweep.points.values())), checked[0][0]
+        if any(other != processes for other, _ in checked):
+            raise Fault("the runs of a sweep are one array of jobs, all with as many nodes, GPUs and processes.")
+        folder = Path(self.folder) if self.folder else sweep.folder
+        job = Job(
+            origin=shlex.join(["pretrain", sweep.command, "--multirun", *sweep.words]),
+            arguments=python_arguments(first, [POINT]),
+            processes=processes,
+            trains=True,
+            name=self.name or f"{file_stem(sweep.command)}-{sweep.folder.name}",
+            logs=folder.resolve() / "logs",
+            directory=Path.cwd(),
+            doctor=_doctors_arguments(first, [POINT], folder) if self.doctor else [],
+            array=len(checked),
+            points=[words for _, words in checked],
+            after=self.after,
+        )
+        self._say_of_cores(processes)
+        text, path = script(self, job), folder / f"{file_stem(sweep.command)}.sbatch"
+        if self.dry_run:
+            print(text, end="")
+        else:
+            announce(submit(path, text, job.logs), job.name, path, job.logs, array=job.array)
+
+    def _checked(self, composed: Composed) -> tuple[Processes, list[str]]:
+        """The processes of a command, and its words. Raises Fault for what would be found out when the job's turn
+        comes."""
+        config = composed.object()
+        _refuse_secrets(composed.overrides)
+        processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)
+        refuse_uneven(composed, processes.count)
+        if composed.command in TRAINING:
+            from pretrain.run.folder import allowed_changes  # which imports Lightning and FSDP, for seconds
+
+            # The data may be made by a job that this one waits for; what the run's folder holds is there now.
+            allowed_changes(Path(composed.tree.run), config, data=None)
+        return processes, words
+
+    def _say_of_cores(self, processes: Processes) -> None:
+        if (
+            processes.gpus
+            and not self.cpus_per_task
+            and not any(word.startswith("--cpus-per-gpu") for word in self.sbatch)
+        ):
+            say(
+                "launch.cpus_per_task isn't given: on many clusters a process then has one core to feed its GPU; give"
+                " it what a node has for each"
+            )
 
     @of_the_command_line()
     def refuse_contradictions(self) -> None:
@@ -285,7 +331,7 @@ def script(settings: Slurm, job: Job) -> str:
 
 export {LOGS}={shlex.quote(str(job.logs))}/{number}
 mkdir -p "${LOGS}"
-{_parallel(settings, job)}{setup}{_doctor(settings, job)}
+{_point(job)}{_parallel(settings, job)}{setup}{_doctor(settings, job)}
 {_run(settings, job)}
 if [ $code -ne 0 ]; then
     # Of all ranks' errors the first; what others say after it ("follows-…") is its consequence.
@@ -296,6 +342,19 @@ if [ $code -ne 0 ]; then
     echo "pretrain: exit code $code; the logs of all ranks are in ${LOGS}$node"
 fi
 exit $code
+"""
+
+
+def _point(job: Job) -> str:
+    """The words of each job of a sweep, by its number."""
+    if not job.points:
+        return ""
+    cases = "\n".join(f"{number}) point=({shlex.join(words)}) ;;" for number, words in enumerate(job.points))
+    return f"""\
+# Each job is a run of the sweep.
+case $SLURM_ARRAY_TASK_ID in
+{cases}
+esac
 """
 
 
@@ -315,6 +374,7 @@ def _words(settings: Slurm, job: Job, arguments: list[str]) -> str:
     python = settings.python or sys.executable
     words = [shlex.quote(word) for word in [python, *arguments]]
     if job.array:
+        words = ['"${point[@]}"' if word == shlex.quote(POINT) else word for word in words]
         words = [word.replace("'part={part}'", f'part="$((SLURM_ARRAY_TASK_ID + 1))/{job.array}"') for word in words]
     settings_from = next((i for i, word in enumerate(words) if "=" in word), len(words))
     first = " ".join([*([settings.container] if settings.container else []), *words[:settings_from]])
@@ -324,7 +384,7 @@ def _words(settings: Slurm, job: Job, arguments: list[str]) -> str:
 def _doctor(settings: Slurm, job: Job) -> str:
     if not job.doctor:
         return ""
-    line = _words(settings, replace(job, array=0), job.doctor)
+    line = _words(settings, job if job.points else replace(job, array=0), job.doctor)
     srun = _srun(settings, f"--ntasks={job.processes.nodes}", "--ntasks-per-node=1")
     return f"""
 # Is every node fit for it?

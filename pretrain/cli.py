@@ -16,6 +16,7 @@ from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import Composed, load, of_the_command_line
 from pretrain.settings.config_files import CONFIGS, choices_of, places, with_parents
 from pretrain.settings.refusals import nearest, other_stage
+from pretrain.settings.sweeps import Sweep, sweep_of
 
 COMMANDS = {
     "shard": "slides → tile shards",
@@ -43,10 +44,6 @@ INSTEAD = {
     option: sentence
     for options, sentence in (
         (
-            "-m --multirun",
-            "several runs are several commands, each with a run= of its own; a loop of the shell writes them",
-        ),
-        (
             "-n -cn --config-name",
             (
                 "the command says which configuration it is, recipe=NAME chooses its values, and --config-dir DIR adds"
@@ -55,9 +52,10 @@ INSTEAD = {
         ),
         ("-cp --config-path", "--config-dir DIR adds a folder of your own YAML"),
         ("-i --info", "--cfg job prints every value with the file that set it"),
-        ("--resolve", "--cfg job prints the configuration resolved as it is"),
         ("-p --package", "--cfg job prints the whole configuration"),
         ("-r --run", "a command runs unless --cfg job or --help is asked for"),
+        ("-sc --shell-completion", "--help prints all settings of a command, and 'pretrain --help' all commands"),
+        ("--experimental-rerun", "the same command goes on with a run"),
         ("--hydra-help", "--help says what a command does, and all its settings"),
     )
     for option in options.split()
@@ -66,8 +64,9 @@ INSTEAD = {
 
 
 @of_the_command_line()
-def parse(arguments: list[str]) -> Composed | None:
-    """The checked configuration that ``arguments`` ask for, or None where they asked for help, a version or ``--cfg``.
+def parse(arguments: list[str]) -> Composed | Sweep | None:
+    """The checked configuration that ``arguments`` ask for, those of a sweep, or None where they asked for help, a
+    version or ``--cfg``.
 
     Raises Fault for an unknown command or setting.
     """
@@ -85,7 +84,7 @@ def parse(arguments: list[str]) -> Composed | None:
     command, rest = " ".join(arguments[:length]), arguments[length:]
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
-    overrides, config_dirs, wants_help, wants_config = [], [], False, False
+    overrides, config_dirs, wants_help, wants_config, sweeps = [], [], False, False, False
     words = iter(part for word in rest for part in _apart(word))
     for word in words:
         if word in ("-h", "--help"):
@@ -97,6 +96,10 @@ def parse(arguments: list[str]) -> Composed | None:
                     " no effect here."
                 )
             wants_config = True
+        elif word == "--resolve":
+            pass  # what --cfg job prints is resolved
+        elif word in ("--multirun", "-m"):
+            sweeps = True
         elif word in ("--config-dir", "-cd"):
             folder = Path(given := next(words, ""))
             if not given or not folder.is_dir():
@@ -109,14 +112,18 @@ def parse(arguments: list[str]) -> Composed | None:
             raise Fault(f"there is no option {word} here: {INSTEAD[word]}.")
         elif word.startswith("-"):
             raise Fault(
-                f"there is no option {word!r}; settings are written key=value, and the options are --help, --cfg job"
-                " and --config-dir."
+                f"there is no option {word!r}; settings are written key=value, and the options are --help, --cfg job,"
+                " --config-dir and --multirun."
             )
         else:
             overrides.append(word)
     if wants_help:
         print(explain(command))
         return None
+    if sweeps and wants_config:
+        raise Fault("--cfg job is of one run: leave --multirun out, and give each setting one value.")
+    if sweeps:
+        return sweep_of(command, overrides, config_dirs)
     if command == "plan":  # it takes a run's settings beside its own
         overrides = composed_run.set_run_words_aside(overrides, config_dirs)
     composed = load(command, overrides, config_dirs)
@@ -146,13 +153,14 @@ Slidewright: pretrain pathology foundation models from whole-slide images.
     slides ──shard──▶ tile shards ──tile──▶ tile encoder ──embed──▶ slide embeddings ──slide──▶ slide encoder
                                                └─ probe, export                          └─ export
 
-usage: pretrain COMMAND [key=value …] [--help] [--cfg job] [--config-dir DIR]
+usage: pretrain COMMAND [key=value …] [--help] [--cfg job] [--config-dir DIR] [--multirun]
 
 {rows}
 
   pretrain tile --help             what a command does, and all its settings
   pretrain tile --cfg job          the whole resolved configuration, and where each value comes from
   pretrain tile recipe=… run=…     values come from configs/, a recipe overrides them, the command line overrides both
+  pretrain tile --multirun …       a run for each of several values, optim.lr=1e-4,3e-4 or seed=range(0,3), below run=
   pretrain tile launch=slurm …     submits the command as a job, whichever it is; launch=torchrun restarts a training run that dies
 
 Every command can be stopped at any moment; the same command continues, or says that it is done.

@@ -49,7 +49,7 @@ def readable(word: str, text: bool) -> str:
     if override.is_sweep_override():
         raise Fault(
             f"{word}: a list is written in brackets, {key}=[{value}], one value with a comma in quotes,"
-            f" {key}=\"'{value}'\", and several runs are several commands."
+            f" {key}=\"'{value}'\", and a run for each value is asked for by --multirun."
         )
     if value[:1] == "{":
         return f"{key}={_kept(value)}"
