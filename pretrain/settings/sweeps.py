@@ -104,6 +104,4 @@ def _folder_name(words: list[str]) -> str:
     name = ",".join(re.sub(r"[^\w.=+~-]", "_", word.replace("'", "").replace('"', "")) for word in words)
     if len(name.encode()) <= LONGEST_FOLDER_NAME:
         return name
-    return (
-        f"{name.encode()[:LONGEST_FOLDER_NAME].decode(errors='ignore')}-{hashlib.sha256(','.join(words).encode()).hexdigest()[:8]}"
-    )
+    return f"{name.encode()[:LONGEST_FOLDER_NAME].decode(errors='ignore')}-{hashlib.sha256(','.join(words).encode()).hexdigest()[:8]}"
