@@ -1,4 +1,5 @@
-"""Write one HTML page about a run: what was trained and how, what it saw, and how good it is.
+"""Write one HTML page about a run: what was trained and how, what it saw, and how good it is. Or one that sets the
+runs of a sweep side by side.
 
 The page stands alone: pictures and charts are inside, nothing is fetched, it prints, and it follows the reader's light
 or dark setting. It shows the tile grid, the crops, loss curves, tile embeddings as colours on the slide, the slide
@@ -9,9 +10,11 @@ Examples:
     pretrain report run=runs/tile
     pretrain report run=demo out=demo/report.html
     pretrain report run=runs/tile probe=scores.json embeddings=embeddings shards=shards
+    pretrain report run=runs/sweep
+    pretrain report run=runs/first beside=[runs/second,runs/third] out=compared.html
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
@@ -28,16 +31,24 @@ class Config:
     embeddings: Annotated[str | None, ON_DISK]
     probe: Annotated[str | None, ON_DISK]
     allow_plugins: list[str]
+    beside: Annotated[list[str], ON_DISK] = field(default_factory=list)
 
 
 def run(config: Config) -> None:
     """Write the page."""
     from pretrain.report.build import build_page
+    from pretrain.report.comparison import build_comparison, runs_in
+    from pretrain.report.parts import read_run
     from pretrain.report.road import road_picture
 
     folder = Path(config.run)
-    out = Path(config.out) if config.out else folder / "report.html"
+    out = Path(config.out) if config.out else folder / ("compared.html" if config.beside else "report.html")
     require_writable(out)
+    several = [read_run(Path(run)) for run in (config.run, *config.beside)] if config.beside else runs_in(folder)
+    if several:
+        build_comparison(folder.resolve().name, several, out, f"pretrain report run={folder}")
+        say(f"{out}: {len(several)} runs side by side, open it in a browser")
+        return
     shards, embeddings, probe = (
         Path(given) if given else None for given in (config.shards, config.embeddings, config.probe)
     )

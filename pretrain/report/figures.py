@@ -31,6 +31,7 @@ class Panel:
     unit: str = ""
     dashed: set[str] = field(default_factory=set)  # lines that are something to compare with
     smooth: bool = True  # show a running mean over the faint raw line
+    faint: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)  # further lines, behind and unnamed
 
 
 def curves(panels: Sequence[Panel], columns: int, height: float = 2.1) -> str:
@@ -50,8 +51,10 @@ def curves(panels: Sequence[Panel], columns: int, height: float = 2.1) -> str:
 
 def draw_panel(axis: Any, panel: Panel) -> None:
     """One panel: lines in the order given, named in a legend where there are several."""
-    exponent = common_exponent([values for _, values in panel.lines.values()])
+    exponent = common_exponent([values for _, values in (*panel.lines.values(), *panel.faint.values())])
     unit = " ".join(part for part in (f"×10{superscript(exponent)}" if exponent else "", panel.unit) if part)
+    for steps, values in panel.faint.values():
+        axis.plot(*thin(steps, values / 10.0**exponent), color=FAINT, alpha=0.6, linewidth=0.8)
     for (name, (steps, values)), colour in zip(panel.lines.items(), LINE_COLOURS, strict=False):
         values = values / 10.0**exponent
         style: dict[str, Any] = (
