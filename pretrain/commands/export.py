@@ -10,6 +10,13 @@ format=transformers does the same with a folder for transformers (to load it bac
     Dinov2Model.from_pretrained("encoder")            without registers
     Dinov2WithRegistersModel.from_pretrained("encoder")
 
+format=torchscript writes one file, encoder.pt, that runs where there is PyTorch and nothing else:
+
+    torch.jit.load("encoder/encoder.pt")
+
+A timm folder has in_trident.py, in_eva.py and in_clam.py beside it, by which TRIDENT, eva and CLAM take the encoder. Each folder
+is as the Hugging Face hub expects it: huggingface_hub.upload_folder(folder_path="encoder", repo_id=…).
+
 format=gigapath writes a slide run's encoder as slide_encoder.pth, {"model": state dict} with the released key names, and a
 model card. At a published size Prov-GigaPath's own code loads the file:
 

@@ -39,6 +39,7 @@ from pretrain.training.pale_tiles import PaleTiles
 from pretrain.training.probe_set import ProbeSet
 from pretrain.training.slide_sample import SlideSample
 from pretrain.training.tile_sources import chosen_by
+from pretrain.training.tiles_of_run import describe_tiles
 from pretrain.training.watching import Watch
 
 BAD_TILES_SAID = 20  # said one by one; the rest are counted
@@ -248,7 +249,7 @@ class TileTraining(Training):
         if self.global_rank == 0:
             for what, words in watched.items():
                 say(f"{self.run}: {what}, {words}")
-            note_of_start(self.run, {"watched": watched})
+            note_of_start(self.run, {"watched": watched, "tiles": describe_tiles(self.tiles, self.config.seed)})
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:

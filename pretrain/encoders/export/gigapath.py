@@ -20,9 +20,9 @@ from torch import Tensor
 from data.embeddings.standardisation import Statistics
 from data.fault import Fault
 from data.files import create_folder_whole
-from data.redaction import redacted
-from pretrain.encoders.export.publishing import Exported, provenance
-from pretrain.encoders.run_checkpoint import RUN_CONFIG, STUDENT, TEACHER, RunCheckpoint, find_checkpoint
+from pretrain.encoders.export.card import as_lines, facts, whole_record
+from pretrain.encoders.export.publishing import Exported
+from pretrain.encoders.run_checkpoint import STUDENT, TEACHER, RunCheckpoint, find_checkpoint
 from pretrain.encoders.slide_encoders import standardised_by
 from pretrain.run import checkpoints
 
@@ -145,10 +145,8 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 {how_it_is_used(architecture, weights)}
 ## Training
 
-```yaml
-{redacted((found.run / RUN_CONFIG).read_text().strip())}
-```
-{provenance(found.run)}
+{as_lines(facts(found))}
+{whole_record(found.run)}
 ## Limits
 
 It has seen the slides and the tile encoder of its training and no others. Compare it with the mean of the tiles, with smoothed tiles and

@@ -1,9 +1,6 @@
-"""What an export says of itself: what was checked, how it is loaded, and on its card what it came of."""
+"""What an export says of itself: what was checked, and how it is loaded."""
 
 from dataclasses import dataclass
-from pathlib import Path
-
-from data.redaction import redacted
 
 
 @dataclass(frozen=True)
@@ -15,9 +12,3 @@ class Exported:
     checked: str
     use: str
     difference: float = 0.0
-
-
-def provenance(run: Path) -> str:
-    """The run's ``provenance.json`` as a section of the card, empty where the run has none."""
-    path = run / "provenance.json"
-    return f"\nProvenance:\n\n```json\n{redacted(path.read_text().strip())}\n```\n\n" if path.is_file() else "\n"

@@ -12,9 +12,8 @@ from torch import Tensor, nn
 from data.fault import Fault
 from data.files import create_folder_whole
 from data.keyed import rng
-from data.redaction import redacted
 from models.vit import VisionTransformer
-from pretrain.encoders.export.publishing import provenance
+from pretrain.encoders.export.card import as_lines, facts, judged, whole_record
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, teacher
 
@@ -36,19 +35,20 @@ def export_tiles(
     found: RunCheckpoint,
     network: VisionTransformer,
     preprocessing: Preprocessing,
-    files: dict[str, dict[str, Any]],
+    files: dict[str, dict[str, Any] | str],
     weights: dict[str, Tensor],
     card: str,
     features: Callable[[Path, Tensor], tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[bool, float]:
-    """Publish configuration ``files``, ``weights`` and ``card``, once ``features`` loaded from them are the
+    """Publish configuration ``files`` (settings, or text), ``weights`` and ``card``, once ``features`` loaded from them are the
     network's."""
     difference = 0.0
 
     def fill(folder: Path) -> None:
         nonlocal difference
-        for name, config in files.items():
-            (folder / name).write_text(json.dumps(config, indent=2) + "\n")
+        for name, content in files.items():
+            text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
+            (folder / name).write_text(text)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "README.md").write_text(card)
         difference = largest_difference(network, preprocessing.image_size, lambda images: features(folder, images))
@@ -78,7 +78,7 @@ def tile_card(
     found: RunCheckpoint, network: nn.Module, preprocessing: Preprocessing, license: str, library: str, use: str
 ) -> str:
     """The model card of an exported tile encoder; ``use`` is code that ends with the features of ``images``."""
-    model, config = found.config["model"], found.config
+    model = found.config["model"]
     parameters = sum(p.numel() for name, p in network.named_parameters() if name != "mask_token")
     mean, std = list(preprocessing.mean), list(preprocessing.std)
     return f"""\
@@ -105,12 +105,8 @@ Input: {preprocessing}. In numbers: mean {mean}, std {std}.
 
 ## Training
 
-Tiles: {config["data"].get("shards", "not recorded")}. The whole configuration:
-
-```yaml
-{redacted((found.run / RUN_CONFIG).read_text().strip())}
-```
-{provenance(found.run)}
+{as_lines(facts(found, preprocessing))}
+{whole_record(found.run)}{judged(found.run)}
 ## Limits
 
 It has seen the tissue, stains and scanners of its training slides and no others. Measure it on your task (`pretrain probe`) before you

@@ -4,6 +4,7 @@
     config.json               architecture, its arguments, preprocessing: what timm.create_model needs
     model.safetensors         the teacher's weights under timm's names
     README.md                 model card: what it was trained on and how
+    in_trident.py, in_eva.py, in_clam.py    by which these take it
 """
 
 from collections.abc import Collection
@@ -13,6 +14,7 @@ from typing import Any
 from torch import Tensor
 
 from models.formats import timm as timm_format
+from pretrain.encoders.export.hosts import HOSTS
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.export.tiles import export_tiles, tile_card, vision_transformer
 from pretrain.encoders.preprocessing import Preprocessing
@@ -28,7 +30,9 @@ def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[s
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     architecture, arguments = timm_format.architecture(found.config["model"], preprocessing.image_size)
-    files = {"config.json": timm_config(architecture, arguments, preprocessing, license)}
+    files: dict[str, dict[str, Any] | str] = {
+        "config.json": timm_config(architecture, arguments, preprocessing, license)
+    }
     weights = timm_format.write_timm(network, preprocessing.image_size)
     use = """\
 import timm, torch
@@ -36,7 +40,7 @@ import timm, torch
 encoder = timm.create_model("local-dir:{this folder}", pretrained=True).eval()
 features = encoder(images)"""
     card = tile_card(found, network, preprocessing, license, "timm", use)
-    new, difference = export_tiles(out, found, network, preprocessing, files, weights, card, timm_features)
+    new, difference = export_tiles(out, found, network, preprocessing, files | HOSTS, weights, card, timm_features)
     checked = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
     return Exported(new, checked, f'timm.create_model("local-dir:{out}", pretrained=True)', difference)
 

@@ -29,7 +29,10 @@ def export_transformers(checkpoint: Path, out: Path, license: str, plugins: Coll
         config = transformers_format.config(found.config["model"], preprocessing.image_size)
     except ValueError as error:
         raise Fault(str(error)) from error
-    files = {"config.json": config, "preprocessor_config.json": processor_config(preprocessing)}
+    files: dict[str, dict[str, Any] | str] = {
+        "config.json": config,
+        "preprocessor_config.json": processor_config(preprocessing),
+    }
     weights = transformers_format.write_transformers(network, preprocessing.image_size)
     model = config["architectures"][0]
     use = f"""\

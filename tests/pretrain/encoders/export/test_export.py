@@ -1,22 +1,30 @@
 """Exports load elsewhere, strictly, and say the same."""
 
+import importlib
 import json
+import runpy
+import sys
+import types
 
 import numpy as np
 import pytest
 import timm
 import torch
 import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from data.fault import Fault
 from data.files import Refused
 from data.keyed import rng
+from pretrain.commands import probe
 from pretrain.commands.export import Config, run
 from pretrain.encoders.export import timm as timm_export
 from pretrain.encoders.export.gigapath import architecture_of, how_it_is_used
 from pretrain.encoders.export.timm import export_timm
+from pretrain.encoders.export.torchscript import export_torchscript
 from pretrain.encoders.export.transformers import export_transformers
 from pretrain.encoders.loading import load_encoder
 from pretrain.run import checkpoints
@@ -184,6 +192,124 @@ def test_the_card_and_the_configuration_carry_what_a_user_needs(make_tile_run, t
     assert config["pretrained_cfg"]["license"] == "cc-by-4.0"
 
 
+def test_the_card_says_what_a_tile_is_which_recipe_it_was_and_how_it_was_judged(make_tile_run, tmp_path, class_folders):
+    folder, _ = make_tile_run()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config["data"] |= {"batch_size": 8, "crops": {"global_size": 32, "global_scale": [0.32, 1.0]}}
+    config |= {"optim": {"steps": 4}, "objective": {"_target_": "pretrain.objectives.dinov2.DINOv2"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["tile", "recipe=small", "run=runs/a", "data.shards=s3://me:secret@host/shards", "optim.lr=1e-3"]
+    starts = [
+        {"command": ["pretrain", *words]},
+        {
+            "command": ["pretrain", *words, "trainer.devices=2"],
+            "tiles": {"tiles": 24, "pixels": [40, 40], "mpp": [0.5, 0.5, 0.5]},
+        },
+    ]
+    (folder / "provenance.json").write_text(json.dumps({"starts": starts}))
+    probe.run(
+        load(
+            "probe", [f"checkpoint={folder}", f"train={class_folders}", f"out={folder / 'probe.json'}", "device=cpu"]
+        ).object()
+    )
+    export_timm(folder, tmp_path / "encoder", "cc-by-4.0")
+    card = ModelCard.load(tmp_path / "encoder" / "README.md")
+    assert (card.data.license, card.data.library_name, card.data.pipeline_tag) == (
+        "cc-by-4.0",
+        "timm",
+        "image-feature-extraction",
+    )
+    for line in (
+        "| Objective | DINOv2 |",
+        "| Recipe | small, with optim.lr=1e-3 |",
+        "| Steps | 3 of 4, batches of 8 |",
+        "| Tiles | 24 |",
+        "| Resolution of a tile | 0.5 µm/px |",
+        "| Meant for | tiles of 20 µm a side, as 40 px at 0.5 µm/px; scaled to the input they are 0.625 µm/px |",
+        "| Views | global crops of 32% to 100% of a tile, scaled to 32 px |",
+    ):
+        assert line in card.content, line
+    scores = json.loads((folder / "probe.json").read_text())["scores"]["encoder"]
+    assert (
+        f"| encoder | {scores['knn']:.3f} ± {scores['knn_se']:.3f} |" in card.content and "secret" not in card.content
+    )
+
+
+def test_an_encoder_without_a_record_says_that_its_resolution_is_unknown(make_tile_run, tmp_path):
+    folder, _ = make_tile_run()
+    export_timm(folder, tmp_path / "encoder", "mit")
+    assert (
+        "| Resolution of a tile | not recorded: find out before you use it |"
+        in (tmp_path / "encoder" / "README.md").read_text()
+    )
+
+
+@pytest.mark.parametrize("model", [{}, {"feed_forward": "swiglu", "feed_forward_width": 40, "registers": 2}], ids=str)
+def test_a_traced_encoder_gives_the_teachers_features_for_any_number_of_images(make_tile_run, tmp_path, model):
+    folder, teacher = make_tile_run(**model)
+    exported = export_torchscript(folder, tmp_path / "encoder", "mit")
+    assert exported.new and exported.difference <= 1e-4
+    loaded = torch.jit.load(str(tmp_path / "encoder" / "encoder.pt"))
+    images = torch.from_numpy(rng(1, "check").normal(size=(3, 3, 32, 32))).float()
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(images), teacher.features(images)[0], atol=1e-5, rtol=1e-4)
+    assert json.loads((tmp_path / "encoder" / "config.json").read_text())["mean"] == [0.7, 0.5, 0.6]
+
+
+class Registry(dict):
+    """eva's, as it documents it."""
+
+    def register(self, key):
+        return lambda item: self.setdefault(key, item)
+
+
+class BasePatchEncoder(nn.Module):
+    """TRIDENT's, as it documents it."""
+
+    def __init__(self, weights_path=None, **arguments):
+        super().__init__()
+        self.weights_path = weights_path
+        self.model, self.eval_transforms, self.precision = self._build(**arguments)
+
+    def forward(self, images):
+        return self.model(images)
+
+
+def stand_in(monkeypatch, name: str, **members: object) -> None:
+    """A module of another package, where that isn't installed; the packages above it too."""
+    try:
+        importlib.import_module(name)
+    except ImportError:
+        for end in range(1, name.count(".") + 1):
+            above = ".".join(name.split(".")[:end])
+            monkeypatch.setitem(sys.modules, above, types.ModuleType(above))
+        module = types.ModuleType(name)
+        vars(module).update(members)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+def test_trident_eva_and_clam_take_the_encoder_by_the_files_beside_it(make_tile_run, tmp_path, monkeypatch):
+    folder, _ = make_tile_run(registers=2)
+    export_timm(folder, tmp_path / "encoder", "mit")
+    stand_in(monkeypatch, "trident.patch_encoder_models.load", BasePatchEncoder=BasePatchEncoder, encoder_registry={})
+    stand_in(monkeypatch, "eva.vision.models.networks.backbones.registry", backbone_registry=Registry())
+    moved = (tmp_path / "encoder").rename(tmp_path / "mine")  # nothing in it knows where it was written
+    found = {name: runpy.run_path(str(moved / name)) for name in ("in_trident.py", "in_eva.py", "in_clam.py")}
+    in_trident = found["in_trident.py"]["encoder_registry"]["mine"]().eval()
+    in_eva = found["in_eva.py"]["backbone_registry"].get("slidewright/mine")().eval()
+    maps = found["in_eva.py"]["backbone_registry"].get("slidewright/mine")(out_indices=1)
+    in_clam, prepare = found["in_clam.py"]["get_encoder"]("uni_v1", target_img_size=224)
+    image = Image.fromarray(rng(3, "check").integers(0, 256, size=(40, 50, 3), dtype=np.uint8))
+    ours = load_encoder(str(folder))
+    expected = ours.embed(torch.from_numpy(np.asarray(image)).unsqueeze(0))
+    with torch.no_grad():
+        for encoder, ready in ((in_trident, in_trident.eval_transforms), (in_eva, prepare), (in_clam.eval(), prepare)):
+            torch.testing.assert_close(
+                encoder(ready(image).unsqueeze(0)), expected, atol=2e-2, rtol=2e-2
+            )  # PIL scales bytes
+        assert maps(prepare(image).unsqueeze(0))[0].shape == (1, 24, 4, 4)
+
+
 def test_timms_truncated_ratio_gives_the_exact_hidden_width():
     settings = {"patch_size": 16, "depth": 1, "heads": 1, "feed_forward": "mlp", "registers": 0, "layer_scale": 1.0}
     for width in range(1, 400, 7):
@@ -253,6 +379,8 @@ def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_ru
     write_slide_run(tmp_path / "slide", nn.Linear(2, 2))
     with pytest.raises(Fault, match="is a run of 'pretrain slide'"):
         run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "timm", "mit", []))
-    with pytest.raises(Fault, match="format=onnx is not allowed: it must be timm, transformers or gigapath"):
+    with pytest.raises(
+        Fault, match="format=onnx is not allowed: it must be timm, transformers, torchscript or gigapath"
+    ):
         load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}", "format=onnx"])
     assert not (tmp_path / "out").exists()

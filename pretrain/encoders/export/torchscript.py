@@ -1,0 +1,87 @@
+"""``format=torchscript``: one file that runs where there is PyTorch and nothing else, in C++ too.
+
+<out>/
+    encoder.pt                torch.jit.load: images (B, 3, size, size), normalised → class tokens (B, width)
+    config.json               size, mean and std of these images, and the width
+    README.md                 model card
+"""
+
+import json
+import warnings
+from collections.abc import Collection
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.fault import Fault
+from data.files import create_folder_whole
+from data.keyed import rng
+from models.formats import timm as timm_format
+from pretrain.encoders.export.publishing import Exported
+from pretrain.encoders.export.tiles import tile_card, vision_transformer
+from pretrain.encoders.preprocessing import Preprocessing
+from pretrain.encoders.run_checkpoint import RUN_CONFIG, find_checkpoint
+
+SCRIPT_TOLERANCE = 1e-4
+
+
+def export_torchscript(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
+    """Write a tile run's teacher as a traced module, unless it is there already. Raises `Fault` where it says something
+    else than the teacher, for one image or for several.
+
+    What is traced is timm's network with the teacher's weights: ours has gradients of its own, which a trace can't hold.
+    """
+    found = find_checkpoint(checkpoint, plugins)
+    network, preprocessing = vision_transformer(found)
+    size, difference = preprocessing.image_size, 0.0
+    architecture, arguments = timm_format.architecture(found.config["model"], size)
+
+    def fill(folder: Path) -> None:
+        import timm
+
+        nonlocal difference
+        whole = timm.create_model(architecture, **arguments).eval()
+        whole.load_state_dict(timm_format.write_timm(network, size))
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of what is constant in it, as the size of an image is
+            torch.jit.save(torch.jit.trace(whole, noise(2, size)), str(folder / "encoder.pt"))
+            loaded = torch.jit.load(str(folder / "encoder.pt"))
+            for count in (1, 5):
+                ours, theirs = network.eval().features(noise(count, size))[0], loaded(noise(count, size))
+                difference = max(difference, float((theirs - ours).abs().max() / ours.abs().max()))
+        if not difference <= SCRIPT_TOLERANCE:
+            raise Fault(
+                f"the traced module's features differ from the teacher's by {difference:.2g} of the largest, more than"
+                f" {SCRIPT_TOLERANCE:g}, so nothing was published: please report this with {found.run / RUN_CONFIG}"
+            )
+        (folder / "config.json").write_text(json.dumps(how_images_come(preprocessing, network.width), indent=2) + "\n")
+        (folder / "README.md").write_text(tile_card(found, network, preprocessing, license, "pytorch", USE))
+
+    new = create_folder_whole(out, fill)
+    checked = f"{out}: loads in torch.jit, features within {difference:.1g} of the teacher's"
+    return Exported(new, checked, f'torch.jit.load("{out}/encoder.pt")', difference)
+
+
+USE = """\
+import torch
+
+encoder = torch.jit.load("{this folder}/encoder.pt").eval()
+features = encoder(images)"""
+
+
+def noise(count: int, size: int) -> Tensor:
+    """Images (count, 3, size, size)."""
+    return torch.from_numpy(rng(count, "export check").normal(size=(count, 3, size, size))).float()
+
+
+def how_images_come(preprocessing: Preprocessing, width: int) -> dict[str, object]:
+    """How the file's images are prepared, in numbers."""
+    return {
+        "image_size": preprocessing.image_size,
+        "resize_to": preprocessing.resize_to,
+        "interpolation": preprocessing.interpolation,
+        "mean": list(preprocessing.mean),
+        "std": list(preprocessing.std),
+        "width": width,
+    }
