@@ -30,9 +30,8 @@ def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[s
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     architecture, arguments = timm_format.architecture(found.config["model"], preprocessing.image_size)
-    files: dict[str, dict[str, Any] | str] = {
-        "config.json": timm_config(architecture, arguments, preprocessing, license)
-    }
+    config = timm_config(architecture, arguments, preprocessing, license)
+    files: dict[str, dict[str, Any] | str] = {"config.json": config, **HOSTS}
     weights = timm_format.write_timm(network, preprocessing.image_size)
     use = """\
 import timm, torch
