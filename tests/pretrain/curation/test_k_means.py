@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 import torch
 
+from data.embeddings.clusters import nearest_centres
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
 from pretrain.curation import rows as module
 from pretrain.curation.levels import nearest_of_each
-from pretrain.curation.lloyd import assigned, first_centres, fitted, improved
+from pretrain.curation.lloyd import first_centres, fitted, improved
 from pretrain.curation.rows import RowsInMemory, StoreRows
 
 CPU = torch.device("cpu")
@@ -21,10 +22,10 @@ def quiet(*_: object) -> None:
 
 
 def points(count: int, width: int = 8, kinds: int = 6) -> np.ndarray:
+    """As a store holds them."""
     draw = rng(count, "points")
-    return (
-        draw.normal(0, 3, (kinds, width))[draw.integers(kinds, size=count)] + draw.normal(0, 1, (count, width))
-    ).astype(np.float32)
+    found = draw.normal(0, 3, (kinds, width))[draw.integers(kinds, size=count)] + draw.normal(0, 1, (count, width))
+    return found.astype(np.float16).astype(np.float32)
 
 
 def rounds(values: np.ndarray, first: np.ndarray, count: int) -> tuple[torch.Tensor, float]:
@@ -47,7 +48,7 @@ def test_centres_equal_scikit_learn_s_from_the_same_first_values(monkeypatch: py
     theirs = cluster.KMeans(9, init=first, n_init=1, max_iter=5, tol=0, algorithm="lloyd").fit(values)
     ours, _ = rounds(values, first, 5)
     assert np.abs(ours.numpy() - theirs.cluster_centers_).max() < 1e-4
-    labels, apart = assigned(torch.from_numpy(values), ours)
+    labels, apart = nearest_centres(torch.from_numpy(values), ours)
     assert (labels.numpy() == theirs.predict(values)).all()
     assert float(apart.sum()) == pytest.approx(-theirs.score(values), rel=1e-4)
 
@@ -82,7 +83,7 @@ def test_the_nearest_of_each_cluster_are_those_that_sorting_all_finds(monkeypatc
     monkeypatch.setattr(module, "FEWEST_ROWS", 16)
     values = torch.from_numpy(points(400))
     centres = values[:7].clone()
-    labels, apart = assigned(values, centres)
+    labels, apart = nearest_centres(values, centres)
     wanted = []
     for cluster in range(7):
         own = torch.nonzero(labels == cluster).flatten()
