@@ -15,7 +15,7 @@ from data.embeddings.clusters import nearest_centres
 from pretrain.curation.lloyd import Watched, fitted
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import Rows, chunk_rows
-from pretrain.run.across_ranks import joined, world_size
+from pretrain.run.across_ranks import end_to_end, world_size
 
 FEWEST_NEAREST = 2  # rows of a cluster that are taken
 
@@ -55,7 +55,7 @@ def nearest_of_each(rows: Rows, centres: Tensor, each: int, watched: Callable[[i
         watched(len(chunk))
     if world_size() > 1:
         labels, distances, numbers, _ = _closest(labels, distances, numbers, each, count)
-        labels, distances, numbers = joined(labels), joined(distances), joined(numbers)
+        labels, distances, numbers = end_to_end(labels), end_to_end(distances), end_to_end(numbers)
     return _closest(labels, distances, numbers, each, count)[2].sort().values.cpu().numpy()
 
 

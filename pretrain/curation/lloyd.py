@@ -21,7 +21,7 @@ from data.embeddings.clusters import nearest_centres
 from data.keyed import drawn, rng
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import MOST_ROWS, Rows, chunk_rows
-from pretrain.run.across_ranks import add_up, from_first, joined, own_rank
+from pretrain.run.across_ranks import add_up, from_first, end_to_end, own_rank
 
 MOST_RELOCATED = 1024  # empty clusters that a round gives a row to
 STARTED_AMONG = 8  # rows for each centre that the first centres are drawn among
@@ -52,7 +52,7 @@ class Farthest:
 
     def of_all_ranks(self, most: int) -> "Farthest":
         """The same among those of all processes."""
-        return Farthest(joined(self.distances), joined(self.labels), joined(self.rows)).first(most)
+        return Farthest(end_to_end(self.distances), end_to_end(self.labels), end_to_end(self.rows)).first(most)
 
 
 def whole_steps(rows: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def gathered(x: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
-def joined(x: Tensor) -> Tensor:
+def end_to_end(x: Tensor) -> Tensor:
     """``x`` (n, …), n of its own on every rank, from all of them one after another: ``(Σ n, …)``."""
     if world_size() == 1:
         return x
