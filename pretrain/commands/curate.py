@@ -78,7 +78,7 @@ def run(config: Config) -> None:
 
     from data.tiles.of_shards import ShardTiles
     from pretrain.curation.curating import TABLE, Wanted, curate, require_possible
-    from pretrain.curation.page import write_curation_page
+    from pretrain.curation.page import require_same_tiles, write_curation_page
     from pretrain.curation.rows import open_stores
     from pretrain.encoders.frozen import device_of
     from pretrain.run.peers import met
@@ -89,6 +89,8 @@ def run(config: Config) -> None:
     wanted = Wanted(**{field.name: getattr(config, field.name) for field in fields(Wanted)})
     require_possible(store, wanted)
     shown = ShardTiles(shards=config.shards) if config.shards is not None else None
+    if shown is not None:
+        require_same_tiles(store, shown)
     with met("processes", config.processes, config.device or "") as peers:
         device = device_of(peers.device)
         torch.set_float32_matmul_precision("highest")  # distances are small differences of large products

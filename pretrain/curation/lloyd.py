@@ -21,7 +21,7 @@ from data.embeddings.clusters import nearest_centres
 from data.keyed import drawn, rng
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import MOST_ROWS, Rows, chunk_rows
-from pretrain.run.across_ranks import add_up, from_first, end_to_end, own_rank
+from pretrain.run.across_ranks import add_up, end_to_end, from_first, own_rank
 
 MOST_RELOCATED = 1024  # empty clusters that a round gives a row to
 STARTED_AMONG = 8  # rows for each centre that the first centres are drawn among
