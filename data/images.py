@@ -39,12 +39,11 @@ def load_whole_range(image: Image.Image) -> None:
     eight, and what they say is in the lower ones."""
     deep = ";16" in str(getattr(image, "tile", ""))  # what the decoder is told; loading clears it
     image.load()
-    colours = [band for band in image.getbands() if band != "A"]
+    deep &= image.mode not in SIXTEEN_BITS
     if (
         deep
-        and len(image.getbands()) > 1
-        and max(image.getchannel(band).getextrema()[1] for band in colours) < DARKEST_WHOLE
-    ):  # type: ignore[type-var, operator]
+        and max(np.asarray(image.getchannel(band)).max() for band in image.getbands() if band != "A") < DARKEST_WHOLE
+    ):
         raise ValueError(
             f"its colours have 16 bits and stay below {DARKEST_WHOLE * 256} of 65535, as those of a camera of 12 or 14 bits"
             " do: scale them to 65535, or save it as 8-bit RGB"
