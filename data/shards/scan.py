@@ -51,7 +51,7 @@ OUR_FILES = (
     "plan.json",
     "slides.csv",
 )  # what lies beside shards of ours, or is made by a scan
-RULES = 2  # by which tars were scanned: what was scanned by others is read again
+SCAN_RULES = 2  # by which tars were scanned: what was scanned by others is read again
 NAMED = 3  # of refused tiles
 KINDS_NAMED = 5  # kinds of what was left out that the sentence names where nothing else is there
 
@@ -280,7 +280,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         "longest": int(table[:, 1].max(initial=0)),
         "slides": slides,
         "counts": counts,
-        "scanned": RULES,
+        "scanned": SCAN_RULES,
         "left_out": [(kind.kind, kind.why, kind.count, kind.example) for kind in left.values()],
     }
     write_record(folder, tar.stem, facts_of_tar, dict(zip((*COLUMNS, *CHECKSUMS), table.T, strict=True)))
@@ -297,7 +297,7 @@ def _known(folder: Path, tar: Path | RemotePath) -> dict[str, Any] | None:
             made = os.stat(path).st_mtime_ns
         if isinstance(tar, Path) and tar.stat().st_mtime_ns > made:  # packed anew, maybe to the same size
             return None
-        of_now = facts.get("scanned", RULES) == RULES
+        of_now = facts.get("scanned", SCAN_RULES) == SCAN_RULES
         return facts if facts["size"] == tar.stat().st_size and of_now else None
     except SPOILT:
         return None

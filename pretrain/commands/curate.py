@@ -16,7 +16,7 @@ index.html shows the clusters' sizes before and after, each slide's share, and w
 Embeddings stay on disk and are gone through by chunks. In memory are about ten times the finest centres (10,000 of width
 1536: 0.6 GB) and half a GiB, and with resampling in the finest level 20 bytes for each tile that it is fitted on. Centres
 are found among fit_tiles= tiles a cluster; then every tile is compared once with all finest centres, on a GPU where there is
-one. processes= share the work: this command starts them on this machine, launch=torchrun and launch=slurm on several, and
+one; on CPUs in two thirds of the time where faiss is installed (pip install faiss-cpu). processes= share the work: this command starts them on this machine, launch=torchrun and launch=slurm on several, and
 the table is that of one process. Features that another program made become a store by 'pretrain embed features=…' first. Stopped at any moment, the same
 command goes on with the level, or the quarter of a million of tiles, that it was at, on as many processes as you like.
 
@@ -78,7 +78,7 @@ def run(config: Config) -> None:
 
     from data.tiles.of_shards import ShardTiles
     from pretrain.curation.curating import TABLE, Wanted, curate, require_possible
-    from pretrain.curation.page import require_same_tiles, write_curation_page
+    from pretrain.curation.page import require_embedded_tiles, write_curation_page
     from pretrain.curation.rows import open_stores
     from pretrain.encoders.frozen import device_of
     from pretrain.run.peers import met
@@ -90,7 +90,7 @@ def run(config: Config) -> None:
     require_possible(store, wanted)
     shown = ShardTiles(shards=config.shards) if config.shards is not None else None
     if shown is not None:
-        require_same_tiles(store, shown)
+        require_embedded_tiles(store, shown)
     with met("processes", config.processes, config.device or "") as peers:
         device = device_of(peers.device)
         torch.set_float32_matmul_precision("highest")  # distances are small differences of large products

@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embeddings.clusters import nearest_centres
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.files import appearing, remove, write_whole
@@ -36,6 +35,7 @@ from pretrain.curation.balance import Lots, balanced
 from pretrain.curation.kept_arrays import keep_array, kept_array
 from pretrain.curation.labels import TileLabels
 from pretrain.curation.levels import fitted_level
+from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import Rows, RowsInMemory, StoreRows, chunk_rows
 from pretrain.curation.table import SeenClusters, SlideShare, write_curated
@@ -125,7 +125,7 @@ def _chosen(
 ) -> dict[str, Any]:
     """Share out, and write the table and what came of it."""
     parents = [
-        torch.cat([nearest_centres(chunk, above)[0] for chunk in own.split(chunk_rows(*above.shape))]).cpu().numpy()
+        torch.cat([nearest_of_many(chunk, above)[0] for chunk in own.split(chunk_rows(*above.shape))]).cpu().numpy()
         for own, above in pairwise(centres)
     ]
     sizes = [labels.sizes(wanted.clusters[0])]

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embeddings.clusters import nearest_centres
 from pretrain.curation.kept_arrays import keep_array, kept_array
+from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.rows import Rows, chunk_rows
 
 TILES_OF_A_FILE = 2**18
@@ -37,7 +37,7 @@ class TileLabels:
             first, last = self.bounds(piece)
             found = []
             for chunk in rows.chunks(chunk_rows(*centres.shape), first, last):
-                found.append(nearest_centres(chunk, centres)[0].to(torch.int32).cpu().numpy())
+                found.append(nearest_of_many(chunk, centres)[0].to(torch.int32).cpu().numpy())
                 watched(len(chunk))
             keep_array(self._path(piece), np.concatenate(found))
 

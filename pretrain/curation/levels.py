@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embeddings.clusters import nearest_centres
 from pretrain.curation.lloyd import Watched, fitted
+from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import Rows, chunk_rows
 from pretrain.run.across_ranks import end_to_end, world_size
@@ -43,7 +43,7 @@ def nearest_of_each(rows: Rows, centres: Tensor, each: int, watched: Callable[[i
     numbers, bounds, size = labels, torch.full((count,), torch.inf, device=device), chunk_rows(count, rows.width)
     first, last = own_rows(len(rows), size)
     for chunk in rows.chunks(size, first, last):
-        own, apart = nearest_centres(chunk, centres)
+        own, apart = nearest_of_many(chunk, centres)
         closer = apart < bounds[own]  # than those that a full cluster has
         here = first + torch.arange(len(chunk), device=device)
         labels, distances, numbers = (

@@ -17,8 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.embeddings.clusters import nearest_centres
 from data.keyed import drawn, rng
+from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import MOST_ROWS, Rows, chunk_rows
 from pretrain.run.across_ranks import add_up, end_to_end, from_first, own_rank
@@ -71,7 +71,7 @@ def improved(rows: Rows, centres: Tensor, watched: Callable[[int], object]) -> t
     far = Farthest(centres.new_empty(0), sizes[:0], centres[:0])
     size = chunk_rows(count, width)
     for chunk in rows.chunks(size, *own_rows(len(rows), size)):
-        labels, distances = nearest_centres(chunk, centres)
+        labels, distances = nearest_of_many(chunk, centres)
         sums.index_add_(0, labels, whole_steps(chunk))
         sizes += torch.bincount(labels, minlength=count)
         apart += distances.double().sum()

@@ -19,7 +19,7 @@ from pretrain.report.figures import FAINT, VIOLET, WIDTH, pyplot, svg
 TILES_BESIDE = 8  # tiles on a row of a sheet
 
 
-def require_same_tiles(store: EmbeddingStore, tiles: ShardTiles) -> None:
+def require_embedded_tiles(store: EmbeddingStore, tiles: ShardTiles) -> None:
     """Raise Fault where shards hold tiles of another size or µm/px than those of the same slide that were embedded."""
     embedded = {slide for slide in store.slides if store.rows(slide)}
     for index in tiles.indices:

@@ -100,7 +100,7 @@ def test_stopped_at_any_point_the_same_command_comes_to_the_same_table(
     class Stop(Exception):
         pass
 
-    for where, name, after in ((curating, "fitted_level", 1), (labels, "nearest_centres", 2), (table, "_of_slides", 0)):
+    for where, name, after in ((curating, "fitted_level", 1), (labels, "nearest_of_many", 2), (table, "_of_slides", 0)):
         real, calls = getattr(where, name), []
 
         def stopping(*given: Any, real: Any = real, calls: list[int] = calls, after: int = after, **more: Any) -> Any:

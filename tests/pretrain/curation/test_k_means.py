@@ -9,9 +9,11 @@ import torch
 from data.embeddings.clusters import nearest_centres
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
+from pretrain.curation import nearest
 from pretrain.curation import rows as module
 from pretrain.curation.levels import nearest_of_each
 from pretrain.curation.lloyd import first_centres, fitted, improved
+from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.rows import RowsInMemory, StoreRows
 
 CPU = torch.device("cpu")
@@ -62,6 +64,18 @@ def test_rounds_never_make_it_worse_and_end_where_nothing_moves() -> None:
     assert spreads == sorted(spreads, reverse=True) and spreads[-1] == spreads[-2] < spreads[0]
     fit = fitted(RowsInMemory(torch.from_numpy(values)), 12, 100, quiet, 0)
     assert torch.equal(improved(RowsInMemory(torch.from_numpy(values)), fit, quiet)[0], fit)
+
+
+def test_faiss_finds_the_centres_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    values, centres = (torch.from_numpy(points(count, 24)) for count in (3000, 40))
+    labels, apart = nearest_of_many(values, centres)
+    monkeypatch.setattr(nearest, "installed_faiss", lambda: None)
+    wanted, wanted_apart = nearest_of_many(values, centres)
+    two = (values[:, None] - centres).square().sum(2).topk(2, largest=False).values
+    clear = two[:, 1] - two[:, 0] > 1e-3
+    assert clear.float().mean() > 0.99 and torch.equal(labels[clear], wanted[clear]) and labels.dtype == wanted.dtype
+    assert torch.allclose(apart, wanted_apart, atol=1e-2) and apart.dtype == wanted_apart.dtype
 
 
 def test_fewer_different_rows_than_clusters_leave_some_empty() -> None:
