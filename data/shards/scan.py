@@ -52,7 +52,7 @@ OUR_FILES = (
     "slides.csv",
 )  # what lies beside shards of ours, or is made by a scan
 SCAN_RULES = 2  # by which tars were scanned: what was scanned by others is read again
-NAMED = 3  # of refused tiles
+REFUSED_NAMED = 3  # of refused tiles
 KINDS_NAMED = 5  # kinds of what was left out that the sentence names where nothing else is there
 
 
@@ -268,7 +268,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         counts[-1] += 1
         rows.append((offset, length, x, y, checksum, of_json))
     for (kind, why), tiles_refused in refused.items():
-        first = ", ".join(dict.fromkeys(tiles_refused[:NAMED]))
+        first = ", ".join(dict.fromkeys(tiles_refused[:REFUSED_NAMED]))
         leave_out(left, kind, why, first, len(tiles_refused))
     for key, several in jsons.items():
         if alone := sum(id(told) not in used for told in several):
