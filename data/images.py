@@ -11,6 +11,7 @@ JPEG = b"\xff\xd8\xff"
 EXIF = b"Exif\0\0"
 APP1, SCAN = 0xE1, 0xDA  # markers of segments: the kind that Exif is of, and the one that pixels begin with
 SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
+DARKEST_WHOLE = 64  # of 256: 16-bit colours all below it are those of a camera of up to 14 bits
 NO_LIGHT = ("CMYK", "YCCK", "LAB", "HSV")  # inks or coordinates, which tell no red, green and blue without a profile
 
 
@@ -18,7 +19,7 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     """The pixels of an encoded image, uint8 ``(H, W, 3)``.
 
     Grey ones get three equal channels, and a camera's note that it lay on its side (EXIF) is heeded. Raises ValueError
-    where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, or parts that can be seen through.
+    where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, colours of 16 bits of which the upper ones aren't used, or parts that can be seen through.
     """
     if bytes(data[:3]) == JPEG and not _has_exif(data):
         colours = simplejpeg.decode_jpeg_header(data)[2]
@@ -27,10 +28,26 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
         return simplejpeg.decode_jpeg(data, colorspace="RGB")
     try:
         with Image.open(io.BytesIO(data)) as image:
-            image.load()
+            load_whole_range(image)
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
     except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
         raise ValueError(str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]) from error
+
+
+def load_whole_range(image: Image.Image) -> None:
+    """Read the pixels of an opened image. Raises ValueError where its colours have 16 bits, of which Pillow takes the upper
+    eight, and what they say is in the lower ones."""
+    deep = ";16" in str(getattr(image, "tile", ""))  # what the decoder is told; loading clears it
+    image.load()
+    deep &= image.mode not in SIXTEEN_BITS
+    if (
+        deep
+        and max(np.asarray(image.getchannel(band)).max() for band in image.getbands() if band != "A") < DARKEST_WHOLE
+    ):
+        raise ValueError(
+            f"its colours have 16 bits and stay below {DARKEST_WHOLE * 256} of 65535, as those of a camera of 12 or 14 bits"
+            " do: scale them to 65535, or save it as 8-bit RGB"
+        )
 
 
 def _has_exif(data: bytes | memoryview) -> bool:

@@ -147,7 +147,10 @@ def find_files(url: str, ending: str) -> list[str]:
         found = _waited_for(system, getattr(system, f"_{name}" if asynchronous else name), path)
         return sorted(f"{protocol}://{file}" for file in found if file.endswith(ending))
 
-    return _persistent(url, attempt)
+    try:
+        return _persistent(url, attempt)
+    except FileNotFoundError as error:
+        raise Fault(f"{url} is not there, or not for you ({error}): check the address, and who may read it.") from error
 
 
 def _last(url: str) -> str:

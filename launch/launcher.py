@@ -12,7 +12,7 @@ from pretrain.settings.composition import Composed
 
 # Commands that go on in the folder out=, which may hold other things beside; in others out= is a file, or appears when
 # it is whole.
-WORK_IN_OUT = ("shard", "embed", "inspect")
+WORK_IN_OUT = ("shard", "embed", "curate", "inspect")
 
 
 class Launcher(ABC):

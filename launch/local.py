@@ -1,5 +1,5 @@
-"""``launch=local``: here. One process runs in this one; several (``trainer.devices=2``, or ``processes_per_slide=2`` of
-'embed') are started and watched by it.
+"""``launch=local``: here. One process runs in this one; several (``trainer.devices=2``, ``processes_per_slide=2`` of
+'embed', ``processes=2`` of 'curate') are started and watched by it.
 
 The watching process holds no part of the run: it passes signals on, ends the others when one fails, and says whose
 error came first. Lightning would start them from the first rank, and kill that without a word when another dies.
@@ -18,9 +18,9 @@ from types import FrameType
 from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
-from launch.processes import refuse_uneven, refuse_unshared
+from launch.processes import refuse_uneven, refuse_unshared, shared_by
 from pretrain.run import signals
-from pretrain.run.launched import environment_number
+from pretrain.run.launched import environment_number, is_step, started_together
 from pretrain.run.preemption import TRY_AGAIN
 from pretrain.settings.composition import Composed
 
@@ -43,10 +43,11 @@ class Local(Launcher):
         if training and not is_a_rank():
             refuse_alone(composed.tree.trainer.nodes)
             count, nodes = composed.tree.trainer.devices, composed.tree.trainer.nodes
-        elif not training and "LOCAL_RANK" not in os.environ:  # a task of srun's starts its own
-            count, nodes = composed.tree.get("processes_per_slide", 1), 1
+        elif not training and "LOCAL_RANK" not in os.environ:
+            count, nodes = shared_by(composed), 1
             if count > 1:
                 refuse_unshared(composed)
+                count = 1 if started_together() == count else count  # a single task of srun's starts its own
         else:
             count, nodes = 1, 1
         if count < 2:
@@ -85,12 +86,6 @@ def refuse_alone(nodes: int) -> None:
         )
 
 
-def is_step() -> bool:
-    """Whether srun started this process; the steps of a job's own script and of its shells have numbers near 2³²."""
-    step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
-    return step.isdigit() and int(step) < 2**32 - 16
-
-
 def run_together(composed: Composed, count: int, nodes: int, logs: Path) -> None:
     """Run the command as ``count`` processes on each of ``nodes``, here those of this one. Where one fails, say the
     first error and exit with its code."""
@@ -117,7 +112,8 @@ def run_together(composed: Composed, count: int, nodes: int, logs: Path) -> None
             if process.poll() is None:
                 process.send_signal(number)
 
-    # A rank that is told before it listens would die of it: it starts deaf, and hears what came once it listens.
+    # A rank that is told before it listens would die of it: it starts deaf, and hears what came once it listens, or once
+    # it knows that it needn't.
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
     for i in range(count):
         place = {"LOCAL_RANK": str(i), "RANK": str(node * count + i)}

@@ -20,8 +20,18 @@ class Processes:
 
 
 def trains(composed: Composed) -> bool:
-    """Whether a command runs as several processes that act as one: those with settings ``trainer.*`` do."""
+    """Whether a command trains: those with settings ``trainer.*`` do, as several processes that act as one."""
     return "trainer" in composed.tree
+
+
+def spreads(composed: Composed) -> bool:
+    """Whether a command runs as several processes on several machines: what trains, and what has ``processes=``."""
+    return trains(composed) or "processes" in composed.tree
+
+
+def shared_by(composed: Composed) -> int:
+    """How many processes share what a command does that doesn't train."""
+    return composed.tree.get("processes_per_slide", composed.tree.get("processes", 1))
 
 
 @of_the_command_line()
@@ -30,14 +40,28 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
 
     Raises Fault where the settings contradict each other, or don't say enough.
     """
-    if not trains(composed):
+    if not spreads(composed):
         if nodes != 1 or each not in (None, 1):
             raise Fault(
                 f"'pretrain {composed.command}' is one process: launch.nodes and launch.processes_per_node are for"
-                " 'tile' and"
-                f" 'slide'{'; more machines take part with launch.array=' if 'part' in composed.tree else ''}."
+                " 'tile', 'slide' and 'curate'"
+                f"{'; more machines take part with launch.array=' if 'part' in composed.tree else ''}."
             )
         return Processes(1, 1, gpus or 0), composed.words
+    if gpus and each not in (None, gpus):
+        raise Fault(
+            f"launch.processes_per_node={each} contradicts launch.gpus_per_node={gpus}: a process runs on each GPU."
+        )
+    if not trains(composed):
+        asked = composed.tree.processes
+        found = Processes(nodes, gpus or each or max(1, asked // nodes), gpus or 0)
+        if "processes" in composed.overridden and asked != found.count:
+            raise Fault(
+                f"processes={asked} contradicts launch.*, by which it is {found.count}: leave it out, launch sets it."
+            )
+        return found, [word for word in composed.words if not word.startswith("processes=")] + [
+            f"processes={found.count}"
+        ]
     trainer = composed.tree.trainer
     asked = {
         key: trainer[key] for key in ("nodes", "devices", "accelerator") if f"trainer.{key}" in composed.overridden
@@ -50,10 +74,6 @@ def arrange(composed: Composed, nodes: int, gpus: int | None, each: int | None) 
                 " launch.processes_per_node=."
             )
         gpus = 0 if on_cpu or each is not None else asked["devices"]
-    if gpus and each not in (None, gpus):
-        raise Fault(
-            f"launch.processes_per_node={each} contradicts launch.gpus_per_node={gpus}: a process trains on each GPU."
-        )
     each = gpus or each or asked.get("devices", 1)
     found = Processes(nodes, each, gpus)
     meant = {"nodes": nodes, "devices": each, "accelerator": "gpu" if gpus else "cpu"}
@@ -83,9 +103,11 @@ def refuse_uneven(composed: Composed, processes: int) -> None:
 def refuse_unshared(composed: Composed) -> None:
     """Raise Fault where a command's processes are to share slides, and what they don't fit can be told before they are
     started."""
+    config = composed.object()
+    if composed.command != "embed":
+        return
     from pretrain.commands.embed import require_consistent  # which imports torch
     from pretrain.embedding.shared_slides import require_sharing
 
-    config = composed.object()
     require_consistent(config)
     require_sharing(config.checkpoint, config.allow_plugins)

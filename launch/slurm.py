@@ -1,8 +1,8 @@
 """``launch=slurm``: the script of a job, as a pure function of the settings, and its submission.
 
 A training job is one ``srun`` of a task a GPU, or a process on CPUs. SLURM tells the tasks that the time is nearly
-over; they save and put the job back into the queue. Any other command is one task: there the script is told, and puts
-the job back; the command goes on where it was, if it has finished anything in that time.
+over; they save and put the job back into the queue. Any other command is one task, or as many as share its work: there
+the script is told, and puts the job back; the command goes on where it was, if it has finished anything in that time.
 """
 
 import re
@@ -359,7 +359,7 @@ esac
 
 
 def _parallel(settings: Slurm, job: Job) -> str:
-    if not job.trains:
+    if not job.trains and job.processes.count == 1:
         return ""
     threads = settings.cpus_per_task or 1
     return f"""\

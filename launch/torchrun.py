@@ -1,4 +1,4 @@
-"""``launch=torchrun``: a training command under torchrun, which starts all its processes again where one dies."""
+"""``launch=torchrun``: a command of several processes under torchrun, which starts all its processes again where one dies."""
 
 import os
 import shlex
@@ -15,7 +15,7 @@ from data.redaction import redacted
 from launch import failures
 from launch.launcher import Launcher, folder_of, python_arguments
 from launch.local import PASSED_ON
-from launch.processes import arrange, refuse_uneven, trains
+from launch.processes import arrange, refuse_uneven, spreads
 from pretrain.run import signals
 from pretrain.run.preemption import TRY_AGAIN
 from pretrain.settings.composition import Composed, of_the_command_line
@@ -61,8 +61,10 @@ class Torchrun(Launcher):
     def command(self, composed: Composed) -> list[str]:
         """What is started, the same on every node. Raises Fault where the settings don't fit the command or each
         other."""
-        if not trains(composed):
-            raise Fault(f"'pretrain {composed.command}' is one process: launch=torchrun is for 'tile' and 'slide'.")
+        if not spreads(composed):
+            raise Fault(
+                f"'pretrain {composed.command}' is one process: launch=torchrun is for 'tile', 'slide' and 'curate'."
+            )
         if self.nodes > 1 and self.endpoint is None:
             raise Fault("launch.endpoint must be given: host:port of one of the nodes, where they find each other.")
         processes, words = arrange(composed, self.nodes, self.gpus_per_node, self.processes_per_node)

@@ -52,6 +52,8 @@ def main() -> None:
     trains = sys.argv[1:2] in (["tile"], ["slide"])
     if trains:  # what trains answers a signal; before its imports, which take seconds
         signals.listen()
+    else:
+        signals.hear()
     if sys.argv[1:2] == ["tile"]:
         # Large tensors on huge pages: a CPU's step is 3 % shorter (a slide's attention would be longer by a fifth).
         # torch reads this at its first allocation.

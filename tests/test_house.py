@@ -154,7 +154,7 @@ def test_every_package_is_installed() -> None:
 # Needed without being imported: timm imports torchvision, openslide-python loads openslide-bin's library, fsspec loads
 # the two for URLs, and shards are in webdataset's format, which tests hold to the package itself.
 NOT_IMPORTED = {"torchvision", "openslide-bin", "webdataset", "s3fs", "gcsfs"}
-OPTIONAL = {"flash_attn"}  # a kernel that is taken where somebody has it
+OPTIONAL = {"flash_attn", "faiss"}  # what is quicker than torch somewhere, and taken where somebody has it
 
 
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported() -> None:

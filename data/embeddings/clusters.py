@@ -61,10 +61,13 @@ def k_means(tiles: np.ndarray, count: int, seed: int) -> np.ndarray:
     return np.asarray(found.cluster_centers_, dtype=np.float32)
 
 
-def nearest_centres(tiles: Tensor, centres: Tensor) -> Tensor:
-    """(T, D) and (K, D) → (T,) int64: argmin_k |c_k|² / 2 − c_k·x, the squared distance without what all share."""
+def nearest_centres(tiles: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """(n, D) and (K, D) → the nearest centre of each, (n,) int64, and its squared distance, (n,), as
+    |x|² + 2 min_k (|c_k|² / 2 − c_k·x)."""
     half = centres.square().sum(dim=1) / 2
-    return torch.cat([(half - some @ centres.T).argmin(dim=1) for some in tiles.split(COMPARED_AT_ONCE)])
+    found = [(half - some @ centres.T).min(dim=1) for some in tiles.split(COMPARED_AT_ONCE)]
+    least, labels = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return labels, (2 * least + tiles.square().sum(dim=1)).clamp_min(0)
 
 
 def save_clusters(path: Path, centres: np.ndarray) -> None:

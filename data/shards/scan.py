@@ -29,9 +29,11 @@ from data.shards.tar_members import DamagedTar, members
 from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts, take_in
 from data.shards.tile_members import (
     LeftOut,
+    SampleOrder,
     beside_tiles,
     is_json,
     is_tile,
+    json_key,
     json_of_each,
     leave_out,
     split_member,
@@ -49,6 +51,8 @@ OUR_FILES = (
     "plan.json",
     "slides.csv",
 )  # what lies beside shards of ours, or is made by a scan
+SCAN_RULES = 2  # by which tars were scanned: what was scanned by others is read again
+REFUSED_NAMED = 3  # of refused tiles
 KINDS_NAMED = 5  # kinds of what was left out that the sentence names where nothing else is there
 
 
@@ -194,6 +198,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
     tiles: list[tuple[str, int, int, int]] = []  # name, offset, length, CRC-32
     jsons: dict[str, list[tuple[dict[str, Any] | str, int]]] = {}  # facts, or why they can't be true; CRC-32
     left: dict[str, LeftOut] = {}
+    order = SampleOrder()
     if isinstance(tar, Path) and not tar.is_file():  # a pipe would be waited for, a dangling link is not there
         raise UnreadableTar("it is no file")
     try:
@@ -209,6 +214,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
                 )
             file.seek(0)
             for member in members(file, size):
+                order.meet(member)
                 if is_tile(member) and not member.size:
                     ending = split_member(member.name)[1]
                     leave_out(left, f"empty .{ending}", "it has 0 bytes", member.name)
@@ -240,9 +246,14 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
     slides: list[dict[str, Any]] = []
     counts: list[int] = []
     used = set()
+    refused: dict[tuple[str, str], list[str]] = {}
     for key, (_, offset, length, checksum), told in zip(keys, tiles, json_of_each(keys, jsons), strict=True):
         facts, of_json = told or (None, 0)
         used.add(id(told))
+        if reason := order.why_refused(key, owner := json_key(key, jsons)):
+            refused.setdefault(reason, []).append(key)
+            used |= set(map(id, jsons.get(owner, ())))
+            continue
         try:
             slide, x, y = locate_tile(key, facts, tar.stem)
         except Impossible as impossible:
@@ -256,9 +267,12 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         take_in(slides[-1], facts or {})
         counts[-1] += 1
         rows.append((offset, length, x, y, checksum, of_json))
+    for (kind, why), tiles_refused in refused.items():
+        first = ", ".join(dict.fromkeys(tiles_refused[:REFUSED_NAMED]))
+        leave_out(left, kind, why, first, len(tiles_refused))
     for key, several in jsons.items():
         if alone := sum(id(told) not in used for told in several):
-            leave_out(left, "lone .json", "no picture has its key, or several have it", f"{key}.json", alone)
+            leave_out(left, "lone .json", "no picture has its key", f"{key}.json", alone)
     table = np.array(rows, dtype=np.int64).reshape(-1, 6)
     facts_of_tar = {
         "file": tar.name,
@@ -266,7 +280,7 @@ def _scanned(folder: Path, tar: Path | RemotePath) -> dict[str, Any]:
         "longest": int(table[:, 1].max(initial=0)),
         "slides": slides,
         "counts": counts,
-        "scanned": True,
+        "scanned": SCAN_RULES,
         "left_out": [(kind.kind, kind.why, kind.count, kind.example) for kind in left.values()],
     }
     write_record(folder, tar.stem, facts_of_tar, dict(zip((*COLUMNS, *CHECKSUMS), table.T, strict=True)))
@@ -277,12 +291,13 @@ def _known(folder: Path, tar: Path | RemotePath) -> dict[str, Any] | None:
     """What the record of a tar says, where it describes the tar as it is and was made by these rules; None where there
     is no such record."""
     try:
-        with np.load(record_path(folder, tar.stem)) as record:
+        path = record_path(folder, tar.stem)
+        with np.load(path) as record:
             facts: dict[str, Any] = json.loads(str(record["facts"]))
-        of_now = not facts.get("scanned") or (
-            all("disputed" in slide for slide in facts["slides"])
-            and not {kind for kind, *_ in facts.get("left_out", ())} & {".png member", ".webp member"}
-        )
+            made = os.stat(path).st_mtime_ns
+        if isinstance(tar, Path) and tar.stat().st_mtime_ns > made:  # packed anew, maybe to the same size
+            return None
+        of_now = facts.get("scanned", SCAN_RULES) == SCAN_RULES
         return facts if facts["size"] == tar.stat().st_size and of_now else None
     except SPOILT:
         return None

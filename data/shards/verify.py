@@ -30,7 +30,16 @@ from data.shards.layout import COLUMNS, RUNS
 from data.shards.records import CHECKSUMS
 from data.shards.tar_members import DamagedTar, Member, members, padding
 from data.shards.tile_facts import Impossible, locate_tile, read_tile_facts
-from data.shards.tile_members import beside_tiles, is_json, is_tile, json_of_each, place_in, split_member
+from data.shards.tile_members import (
+    SampleOrder,
+    beside_tiles,
+    is_json,
+    is_tile,
+    json_key,
+    json_of_each,
+    place_in,
+    split_member,
+)
 from data.slides.coordinates_h5 import read_tiling
 
 GRID_FACTS = ("width", "height", "mpp_level0", "mpp", "tile_size", "tile_size_level0", "level", "downsample")
@@ -172,8 +181,10 @@ def _walk(
     jsons: dict[
         str, list[tuple[str, int, dict[str, Any] | str]]
     ] = {}  # name, CRC-32, what it says, or why it can't be so
+    order = SampleOrder()
     try:
         for member in members(file, result.size):
+            order.meet(member)
             if not member.is_file:
                 continue
             file.seek(member.offset)
@@ -201,7 +212,7 @@ def _walk(
             kind,
             f"{damage}; {behind:,} of its {len(rows):,} tiles lie behind that" if columns is not None else str(damage),
         )
-    _check_jsons(result, tiles, jsons, columns, checked, scanned)
+    _check_jsons(result, tiles, jsons, columns, checked, order if scanned else None)
     if not result.tiles:
         result.find("", "empty shard", "there is no tile in it")
     if columns is not None:
@@ -242,7 +253,7 @@ def _check_jsons(
     jsons: dict[str, list[tuple[str, int, dict[str, Any] | str]]],
     columns: dict[str, np.ndarray] | None,
     checked: bool,
-    scanned: bool,
+    scanned: SampleOrder | None,
 ) -> None:
     """Each JSON that is one, and that of each tile as it was recorded. A tile that a scan leaves out, and says so, is
     nothing new."""
@@ -257,6 +268,8 @@ def _check_jsons(
         if row is None:
             try:
                 if scanned:
+                    if reason := scanned.why_refused(key, json_key(key, jsons)):
+                        raise Impossible(*reason, key)
                     locate_tile(key, told and told[2], Path(result.shard).stem)
             except Impossible:
                 named_by_scan.add(id(told))

@@ -16,18 +16,21 @@ index.html shows the clusters' sizes before and after, each slide's share, and w
 Embeddings stay on disk and are gone through by chunks. In memory are about ten times the finest centres (10,000 of width
 1536: 0.6 GB) and half a GiB, and with resampling in the finest level 20 bytes for each tile that it is fitted on. Centres
 are found among fit_tiles= tiles a cluster; then every tile is compared once with all finest centres, on a GPU where there is
-one. Features that another program made become a store by 'pretrain embed features=…' first. Stopped at any moment, the same
-command goes on with the level, or the million of tiles, that it was at.
+one; on CPUs in two thirds of the time where faiss is installed (pip install faiss-cpu). processes= share the work: this command starts them on this machine, launch=torchrun and launch=slurm on several, and
+the table is that of one process. Features that another program made become a store by 'pretrain embed features=…' first. Stopped at any moment, the same
+command goes on with the level, or the quarter of a million of tiles, that it was at, on as many processes as you like.
 
 Examples:
 
     pretrain curate embeddings=embeddings out=curated size=1000000
     pretrain curate embeddings=[tcga,gtex] out=curated size=5000000 clusters=[100000,10000,1000] shards=[tcga_shards]
     pretrain curate embeddings=embeddings out=curated size=20000 clusters=[400,40] resampling_steps=[5,10] fit_tiles=null
+    pretrain curate embeddings=embeddings out=curated size=5000000 launch=slurm launch.nodes=4 launch.gpus_per_node=8
     pretrain tile run=runs/curated data.shards=shards data.sample=curated/curated.parquet
 """
 
 import json
+from contextlib import nullcontext
 from dataclasses import dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -63,6 +66,7 @@ class Config:
     shown: Annotated[int, within(least=0)]
     tiles: Annotated[int, within(least=1)]
     device: str | None
+    processes: Annotated[int, within(least=1)]
     seed: Annotated[int, within(least=0)]
 
     agreements: ClassVar[Agreements] = {("clusters",): check_clusters}
@@ -74,9 +78,10 @@ def run(config: Config) -> None:
 
     from data.tiles.of_shards import ShardTiles
     from pretrain.curation.curating import TABLE, Wanted, curate, require_possible
-    from pretrain.curation.page import write_curation_page
+    from pretrain.curation.page import require_embedded_tiles, write_curation_page
     from pretrain.curation.rows import open_stores
     from pretrain.encoders.frozen import device_of
+    from pretrain.run.peers import met
 
     out = Path(config.out)
     require_writable(out / TABLE)
@@ -84,11 +89,16 @@ def run(config: Config) -> None:
     wanted = Wanted(**{field.name: getattr(config, field.name) for field in fields(Wanted)})
     require_possible(store, wanted)
     shown = ShardTiles(shards=config.shards) if config.shards is not None else None
-    device = device_of(config.device or "")
-    torch.set_float32_matmul_precision("highest")  # distances are small differences of large products
-    with alone(out, doing="another 'pretrain curate'"):
-        facts = curate(out, store, wanted, device)
-        write_curation_page(out, facts, shown)
+    if shown is not None:
+        require_embedded_tiles(store, shown)
+    with met("processes", config.processes, config.device or "") as peers:
+        device = device_of(peers.device)
+        torch.set_float32_matmul_precision("highest")  # distances are small differences of large products
+        with alone(out, doing="another 'pretrain curate'") if peers.first else nullcontext():
+            facts = curate(out, store, wanted, device, peers)
+            if facts is None:
+                return
+            write_curation_page(out, facts, shown)
     for number, level in enumerate(facts["levels"], 1):
         before, after = level["effective"]
         say(f"level {number}: {level['clusters']:,} clusters, as even as {before:,.1f} before and {after:,.1f} after")

@@ -67,8 +67,9 @@ from data.slides.tiling import TilingSettings
 from models.allowed import ON_DISK, SHARE, SOME, TILE, one_of, within
 from pretrain.embedding.named_slides import hold_to_embedded_mpp, named_slides
 from pretrain.embedding.result import require_none_left_out, say_embedded, write_exports
-from pretrain.embedding.shared_slides import Embedders, met
+from pretrain.embedding.shared_slides import share_every_slide
 from pretrain.encoders.slide_encoders import SlideEncoder, load_slide_encoder
+from pretrain.run.peers import Peers, met
 from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.tissue_rules import RULES, chosen_rules
@@ -148,8 +149,8 @@ def run(config: Config) -> None:
         merge_job_indexes(Path(config.out))
         say_embedded(config.out, EmbeddingStore.open(Path(config.out)), {}, None, time.monotonic(), {})
     elif config.stage == "slide":
-        with met(config.processes_per_slide, config.device or "") as embedders:
-            _embed_slides_whole(config, embedders, part, parts)
+        with met("processes_per_slide", config.processes_per_slide, config.device or "") as peers:
+            _embed_slides_whole(config, peers, part, parts)
     elif config.features:
         _import_features(config, part, parts)
     else:
@@ -283,7 +284,7 @@ def _import_features(config: Config, part: int, parts: int) -> None:
     say_embedded(config.out, store, failed, len(pending) - len(failed), began, {"results": results})
 
 
-def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: int) -> None:
+def _embed_slides_whole(config: Config, peers: Peers, part: int, parts: int) -> None:
     """stage=slide: by vectors, tile by tile, or as maps."""
     from pretrain.embedding.contextualised import embed_tiles_in_context
     from pretrain.embedding.random_weights import random_encoder
@@ -292,7 +293,7 @@ def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: 
     assert config.checkpoint is not None and config.embeddings is not None
     began = time.monotonic()
     store, out = EmbeddingStore.open(Path(config.embeddings)), Path(config.out)
-    encoder = load_slide_encoder(config.checkpoint, embedders.device, config.allow_plugins)
+    encoder = load_slide_encoder(config.checkpoint, peers.device, config.allow_plugins)
     if config.random:
         encoder = random_encoder(encoder, config.seed)
     for sentence in encoder.notes:
@@ -308,13 +309,13 @@ def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: 
         write_exports(config.export, out, made, made.slides[part - 1 :: parts] if part else made.slides)
         say_embedded(config.out, made, {}, new, began, {"tile_encoder_hash": store.encoder_hash})
         return
-    embedders.share_slides(encoder)
+    share_every_slide(encoder, peers.group)
     patients = patients_of(Path(config.patients) if config.patients else None, store.slides)
     new = embed_store(
         store,
         encoder,
         out,
-        embedders,
+        peers,
         part=part,
         parts=parts,
         tokens=config.tokens,
@@ -323,7 +324,7 @@ def _embed_slides_whole(config: Config, embedders: Embedders, part: int, parts: 
         clusters=Path(config.clusters) if config.clusters else None,
         seed=config.seed,
     )
-    if not embedders.first:
+    if not peers.first:
         return
     slides = len(slides_in(out)) if part else gather_pieces(out, patients)
     why = "their patients are as patients= says" if config.patients else "nothing to do"

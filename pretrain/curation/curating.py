@@ -8,8 +8,12 @@
 Each appears whole, and whoever is stopped goes on behind the last one. In memory are three times the finest centres, those
 that their start is drawn among (eight for each), half a GiB of chunks, and the tiles that are nearest to them; nothing grows
 with the number of tiles but a list of slides.
+
+Several processes find centres and labels together, each from rows of its own (`pretrain.curation.own_rows`); the first one
+keeps what they found, and has the rest to itself.
 """
 
+import csv
 import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -24,16 +28,19 @@ from torch import Tensor
 
 from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
-from data.files import remove, write_whole
+from data.files import appearing, remove, write_whole
 from data.json_files import read_object
 from data.keyed import drawn
 from pretrain.curation.balance import Lots, balanced
 from pretrain.curation.kept_arrays import keep_array, kept_array
 from pretrain.curation.labels import TileLabels
 from pretrain.curation.levels import fitted_level
-from pretrain.curation.lloyd import assigned
+from pretrain.curation.nearest import nearest_of_many
+from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import Rows, RowsInMemory, StoreRows, chunk_rows
 from pretrain.curation.table import SeenClusters, SlideShare, write_curated
+from pretrain.run.across_ranks import from_first
+from pretrain.run.peers import Peers
 from pretrain.run.progress import Progress, say
 
 TABLE, FACTS = "curated.parquet", "curated.json"
@@ -74,23 +81,53 @@ def require_possible(store: EmbeddingStore, wanted: Wanted) -> int:
     return tiles
 
 
-def curate(out: Path, store: EmbeddingStore, wanted: Wanted, device: torch.device) -> dict[str, Any]:
-    """Curate into ``out``, going on with what is there; returns what came of it, as ``curated.json`` keeps it. Raises
-    Fault where that folder holds what was made otherwise."""
+def curate(
+    out: Path, store: EmbeddingStore, wanted: Wanted, device: torch.device, peers: Peers
+) -> dict[str, Any] | None:
+    """Curate into ``out``, going on with what is there; returns what came of it, as ``curated.json`` keeps it, to the first
+    of ``peers``, who all call this, and None to the others. Raises Fault where that folder holds what was made
+    otherwise."""
     asked = json.loads(json.dumps(vars(wanted) | {"store": store.digest}))
-    if kept := _kept(out, asked):
+    kept = _kept(out, asked) if peers.first else None
+    if peers.agreed(kept is not None):
         say(f"{out} holds these tiles already, nothing to do")
         return kept
-    write_whole(out / FACTS, json.dumps({"asked": asked}))
+    if peers.agreed(asked) != asked:
+        raise Fault(
+            f"process {peers.number} finds other tiles in {store.folder} than the first one does: wait until they are all"
+            " written, and curate then."
+        )
+    if peers.first:
+        write_whole(out / FACTS, json.dumps({"asked": asked}))
     rows = StoreRows(store, device, wanted.distance)
-    centres = _centres(out, rows, wanted)
+    centres = _centres(out, rows, wanted, peers)
+    labels = TileLabels(out, len(rows))
+    own = peers.agreed(labels.missing())[peers.number :: peers.count]
+    tiles = sum(last - first for first, last in map(labels.bounds, own))
+    with _watched(tiles, "clusters of all tiles", "tiles") as watched:
+        labels.make(own, rows, centres[0], watched)
+    peers.meet()
+    if not peers.first:
+        return None
+    if missing := labels.missing():
+        raise Fault(f"{out} lacks labels-{missing[0]:06d}.npy, which another process wrote: is it one folder for all?")
+    return _chosen(out, store, wanted, asked, rows, centres, labels)
+
+
+def _chosen(
+    out: Path,
+    store: EmbeddingStore,
+    wanted: Wanted,
+    asked: dict[str, Any],
+    rows: StoreRows,
+    centres: list[Tensor],
+    labels: TileLabels,
+) -> dict[str, Any]:
+    """Share out, and write the table and what came of it."""
     parents = [
-        torch.cat([assigned(chunk, above)[0] for chunk in own.split(chunk_rows(*above.shape))]).cpu().numpy()
+        torch.cat([nearest_of_many(chunk, above)[0] for chunk in own.split(chunk_rows(*above.shape))]).cpu().numpy()
         for own, above in pairwise(centres)
     ]
-    labels = TileLabels(out, len(rows))
-    with _watched(len(rows), "clusters of all tiles", "tiles") as watched:
-        labels.make(rows, centres[0], watched)
     sizes = [labels.sizes(wanted.clusters[0])]
     for above, count in zip(parents, wanted.clusters[1:], strict=True):
         sizes.append(np.bincount(above, sizes[-1], minlength=count).astype(np.int64))
@@ -121,7 +158,7 @@ def _kept(out: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
     return before.get("found") if (out / TABLE).exists() else None
 
 
-def _centres(out: Path, rows: StoreRows, wanted: Wanted) -> list[Tensor]:
+def _centres(out: Path, rows: StoreRows, wanted: Wanted, peers: Peers) -> list[Tensor]:
     """Each level's centres, the finest first: those that are kept, or else fitted."""
     found: list[Tensor] = []
     below: Rows = rows
@@ -129,12 +166,16 @@ def _centres(out: Path, rows: StoreRows, wanted: Wanted) -> list[Tensor]:
         below = rows.only(drawn(len(rows), wanted.fit_tiles * wanted.clusters[0], wanted.seed, "tiles to fit"))
     for level, count in enumerate(wanted.clusters):
         path = out / f"centres-{level + 1}.npy"
-        if path.exists():
-            found.append(torch.from_numpy(kept_array(path, (count, rows.width))).to(rows.device))
+        if peers.agreed(path.exists()):
+            centres = torch.empty(count, rows.width, device=rows.device)
+            if peers.first:
+                centres = torch.from_numpy(kept_array(path, (count, rows.width))).to(rows.device)
+            found.append(from_first(centres))
         else:
             steps = wanted.resampling_steps[min(level, 1)]
+            first, last = own_rows(len(below), chunk_rows(count, rows.width))
             with _watched(
-                (steps + 1) * wanted.iterations * len(below), f"finding {count:,} clusters", "rows"
+                (steps + 1) * wanted.iterations * (last - first), f"finding {count:,} clusters", "rows"
             ) as watched:
                 centres = fitted_level(
                     below,
@@ -146,7 +187,8 @@ def _centres(out: Path, rows: StoreRows, wanted: Wanted) -> list[Tensor]:
                     key=(wanted.seed, "curate", level),
                 )
             found.append(centres)
-            keep_array(path, centres.cpu().numpy())
+            if peers.first:
+                keep_array(path, centres.cpu().numpy())
         below = RowsInMemory(found[-1])
     return found
 
@@ -219,5 +261,7 @@ def _facts(
 
 
 def _write_slides(path: Path, shares: list[SlideShare]) -> None:
-    lines = ["slide,tiles,taken", *(f"{share.slide},{share.tiles},{share.taken}" for share in shares)]
-    write_whole(path, "\n".join(lines) + "\n")
+    with appearing(path) as partial, partial.open("w", newline="") as file:
+        rows = csv.writer(file, lineterminator="\n")
+        rows.writerow(["slide", "tiles", "taken"])
+        rows.writerows((share.slide, share.tiles, share.taken) for share in shares)

@@ -1,5 +1,5 @@
-"""The finest cluster of every tile, in files of a million tiles each that appear whole: who is stopped goes on with the
-next."""
+"""The finest cluster of every tile, in files of a quarter of a million tiles each that appear whole: who is stopped goes on
+with the next, and processes that share the work make some each."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from pretrain.curation.kept_arrays import keep_array, kept_array
-from pretrain.curation.lloyd import assigned
+from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.rows import Rows, chunk_rows
 
-TILES_OF_A_FILE = 2**20
+TILES_OF_A_FILE = 2**18
 
 
 class TileLabels:
@@ -22,16 +22,22 @@ class TileLabels:
         self.folder, self.tiles = folder, tiles
         self._piece, self._values = -1, np.empty(0, np.int32)
 
-    def make(self, rows: Rows, centres: Tensor, watched: Callable[[int], object]) -> None:
-        """Find those that aren't there yet."""
-        for piece in range(-(-self.tiles // TILES_OF_A_FILE)):
-            first, last = piece * TILES_OF_A_FILE, min((piece + 1) * TILES_OF_A_FILE, self.tiles)
-            if self._path(piece).exists():
-                watched(last - first)
-                continue
+    def missing(self) -> list[int]:
+        """Numbers of the files that aren't there yet."""
+        there = set(self.folder.iterdir())  # which asks a network file system what others have made by now
+        return [piece for piece in range(-(-self.tiles // TILES_OF_A_FILE)) if self._path(piece) not in there]
+
+    def bounds(self, piece: int) -> tuple[int, int]:
+        """The first tile of a file, and the one behind its last."""
+        return piece * TILES_OF_A_FILE, min((piece + 1) * TILES_OF_A_FILE, self.tiles)
+
+    def make(self, pieces: list[int], rows: Rows, centres: Tensor, watched: Callable[[int], object]) -> None:
+        """Find those of some files."""
+        for piece in pieces:
+            first, last = self.bounds(piece)
             found = []
-            for chunk in rows.only(np.arange(first, last)).chunks(chunk_rows(*centres.shape)):
-                found.append(assigned(chunk, centres)[0].to(torch.int32).cpu().numpy())
+            for chunk in rows.chunks(chunk_rows(*centres.shape), first, last):
+                found.append(nearest_of_many(chunk, centres)[0].to(torch.int32).cpu().numpy())
                 watched(len(chunk))
             keep_array(self._path(piece), np.concatenate(found))
 
@@ -54,7 +60,8 @@ class TileLabels:
         return found
 
     def _load(self, piece: int) -> np.ndarray:
-        return kept_array(self._path(piece), (min(TILES_OF_A_FILE, self.tiles - piece * TILES_OF_A_FILE),))
+        first, last = self.bounds(piece)
+        return kept_array(self._path(piece), (last - first,))
 
     def _path(self, piece: int) -> Path:
         return self.folder / f"labels-{piece:06d}.npy"

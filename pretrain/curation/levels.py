@@ -11,8 +11,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pretrain.curation.lloyd import Watched, assigned, fitted
+from pretrain.curation.lloyd import Watched, fitted
+from pretrain.curation.nearest import nearest_of_many
+from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import Rows, chunk_rows
+from pretrain.run.across_ranks import end_to_end, world_size
 
 FEWEST_NEAREST = 2  # rows of a cluster that are taken
 
@@ -34,12 +37,13 @@ def fitted_level(
 
 def nearest_of_each(rows: Rows, centres: Tensor, each: int, watched: Callable[[int], object]) -> np.ndarray:
     """Numbers of the ``each`` rows of every cluster that are nearest to its centre, all where it has fewer; ascending
-    int64."""
+    int64. All processes call it, each goes over its own rows, and all have the same."""
     device, count = centres.device, len(centres)
     labels, distances = torch.empty(0, dtype=torch.int64, device=device), centres.new_empty(0)
-    numbers, bounds, first = labels, torch.full((count,), torch.inf, device=device), 0
-    for chunk in rows.chunks(chunk_rows(count, rows.width)):
-        own, apart = assigned(chunk, centres)
+    numbers, bounds, size = labels, torch.full((count,), torch.inf, device=device), chunk_rows(count, rows.width)
+    first, last = own_rows(len(rows), size)
+    for chunk in rows.chunks(size, first, last):
+        own, apart = nearest_of_many(chunk, centres)
         closer = apart < bounds[own]  # than those that a full cluster has
         here = first + torch.arange(len(chunk), device=device)
         labels, distances, numbers = (
@@ -49,6 +53,9 @@ def nearest_of_each(rows: Rows, centres: Tensor, each: int, watched: Callable[[i
         if len(labels) > 2 * each * count:
             labels, distances, numbers, bounds = _closest(labels, distances, numbers, each, count)
         watched(len(chunk))
+    if world_size() > 1:
+        labels, distances, numbers, _ = _closest(labels, distances, numbers, each, count)
+        labels, distances, numbers = end_to_end(labels), end_to_end(distances), end_to_end(numbers)
     return _closest(labels, distances, numbers, each, count)[2].sort().values.cpu().numpy()
 
 

@@ -5,6 +5,9 @@
 
 A cluster that nobody is nearest to takes the row that lies farthest from its own centre, as scikit-learn's does. Beside a
 chunk there are three times the centres in memory: what they were, sums in float64, and what they become.
+
+Several processes go over rows of their own and add up their sums. These are of whole steps of 2⁻²⁴, of which every float16 is
+so many, and float64 adds those exactly up to 2⁵³ of them: the same centres come out in whatever order, on however many.
 """
 
 from collections.abc import Callable
@@ -15,20 +18,17 @@ import torch
 from torch import Tensor
 
 from data.keyed import drawn, rng
+from pretrain.curation.nearest import nearest_of_many
+from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import MOST_ROWS, Rows, chunk_rows
+from pretrain.run.across_ranks import add_up, end_to_end, from_first, own_rank
 
 MOST_RELOCATED = 1024  # empty clusters that a round gives a row to
 STARTED_AMONG = 8  # rows for each centre that the first centres are drawn among
+STEPS = 2**24  # of a whole
 
 Watched = Callable[[int, str], object]
 """Told of rows that were gone over, and in which round."""
-
-
-def assigned(rows: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """(n, D) and (K, D) → the nearest centre of each, (n,) int64, and its squared distance, (n,) float32."""
-    half = centres.square().sum(dim=1) / 2
-    least, labels = (half - rows @ centres.T).min(dim=1)
-    return labels, (2 * least + rows.square().sum(dim=1)).clamp_min(0)
 
 
 @dataclass(frozen=True)
@@ -41,45 +41,55 @@ class Farthest:
 
     def with_those_of(self, distances: Tensor, labels: Tensor, rows: Tensor, most: int) -> "Farthest":
         """The same among these and others."""
-        kept = distances.topk(min(most, len(distances))).indices
-        distances, labels, rows = (
-            torch.cat(pair)
-            for pair in (
-                (self.distances, distances[kept]),
-                (self.labels, labels[kept]),
-                (self.rows, rows[kept]),
-            )
-        )
-        kept = distances.topk(min(most, len(distances))).indices
-        return Farthest(distances[kept], labels[kept], rows[kept])
+        new = Farthest(distances, labels, rows).first(most)
+        pairs = zip((self.distances, self.labels, self.rows), (new.distances, new.labels, new.rows), strict=True)
+        return Farthest(*map(torch.cat, pairs)).first(most)
+
+    def first(self, most: int) -> "Farthest":
+        """The first of these, however they are ordered; of equals those that come first."""
+        kept = self.distances.sort(descending=True, stable=True).indices[:most]
+        return Farthest(self.distances[kept], self.labels[kept], self.rows[kept])
+
+    def of_all_ranks(self, most: int) -> "Farthest":
+        """The same among those of all processes."""
+        return Farthest(end_to_end(self.distances), end_to_end(self.labels), end_to_end(self.rows)).first(most)
+
+
+def whole_steps(rows: Tensor) -> Tensor:
+    """Rows in steps of 2⁻²⁴, whole numbers as float64."""
+    return rows.double().mul_(STEPS).round_()
 
 
 def improved(rows: Rows, centres: Tensor, watched: Callable[[int], object]) -> tuple[Tensor, float]:
     """One round: the means (K, D) float32 of the rows that are nearest to each centre, and the rows' mean squared
-    distance to those they had."""
+    distance to those they had. All processes call it, each goes over its own rows, and all have the same."""
     count, width = centres.shape
     sums = torch.zeros(count, width, dtype=torch.float64, device=centres.device)
     sizes = torch.zeros(count, dtype=torch.int64, device=centres.device)
-    total = torch.zeros((), dtype=torch.float64, device=centres.device)
+    apart = torch.zeros((), dtype=torch.float64, device=centres.device)
     most = min(count, MOST_RELOCATED)
     far = Farthest(centres.new_empty(0), sizes[:0], centres[:0])
-    for chunk in rows.chunks(chunk_rows(count, width)):
-        labels, distances = assigned(chunk, centres)
-        sums.index_add_(0, labels, chunk.double())
+    size = chunk_rows(count, width)
+    for chunk in rows.chunks(size, *own_rows(len(rows), size)):
+        labels, distances = nearest_of_many(chunk, centres)
+        sums.index_add_(0, labels, whole_steps(chunk))
         sizes += torch.bincount(labels, minlength=count)
-        total += distances.double().sum()
+        apart += distances.double().sum()
         far = far.with_those_of(distances, labels, chunk, most)
         watched(len(chunk))
+    add_up(sums, sizes, apart)
     empty = torch.nonzero(sizes == 0).flatten()[:most]
+    if len(empty):
+        far = far.of_all_ranks(most)
     for cluster, which in zip(empty.tolist(), range(len(far.distances)), strict=False):
         if far.distances[which] == 0:
             break  # fewer different rows than clusters
-        own, row = int(far.labels[which]), far.rows[which].double()
+        own, row = int(far.labels[which]), whole_steps(far.rows[which])
         sums[own] -= row
         sizes[own] -= 1
         sums[cluster], sizes[cluster] = row, 1
-    means = (sums / sizes.clamp_min(1).unsqueeze(1)).float()
-    return torch.where((sizes > 0).unsqueeze(1), means, centres), float(total) / len(rows)
+    means = (sums / (sizes.clamp_min(1) * STEPS).unsqueeze(1)).float()
+    return torch.where((sizes > 0).unsqueeze(1), means, centres), float(apart) / len(rows)
 
 
 def first_centres(rows: Tensor, count: int, draw: np.random.Generator) -> Tensor:
@@ -98,9 +108,14 @@ def first_centres(rows: Tensor, count: int, draw: np.random.Generator) -> Tensor
 
 
 def fitted(rows: Rows, count: int, iterations: int, watched: Watched, *key: int | str) -> Tensor:
-    """Centres (count, D) of rows, by at most so many rounds; what is drawn is drawn with ``key``."""
-    among = rows.only(drawn(len(rows), STARTED_AMONG * count, *key, "among"))
-    centres = first_centres(torch.cat(list(among.chunks(chunk_rows(0, rows.width)))), count, rng(*key, "first centres"))
+    """Centres (count, D) of rows, by at most so many rounds; what is drawn is drawn with ``key``. All processes call it,
+    and begin with those that the first one drew."""
+    centres = torch.empty(count, rows.width, device=rows.device)
+    if own_rank() == 0:
+        among = rows.only(drawn(len(rows), STARTED_AMONG * count, *key, "among"))
+        read = torch.cat(list(among.chunks(chunk_rows(0, rows.width))))
+        centres = first_centres(read, count, rng(*key, "first centres"))
+    centres = from_first(centres)
     for number in range(iterations):
         words = f"round {number + 1} of at most {iterations}"
         better, _ = improved(rows, centres, lambda done, words=words: watched(done, words))  # type: ignore[misc]

@@ -6,7 +6,10 @@ from typing import Any
 
 import numpy as np
 
+from data.embeddings.store import EmbeddingStore
+from data.fault import Fault
 from data.files import appearing, write_whole
+from data.tiles.chosen import SAME_SIDE
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import UnreadableTile
 from pretrain.inspection.slides import contact_sheet
@@ -14,6 +17,23 @@ from pretrain.pages import page as paper
 from pretrain.report.figures import FAINT, VIOLET, WIDTH, pyplot, svg
 
 TILES_BESIDE = 8  # tiles on a row of a sheet
+
+
+def require_embedded_tiles(store: EmbeddingStore, tiles: ShardTiles) -> None:
+    """Raise Fault where shards hold tiles of another size or µm/px than those of the same slide that were embedded."""
+    embedded = {slide for slide in store.slides if store.rows(slide)}
+    for index in tiles.indices:
+        for number, slide in enumerate(index.slides):
+            if slide not in embedded:
+                continue
+            found, facts = store.read(slide), index.facts(number)
+            for name, unit in (("tile_size_level0", "level-0 pixels a side"), ("mpp", "µm/px")):
+                ours, theirs = getattr(found, name), float(facts[name] or 0)
+                if ours and theirs and abs(theirs / ours - 1) > SAME_SIDE:
+                    raise Fault(
+                        f"tiles of {slide} have {theirs:g} {unit} in shards={index.folder} and {ours:g} where they were"
+                        " embedded: name shards of the tiles that were embedded, or leave shards= out."
+                    )
 
 
 def write_curation_page(out: Path, facts: dict[str, Any], shards: ShardTiles | None) -> None:

@@ -28,10 +28,13 @@ class Rows(Protocol):
     @property
     def width(self) -> int: ...
 
+    @property
+    def device(self) -> torch.device: ...
+
     def __len__(self) -> int: ...
 
-    def chunks(self, size: int) -> Iterator[Tensor]:
-        """All rows in their order, ``(at most size, width)`` float32 at a time."""
+    def chunks(self, size: int, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+        """Rows ``first … last − 1`` (None: to the end) in their order, ``(at most size, width)`` float32 at a time."""
         ...
 
     def only(self, numbers: np.ndarray) -> "Rows":
@@ -43,13 +46,14 @@ class RowsInMemory:
     """Rows ``(n, width)`` float32 that are there already."""
 
     def __init__(self, values: Tensor) -> None:
-        self.values, self.width = values, values.shape[1]
+        self.values, self.width, self.device = values, values.shape[1], values.device
 
     def __len__(self) -> int:
         return len(self.values)
 
-    def chunks(self, size: int) -> Iterator[Tensor]:
-        return iter(self.values.split(size))
+    def chunks(self, size: int, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+        own = self.values[first:last]
+        return iter(own.split(size) if len(own) else ())
 
     def only(self, numbers: np.ndarray) -> "RowsInMemory":
         return RowsInMemory(self.values[torch.from_numpy(numbers).to(self.values.device)])
@@ -72,9 +76,10 @@ class StoreRows:
     def __len__(self) -> int:
         return int(self.numbering.starts[-1]) if self._numbers is None else len(self._numbers)
 
-    def chunks(self, size: int) -> Iterator[Tensor]:
+    def chunks(self, size: int, first: int = 0, last: int | None = None) -> Iterator[Tensor]:
+        end = len(self) if last is None else last
         for read in map_ahead(
-            lambda first: self._read(first, first + size), range(0, len(self), size), 1, CHUNKS_AHEAD
+            lambda begin: self._read(begin, min(begin + size, end)), range(first, end, size), 1, CHUNKS_AHEAD
         ):
             rows = torch.from_numpy(read).to(self.device).float()
             yield functional.normalize(rows) if self.distance == COSINE else rows
@@ -84,7 +89,6 @@ class StoreRows:
         return StoreRows(self.store, self.device, self.distance, own)
 
     def _read(self, first: int, last: int) -> np.ndarray:
-        last = min(last, len(self))
         wanted = np.arange(first, last) if self._numbers is None else self._numbers[first:last]
         parts = []
         for slide, own in self.numbering.sort_out(wanted):

@@ -16,10 +16,10 @@ from data.embeddings.store import EmbeddingStore, SlideEmbeddings
 from data.files import make_folder
 from models.slide_network import SlideFeatures, SlideNetwork
 from pretrain.embedding.poolings import pooled_vectors
-from pretrain.embedding.shared_slides import Embedders
 from pretrain.embedding.tile_clusters import TileClusters, kept_clusters
 from pretrain.encoders.frozen import computing_in
 from pretrain.encoders.slide_encoders import SlideEncoder
+from pretrain.run.peers import Peers
 from pretrain.run.progress import say, track
 
 SECONDS_BETWEEN_FILES = 60.0  # what a kill loses at most
@@ -29,7 +29,7 @@ def embed_store(
     store: EmbeddingStore,
     encoder: SlideEncoder,
     out: Path,
-    embedders: Embedders,
+    peers: Peers,
     *,
     part: int,
     parts: int,
@@ -40,7 +40,7 @@ def embed_store(
     seed: int,
 ) -> int:
     """Add the slides of the store, or of this part of it, that ``out`` doesn't hold yet; returns how many. All
-    ``embedders`` call it, and share the slides that the encoder is asked about.
+    ``peers`` call it, and share the slides that the encoder is asked about.
 
     pooling: which vector is the default. clusters: kept ones to use; None: those in ``out``, or new ones, drawn by
     ``seed``. Raises Fault where the slide encoder was trained on embeddings of another tile encoder, or ``out`` holds
@@ -57,26 +57,26 @@ def embed_store(
         "pooling": pooling,
     }
     claim_slide_store(out, about)
-    held = lease.alone(out / f".part-{part}", doing="another 'pretrain embed'") if embedders.first else nullcontext()
+    held = lease.alone(out / f".part-{part}", doing="another 'pretrain embed'") if peers.first else nullcontext()
     with held:
         there = slides_in(out)
         wanted = [slide for slide in store.slides if store.rows(slide)]
         mine = wanted[part - 1 :: parts] if part else wanted
-        pending = embedders.agreed([slide for slide in mine if slide not in there])
+        pending = peers.agreed([slide for slide in mine if slide not in there])
         rows: list[dict[str, object]] = []
         began = time.monotonic()
         if wanted:  # other clusters than those of the slides that are there are refused, whether or not any is pending
             kept = kept_clusters(out, store, wanted, seed, clusters)
         if pending:
             for row in track(_rows(store, encoder, pending, kept, tokens, precision), len(pending), "embed", "slides"):
-                if embedders.first:
+                if peers.first:
                     rows.append(row)
                 if rows and time.monotonic() - began > SECONDS_BETWEEN_FILES:
                     add_rows(out, part, rows)
                     rows, began = [], time.monotonic()
         if rows:
             add_rows(out, part, rows)
-        if embedders.first:
+        if peers.first:
             finish_part(out, part, parts if part else 0)
     if len(wanted) < len(store.slides):
         say(f"{len(store.slides) - len(wanted)} slides without tissue have no embedding")

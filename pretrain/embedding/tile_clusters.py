@@ -35,7 +35,7 @@ class TileClusters:
 
     def of(self, tiles: Tensor) -> Tensor:
         """(T, D) → (T,) int64: the cluster whose centre is nearest."""
-        return nearest_centres(tiles, self.centres.to(tiles))
+        return nearest_centres(tiles, self.centres.to(tiles))[0]
 
 
 def clusters_of(store: EmbeddingStore, slides: Sequence[str], seed: int) -> TileClusters:

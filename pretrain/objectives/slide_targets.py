@@ -46,7 +46,7 @@ def layer_normed(batch: SlideBatch) -> Tensor:
 
 def nearest_clusters(batch: SlideBatch) -> Tensor:
     """(T,) int64: the cluster whose centre is nearest to a tile's standardised embedding."""
-    return nearest_centres(batch.targets(), _centres(batch))
+    return nearest_centres(batch.targets(), _centres(batch))[0]
 
 
 def expected_centre(logits: Tensor, batch: SlideBatch) -> Tensor:

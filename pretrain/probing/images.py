@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from data.fault import Fault
+from data.images import load_whole_range
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".tif", ".tiff"}
 
@@ -66,12 +67,14 @@ def require_same_classes(train: LabelledImages, test: LabelledImages) -> None:
 def read_image(path: Path) -> np.ndarray:
     """An image file as uint8 (height, width, 3).
 
-    Raises `Fault` when it can't be decoded, or has more than 8 bits a channel (converting those clips them in silence).
+    Raises `Fault` when it can't be decoded, or has more than 8 bits of grey (converting those clips them in silence), or colours of 16 bits that are nearly black as
+    they are.
     """
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
                 raise Fault(f"{path} has more than 8 bits a channel: convert it to 8-bit RGB")
+            load_whole_range(image)
             return np.asarray(image.convert("RGB"))
     except (OSError, SyntaxError, ValueError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise Fault(f"{path} can't be read as an image ({error})") from error

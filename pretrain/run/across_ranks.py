@@ -16,6 +16,11 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
+def own_rank() -> int:
+    """This process's number among them."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
 def local_shard(tensor: Tensor) -> Tensor:
     """This rank's shard of a sharded tensor, or the tensor itself; it shares memory with its argument."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
@@ -53,6 +58,30 @@ def gathered(x: Tensor) -> Tensor:
     else:
         dist.all_gather(parts, x)
     return torch.stack(parts)
+
+
+def end_to_end(x: Tensor) -> Tensor:
+    """``x`` (n, …), n of its own on every rank, from all of them one after another: ``(Σ n, …)``."""
+    if world_size() == 1:
+        return x
+    lengths = gathered(torch.tensor(len(x), device=x.device)).tolist()
+    padded = x.new_zeros(max(lengths), *x.shape[1:])
+    padded[: len(x)] = x
+    return torch.cat([part[:length] for part, length in zip(gathered(padded), lengths, strict=True)])
+
+
+def add_up(*tensors: Tensor) -> None:
+    """Each becomes its sum over the ranks: what is too large to be held twice, as `total` does."""
+    if world_size() > 1:
+        for tensor in tensors:
+            dist.all_reduce(tensor)
+
+
+def from_first(x: Tensor) -> Tensor:
+    """The first rank's ``x``, in the place of that of the others, which has the same shape."""
+    if world_size() > 1:
+        dist.broadcast(x, src=0)
+    return x
 
 
 def log_total_exp(x: Tensor) -> Tensor:

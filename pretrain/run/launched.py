@@ -14,6 +14,18 @@ def rank() -> int | None:
     return None
 
 
+def is_step() -> bool:
+    """Whether srun started this process; the steps of a job's own script and of its shells have numbers near 2³²."""
+    step = os.environ.get("SLURM_STEP_ID", os.environ.get("SLURM_STEPID", ""))
+    return step.isdigit() and int(step) < 2**32 - 16
+
+
+def started_together() -> int:
+    """How many processes were started to run one command, by torchrun, by this project, or by srun; 1 where nobody
+    did."""
+    return environment_number("WORLD_SIZE", environment_number("SLURM_STEP_NUM_TASKS", 1) if is_step() else 1)
+
+
 def environment_number(name: str, default: int) -> int:
     """A variable of the environment that holds a number; unset or empty: ``default``. Raises Fault for anything
     else."""

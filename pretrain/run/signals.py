@@ -35,7 +35,12 @@ def listen() -> None:
         if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup has it ignored
             signal.signal(number, _note)
     signal.signal(signal.SIGINT, _note_first)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)  # a process that is started as one of several was deaf until now
+    hear()
+
+
+def hear() -> None:
+    """From now on the signals arrive: a process that is started as one of several is deaf until then."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, ASKING)
 
 
 def ignore() -> None:

@@ -165,6 +165,41 @@ class GCSHandler(_Handler):
         return {"bucket": folder.name, "name": str(file.relative_to(folder)), "size": str(file.stat().st_size)}
 
 
+class HubHandler(_Handler):
+    """As much of the Hugging Face hub's API as reading a data set takes: ``datasets/ORG/NAME`` is a folder of the
+    folder."""
+
+    def do_POST(self) -> None:
+        asked = parse_qs(self.rfile.read(int(self.headers["Content-Length"])).decode()).get("paths", [])
+        folder = self._dataset()
+        found = [self._entry(folder, folder / name) for name in asked if (folder / name).exists()]
+        self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, True)
+
+    def _answer(self, body: bool) -> None:
+        path, _, query = self.path.partition("?")
+        if not path.startswith("/api/"):
+            self.path = re.sub("/resolve/[^/]+/", "/", path)
+            return super()._answer(body)
+        folder = self._dataset()
+        tree = re.search(r"/tree/[^/]+/?(.*)", path)
+        if not folder.is_dir():
+            return self._send(404, b"{}", {"X-Error-Code": "RepoNotFound"}, body)
+        found: object = {"id": "/".join(folder.parts[-2:]), "sha": "0" * 40}
+        if tree:
+            below = (folder / unquote(tree[1])).glob(
+                "**/*" if "true" in parse_qs(query)["recursive"][0].lower() else "*"
+            )
+            found = [self._entry(folder, file) for file in sorted(below)]
+        return self._send(200, json.dumps(found).encode(), {"Content-Type": "application/json"}, body)
+
+    def _dataset(self) -> Path:
+        return self.server.folder.joinpath(*self.path.split("/")[2:5])
+
+    def _entry(self, folder: Path, file: Path) -> dict[str, object]:
+        kind = "file" if file.is_file() else "directory"
+        return {"type": kind, "path": str(file.relative_to(folder)), "size": file.stat().st_size, "oid": "1" * 40}
+
+
 @contextmanager
 def serving(folder: Path, handler: type[_Handler] = _Handler) -> Iterator[FlakyServer]:
     """A server of ``folder`` in a thread, for as long as the context lasts."""

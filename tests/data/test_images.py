@@ -1,6 +1,8 @@
 """Encoded images come out as the pixels that were meant, or not at all."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -68,6 +70,35 @@ def test_what_only_looks_like_such_a_note_turns_nothing() -> None:
     comment = b"Exif\0\0 MM"
     whole = written(Image.fromarray(PIXELS), "JPEG", comment=comment, quality=95)
     assert not _has_exif(whole) and not _has_exif(whole[:25]) and near(decode_image(whole), PIXELS)
+
+
+def deep_png(values: np.ndarray) -> bytes:
+    """A PNG of 16 bits a channel, (H, W, channels), which Pillow doesn't write."""
+    height, width, channels = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    out = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", width, height, 16, {2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)),
+        (b"sBIT", bytes([12] * channels)),  # of how many bits they were made; they are to fill the sixteen all the same
+        (b"IDAT", zlib.compress(rows)),
+        (b"IEND", b""),
+    ):
+        out += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    return out
+
+
+def test_colours_of_sixteen_bits_are_read_where_they_fill_them_and_never_as_black() -> None:
+    deep = PIXELS.astype(np.uint16) * 257
+    opaque = np.full((*PIXELS.shape[:2], 1), 65535)
+    assert np.array_equal(decode_image(deep_png(deep)), PIXELS)
+    assert np.array_equal(decode_image(deep_png(np.dstack([deep, opaque]))), PIXELS)
+    for bits in (8, 12, 14):
+        low = deep >> (16 - bits)
+        for values in (low, np.dstack([low, opaque]), np.dstack([low[..., :1], opaque])):
+            with pytest.raises(
+                ValueError, match="16 bits and stay below 16384 of 65535, as those of a camera of 12 or 14"
+            ):
+                decode_image(deep_png(values))
 
 
 def test_what_cannot_be_read_rightly_is_refused_with_the_reason() -> None:

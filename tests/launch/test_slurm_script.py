@@ -239,7 +239,7 @@ def test_a_clusters_own_values_are_a_file_of_the_users(capsys: pytest.CaptureFix
         (["launch=slurm"], "launch.gpus_per_node must be given"),
         (["launch=slurm", "launch.gpus_per_node=4", "trainer.devices=3"], "trainer.devices=3 contradicts launch.*, by which it is 4"),
         (["launch=slurm", "launch.gpus_per_node=4", "trainer.accelerator=cpu"], "trainer.accelerator=cpu contradicts launch.*, by which it is gpu"),
-        (["launch=slurm", "launch.gpus_per_node=4", "launch.processes_per_node=2"], "a process trains on each GPU"),
+        (["launch=slurm", "launch.gpus_per_node=4", "launch.processes_per_node=2"], "a process runs on each GPU"),
         (["launch=slurm", "launch.gpus_per_node=4", "launch.array=3"], "launch.array= is for commands that take part="),
         (["launch=torchrun", "launch.nodes=2", "launch.gpus_per_node=1"], "launch.endpoint must be given"),
         (["trainer.nodes=2", "trainer.devices=2"], "trainer.nodes=2 needs somebody who starts it on every node"),
@@ -494,7 +494,7 @@ def test_a_plan_is_not_launched_elsewhere(word: str, capsys: pytest.CaptureFixtu
     [
         (["launch=slurm", "launch.nodes=2"], "'pretrain shard' is one process: launch.nodes"),
         (["launch=slurm", "launch.array=2", "part=1/2"], "leave part= out"),
-        (["launch=torchrun"], "launch=torchrun is for 'tile' and 'slide'"),
+        (["launch=torchrun"], "launch=torchrun is for 'tile', 'slide' and 'curate'"),
     ],
 )
 def test_one_process_is_not_spread(words: list[str], sentence: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -581,3 +581,29 @@ def test_line_breaks_stay_in_their_comment_and_are_refused_where_they_would_end_
     with pytest.raises(SystemExit):
         run_command_line([*words, "launch.partition='a\nrm x'"])
     assert "launch.partition holds a line break" in capsys.readouterr().err
+
+
+CURATE = ["curate", "embeddings=e", "size=10", "out=chosen"]
+
+
+def test_what_shares_its_work_is_as_many_tasks_as_are_asked_for_and_the_script_is_told(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = script(capsys, *CURATE, "launch.nodes=2", "launch.gpus_per_node=4", "launch.cpus_per_task=8")
+    asked = options(text)
+    assert (asked["nodes"], asked["ntasks-per-node"], asked["gpus-per-node"]) == ("2", "4", "4")
+    assert asked["signal"] == "B:USR1@120" and "export MASTER_ADDR=" in text and "processes=8" in text
+    assert asked["output"].endswith("/chosen/logs/%j.log")
+    text = script(capsys, *CURATE, "processes=6", "launch.nodes=2")
+    assert options(text)["ntasks-per-node"] == "3" and text.count("processes=6") == 2  # and in its first line
+    assert "MASTER_ADDR" not in script(capsys, *CURATE)
+    run_command_line([*CURATE, "launch=torchrun", "launch.processes_per_node=3", "launch.dry_run=true"])
+    assert re.search(r"--nproc-per-node=3 .* processes=3$", capsys.readouterr().out.strip())
+    for words, sentence in (
+        (["processes=5", "launch.gpus_per_node=4"], "processes=5 contradicts launch.*, by which it is 4"),
+        (["processes=5", "launch.nodes=2"], "processes=5 contradicts launch.*, by which it is 4"),
+        (["launch.processes_per_node=2", "launch.gpus_per_node=4"], "a process runs on each GPU"),
+    ):
+        with pytest.raises(SystemExit):
+            script(capsys, *CURATE, *words)
+        assert sentence in capsys.readouterr().err

@@ -5,13 +5,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from huggingface_hub import HfFileSystem, constants
 
 from data import remote
 from data.fault import Fault
+from data.lease import once
 from data.parquet.files import list_parquet
 from data.parquet.index import ParquetIndex, ParquetQuestion, scan_parquet
 from data.tiles.of_parquet import ParquetTiles
-from tests.data.flaky_server import CUT, FAIL, FlakyServer, S3Handler, serving
+from data.tiles.stream import Stream
+from tests.data.flaky_server import CUT, FAIL, FlakyServer, HubHandler, S3Handler, serving
 from tests.data.parquet.tables import write_table
 
 
@@ -35,7 +38,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def read(named: str, index: Path) -> ParquetTiles:
     question = ParquetQuestion.of(list_parquet([named]), None, None, None, None)
-    scan_parquet(index, question, lambda files, count: files)
+    once(question.path(index), lambda: scan_parquet(index, question, lambda files, count: files))
     return ParquetTiles(ParquetIndex.open(index, question))
 
 
@@ -74,3 +77,44 @@ def test_a_folder_of_a_bucket_is_listed(s3: FlakyServer, files: Path, tmp_path: 
     assert there.digest == local.digest  # names below the common folder, sizes, columns
     with pytest.raises(Fault, match="there is no Parquet file at"):
         list_parquet([str(tmp_path / "nothing")])
+
+
+@pytest.fixture
+def hub(files: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FlakyServer]:
+    """The hub's own file system, and in the place of the hub a server with the data set ``org/tiles``."""
+    (files / "datasets" / "org" / "tiles").mkdir(parents=True)
+    (files / "shards").rename(files / "datasets" / "org" / "tiles" / "data")
+    with serving(files, HubHandler) as running:
+        monkeypatch.setattr(constants, "ENDPOINT", running.url)
+        monkeypatch.setattr(
+            constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{running.url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        )
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        HfFileSystem.clear_instance_cache()
+        yield running
+    HfFileSystem.clear_instance_cache()
+
+
+def test_a_data_set_of_the_hub_is_listed_indexed_and_read_by_ranges_and_goes_on_without_another_scan(
+    hub: FlakyServer, files: Path, tmp_path: Path
+) -> None:
+    named, folder = "hf://datasets/org/tiles", files / "datasets" / "org" / "tiles" / "data"
+    assert list_parquet([named]) == [f"{named}/data/{name}.parquet" for name in "ab"]
+    assert list_parquet([f"{named}/data/b*.parquet"]) == [f"{named}/data/b.parquet"]
+    there, local = read(named, tmp_path / "there"), read(str(folder), tmp_path / "local")
+    assert len(there) == 60 and there.digest == local.digest
+    hub.misbehave.extend([FAIL, CUT])
+    for number in (0, 45, 59):
+        assert np.array_equal(there.read(number), local.read(number))
+    assert hub.served and {name for name, _ in hub.served} == {"a.parquet", "b.parquet"}
+    hub.served.clear()
+    again = read(named, tmp_path / "there")  # as a run that goes on does
+    assert not hub.served and again.digest == there.digest
+    orders = [
+        np.concatenate([Stream(source.parts, batch_size=4, lanes=2, window=2, seed=0).batch(step) for step in (7, 8)])
+        for source in (again, local)
+    ]
+    assert np.array_equal(*orders)
+    assert all(np.array_equal(again.read(int(number)), local.read(int(number))) for number in orders[0][:2])
+    with pytest.raises(Fault, match="hf://datasets/org/none is not there, or not for you"):
+        list_parquet(["hf://datasets/org/none"])

@@ -96,8 +96,7 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
     write_tar(
         tmp_path / "apart.tar",
         [
-            *((f"a{n}.image.jpg", b"j") for n in range(8)),
-            *((f"a{n}.json", of(f"s{n % 4}", n)) for n in (7, 6, 5, 4, 3, 2, 1, 0)),
+            *(pair for n in range(8) for pair in ((f"a{n}.image.jpg", b"j"), (f"a{n}.json", of(f"s{n % 4}", n)))),
             ("._a0.jpg", b"junk"),
             ("other.json", of("x", 1)),
         ],
@@ -132,27 +131,76 @@ def test_everything_in_a_folder_is_read_or_counted_with_a_reason(
     assert {finding.kind for finding in verify_shard(tmp_path, "apart.tar").findings} == {"undecodable tile"}
 
 
-def test_of_tiles_that_share_a_key_each_takes_its_own_json_or_none_a_wrong_one(tmp_path: Path) -> None:
-    def of(x: int) -> bytes:
-        return json.dumps({"x": x, "y": 0}).encode()
-
+def test_members_of_a_key_that_lie_apart_and_names_that_come_twice_are_refused_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    facts = b'{"x": 0, "y": 0}'
+    good = [
+        ("g.jpg", b"j"),
+        ("g.json", facts),
+        ("S1.2_0_0.jpg", b"j"),
+        ("S1.3_0_0.jpg", b"j"),
+        ("S1.2_0_0.json", facts),
+    ]
     write_tar(
         tmp_path / "a.tar",
         [
-            ("0.jpg", b"j"),
-            ("0.json", of(1)),
-            ("0.jpg", b"j"),
-            ("0.json", of(2)),
-            ("1.jpg", b"j"),
-            ("1.jpg", b"j"),
-            ("1.jpg", b"j"),
-            ("1.json", of(3)),
-            ("1.json", of(4)),
+            *good,
+            *((f"a{n}.jpg", b"j") for n in range(5)),
+            *((f"a{n}.json", facts) for n in range(5)),
+            *(("b.image.jpg", b"j"), ("k.cls", b"1"), ("b.json", facts)),  # by the sample's key, another sample between
+            *(("d.jpg", b"j"), ("d.json", facts), ("d.jpg", b"j"), ("d.json", facts)),
+            *(("l.JPG", b"j"), ("m.jpg", b"j"), ("l.jpg", b"j")),
+            *(("n.jpg", b"j"), ("n.json", facts), ("n.json", facts)),
+        ],
+    )
+    for _ in range(2):  # said again where nothing is read again
+        run_command_line(["shards", "index", f"shards={tmp_path}"])
+        said = capsys.readouterr().err
+        assert re.search(
+            r"left out: 6 tiles with other samples between its members \(as a0, a1, a2 in a\.tar\): .*tar --sort=name",
+            said,
+        )
+        assert re.search(r"left out: 5 tiles with a name that comes twice \(as d, l in a\.tar\): .*pack it anew", said)
+        assert "lone .json" not in said
+    index = ShardIndex.open(tmp_path)
+    assert [index.slides[slide] for slide in index.slide] == ["a", "S1-2", "S1-3", "a"]
+    assert {finding.kind for finding in verify_shard(tmp_path, "a.tar").findings} == {
+        "undecodable tile",
+        "double member",
+    }
+    (tmp_path / "files").mkdir()
+    subprocess.run(["tar", "-xf", "../a.tar"], cwd=tmp_path / "files", check=True)  # the way out
+    os.remove(tmp_path / "files" / "l.JPG")
+    subprocess.run(["tar", "--sort=name", "-C", "files", "-cf", "a.tar", "."], cwd=tmp_path, check=True)
+    assert len(scan(tmp_path)) == 13 and not [
+        left for left in describe_left_out(scan(tmp_path))[0] if "tile" in left.kind
+    ]
+
+
+def test_dotted_names_of_slides_are_tiles_of_any_kind_and_what_lies_beside_them_is_none(tmp_path: Path) -> None:
+    write_tar(
+        tmp_path / "a.tar",
+        [
+            *((f"S1.2_{n}_0.png", b"tile") for n in range(3)),
+            *(("S1.thumbnail.png", b"?"), ("S1.2_0_0.mask.png", b"?"), ("S1.thumbnail.jpg", b"?")),
+            *(("T_0_0.jpg", b"tile"), ("T_0_0.png", b"?"), ("T_0_0.overlay.jpg", b"?")),
         ],
     )
     index = scan(tmp_path)
-    assert index.x.tolist() == [1, 2, UNKNOWN_PLACE, UNKNOWN_PLACE, UNKNOWN_PLACE]
-    assert [kind.count for kind in describe_left_out(index)[0]] == [2]
+    assert [(index.slide_of(row), int(index.x[row])) for row in range(4)] == [
+        ("S1-2", 0),
+        ("S1-2", 1),
+        ("S1-2", 2),
+        ("T", 0),
+    ]
+    told = {(kind.kind, kind.why): kind.count for kind in describe_left_out(index)[0]}
+    other = "its sample's tile is the one named <slide>_<x>_<y>"
+    assert told == {
+        (".png beside a tile", other): 2,
+        (".jpg beside a tile", other): 2,
+        (".png beside a tile", "its sample has a .jpg, which is the tile"): 1,  # each for a reason of its own
+    }
 
 
 @pytest.mark.parametrize("spoilt", [
@@ -308,7 +356,7 @@ def test_of_a_sample_with_several_pictures_the_tile_is_known_or_none_is_taken(tm
     index = scan(tmp_path)
     assert [index.slide_of(row) for row in range(len(index))] == ["j", "p", "w", "W"]
     (members, _) = describe_left_out(index)
-    assert {(kind.kind, kind.count) for kind in members} == {(".png beside a tile", 5)}
+    assert [(kind.kind, kind.count) for kind in members] == [(".png beside a tile", count) for count in (2, 1, 2)]
     assert not [found for found in verify_shard(tmp_path, "a.tar").findings if found.kind != "undecodable tile"]
 
 

@@ -1,5 +1,6 @@
 """What is curated is more even than what was there, is exactly as large as asked, and is the same for whoever goes on."""
 
+import csv
 import json
 import re
 from pathlib import Path
@@ -17,6 +18,7 @@ from pretrain.curation import curating, labels, table
 from pretrain.curation.balance import Lots, balanced, levelled
 from pretrain.curation.curating import effective
 from pretrain.curation.kept_arrays import kept_array
+from pretrain.curation.table import SlideShare
 from tests.data.shards.tile_folders import write_tiles
 
 KINDS, WIDTH = 20, 12
@@ -98,7 +100,7 @@ def test_stopped_at_any_point_the_same_command_comes_to_the_same_table(
     class Stop(Exception):
         pass
 
-    for where, name, after in ((curating, "fitted_level", 1), (labels, "assigned", 2), (table, "_of_slides", 0)):
+    for where, name, after in ((curating, "fitted_level", 1), (labels, "nearest_of_many", 2), (table, "_of_slides", 0)):
         real, calls = getattr(where, name), []
 
         def stopping(*given: Any, real: Any = real, calls: list[int] = calls, after: int = after, **more: Any) -> Any:
@@ -186,6 +188,19 @@ def test_the_page_shows_tiles_of_some_clusters(tmp_path: Path, capsys: pytest.Ca
     )
 
 
+@pytest.mark.parametrize(("side", "mpp", "unit"), [(96.0, 0.5, "48 level-0 pixels a side"), (48.0, 0.25, "0.5 µm/px")])
+def test_shards_of_other_tiles_than_were_embedded_are_refused(
+    tmp_path: Path, side: float, mpp: float, unit: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards = write_tiles(tmp_path / "shards", [40])
+    with EmbeddingWriter(tmp_path / "store", 4, "made up", "0") as writer:
+        writer.add("slide0", np.eye(40, 4), np.stack([np.arange(40), np.arange(40)], 1), side, mpp)
+    with pytest.raises(SystemExit):
+        run_command_line(command(tmp_path, "clusters=[8,3]", "size=20", f"shards={shards}"))
+    assert f"tiles of slide0 have {unit} in shards={shards} and" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "curated.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
@@ -233,6 +248,12 @@ def test_embeddings_that_are_damaged_are_named(tmp_path: Path, capsys: pytest.Ca
     with pytest.raises(SystemExit):
         run_command_line(command(tmp_path))
     assert "is missing or shorter than its index says" in capsys.readouterr().err
+
+
+def test_any_name_of_a_slide_comes_back_from_the_list_of_slides(tmp_path: Path) -> None:
+    curating._write_slides(tmp_path / "slides.csv", [SlideShare('a, "b"', 3, 1), SlideShare("c", 2, 0)])
+    with (tmp_path / "slides.csv").open(newline="") as file:
+        assert list(csv.reader(file)) == [["slide", "tiles", "taken"], ['a, "b"', "3", "1"], ["c", "2", "0"]]
 
 
 def test_a_damaged_file_of_ours_is_named(folder: Path, tmp_path: Path) -> None:

@@ -6,11 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from data.embeddings.clusters import nearest_centres
 from data.embeddings.store import EmbeddingStore, EmbeddingWriter
 from data.keyed import rng
+from pretrain.curation import nearest
 from pretrain.curation import rows as module
 from pretrain.curation.levels import nearest_of_each
-from pretrain.curation.lloyd import assigned, first_centres, fitted, improved
+from pretrain.curation.lloyd import first_centres, fitted, improved
+from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.rows import RowsInMemory, StoreRows
 
 CPU = torch.device("cpu")
@@ -21,10 +24,10 @@ def quiet(*_: object) -> None:
 
 
 def points(count: int, width: int = 8, kinds: int = 6) -> np.ndarray:
+    """As a store holds them."""
     draw = rng(count, "points")
-    return (
-        draw.normal(0, 3, (kinds, width))[draw.integers(kinds, size=count)] + draw.normal(0, 1, (count, width))
-    ).astype(np.float32)
+    found = draw.normal(0, 3, (kinds, width))[draw.integers(kinds, size=count)] + draw.normal(0, 1, (count, width))
+    return found.astype(np.float16).astype(np.float32)
 
 
 def rounds(values: np.ndarray, first: np.ndarray, count: int) -> tuple[torch.Tensor, float]:
@@ -47,7 +50,7 @@ def test_centres_equal_scikit_learn_s_from_the_same_first_values(monkeypatch: py
     theirs = cluster.KMeans(9, init=first, n_init=1, max_iter=5, tol=0, algorithm="lloyd").fit(values)
     ours, _ = rounds(values, first, 5)
     assert np.abs(ours.numpy() - theirs.cluster_centers_).max() < 1e-4
-    labels, apart = assigned(torch.from_numpy(values), ours)
+    labels, apart = nearest_centres(torch.from_numpy(values), ours)
     assert (labels.numpy() == theirs.predict(values)).all()
     assert float(apart.sum()) == pytest.approx(-theirs.score(values), rel=1e-4)
 
@@ -61,6 +64,18 @@ def test_rounds_never_make_it_worse_and_end_where_nothing_moves() -> None:
     assert spreads == sorted(spreads, reverse=True) and spreads[-1] == spreads[-2] < spreads[0]
     fit = fitted(RowsInMemory(torch.from_numpy(values)), 12, 100, quiet, 0)
     assert torch.equal(improved(RowsInMemory(torch.from_numpy(values)), fit, quiet)[0], fit)
+
+
+def test_faiss_finds_the_centres_that_torch_finds(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("faiss")
+    values, centres = (torch.from_numpy(points(count, 24)) for count in (3000, 40))
+    labels, apart = nearest_of_many(values, centres)
+    monkeypatch.setattr(nearest, "installed_faiss", lambda: None)
+    wanted, wanted_apart = nearest_of_many(values, centres)
+    two = (values[:, None] - centres).square().sum(2).topk(2, largest=False).values
+    clear = two[:, 1] - two[:, 0] > 1e-3
+    assert clear.float().mean() > 0.99 and torch.equal(labels[clear], wanted[clear]) and labels.dtype == wanted.dtype
+    assert torch.allclose(apart, wanted_apart, atol=1e-2) and apart.dtype == wanted_apart.dtype
 
 
 def test_fewer_different_rows_than_clusters_leave_some_empty() -> None:
@@ -82,7 +97,7 @@ def test_the_nearest_of_each_cluster_are_those_that_sorting_all_finds(monkeypatc
     monkeypatch.setattr(module, "FEWEST_ROWS", 16)
     values = torch.from_numpy(points(400))
     centres = values[:7].clone()
-    labels, apart = assigned(values, centres)
+    labels, apart = nearest_centres(values, centres)
     wanted = []
     for cluster in range(7):
         own = torch.nonzero(labels == cluster).flatten()

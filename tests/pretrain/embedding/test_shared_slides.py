@@ -12,8 +12,9 @@ import pytest
 from data.embeddings.slide_features import SLIDE_VECTORS, read_slide_features
 from data.fault import Fault
 from models.slide_vit import SlideViT
-from pretrain.embedding.shared_slides import Embedders, met, require_sharing
+from pretrain.embedding.shared_slides import require_sharing, share_every_slide
 from pretrain.encoders.slide_encoders import load_slide_encoder
+from pretrain.run.peers import met
 from tests.pretrain.embedding.small_slide_run import embed, write_small_run, write_small_store
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -58,8 +59,8 @@ def test_what_can_not_be_shared_is_refused(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(Fault, match="processes_per_slide=2, and 1 process was started"):
         embed(tmp_path, "processes_per_slide=2")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(Fault, match="device=cuda:1 is one device"), met(2, "cuda:1"):
+    with pytest.raises(Fault, match="device=cuda:1 is one device"), met("processes_per_slide", 2, "cuda:1"):
         pass
     encoder = load_slide_encoder(str(tmp_path / "slide"), "cpu")
     with pytest.raises(Fault, match=r"processes_per_slide= doesn't fit slide .*SlideViT can't share a slide"):
-        Embedders("cpu", group=object()).share_slides(encoder)
+        share_every_slide(encoder, object())
