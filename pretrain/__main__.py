@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain.console import Unfailing
+from pretrain.overview import said_at_once
 from pretrain.run import signals
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,6 +50,12 @@ def main() -> None:
     if problem := shadowed():
         sys.exit(f"pretrain: {problem}")
     sys.stderr = Unfailing(sys.stderr)  # type: ignore[assignment]
+    if text := said_at_once(sys.argv[1:]):
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:  # the reader of a pipe, `head` say, has seen enough
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return
     trains = sys.argv[1:2] in (["tile"], ["slide"])
     if trains:  # what trains answers a signal; before its imports, which take seconds
         signals.listen()

@@ -8,6 +8,7 @@ import hashlib
 import io
 import math
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,6 +21,7 @@ STYLE_VARIABLES = {INK: "ink", FAINT: "faint", VIOLET: "violet", PINK: "pink", T
 LINE_COLOURS = (VIOLET, PINK, TEAL, OCHRE)
 WIDTH = 9.6  # inches; the page scales the drawing to its column
 MOST_POINTS = 600
+LETTERS_PER_INCH = 11  # of a bold title, beside its axis
 
 
 @dataclass
@@ -43,14 +45,15 @@ def curves(panels: Sequence[Panel], columns: int, height: float = 2.1) -> str:
     for axis in axes.flat[len(panels) :]:
         axis.remove()
     for axis, panel in zip(axes.flat, panels, strict=False):
-        draw_panel(axis, panel)
+        draw_panel(axis, panel, int(LETTERS_PER_INCH * WIDTH / columns))
     for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("step")
     return svg(figure)
 
 
-def draw_panel(axis: Any, panel: Panel) -> None:
-    """One panel: lines in the order given, named in a legend where there are several."""
+def draw_panel(axis: Any, panel: Panel, letters: int) -> None:
+    """One panel: lines in the order given, named in a legend where there are several; its title in lines of so many
+    letters."""
     exponent = common_exponent([values for _, values in (*panel.lines.values(), *panel.faint.values())])
     unit = " ".join(part for part in (f"×10{superscript(exponent)}" if exponent else "", panel.unit) if part)
     for steps, values in panel.faint.values():
@@ -66,7 +69,7 @@ def draw_panel(axis: Any, panel: Panel) -> None:
         if len(steps) <= 12:
             style |= {"marker": "o", "markersize": 3.5}
         axis.plot(*thin(steps, values), color=colour, label=name, **style)
-    axis.set_title(panel.title + (f" ({unit})" if unit else ""))
+    axis.set_title(textwrap.fill(panel.title + (f" ({unit})" if unit else ""), letters))
     if len(panel.lines) > 2:
         axis.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     elif len(panel.lines) == 2:
