@@ -57,7 +57,7 @@ def read_transformers(weights: Weights, config: dict[str, Any]) -> PublishedWeig
     """
     kind = config.get("model_type")
     if kind not in MODELS:
-        raise ValueError(f"its model_type is {kind!r}: only {' and '.join(MODELS)} are read")
+        raise ValueError(f"its model_type is {kind!r}: only {' and '.join(MODELS)} are read, and dinov3_vit")
     for name, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6), ("qkv_bias", True)):
         if config.get(name, value) != value:
             raise ValueError(f"its {name} is {config[name]}, ours {value}")
