@@ -11,6 +11,7 @@ from data.fault import Fault
 from models.operations import Operations
 from models.vit import Tokens
 from pretrain.objectives.interface import Moment
+from pretrain.objectives.position_scales import drawn_scales
 from pretrain.objectives.self_distillation import Network, SelfDistillation, Teaching
 from pretrain.objectives.stochastic_depth import kept_of, kept_samples
 from pretrain.objectives.tile_batch import TileBatch
@@ -64,10 +65,11 @@ class TileDistillation(SelfDistillation):
             first=moment.first,
             device=images.device,
         )
+        scales = drawn_scales(encoder, [crops.shape[-1] for crops, _ in batch.crops], moment)
         others = [None] * (len(batch.crops) - 1)
         masks = [batch.masks.flatten(1) if masked else None, *others]
         wanted = None if self.all_patches else [batch.masked if masked else None, *others]
-        return encoder([crops for crops, _ in batch.crops], masks, kept, wanted=wanted)
+        return encoder([crops for crops, _ in batch.crops], masks, kept, wanted=wanted, **scales)
 
     def encoder_operations(self, batch: TileBatch, masked: int) -> Operations:
         """Of both encoders on a micro-batch whose loss is given ``masked`` patches."""

@@ -46,6 +46,11 @@ WIDER = ("model.registers=4", "model.feed_forward=swiglu", "model.feed_forward_w
 STEPS = {
     "dinov2": ("none", 1, DINOV2),
     "dinov2 wider, checkpointed": ("full", 1, (*DINOV2, *WIDER)),
+    "dinov2 with rotary positions, checkpointed": (
+        "full",
+        1,
+        (*DINOV2, "model.position_embedding=rope", "model.qkv_bias=no_key", "model.own_cls_norm=true"),
+    ),
     "dinov2 of long crops, checkpointed in part": ("selective", 1, (*DINOV2, "data.crops.global_size=192")),
     "dinov2 of crops that attend by a kernel": (
         "full",
