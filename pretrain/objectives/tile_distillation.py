@@ -3,7 +3,7 @@ branch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ from pretrain.objectives.tile_batch import TileBatch
 class TileDistillation(SelfDistillation):
     """`SelfDistillation` whose batches are `TileBatch`. ``group_size``: tiles that stochastic depth draws from."""
 
-    all_patches: ClassVar[bool] = False
+    all_patches: bool = False
     """Whether the loss is given the student's patch tokens of all crops, in place of the masked ones alone."""
 
     def __init__(

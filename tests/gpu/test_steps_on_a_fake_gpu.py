@@ -57,6 +57,12 @@ TILE = {
         "model.own_cls_norm=true",
         "model.own_local_cls_norm=true",
     ],
+    "dinov3": [
+        "objective=dinov3",
+        "objective.gram_weight=2",
+        "objective.gram_size=48",
+        "model.position_embedding=rope",
+    ],
     "dino": ["objective=dino", "model.drop_path=0.3"],
     "mae": ["objective=mae", *OF_MAE],
 }

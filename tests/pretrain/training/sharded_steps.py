@@ -37,7 +37,7 @@ from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, set_rates
 from pretrain.training.sharding import lay_mesh, materialise, shard
 from tests.pretrain.objectives import tile_objectives
-from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_mae
+from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_dinov3, unfilled_mae
 
 PROCESSES, STEPS, TILES = 4, 10, 16
 CROPS: dict[str, Any] = {
@@ -65,6 +65,7 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     # 25 prototypes: two processes don't divide them.
     "dinov2": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, drop_path=0.4), prototypes=25),
     "rotary": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, **ROTARY, drop_path=0.4)),
+    "dinov3": lambda: unfilled_dinov3(tile_objectives.encoder(**VIT, **ROTARY)),
     "dino": lambda: unfilled_dino(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "mae": lambda: unfilled_mae(tile_objectives.encoder(**VIT, position_embedding="sincos")),
 }
@@ -160,7 +161,7 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
         each, views = TILES // shares, (1, 0) if run.objective == "mae" else (2, 3)
 
         def tiles(step: int) -> list[tuple[Any, int]]:
-            whole = tile_objectives.batch(TILES, views, seed=step)
+            whole = tile_objectives.batch(TILES, views, seed=step, larger=run.objective == "dinov3")
             return [(tile_objectives.part(whole, i * each, (i + 1) * each), i * each) for i in mine]
 
         return tiles
