@@ -9,6 +9,7 @@ format=transformers does the same with a folder for transformers (to load it bac
 
     Dinov2Model.from_pretrained("encoder")            without registers
     Dinov2WithRegistersModel.from_pretrained("encoder")
+    DINOv3ViTModel.from_pretrained("encoder")         with rotary positions
 
 format=gigapath writes a slide run's encoder as slide_encoder.pth, {"model": state dict} with the released key names, and a
 model card. At a published size Prov-GigaPath's own code loads the file:
