@@ -180,6 +180,21 @@ class PublishedWeights:
         return ["it has no biases of queries, keys and values: the model's start at zero"]
 
 
+def require_dinov2s_parts(network: VisionTransformer, format: str) -> None:
+    """Raise ValueError for a network with parts that ``format``, made for DINOv2's, has no place for."""
+    parts = {
+        "position_embedding=rope": network.pos_embed is None,
+        "qkv_bias=none": network.qkv_bias == "none",
+        f"norm_epsilon={network.norm_epsilon:g}": network.norm_epsilon != 1e-6,
+        "own_cls_norm=true": network.cls_norm is not None,
+        "own_local_cls_norm=true": network.local_cls_norm is not None,
+    }
+    if found := [part for part, there in parts.items() if there]:
+        raise ValueError(
+            f"{format} has no place for {listed(f'model.{part}' for part in found)}: hand on the run itself"
+        )
+
+
 def of_keys(bias: Tensor) -> Tensor:
     """The keys' third of a bias of queries, keys and values."""
     return bias.chunk(3)[1]

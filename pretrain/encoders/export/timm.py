@@ -30,14 +30,14 @@ def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[s
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     model, size = found.config["model"], preprocessing.image_size
-    if network.position_embedding == "rope":
-        try:
+    try:
+        if network.position_embedding == "rope":
             (architecture, arguments), weights = timm_dinov3_architecture(model, size), write_timm_dinov3(network)
-        except ValueError as error:
-            raise Fault(f"{error}.") from error
-    else:
-        architecture, arguments = timm_format.architecture(model, size)
-        weights = timm_format.write_timm(network, size)
+        else:
+            architecture, arguments = timm_format.architecture(model, size)
+            weights = timm_format.write_timm(network, size)
+    except ValueError as error:
+        raise Fault(f"{error}.") from error
     files = {"config.json": timm_config(architecture, arguments, preprocessing, license)}
     use = """\
 import timm, torch

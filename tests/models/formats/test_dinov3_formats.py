@@ -3,15 +3,16 @@
 from pathlib import Path
 
 import pytest
-import timm
+import timm as real_timm
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from models.formats import checkpoint_file, timm_dinov3
+from models.formats import checkpoint_file, dinov2, timm, timm_dinov3
 from models.formats import transformers_dinov3 as of_transformers
 from models.formats.dinov3 import read_dinov3, write_dinov3
 from models.formats.published import PublishedWeights
+from models.formats.transformers import write_transformers
 from models.vit import VisionTransformer
 from tests.models.formats.test_formats import (
     DEPTH,
@@ -54,7 +55,7 @@ def timm_model(vit: VisionTransformer, name: str = "vit_small_patch16_dinov3") -
     }
     architecture, arguments = timm_dinov3.timm_dinov3_architecture(settings, SIZE)
     assert architecture.startswith(name)
-    return perturb(timm.create_model(architecture, **arguments))
+    return perturb(real_timm.create_model(architecture, **arguments))
 
 
 def timm_features(model: nn.Module, size: int) -> tuple[Tensor, Tensor]:
@@ -200,3 +201,18 @@ def test_what_timm_and_transformers_cannot_express_is_refused() -> None:
         timm_dinov3.timm_dinov3_architecture({"norm_epsilon": 1e-6}, SIZE)
     with pytest.raises(ValueError, match="rotary positions, and this network position_embedding=learned"):
         write_dinov3(network())
+
+
+@pytest.mark.parametrize(
+    ("settings", "sentence"),
+    [
+        ({"position_embedding": "rope"}, r"model\.position_embedding=rope"),
+        ({"qkv_bias": "none", "norm_epsilon": 1e-5}, r"model\.qkv_bias=none, model\.norm_epsilon=1e-05"),
+        ({"own_cls_norm": True}, r"model\.own_cls_norm=true"),
+    ],
+)
+def test_formats_made_for_dinov2_have_no_place_for_these_parts(settings: dict, sentence: str) -> None:
+    writers = (dinov2.write_dinov2, lambda net: timm.write_timm(net, SIZE), lambda net: write_transformers(net, SIZE))
+    for write in writers:
+        with pytest.raises(ValueError, match=f"has no place for {sentence}: hand on the run itself"):
+            write(network(**settings))
