@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from models.operations import Operations, attention_products, total_operations
+from models.rotary import Turns, turn
 
 Shape = tuple[int, int]
 """``(crops, tokens per crop)`` of one crop size inside a packed sequence."""
@@ -141,25 +142,41 @@ def _xformers_kernel() -> Kernel:
     return lambda q, k, v, lengths: memory_efficient_attention(q, k, v, attn_bias=mask(lengths, q.device))
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with timm's parameter names (``qkv``, ``proj``)."""
+class KeysWithoutBias(nn.Linear):
+    """The map to queries, keys and values whose third of the bias that is the keys' counts as 0, and gets no gradient."""
 
-    def __init__(self, width: int, heads: int, attend: Backend = attend) -> None:
+    def forward(self, x: Tensor) -> Tensor:
+        queries, keys, values = self.bias.chunk(3)
+        return F.linear(x, self.weight, torch.cat([queries, torch.zeros_like(keys), values]))
+
+
+QKV_BIASES = ("all", "no_key", "none")
+"""Which of queries, keys and values have a bias."""
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with timm's parameter names (``qkv``, ``proj``). ``qkv_bias`` is one of `QKV_BIASES`."""
+
+    def __init__(self, width: int, heads: int, attend: Backend = attend, qkv_bias: str = "all") -> None:
         super().__init__()
         self.heads, self.attend = heads, attend
-        self.qkv = nn.Linear(width, 3 * width)
+        qkv = KeysWithoutBias if qkv_bias == "no_key" else nn.Linear
+        self.qkv = qkv(width, 3 * width, bias=qkv_bias != "none")
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x: Tensor, shapes: Sequence[Shape], rows: Tensor | None = None) -> Tensor:
+    def forward(
+        self, x: Tensor, shapes: Sequence[Shape], rows: Tensor | None = None, turns: Sequence[Turns] | None = None
+    ) -> Tensor:
         """``(T, width)`` → ``(T, width)``, attending inside each crop of ``shapes``; or the result's ``rows`` ``(R,)``
-        alone."""
-        found = torch.cat(list(self.attended(x, shapes)))
+        alone. ``turns``: of rotary positions, for each of ``shapes``."""
+        found = torch.cat(list(self.attended(x, shapes, turns)))
         return self.proj(found if rows is None else found.index_select(0, rows))
 
-    def attended(self, x: Tensor, shapes: Sequence[Shape]) -> Sequence[Tensor]:
+    def attended(self, x: Tensor, shapes: Sequence[Shape], turns: Sequence[Turns] | None = None) -> Sequence[Tensor]:
         """What the last map is given, in parts that lie one behind the other. The kernels keep them for the backward; a
         joined copy would be kept too."""
-        return self.attend(self.qkv(x), shapes, self.heads)
+        qkv = self.qkv(x)
+        return self.attend(qkv if turns is None else turn(qkv, shapes, self.heads, turns), shapes, self.heads)
 
     def products(self, shapes: Sequence[Shape]) -> Operations:
         """Operations between the tokens of crops of ``shapes``."""

@@ -25,16 +25,21 @@ class WeightNormLinear(nn.Module):
 
 
 class PrototypeHead(nn.Module):
-    """MLP with GELU → L2 norm → weight-normed linear: ``(…, inputs)`` → ``(…, prototypes)``."""
+    """MLP with GELU → L2 norm → weight-normed linear: ``(…, inputs)`` → ``(…, prototypes)``. With ``normed`` False the
+    last map is a plain one, DINOv3's."""
 
-    def __init__(self, inputs: int, *, prototypes: int, bottleneck: int, hidden: int, layers: int) -> None:
+    def __init__(
+        self, inputs: int, *, prototypes: int, bottleneck: int, hidden: int, layers: int, normed: bool = True
+    ) -> None:
         super().__init__()
         widths = [inputs, *[hidden] * (layers - 1), bottleneck]
         modules: list[nn.Module] = []
         for before, after in pairwise(widths):
             modules += [nn.Linear(before, after), nn.GELU()]
         self.mlp = nn.Sequential(*modules[:-1])
-        self.last_layer = WeightNormLinear(bottleneck, prototypes)
+        self.last_layer = (
+            WeightNormLinear(bottleneck, prototypes) if normed else nn.Linear(bottleneck, prototypes, bias=False)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))

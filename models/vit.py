@@ -3,7 +3,8 @@
 Parameter names are timm's, so a state dict is an export. The architecture is DINOv2's (Oquab et al. 2023, §5 and
 appendix B): pre-norm blocks with layer scale, an MLP or SwiGLU feed-forward, optional registers (Darcet et al. 2023), a
 mask token, position embeddings interpolated to each crop size, and stochastic depth that skips samples instead of
-multiplying them by zero.
+multiplying them by zero. DINOv3's parts (Siméoni et al. 2025) are settings of it: rotary positions, keys without bias,
+and last norms of class tokens' own.
 """
 
 import math
@@ -16,10 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.allowed import Agreements, one_of, within
-from models.attention import Attention, Shape, backend, check_heads
+from models.attention import QKV_BIASES, Attention, Shape, backend, check_heads
 from models.operations import Operations, linear_maps, total_operations
 from models.positions import check_sines, grid_embedding
 from models.recomputed import GELU, SWIGLU, add_linear, take_rows
+from models.rotary import Turns, check_turns, turns_of_grid
+
+POSITIONS = ("learned", "sincos", "rope")
 
 
 class Tokens(NamedTuple):
@@ -112,13 +116,21 @@ class Block(nn.Module):
     """``x + ls1(attn(norm1(x)))``, then ``x + ls2(mlp(norm2(x)))``, on a packed sequence."""
 
     def __init__(
-        self, width: int, heads: int, hidden: int, feed_forward: type[MLP] | type[SwiGLU], scaled: bool, attention: str
+        self,
+        width: int,
+        heads: int,
+        hidden: int,
+        feed_forward: type[MLP] | type[SwiGLU],
+        scaled: bool,
+        attention: str,
+        qkv_bias: str = "all",
+        norm_epsilon: float = 1e-6,
     ) -> None:
         super().__init__()
-        self.norm1 = nn.LayerNorm(width, eps=1e-6)
-        self.attn = Attention(width, heads, backend(attention))
+        self.norm1 = nn.LayerNorm(width, eps=norm_epsilon)
+        self.attn = Attention(width, heads, backend(attention), qkv_bias)
         self.ls1 = LayerScale(width) if scaled else nn.Identity()
-        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.norm2 = nn.LayerNorm(width, eps=norm_epsilon)
         self.mlp = feed_forward(width, hidden)
         self.ls2 = LayerScale(width) if scaled else nn.Identity()
 
@@ -128,21 +140,23 @@ class Block(nn.Module):
         shapes: list[Shape],
         kept: tuple[KeptSamples, KeptSamples] | None = None,
         wanted: Tensor | None = None,
+        turns: Sequence[Turns] | None = None,
     ) -> Tensor:
         """``(T, width)`` → ``(T, width)``; ``kept`` names the samples that see each of the two branches (None: all).
 
         ``wanted`` ``(R,)``: the rows of which the result is wanted, ``(R, width)`` then, and ``kept`` is among them
-        (`KeptSamples.among`). The others are keys and values, and nothing more of them is computed.
+        (`KeptSamples.among`). The others are keys and values, and nothing more of them is computed. ``turns``: of
+        rotary positions, for each of ``shapes``.
         """
         if wanted is not None or not self._is_as_made(x):
-            return self._by_modules(x, shapes, kept, wanted)
+            return self._by_modules(x, shapes, kept, wanted, turns)
         gammas = [getattr(scale, "gamma", None) for scale in (self.ls1, self.ls2)]
         if kept is None:
-            x = add_linear(x, self.attn.attended(self.norm1(x), shapes), self.attn.proj, gammas[0])
+            x = add_linear(x, self.attn.attended(self.norm1(x), shapes, turns), self.attn.proj, gammas[0])
             return add_linear(x, [self.mlp.fc1(self.norm2(x))], self.mlp.fc2, gammas[1], self.mlp.activation)
         first, second = kept
         x, seen = take_rows(x, first.rows)
-        attended = self.attn.attended(self.norm1(seen), first.shapes)
+        attended = self.attn.attended(self.norm1(seen), first.shapes, turns)
         x = add_linear(x, attended, self.attn.proj, gammas[0], rows=first.rows, groups=first.groups)
         x, seen = take_rows(x, second.rows)
         hidden = [self.mlp.fc1(self.norm2(seen))]
@@ -175,14 +189,15 @@ class Block(nn.Module):
         shapes: list[Shape],
         kept: tuple[KeptSamples, KeptSamples] | None,
         wanted: Tensor | None,
+        turns: Sequence[Turns] | None,
     ) -> Tensor:
         """The same, module by module."""
         past = x if wanted is None else x.index_select(0, wanted)
         if kept is None:
-            x = past + self.ls1(self.attn(self.norm1(x), shapes, wanted))
+            x = past + self.ls1(self.attn(self.norm1(x), shapes, wanted, turns))
             return x + self.ls2(self.mlp(self.norm2(x)))
         first, second = kept
-        part = self.ls1(self.attn(self.norm1(x.index_select(0, first.rows)), first.shapes, first.chosen))
+        part = self.ls1(self.attn(self.norm1(x.index_select(0, first.rows)), first.shapes, first.chosen, turns))
         if wanted is None:
             x = x.index_add(0, first.rows, (part * first.scale().to(part.dtype)).to(x.dtype))
             part = self.ls2(self.mlp(self.norm2(x.index_select(0, second.rows))))
@@ -249,6 +264,12 @@ def check_positions(position_embedding: str, width: int) -> None:
         check_sines(width)
 
 
+def check_rescale(position_embedding: str, position_rescale: float) -> None:
+    """Raise ValueError for a rescaling of coordinates that nothing depends on."""
+    if position_rescale != 1 and position_embedding != "rope":
+        raise ValueError("position_rescale is of rotary positions: set position_embedding=rope, or position_rescale=1")
+
+
 class VisionTransformer(nn.Module):
     """A ViT over packed crops of several sizes. Keyword arguments are its settings (``configs/model/``).
 
@@ -257,7 +278,11 @@ class VisionTransformer(nn.Module):
     the same for every block as in DINOv2. Position embeddings are a ``image_size / patch_size`` grid, resampled
     bicubically to other sizes: with ``position_antialias`` and offset 0 as the register models have it, or with
     ``position_offset=0.1`` as the first DINOv2 release does. ``position_embedding`` is ``learned``, or ``sincos`` for
-    MAE's fixed sines and cosines. ``attention`` names the kernel: see `models.attention`.
+    MAE's fixed sines and cosines, or ``rope`` for DINOv3's rotary ones, which have no grid: see `models.rotary`;
+    ``position_rescale`` is for whoever trains it, see `pretrain.objectives.position_scales`. ``qkv_bias`` says which of
+    queries, keys and values have a bias. Class tokens and registers go through a last norm of their own with
+    ``own_cls_norm``, and while training those of all crop sizes but the first through yet another with
+    ``own_local_cls_norm``. ``attention`` names the kernel: see `models.attention`.
 
     Raises ValueError for a width that the heads don't divide, an image that the patches don't fill, or a kernel that
     can't run here.
@@ -267,6 +292,8 @@ class VisionTransformer(nn.Module):
         ("width", "heads"): check_heads,
         ("image_size", "patch_size"): check_patches,
         ("position_embedding", "width"): check_positions,
+        ("position_embedding", "width", "heads"): check_turns,
+        ("position_embedding", "position_rescale"): check_rescale,
     }
 
     def __init__(
@@ -284,7 +311,12 @@ class VisionTransformer(nn.Module):
         drop_path: Annotated[float, within(least=0, below=1)] = 0.0,
         position_antialias: bool = True,
         position_offset: Annotated[float, within(least=0, below=1)] = 0.0,
-        position_embedding: Annotated[str, one_of("learned", "sincos")] = "learned",
+        position_embedding: Annotated[str, one_of(*POSITIONS)] = "learned",
+        position_rescale: Annotated[float, within(least=1)] = 1.0,
+        qkv_bias: Annotated[str, one_of(*QKV_BIASES)] = "all",
+        norm_epsilon: Annotated[float, within(above=0)] = 1e-6,
+        own_cls_norm: bool = False,
+        own_local_cls_norm: bool = False,
         attention: Annotated[str, one_of("sdpa", "xformers")] = "sdpa",
     ) -> None:
         super().__init__()
@@ -293,24 +325,32 @@ class VisionTransformer(nn.Module):
         check_positions(position_embedding, width)
         if feed_forward not in ("mlp", "swiglu"):
             raise ValueError(f"feed_forward is 'mlp' or 'swiglu', not {feed_forward!r}")
-        if position_embedding not in ("learned", "sincos"):
-            raise ValueError(f"position_embedding is 'learned' or 'sincos', not {position_embedding!r}")
+        if position_embedding not in POSITIONS:
+            raise ValueError(f"position_embedding is one of {', '.join(POSITIONS)}, not {position_embedding!r}")
+        check_turns(position_embedding, width, heads)
+        check_rescale(position_embedding, position_rescale)
         self.image_size, self.patch_size, self.width, self.heads = image_size, patch_size, width, heads
         self.feed_forward, self.layer_scale, self.drop_path = feed_forward, layer_scale, drop_path
         self.position_antialias, self.position_offset = position_antialias, position_offset
-        self.position_embedding = position_embedding
+        self.position_embedding, self.position_rescale = position_embedding, position_rescale
+        self.qkv_bias, self.norm_epsilon = qkv_bias, norm_epsilon
         self.grid = image_size // patch_size
         self.patch_embed = PatchEmbedding(patch_size, width)
         self.cls_token = nn.Parameter(torch.empty(1, 1, width))
         self.reg_token = nn.Parameter(torch.empty(1, registers, width)) if registers else None
         self.mask_token = nn.Parameter(torch.empty(1, width))
-        self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))  # the class token's position first
-        self.pos_embed.requires_grad_(position_embedding == "learned")
+        self.pos_embed = None
+        if position_embedding != "rope":
+            self.pos_embed = nn.Parameter(torch.empty(1, 1 + self.grid**2, width))  # the class token's position first
+            self.pos_embed.requires_grad_(position_embedding == "learned")
         mlp = MLP if feed_forward == "mlp" else SwiGLU
         self.blocks = nn.ModuleList(
-            Block(width, heads, feed_forward_width, mlp, layer_scale > 0, attention) for _ in range(depth)
+            Block(width, heads, feed_forward_width, mlp, layer_scale > 0, attention, qkv_bias, norm_epsilon)
+            for _ in range(depth)
         )
-        self.norm = nn.LayerNorm(width, eps=1e-6)
+        self.norm = nn.LayerNorm(width, eps=norm_epsilon)
+        self.cls_norm = nn.LayerNorm(width, eps=norm_epsilon) if own_cls_norm else None
+        self.local_cls_norm = nn.LayerNorm(width, eps=norm_epsilon) if own_local_cls_norm else None
 
     def units(self) -> list[nn.Module]:
         """What is gathered, recomputed and compiled by itself, in the order in which it runs: see
@@ -333,6 +373,7 @@ class VisionTransformer(nn.Module):
         kept: Sequence[tuple[KeptSamples, KeptSamples]] | None = None,
         visible: Sequence[Tensor | None] | None = None,
         wanted: Sequence[Tensor | None] | None = None,
+        scales: Sequence[float] | None = None,
     ) -> list[Tokens]:
         """Encode batches of crops of different sizes in one pass.
 
@@ -342,7 +383,10 @@ class VisionTransformer(nn.Module):
         encoded at all (MAE's), in that order, or None for all. ``wanted``: per batch an int64 ``(M_i,)`` of the patches
         whose tokens the caller reads beside the class tokens', numbered through all its crops, or None for no patch at
         all; the last block then computes no more than these, with the same result, and `Tokens.patches` holds them one
-        behind the other, ``(M_i, width)``.
+        behind the other, ``(M_i, width)``. ``scales``: per batch what the coordinates of rotary positions are multiplied
+        by; None: nothing.
+
+        Raises ValueError for ``visible`` patches with rotary positions.
         """
         masks = masks if masks is not None else [None] * len(crops)
         embedded = [self.embed(images, mask) for images, mask in zip(crops, masks, strict=True)]
@@ -354,13 +398,18 @@ class VisionTransformer(nn.Module):
         shapes = [(tokens.shape[0], tokens.shape[1]) for tokens in embedded]
         x = torch.cat([tokens.flatten(0, 1) for tokens in embedded])
         rows = None if wanted is None else self._wanted_rows(shapes, wanted, x.device)
+        turns = None
+        if self.position_embedding == "rope":
+            if visible is not None:
+                raise ValueError("with rotary positions all patches are encoded: a part of them has no grid")
+            turns = self._turns(crops, scales or [1.0] * len(crops), x)
         for i, block in enumerate(self.blocks):
             branches, these = None if kept is None else kept[i], None
             if rows and i == len(self.blocks) - 1:
                 these = torch.cat(rows)
                 branches = branches and (branches[0].among(these, len(x)), branches[1].among(these, len(x)))
-            x = block(x, shapes, branches, these)
-        x = self.norm(x)
+            x = block(x, shapes, branches, these) if turns is None else block(x, shapes, branches, these, turns)
+        x = self._normed(x, shapes, rows)
         if rows is not None:
             groups = iter(x.split([len(part) for part in rows]))
             return [
@@ -407,20 +456,49 @@ class VisionTransformer(nn.Module):
         x = self.patch_embed(images)
         if mask is not None:
             x = torch.where(mask.unsqueeze(-1), self.mask_token.to(x.dtype), x)
-        cls, position = self.positions(rows, columns)
-        head = [(self.cls_token + cls).to(x.dtype).expand(len(x), -1, -1)]
+        token: Tensor = self.cls_token
+        if self.pos_embed is not None:
+            cls, position = self.positions(rows, columns)
+            token, x = token + cls, x + position.to(x.dtype)
+        head = [token.to(x.dtype).expand(len(x), -1, -1)]
         if self.reg_token is not None:
             head.append(self.reg_token.to(x.dtype).expand(len(x), -1, -1))
-        return torch.cat([*head, x + position.to(x.dtype)], dim=1)
+        return torch.cat([*head, x], dim=1)
 
     def positions(self, rows: int, columns: int) -> tuple[Tensor, Tensor]:
-        """Position embeddings of the class token ``(1, 1, width)`` and of a grid ``(1, rows * columns, width)``."""
+        """Position embeddings of the class token ``(1, 1, width)`` and of a grid ``(1, rows * columns, width)``, where
+        they aren't rotary."""
+        assert self.pos_embed is not None
         cls, patches = self.pos_embed[:, :1], self.pos_embed[:, 1:]
         if rows == columns == self.grid:
             return cls, patches
         return cls, resample_positions(
             patches, rows, columns, antialias=self.position_antialias, offset=self.position_offset
         )
+
+    def _turns(self, crops: Sequence[Tensor], scales: Sequence[float], x: Tensor) -> list[Turns]:
+        grids = [(images.shape[-2] // self.patch_size, images.shape[-1] // self.patch_size) for images in crops]
+        head_width = self.width // self.heads
+        return [
+            turns_of_grid(*grid, head_width, scale, x.device, x.dtype)
+            for grid, scale in zip(grids, scales, strict=True)
+        ]
+
+    def _normed(self, x: Tensor, shapes: list[Shape], rows: list[Tensor] | None) -> Tensor:
+        """The last norm of the packed sequence, or of what the last block was asked for, class tokens' own included."""
+        normed = self.norm(x)
+        if self.cls_norm is None and self.local_cls_norm is None:
+            return normed
+        start = 0
+        for i, (crops, tokens) in enumerate(shapes):
+            norm = self.local_cls_norm if i and self.training and self.local_cls_norm is not None else self.cls_norm
+            prefix, of_crop = (self.prefix, tokens) if rows is None else (1, 1)
+            if norm is not None:
+                places = torch.arange(start, start + crops * of_crop, device=x.device).view(crops, of_crop)
+                places = places[:, :prefix].flatten()
+                normed = normed.index_copy(0, places, norm(x.index_select(0, places)))
+            start += crops * of_crop + (0 if rows is None else len(rows[2 * i + 1]))
+        return normed
 
     def _wanted_rows(self, shapes: list[Shape], wanted: Sequence[Tensor | None], device: torch.device) -> list[Tensor]:
         """Rows of the packed sequence: per batch its class tokens ``(B_i,)``, then its wanted patches ``(M_i,)``."""
@@ -441,10 +519,10 @@ class VisionTransformer(nn.Module):
         return Tokens(x[:, 0], x[:, 1 : self.prefix], x[:, self.prefix :])
 
     def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
-        """DINOv2's initial values: see `models.initialise`."""
+        """DINOv2's initial values, and with rotary positions DINOv3's: see `models.initialise`."""
         leaf = name.rsplit(".", 1)[-1]
         if name in ("cls_token", "reg_token"):
-            tensor.normal_(std=1e-6, generator=generator)
+            tensor.normal_(std=0.02 if self.position_embedding == "rope" else 1e-6, generator=generator)
         elif name == "mask_token":
             tensor.zero_()
         elif name == "pos_embed" and self.position_embedding == "sincos":

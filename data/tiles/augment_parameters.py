@@ -17,6 +17,9 @@ JITTER, GREY, SIGMA, SOLARISE = 8, 9, 10, 11
 STAIN, STAINS, WIDTH = 12, slice(13, 16), 16
 """Whether to shift the stains, and by how much: haematoxylin, eosin, DAB."""
 
+PLAIN = 3
+"""The kind of view that keeps its colours."""
+
 BLUR_TAPS = 9
 LUMA = (0.2989, 0.587, 0.114)  # ITU-R 601, as torchvision has it
 SOLARISE_FROM = 128 / 255
@@ -47,7 +50,8 @@ class Colour:
 
 def draw_parameters(colour: Colour, kinds: np.ndarray, generator: np.random.Generator) -> np.ndarray:
     """Parameter rows ``(views, WIDTH)`` float32 of a tile's views, whose ``kinds`` ``(views,)`` are 0 (first global), 1
-    (other globals) or 2 (local)."""
+    (other globals), 2 (local) or `PLAIN`, which keep their colours."""
+    coloured = kinds != PLAIN
     u = generator.random((len(kinds), 17))
     rows = np.empty((len(kinds), WIDTH), dtype=np.float32)
     rows[:, ORDER] = u[:, :4].argsort(1)
@@ -55,11 +59,11 @@ def draw_parameters(colour: Colour, kinds: np.ndarray, generator: np.random.Gene
     low, high = np.maximum(0.0, 1 - strengths), 1 + strengths
     rows[:, 4:7] = low + u[:, 4:7] * (high - low)
     rows[:, 7] = colour.hue * (2 * u[:, 7] - 1)
-    rows[:, JITTER] = u[:, 8] < colour.jitter_probability
-    rows[:, GREY] = u[:, 9] < colour.grey_probability
+    rows[:, JITTER] = coloured & (u[:, 8] < colour.jitter_probability)
+    rows[:, GREY] = coloured & (u[:, 9] < colour.grey_probability)
     sigma = colour.blur_sigma[0] + u[:, 10] * (colour.blur_sigma[1] - colour.blur_sigma[0])
-    rows[:, SIGMA] = np.where(u[:, 11] < np.take(colour.blur_probability, kinds), sigma, 0.0)
-    rows[:, SOLARISE] = u[:, 12] < np.take(colour.solarise_probability, kinds)
-    rows[:, STAIN] = u[:, 13] < colour.stain_probability
+    rows[:, SIGMA] = np.where(u[:, 11] < np.take((*colour.blur_probability, 0.0), kinds), sigma, 0.0)
+    rows[:, SOLARISE] = u[:, 12] < np.take((*colour.solarise_probability, 0.0), kinds)
+    rows[:, STAIN] = coloured & (u[:, 13] < colour.stain_probability)
     rows[:, STAINS] = colour.stain_shift * (2 * u[:, 14:] - 1)
     return rows

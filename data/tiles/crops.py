@@ -13,16 +13,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.keyed import rng
+from data.tiles.augment_parameters import PLAIN
 
 
 @dataclass(frozen=True)
 class FurtherViews:
     """A kind of view that an objective wants beside global and local ones: how many of a tile, their side (pixels),
-    their range of ``scale`` as in `CropSizes`. They are coloured as local views are."""
+    their range of ``scale`` as in `CropSizes`. They are coloured as local views are.
+
+    ``of_global``: they show what the global views show, one each, at another size and in the tile's own colours; there
+    are as many as global views then, and ``scale`` isn't asked.
+    """
 
     count: int
     size: int
     scale: tuple[float, float]
+    of_global: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,9 +60,19 @@ class CropSizes:
         return (scale[0] * side) ** 2 / (height * width), (scale[1] * side) ** 2 / (height * width)
 
     def kinds(self) -> np.ndarray:
-        """``(views,)``: 0 for the first global view, 1 for other globals, 2 for local ones and further ones."""
-        others = self.local_count + sum(views.count for views in self.further)
-        return np.array([min(view, 1) for view in range(self.global_count)] + [2] * others)
+        """``(views,)``: 0 for the first global view, 1 for other globals, 2 for local ones and further ones, `PLAIN` for
+        what keeps its colours."""
+        further = [PLAIN if views.of_global else 2 for views in self.further for _ in range(views.count)]
+        return np.array([min(view, 1) for view in range(self.global_count)] + [2] * self.local_count + further)
+
+    def twins(self) -> dict[int, int]:
+        """Of each view that shows what a global one shows, that one's number."""
+        found: dict[int, int] = {}
+        number = self.global_count + self.local_count
+        for views in self.further:
+            found |= {number + i: i for i in range(views.count) if views.of_global}
+            number += views.count
+        return found
 
     def sides(self) -> list[tuple[int, int]]:
         """Number and side of the crops of each kind there is: global, local, further ones."""
@@ -113,8 +129,11 @@ def cut(tile: np.ndarray, sizes: CropSizes, seed: int, sample: int) -> list[Tens
     image = torch.from_numpy(tile).permute(2, 0, 1).unsqueeze(0)  # channels-last bytes: torch's fast path
     height, width = tile.shape[:2]
     views = []
-    for (side, scale), u in zip(kinds, drawn, strict=True):
-        top, left, h, w = box(height, width, sizes.areas(side, scale, height, width), sizes.aspect, u)
+    twins = sizes.twins()
+    for number, (side, _) in enumerate(kinds):
+        like = twins.get(number, number)
+        u, shown = drawn[like], sizes.areas(*kinds[like], height, width)
+        top, left, h, w = box(height, width, shown, sizes.aspect, u)
         part = image.narrow(2, top, h).narrow(3, left, w)
         view = F.interpolate(part, (side, side), mode="bicubic", antialias=True)[0]
         flips = [axis for axis, share, number in ((2, 0.5, u[-3]), (1, sizes.vertical_flip, u[-2])) if number < share]

@@ -11,4 +11,7 @@
                                                         registers antialias, offset 0
     transformers   own               without positions  no antialias, exact ratio;      yes
                                                         with registers antialias
+
+DINOv3's encoders have rotary positions, which are no weights. Of its three formats its own and transformers' keep the mask
+token, and its own alone the norm of local crops' class tokens.
 """

@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 
 from models.formats import dinov2, timm
+from models.formats.dinov3 import is_dinov3, read_dinov3
 from models.formats.published import PublishedWeights, Weights, listed
+from models.formats.timm_dinov3 import is_timm_dinov3, read_timm_dinov3
 
 WRAPPERS = re.compile(r"(^|\.)(?:(?:_orig_mod|module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.)+")
 CLASS_TOKEN, MASK_TOKEN = "cls_token", "mask_token"
@@ -44,7 +46,7 @@ class Found:
 
 
 def read_checkpoint_file(checkpoint: Mapping[str, Any], place: str = "") -> PublishedWeights:
-    """The encoder in what a file holds: timm's names or DINOv2's, bare or inside a training checkpoint, of several the
+    """The encoder in what a file holds: timm's names, DINOv2's or DINOv3's, bare or inside a training checkpoint, of several the
     one at ``place``.
 
     What MAE keeps beside its encoder, ``decoder_…`` and the decoder's mask token, is left out. Raises ValueError where
@@ -62,14 +64,21 @@ def read_checkpoint_file(checkpoint: Mapping[str, Any], place: str = "") -> Publ
             )
     if f"{TRANSFORMERS}{CLASS_TOKEN}" in weights:
         raise ValueError("it has transformers' names, which mean little without config.json: give its folder")
-    if "pos_embed" not in weights and any(re.search(r"rope|storage_tokens", name) for name in weights):
-        raise ValueError("these are DINOv3's weights: its rotary positions are not those of this network")
-    theirs = "register_tokens" in weights or (MASK_TOKEN in weights and "reg_token" not in weights)
-    theirs = theirs or any(re.match(r"blocks\.\d+\.(\d+\.|mlp\.w12\.)", name) for name in weights)
-    published = dinov2.read_dinov2(weights) if theirs else timm.read_timm(weights)
+    published = _read(weights)
     published.left_out += left_out
     published.place = found.place.rstrip(".")
     return published
+
+
+def _read(weights: Weights) -> PublishedWeights:
+    """Weights by the format that their names show."""
+    if is_dinov3(weights):
+        return read_dinov3(weights)
+    if is_timm_dinov3(weights):
+        return read_timm_dinov3(weights)
+    theirs = "register_tokens" in weights or (MASK_TOKEN in weights and "reg_token" not in weights)
+    theirs = theirs or any(re.match(r"blocks\.\d+\.(\d+\.|mlp\.w12\.)", name) for name in weights)
+    return dinov2.read_dinov2(weights) if theirs else timm.read_timm(weights)
 
 
 def backbone(checkpoint: Mapping[str, Any], place: str = "") -> tuple[Found, list[str]]:
@@ -136,7 +145,7 @@ def _preference(found: Found) -> int:
 def _what_it_is(names: list[str]) -> str:
     for pattern, what in OTHERS:
         if any(re.search(pattern, name) for name in names):
-            return f"these are weights of {what}, which isn't read: it takes vision transformers of DINOv2's kind"
+            return f"these are weights of {what}, which isn't read: it takes vision transformers of DINOv2's and DINOv3's kind"
     return (
         f"no vision transformer is in it: none of its {len(names)} tensors is a {CLASS_TOKEN}, the first are"
         f" {listed(names, 3)}"

@@ -9,7 +9,7 @@ everything else              the same name
 
 import re
 
-from models.formats.published import PublishedWeights, Weights
+from models.formats.published import PublishedWeights, Weights, require_dinov2s_parts
 from models.vit import VisionTransformer
 
 RELEASED_HEADS = {384: 6, 768: 12, 1024: 16, 1536: 24}  # by width; the published files don't say
@@ -35,7 +35,9 @@ def read_dinov2(weights: Weights) -> PublishedWeights:
 
 
 def write_dinov2(network: VisionTransformer) -> Weights:
-    """A network's weights under DINOv2's names, unchunked, positions on the network's own grid."""
+    """A network's weights under DINOv2's names, unchunked, positions on the network's own grid. Raises ValueError for
+    parts that it hasn't."""
+    require_dinov2s_parts(network, "DINOv2")
     pairs = (*REGISTERS, *DINOV2_SWIGLU) if network.feed_forward == "swiglu" else REGISTERS
     theirs: Weights = {}
     for name, tensor in network.state_dict().items():

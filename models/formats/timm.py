@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from models.formats.published import PublishedWeights, Weights
+from models.formats.published import PublishedWeights, Weights, require_dinov2s_parts
 from models.vit import VisionTransformer
 
 
@@ -53,7 +53,8 @@ def own_positions(count: int, registers: int, grid: int | None) -> int:
 
 def write_timm(network: VisionTransformer, image_size: int) -> Weights:
     """A network's weights for timm, with the position grid of ``image_size`` resampled as the network itself does
-    it."""
+    it. Raises ValueError for parts that timm's ``VisionTransformer`` hasn't."""
+    require_dinov2s_parts(network, "timm's VisionTransformer")
     weights = {name: tensor.detach() for name, tensor in network.state_dict().items() if name != "mask_token"}
     grid = image_size // network.patch_size
     with torch.no_grad():

@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 
-from models.formats.published import PublishedWeights, Weights
+from models.formats.published import PublishedWeights, Weights, require_dinov2s_parts
 from models.vit import VisionTransformer
 
 PREFIXES = ("dinov2.", "dinov2_with_registers.")  # of a model with a head on top
@@ -57,7 +57,7 @@ def read_transformers(weights: Weights, config: dict[str, Any]) -> PublishedWeig
     """
     kind = config.get("model_type")
     if kind not in MODELS:
-        raise ValueError(f"its model_type is {kind!r}: only {' and '.join(MODELS)} are read")
+        raise ValueError(f"its model_type is {kind!r}: only {' and '.join(MODELS)} are read, and dinov3_vit")
     for name, value in (("hidden_act", "gelu"), ("layer_norm_eps", 1e-6), ("qkv_bias", True)):
         if config.get(name, value) != value:
             raise ValueError(f"its {name} is {config[name]}, ours {value}")
@@ -94,8 +94,10 @@ def write_transformers(network: VisionTransformer, image_size: int) -> Weights:
     """A network's weights for transformers, the position grid of ``image_size`` resampled as the network itself does
     it.
 
-    Without layer scale, which transformers always has, it is written as ones.
+    Without layer scale, which transformers always has, it is written as ones. Raises ValueError for parts that its
+    Dinov2 models haven't.
     """
+    require_dinov2s_parts(network, "transformers' Dinov2Model")
     grid = image_size // network.patch_size
     with torch.no_grad():
         ours = network.state_dict() | {"pos_embed": torch.cat(network.positions(grid, grid), dim=1)}

@@ -9,6 +9,7 @@ format=transformers does the same with a folder for transformers (to load it bac
 
     Dinov2Model.from_pretrained("encoder")            without registers
     Dinov2WithRegistersModel.from_pretrained("encoder")
+    DINOv3ViTModel.from_pretrained("encoder")         with rotary positions
 
 format=torchscript writes one file, encoder.pt, that runs where there is PyTorch and nothing else:
 

@@ -7,13 +7,17 @@ is accounted for: missing or unexpected ones are an error that names them.
 
 from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
+from torch import nn
 
 from data.fault import Fault
 from models.formats import checkpoint_file, timm
 from models.formats.published import PublishedWeights, require_finite
+from models.formats.timm_dinov3 import EPSILON, read_timm_dinov3
 from models.initialise import assign
+from models.rotary import BASE_PERIOD
 from models.vit import VisionTransformer
 from pretrain.encoders.run_checkpoint import find_checkpoint, teacher
 from pretrain.encoders.timm_models import timm_module
@@ -23,8 +27,8 @@ from pretrain.objectives.interface import Objective
 
 def find_encoder(source: str, plugins: Collection[str] = ()) -> PublishedWeights:
     """The encoder that ``source`` names: a run or one of its checkpoints (the teacher), a folder that ``pretrain
-    export`` or transformers wrote, a weight file with DINOv2's or timm's names (of several encoders in it, the one at
-    ``FILE::PLACE``), or a model that timm has weights for.
+    export`` or transformers wrote, a weight file with DINOv2's, DINOv3's or timm's names (of several encoders in it,
+    the one at ``FILE::PLACE``), or a model that timm has weights for.
 
     ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` where it names nothing or
     holds no vision transformer.
@@ -45,7 +49,14 @@ def find_encoder(source: str, plugins: Collection[str] = ()) -> PublishedWeights
     if not isinstance(network, VisionTransformer):
         raise Fault(f"init={source} holds a {type(network).__name__}, not a models.vit.VisionTransformer")
     weights = dict(network.state_dict())
-    return PublishedWeights("its run", weights, network.heads, network.position_antialias, network.position_offset)
+    return PublishedWeights(
+        "its run",
+        weights,
+        network.heads,
+        network.position_antialias,
+        network.position_offset,
+        norm_epsilon=network.norm_epsilon,
+    )
 
 
 def from_timm(name: str, source: str) -> PublishedWeights:
@@ -53,9 +64,15 @@ def from_timm(name: str, source: str) -> PublishedWeights:
     from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 
     module = timm_module(name)
+    if is_dinov3_of_timm(module):
+        try:
+            return read_timm_dinov3(module.state_dict(), heads=int(module.blocks[0].attn.num_heads))  # type: ignore[union-attr, index, arg-type]
+        except ValueError as error:
+            raise Fault(f"init={source}: {error}") from error
     if not isinstance(module, TimmTransformer):
         raise Fault(
-            f"init={source} is a {type(module).__name__}, and only timm's VisionTransformer has this network's weights"
+            f"init={source} is a {type(module).__name__}, and only timm's VisionTransformer, and its Eva with DINOv3's"
+            " positions, have this network's weights"
         )
     rows, columns = module.patch_embed.grid_size
     heads = int(module.blocks[0].attn.num_heads)  # type: ignore[union-attr, arg-type]
@@ -65,6 +82,24 @@ def from_timm(name: str, source: str) -> PublishedWeights:
         return timm.read_timm(module.state_dict(), heads=heads, grid=rows)
     except ValueError as error:
         raise Fault(f"init={source}: {error}") from error
+
+
+def is_dinov3_of_timm(module: nn.Module) -> bool:
+    """Whether a timm model is an ``Eva`` that computes what DINOv3 does: its angles, its norms, no other positions."""
+    from timm.layers import RotaryEmbeddingDinoV3
+    from timm.models.eva import Eva
+
+    if not isinstance(module, Eva) or not isinstance(module.rope, RotaryEmbeddingDinoV3):
+        return False
+    rope: Any = module.rope
+    return (
+        module.pos_embed is None
+        and rope.temperature == BASE_PERIOD
+        and rope.min_period is None
+        and rope.rotate_half
+        and rope.normalize_coords == "separate"
+        and getattr(module.norm, "eps", None) == EPSILON
+    )
 
 
 @torch.no_grad()

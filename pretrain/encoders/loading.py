@@ -23,7 +23,7 @@ def load_encoder(
     """The encoder that ``checkpoint`` names: frozen, in evaluation mode, on ``device`` (a GPU where there is one).
 
     ``checkpoint`` is a tile run's folder (the newest checkpoint's teacher), one of its checkpoint folders, a folder
-    that ``pretrain export`` wrote (format timm or transformers), a folder of a transformers Dinov2 model, or the name
+    that ``pretrain export`` wrote (format timm or transformers), a folder of a transformers Dinov2 or DINOv3 model, or the name
     of a model that timm has pretrained weights for (``hf-hub:…`` included). ``precision`` is ``float32`` or
     ``bfloat16`` (autocast); ``plugins`` are the packages whose classes a run may name beside ours. Raises `Fault` when
     it names nothing, or the weights can't be had, or aren't finite.

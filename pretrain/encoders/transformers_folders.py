@@ -1,4 +1,4 @@
-"""Folders of transformers' Dinov2 models as tile encoders."""
+"""Folders of transformers' Dinov2 and DINOv3 models as tile encoders."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from pretrain.encoders.weight_files import read_json, read_transformers_folder
 
 
 def transformers_encoder(folder: Path, device: torch.device, precision: str) -> TileEncoder:
-    """A transformers Dinov2 model in a folder as a `TileEncoder`: its pooled output, the class token after the last
+    """A transformers Dinov2 or DINOv3 model in a folder as a `TileEncoder`: its pooled output, the class token after the last
     norm."""
     published = read_transformers_folder(folder)
     preprocessing = transformers_preprocessing(folder)

@@ -19,6 +19,7 @@ from data.git_lfs import refuse_pointer
 from data.torch_files import why_unreadable
 from models.formats import transformers
 from models.formats.published import PublishedWeights
+from models.formats.transformers_dinov3 import MODEL_TYPE, read_transformers_dinov3
 
 TRANSFORMERS_CONFIG = "config.json"
 WEIGHT_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
@@ -55,7 +56,8 @@ def read_transformers_folder(folder: Path) -> PublishedWeights:
     for path in _weight_files(folder):
         weights |= read_file(path)
     try:
-        return transformers.read_transformers(weights, config)
+        read = read_transformers_dinov3 if config.get("model_type") == MODEL_TYPE else transformers.read_transformers
+        return read(weights, config)
     except KeyError as error:
         raise Fault(f"{folder / TRANSFORMERS_CONFIG} lacks {error}: download it again") from error
     except ValueError as error:

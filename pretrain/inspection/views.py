@@ -30,7 +30,7 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
     colours are those after augmentation, before they are normalised.
     """
     patch = config.model["patch_size"]
-    sizes = crop_sizes(config.data.crops, checked_views(config.objective, patch, config.data.crops.relative_to))
+    sizes = crop_sizes(config.data.crops, checked_views(config.objective, patch, config.data.crops))
     colours, side = colour(config.data.colour), sizes.global_size // patch
     of_masks = config.data.masks
     ratios = masks.ratios(

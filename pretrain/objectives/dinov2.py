@@ -9,7 +9,7 @@ cls, patches    cls, masked patches  ──heads──▶ prototype scores
 """
 
 from collections.abc import Callable, Sequence
-from typing import Annotated, Unpack
+from typing import Annotated, ClassVar, Unpack
 
 import torch
 from torch import Tensor
@@ -38,6 +38,7 @@ class DINOv2(TileDistillation):
     """
 
     masks = True
+    normed_prototypes: ClassVar[bool] = True
     reading = f"{TileDistillation.reading.removesuffix('.')} and for KoLeo rising (features falling together)."
 
     def __init__(
@@ -48,7 +49,7 @@ class DINOv2(TileDistillation):
         **settings: Unpack[TeachingOfLevels],
     ) -> None:
         super().__init__(
-            lambda: two_level_network(make_encoder(), settings),
+            lambda: two_level_network(make_encoder(), settings, self.normed_prototypes),
             prototypes_of_levels(settings),
             group_size=group_size,
             **teaching_of(settings),
@@ -89,7 +90,7 @@ class DINOv2(TileDistillation):
         spread = self.spread(tokens[0].cls, self.group_size)  # mean over views; DINOv2 sums it over them
 
         total = (
-            self.dino_weight * (dino_global + dino_local)
+            self.dino_weight * self.class_token_loss(dino_global, dino_local)
             + self.ibot_weight * ibot
             + self.spread_weight * global_views * spread
         )
@@ -100,6 +101,10 @@ class DINOv2(TileDistillation):
             "spread": spread,
             **self.schedules(moment),
         }
+
+    def class_token_loss(self, dino_global: Tensor, dino_local: Tensor) -> Tensor:
+        """Of the shares of global and local views."""
+        return dino_global + dino_local
 
     def operations(self, parts: Sequence[TileBatch]) -> Operations:
         return total_operations(self._operations(part, len(part.masked), len(parts)) for part in parts)

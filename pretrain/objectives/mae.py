@@ -30,7 +30,8 @@ from pretrain.objectives.tile_batch import TileBatch
 class MAE(Objective):
     """The objective. Keyword arguments are its settings (``configs/objective/mae.yaml`` explains each).
 
-    Raises ValueError for an encoder with stochastic depth, which MAE doesn't have.
+    Raises ValueError for an encoder with stochastic depth, which MAE doesn't have, or with rotary positions, which are of
+    whole grids.
     """
 
     reading = "Where objective.norm_pix is set, the mean of each patch as a guess of its pixels would get about 1."
@@ -53,6 +54,11 @@ class MAE(Objective):
         self.encoder = make_encoder()
         if self.encoder.drop_path:
             raise ValueError("MAE pretrains without stochastic depth: set model.drop_path=0")
+        if self.encoder.position_embedding == "rope":
+            raise ValueError(
+                "MAE encodes visible patches alone, and rotary positions are of whole grids: set"
+                " model.position_embedding=sincos"
+            )
         self.encoder.mask_token.requires_grad_(False)  # masked patches don't enter the encoder
         self.decoder = PixelDecoder(
             encoder_width=self.encoder.width,

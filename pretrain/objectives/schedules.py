@@ -3,6 +3,23 @@
 import math
 
 
+def cosine_then_constant(
+    step: int, *, peak: float, final: float, cosine: int, warmup: int = 0, start: float = 0.0
+) -> float:
+    """Linear from ``start`` to ``peak`` in ``warmup`` steps, a half cosine to ``final`` in ``cosine`` steps, and constant
+    from there; without a cosine ``peak`` stays.
+
+    The warm-up reaches ``peak`` on the step after its last (DINOv3's ``linear_warmup_cosine_decay``), `cosine` on its
+    last.
+    """
+    if step < warmup:
+        return start + (peak - start) * step / warmup
+    if not cosine:
+        return peak
+    share = min(1.0, (step - warmup) / max(1, cosine - 1))
+    return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * share))
+
+
 def cosine(
     step: int, *, peak: float, final: float, total: int, warmup: int = 0, start: float = 0.0, frozen: int = 0
 ) -> float:

@@ -40,10 +40,9 @@ class Network(nn.Module):
         return (self.dino_head if self.ibot_head is None else self.ibot_head)(patches)
 
 
-class Teaching(TypedDict):
-    """Settings of every such objective: how targets are centred and sharpened, and how the teacher follows."""
+class Sharpening(TypedDict):
+    """Settings of every such objective: how targets are sharpened, and how the teacher follows."""
 
-    centring: Annotated[str, one_of("centre", "sinkhorn")]
     student_temperature: Annotated[float, within(above=0)]
     teacher_temperature: Annotated[float, within(above=0)]
     teacher_temperature_start: Annotated[float, within(above=0)]
@@ -52,14 +51,19 @@ class Teaching(TypedDict):
     teacher_momentum_final: Annotated[float, SHARE]
 
 
-class Levels(TypedDict):
+class Teaching(Sharpening):
+    """The same, and how targets are centred."""
+
+    centring: Annotated[str, one_of("centre", "sinkhorn")]
+
+
+class SeparateLevels(TypedDict):
     """Settings of objectives that learn from class tokens and from masked parts: their heads, weights and spread."""
 
     prototypes: Annotated[int, PROTOTYPES]
     bottleneck: Annotated[int, within(least=1)]
     hidden: Annotated[int, within(least=1)]
     head_layers: Annotated[int, within(least=1)]
-    separate_ibot_head: bool
     ibot_prototypes: Annotated[int, PROTOTYPES]
     ibot_bottleneck: Annotated[int, within(least=1)]
     dino_weight: Annotated[float, within(least=0)]
@@ -68,12 +72,22 @@ class Levels(TypedDict):
     spread_weight: Annotated[float, within(least=0)]
 
 
+class Levels(SeparateLevels):
+    """The same, and whether masked parts have a head of their own."""
+
+    separate_ibot_head: bool
+
+
 class TeachingOfLevels(Levels, Teaching):
     """Both."""
 
 
-def two_level_network(encoder: Any, levels: Levels) -> Network:
-    """An encoder with the heads that the settings say."""
+class SharpeningOfSeparateLevels(SeparateLevels, Sharpening):
+    """Both, where heads are separate and Sinkhorn-Knopp centres."""
+
+
+def two_level_network(encoder: Any, levels: Levels, normed: bool = True) -> Network:
+    """An encoder with the heads that the settings say, their prototypes weight-normed where ``normed``."""
 
     def head(prototypes: int, bottleneck: int) -> PrototypeHead:
         return PrototypeHead(
@@ -82,6 +96,7 @@ def two_level_network(encoder: Any, levels: Levels) -> Network:
             bottleneck=bottleneck,
             hidden=levels["hidden"],
             layers=levels["head_layers"],
+            normed=normed,
         )
 
     dino = head(levels["prototypes"], levels["bottleneck"])

@@ -3,7 +3,7 @@ branch."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import ClassVar, Unpack
+from typing import Unpack
 
 from torch import Tensor
 
@@ -13,6 +13,7 @@ from data.stochastic_depth import StochasticDepth
 from models.operations import Operations
 from models.vit import KeptSamples, Tokens
 from pretrain.objectives.interface import Moment
+from pretrain.objectives.position_scales import drawn_scales
 from pretrain.objectives.self_distillation import Network, SelfDistillation, Teaching
 from pretrain.objectives.stochastic_depth import kept_samples
 from pretrain.objectives.tile_batch import TileBatch
@@ -21,7 +22,7 @@ from pretrain.objectives.tile_batch import TileBatch
 class TileDistillation(SelfDistillation):
     """`SelfDistillation` whose batches are `TileBatch`. ``group_size``: tiles that stochastic depth draws from."""
 
-    all_patches: ClassVar[bool] = False
+    all_patches: bool = False
     """Whether the loss is given the student's patch tokens of all crops, in place of the masked ones alone."""
 
     def __init__(
@@ -62,17 +63,22 @@ class TileDistillation(SelfDistillation):
                 " local_count higher."
             )
         encoder = self.student.encoder
+        scales = drawn_scales(encoder, [crops.shape[-1] for crops, _ in batch.crops], moment)
         others = [None] * (len(batch.crops) - 1)
         masks = [batch.masks.flatten(1) if masked else None, *others]
         wanted = None if self.all_patches else [batch.masked if masked else None, *others]
-        return encoder([crops for crops, _ in batch.crops], masks, self._kept(batch, moment), wanted=wanted)
+        crops, kept = [crops for crops, _ in batch.crops], self._kept(batch, moment)
+        return encoder(crops, masks, kept, wanted=wanted, **scales)
 
     def _kept(self, batch: TileBatch, moment: Moment) -> list[tuple[KeptSamples, KeptSamples]] | None:
         """What the student's branches run on, by block; None: on all crops. Drawn here where the loader hasn't."""
         depth, (images, views) = self.stochastic_depth(), batch.crops[0]
         if depth is None:
             return None
-        tiles, counts, kept = len(images) // views, [views for _, views in batch.crops], batch.kept
+        tiles, counts = len(images) // views, [views for _, views in batch.crops]
+        kept = (
+            batch.kept and batch.kept[: len(counts)]
+        )  # the loader draws for all crop sizes, those of others' views last
         if kept is None:
             drawn = depth.draw(counts, tiles, seed=moment.seed, step=moment.step, first=moment.first)
             kept = [on_device(crops, images.device) for crops in drawn]

@@ -47,7 +47,7 @@ def views_and_sides(model: dict[str, Any], objective: dict[str, Any], data: Any)
     """Of each kind of view, global ones first: how many a tile has, and the pixels of a side."""
     crops = data.crops
     sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
-    sides += [(views.count, views.size) for views in checked_views(objective, model["patch_size"], crops.relative_to)]
+    sides += [(views.count, views.size) for views in checked_views(objective, model["patch_size"], crops)]
     return [(views, side) for views, side in sides if views]
 
 

@@ -156,5 +156,5 @@ def _reading_cost(shape: RunShape, config: Any) -> tuple[float, float]:
     """Megabytes and core-seconds of a tile or slide."""
     if shape.stage == "slide":
         return slide_cost(config.slides, tiles_read(shape), config.input)
-    further = checked_views(shape.objective, shape.model["patch_size"], shape.data.crops.relative_to)
+    further = checked_views(shape.objective, shape.model["patch_size"], shape.data.crops)
     return tile_cost(shape.data, further, config.input)

@@ -17,6 +17,7 @@ TILE_LOSSES = [
     ("DINO: class tokens", "", ["dino_global", "dino_local"]),
     ("iBOT: masked patches", "", ["ibot"]),
     ("Spread of features", "KoLeo or KDE", ["spread", "koleo"]),
+    ("Gram anchoring: patches' likeness", "", ["gram"]),
 ]
 TILE_COURSE = [
     ("Learning rate", "", ["lr"]),
@@ -37,6 +38,7 @@ TILE_WATCH = [
     ("RankMe", "", ["rankme", "probe_rankme"]),
     ("Mean cosine of two tiles", "", ["feature_cosine"]),
     ("Spread of features", "1: over the sphere", ["feature_std"]),
+    ("Mean cosine of patches", "", ["patch_cosine", "neighbour_cosine", "class_patch_cosine"]),
     ("k-NN accuracy on labelled tiles", "", ["probe_knn", "probe_knn_same_slides"]),
     ("Slide of a tile recognised by k-NN", "", ["slide_knn", "slide_chance"]),
 ]
@@ -67,6 +69,9 @@ LABELS = {
     "probe_knn": "labelled tiles",
     "probe_knn_same_slides": "same slides",
     "slide_knn": "features",
+    "patch_cosine": "any two",
+    "neighbour_cosine": "two neighbours",
+    "class_patch_cosine": "one and its class token",
     "slide_chance": "a guess",
 }
 

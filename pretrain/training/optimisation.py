@@ -4,7 +4,7 @@ import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Annotated, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from models.allowed import Agreements, numbers, one_of, within
 from pretrain.objectives.interface import BACKBONE
-from pretrain.objectives.schedules import cosine
+from pretrain.objectives.schedules import cosine, cosine_then_constant
 from pretrain.run.across_ranks import local_shard, total
 
 SCALINGS = {
@@ -47,6 +47,7 @@ class Optim:
     lr_start: Annotated[float, within(least=0)]
     lr_final: Annotated[float, within(least=0)]
     warmup_steps: Annotated[int, within(least=0)]
+    cosine_steps: Annotated[int | None, within(least=0, most=MOST_STEPS)]
     weight_decay: Annotated[float, within(least=0)]
     weight_decay_final: Annotated[float, within(least=0)]
     betas: Annotated[list[float], numbers(2), within(least=0, below=1)]
@@ -69,14 +70,16 @@ def scaled_lr(settings: Optim, batch_size: int) -> float:
 def rates_at(step: int, settings: Optim, batch_size: int) -> tuple[float, float]:
     """Learning rate and weight decay of a step."""
     steps = settings.schedule_steps or settings.steps
-    lr = cosine(
-        step,
-        peak=scaled_lr(settings, batch_size),
-        final=settings.lr_final,
-        total=steps,
-        warmup=settings.warmup_steps,
-        start=settings.lr_start * SCALINGS[settings.lr_scaling](batch_size),
-    )
+    shape: dict[str, Any] = {
+        "peak": scaled_lr(settings, batch_size),
+        "final": settings.lr_final,
+        "warmup": settings.warmup_steps,
+        "start": settings.lr_start * SCALINGS[settings.lr_scaling](batch_size),
+    }
+    if settings.cosine_steps is None:
+        lr = cosine(step, total=steps, **shape)
+    else:
+        lr = cosine_then_constant(step, cosine=settings.cosine_steps, **shape)
     return lr, cosine(step, peak=settings.weight_decay, final=settings.weight_decay_final, total=steps)
 
 

@@ -157,9 +157,10 @@ def check_crop_patches(size: int, count: int, patch_size: int) -> None:
         raise ValueError("the side of a crop is a multiple of the patch's")
 
 
-def checked_views(objective: Mapping[str, Any], patch_size: int, relative_to: str) -> tuple[FurtherViews, ...]:
+def checked_views(objective: Mapping[str, Any], patch_size: int, crops: Crops) -> tuple[FurtherViews, ...]:
     """The kinds of view that an objective's settings ask for beside global and local ones. Raises Fault for a size that
-    patches don't fill, and for a scale that isn't one ``relative_to`` what ``data.crops`` says."""
+    patches don't fill, for a scale that isn't one relative to what ``data.crops`` says, and for views of what global
+    ones show that are no larger, or not as many."""
     kind: type[Objective] = plugins.locate_class(objective["_target_"], Objective)
     found = declared_views(kind, {name: value for name, value in objective.items() if name != "_target_"})
     for views in found:
@@ -168,11 +169,17 @@ def checked_views(objective: Mapping[str, Any], patch_size: int, relative_to: st
                 f"{kind.__name__} asks for views of {views.size} px, which isn't a multiple of"
                 f" model.patch_size={patch_size}: change one of them."
             )
+        if views.of_global and (views.size <= crops.global_size or views.count != crops.global_count):
+            raise Fault(
+                f"{kind.__name__} asks for larger views of {views.count} global ones, of {views.size} px, and there are"
+                f" data.crops.global_count={crops.global_count} of global_size={crops.global_size}: make these"
+                f" {views.count} and smaller, or its views larger."
+            )
         try:
-            check_scale(relative_to, list(views.scale))
+            check_scale(crops.relative_to, list(views.scale))
         except ValueError as error:
             raise Fault(
-                f"{kind.__name__} asks for views of scale={views.scale} with data.crops.relative_to={relative_to}:"
+                f"{kind.__name__} asks for views of scale={views.scale} with data.crops.relative_to={crops.relative_to}:"
                 f" {error}."
             ) from error
     return found
@@ -217,7 +224,7 @@ class TileTraining(Training):
         self.tiles = chosen_by(plugins.build_beside(self.data, group), self.data.sample, group)
         self.stream = Stream(self.tiles.parts, **shape, window=self.data.window, seed=config.seed)
         crops, patch = self.data.crops, config.model["patch_size"]
-        self.sizes = crop_sizes(crops, checked_views(config.objective, patch, crops.relative_to))
+        self.sizes = crop_sizes(crops, checked_views(config.objective, patch, crops))
         watch: TileWatch = config.watch
         self.probe = ProbeSet(Path(watch.probe), watch.probe_images) if watch.probe else None
         self.slides = SlideSample(self.tiles, config.seed) if watch.every or watch.probe else None

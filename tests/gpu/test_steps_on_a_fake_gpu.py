@@ -48,6 +48,21 @@ TILE = {
         "trainer.accumulate=2",
         *COLOURS,
     ],
+    "dinov2 with DINOv3's encoder": [
+        "model.drop_path=0.3",
+        "model.registers=2",
+        "model.position_embedding=rope",
+        "model.position_rescale=2",
+        "model.qkv_bias=no_key",
+        "model.own_cls_norm=true",
+        "model.own_local_cls_norm=true",
+    ],
+    "dinov3": [
+        "objective=dinov3",
+        "objective.gram_weight=2",
+        "objective.gram_size=48",
+        "model.position_embedding=rope",
+    ],
     "dino": ["objective=dino", "model.drop_path=0.3"],
     "mae": ["objective=mae", *OF_MAE],
 }

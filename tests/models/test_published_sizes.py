@@ -12,12 +12,20 @@ import yaml
 
 from models.vit import VisionTransformer
 
+SIZES = (
+    "small",
+    "base",
+    "large",
+    "huge",
+    "giant",
+    *(f"dinov3_{size}" for size in ("small", "base", "large", "huge_plus", "7b")),
+)
 MODELS = Path(__file__).resolve().parents[2] / "configs" / "model"
 
 
 def settings(name: str, **changes: object) -> dict[str, Any]:
     """A model file's settings, as the command line would change them."""
-    values = yaml.safe_load((MODELS / f"vit_{name}.yaml").read_text())
+    values = yaml.safe_load((MODELS / f"{name}.yaml" if "_" in name else MODELS / f"vit_{name}.yaml").read_text())
     assert values.pop("_target_") == "models.vit.VisionTransformer"
     return values | changes
 
@@ -78,7 +86,45 @@ def test_the_model_files_have_the_shapes_of_timms_architectures(
     assert ours == {k: v.shape for k, v in theirs.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", ["small", "base", "large", "huge", "giant"])
+# timm's architecture, published parameters in millions (its README, rounded there), and what timm and transformers count.
+DINOV3: dict[str, tuple[str, int, int]] = {
+    "small": ("vit_small_patch16_dinov3_qkvb", 21, 21_596_160),
+    "base": ("vit_base_patch16_dinov3_qkvb", 86, 85_659_648),
+    "large": ("vit_large_patch16_dinov3_qkvb", 300, 303_128_576),
+    "huge_plus": ("vit_huge_plus_patch16_dinov3_qkvb", 840, 840_591_360),
+    "7b": ("vit_7b_patch16_dinov3", 6716, 6_716_030_976),
+}
+
+
+@pytest.mark.parametrize("name", DINOV3)
+def test_dinov3s_encoders_have_their_published_sizes_and_timms_shapes(name: str) -> None:
+    architecture, millions, exact = DINOV3[name]
+    vit = build(f"dinov3_{name}")
+    with torch.device("meta"):
+        theirs = timm.create_model(architecture, num_classes=0)
+    ours = write_timm_dinov3_shapes(vit)
+    assert ours == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert sum(shape.numel() for shape in ours.values()) == exact
+    assert abs(exact / 1e6 / millions - 1) < 0.03
+
+
+def write_timm_dinov3_shapes(vit: VisionTransformer) -> dict[str, torch.Size]:
+    """Of what would be written for timm, biases of keys and norms of local crops left out, which it doesn't have."""
+    shapes = {}
+    for key, tensor in vit.state_dict().items():
+        key = key.replace(".ls1.gamma", ".gamma_1").replace(".ls2.gamma", ".gamma_2")
+        if key.endswith("qkv.bias"):
+            third = torch.Size([len(tensor) // 3])
+            shapes |= {key.replace("qkv.bias", f"{part}_bias"): third for part in "qv"}
+        elif vit.feed_forward == "swiglu" and ".fc1." in key:
+            half = torch.Size([len(tensor) // 2, *tensor.shape[1:]])
+            shapes |= {key.replace(".fc1.", f".fc1_{part}."): half for part in "gx"}
+        elif key != "mask_token" and "local_cls_norm" not in key:
+            shapes[key] = tensor.shape
+    return shapes
+
+
+@pytest.mark.parametrize("name", SIZES)
 def test_every_size_is_built_on_the_meta_device_in_under_a_second(name: str) -> None:
     values = settings(name)
 
@@ -95,5 +141,5 @@ def test_a_model_file_names_every_setting_of_the_network() -> None:
     import inspect
 
     known = {p.name for p in inspect.signature(VisionTransformer).parameters.values() if p.kind is p.KEYWORD_ONLY}
-    for name in ("small", "base", "large", "huge", "giant"):
+    for name in SIZES:
         assert settings(name).keys() == known

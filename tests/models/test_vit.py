@@ -19,6 +19,8 @@ SETTINGS = {
     "layer_scale": 0.5,
 }
 
+DINOV3 = {"position_embedding": "rope", "qkv_bias": "no_key", "own_cls_norm": True, "own_local_cls_norm": True}
+
 
 def network(seed: int = 0, **settings: object) -> VisionTransformer:
     """A small ViT whose parameters all differ from their initial values, so that a swapped or dropped one shows."""
@@ -98,9 +100,11 @@ def test_stochastic_depth_equals_skipping_and_scaling_written_out() -> None:
         torch.testing.assert_close(vit.norm(x)[:, vit.prefix :], split.patches, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("drop_path", [0.0, 0.5])
-def test_the_last_block_computes_the_wanted_tokens_alone_with_the_same_outputs_and_gradients(drop_path: float) -> None:
-    vit, tiles = network(drop_path=drop_path, registers=2).double(), 4
+@pytest.mark.parametrize(("drop_path", "settings"), [(0.0, {}), (0.5, {}), (0.5, DINOV3)])
+def test_the_last_block_computes_the_wanted_tokens_alone_with_the_same_outputs_and_gradients(
+    drop_path: float, settings: dict
+) -> None:
+    vit, tiles = network(drop_path=drop_path, registers=2, **settings).double(), 4
     wide, narrow = images(2 * tiles, 32).double(), images(3 * tiles, 16, 1).double()
     views = [(2, vit.tokens_per_crop(32)), (3, vit.tokens_per_crop(16))]
     kept = drawn_samples(views, tiles, group=2, rate=drop_path, depth=3, seed=0, step=7, first=0)
@@ -210,6 +214,24 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters(name: str)
         vit = VisionTransformer(image_size=224, **settings)
     counted = sum(parameter.numel() for parameter in vit.parameters())
     assert counted - (1 + tokens) * settings["width"] == published
+
+
+def test_class_tokens_own_norms_are_theirs_alone_and_that_of_local_crops_only_while_training() -> None:
+    vit = network(registers=2, **DINOV3)
+    crops = [images(2, 32), images(3, 16, 1)]
+    last = []
+    vit.blocks[-1].register_forward_hook(lambda _, inputs, result: last.append(result))
+    with torch.no_grad():
+        for training, local_norm in ((True, vit.local_cls_norm), (False, vit.cls_norm)):
+            wide, narrow = vit.train(training)(crops)
+            global_tokens, local_tokens = last.pop().split([2 * 19, 3 * 7])
+            for (tokens, found), norm in zip(
+                ((global_tokens.view(2, 19, 24), wide), (local_tokens.view(3, 7, 24), narrow)),
+                (vit.cls_norm, local_norm),
+                strict=True,
+            ):
+                torch.testing.assert_close(torch.cat([found.cls.unsqueeze(1), found.registers], 1), norm(tokens[:, :3]))
+                torch.testing.assert_close(found.patches, vit.norm(tokens[:, 3:]))
 
 
 def test_masked_patches_are_not_seen_and_the_others_are() -> None:

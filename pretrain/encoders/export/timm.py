@@ -13,7 +13,9 @@ from typing import Any
 
 from torch import Tensor
 
+from data.fault import Fault
 from models.formats import timm as timm_format
+from models.formats.timm_dinov3 import timm_dinov3_architecture, write_timm_dinov3
 from pretrain.encoders.export.hosts import HOSTS
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.export.tiles import export_tiles, tile_card, vision_transformer
@@ -29,10 +31,17 @@ def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[s
     """
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
-    architecture, arguments = timm_format.architecture(found.config["model"], preprocessing.image_size)
+    model, size = found.config["model"], preprocessing.image_size
+    try:
+        if network.position_embedding == "rope":
+            (architecture, arguments), weights = timm_dinov3_architecture(model, size), write_timm_dinov3(network)
+        else:
+            architecture, arguments = timm_format.architecture(model, size)
+            weights = timm_format.write_timm(network, size)
+    except ValueError as error:
+        raise Fault(f"{error}.") from error
     config = timm_config(architecture, arguments, preprocessing, license)
     files: dict[str, dict[str, Any] | str] = {"config.json": config, **HOSTS}
-    weights = timm_format.write_timm(network, preprocessing.image_size)
     use = """\
 import timm, torch
 

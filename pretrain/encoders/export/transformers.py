@@ -1,7 +1,8 @@
 """``format=transformers``: a folder that transformers loads.
 
 <out>/
-    config.json, model.safetensors, preprocessor_config.json: what Dinov2Model.from_pretrained and AutoImageProcessor need
+    config.json, model.safetensors, preprocessor_config.json: what Dinov2Model.from_pretrained (with rotary positions,
+    DINOv3ViTModel's) and AutoImageProcessor need
     README.md
 """
 
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from data.fault import Fault
 from models.formats import transformers as transformers_format
+from models.formats.transformers_dinov3 import dinov3_config, write_transformers_dinov3
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.export.tiles import export_tiles, tile_card, vision_transformer
 from pretrain.encoders.preprocessing import Preprocessing
@@ -21,19 +23,23 @@ from pretrain.encoders.run_checkpoint import find_checkpoint
 
 
 def export_transformers(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
-    """Write a tile run's teacher as a folder of transformers' Dinov2 models; otherwise as `export_timm`."""
+    """Write a tile run's teacher as a folder of transformers' Dinov2 and DINOv3 models; otherwise as `export_timm`."""
     import_transformers()
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
+    settings, size = found.config["model"], preprocessing.image_size
     try:
-        config = transformers_format.config(found.config["model"], preprocessing.image_size)
+        if network.position_embedding == "rope":
+            config, weights = dinov3_config(settings, size), write_transformers_dinov3(network)
+        else:
+            config = transformers_format.config(settings, size)
+            weights = transformers_format.write_transformers(network, size)
     except ValueError as error:
         raise Fault(str(error)) from error
     files: dict[str, dict[str, Any] | str] = {
         "config.json": config,
         "preprocessor_config.json": processor_config(preprocessing),
     }
-    weights = transformers_format.write_transformers(network, preprocessing.image_size)
     model = config["architectures"][0]
     use = f"""\
 from transformers import {model}

@@ -311,7 +311,6 @@ def test_the_decoder_that_mae_keeps_beside_its_encoder_is_left_out_and_said() ->
 @pytest.mark.parametrize(
     ("names", "what"),
     [
-        (("cls_token", "storage_tokens", "rope_embed.periods", "mask_token"), "these are DINOv3's weights"),
         (("visual.class_embedding", "visual.conv1.weight"), "weights of CLIP's vision transformer"),
         (("vision_model.embeddings.patch_embedding.weight",), "weights of SigLIP's"),
         (("layers.0.blocks.0.attn.relative_position_bias_table",), "weights of a Swin"),

@@ -446,14 +446,18 @@ def test_further_views_that_cannot_be_asked_for_say_why() -> None:
     assert 'settings["hight"]' in refused.value.trace
 
 
+def crops(relative_to: str) -> Any:
+    return SimpleNamespace(relative_to=relative_to, global_count=2, global_size=16)
+
+
 def test_further_views_are_held_to_the_run_s_patches_and_to_what_a_scale_is_of(monkeypatch: pytest.MonkeyPatch) -> None:
     target = {"_target_": f"{Viewed.__module__}.Viewed"}
     monkeypatch.setattr(plugins.locate_class(target["_target_"], Viewed), "given", [FurtherViews(1, 8, (0.5, 2))])
-    assert checked_views(target, 4, "crop") == (FurtherViews(1, 8, (0.5, 2)),)
+    assert checked_views(target, 4, crops("crop")) == (FurtherViews(1, 8, (0.5, 2)),)
     with pytest.raises(Fault, match=r"^Viewed asks for views of scale=\(0.5, 2\) with data.crops.relative_to=tile: "):
-        checked_views(target, 4, "tile")
+        checked_views(target, 4, crops("tile"))
     with pytest.raises(Fault, match=r"^Viewed asks for views of 8 px, which isn't a multiple of model\.patch_size=3"):
-        checked_views(target, 3, "crop")
+        checked_views(target, 3, crops("crop"))
 
 
 @pytest.fixture
@@ -495,7 +499,7 @@ def test_a_class_that_is_no_objective_and_settings_that_it_has_not_are_found_whe
     [
         (
             ["tile", "objective=slide_mae"],
-            "objective=slide_mae is of 'pretrain slide': here objective= is one of dino, dinov2, mae.",
+            "objective=slide_mae is of 'pretrain slide': here objective= is one of dino, dinov2, dinov3, mae.",
         ),
         (
             ["doctor", "objective=slide_mae"],

@@ -8,11 +8,13 @@ from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.objectives.dino import DINO
 from pretrain.objectives.dinov2 import DINOv2
+from pretrain.objectives.dinov3 import DINOv3
 from pretrain.objectives.interface import Objective
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.tile_batch import TileBatch
 
 GLOBAL, LOCAL, PATCH = 16, 8, 4
+GRAM = 24  # pixels of the crops that DINOv3's Gram teacher sees
 TEACHING = {
     "student_temperature": 0.1,
     "teacher_temperature": 0.07,
@@ -66,6 +68,26 @@ def unfilled_dinov2(make_encoder: Callable[[], VisionTransformer], **settings: o
     return DINOv2(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
+def unfilled_dinov3(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DINOv3:
+    values = {
+        **TEACHING,
+        **HEAD,
+        "group_size": 2,
+        "ibot_prototypes": 20,
+        "ibot_bottleneck": 8,
+        "dino_weight": 1.0,
+        "local_weight": 0.5,
+        "ibot_weight": 1.0,
+        "spread": "koleo",
+        "spread_weight": 0.1,
+        "gram_weight": 2.0,
+        "gram_size": GRAM,
+        "gram_every": 3,
+        "gram_refreshes": 2,
+    }
+    return DINOv3(make_encoder, **(values | settings))  # type: ignore[arg-type]
+
+
 def dino(centring: str = "centre", drop_path: float = 0.0, **settings: object) -> DINO:
     return filled(unfilled_dino(encoder(drop_path=drop_path), centring=centring, **settings))  # type: ignore[return-value]
 
@@ -84,14 +106,23 @@ def unfilled_mae(make_encoder: Callable[[], VisionTransformer], **settings: obje
     return MAE(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
-def batch(tiles: int, views: tuple[int, int] = (2, 3), seed: int = 0, dtype: torch.dtype = torch.float32) -> TileBatch:
-    """Noise as crops; every second global crop has one to five of its sixteen patches masked."""
+def batch(
+    tiles: int,
+    views: tuple[int, int] = (2, 3),
+    seed: int = 0,
+    dtype: torch.dtype = torch.float32,
+    larger: bool = False,
+) -> TileBatch:
+    """Noise as crops; every second global crop has one to five of its sixteen patches masked. ``larger``: with the
+    global crops at another size, as DINOv3's Gram teacher sees them."""
     draw = torch.Generator().manual_seed(seed)
     crops = [
         (torch.randn(count * tiles, 3, side, side, generator=draw, dtype=dtype), count)
         for count, side in zip(views, (GLOBAL, LOCAL), strict=True)
         if count
     ]
+    if larger:
+        crops.append((torch.nn.functional.interpolate(crops[0][0], (GRAM, GRAM), mode="bicubic"), views[0]))
     grid = GLOBAL // PATCH
     masks = torch.zeros(views[0] * tiles, grid * grid, dtype=torch.bool)
     for crop in range(0, len(masks), 2):

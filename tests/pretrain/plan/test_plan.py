@@ -33,6 +33,7 @@ from pretrain.training.even_shares import micro_batch_share, tiles_of
 from tests.pretrain.training.real_steps import Step, one_process, peak_of_sharing, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
+ROTARY = ("model.position_embedding=rope", "model.qkv_bias=no_key", "model.own_cls_norm=true", "model.registers=4")
 CROPS = ("recipe=small_slide", "objective=slide_ibot", "data.batch_size=8", "data.field_cells=0", "data.crops.global_side=6", "data.crops.local_side=4", "objective.prototypes=512", "objective.hidden=128")  # fmt: skip
 FIXED = ("dinov2_vitg14", "dinov2_vitl16_short", "uni", "openmidnight")
 
@@ -48,6 +49,7 @@ def planned(*words: str) -> Config:
         pytest.param("float32", "full", 1, (*SMALL, "model.depth=4"), marks=pytest.mark.slow),
         pytest.param("float32", "selective", 2, (*SMALL, "data.batch_size=16", "objective.separate_ibot_head=true"), marks=pytest.mark.slow),
         pytest.param("bf16", "none", 1, ("recipe=small", "model.width=192", "data.batch_size=8", "objective.prototypes=4096"), marks=pytest.mark.slow),
+        ("float32", "none", 1, (*SMALL, *ROTARY)),
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
         pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
         ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),

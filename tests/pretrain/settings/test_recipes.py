@@ -38,6 +38,9 @@ PUBLISHED = {
     "campanella_dino": None,
     "campanella_mae": None,
     "dinov2_vitg14": None,
+    "dinov3_vitl16": None,
+    "dinov3_gram": None,
+    "dinov3_highres": None,
 }
 # The width of a network is four numbers, its heads' another three, and the batch brings its lanes and groups along.
 SHRUNK = {
@@ -61,7 +64,7 @@ OF_SLIDES = {
     "titan_slide": "of this stage the paper's text, and no code",
     "ticon": "no training code",
 }
-TILE_SIZES = {"virchow2": 392, "midnight_highres": 512}  # pixels; 256 for the others
+TILE_SIZES = {"virchow2": 392, "midnight_highres": 512, "dinov3_highres": 512}  # pixels; 256 for the others
 SWEEP = """
 import sys
 from pretrain.commands import shard, tile

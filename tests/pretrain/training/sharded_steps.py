@@ -37,7 +37,7 @@ from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, set_rates
 from pretrain.training.sharding import lay_mesh, materialise, shard
 from tests.pretrain.objectives import tile_objectives
-from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_mae
+from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_dinov3, unfilled_mae
 
 PROCESSES, STEPS, TILES = 4, 10, 16
 CROPS: dict[str, Any] = {
@@ -54,9 +54,18 @@ CROPS: dict[str, Any] = {
 }
 CPU = torch.device("cpu")
 VIT: dict[str, Any] = {"registers": 2, "depth": 3}
+ROTARY: dict[str, Any] = {
+    "position_embedding": "rope",
+    "position_rescale": 2.0,
+    "qkv_bias": "no_key",
+    "own_cls_norm": True,
+    "own_local_cls_norm": True,
+}
 TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     # 25 prototypes: two processes don't divide them.
     "dinov2": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, drop_path=0.4), prototypes=25),
+    "rotary": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, **ROTARY, drop_path=0.4)),
+    "dinov3": lambda: unfilled_dinov3(tile_objectives.encoder(**VIT, **ROTARY)),
     "dino": lambda: unfilled_dino(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "mae": lambda: unfilled_mae(tile_objectives.encoder(**VIT, position_embedding="sincos")),
 }
@@ -152,7 +161,7 @@ def micro_batches(run: Run, folder: Path) -> Callable[[int], list[tuple[Any, int
         each, views = TILES // shares, (1, 0) if run.objective == "mae" else (2, 3)
 
         def tiles(step: int) -> list[tuple[Any, int]]:
-            whole = tile_objectives.batch(TILES, views, seed=step)
+            whole = tile_objectives.batch(TILES, views, seed=step, larger=run.objective == "dinov3")
             return [(tile_objectives.part(whole, i * each, (i + 1) * each), i * each) for i in mine]
 
         return tiles
@@ -267,9 +276,13 @@ class Forget:
 
 def types(folder: Path) -> dict[str, Any]:
     """A bf16 step on two processes: the types of everything, and whether gradients have digits that bf16 hasn't."""
-    run = Run("dinov2", 2, precision="bf16")
+    run = Run("rotary", 2, precision="bf16")
     objective = built(run)
-    seen: dict[str, set[torch.dtype]] = {name: set() for name in ("input", "weight", "output", "teacher", "features")}
+    names = ("input", "weight", "output", "teacher", "features", "angles")
+    seen: dict[str, set[torch.dtype]] = {name: set() for name in names}
+
+    def look_at_angles(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        seen["angles"] |= {table.dtype for turns in inputs[4] for table in (turns.cos, turns.sin)}
 
     def look(linear: nn.Linear, inputs: tuple[Any, ...], output: Tensor) -> None:
         seen["input"].add(inputs[0].dtype)
@@ -277,6 +290,7 @@ def types(folder: Path) -> dict[str, Any]:
         seen["output"].add(output.dtype)
 
     objective.student.encoder.blocks[1].mlp.fc1.register_forward_hook(look)  # type: ignore[union-attr, index]
+    objective.student.encoder.blocks[1].register_forward_pre_hook(look_at_angles)  # type: ignore[union-attr, index]
     objective.teacher.encoder.blocks[1].register_forward_hook(lambda *a: seen["teacher"].add(a[2].dtype))  # type: ignore[union-attr, index]
     objective.student.encoder.register_forward_hook(lambda *a: seen["features"].add(a[2][0].cls.dtype))  # type: ignore[union-attr]
     optimiser = torch.optim.AdamW(objective.student.parameters(), lr=1e-3)  # type: ignore[union-attr]

@@ -37,6 +37,11 @@ from tests.pretrain.training.wavy_slides import write_wavy_slides
 ROOT = Path(__file__).resolve().parents[3]
 CPU = torch.device("cpu")
 DINOV2 = ("recipe=small", "model.width=96", "model.depth=3", "data.batch_size=8", "objective.group_size=4")
+DINOV3 = (
+    "recipe=dinov3_gram", "scale=smoke", "model.width=96", "model.depth=3", "model.heads=3", "model.feed_forward_width=384",
+    "data.batch_size=8", "objective.group_size=4", "data.crops.global_size=96", "data.crops.local_size=48",
+    "objective.gram_size=144", "data.crops.local_count=2",
+)  # fmt: skip
 DINO = ("recipe=small_dino", *DINOV2[1:])
 MAE = ("recipe=small_mae", "model.depth=3", "data.batch_size=16")
 SLIDE_MAE = ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")
@@ -46,6 +51,11 @@ WIDER = ("model.registers=4", "model.feed_forward=swiglu", "model.feed_forward_w
 STEPS = {
     "dinov2": ("none", 1, DINOV2),
     "dinov2 wider, checkpointed": ("full", 1, (*DINOV2, *WIDER)),
+    "dinov2 with rotary positions, checkpointed": (
+        "full",
+        1,
+        (*DINOV2, "model.position_embedding=rope", "model.qkv_bias=no_key", "model.own_cls_norm=true"),
+    ),
     "dinov2 of long crops, checkpointed in part": ("selective", 1, (*DINOV2, "data.crops.global_size=192")),
     "dinov2 of crops that attend by a kernel": (
         "full",
@@ -65,6 +75,8 @@ STEPS = {
     ),
     "dinov2 in two parts": ("none", 2, (*DINOV2, "objective.prototypes=4096")),
     "dinov2 in two parts, centred": ("none", 2, (*DINOV2, "objective.prototypes=4096", "objective.centring=centre")),
+    "dinov3 with Gram anchoring": ("none", 1, DINOV3),
+    "dinov3 in two parts, checkpointed": ("full", 2, (*DINOV3, "objective.gram_weight=0")),
     "dino": ("none", 1, DINO),
     "dino wider, checkpointed": ("full", 2, (*DINO, *WIDER, "data.crops.local_count=6")),
     "dino without local views": (

@@ -51,6 +51,7 @@ QUICK = [
         {"world": 4, "shard_size": 2, "checkpointing": "selective"},
     )
 ] + [Run("slide_ibot", 2), Run("slide_ibot", 4, 2, accumulate=2, checkpointing="full")]
+QUICK += [Run("rotary", 2, accumulate=2, checkpointing="selective"), Run("dinov3", 2)]
 QUICK += [Run(objective, 2, accumulate=2, checkpointing="full") for objective in ("slide_pairs", "slide_context")]
 PLACES: list[dict[str, Any]] = [{"world": 1}, {"world": 2}, {"world": 4}, {"world": 4, "shard_size": 2}]
 SETTINGS: list[dict[str, Any]] = [
@@ -73,6 +74,7 @@ MATRIX = [
         for place in PLACES
     ),
     *(Run(objective, **place, checkpointing="full") for objective in ("dino", "mae", "slide_ibot") for place in PLACES),
+    *(Run(objective, **place, **how) for objective in ("rotary", "dinov3") for how in SETTINGS[:8] for place in PLACES),
     *(Run("slide_mae", 2, together=2, checkpointing=how) for how in ("none", "full", "selective")),
     *(Run(objective, 2, together=2) for objective in ("slide_pairs", "slide_context")),
 ]
@@ -205,7 +207,7 @@ def test_bf16_computes_in_bf16_and_keeps_and_adds_in_float32(quick: Any) -> None
     for found in quick[1]["types"]:
         for which in ("input", "weight", "output", "teacher"):
             assert found[which] == {torch.bfloat16}, which
-        for which in ("masters", "gradients", "moments", "buffers", "features"):
+        for which in ("masters", "gradients", "moments", "buffers", "features", "angles"):
             assert found[which] == {torch.float32}, which
         assert (
             found["with more digits"] > 0.2
