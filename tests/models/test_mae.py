@@ -73,7 +73,7 @@ def test_all_patches_in_another_order_are_the_same_tokens_in_that_order() -> Non
 def test_fixed_positions_are_not_trained_and_learned_ones_are() -> None:
     assert not encoder().pos_embed.requires_grad and encoder().pos_embed[0, 1:].abs().max() == 1
     assert VisionTransformer(image_size=16, patch_size=4, width=16, heads=2).pos_embed.requires_grad
-    with pytest.raises(ValueError, match="position_embedding is 'learned' or 'sincos'"):
+    with pytest.raises(ValueError, match="position_embedding is one of learned, sincos, rope"):
         VisionTransformer(position_embedding="none")
 
 

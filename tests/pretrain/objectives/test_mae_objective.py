@@ -7,7 +7,7 @@ import torch
 from data.fault import Fault
 from models.mae import pixels
 from pretrain.objectives.interface import Moment
-from tests.pretrain.objectives.tile_objectives import batch, encoder, mae, part
+from tests.pretrain.objectives.tile_objectives import batch, encoder, mae, part, unfilled_mae
 
 
 def test_the_loss_is_the_mean_squared_error_on_the_masked_patches_alone() -> None:
@@ -63,3 +63,8 @@ def test_it_learns_to_continue_stripes_that_it_sees_a_quarter_of() -> None:
         optimiser.step()
         losses.append(loss.item())
     assert sum(losses[-10:]) / 10 < 0.2
+
+
+def test_an_encoder_with_rotary_positions_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"rotary positions are of whole grids: set model\.position_embedding=sincos"):
+        unfilled_mae(encoder(position_embedding="rope"))
