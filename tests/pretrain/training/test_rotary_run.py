@@ -49,6 +49,7 @@ def trained(tile_shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return train(tmp_path_factory.mktemp("rotary") / "run", tile_shards)
 
 
+@pytest.mark.slow  # what a step of it computes is held to DINOv3's, and resuming is held for a run with Gram anchoring
 def test_a_run_that_goes_on_from_its_second_step_ends_bit_for_bit_as_one_that_never_stopped(
     trained: Path, tile_shards: Path, tmp_path: Path
 ) -> None:
@@ -70,6 +71,7 @@ def features(folder: Path) -> Tensor:
     return load_encoder(str(folder)).embed(pixels)
 
 
+@pytest.mark.slow
 def test_its_exports_embed_as_the_run_and_start_another(
     trained: Path, tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
