@@ -51,7 +51,7 @@ QUICK = [
         {"world": 4, "shard_size": 2, "checkpointing": "selective"},
     )
 ] + [Run("slide_ibot", 2), Run("slide_ibot", 4, 2, accumulate=2, checkpointing="full")]
-QUICK += [Run("rotary", 2, accumulate=2, checkpointing="selective"), Run("dinov3", 2)]
+QUICK += [Run("dinov3", 2)]
 QUICK += [Run(objective, 2, accumulate=2, checkpointing="full") for objective in ("slide_pairs", "slide_context")]
 PLACES: list[dict[str, Any]] = [{"world": 1}, {"world": 2}, {"world": 4}, {"world": 4, "shard_size": 2}]
 SETTINGS: list[dict[str, Any]] = [
