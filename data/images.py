@@ -19,7 +19,8 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
     """The pixels of an encoded image, uint8 ``(H, W, 3)``.
 
     Grey ones get three equal channels, and a camera's note that it lay on its side (EXIF) is heeded. Raises ValueError
-    where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, colours of 16 bits of which the upper ones aren't used, or parts that can be seen through.
+    where it is damaged, has inks in place of light (CMYK), more than 8 bits of grey, colours of 16 bits of which the upper
+    ones aren't used, or parts that can be seen through.
     """
     if bytes(data[:3]) == JPEG and not _has_exif(data):
         colours = simplejpeg.decode_jpeg_header(data)[2]
@@ -30,7 +31,13 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             load_whole_range(image)
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
-    except (OSError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
+    except (
+        OSError,
+        SyntaxError,
+        EOFError,
+        RuntimeError,
+        Image.DecompressionBombError,
+    ) as error:  # AVIF's is the fourth
         raise ValueError(str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]) from error
 
 

@@ -34,8 +34,14 @@ def find_columns(
     if image is None:
         called = [name for wanted in IMAGE_NAMES for name in images if name in (wanted, f"{wanted}.bytes")]
         if not images or (len(images) > 1 and not called):
-            found = f"several columns of bytes ({', '.join(images)})" if images else "no column of bytes"
-            raise Fault(f"{file} has {found}: say which holds the images by data.image={'|'.join(images) or 'COLUMN'}.")
+            if not images:
+                kinds = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+                raise Fault(
+                    f"{file} has no column of bytes: it has {kinds}. Encoded images are plain bytes, or the hub's struct of"
+                    " bytes and path: write it anew like that."
+                )
+            found = f"several columns of bytes ({', '.join(images)})"
+            raise Fault(f"{file} has {found}: say which holds the images by data.image={'|'.join(images)}.")
         image = images[0] if len(images) == 1 else called[0]
     elif f"{image}.bytes" in images:
         image = f"{image}.bytes"

@@ -34,6 +34,8 @@ def _named(name: str) -> Iterator[str]:
             return
         inside = path.rglob("*") if path.is_dir() else map(Path, glob.glob(str(path), recursive=True))
         files = [str(file.absolute()) for file in inside if file.suffix.lower() in ENDINGS and not _hidden(file, path)]
+        for file in files[:1]:  # of a clone of the hub's all are, or none
+            refuse_pointer(Path(file))
     if not files:
         raise Fault(f"there is no Parquet file at {name} (endings {' '.join(ENDINGS)})")
     yield from sorted(files)

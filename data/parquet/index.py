@@ -133,6 +133,7 @@ def scan_parquet(
     columns that are asked for are not there.
     """
     found: list[tuple[int, pq.FileMetaData, ImageColumns]] = []
+    sizes: list[int] = []
     left_out: list[str] = []
     seen = hashlib.blake2b(digest_size=8)
     with ThreadPoolExecutor(SCANNED_AT_ONCE) as pool:
@@ -156,20 +157,20 @@ def scan_parquet(
                 if found and columns != found[0][2]:
                     first = question.files[found[0][0]]
                     left_out.append(f"{file} has other columns than {first}: {_difference(found[0][2], columns)}")
-                else:
-                    found.append((number, footer, columns))
-                    seen.update(raw)
+                    continue
+                try:
+                    places = [column_place(footer, group, columns.image) for group in range(footer.num_row_groups)]
+                except UNREADABLE as error:
+                    left_out.append(f"{file} can't be read ({error})")
+                    continue
+                sizes += [stop - start for start, stop in places]
+                found.append((number, footer, columns))
+                seen.update(raw)
     if not found:
-        raise Fault(f"none of the Parquet files can be used: {left_out[0]}")
+        raise Fault(f"none of the Parquet files can be used: {left_out[0]}; fetch them again, or give others.")
     columns = found[0][2]
     slides = _Slides(columns, question.slide_pattern)
     rows = [footer.row_group(group).num_rows for _, footer, _ in found for group in range(footer.num_row_groups)]
-    sizes = [
-        stop - start
-        for _, footer, _ in found
-        for group in range(footer.num_row_groups)
-        for start, stop in [column_place(footer, group, columns.image)]
-    ]
     groups = np.cumsum([0, *(footer.num_row_groups for _, footer, _ in found)])
     known = sum(rows) if columns.slide else 0
     with appearing(question.path(folder)) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:

@@ -25,7 +25,8 @@ def read_footer(file: str) -> pq.FileMetaData:
 
 
 def column_place(footer: pq.FileMetaData, group: int, column: str) -> tuple[int, int]:
-    """First byte, and the one behind the last, of a row group's ``column`` (dotted where it lies in a struct)."""
+    """First byte, and the one behind the last, of a row group's ``column`` (dotted where it lies in a struct). Raises
+    OSError for a damaged footer, which has none."""
     of_group = footer.row_group(group)
     for number in range(of_group.num_columns):
         chunk = of_group.column(number)
@@ -34,7 +35,7 @@ def column_place(footer: pq.FileMetaData, group: int, column: str) -> tuple[int,
             if chunk.has_dictionary_page and chunk.dictionary_page_offset is not None:
                 start = min(start, chunk.dictionary_page_offset)
             return start, start + chunk.total_compressed_size
-    raise KeyError(f"row group {group} has no column {column}")
+    raise OSError(f"its row group {group} has no column {column}")
 
 
 def read_raw_footer(file: str, footer: pq.FileMetaData, size: int) -> bytes:

@@ -74,7 +74,12 @@ def _expanded(named: str) -> list[str]:
         return [named]
     from webdataset.shardlists import expand_urls  # costs a second, and few need it
 
-    return list(expand_urls(named))
+    try:
+        return list(expand_urls(named))
+    except ValueError as error:
+        raise Fault(
+            f"{named} can't be read as a list of tars ({error}): write it as tiles-{{000000..000123}}.tar."
+        ) from error
 
 
 def _only(folder: str, names: list[str], named: str) -> ShardIndex:

@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 TAR_BLOCK = tarfile.BLOCKSIZE
 LENGTH_NAME = tarfile.LENGTH_NAME
+OF_OLD_TARS = (b"\0", b"0", b"1", b"2", b"5")  # kinds of members before POSIX: files, links and folders
 CHECKSUM_FIELD = re.compile(
     rb"[0-7 ]{6}(\0 | \0)|[0-7]{7}\0"
 )  # the only bytes of a header that its checksum leaves out
@@ -60,7 +61,7 @@ def members(file: BinaryIO, length: int) -> Iterator[Member]:
             raise DamagedTar(
                 f"the header at byte {position} is damaged (its checksum isn't written as any tar program does)"
             )
-        if block[257:262] != b"ustar" and block[156:157] not in (b"\0", b"0"):
+        if block[257:262] != b"ustar" and block[156:157] not in OF_OLD_TARS:
             raise DamagedTar(f"the header at byte {position} is damaged (a member of unknown kind)")
         data = position + TAR_BLOCK
         size = header.size

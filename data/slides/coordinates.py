@@ -119,7 +119,7 @@ def exact_downsamples(dimensions: Sequence[tuple[int, int]]) -> list[float]:
 
 
 def plan_grid(
-    dimensions: Sequence[tuple[int, int]], mpp_level0: float, mpp: float, tile_size: int, name: str
+    dimensions: Sequence[tuple[int, int]], mpp_level0: float, mpp: float, tile_size: int, name: str, exact: bool = False
 ) -> TileGrid:
     """Choose the pyramid level and lay the grid for tiles of ``tile_size`` pixels at ``mpp`` microns per pixel.
 
@@ -128,11 +128,13 @@ def plan_grid(
     is the level's own. Otherwise tiles are shrunk from it: ``mpp`` is exactly what was asked and ``tile_size_level0``
     is in general not whole.
 
+    ``exact`` takes no scale for another that is within 2 % of it, and delivers what was asked.
+
     ``dimensions`` are the (width, height) of each level, ``name`` is for messages. Raises Fault where the slide has no
     level that fine (tiles are never enlarged).
     """
-    downsamples = exact_downsamples(dimensions)
-    fine_enough = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= mpp * (1 + SAME_SCALE)]
+    downsamples, same = exact_downsamples(dimensions), 0.0 if exact else SAME_SCALE
+    fine_enough = [i for i, d in enumerate(downsamples) if mpp_level0 * d <= mpp * (1 + same)]
     if not fine_enough:
         raise Fault(
             f"{name} has {mpp_level0:.4g} µm per pixel, coarser than the asked {mpp:.4g}, and tiles are never enlarged:"
@@ -142,6 +144,6 @@ def plan_grid(
     downsample = downsamples[level]
     level_mpp = mpp_level0 * downsample
     width, height = dimensions[0]
-    if abs(level_mpp / mpp - 1) <= SAME_SCALE:
+    if abs(level_mpp / mpp - 1) <= same:
         return TileGrid(width, height, mpp_level0, tile_size, level_mpp, tile_size * downsample, level, downsample)
     return TileGrid(width, height, mpp_level0, tile_size, mpp, tile_size * mpp / mpp_level0, level, downsample)

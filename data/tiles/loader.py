@@ -192,7 +192,7 @@ class TileBatches(IterableDataset["RankBatch"]):
                 bad.append(str(error))
                 number = error.next % len(self.tiles)
             if len(bad) == REPLACEMENTS_TRIED:
-                raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; check the shards.")
+                raise Fault(f"a hundred tiles in a row can't be read: {bad[0]}, and 99 after it; look there.")
 
     def _coloured(
         self, number: int, tile: np.ndarray, sample: int, least: float, bad: list[str], pale: list[int]

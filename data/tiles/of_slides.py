@@ -96,7 +96,8 @@ class SlideTiles(TileSource):
             grid = tiling.grid
             if self.scales is not None:
                 mpp = self._drawn(grid, self.scales, seed, sample)
-                grid = plan_grid(slide.open().dimensions, grid.mpp_level0, mpp, grid.tile_size, str(slide.path))
+                size, name = grid.tile_size, str(slide.path)
+                grid = plan_grid(slide.open().dimensions, grid.mpp_level0, mpp, size, name, exact=True)
             return slide.read_tile(grid, *self.place(tiling, cell, seed, sample, grid.tile_size_level0))
         except Fault as error:
             self._slides.drop(which)  # it may be gone altogether: then opening it for the next tile says so
@@ -129,8 +130,9 @@ class SlideTiles(TileSource):
         return min(x, int(grid.width - side)), min(y, int(grid.height - side))
 
     def _drawn(self, grid: TileGrid, scales: Scales, seed: int, sample: int) -> float:
-        """µm/px of a sample; no more than what makes the slide one tile."""
-        return min(scales.draw(seed, sample), min(grid.width, grid.height) * grid.mpp_level0 / grid.tile_size)
+        """µm/px of a sample: as fine as the slide is at the least, and no more than what makes it one tile."""
+        whole = min(grid.width, grid.height) * grid.mpp_level0 / grid.tile_size
+        return max(grid.mpp_level0, min(scales.draw(seed, sample), whole))
 
     def _tiles_of(self, slide: int) -> int:
         return int(self.numbering.starts[slide + 1] - self.numbering.starts[slide])

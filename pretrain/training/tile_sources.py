@@ -53,7 +53,9 @@ _VALUES = "values"
 
 
 def check_scales(mpp: list[float], mpp_law: str, mpp_shares: list[float]) -> None:
-    """Raise ValueError for shares of no values, and for a law without two ends."""
+    """Raise ValueError for a value that comes twice, for shares of no values, and for a law without two ends."""
+    if len({f"{value:g}" for value in mpp}) < len(mpp):
+        raise ValueError("each value of mpp comes once, and mpp_shares says how often it is read")
     if mpp_law != _VALUES and (len(mpp) != 2 or mpp[0] >= mpp[1]):
         raise ValueError(f"between two values µm/px are drawn, the finer first, as mpp=[0.25,2.0] mpp_law={mpp_law}")
     if mpp_shares and (mpp_law != _VALUES or len(mpp_shares) != len(mpp)):

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, features
 
 from data.images import _has_exif, decode_image
 from tests.data.shards.tile_folders import picture
@@ -117,3 +117,16 @@ def test_what_cannot_be_read_rightly_is_refused_with_the_reason() -> None:
     ):
         with pytest.raises(ValueError, match=why):
             decode_image(data)
+
+
+@pytest.mark.skipif(not features.check("avif"), reason="this Pillow has no AVIF")
+def test_a_damaged_avif_is_told_as_any_other_picture_is() -> None:
+    whole, draw, outcomes = written(Image.fromarray(PIXELS), "AVIF"), np.random.default_rng(0), set()
+    for at in draw.integers(0, len(whole), 150).tolist():
+        try:
+            outcomes.add(
+                decode_image(whole[:at] + bytes([whole[at] ^ 1 << int(draw.integers(8))]) + whole[at + 1 :]).ndim
+            )
+        except ValueError:
+            outcomes.add("refused")
+    assert outcomes == {3, "refused"}

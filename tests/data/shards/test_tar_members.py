@@ -40,6 +40,17 @@ def test_members_are_those_that_tarfile_finds(format: int) -> None:
     assert [padding(member) for member in expected[:2]] == [0, 324]
 
 
+def test_tars_from_before_posix_are_read_with_their_folders() -> None:
+    content = bytearray(tar(tarfile.USTAR_FORMAT, ["a_0_0.jpg", "a_0_0.json"]))
+    expected = walk(bytes(content))
+    for start in (0, 512, 2048):  # the headers; what follows the magic is of POSIX too
+        header = content[start : start + 512]
+        header[257:512], header[148:156] = bytes(255), b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        content[start : start + 512] = header
+    assert walk(bytes(content)) == expected and expected[-1].is_folder
+
+
 def test_a_damaged_header_in_the_middle_is_named_where_tarfile_just_ends() -> None:
     content = bytearray(tar(tarfile.GNU_FORMAT, NAMES))
     where = walk(bytes(content))[2].offset - 512

@@ -187,6 +187,25 @@ def test_files_that_can_t_be_used_are_left_out_by_name_and_none_left_is_a_senten
         index_of(folder, [str(folder / "e.parquet")])
 
 
+def test_a_footer_that_lost_a_column_leaves_its_file_out_and_none_other(folder: Path) -> None:
+    content = (folder / "a.parquet").read_bytes()
+    at = content.rindex(b"jpeg")  # of a row group, or the schema's own
+    before = len(index_of(folder))
+    for place in {content.index(b"jpeg", len(content) // 2), at}:
+        (folder / "a.parquet").write_bytes(content[:place] + b"jpeh" + content[place + 4 :])
+        index = index_of(folder)
+        assert len(index) < before and len(index.left_out) == 1 and "a.parquet" in index.left_out[0]
+
+
+def test_images_in_another_form_and_pointers_to_files_are_said_with_the_way_out(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": pa.array([b"x"]).dictionary_encode()}), tmp_path / "a.parquet")
+    with pytest.raises(Fault, match=r"has no column of bytes: it has image \(dictionary.*write it anew like that"):
+        index_of(tmp_path)
+    (tmp_path / "a.parquet").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with pytest.raises(Fault, match="run 'git lfs pull'"):
+        index_of(tmp_path)
+
+
 @pytest.mark.parametrize(
     ("columns", "says"),
     [

@@ -11,7 +11,7 @@ import tifffile
 from PIL import Image
 
 from data.fault import Fault
-from data.slides.coordinates import TileGrid
+from data.slides.coordinates import TileGrid, plan_grid
 from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
 from data.slides.reading import Slide
@@ -276,6 +276,14 @@ def test_a_drawn_magnification_is_the_slide_shrunk_as_exactly_and_keyed_by_the_s
         row, column = divmod(cell, tiling.verdict.shape[1])
         middle = np.array([x, y]) + side / 2
         assert (np.abs(middle / SIDE - np.array([column, row]) - 0.5) <= 0.5 + 2 / SIDE).all() or min(x, y) == 0
+
+
+def test_a_magnification_near_a_level_is_drawn_as_it_is_and_not_taken_for_the_level() -> None:
+    levels = [(4000, 4000), (2000, 2000)]
+    for mpp in (0.25, 0.252, 0.498, 0.5, 0.505):
+        exact, near = (plan_grid(levels, 0.25, mpp, SIDE, "a slide", exact=exact) for exact in (True, False))
+        assert exact.mpp == mpp and exact.tile_size_level0 == pytest.approx(SIDE * mpp / 0.25)
+        assert exact.level == (mpp >= 0.5) and near.mpp in (0.25, 0.5)
 
 
 def test_a_tile_as_large_as_the_slide_is_the_largest(surveyed: Surveyed) -> None:

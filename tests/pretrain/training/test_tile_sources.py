@@ -202,7 +202,11 @@ def test_magnifications_in_shares_or_between_two_reach_the_objective_s_batch(fol
     (batch,) = list(drawn_batches(drawn))
     mpp = drawn.prepare(batch.parts[0]).mpp
     assert mpp is not None and len(mpp.unique()) == len(mpp) and mpp.min() >= 0.5 and mpp.max() <= 1.5
-    for wrong in (["data.mpp=[0.5]", "data.mpp_law=uniform"], ["data.mpp=[0.5,1.0]", "data.mpp_shares=[1]"]):
+    for wrong in (
+        ["data.mpp=[0.5]", "data.mpp_law=uniform"],
+        ["data.mpp=[0.5,1.0]", "data.mpp_shares=[1]"],
+        ["data.mpp=[0.5,1.0,0.5]"],
+    ):
         with pytest.raises(Fault, match=r"data\.mpp"):
             load("tile", ["run=none", *online, *wrong]).object()
 
