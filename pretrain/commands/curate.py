@@ -36,7 +36,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, ClassVar
 
-from data.files import require_writable
+from data.fault import Fault
+from data.files import PARTIAL, remove, require_writable
 from data.lease import alone
 from models.allowed import ON_DISK, SHARE, SOME, Agreements, numbers, one_of, within
 from pretrain.run.progress import say
@@ -84,6 +85,8 @@ def run(config: Config) -> None:
     from pretrain.run.peers import met
 
     out = Path(config.out)
+    if any(out.resolve() == Path(folder).resolve() for folder in config.embeddings):
+        raise Fault(f"out={out} holds the embeddings themselves: give a folder of its own, out=curated say.")
     require_writable(out / TABLE)
     store = open_stores(config.embeddings)
     wanted = Wanted(**{field.name: getattr(config, field.name) for field in fields(Wanted)})
@@ -95,6 +98,8 @@ def run(config: Config) -> None:
         device = device_of(peers.device)
         torch.set_float32_matmul_precision("highest")  # distances are small differences of large products
         with alone(out, doing="another 'pretrain curate'") if peers.first else nullcontext():
+            for left in out.glob(f".*{PARTIAL}") if peers.first else ():  # by one that was killed
+                remove(left)
             facts = curate(out, store, wanted, device, peers)
             if facts is None:
                 return

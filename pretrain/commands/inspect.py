@@ -102,7 +102,7 @@ def run(config: Config) -> None:
         )
     write_page(out, page)
     for name, value in page.facts:
-        say(f"{name:<22}{value}")
+        say(f"{name:<22} {value}")
     say(f"look at {out / 'index.html'}")
 
 

@@ -115,8 +115,10 @@ def test_stopped_at_any_point_the_same_command_comes_to_the_same_table(
         assert not (tmp_path / "out" / "curated.parquet").exists()
     made = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*.npy")}
     assert {"centres-1.npy", "centres-2.npy", "labels-000000.npy"} <= made.keys()
+    (tmp_path / "out" / ".curated.parquet.1-host-0.partial").write_bytes(b"of one that was killed")
     run_command_line(command(tmp_path))
     assert (tmp_path / "out" / "curated.parquet").read_bytes() == whole
+    assert not list((tmp_path / "out").glob(".*.partial"))
     assert (tmp_path / "out" / "centres-1.npy").stat().st_mtime_ns == made["centres-1.npy"]
     assert not list((tmp_path / "out").glob("labels-*"))
     capsys.readouterr()
@@ -216,6 +218,7 @@ def test_shards_of_other_tiles_than_were_embedded_are_refused(
         (["shards=FOLDER/features"], "there are no tile shards in"),
         (["device=cuda:99"], "device=cuda:99 is not on this machine"),
         (["out=FOLDER/store/store.json"], "store.json"),
+        (["out=FOLDER/store"], "store holds the embeddings themselves: give a folder of its own, out=curated say."),
     ],
 )  # fmt: skip
 def test_what_can_t_be_is_one_sentence(
