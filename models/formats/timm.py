@@ -67,19 +67,14 @@ def write_timm(network: VisionTransformer, image_size: int) -> Weights:
     return {name: tensor.contiguous().clone() for name, tensor in weights.items()}
 
 
-def architecture(settings: dict[str, Any], image_size: int) -> tuple[str, dict[str, Any]]:
-    """timm's architecture name and its arguments for one of our vision transformers.
-
-    timm registers functions, not sizes: the two ``dinov2`` families differ in the feed-forward, and ``reg4`` in where
-    the class token's position lives; ``model_args`` set every size.
-    """
-    width, hidden, registers = settings["width"], settings["feed_forward_width"], settings["registers"]
-    swiglu = settings["feed_forward"] == "swiglu"
-    inner = 2 * hidden if swiglu else hidden  # timm counts both halves of SwiGLU's packed layer
-    ratio = inner / width
-    if int(width * ratio) != inner:  # timm truncates; half a unit more survives it
-        ratio = (inner + 0.5) / width
-    arguments: dict[str, Any] = {
+def timm_sizes(settings: dict[str, Any], image_size: int, hidden: int) -> dict[str, Any]:
+    """The arguments that timm's ViTs of every family have in common; ``hidden``: the width between a feed-forward's two
+    maps, as timm counts it."""
+    width = settings["width"]
+    ratio = hidden / width
+    if int(width * ratio) != hidden:  # timm truncates; half a unit more survives it
+        ratio = (hidden + 0.5) / width
+    return {
         "img_size": image_size,
         "patch_size": settings["patch_size"],
         "embed_dim": width,
@@ -90,6 +85,18 @@ def architecture(settings: dict[str, Any], image_size: int) -> tuple[str, dict[s
         "num_classes": 0,
         "global_pool": "token",
     }
+
+
+def architecture(settings: dict[str, Any], image_size: int) -> tuple[str, dict[str, Any]]:
+    """timm's architecture name and its arguments for one of our vision transformers.
+
+    timm registers functions, not sizes: the two ``dinov2`` families differ in the feed-forward, and ``reg4`` in where
+    the class token's position lives; ``model_args`` set every size.
+    """
+    hidden, registers = settings["feed_forward_width"], settings["registers"]
+    swiglu = settings["feed_forward"] == "swiglu"
+    inner = 2 * hidden if swiglu else hidden  # timm counts both halves of SwiGLU's packed layer
+    arguments = timm_sizes(settings, image_size, inner)
     if registers:
         arguments["reg_tokens"] = registers
     family = "giant" if swiglu else "base"

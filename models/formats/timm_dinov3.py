@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from models.formats.published import QKV_BIAS, PublishedWeights, Weights, of_keys
+from models.formats.timm import timm_sizes
 from models.vit import VisionTransformer
 
 EPSILON = 1e-5  # of its norms
@@ -90,22 +91,8 @@ def timm_dinov3_architecture(settings: dict[str, Any], image_size: int) -> tuple
             f"timm's DINOv3 has norms of epsilon {EPSILON:g}, and this run"
             f" model.norm_epsilon={settings.get('norm_epsilon', 1e-6):g}: export format=transformers"
         )
-    width, hidden = settings["width"], settings["feed_forward_width"]
-    ratio = hidden / width
-    if int(width * ratio) != hidden:  # timm truncates; half a unit more survives it
-        ratio = (hidden + 0.5) / width
-    arguments: dict[str, Any] = {
-        "img_size": image_size,
-        "patch_size": settings["patch_size"],
-        "embed_dim": width,
-        "depth": settings["depth"],
-        "num_heads": settings["heads"],
-        "mlp_ratio": ratio,
-        "init_values": settings["layer_scale"] or None,
-        "num_reg_tokens": settings["registers"],
-        "num_classes": 0,
-        "global_pool": "token",
-    }
+    arguments = timm_sizes(settings, image_size, settings["feed_forward_width"])
+    arguments |= {"num_reg_tokens": settings["registers"]}
     if settings["feed_forward"] == "swiglu":
         arguments |= {"swiglu_mlp": True, "swiglu_align_to": 1}  # of unpacked halves, of any width
     biased = settings.get("qkv_bias", "all") != "none"
