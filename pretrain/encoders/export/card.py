@@ -91,7 +91,7 @@ def size_and_resolution(
         if pixels:
             side = min(pixels) * middle
             told["Meant for"] = (
-                f"tiles of {side:g} µm a side, as {min(pixels)} px at {middle:g} µm/px; scaled to the input they are"
+                f"tiles of {side:.4g} µm a side, as {min(pixels)} px at {middle:g} µm/px; scaled to the input they are"
                 f" {side / preprocessing.resize_to:.3g} µm/px"
             )
     else:
