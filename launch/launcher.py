@@ -9,6 +9,7 @@ from pathlib import Path
 
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import Composed
+from pretrain.settings.sweeps import Sweep
 
 # Commands that go on in the folder out=, which may hold other things beside; in others out= is a file, or appears when
 # it is whole.
@@ -21,6 +22,10 @@ class Launcher(ABC):
     @abstractmethod
     def launch(self, composed: Composed) -> None:
         """Run the command there, or submit it. Raises Fault where that can't be done."""
+
+    def launch_sweep(self, sweep: Sweep) -> bool:
+        """Submit all runs of a sweep together, where the place can; whether it did. Else they run one after the other."""
+        return False
 
 
 def run_here(composed: Composed) -> None:

@@ -13,18 +13,16 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 
 from data.fault import Fault
 from launch import failures, ranks
 from launch.launcher import Launcher, folder_of, python_arguments, run_here
+from launch.passing_on import deafen, passing_on
 from launch.processes import refuse_uneven, refuse_unshared, shared_by
-from pretrain.run import signals
 from pretrain.run.launched import environment_number, is_step, started_together
 from pretrain.run.preemption import TRY_AGAIN
 from pretrain.settings.composition import Composed
 
-PASSED_ON = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 INTERACTIVE = ("bash", "interactive")  # names of jobs that Lightning takes for a person's shell
 TRAINING = ("tile", "slide")  # the doctor and plan take their settings, and are one process
 GRACE_AFTER_A_FAILURE = 5.0  # seconds that the other ranks have to end by themselves after one has failed
@@ -104,17 +102,13 @@ def run_together(composed: Composed, count: int, nodes: int, logs: Path) -> None
     }
     command = [sys.executable, *python_arguments(composed, composed.words)]
     processes: list[subprocess.Popen] = []
-    told: list[int] = []
 
-    def pass_on(number: int, _: FrameType | None) -> None:
-        told.append(number)
+    def tell(told: list[int]) -> None:
         for process in processes:
             if process.poll() is None:
-                process.send_signal(number)
+                process.send_signal(told[-1])
 
-    # A rank that is told before it listens would die of it: it starts deaf, and hears what came once it listens, or once
-    # it knows that it needn't.
-    signal.pthread_sigmask(signal.SIG_BLOCK, signals.ASKING)
+    deafen()
     for i in range(count):
         place = {"LOCAL_RANK": str(i), "RANK": str(node * count + i)}
         processes.append(
@@ -123,15 +117,10 @@ def run_together(composed: Composed, count: int, nodes: int, logs: Path) -> None
                 command, env=environment | place, pass_fds=(theirs,), stdin=subprocess.DEVNULL, process_group=0
             )
         )
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.ASKING)
-    if number := signals.noted():  # while this process read the command line
-        pass_on(number, None)
     try:
-        code, culprit = wait_for_all(processes, told)
+        with passing_on(tell) as told:
+            code, culprit = wait_for_all(processes, told)
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
         os.close(ours)
         os.close(theirs)
     if signal.SIGINT in told:

@@ -173,7 +173,7 @@ class Slurm(Launcher):
             else:
                 announce(submit(path, text, last.logs), last.name, path, last.logs)
 
-    def launch_sweep(self, sweep: Sweep) -> None:
+    def launch_sweep(self, sweep: Sweep) -> bool:
         """Submit the runs of a sweep as one array of jobs. Raises Fault for runs that can't share one script."""
         self.refuse_contradictions()
         if self.array or self.chain:
@@ -205,6 +205,7 @@ class Slurm(Launcher):
             print(text, end="")
         else:
             announce(submit(path, text, job.logs), job.name, path, job.logs, array=job.array)
+        return True
 
     def _checked(self, composed: Composed) -> tuple[Processes, list[str]]:
         """The processes of a command, and its words. Raises Fault for what would be found out when the job's turn

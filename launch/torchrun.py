@@ -7,16 +7,14 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
-from types import FrameType
 from typing import Annotated
 
 from data.fault import Fault
 from data.redaction import redacted
 from launch import failures
 from launch.launcher import Launcher, folder_of, python_arguments
-from launch.local import PASSED_ON
+from launch.passing_on import passing_on
 from launch.processes import arrange, refuse_uneven, spreads
-from pretrain.run import signals
 from pretrain.run.preemption import TRY_AGAIN
 from pretrain.settings.composition import Composed, of_the_command_line
 from pretrain.settings.ranges import matching, within
@@ -93,20 +91,12 @@ def run_and_tell(command: list[str], environment: dict[str, str]) -> tuple[int, 
     Whatever came, torchrun is told SIGTERM, and tells its ranks: they answer with a checkpoint, also to Ctrl-C, and
     aren't started again, as they would be if they had been told themselves.
     """
-    told: list[int] = []
+    # A group of its own: Ctrl-C in a terminal goes to this process alone, as any other signal does.
+    agent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
 
-    def pass_on(number: int, _: FrameType | None) -> None:
-        told.append(number)
+    def tell(told: list[int]) -> None:
         if len(told) == 1:  # a second one would have torchrun leave its ranks behind
             agent.send_signal(signal.SIGTERM)
 
-    # A group of its own: Ctrl-C in a terminal goes to this process alone, as any other signal does.
-    agent = subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, process_group=0)
-    before = {number: signal.signal(number, pass_on) for number in PASSED_ON}
-    if number := signals.noted():  # while this process read the command line
-        pass_on(number, None)
-    try:
+    with passing_on(tell) as told:
         return agent.wait(), told
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
