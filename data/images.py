@@ -12,6 +12,7 @@ EXIF = b"Exif\0\0"
 APP1, SCAN = 0xE1, 0xDA  # markers of segments: the kind that Exif is of, and the one that pixels begin with
 SIXTEEN_BITS = ("I", "I;16", "I;16L", "I;16B", "I;16N", "F")
 DARKEST_WHOLE = 64  # of 256: 16-bit colours all below it are those of a camera of up to 14 bits
+OF_DAMAGE = (OSError, SyntaxError, EOFError, RuntimeError)  # that Pillow raises; the last for AVIF
 NO_LIGHT = ("CMYK", "YCCK", "LAB", "HSV")  # inks or coordinates, which tell no red, green and blue without a profile
 
 
@@ -31,13 +32,7 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as image:
             load_whole_range(image)
             return np.array(_as_rgb(ImageOps.exif_transpose(image)))
-    except (
-        OSError,
-        SyntaxError,
-        EOFError,
-        RuntimeError,
-        Image.DecompressionBombError,
-    ) as error:  # AVIF's is the fourth
+    except (*OF_DAMAGE, Image.DecompressionBombError) as error:
         raise ValueError(str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]) from error
 
 

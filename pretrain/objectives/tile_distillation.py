@@ -76,12 +76,11 @@ class TileDistillation(SelfDistillation):
         if depth is None:
             return None
         tiles, counts = len(images) // views, [views for _, views in batch.crops]
-        kept = (
-            batch.kept and batch.kept[: len(counts)]
-        )  # the loader draws for all crop sizes, those of others' views last
-        if kept is None:
+        if batch.kept is None:
             drawn = depth.draw(counts, tiles, seed=moment.seed, step=moment.step, first=moment.first)
             kept = [on_device(crops, images.device) for crops in drawn]
+        else:  # drawn for all crop sizes, those of other networks' views last
+            kept = list(batch.kept[: len(counts)])
         tokens = [self.student.encoder.tokens_per_crop(crops.shape[-1]) for crops, _ in batch.crops]
         return kept_samples(kept, list(zip(counts, tokens, strict=True)), tiles)
 

@@ -11,7 +11,7 @@ from data.files import write_whole
 from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.pages import page
 from pretrain.pages.page import Section
-from pretrain.report.parts import Parts, ReportedRun, find_parts, inputs
+from pretrain.report.parts import Parts, ReportedRun, find_parts, inputs, last_step
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
 from pretrain.settings import plugins
@@ -118,7 +118,7 @@ def glance(parts: Parts) -> list[tuple[str, str]]:
     """The numbers to take away."""
     rows = []
     if parts.tile and (change := ends(parts.tile.metrics, "loss")):
-        rows.append(("Tile loss", f"{change[0]:.3f} → {change[1]:.3f} in {steps(parts.tile):,} steps"))
+        rows.append(("Tile loss", f"{change[0]:.3f} → {change[1]:.3f} in {last_step(parts.tile):,} steps"))
     if parts.probe:
         ours = parts.probe["scores"]["encoder"]
         others = {name: got for name, got in parts.probe["scores"].items() if name != "encoder"}
@@ -128,17 +128,12 @@ def glance(parts: Parts) -> list[tuple[str, str]]:
         rows.append(("Linear accuracy", f"{ours['linear']:.3f} ± {ours['linear_se']:.3f} ({beside})"))
     if parts.slide:
         if change := ends(parts.slide.metrics, "loss"):
-            rows.append(("Slide loss", f"{change[0]:.3f} → {change[1]:.3f} in {steps(parts.slide):,} steps"))
+            rows.append(("Slide loss", f"{change[0]:.3f} → {change[1]:.3f} in {last_step(parts.slide):,} steps"))
         r2, neighbours = last(parts.slide.metrics, "r2"), last(parts.slide.metrics, "r2_neighbours")
         if r2 is not None:
             beside = f" (mean of the nearest visible tiles {neighbours:.3f})" if neighbours is not None else ""
             rows.append(("R² of hidden tiles", f"{r2:.3f}{beside}"))
     return rows
-
-
-def steps(run: ReportedRun) -> int:
-    """The last step on record."""
-    return max((int(values[0][-1]) for values in run.metrics.values() if len(values[0])), default=0)
 
 
 def wanted(parts: Parts, allowed: Collection[str]) -> list[tuple[str, str]]:

@@ -13,7 +13,7 @@ from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.probing.score_file import read_scores
 from pretrain.report.figures import LINE_COLOURS, Panel, curves
-from pretrain.report.parts import ReportedRun, read_run
+from pretrain.report.parts import ReportedRun, inputs, last_step, read_run
 from pretrain.report.training import ends
 
 ROAD = {"tile", "slide"}  # stages of one road, in folders of these names
@@ -48,7 +48,7 @@ def runs_in(folder: Path) -> list[ReportedRun]:
 
 def build_comparison(title: str, runs: Sequence[ReportedRun], out: Path, command: str) -> None:
     """Write the page about ``runs`` to ``out``. Raises Fault for runs of both stages."""
-    stages = {"slide" if "embeddings" in (run.config.get("data") or {}) else "tile" for run in runs}
+    stages = {"slide" if "embeddings" in inputs(run) else "tile" for run in runs}
     if len(stages) > 1:
         raise Fault("runs of 'pretrain tile' and of 'pretrain slide' have no figures in common: compare them apart.")
     names, differing = _names(runs), differing_settings([run.config for run in runs])
@@ -139,7 +139,7 @@ def _table(
             (
                 f"{place}. {name}",
                 *(differing[key][places[name]] for key in shown),
-                f"{_steps(run):,}",
+                f"{last_step(run):,}",
                 *own,
                 *probed,
                 _state(run),
@@ -150,14 +150,10 @@ def _table(
     return page.html_table(head, rows, caption, ours=0)
 
 
-def _steps(run: ReportedRun) -> int:
-    return max((int(steps[-1]) for steps, _ in run.metrics.values() if len(steps)), default=0)
-
-
 def _state(run: ReportedRun) -> str:
     """How far a run came, and what its record raised alarms about."""
     wanted = int((run.config.get("optim") or {}).get("steps", 0))
-    words = ["done" if _steps(run) >= wanted else f"at {_steps(run) / max(1, wanted):.0%}"]
+    words = ["done" if last_step(run) >= wanted else f"at {last_step(run) / max(1, wanted):.0%}"]
     return ", ".join([*words, *dict.fromkeys(str(alarm["alarm"]) for alarm in run.alarms)])
 
 

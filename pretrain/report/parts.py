@@ -79,6 +79,11 @@ def inputs(run: ReportedRun) -> dict[str, Any]:
     return data if isinstance(data, dict) else {}
 
 
+def last_step(run: ReportedRun) -> int:
+    """The last step on record."""
+    return max((int(steps[-1]) for steps, _ in run.metrics.values() if len(steps)), default=0)
+
+
 def first_folder(*candidates: object) -> Path | None:
     """The first candidate that is a folder; a candidate may be a path, a list of them, or nothing."""
     for candidate in candidates:

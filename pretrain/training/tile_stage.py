@@ -272,7 +272,7 @@ class TileTraining(Training):
 
     def tile_batches(self, tiles: TileSource, stream: Stream, start: int, stop: int) -> TileBatches:
         """This rank's share of the batches ``start … stop − 1`` of ``tiles``, cut as the run's are."""
-        patch, masks = self.config.model["patch_size"], self.data.masks
+        patch, masks, trained = self.config.model["patch_size"], self.data.masks, tiles is self.tiles
         wanted = plugins.locate_class(self.config.objective["_target_"], Objective).masks
         return TileBatches(
             tiles,
@@ -287,8 +287,8 @@ class TileTraining(Training):
             world_size=self.trainer.world_size,
             accumulate=self.settings.accumulate,
             threads=self.data.threads,
-            min_saturated=self.data.min_saturated if tiles is self.tiles else None,
-            depth=self.objective.stochastic_depth(),
+            min_saturated=self.data.min_saturated if trained else None,
+            depth=self.objective.stochastic_depth() if trained else None,
         )
 
     def state(self) -> dict[str, Any]:

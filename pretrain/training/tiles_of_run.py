@@ -6,7 +6,7 @@ import numpy as np
 
 from data.tiles.source import TileSource, UnreadableTile
 
-TILES_ASKED = 256  # tiles, evenly spaced
+TILES_ASKED = 32  # evenly spaced: of slides read online, each may open another's grid
 TILES_TRIED = 8  # of them, until one can be read
 
 

@@ -52,22 +52,30 @@ def export_tiles(
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "README.md").write_text(card)
         difference = largest_difference(network, preprocessing.image_size, lambda images: features(folder, images))
-        if not difference <= FEATURE_TOLERANCE:
-            raise Fault(
-                f"the exported folder's features differ from the teacher's by {difference:.2g} of the largest, more"
-                f" than {FEATURE_TOLERANCE:g}, so nothing was published: please report this with"
-                f" {found.run / RUN_CONFIG}"
-            )
+        require_same_features(difference, FEATURE_TOLERANCE, found)
 
     return create_folder_whole(out, fill), difference
+
+
+def require_same_features(difference: float, tolerance: float, found: RunCheckpoint) -> None:
+    """Raise Fault where what was exported says something else than the teacher."""
+    if not difference <= tolerance:
+        raise Fault(
+            f"the exported folder's features differ from the teacher's by {difference:.2g} of the largest, more than"
+            f" {tolerance:g}, so nothing was published: please report this with {found.run / RUN_CONFIG}"
+        )
+
+
+def images_to_check(count: int, size: int) -> Tensor:
+    """Noise as images ``(count, 3, size, size)``."""
+    return torch.from_numpy(rng(0, "export check").normal(size=(count, 3, size, size))).float()
 
 
 def largest_difference(
     network: VisionTransformer, image_size: int, load: Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 ) -> float:
     """Compare what ``load`` says about random images with the teacher: max |theirs − ours| / max |ours|."""
-    pixels = rng(0, "export check").normal(size=(4, 3, image_size, image_size))
-    images = torch.from_numpy(pixels).float()
+    images = images_to_check(4, image_size)
     with torch.inference_mode():
         cls, patches = network.eval().features(images)
         theirs = load(images)

@@ -12,16 +12,13 @@ from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from data.fault import Fault
 from data.files import create_folder_whole
-from data.keyed import rng
 from models.formats import timm as timm_format
 from pretrain.encoders.export.publishing import Exported
-from pretrain.encoders.export.tiles import tile_card, vision_transformer
+from pretrain.encoders.export.tiles import images_to_check, require_same_features, tile_card, vision_transformer
 from pretrain.encoders.preprocessing import Preprocessing
-from pretrain.encoders.run_checkpoint import RUN_CONFIG, find_checkpoint
+from pretrain.encoders.run_checkpoint import find_checkpoint
 
 SCRIPT_TOLERANCE = 1e-4
 
@@ -45,16 +42,13 @@ def export_torchscript(checkpoint: Path, out: Path, license: str, plugins: Colle
         whole.load_state_dict(timm_format.write_timm(network, size))
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is constant in it, as the size of an image is
-            torch.jit.save(torch.jit.trace(whole, noise(2, size)), str(folder / "encoder.pt"))
+            torch.jit.save(torch.jit.trace(whole, images_to_check(2, size)), str(folder / "encoder.pt"))
             loaded = torch.jit.load(str(folder / "encoder.pt"))
             for count in (1, 5):
-                ours, theirs = network.eval().features(noise(count, size))[0], loaded(noise(count, size))
+                images = images_to_check(count, size)
+                ours, theirs = network.eval().features(images)[0], loaded(images)
                 difference = max(difference, float((theirs - ours).abs().max() / ours.abs().max()))
-        if not difference <= SCRIPT_TOLERANCE:
-            raise Fault(
-                f"the traced module's features differ from the teacher's by {difference:.2g} of the largest, more than"
-                f" {SCRIPT_TOLERANCE:g}, so nothing was published: please report this with {found.run / RUN_CONFIG}"
-            )
+        require_same_features(difference, SCRIPT_TOLERANCE, found)
         (folder / "config.json").write_text(json.dumps(how_images_come(preprocessing, network.width), indent=2) + "\n")
         (folder / "README.md").write_text(tile_card(found, network, preprocessing, license, "pytorch", USE))
 
@@ -68,11 +62,6 @@ import torch
 
 encoder = torch.jit.load("{this folder}/encoder.pt").eval()
 features = encoder(images)"""
-
-
-def noise(count: int, size: int) -> Tensor:
-    """Images (count, 3, size, size)."""
-    return torch.from_numpy(rng(count, "export check").normal(size=(count, 3, size, size))).float()
 
 
 def how_images_come(preprocessing: Preprocessing, width: int) -> dict[str, object]:
