@@ -8,6 +8,7 @@ COMMANDS = {
     "shards index": "index shards that another program wrote, or merge what a job array made",
     "inspect": "look at a slide's tissue mask and grid, or at the tiles of any source",
     "tile": "tile shards → tile encoder (DINOv2 and its relatives)",
+    "tile replay": "a step that wasn't finite, again: which tile and which term did it; 'tile run=… replay=STEP' is the same",
     "embed": "tile shards or slides + tile encoder → tile embeddings; these + slide encoder → slide embeddings",
     "curate": "tile embeddings → which tiles to train on, balanced over clusters of what they show",
     "slide": "slide embeddings → slide encoder (masked autoencoder)",

@@ -66,7 +66,7 @@ def run_as_shown(texts: Iterable[str], workplace: Path) -> None:
         program, *words = shlex.split(line, comments=True) or [""]
         if program != "pretrain":
             continue
-        runs = "--cfg" not in words and not any(word.startswith("launch=") for word in words)
+        runs = "--cfg" not in words and not any(word.startswith(("launch=", "replay=")) for word in words)
         batch = ["data.batch_size=16"] if words[0] == "doctor" and words[1] != "slide" else []
         lines.append(words + (SHORTER.get(words[0], []) + batch if runs else []))
     driver = (

@@ -48,7 +48,7 @@ def fit(training: Training, lease: Lease | None) -> None:
         return
     settings, run = training.settings, training.run
     allow_tf32()
-    _quieten_lightning()
+    quieten_lightning()
     record, mirror, saving = RunRecord(run), WandbMirror(run, training.config), Checkpoints()
     ending = EndWhenAsked(saving)
     judgement = Judgement(ending)
@@ -170,7 +170,7 @@ def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
         time.sleep(0.5)  # until the first process has set it aside
 
 
-def _quieten_lightning() -> None:
+def quieten_lightning() -> None:
     """What Lightning and FSDP say at start-up is about defaults that are not used here."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)

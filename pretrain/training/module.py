@@ -115,6 +115,9 @@ class Training(L.LightningModule, ABC):
         """Figures of the first weights that later ones are compared with, asked for before the first step."""
         return {}
 
+    def keep_for_replay(self) -> None:
+        """Keep what it takes to compute the step again that was just skipped; every rank calls it."""
+
     def position(self) -> int:
         """Samples of the stream that were taken until now; a function of the step, as everything about the data is."""
         return self.step * self.batch_size
@@ -349,7 +352,8 @@ class Training(L.LightningModule, ABC):
         self.skipped_in_a_row += 1
         culprits = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         if self.global_rank == 0:
-            say(f"step {self.step} skipped: {culprits} not finite ({self.skipped_in_a_row} in a row)")
+            say(f"step {self.step + 1} skipped: {culprits} not finite ({self.skipped_in_a_row} in a row)")
+        self.keep_for_replay()
         if self.skipped_in_a_row > self.optim.max_skipped:
             raise Fault(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more"

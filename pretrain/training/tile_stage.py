@@ -32,6 +32,7 @@ from pretrain.run import checkpoints
 from pretrain.run.across_ranks import total
 from pretrain.run.folder import note_of_start
 from pretrain.run.progress import say
+from pretrain.run.saving import Saver
 from pretrain.settings import plugins
 from pretrain.training.fixed_images import BetweenBatches
 from pretrain.training.module import Training
@@ -47,6 +48,7 @@ JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to
 SAMPLE_TILES = 8
 HELD_OUT = 1024  # tiles, of those that aren't trained on, that tell a loss at every checkpoint; a batch at least
 ALONE = {"slides_per_lane": None}  # how tiles are dealt out that are judged by: as they come
+REPLAY = "replay"  # in a run's folder: networks before its last skipped step, and what replays found
 KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
 
 
@@ -233,6 +235,7 @@ class TileTraining(Training):
         self.pale = None if self.data.min_saturated is None else PaleTiles(self.tiles)
         self.bad = self.seen = 0
         self.sampled = False
+        self.kept_for_replay: int | None = None  # the step whose networks were kept last
 
     def data_digest(self) -> str:
         return self.tiles.digest
@@ -297,6 +300,24 @@ class TileTraining(Training):
         if self.pale and self.global_rank == 0:
             self.pale.tell(self.run, self.is_last)
         return super().state() | counted
+
+    def keep_for_replay(self) -> None:
+        """Write the networks, which a skipped step left as they were, to ``replay/``: of the first of several in a row,
+        once in as many steps as between checkpoints, in place of those before. Where there is no room, training goes
+        on."""
+        last, step = self.kept_for_replay, self.step
+        if self.skipped_in_a_row > 1 or (last is not None and step < last + self.settings.checkpoint_every):
+            return
+        self.kept_for_replay = step
+        samples = {"skipped_samples": [step * self.batch_size, (step + 1) * self.batch_size]}
+        try:
+            Saver(self.run / REPLAY, 1, None).save(step, self.objective, self.optimiser, super().state() | samples)
+        except Fault as fault:
+            if self.global_rank == 0:
+                say(f"{self.run}: the networks of that step aren't kept ({str(fault).partition(';')[0]})")
+            return
+        if self.global_rank == 0:
+            say(f"{self.run}: which tile and which term did it, 'pretrain tile run={self.run} replay={step + 1}' finds")
 
     def before_step(self, batch: RankBatch) -> dict[str, float]:
         for message in batch.bad[: max(0, BAD_TILES_SAID - self.bad)]:

@@ -482,7 +482,7 @@ def test_a_loss_that_is_not_finite_is_skipped_counted_and_harms_nothing(
     poison(monkeypatch, {2, 3})
     run_command_line(command(tile_shards, tmp_path / "run", *WAYS["everything"]))
     said = capsys.readouterr().err
-    assert "step 2 skipped: loss" in said and "step 3 skipped" in said
+    assert "step 3 skipped: loss" in said and "step 4 skipped" in said
     lines = metrics(tmp_path / "run")
     assert [line["skipped"] for line in lines] == [0, 0, 1, 2, 2, 2]
     assert all(tensor.isfinite().all() for tensor in weights(tmp_path / "run").values())
