@@ -1,5 +1,5 @@
-"""List the recipes: what each trains, on what, at what published cost, which part of it is public, and what is unknown
-about it.
+"""List the recipes: what each trains, on what, at what published cost, which part of it is public, where it deviates from
+what was published, and what is unknown about it.
 
 A recipe is one file in configs/recipe/; every value in it says where it is from. Numbers of parameters are counted on
 the network itself, the mask token left out, as publishers do.
@@ -9,6 +9,7 @@ the network itself, the mask token left out, as publishers do.
     pretrain tile recipe=midnight run=runs/midnight data.shards=shards
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,9 @@ from pretrain.settings.refusals import nearest
 RECIPE_STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
 FACTS_OF_RECIPES = ("Data", "Cost", "Public")  # lines of a recipe's heading that the table has
+DEVIATIONS = re.compile(
+    r"(?:Left out|Differs): .*?(?=(?: |^)(?:Left out|Differs|Tiles|Data|Cost|Public): |$)"
+)  # in a heading
 OUR_CHOICE = "?:"  # how a recipe marks a value that is our choice
 
 
@@ -48,6 +52,7 @@ class Recipe:
     data: str
     cost: str
     public: str
+    deviates: list[str]  # from what was published, in sentences, with the reason where there is one
     unknown: list[str]  # settings whose value is our choice
 
 
@@ -106,6 +111,7 @@ def describe_recipe(name: str) -> Recipe:
         for line in heading(path(name))
         if line.startswith(tuple(f"# {fact}: " for fact in FACTS_OF_RECIPES))
     )
+    whole = " ".join(line.removeprefix("# ") for line in heading(path(name)))
     kind = objective["_target_"].rpartition(".")[2]
     return Recipe(
         name=name,
@@ -115,6 +121,7 @@ def describe_recipe(name: str) -> Recipe:
         batch=tree.data.batch_size,
         steps=tree.optim.steps,
         **{fact.lower(): facts.get(fact, "") for fact in FACTS_OF_RECIPES},
+        deviates=DEVIATIONS.findall(whole),
         unknown=sorted(key for key, comment in said.items() if OUR_CHOICE in comment),
     )
 
@@ -140,6 +147,7 @@ def recipe_table(recipes: list[Recipe]) -> str:
         lines.append("  ".join(cells).rstrip())
         if recipe is not None:
             notes = {fact.lower(): getattr(recipe, fact.lower()) for fact in FACTS_OF_RECIPES}
+            notes["deviates"] = " ".join(recipe.deviates)
             notes["unknown"] = ", ".join(recipe.unknown)
             lines += [f"    {name:<8} {text}" for name, text in notes.items() if text]
     return "\n".join(

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import subprocess
 import sys
 import time
@@ -9,6 +10,7 @@ import timeit
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from omegaconf import OmegaConf
 
@@ -35,12 +37,31 @@ PUBLISHED = {
     "midnight_highres": None,
     "kaiko_dino_vits16": None,
     "kaiko_dinov2_vitl14": None,
-    "campanella_dino": None,
-    "campanella_mae": None,
+    "campanella_dino": (21_665_664, 0),  # 21.7 M, as published
+    "campanella_mae": (303_301_632, 0),  # 303.3 M, as published
     "dinov2_vitg14": None,
     "dinov3_vitl16": None,
     "dinov3_gram": None,
     "dinov3_highres": None,
+    "openmidnight_highres": None,
+    "uni_highres": None,
+    "dino_vits16": (21_665_664, 0),  # as DINO's ViT-S/16 has
+    "hipt_vits16": (21_665_664, 0),  # the same network
+    "phikon_v2": (303_350_784, 0),  # UNI's network
+    "patho_ssl_vitl14": None,
+    "roth_vits14": None,
+    "rudolfv": None,
+    "hibou_b": None,
+    "hibou_l": None,
+}
+# Networks of timm that recipes are of, at 224 px, where no number was published for theirs.
+OF_TIMM = {
+    "patho_ssl_vitl14": "vit_large_patch14_dinov2",
+    "roth_vits14": "vit_small_patch14_dinov2",
+    "rudolfv": "vit_large_patch14_reg4_dinov2",
+    "hibou_b": "vit_base_patch14_reg4_dinov2",
+    "hibou_l": "vit_large_patch14_reg4_dinov2",
+    "midnight": "vit_giant_patch14_dinov2",
 }
 # The width of a network is four numbers, its heads' another three, and the batch brings its lanes and groups along.
 SHRUNK = {
@@ -64,7 +85,11 @@ OF_SLIDES = {
     "titan_slide": "of this stage the paper's text, and no code",
     "ticon": "no training code",
 }
-TILE_SIZES = {"virchow2": 392, "midnight_highres": 512, "dinov3_highres": 512}  # pixels; 256 for the others
+TILE_SIZES = {
+    "virchow2": 392,
+    "openmidnight_highres": 448,
+    **dict.fromkeys(("midnight_highres", "dinov3_highres", "uni_highres"), 512),
+}  # pixels; 256 for the others
 SWEEP = """
 import sys
 from pretrain.commands import shard, tile
@@ -92,7 +117,7 @@ def sweep(names: list[str], shared: Path, out: Path) -> Path:
     # On two cores a loader and a trainer with a thread each are fastest at this size.
     environment = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(out)}
     command = [sys.executable, "-c", SWEEP, str(out), slides, *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=400, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100 + 60 * len(names), env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -149,6 +174,33 @@ def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
     assert all(parameter.is_meta for parameter in build().parameters())
 
 
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_recipes_without_a_published_number_of_parameters_have_that_of_timms_network(name: str) -> None:
+    with torch.device("meta"):
+        theirs = timm.create_model(OF_TIMM[name], num_classes=0, img_size=224)
+    with_own_place = theirs.embed_dim if "reg4" in OF_TIMM[name] else 0  # timm's class token has none beside registers
+    count = sum(parameter.numel() for parameter in theirs.parameters())
+    assert recipes.describe_recipe(name).parameters == count + with_own_place
+
+
+SOURCE = re.compile(r"arXiv|paper|[\w-]/[\w-]|\.yaml|\.py|README|card|issue|repository|from memory|code|config")
+
+
+def marks(name: str) -> dict[str, str]:
+    """What the heading of a recipe says P, S and M are, those of a recipe that it refers to included."""
+    text = " ".join(line.removeprefix("# ") for line in recipes.heading(recipes.path(name)))
+    found = marks(other.group(1)) if (other := re.search(r"Marks as in (\w+)", text)) else {}
+    return found | {
+        mark: said for mark, said in re.findall(r"\b([PSM]): (.+?)(?=[.;] |\)|$)", text) if SOURCE.search(said)
+    }
+
+
+@pytest.mark.parametrize("name", [*PUBLISHED, *OF_SLIDES])
+def test_every_mark_of_a_recipe_has_a_source_in_its_heading(name: str) -> None:
+    used = {mark for said in comments(recipes.path(name)).values() for mark in re.findall(r"(?:^|; )([PSM])\b", said)}
+    assert used and used <= marks(name).keys(), used - marks(name).keys()
+
+
 @pytest.mark.parametrize("name", [*PUBLISHED, *sorted(OF_SLIDES.keys() - {"gigapath_slide"})])
 def test_every_value_says_where_it_is_from(name: str) -> None:
     said = comments(CONFIGS / "recipe" / f"{name}.yaml")
@@ -202,11 +254,17 @@ def test_the_table_names_every_recipe_its_size_and_what_is_unknown(capsys: pytes
     assert "SlideIBOT + koleo" not in text and "14,400" in rows["moozy_slide"]
     assert "DINOv2 + kde" in rows["midnight"] and "1,000,000" in rows["midnight"]
     assert "43,709,952" in rows["titan_slide"] and "172,354,560" in rows["ticon"]  # of embeddings 1536 wide
-    notes = {name: text[text.index(f"\n{name} ") :].split("\n")[2:6] for name in OF_SLIDES}
+    notes = {name: text[text.index(f"\n{name} ") :].split("\n")[2:7] for name in OF_SLIDES}
     for name, part in OF_SLIDES.items():
         (public,) = (note for note in notes[name] if note.startswith("    public"))
         assert part in public
     assert "optim.lr," in notes["titan_slide"][-1] and "data.mask_ratio" not in notes["gigapath_slide"][-1]
+    assert recipes.describe_recipe("titan_slide").deviates[0].startswith("Left out: posterisation of features (S)")
+    assert [said.partition(":")[0] for said in recipes.describe_recipe("titan_slide").deviates] == [
+        "Left out",
+        "Differs",
+    ]
+    assert "    deviates Left out: RandStainNA, a stain augmentation of theirs (S).\n" in text
     assert "667 H100-hours" in text and "optim.lr" in recipes.describe_recipe("virchow").unknown
     assert recipes.describe_recipe("small").unknown == []  # nothing about it was ever published
 
