@@ -18,14 +18,14 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from data.tiles.crops import FurtherViews
-from models.allowed import PIXEL_COUNT, within
+from models.allowed import PIXEL_COUNT, one_of, within
 from models.operations import Operations, total_operations
 from models.vit import VisionTransformer
 from pretrain.objectives import teacher as ema
 from pretrain.objectives.dense_figures import dense_figures
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.losses.gram import gram_distance, on_grid
+from pretrain.objectives.losses.gram import GRAM_NEGATIVES, gram_distance, on_grid
 from pretrain.objectives.self_distillation import SharpeningOfSeparateLevels
 from pretrain.objectives.tile_batch import TileBatch
 
@@ -51,11 +51,12 @@ class DINOv3(DINOv2):
         gram_size: Annotated[int | None, PIXEL_COUNT],
         gram_every: Annotated[int, within(least=1)],
         gram_refreshes: Annotated[int, within(least=0)],
+        gram_negatives: Annotated[str, one_of(*GRAM_NEGATIVES)],
         **settings: Unpack[SharpeningOfSeparateLevels],
     ) -> None:
         super().__init__(make_encoder, group_size=group_size, separate_ibot_head=True, centring="sinkhorn", **settings)
         self.local_weight, self.gram_weight = local_weight, gram_weight
-        self.gram_every, self.gram_refreshes = gram_every, gram_refreshes
+        self.gram_every, self.gram_refreshes, self.gram_negatives = gram_every, gram_refreshes, gram_negatives
         self.gram_teacher: VisionTransformer | None = None
         if self.further_views({"gram_weight": gram_weight, "gram_size": gram_size}):
             self.gram_teacher = make_encoder().requires_grad_(False)
@@ -109,7 +110,8 @@ class DINOv3(DINOv2):
             return loss, figures
         with torch.no_grad():
             (before,) = self.gram_teacher([batch.crops[-1][0]])
-        gram = gram_distance(tokens[0].patches, on_grid(before.patches, batch.masks.shape[-1]))
+        theirs = on_grid(before.patches, batch.masks.shape[-1])
+        gram = gram_distance(tokens[0].patches, theirs, self.gram_negatives)
         return loss + self.gram_weight * gram, figures | {"gram": gram}
 
     @torch.no_grad()

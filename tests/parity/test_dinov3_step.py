@@ -1,6 +1,7 @@
 """DINOv3's objective against facebookresearch/dinov3: losses alone, the whole step with and without Gram anchoring, its
 schedules and parameter groups."""
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from models.vit import VisionTransformer
 from pretrain.objectives.dinov3 import DINOv3
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy
-from pretrain.objectives.losses.gram import gram_distance
+from pretrain.objectives.losses.gram import GRAM_NEGATIVES, gram_distance
 from pretrain.objectives.schedules import cosine_then_constant
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.training.optimisation import multipliers
@@ -55,6 +56,7 @@ def objective(meta: dict[str, str], tensors: dict[str, Tensor]) -> DINOv3:
         gram_size=96 if gram else None,
         gram_every=10,
         gram_refreshes=3,
+        gram_negatives="kept",
         student_temperature=float(meta["student_temperature"]),
         teacher_temperature=float(meta["teacher_temperature"]),
         teacher_temperature_start=float(meta["teacher_temperature"]),
@@ -117,13 +119,15 @@ def test_losses_total_and_every_gradient_equal_the_reference(golden: tuple[dict[
 
 def test_gram_and_class_token_losses_equal_the_reference(goldens: Path) -> None:
     golden = load_file(goldens / "dinov3_losses.safetensors")
-    for level in ("image", "batch"):
+    names = {"kept": "all", "teachers_dropped": "no_teacher_negatives", "dropped": "no_negatives"}
+    for level, negatives in itertools.product(("image", "batch"), GRAM_NEGATIVES):
+        expected = f"gram.{level}.{names[negatives]}"
         student = golden["student_patches"].clone().requires_grad_()
         pair = (student, golden["teacher_patches"])
-        found = gram_distance(*(x if level == "image" else x.flatten(0, 1).unsqueeze(0) for x in pair))
+        found = gram_distance(*(x if level == "image" else x.flatten(0, 1).unsqueeze(0) for x in pair), negatives)
         found.backward()
-        torch.testing.assert_close(found.detach(), golden[f"gram.{level}.all"], atol=1e-6, rtol=1e-6)
-        torch.testing.assert_close(student.grad, golden[f"gram.{level}.all.grad"], atol=1e-6, rtol=1e-5)
+        torch.testing.assert_close(found.detach(), golden[expected], atol=1e-6, rtol=1e-6)
+        torch.testing.assert_close(student.grad, golden[f"{expected}.grad"], atol=1e-6, rtol=1e-5)
     scores = [golden["student_global_scores"], golden["student_local_scores"]]
     of_globals, of_locals = cross_view_entropy(scores, golden["targets"], 0.1)
     terms = 2 + 2 * 4  # pairs of another view, and those of local views

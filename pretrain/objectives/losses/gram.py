@@ -6,12 +6,19 @@ from torch import Tensor
 
 from pretrain.objectives.losses.precision import at_least_float32
 
+GRAM_NEGATIVES = ("kept", "teachers_dropped", "dropped")
+"""What becomes of cosines below 0: they are compared; the teacher's are 0; both are (the reference's
+``remove_only_teacher_neg``, as its code does it, and ``remove_neg``)."""
 
-def gram_distance(student: Tensor, teacher: Tensor) -> Tensor:
+
+def gram_distance(student: Tensor, teacher: Tensor, negatives: str = "kept") -> Tensor:
     """Mean squared difference of the matrices of cosines of an image's patches, of both ``(B, P, width)``; widths may
-    differ."""
+    differ. ``negatives`` is one of GRAM_NEGATIVES."""
     ours, theirs = (F.normalize(at_least_float32(x), dim=-1) for x in (student, teacher.detach()))
-    return (ours @ ours.mT - theirs @ theirs.mT).square().mean()
+    ours, theirs = ours @ ours.mT, theirs @ theirs.mT
+    if negatives == "dropped":
+        ours = ours.clamp(min=0)
+    return (ours - (theirs if negatives == "kept" else theirs.clamp(min=0))).square().mean()
 
 
 @torch.no_grad()

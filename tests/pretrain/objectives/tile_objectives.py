@@ -84,6 +84,7 @@ def unfilled_dinov3(make_encoder: Callable[[], VisionTransformer], **settings: o
         "gram_size": GRAM,
         "gram_every": 3,
         "gram_refreshes": 2,
+        "gram_negatives": "kept",
     }
     return DINOv3(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
