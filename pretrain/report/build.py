@@ -11,6 +11,7 @@ from data.files import write_whole
 from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.pages import page
 from pretrain.pages.page import Section
+from pretrain.report.ending import ending_section
 from pretrain.report.parts import Parts, ReportedRun, find_parts, inputs, last_step
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
 from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
@@ -58,10 +59,12 @@ def found_sections(parts: Parts, allowed: Collection[str]) -> list[Section | Non
     """A section for every part that is there, in the order of the road."""
     return [
         slides_section(parts.shards) if parts.shards else None,
+        ending_section(parts.tile) if parts.tile else None,
         samples_section(parts.tile) if parts.tile else None,
         tile_section(parts.tile, objective_of(parts.tile, allowed).reading) if parts.tile else None,
         embeddings_section(parts.embeddings, parts.shards) if parts.embeddings else None,
         probe_section(parts.probe) if parts.probe else None,
+        ending_section(parts.slide) if parts.slide else None,
         slide_section(parts.slide, objective_of(parts.slide, allowed).reading) if parts.slide else None,
         how_section(parts),
     ]

@@ -17,6 +17,7 @@ import re
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -29,7 +30,7 @@ import yaml
 from data.fault import Fault
 from data.files import make_folder, write_whole
 from data.lease import Lease, alone
-from data.redaction import redacted_settings
+from data.redaction import redacted, redacted_settings
 from pretrain.run import checkpoints, signals
 from pretrain.run.launched import rank
 from pretrain.run.progress import say
@@ -198,6 +199,26 @@ def note_of_start(run: Path, facts: dict[str, Any]) -> None:
     if starts := read_starts(run):
         starts[-1] |= facts
         write_whole(run / "provenance.json", json.dumps({"starts": starts}, indent=1))
+
+
+@contextmanager
+def noting_how_it_ended(run: Path) -> Iterator[None]:
+    """Note, with the start that is made while a block runs, what ended it if it was no end of its own: an error's
+    sentence. The first process does."""
+    before = len(read_starts(run))
+
+    def note(how: str) -> None:
+        if not rank() and len(read_starts(run)) > before:
+            note_of_start(run, {"ended_by": redacted(how)})
+
+    try:
+        yield
+    except Fault as fault:
+        note(str(fault))
+        raise
+    except Exception as error:
+        note("".join(traceback.format_exception_only(error)).strip())
+        raise
 
 
 def software() -> dict[str, Any]:

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from models.allowed import ON_DISK, within
-from pretrain.run.folder import held
+from pretrain.run.folder import held, noting_how_it_ended
 from pretrain.run.preemption import ending_when_asked
 from pretrain.run.record import WandbSettings
 from pretrain.settings.plugins import Plugin
@@ -39,5 +39,5 @@ class RunConfig:
 def train(config: RunConfig, training_in: Callable[[Path], Training]) -> None:
     """Train in the run's folder, or say that the run is done; ``training_in`` makes the stage's training of a folder,
     once it is this job's alone."""
-    with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease:
+    with run_or_trial(config) as folder, ending_when_asked(folder), held(folder) as lease, noting_how_it_ended(folder):
         fit(training_in(folder), lease)

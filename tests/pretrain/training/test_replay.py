@@ -88,6 +88,28 @@ def test_the_tiles_and_the_term_that_did_it_are_named(
     assert ((run / "metrics.jsonl").read_bytes(), (run / "config.yaml").read_bytes()) == before
 
 
+def test_the_page_of_a_failed_run_says_what_stopped_it_and_what_a_replay_found(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    spoil(monkeypatch, by_value)
+    with pytest.raises(SystemExit):
+        run_command_line(command(shards, run, "optim.max_skipped=0"))
+    run_command_line(["report", f"run={run}", f"out={tmp_path / 'before.html'}"])
+    run_command_line(["tile", f"run={run}", f"replay={STEP}", "accelerator=cpu"])
+    run_command_line(["report", f"run={run}", f"out={tmp_path / 'after.html'}"])
+    before, after = ((tmp_path / f"{name}.html").read_text() for name in ("before", "after"))
+    assert "How it ended" in before and "more than optim.max_skipped=0" in before
+    assert f"pretrain tile run={run} replay={STEP}" in before and "computed again" not in before
+    assert f"Step {STEP}, computed again" in after and f"replay={STEP}</code>" not in after
+    found = json.loads((run / "replay" / f"step-0000000{STEP}.json").read_text())
+    assert all(one["tile"] in after for together in found["tiles"] for one in together)
+    monkeypatch.undo()
+    run_command_line(command(shards, run, "optim.max_skipped=0"))
+    run_command_line(["report", f"run={run}", f"out={tmp_path / 'done.html'}"])
+    assert "How it ended" not in (tmp_path / "done.html").read_text()
+
+
 def test_a_finite_step_is_said_to_be_and_one_whose_networks_are_not_kept_is_refused(
     shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,0 +1,78 @@
+"""How a run ended that didn't reach its last step, and which of its steps weren't taken: what a failed run's page begins
+with."""
+
+import json
+from typing import Any
+
+from pretrain.pages import page
+from pretrain.pages.page import Section
+from pretrain.report.parts import ReportedRun, last_step
+from pretrain.run import checkpoints
+from pretrain.training.tile_stage import REPLAY
+
+TILES_LISTED = 8  # of a replay
+
+
+def ending_section(run: ReportedRun) -> Section | None:
+    """What stopped a run, where it stood, the steps that it skipped, what replays of them found, and what to do; None
+    of a run that has nothing of it."""
+    starts = run.provenance.get("starts") or [{}]
+    ended_by, skipped = starts[-1].get("ended_by"), skipped_steps(run)
+    if not ended_by and not skipped:
+        return None
+    optim = run.config.get("optim")
+    steps, newest = optim.get("steps") if isinstance(optim, dict) else None, checkpoints.newest(run.folder)
+    rows = [("ended by", str(ended_by))] if ended_by else []
+    rows.append(
+        ("steps on record", f"{last_step(run):,} of {steps:,}" if isinstance(steps, int) else f"{last_step(run):,}")
+    )
+    rows.append(("newest checkpoint", f"step {checkpoints.step_of(newest):,}" if newest else "none"))
+    rows += [(f"alarm at step {alarm['step']:,}", f"{alarm['alarm']}: {alarm['says']}") for alarm in run.alarms[-1:]]
+    text = "The last start of this run ended before its last step. " if ended_by else ""
+    if skipped:
+        count = int(run.metrics["skipped"][1][-1])
+        rows.append(("steps skipped", f"{count:,}, the last one {skipped[-1]:,}: something wasn’t finite"))
+    found = replays(run)
+    body = page.paragraph(f"{text}The same command goes on from the newest checkpoint.") + page.fact_list(rows)
+    body += "".join(replay_facts(one) for one in found)
+    kept = {checkpoints.step_of(path) + 1 for path in checkpoints.complete(run.folder / REPLAY)}
+    if open_ones := sorted(kept - {one["step"] for one in found}):
+        command = f"pretrain tile run={run.folder} replay={open_ones[-1]}"
+        body += page.missing([("Which tile and which term of the loss did it:", command)])
+    return Section("ended", "How it ended" if ended_by else "Steps not taken", body)
+
+
+def skipped_steps(run: ReportedRun) -> list[int]:
+    """The steps on record that weren't taken: those at which the count of skipped ones rises."""
+    if "skipped" not in run.metrics:
+        return []
+    steps, counts = run.metrics["skipped"]
+    before = [0, *counts[:-1].tolist()]
+    return [int(step) for step, now, was in zip(steps.tolist(), counts.tolist(), before, strict=True) if now > was]
+
+
+def replays(run: ReportedRun) -> list[dict[str, Any]]:
+    """What 'pretrain tile run=… replay=…' found of its steps, oldest first; a damaged file is passed over."""
+    found = []
+    for path in sorted((run.folder / REPLAY).glob("step-*.json")):
+        try:
+            one = json.loads(path.read_text())
+        except ValueError:
+            continue
+        if isinstance(one, dict) and isinstance(one.get("step"), int):
+            found.append(one)
+    return found
+
+
+def replay_facts(one: dict[str, Any]) -> str:
+    """What a replay found, as a list."""
+    what = f"the gradient of {', '.join(one['networks'])}" if one.get("networks") else "the loss"
+    rows = [
+        ("not finite", f"{what}, in {one.get('precision')}"),
+        ("terms", ", ".join(one.get("terms") or ["none by itself"])),
+    ]
+    if one.get("began"):
+        rows.append(("first layer", str(one["began"])))
+    tiles = [" with ".join(str(tile["tile"]) for tile in together) for together in one.get("tiles", [])]
+    rows.append(("tiles", "; ".join(tiles[:TILES_LISTED]) or "none in particular: the next step’s do it too"))
+    return page.paragraph(f"Step {one['step']:,}, computed again:") + page.fact_list(rows)
