@@ -1,6 +1,7 @@
 """Every command that the README and the folders' guides show runs, in the order in which it is shown; links and paths are
 there."""
 
+import io
 import json
 import re
 import shlex
@@ -11,8 +12,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
+import pyarrow
 import pytest
 from PIL import Image
+from pyarrow import parquet
 
 from pretrain.commands.recipes import describe_recipe
 
@@ -21,7 +24,8 @@ GUIDES = [
     "README.md",
     *(f"{folder}/README.md" for folder in ("data", "configs", "models", "launch", "pretrain", "tests", "tests/bench")),
 ]
-TEXTS = {name: (ROOT / name).read_text() for name in (*GUIDES, "CONTRIBUTING.md")}
+TUTORIAL = "pretrain/TUTORIAL.md"
+TEXTS = {name: (ROOT / name).read_text() for name in (*GUIDES, TUTORIAL, "CONTRIBUTING.md")}
 SLIDE = Path(sys.prefix) / "share" / "slidewright" / "CMU-1-Small-Region.svs"
 # Training as shown takes minutes; here it takes two steps, of fewer tiles. Nothing else is changed.
 FEWER = ["optim.steps=2", "optim.warmup_steps=1"]
@@ -109,10 +113,31 @@ def test_every_command_of_the_readme_runs_as_shown(workplace: Path) -> None:
 
 @pytest.mark.slow
 def test_every_command_of_the_guides_runs_as_shown_behind_the_readmes(workplace: Path) -> None:
-    run_as_shown(TEXTS.values(), workplace)
+    run_as_shown((text for name, text in TEXTS.items() if name != TUTORIAL), workplace)
     pages = ("inspect/index.html", "inspect_slide/index.html", "runs/tile/report.html")
     stores = ("embeddings_of_export/trident", "embeddings_of_slides/index.parquet", "slide_embeddings/slide_store.json")
     assert all_there(workplace, *pages, *stores, "slide_encoder/slide_encoder.pth")
+
+
+@pytest.mark.slow
+def test_every_command_of_the_tutorial_runs_as_shown_on_tiles_of_the_same_shape(workplace: Path) -> None:
+    draw = np.random.default_rng(0)
+    (workplace / "tiles").mkdir()
+    for number in range(2):
+        rows = []
+        for i in range(128):
+            encoded = io.BytesIO()
+            pixels = draw.normal((200, 120, 170), 40, (224, 224, 3)).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(encoded, format="JPEG")
+            patient = f"TCGA-A{number}-000{i // 16}"
+            rows.append({"path": f"{patient}-01Z-00-DX1/{i}.jpg", "jpeg": encoded.getvalue()})
+        file = workplace / "tiles" / f"shard-{number:05d}.parquet"
+        parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=64)
+    shutil.copy(SLIDE, workplace / "slides" / "d.svs")
+    (workplace / "labels.csv").write_text("slide,label\na,benign\nb,benign\nc,tumour\nd,tumour\n")
+    run_as_shown([TEXTS[TUTORIAL]], workplace)
+    assert all_there(workplace, "look/index.html", "runs/laptop/report.html", "runs/try/config.yaml")
+    assert all_there(workplace, "laptop_encoder/model.safetensors", "laptop_slides.json", "laptop_slides.html")
 
 
 def test_the_make_targets_named_exist() -> None:
