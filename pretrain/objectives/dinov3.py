@@ -53,7 +53,14 @@ class DINOv3(DINOv2):
         gram_refreshes: Annotated[int, within(least=0)],
         **settings: Unpack[SharpeningOfSeparateLevels],
     ) -> None:
-        super().__init__(make_encoder, group_size=group_size, separate_ibot_head=True, centring="sinkhorn", **settings)
+        super().__init__(
+            make_encoder,
+            group_size=group_size,
+            separate_ibot_head=True,
+            frozen_prototype_norms=False,
+            centring="sinkhorn",
+            **settings,
+        )
         self.local_weight, self.gram_weight = local_weight, gram_weight
         self.gram_every, self.gram_refreshes = gram_every, gram_refreshes
         self.gram_teacher: VisionTransformer | None = None
