@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from data.fault import Fault
+from data.masks import Masking
 from data.slides.tissue import saturated_share
 from data.stochastic_depth import StochasticDepth
 from data.tiles import loader
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Masking, MicroBatch, RankBatch, TileBatches
+from data.tiles.loader import MicroBatch, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
 from tests.data.shards.tile_folders import spoil, write_tiles
