@@ -102,7 +102,7 @@ def test_ranks_load_together_what_one_loads_alone(folder: Path, world_size: int)
 
 
 def test_the_crops_that_skip_branches_travel_with_their_micro_batch(folder: Path) -> None:
-    depth = StochasticDepth(group=2, rate=0.4, blocks=3)
+    depth = StochasticDepth(group=2, rates=(0.0, 0.4, 0.7))
     ranks = [load(folder, rank=rank, world_size=2, accumulate=2, depth=depth) for rank in range(2)]
     for step in range(3):
         for part in [part for rank in ranks for part in rank[step].parts]:

@@ -49,8 +49,15 @@ def filled(objective: Objective, seed: int = 0) -> Objective:
     return objective
 
 
-def dinov2(centring: str = "sinkhorn", drop_path: float = 0.0, **settings: object) -> DINOv2:
-    return filled(unfilled_dinov2(encoder(drop_path=drop_path), centring=centring, **settings))  # type: ignore[return-value]
+def dinov2(
+    centring: str = "sinkhorn",
+    drop_path: float = 0.0,
+    drop_path_rising: bool = False,
+    depth: int = 2,
+    **settings: object,
+) -> DINOv2:
+    of_encoder = {"drop_path": drop_path, "drop_path_rising": drop_path_rising, "depth": depth}
+    return filled(unfilled_dinov2(encoder(**of_encoder), centring=centring, **settings))  # type: ignore[return-value]
 
 
 def unfilled_dinov2(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DINOv2:
@@ -90,7 +97,7 @@ def unfilled_dinov3(make_encoder: Callable[[], VisionTransformer], **settings: o
 
 
 def jepa(drop_path: float = 0.0, **settings: object) -> JEPA:
-    return filled(unfilled_jepa(encoder(drop_path=drop_path), **settings))  # type: ignore[return-value]
+    return filled(unfilled_jepa(encoder(drop_path=drop_path, drop_path_rising=True), **settings))  # type: ignore[return-value]
 
 
 def unfilled_jepa(make_encoder: Callable[[], VisionTransformer], **settings: object) -> JEPA:
