@@ -93,6 +93,7 @@ class ColourSettings:
     solarise_probability: Annotated[list[float], numbers(3), SHARE]
     stain_probability: Annotated[float, SHARE]
     stain_shift: Annotated[float, within(least=0)]
+    stain_sigma: Annotated[float, within(least=0)]
 
 
 def check_shares(low: float, high: float) -> None:
