@@ -79,8 +79,8 @@ class JEPA(TileDistillation):
             encoder = make_encoder()
             if getattr(encoder, "mask_token", None) is None:
                 raise ValueError(
-                    f"patches are masked, and a {type(encoder).__name__} has no mask_token to put in their place: give it"
-                    " one, or set objective=dino, which masks nothing"
+                    f"masked patches are replaced by a token, and {type(encoder).__name__} has none: give it a parameter"
+                    " mask_token, or take a model that has one (model=vit_small)"
                 )
             head = PrototypeHead(
                 encoder.width,
