@@ -9,25 +9,31 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from torch import Tensor
 
 from data.keyed import rng
 
 
 @dataclass(frozen=True)
 class StochasticDepth:
-    """``rate`` of the crops of each ``group`` of tiles skip a branch; two branches in each of so many ``blocks``."""
+    """Of the crops of each ``group`` of tiles, ``rates`` of them skip a branch: a rate a block, for both of its
+    branches."""
 
     group: int
-    rate: float
-    blocks: int
+    rates: tuple[float, ...]
 
-    def kept_of(self, crops: int) -> int:
-        """How many ``crops`` of a group a branch runs on."""
-        return max(1, int(crops * (1 - self.rate)))
+    def kept_of(self, crops: int) -> list[int]:
+        """How many ``crops`` of a group a branch runs on, by block."""
+        return [max(1, int(crops * (1 - rate))) for rate in self.rates]
+
+    def split(self, kept: Tensor, views: int, tiles: int) -> list[Tensor]:
+        """What `draw` says of the crops of a size, or anything else of each ``(n, …)``: by block ``(2, kept, …)``."""
+        sizes = [tiles // self.group * count for count in self.kept_of(views * self.group)]
+        return [part.unflatten(0, (2, -1)) for part in kept.split([2 * size for size in sizes])]
 
     def draw(self, views: Sequence[int], tiles: int, *, seed: int, step: int, first: int) -> list[np.ndarray]:
-        """Of each crop size, of which a tile has so many ``views``, the crops that are kept: int64 ``(blocks, 2,
-        kept)``.
+        """Of each crop size, of which a tile has so many ``views``, the crops that are kept, int64: block after block
+        both branches' (see `split`).
 
         Crops are numbered view after view, each with its ``tiles``, the first of which is the ``first``-th of the
         global batch. Of the ``views * group`` crops of a group `kept_of` are kept.
@@ -36,9 +42,11 @@ class StochasticDepth:
         draws = [rng(seed, "stochastic depth", step, first // group + g) for g in range(tiles // group)]
         for count in views:
             crops = count * group
-            shape, keep = (self.blocks, 2, crops), self.kept_of(crops)
-            chosen = [np.sort(draw.random(shape).argsort(-1)[..., :keep], -1) for draw in draws]
+            shape = (len(self.rates), 2, crops)
+            kept = np.arange(crops) < np.array(self.kept_of(crops)).reshape(-1, 1, 1)  # the first so many are
+            chosen = [np.sort(np.where(kept, draw.random(shape).argsort(-1), crops), -1) for draw in draws]
             # Crop c of a group is view c // group of its tile c % group; in the batch, views lie `tiles` apart.
             parts = [c // group * tiles + g * group + c % group for g, c in enumerate(chosen)]
-            found.append(np.concatenate(parts, -1))
+            kept = np.broadcast_to(kept, shape)
+            found.append(np.concatenate(parts, -1)[np.concatenate([kept] * len(parts), -1)])
         return found

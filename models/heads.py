@@ -44,6 +44,11 @@ class PrototypeHead(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
 
+    def with_frozen_norms(self) -> "PrototypeHead":
+        """The same head, whose prototypes keep the norm 1 (DINO's norm_last_layer)."""
+        self.last_layer.weight_g.requires_grad_(False)
+        return self
+
     def operations(self, rows: float) -> Operations:
         """Of so many tokens' scores."""
         return linear_maps(rows, self)

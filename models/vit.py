@@ -275,7 +275,8 @@ class VisionTransformer(nn.Module):
 
     ``feed_forward`` is ``mlp`` or ``swiglu``; ``feed_forward_width`` is the width after the non-linearity;
     ``layer_scale`` is the initial gamma, 0 for none; ``drop_path`` the share of samples that skip a residual branch,
-    the same for every block as in DINOv2. Position embeddings are a ``image_size / patch_size`` grid, resampled
+    the same for every block as in DINOv2, or with ``drop_path_rising`` the last block's, growing linearly from 0 at the
+    first (`drop_rates`). Position embeddings are a ``image_size / patch_size`` grid, resampled
     bicubically to other sizes: with ``position_antialias`` and offset 0 as the register models have it, or with
     ``position_offset=0.1`` as the first DINOv2 release does. ``position_embedding`` is ``learned``, or ``sincos`` for
     MAE's fixed sines and cosines, or ``rope`` for DINOv3's rotary ones, which have no grid: see `models.rotary`;
@@ -309,6 +310,7 @@ class VisionTransformer(nn.Module):
         registers: Annotated[int, within(least=0)] = 0,
         layer_scale: Annotated[float, within(least=0)] = 1e-5,
         drop_path: Annotated[float, within(least=0, below=1)] = 0.0,
+        drop_path_rising: bool = False,
         position_antialias: bool = True,
         position_offset: Annotated[float, within(least=0, below=1)] = 0.0,
         position_embedding: Annotated[str, one_of(*POSITIONS)] = "learned",
@@ -331,6 +333,8 @@ class VisionTransformer(nn.Module):
         check_rescale(position_embedding, position_rescale)
         self.image_size, self.patch_size, self.width, self.heads = image_size, patch_size, width, heads
         self.feed_forward, self.layer_scale, self.drop_path = feed_forward, layer_scale, drop_path
+        rising = [i / max(1, depth - 1) for i in range(depth)] if drop_path_rising else [1.0] * depth
+        self.drop_rates = tuple(drop_path * share for share in rising)
         self.position_antialias, self.position_offset = position_antialias, position_offset
         self.position_embedding, self.position_rescale = position_embedding, position_rescale
         self.qkv_bias, self.norm_epsilon = qkv_bias, norm_epsilon
@@ -370,7 +374,7 @@ class VisionTransformer(nn.Module):
         self,
         crops: Sequence[Tensor],
         masks: Sequence[Tensor | None] | None = None,
-        kept: Sequence[tuple[KeptSamples, KeptSamples]] | None = None,
+        kept: Sequence[tuple[KeptSamples, KeptSamples] | None] | None = None,
         visible: Sequence[Tensor | None] | None = None,
         wanted: Sequence[Tensor | None] | None = None,
         scales: Sequence[float] | None = None,
@@ -422,21 +426,21 @@ class VisionTransformer(nn.Module):
     def operations(
         self,
         shapes: Sequence[Shape],
-        kept: Sequence[Shape] | None = None,
+        kept: Sequence[Sequence[Shape]] | None = None,
         wanted: Sequence[float] | None = None,
         patches: int | None = None,
     ) -> Operations:
         """Of a pass over crops of ``shapes``, class token and registers included.
 
-        ``kept``: of each shape, what a residual branch runs on; ``wanted``: how many of its tokens are wanted of the
+        ``kept``: by block of each shape, what a residual branch runs on; ``wanted``: how many of its tokens are wanted of the
         last block; ``patches``: how many are embedded, where not all of them are encoded. None: all.
         """
         embedded = sum(crops * (tokens - self.prefix) for crops, tokens in shapes) if patches is None else patches
-        run = shapes if kept is None else kept
+        run = [shapes] * len(self.blocks) if kept is None else kept
         rows = None if wanted is None else sum(wanted)
         *before, last = (block for block in self.blocks if isinstance(block, Block))
-        blocks = total_operations(block.operations(run) for block in before)
-        blocks += last.operations(run, rows)
+        blocks = total_operations(block.operations(of_block) for block, of_block in zip(before, run, strict=False))
+        blocks += last.operations(run[-1], rows)
         return linear_maps(embedded, self.patch_embed, of_data=True) + blocks
 
     def features(self, images: Tensor) -> tuple[Tensor, Tensor]:

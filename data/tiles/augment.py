@@ -27,6 +27,7 @@ from data.tiles.augment_parameters import (
     LUMA,
     ORDER,
     SATURATION,
+    SCALES,
     SIGMA,
     SOLARISE,
     SOLARISE_FROM,
@@ -69,7 +70,8 @@ def with_shifted_stains(images: Tensor, rows: np.ndarray) -> Tensor:
     """Images ``(N, 3, H, W)`` in 0..255, those with shifted stains whose parameters ``(N, WIDTH)`` ask for it."""
     if (rows[:, STAIN] > 0).any():
         images = images.float()
-        _apply(images, rows[:, STAIN] > 0, lambda x, shift: shift_stains(x / 255, shift) * 255, rows[:, STAINS])
+        changes = rows[:, STAINS.start : SCALES.stop]
+        _apply(images, rows[:, STAIN] > 0, lambda x, change: shift_stains(x / 255, *change.split(3, 1)) * 255, changes)
     return images
 
 
@@ -179,22 +181,22 @@ def hue(planes: Planes, turns: Tensor) -> Planes:
     return turned(red, -3.0), turned(green, -1.0), turned(blue, 1.0)
 
 
-def shift_stains(x: Tensor, shift: Tensor) -> Tensor:
-    """Add ``shift`` ``(N, 3)`` to the amounts of haematoxylin, eosin and DAB: the HED perturbation of Midnight and
-    OpenMidnight.
+def shift_stains(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Multiply the amounts of haematoxylin, eosin and DAB by ``scale`` ``(N, 3)``, and add ``shift``: the HED
+    perturbation of Midnight and OpenMidnight, whose scale is 1, and of nanopath.
 
     Beer-Lambert: ``log x / log 1e-6 = stains · colours``, per pixel; stains are clipped to (0, 1) after the shift, as
     OpenMidnight does (scikit-image's ``rgb2hed`` and ``hed2rgb``, Ruifrok & Johnston 2001).
     """
     unit, colours = math.log(DARKEST), torch.tensor(STAIN_COLOURS)
     to_stains, to_light = (on_device(part, x.device) for part in (torch.linalg.inv(colours).T / unit, colours.T * unit))
-    return _shifted(x, shift, to_stains, to_light)
+    return _shifted(x, shift, scale, to_stains, to_light)
 
 
 @fusible
-def _shifted(x: Tensor, shift: Tensor, to_stains: Tensor, to_light: Tensor) -> Tensor:
+def _shifted(x: Tensor, shift: Tensor, scale: Tensor, to_stains: Tensor, to_light: Tensor) -> Tensor:
     pixels = x.clamp(min=DARKEST).log_().flatten(2)
-    stains = (to_stains @ pixels).clamp_(min=0).add_(shift.view(-1, 3, 1)).clamp_(0, 1)
+    stains = (to_stains @ pixels).clamp_(min=0).mul_(scale.view(-1, 3, 1)).add_(shift.view(-1, 3, 1)).clamp_(0, 1)
     return (to_light @ stains).exp_().clamp_(0, 1).view(x.shape)
 
 

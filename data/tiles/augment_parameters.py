@@ -14,8 +14,8 @@ FACTORS = slice(4, 8)  # their factors; hue in turns
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 JITTER, GREY, SIGMA, SOLARISE = 8, 9, 10, 11
 """Whether to jitter, whether to grey, the blur's sigma in pixels (0: none), whether to solarise."""
-STAIN, STAINS, WIDTH = 12, slice(13, 16), 16
-"""Whether to shift the stains, and by how much: haematoxylin, eosin, DAB."""
+STAIN, STAINS, SCALES, WIDTH = 12, slice(13, 16), slice(16, 19), 19
+"""Whether to shift the stains, by how much, and what they are multiplied by before: haematoxylin, eosin, DAB."""
 
 PLAIN = 3
 """The kind of view that keeps its colours."""
@@ -28,7 +28,8 @@ SOLARISE_FROM = 128 / 255
 @dataclass(frozen=True)
 class Colour:
     """Strengths and probabilities. Stains are shifted by up to ``stain_shift`` either way: see
-    `data.tiles.augment.shift_stains`. Blur and solarisation are given per kind of view: first global, other globals,
+    `data.tiles.augment.shift_stains`; with a ``stain_sigma`` by a normal number of that deviation, and multiplied by one
+    around 1 (nanopath's HED jitter), both of each stain's own. Blur and solarisation are given per kind of view: first global, other globals,
     local.
 
     DINOv2's configuration gives blur probabilities of 1, .1 and .5, but its code applies ``1 − p``; these are the
@@ -46,6 +47,7 @@ class Colour:
     solarise_probability: tuple[float, float, float] = (0.0, 0.2, 0.0)
     stain_probability: float = 0.0
     stain_shift: float = 0.0
+    stain_sigma: float = 0.0
 
 
 def draw_parameters(colour: Colour, kinds: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -65,5 +67,9 @@ def draw_parameters(colour: Colour, kinds: np.ndarray, generator: np.random.Gene
     rows[:, SIGMA] = np.where(u[:, 11] < np.take((*colour.blur_probability, 0.0), kinds), sigma, 0.0)
     rows[:, SOLARISE] = u[:, 12] < np.take((*colour.solarise_probability, 0.0), kinds)
     rows[:, STAIN] = coloured & (u[:, 13] < colour.stain_probability)
-    rows[:, STAINS] = colour.stain_shift * (2 * u[:, 14:] - 1)
+    rows[:, STAINS], rows[:, SCALES] = colour.stain_shift * (2 * u[:, 14:] - 1), 1.0
+    if colour.stain_sigma:
+        normal = colour.stain_sigma * generator.standard_normal((2, len(kinds), 3))
+        rows[:, STAINS] += normal[0]
+        rows[:, SCALES] += normal[1]
     return rows

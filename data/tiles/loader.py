@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import IterableDataset
 
-from data import masks
 from data.fault import Fault
 from data.keyed import rng
 from data.loader_process import LoaderProcess, shared_memory_room
+from data.masks import Masking
 from data.shared_memory import Slots
 from data.slides.tissue import saturated_share
 from data.stochastic_depth import StochasticDepth
@@ -32,17 +32,6 @@ STEPS_AHEAD = 3
 EXPECTED_AHEAD = 24  # steps; a source that fetches from afar begins that early
 REPLACEMENTS_TRIED = 100
 PALE_TRIED = 30  # other tiles of the block, before the most coloured of them is taken
-
-
-@dataclass(frozen=True)
-class Masking:
-    """Block masks on the global crops: the share of crops that are masked, their range of ratios, the patch grid's
-    side."""
-
-    share: float
-    low: float
-    high: float
-    grid: int
 
 
 @dataclass
@@ -216,14 +205,8 @@ class TileBatches(IterableDataset["RankBatch"]):
 
     def _collect(self, step: int, views: list[list[Tensor]], results: list[LoadedTile]) -> RankBatch:
         size = self.share // self.accumulate
-        shares = masks.ratios(
-            self.stream.batch_size * self.sizes.global_count,
-            self.masking.share,
-            self.masking.low,
-            self.masking.high,
-            self.seed,
-            step,
-        ).reshape(self.stream.batch_size, self.sizes.global_count)
+        shares = self.masking.ratios(self.stream.batch_size * self.sizes.global_count, self.seed, step)
+        shares = shares.reshape(self.stream.batch_size, self.sizes.global_count)
         parts = []
         counts, of_batch = [count for count, _ in self.sizes.sides()], step * self.stream.batch_size
         for begin, of_part in zip(range(0, self.share, size), views, strict=True):
@@ -263,7 +246,7 @@ class TileBatches(IterableDataset["RankBatch"]):
         drawn = np.zeros((views, tiles, grid, grid), dtype=bool)
         for tile, view in zip(*np.nonzero(ratios), strict=True):
             sample = step * self.stream.batch_size + first + int(tile)
-            drawn[view, tile] = masks.blocks(grid, grid, ratios[tile, view], rng(self.seed, "mask", sample, int(view)))
+            drawn[view, tile] = self.masking.mask(ratios[tile, view], rng(self.seed, "mask", sample, int(view)))
         return drawn.reshape(views * tiles, grid, grid)
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from data.fault import Fault
 from data.loader_process import SHARED_MEMORY, shared_memory_room
-from data.tiles.loader import Masking, TileBatches, shared_memory_needed
+from data.masks import Masking
+from data.tiles.loader import TileBatches, shared_memory_needed
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Stream, group_size
@@ -92,14 +93,12 @@ def loading(
 ) -> TileBatches:
     """What one process's loader makes, by the run's own crops and threads."""
     sizes = crop_sizes(Crops(**data["crops"]))
-    masks = data["masks"]
-    masking = Masking(masks["share"], masks["low"], masks["high"], sizes.global_size // patch_size)
     return TileBatches(
         source,
         stream,
         sizes,
         colour(ColourSettings(**data["colour"])),
-        masking,
+        Masking(grid=sizes.global_size // patch_size, **data["masks"]),
         seed=seed,
         start=0,
         stop=WARM_UP + MEASURED,

@@ -8,14 +8,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data import masks
 from data.keyed import rng
 from data.tiles.augment import augment
 from data.tiles.augment_parameters import draw_parameters
 from data.tiles.crops import cut
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.settings.composition import load
-from pretrain.training.tile_stage import checked_views, colour, crop_sizes, view_sheet
+from pretrain.training.tile_stage import checked_views, colour, crop_sizes, masking, view_sheet
 
 
 def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
@@ -32,10 +31,8 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
     patch = config.model["patch_size"]
     sizes = crop_sizes(config.data.crops, checked_views(config.objective, patch, config.data.crops))
     colours, side = colour(config.data.colour), sizes.global_size // patch
-    of_masks = config.data.masks
-    ratios = masks.ratios(
-        len(tiles) * sizes.global_count, of_masks.share, of_masks.low, of_masks.high, seed, 0
-    ).reshape(sizes.global_count, len(tiles))
+    masks = masking(config.objective, config.data.masks, side)
+    ratios = masks.ratios(len(tiles) * sizes.global_count, seed, 0).reshape(sizes.global_count, len(tiles))
     views = [cut(tile, sizes, seed, number) for number, tile in enumerate(tiles)]
     rows = [draw_parameters(colours, sizes.kinds(), rng(seed, "colour", number)) for number in range(len(tiles))]
     mean, std = torch.tensor(config.data.mean), torch.tensor(config.data.std)
@@ -48,7 +45,7 @@ def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:
         crops.append((augment(images, parameters, mean, std), count))
         first = last
     masked = [
-        masks.blocks(side, side, ratios[view, number], rng(seed, "mask", number, view))
+        masks.mask(ratios[view, number], rng(seed, "mask", number, view))
         for view in range(sizes.global_count)
         for number in range(len(tiles))
     ]

@@ -46,8 +46,7 @@ class DINO(TileDistillation):
             head = PrototypeHead(
                 encoder.width, prototypes=prototypes, bottleneck=bottleneck, hidden=hidden, layers=head_layers
             )
-            head.last_layer.weight_g.requires_grad_(not frozen_prototype_norms)
-            return Network(encoder, head)
+            return Network(encoder, head.with_frozen_norms() if frozen_prototype_norms else head)
 
         super().__init__(
             network,

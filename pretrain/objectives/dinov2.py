@@ -19,7 +19,6 @@ from models.operations import Operations, total_operations
 from models.vit import Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
-from pretrain.objectives.losses.spread import SPREADS
 from pretrain.objectives.self_distillation import (
     Taught,
     TeachingOfLevels,
@@ -27,6 +26,7 @@ from pretrain.objectives.self_distillation import (
     teaching_of,
     two_level_network,
 )
+from pretrain.objectives.spreading import Spread
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.objectives.tile_distillation import TileDistillation, by_view
 
@@ -55,7 +55,7 @@ class DINOv2(TileDistillation):
             **teaching_of(settings),
         )
         self.dino_weight, self.ibot_weight = settings["dino_weight"], settings["ibot_weight"]
-        self.spread, self.spread_weight = SPREADS[settings["spread"]], settings["spread_weight"]
+        self.spread = Spread(settings, group_size)
 
     def teacher_tokens(self, batch: TileBatch) -> dict[str, Taught]:
         (seen,) = self.teacher.encoder([batch.crops[0][0]], wanted=[batch.masked])
@@ -74,25 +74,24 @@ class DINOv2(TileDistillation):
         """The loss of a micro-batch whose student's tokens are there, and its figures; a subclass adds terms of the
         same tokens to it."""
         assert batch.targets is not None
-        masks, masked, global_views = batch.masks.flatten(1), batch.masked, batch.crops[0][1]
+        global_views = batch.crops[0][1]
         scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
         patches = tokens[0].patches
         if self.all_patches:
-            patches = patches.flatten(0, 1).index_select(0, masked)
+            patches = patches.flatten(0, 1).index_select(0, batch.masked)
         student_patches = self.student.score_patches(patches)
 
         cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
         dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
-        weight = (1 / masks.sum(1).clamp(min=1)).index_select(0, masked // masks.shape[1])
         ibot = masked_cross_entropy(
-            student_patches, batch.targets["ibot"](), weight, len(masks), self.student_temperature
+            student_patches, batch.targets["ibot"](), batch.crop_shares, len(batch.masks), self.student_temperature
         )
-        spread = self.spread(tokens[0].cls, self.group_size)  # mean over views; DINOv2 sums it over them
+        spread = self.spread(tokens[0].cls)  # mean over views; DINOv2 sums it over them
 
         total = (
             self.dino_weight * self.class_token_loss(dino_global, dino_local)
             + self.ibot_weight * ibot
-            + self.spread_weight * global_views * spread
+            + self.spread.weight(moment) * global_views * spread
         )
         return total, {
             "dino_global": dino_global,

@@ -54,7 +54,14 @@ class DINOv3(DINOv2):
         gram_negatives: Annotated[str, one_of(*GRAM_NEGATIVES)],
         **settings: Unpack[SharpeningOfSeparateLevels],
     ) -> None:
-        super().__init__(make_encoder, group_size=group_size, separate_ibot_head=True, centring="sinkhorn", **settings)
+        super().__init__(
+            make_encoder,
+            group_size=group_size,
+            separate_ibot_head=True,
+            frozen_prototype_norms=False,
+            centring="sinkhorn",
+            **settings,
+        )
         self.local_weight, self.gram_weight = local_weight, gram_weight
         self.gram_every, self.gram_refreshes, self.gram_negatives = gram_every, gram_refreshes, gram_negatives
         self.gram_teacher: VisionTransformer | None = None

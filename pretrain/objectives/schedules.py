@@ -20,6 +20,13 @@ def cosine_then_constant(
     return final + 0.5 * (peak - final) * (1 + math.cos(math.pi * share))
 
 
+def ramp(step: int, *, begin: float, end: float) -> float:
+    """0 up to step ``begin``, 1 from ``end`` on, linear between."""
+    if step >= end:
+        return 1.0
+    return max(0.0, (step - begin) / (end - begin))
+
+
 def cosine(
     step: int, *, peak: float, final: float, total: int, warmup: int = 0, start: float = 0.0, frozen: int = 0
 ) -> float:

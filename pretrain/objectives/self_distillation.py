@@ -22,8 +22,8 @@ from pretrain.objectives.figures import assignment_figures
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import ITERATIONS, centred_softmax, moved_centre, sinkhorn_centre
 from pretrain.objectives.losses.precision import wide
-from pretrain.objectives.losses.spread import SPREADS
 from pretrain.objectives.schedules import cosine
+from pretrain.objectives.spreading import Spreading
 from pretrain.objectives.tile_batch import Target
 
 
@@ -57,25 +57,29 @@ class Teaching(Sharpening):
     centring: Annotated[str, one_of("centre", "sinkhorn")]
 
 
-class SeparateLevels(TypedDict):
-    """Settings of objectives that learn from class tokens and from masked parts: their heads, weights and spread."""
+class ClassLevel(Spreading):
+    """Settings of what is learned from class tokens beside something else: the head, its weight, and their spread."""
 
     prototypes: Annotated[int, PROTOTYPES]
     bottleneck: Annotated[int, within(least=1)]
     hidden: Annotated[int, within(least=1)]
     head_layers: Annotated[int, within(least=1)]
+    dino_weight: Annotated[float, within(least=0)]
+
+
+class SeparateLevels(ClassLevel):
+    """The same, and those of what is learned from masked parts through a head."""
+
     ibot_prototypes: Annotated[int, PROTOTYPES]
     ibot_bottleneck: Annotated[int, within(least=1)]
-    dino_weight: Annotated[float, within(least=0)]
     ibot_weight: Annotated[float, within(least=0)]
-    spread: Annotated[str, one_of(*SPREADS)]
-    spread_weight: Annotated[float, within(least=0)]
 
 
 class Levels(SeparateLevels):
-    """The same, and whether masked parts have a head of their own."""
+    """The same, whether masked parts have a head of their own, and whether prototypes keep the norm 1."""
 
     separate_ibot_head: bool
+    frozen_prototype_norms: bool
 
 
 class TeachingOfLevels(Levels, Teaching):
@@ -90,7 +94,7 @@ def two_level_network(encoder: Any, levels: Levels, normed: bool = True) -> Netw
     """An encoder with the heads that the settings say, their prototypes weight-normed where ``normed``."""
 
     def head(prototypes: int, bottleneck: int) -> PrototypeHead:
-        return PrototypeHead(
+        made = PrototypeHead(
             encoder.width,
             prototypes=prototypes,
             bottleneck=bottleneck,
@@ -98,6 +102,7 @@ def two_level_network(encoder: Any, levels: Levels, normed: bool = True) -> Netw
             layers=levels["head_layers"],
             normed=normed,
         )
+        return made.with_frozen_norms() if levels["frozen_prototype_norms"] else made
 
     dino = head(levels["prototypes"], levels["bottleneck"])
     separate = levels["separate_ibot_head"]
@@ -110,7 +115,7 @@ def prototypes_of_levels(levels: Levels) -> dict[str, int]:
     return {"dino": shared, "ibot": levels["ibot_prototypes"] if levels["separate_ibot_head"] else shared}
 
 
-def teaching_of(settings: TeachingOfLevels) -> Teaching:
+def teaching_of(settings: Teaching) -> Teaching:
     """The part of them that is `Teaching`."""
     return {name: settings[name] for name in Teaching.__annotations__}  # type: ignore[literal-required, return-value]
 
@@ -204,9 +209,13 @@ class SelfDistillation(Objective):
         Its scores of several micro-batches are too many to hold (n × K numbers each, gigabytes for 131,072 prototypes).
         They are computed anew from its tokens wherever they are wanted, which costs a head's pass and no encoder's.
         """
+        return self.targets_from([self.teacher_tokens(part) for part in parts], moment)
+
+    @torch.no_grad()
+    def targets_from(self, tokens: Sequence[Mapping[str, Taught]], moment: Moment) -> list[dict[str, Target]]:
+        """`targets_of` micro-batches whose teacher's tokens are there."""
         temperature = self.teacher_temperature(moment)
-        tokens = [self.teacher_tokens(part) for part in parts]
-        targets: list[dict[str, Target]] = [{} for _ in parts]
+        targets: list[dict[str, Target]] = [{} for _ in tokens]
         for kind in tokens[0]:
             scores, sums = self._scores(kind, [part[kind] for part in tokens])
             centre = self._centre(kind, scores, temperature).clone()

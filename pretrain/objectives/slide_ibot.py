@@ -29,7 +29,6 @@ from pretrain.objectives.figures import spread_of_slides
 from pretrain.objectives.interface import Moment, SlideObjective
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
 from pretrain.objectives.losses.precision import at_least_float32
-from pretrain.objectives.losses.spread import SPREADS
 from pretrain.objectives.self_distillation import (
     Network,
     SelfDistillation,
@@ -39,6 +38,7 @@ from pretrain.objectives.self_distillation import (
     teaching_of,
     two_level_network,
 )
+from pretrain.objectives.spreading import Spread
 from pretrain.objectives.tile_batch import Target
 from pretrain.run.across_ranks import total, world_size
 
@@ -72,22 +72,17 @@ class SlideIBOT(SelfDistillation, SlideObjective):
         make_encoder: Callable[[], SlideNetwork],
         *,
         group_size: Annotated[int, within(least=2)],
-        frozen_prototype_norms: bool,
         **settings: Unpack[TeachingOfLevels],
     ) -> None:
         def network() -> Network:
             encoder = make_encoder()
             encoder.add_mask_token()
-            built = two_level_network(encoder, settings)
-            for head in (built.dino_head, built.ibot_head):
-                if head is not None:
-                    head.last_layer.weight_g.requires_grad_(not frozen_prototype_norms)
-            return built
+            return two_level_network(encoder, settings)
 
         super().__init__(network, prototypes_of_levels(settings), **teaching_of(settings))
         self.group_size = group_size
         self.dino_weight, self.ibot_weight = settings["dino_weight"], settings["ibot_weight"]
-        self.spread, self.spread_weight = SPREADS[settings["spread"]], settings["spread_weight"]
+        self.spread = Spread(settings, group_size)
 
     def teacher_tokens(self, batch: CropBatch) -> dict[str, Taught]:
         """Of global crops, nothing masked. All their cells move the patches' centre, the masked ones become targets."""
@@ -154,9 +149,9 @@ class SlideIBOT(SelfDistillation, SlideObjective):
 
         loss = self.dino_weight * (dino_global + dino_local) + self.ibot_weight * ibot
         figures = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
-        if self.spread_weight:
-            figures["spread"] = self.spread(seen.cls[: part.global_crops], self.group_size)
-            loss = loss + self.spread_weight * part.global_count * figures["spread"]
+        if self.spread.peak:
+            figures["spread"] = self.spread(seen.cls[: part.global_crops])
+            loss = loss + self.spread.weight(moment) * part.global_count * figures["spread"]
         return loss, figures | self.schedules(moment)
 
     def operations(self, parts: Sequence[CropBatch]) -> Operations:

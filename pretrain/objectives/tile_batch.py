@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Target = Callable[[], Tensor]
-"""Computes a micro-batch's targets, probabilities ``(n, K)``, when they are wanted."""
+"""Computes a micro-batch's targets when they are wanted: probabilities ``(n, K)``, or of regression ``(n, width)``."""
 
 
 @dataclass
@@ -32,3 +32,9 @@ class TileBatch:
     def masked(self) -> Tensor:
         """``(M,)`` int64, ascending: which of ``masks.flatten()`` are true."""
         return self.masks.flatten().nonzero()[:, 0] if self.masked_numbers is None else self.masked_numbers
+
+    @property
+    def crop_shares(self) -> Tensor:
+        """``(M,)``: of each of `masked`, one over the number of masked patches of its crop."""
+        masks = self.masks.flatten(1)
+        return (1 / masks.sum(1).clamp(min=1)).index_select(0, self.masked // masks.shape[1])

@@ -41,7 +41,7 @@ class TileDistillation(SelfDistillation):
         encoder = self.student.encoder
         if not (encoder.drop_path and encoder.training):
             return None
-        return StochasticDepth(self.group_size, encoder.drop_path, len(encoder.blocks))
+        return StochasticDepth(self.group_size, encoder.drop_rates)
 
     def prepare(self, parts: Sequence[TileBatch], moment: Moment) -> list[TileBatch]:
         """The micro-batches with their targets."""
@@ -70,7 +70,7 @@ class TileDistillation(SelfDistillation):
         crops, kept = [crops for crops, _ in batch.crops], self._kept(batch, moment)
         return encoder(crops, masks, kept, wanted=wanted, **scales)
 
-    def _kept(self, batch: TileBatch, moment: Moment) -> list[tuple[KeptSamples, KeptSamples]] | None:
+    def _kept(self, batch: TileBatch, moment: Moment) -> list[tuple[KeptSamples, KeptSamples] | None] | None:
         """What the student's branches run on, by block; None: on all crops. Drawn here where the loader hasn't."""
         depth, (images, views) = self.stochastic_depth(), batch.crops[0]
         if depth is None:
@@ -82,7 +82,7 @@ class TileDistillation(SelfDistillation):
         else:  # drawn for all crop sizes, those of other networks' views last
             kept = list(batch.kept[: len(counts)])
         tokens = [self.student.encoder.tokens_per_crop(crops.shape[-1]) for crops, _ in batch.crops]
-        return kept_samples(kept, list(zip(counts, tokens, strict=True)), tiles)
+        return kept_samples(depth, kept, list(zip(counts, tokens, strict=True)), tiles)
 
     def encoder_operations(self, batch: TileBatch, masked: int) -> Operations:
         """Of both encoders on a micro-batch whose loss is given ``masked`` patches."""
@@ -91,8 +91,11 @@ class TileDistillation(SelfDistillation):
         wanted = [crops + (0 if i else masked) for i, (crops, _) in enumerate(shapes)]
         depth = self.stochastic_depth()
         kept = depth and [
-            (depth.kept_of(views * depth.group) * crops // (views * depth.group), tokens)
-            for (crops, tokens), (_, views) in zip(shapes, batch.crops, strict=True)
+            [
+                (of_group * crops // (views * depth.group), tokens)
+                for of_group, (crops, tokens), (_, views) in zip(of_block, shapes, batch.crops, strict=True)
+            ]
+            for of_block in zip(*(depth.kept_of(views * depth.group) for _, views in batch.crops), strict=True)
         ]
         student = encoder.operations(shapes, kept, None if self.all_patches else wanted)
         return student + self.teacher.encoder.operations(shapes[:1], wanted=wanted[:1]).without_gradients

@@ -7,12 +7,12 @@ import torch
 
 from data.embeddings.grid_crops import CropBatch
 from data.embeddings.sequences import SlideBatch, TilesOfStore
-from pretrain.objectives.interface import Objective, SlideObjective
+from pretrain.objectives.interface import SlideObjective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.plan.rehearsal import LARGEST_CELL, RehearsedBatch
 from pretrain.settings import plugins
 from pretrain.settings.ranges import within
-from pretrain.training.tile_stage import checked_views
+from pretrain.training.tile_stage import checked_views, masking
 
 
 @dataclass
@@ -37,9 +37,7 @@ def tile_batch(model: dict[str, Any], objective: dict[str, Any], data: Any, tile
         masks, numbers = torch.empty(global_crops, grid, grid, dtype=torch.bool), torch.empty(masked, dtype=torch.int64)
         return TileBatch(images, masks, masked_numbers=numbers)
 
-    wanted = plugins.locate_class(objective["_target_"], Objective).masks
-    share = data.masks.share if wanted else 0.0
-    masked = masked_patches(global_crops, grid, share, data.masks.low, data.masks.high)
+    masked = masking(objective, data.masks, grid).expected(global_crops)
     return RehearsedBatch(make, {global_crops * grid * grid: masked}, tiles, parts)
 
 
@@ -49,12 +47,6 @@ def views_and_sides(model: dict[str, Any], objective: dict[str, Any], data: Any)
     sides = [(crops.global_count, crops.global_size), (crops.local_count, crops.local_size)]
     sides += [(views.count, views.size) for views in checked_views(objective, model["patch_size"], crops)]
     return [(views, side) for views, side in sides if views]
-
-
-def masked_patches(crops: int, grid: int, share: float, low: float, high: float) -> int:
-    """Masked patches of so many global crops: the mean ratio of the masked ones, on each crop's own whole number of
-    patches."""
-    return round(int(crops * share) * grid * grid * (low + high) / 2)
 
 
 def lane(slides: SupposedSlides, most: int, room: int | None, field_cells: int, largest: bool) -> list[int]:

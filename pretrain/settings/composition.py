@@ -62,7 +62,7 @@ class Composed:
     config_dirs: list[Path]  # the user's own folders of YAML
     left_out: list[str] = field(
         default_factory=list
-    )  # settings of another objective or network, which the recipe has and the chosen one does without
+    )  # settings of another objective, network or source, which the recipe has and the chosen one does without
 
     @property
     def overridden(self) -> set[str]:
@@ -75,7 +75,7 @@ class Composed:
         return [word for word in self.overrides if not re.match(r"[+~]*launch[.=]", word)]
 
     def says_left_out(self) -> str:
-        """The sentence about what the recipe sets and the chosen objective or network does without."""
+        """The sentence about what the recipe sets and the chosen objective, network or source does without."""
         groups = sorted({name.partition(".")[0] for name in self.left_out})
         return (
             f"the recipe's {', '.join(self.left_out)} are another {' and '.join(groups)}'s, and left out: the chosen one"
@@ -178,24 +178,31 @@ def _leave_out(
     values: DictConfig,
     choices: dict[str, str],
 ) -> list[str]:
-    """Give an objective or a network that the user chose its own values, where the recipe sets those of another one;
-    returns the recipe's that are left out."""
+    """Give an objective or a network that the user chose its own values, where the recipe sets those of another one, and
+    take from a source of tiles what it doesn't know; returns the recipe's that are left out."""
     recipe = choices.get("recipe", "None")
     if recipe == "None":
         return []
     rest = [word for word in words if key_of(word) in ("recipe", "scale")]
     chosen = [
         group
-        for group in ("objective", "model")
+        for group in ("objective", "model", "data")
         if any(word.startswith(f"{group}=") for word in words)
         and _compose(command, rest, search, directories)[1][group] != choices[group]
     ]
+    kept: set[str] = set()
     for group in chosen:
         own = [word for word in words if key_of(word).partition(".")[0] in (group, "scale")]
-        values[group] = _compose(command, [*own, "~recipe"], search, directories)[0][group]
+        alone = _compose(command, [*own, "~recipe"], search, directories)[0][group]
+        if group == "data":  # views and batches are those of any source
+            values.data = {name: value for name, value in values.data.items_ex(resolve=False) if name in alone}
+            kept = {f"data.{name}" for name in alone}
+        else:
+            values[group] = alone
     files = with_parents("recipe", recipe, directories)
     named = {f"{prefix}{name}" for prefix, file in files for name in comments(file)}
     of_others = {name for name in named if name.partition(".")[0] in chosen and "." in name}
+    of_others -= {name for name in of_others if ".".join(name.split(".")[:2]) in kept}
     return sorted(of_others - set(map(key_of, words)))
 
 

@@ -1,7 +1,7 @@
 """Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -13,10 +13,11 @@ from torch import Tensor
 from data.fault import Fault
 from data.files import Refused, appearing, remove
 from data.loader_process import LoaderProcess
+from data.masks import MASK_KINDS, Masking
 from data.tiles.augment import augment
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes, FurtherViews
-from data.tiles.loader import Masking, MicroBatch, RankBatch, TileBatches, loader_of
+from data.tiles.loader import MicroBatch, RankBatch, TileBatches, loader_of
 from data.tiles.source import TileSource
 from data.tiles.stream import Stream, group_size
 from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbers, one_of, within
@@ -94,6 +95,7 @@ class ColourSettings:
     solarise_probability: Annotated[list[float], numbers(3), SHARE]
     stain_probability: Annotated[float, SHARE]
     stain_shift: Annotated[float, within(least=0)]
+    stain_sigma: Annotated[float, within(least=0)]
 
 
 def check_shares(low: float, high: float) -> None:
@@ -107,8 +109,11 @@ class MaskSettings:
     """``data.masks``: which share of the global crops is masked, and how much of them."""
 
     share: Annotated[float, SHARE]
+    kind: Annotated[str, one_of(*MASK_KINDS)]
     low: Annotated[float, SHARE]
     high: Annotated[float, SHARE]
+    squares: Annotated[int, within(least=1)]
+    square_area: Annotated[float, within(above=0, most=1)]
 
     agreements: ClassVar[Agreements] = {("low", "high"): check_shares}
 
@@ -204,6 +209,14 @@ def crop_sizes(crops: Crops, further: tuple[FurtherViews, ...] = ()) -> CropSize
     )
 
 
+def masking(objective: Mapping[str, Any], settings: MaskSettings, grid: int) -> Masking:
+    """The settings of masks as the loader takes them, for crops of ``grid`` patches a side; of an objective that masks
+    nothing, none."""
+    wanted = plugins.locate_class(objective["_target_"], Objective).masks
+    values: dict[str, Any] = {field.name: getattr(settings, field.name) for field in fields(MaskSettings)}
+    return Masking(grid=grid, **values | ({} if wanted else {"share": 0.0}))
+
+
 def colour(settings: ColourSettings) -> Colour:
     """The settings of colour as the loader takes them."""
     values: dict[str, Any] = {
@@ -275,14 +288,13 @@ class TileTraining(Training):
 
     def tile_batches(self, tiles: TileSource, stream: Stream, start: int, stop: int) -> TileBatches:
         """This rank's share of the batches ``start … stop − 1`` of ``tiles``, cut as the run's are."""
-        patch, masks, trained = self.config.model["patch_size"], self.data.masks, tiles is self.tiles
-        wanted = plugins.locate_class(self.config.objective["_target_"], Objective).masks
+        grid, trained = self.sizes.global_size // self.config.model["patch_size"], tiles is self.tiles
         return TileBatches(
             tiles,
             stream,
             self.sizes,
             colour(self.data.colour),
-            Masking(masks.share if wanted else 0.0, masks.low, masks.high, self.sizes.global_size // patch),
+            masking(self.config.objective, self.data.masks, grid),
             seed=self.config.seed,
             start=start,
             stop=stop,

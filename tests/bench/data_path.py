@@ -53,6 +53,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from torchvision.transforms import v2
 
 from data.keyed import rng
+from data.masks import Masking
 from data.parquet.files import list_parquet
 from data.parquet.index import ParquetIndex, ParquetQuestion, scan_parquet
 from data.shards.scan import scan
@@ -61,7 +62,7 @@ from data.slides.reading import Slide
 from data.tiles.augment import augment, augment_together
 from data.tiles.augment_parameters import Colour, draw_parameters
 from data.tiles.crops import NUMBERS_A_CROP, CropSizes, box
-from data.tiles.loader import Masking, RankBatch, TileBatches
+from data.tiles.loader import RankBatch, TileBatches
 from data.tiles.of_parquet import ParquetTiles
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource

@@ -31,10 +31,11 @@ Start = Callable[[], Iterator[list[Tensor]]]
 
 def ours(asked: dict) -> Start:
     """The loader process of a rank, as training has it: uint8 views, by size."""
+    from data.masks import Masking
     from data.slides.survey import known_survey
     from data.tiles.augment_parameters import Colour
     from data.tiles.crops import CropSizes
-    from data.tiles.loader import Masking, TileBatches, loader_of
+    from data.tiles.loader import TileBatches, loader_of
     from data.tiles.of_slides import SlideTiles
     from data.tiles.stream import Stream
     from tests.bench.online import look_at

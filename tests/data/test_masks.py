@@ -57,3 +57,31 @@ def test_exact_masks_hide_exactly_a_share_of_the_places_that_there_are(
     valid = rng("valid", sample).random((side, side)) < filled
     mask = masks.exact_blocks(valid, ratio, rng(0, "mask", sample))
     assert mask.sum() == round(ratio * valid.sum()) and not (mask & ~valid).any()
+
+
+@given(st.integers(2, 24), st.integers(1, 6), st.floats(0.01, 1), st.integers(0, 300))
+def test_squares_are_whole_inside_the_grid_and_everywhere_in_it(
+    grid: int, count: int, area: float, sample: int
+) -> None:
+    mask, side = masks.squares(grid, count, area, rng(0, "mask", sample)), masks.square_side(grid, area)
+    assert mask.shape == (grid, grid) and side**2 <= mask.sum() <= min(count * side**2, grid**2)
+    whole = np.lib.stride_tricks.sliding_window_view(mask, (side, side)).all((2, 3))
+    covered = np.zeros_like(mask)
+    for top, left in zip(*np.nonzero(whole), strict=True):
+        covered[top : top + side, left : left + side] = True
+    assert np.array_equal(covered, mask)
+
+
+def test_single_patches_are_as_many_as_the_ratio_says_and_hardly_touch() -> None:
+    drawn = [masks.scattered(16, 16, 0.3, rng(1, "mask", sample)) for sample in range(100)]
+    assert {int(mask.sum()) for mask in drawn} == {int(256 * 0.3)}
+    assert np.mean([(mask[:, 1:] & mask[:, :-1]).sum() / mask[:, :-1].sum() for mask in drawn]) < 0.35
+
+
+@pytest.mark.parametrize("kind", masks.MASK_KINDS)
+def test_what_is_masked_in_the_mean_is_known_beforehand(kind: str) -> None:
+    masking = masks.Masking(0.5, 0.1, 0.45, 16, kind=kind, squares=4, square_area=0.1)
+    ratios = masking.ratios(400, seed=0, step=0)
+    found = [masking.mask(ratio, rng(0, "mask", number)).sum() for number, ratio in enumerate(ratios)]
+    assert sum(map(bool, found)) == 200
+    assert sum(found) == pytest.approx(masking.expected(400), rel=0.03)

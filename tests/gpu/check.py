@@ -122,7 +122,7 @@ def parity() -> dict[str, Any]:
     from data.tiles.augment_cpu import augment_each
     from data.tiles.augment_parameters import Colour, draw_parameters
     from pretrain.objectives.interface import Moment
-    from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, mae
+    from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, jepa, mae
 
     torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, float] = {}
@@ -130,6 +130,7 @@ def parity() -> dict[str, Any]:
         "dinov2 sinkhorn": lambda: dinov2(drop_path=0.3),
         "dinov2 centre kde": lambda: dinov2("centre", spread="kde"),
         "dino": lambda: dino(drop_path=0.3),
+        "jepa": lambda: jepa(drop_path=0.3),
         "mae": mae,
     }
     for name, make in made.items():

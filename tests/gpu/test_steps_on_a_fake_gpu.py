@@ -63,6 +63,7 @@ TILE = {
         "objective.gram_size=48",
         "model.position_embedding=rope",
     ],
+    "jepa": ["objective=jepa", "objective.predictor_heads=2", "model.drop_path=0.3", "trainer.accumulate=2"],
     "dino": ["objective=dino", "model.drop_path=0.3"],
     "mae": ["objective=mae", *OF_MAE],
 }
@@ -104,15 +105,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tile_training(run: Path, shards: Path, *settings: str) -> Training:
-    found = TINY if "objective=dino" not in settings and "objective=mae" not in settings else without(TINY, settings)
+    found = without(TINY, settings)
     config = load("tile", [f"run={run}", f"data.shards={shards}", *found, *settings]).object()
     return TileTraining(run, config, lambda: plugins.build(config.objective, lambda: plugins.build_empty(config.model)))
 
 
 def without(words: list[str], settings: tuple[str, ...]) -> list[str]:
     """Settings that another objective hasn't got are left out."""
-    lacking = {"objective=dino": ("ibot",), "objective=mae": ("objective.",)}
-    left = next(names for setting, names in lacking.items() if setting in settings)
+    lacking = {"objective=dino": ("ibot",), "objective=jepa": ("ibot",), "objective=mae": ("objective.",)}
+    left = next((names for setting, names in lacking.items() if setting in settings), ())
     return [word for word in words if not any(name in word for name in left)]
 
 

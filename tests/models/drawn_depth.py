@@ -19,12 +19,11 @@ def drawn_samples(
     seed: int = 0,
     step: int = 0,
     first: int = 0,
-) -> list[tuple[KeptSamples, KeptSamples]] | None:
+) -> list[tuple[KeptSamples, KeptSamples] | None] | None:
     """Kept samples of both branches of each of ``depth`` blocks; ``views``: per crop size ``(views, tokens per
     crop)``. None where ``rate`` is 0."""
     if rate == 0:
         return None
-    drawn = StochasticDepth(group, rate, depth).draw(
-        [count for count, _ in views], tiles, seed=seed, step=step, first=first
-    )
-    return kept_samples([torch.from_numpy(crops) for crops in drawn], views, tiles)
+    drops = StochasticDepth(group, (rate,) * depth)
+    drawn = drops.draw([count for count, _ in views], tiles, seed=seed, step=step, first=first)
+    return kept_samples(drops, [torch.from_numpy(crops) for crops in drawn], views, tiles)

@@ -52,6 +52,8 @@ def objective(meta: dict[str, str], tensors: dict[str, Tensor]) -> DINOv3:
         ibot_weight=1.0,
         spread="koleo",
         spread_weight=float(meta["koleo_weight"]),
+        spread_concentration=5.0,
+        spread_ramp=[0.0, 0.0],
         gram_weight=float(meta["gram_weight"]),
         gram_size=96 if gram else None,
         gram_every=10,

@@ -89,6 +89,8 @@ def objective(golden: tuple[dict[str, str], dict[str, Tensor]], temperature: str
         ibot_weight=1.0 if temperature == "teacher_patch_temp" else 0.0,
         spread="koleo",
         spread_weight=0.0,
+        spread_concentration=5.0,
+        spread_ramp=[0.0, 0.0],
         centring="centre",
         student_temperature=float(meta["student_temp"]),
         teacher_temperature=float(meta[temperature]),

@@ -56,3 +56,6 @@ def kde_as_published(x: Tensor, group: int, concentration: float = 5.0) -> Tenso
 
 SPREADS = {"koleo": koleo, "kde": kde, "kde_as_published": kde_as_published}
 """The regularisers by name, each ``(features (N, D), group) → scalar``."""
+
+CONCENTRATED = ("kde", "kde_as_published")
+"""Those whose kernel has a ``concentration``, κ."""

@@ -14,6 +14,7 @@ import simplejpeg
 
 from data.fault import Fault
 from data.keyed import rng
+from data.masks import Masking
 from data.shards.index import ShardIndex
 from data.shards.records import merge_records
 from data.shards.verify import Defect, list_shards, verify_folder, verify_shard
@@ -24,7 +25,7 @@ from data.slides.tiling import READ, TilingSettings, tile_slide
 from data.slides.tissue import tissue_needed
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Masking, RankBatch, TileBatches
+from data.tiles.loader import RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles, UnreadableTile
 from data.tiles.stream import Stream
 from tests.data.shards.tars import write_tar

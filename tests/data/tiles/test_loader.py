@@ -9,12 +9,13 @@ import pytest
 import torch
 
 from data.fault import Fault
+from data.masks import Masking
 from data.slides.tissue import saturated_share
 from data.stochastic_depth import StochasticDepth
 from data.tiles import loader
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Masking, MicroBatch, RankBatch, TileBatches
+from data.tiles.loader import MicroBatch, RankBatch, TileBatches
 from data.tiles.of_shards import ShardTiles
 from data.tiles.stream import Stream
 from tests.data.shards.tile_folders import spoil, write_tiles
@@ -101,7 +102,7 @@ def test_ranks_load_together_what_one_loads_alone(folder: Path, world_size: int)
 
 
 def test_the_crops_that_skip_branches_travel_with_their_micro_batch(folder: Path) -> None:
-    depth = StochasticDepth(group=2, rate=0.4, blocks=3)
+    depth = StochasticDepth(group=2, rates=(0.0, 0.4, 0.7))
     ranks = [load(folder, rank=rank, world_size=2, accumulate=2, depth=depth) for rank in range(2)]
     for step in range(3):
         for part in [part for rank in ranks for part in rank[step].parts]:

@@ -15,9 +15,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.masks import Masking
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Masking, RankBatch, TileBatches
+from data.tiles.loader import RankBatch, TileBatches
 from data.tiles.mixture import Mixture
 from data.tiles.of_shards import ShardTiles
 from data.tiles.of_slides import SlideTiles

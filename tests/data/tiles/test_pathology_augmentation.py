@@ -7,7 +7,7 @@ from skimage.color import hed2rgb, rgb2hed
 
 from data.keyed import rng
 from data.tiles import augment as ours
-from data.tiles.augment_parameters import FACTORS, ORDER, STAIN, STAINS, WIDTH, Colour, draw_parameters
+from data.tiles.augment_parameters import FACTORS, ORDER, SCALES, STAIN, STAINS, WIDTH, Colour, draw_parameters
 from data.tiles.crops import CropSizes, cut
 
 
@@ -15,9 +15,10 @@ def test_shifted_stains_equal_scikit_images() -> None:
     images = torch.from_numpy(rng(0, "pixels").random((3, 3, 8, 8), dtype=np.float32))
     images[0, :, 0, 0], images[0, :, 0, 1] = 1.0, 0.0  # white and black
     shift = torch.tensor([[0.05, -0.03, 0.02], [-0.05, 0.01, 0.0], [0.0, 0.0, 0.0]])
-    found = ours.shift_stains(images, shift)
-    for image, amount, result in zip(images.double(), shift.double(), found, strict=True):
-        stains = (rgb2hed(image.permute(1, 2, 0).numpy()) + amount.numpy()).clip(0, 1)
+    scale = torch.tensor([[1.0, 1.0, 1.0], [0.9, 1.2, 1.0], [1.0, 1.0, 1.0]])
+    found = ours.shift_stains(images, shift, scale)
+    for image, amount, factor, result in zip(images.double(), shift.double(), scale.double(), found, strict=True):
+        stains = (rgb2hed(image.permute(1, 2, 0).numpy()) * factor.numpy() + amount.numpy()).clip(0, 1)
         np.testing.assert_allclose(result.permute(1, 2, 0).numpy(), hed2rgb(stains), atol=2e-6)
 
 
@@ -25,11 +26,11 @@ def test_only_the_images_that_were_drawn_are_shifted() -> None:
     images = torch.from_numpy(rng(1).integers(30, 250, (4, 3, 6, 6), dtype=np.uint8))
     rows = torch.zeros(4, WIDTH)
     rows[:, FACTORS], rows[:, ORDER] = torch.tensor([1.0, 1.0, 1.0, 0.0]), torch.arange(4.0)
-    rows[[0, 2], STAIN], rows[:, STAINS] = 1.0, torch.tensor([0.05, 0.05, -0.05])
+    rows[[0, 2], STAIN], rows[:, STAINS], rows[:, SCALES] = 1.0, torch.tensor([0.05, 0.05, -0.05]), 1.1
     found = ours.augment(images, rows, torch.zeros(3), torch.ones(3))
     changed = (found - images / 255).abs().amax((1, 2, 3)) > 1e-3
     assert changed.tolist() == [True, False, True, False]
-    torch.testing.assert_close(found[2], ours.shift_stains(images[2:3] / 255, rows[2:3, STAINS])[0])
+    torch.testing.assert_close(found[2], ours.shift_stains(images[2:3] / 255, rows[2:3, STAINS], rows[2:3, SCALES])[0])
 
 
 def test_drawn_shifts_follow_their_settings_and_change_no_other_draw() -> None:
@@ -40,6 +41,17 @@ def test_drawn_shifts_follow_their_settings_and_change_no_other_draw() -> None:
     assert -0.05 <= shifts.min() < -0.0495 and 0.0495 < shifts.max() <= 0.05 and abs(shifts.mean()) < 0.002
     without = draw_parameters(Colour(), np.zeros(2000, dtype=int), rng(0))
     assert np.array_equal(without[:, :STAIN], table[:, :STAIN]) and not without[:, STAIN].any()
+    assert (table[:, SCALES] == 1).all()
+
+
+def test_normal_shifts_and_factors_have_their_deviation_and_change_no_other_draw() -> None:
+    plain, colour = (Colour(stain_probability=1.0, stain_sigma=sigma) for sigma in (0.0, 0.12))
+    before, table = (draw_parameters(settings, np.zeros(2000, dtype=int), rng(0)) for settings in (plain, colour))
+    assert np.array_equal(before[:, : STAINS.start], table[:, : STAINS.start])
+    for columns, mean in ((STAINS, 0), (SCALES, 1)):
+        drawn = table[:, columns]
+        assert np.abs(drawn.mean(0) - mean).max() < 0.01 and drawn.std(0) == pytest.approx([0.12] * 3, rel=0.1)
+    assert np.abs(np.corrcoef(np.concatenate([table[:, STAINS], table[:, SCALES]], 1).T) - np.eye(6)).max() < 0.1
 
 
 def coordinates(side: int) -> np.ndarray:

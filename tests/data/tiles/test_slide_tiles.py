@@ -11,6 +11,7 @@ import tifffile
 from PIL import Image
 
 from data.fault import Fault
+from data.masks import Masking
 from data.slides.coordinates import TileGrid, plan_grid
 from data.slides.lists import list_slides
 from data.slides.mpp import SlidesMpp
@@ -21,7 +22,7 @@ from data.slides.tiling import KEPT, PEN, TilingSettings
 from data.slides.tissue import tissue_needed
 from data.tiles.augment_parameters import Colour
 from data.tiles.crops import CropSizes
-from data.tiles.loader import Masking, TileBatches
+from data.tiles.loader import TileBatches
 from data.tiles.of_slides import SlideTiles, _beneath
 from data.tiles.scales import Scales
 from data.tiles.source import UnreadableTile

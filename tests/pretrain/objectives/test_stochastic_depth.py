@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from data.stochastic_depth import StochasticDepth
 from pretrain.objectives.interface import Moment
 from tests.models.drawn_depth import drawn_samples
 from tests.pretrain.objectives.tile_objectives import batch, dinov2
@@ -76,6 +77,21 @@ def test_every_crop_is_kept_equally_often() -> None:
         share = [int(8 * 0.6) / 8, int(12 * 0.6) / 12][size]
         assert abs(count / 300 - share) < 5 * (share * (1 - share) / 300) ** 0.5
     assert len(counts) == 20
+
+
+def test_rates_that_rise_skip_nothing_at_first_and_their_full_share_at_last() -> None:
+    objective, whole = dinov2(drop_path=0.5, depth=3, drop_path_rising=True), batch(4)
+    assert objective.student.encoder.drop_rates == (0.0, 0.25, 0.5)
+    kept = objective._kept(whole, Moment(0, 10, 7))
+    assert kept is not None and kept[0] is None
+    # Groups of 2 tiles with 2 global and 3 local views: of 4 and 6 crops 3 and 4 stay, then 2 and 3.
+    shapes = [[crops for crops, _ in branch.shapes] for block in kept if block for branch in block]
+    assert shapes == [[6, 8], [6, 8], [4, 6], [4, 6]]
+    depth = objective.stochastic_depth()
+    assert depth is not None
+    constant = StochasticDepth(depth.group, (0.5,) * 3).draw([2, 3], 4, seed=7, step=0, first=0)
+    rising = depth.draw([2, 3], 4, seed=7, step=0, first=0)
+    assert all(a.tolist()[-len(b) // 3 :] == b.tolist()[-len(b) // 3 :] for a, b in zip(rising, constant, strict=True))
 
 
 def test_what_the_loader_drew_is_what_the_step_draws_and_nothing_is_skipped_in_evaluation() -> None:

@@ -10,6 +10,7 @@ from pretrain.objectives.dino import DINO
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.dinov3 import DINOv3
 from pretrain.objectives.interface import Objective
+from pretrain.objectives.jepa import JEPA
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.tile_batch import TileBatch
 
@@ -24,6 +25,7 @@ TEACHING = {
     "teacher_momentum_final": 1.0,
 }
 HEAD = {"prototypes": 24, "bottleneck": 8, "hidden": 16, "head_layers": 2}
+SPREADING = {"spread": "koleo", "spread_weight": 0.1, "spread_concentration": 5.0, "spread_ramp": [0.0, 0.0]}
 
 
 def encoder(**settings: object) -> Callable[[], VisionTransformer]:
@@ -47,8 +49,15 @@ def filled(objective: Objective, seed: int = 0) -> Objective:
     return objective
 
 
-def dinov2(centring: str = "sinkhorn", drop_path: float = 0.0, **settings: object) -> DINOv2:
-    return filled(unfilled_dinov2(encoder(drop_path=drop_path), centring=centring, **settings))  # type: ignore[return-value]
+def dinov2(
+    centring: str = "sinkhorn",
+    drop_path: float = 0.0,
+    drop_path_rising: bool = False,
+    depth: int = 2,
+    **settings: object,
+) -> DINOv2:
+    of_encoder = {"drop_path": drop_path, "drop_path_rising": drop_path_rising, "depth": depth}
+    return filled(unfilled_dinov2(encoder(**of_encoder), centring=centring, **settings))  # type: ignore[return-value]
 
 
 def unfilled_dinov2(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DINOv2:
@@ -61,8 +70,8 @@ def unfilled_dinov2(make_encoder: Callable[[], VisionTransformer], **settings: o
         "ibot_bottleneck": 8,
         "dino_weight": 1.0,
         "ibot_weight": 1.0,
-        "spread": "koleo",
-        "spread_weight": 0.1,
+        "frozen_prototype_norms": False,
+        **SPREADING,
         "centring": "sinkhorn",
     }
     return DINOv2(make_encoder, **(values | settings))  # type: ignore[arg-type]
@@ -78,8 +87,7 @@ def unfilled_dinov3(make_encoder: Callable[[], VisionTransformer], **settings: o
         "dino_weight": 1.0,
         "local_weight": 0.5,
         "ibot_weight": 1.0,
-        "spread": "koleo",
-        "spread_weight": 0.1,
+        **SPREADING,
         "gram_weight": 2.0,
         "gram_size": GRAM,
         "gram_every": 3,
@@ -87,6 +95,28 @@ def unfilled_dinov3(make_encoder: Callable[[], VisionTransformer], **settings: o
         "gram_negatives": "kept",
     }
     return DINOv3(make_encoder, **(values | settings))  # type: ignore[arg-type]
+
+
+def jepa(drop_path: float = 0.0, **settings: object) -> JEPA:
+    return filled(unfilled_jepa(encoder(drop_path=drop_path, drop_path_rising=True), **settings))  # type: ignore[return-value]
+
+
+def unfilled_jepa(make_encoder: Callable[[], VisionTransformer], **settings: object) -> JEPA:
+    values = {
+        **TEACHING,
+        **HEAD,
+        **SPREADING,
+        "spread": "kde",
+        "group_size": 2,
+        "frozen_prototype_norms": True,
+        "dino_weight": 1.0,
+        "patch_weight": 1.0,
+        "predictor_width": 12,
+        "predictor_depth": 2,
+        "predictor_heads": 2,
+        "centring": "sinkhorn",
+    }
+    return JEPA(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def dino(centring: str = "centre", drop_path: float = 0.0, **settings: object) -> DINO:

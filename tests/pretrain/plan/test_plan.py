@@ -50,6 +50,8 @@ def planned(*words: str) -> Config:
         pytest.param("float32", "selective", 2, (*SMALL, "data.batch_size=16", "objective.separate_ibot_head=true"), marks=pytest.mark.slow),
         pytest.param("bf16", "none", 1, ("recipe=small", "model.width=192", "data.batch_size=8", "objective.prototypes=4096"), marks=pytest.mark.slow),
         pytest.param("float32", "none", 1, (*SMALL, *ROTARY), marks=pytest.mark.slow),
+        pytest.param("float32", "full", 2, ("recipe=small_jepa", *SMALL[1:], "data.batch_size=16", "model.drop_path=0.4", "model.drop_path_rising=true", "model.depth=4"), marks=pytest.mark.slow),
+        pytest.param("float32", "none", 1, ("recipe=small_jepa", *SMALL[1:], "objective.predictor_width=48"), marks=pytest.mark.slow),
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
         pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
         ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),

@@ -131,6 +131,14 @@ def test_a_network_of_a_users_folder_keeps_its_own_values_where_the_recipe_sets_
     assert "model.width" in composed.left_out and "another model's, and left out" in composed.says_left_out()
 
 
+def test_another_source_does_without_what_a_recipe_says_of_its_own_and_keeps_views_and_batch() -> None:
+    composed = load("tile", ["recipe=nanopath", "run=r", "data=tiles", "data.shards=s", "data.lanes=4"])
+    assert composed.left_out == ["data.hold_out", "data.slide", "data.slide_pattern"]
+    data = composed.object().data
+    assert (data.batch_size, data.lanes, data.crops.local_count, data.min_saturated) == (128, 4, 8, 0.5)
+    assert load("tile", ["recipe=nanopath", "run=r", "data.files=s"]).left_out == []
+
+
 def test_a_class_that_is_not_there_is_said_with_the_places_where_it_may_lie() -> None:
     with pytest.raises(Fault, match=r"No module named 'nowhere'.* whose file lies in a folder that --config-dir or"):
         load("tile", ["run=a", "data.shards=b", "model._target_=nowhere.Net"])

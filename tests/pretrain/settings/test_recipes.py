@@ -53,6 +53,8 @@ PUBLISHED = {
     "rudolfv": None,
     "hibou_b": None,
     "hibou_l": None,
+    "nanopath": None,
+    "nanopath_jepa": None,
 }
 # Networks of timm that recipes are of, at 224 px, where no number was published for theirs.
 OF_TIMM = {
@@ -70,7 +72,7 @@ SHRUNK = {
         f"objective.{name}"
         for name in ("prototypes", "bottleneck", "hidden", "ibot_prototypes", "ibot_bottleneck", "group_size")
     ),
-    *(f"objective.{name}" for name in ("decoder_width", "decoder_depth", "decoder_heads")),
+    *(f"objective.{net}_{size}" for net in ("decoder", "predictor") for size in ("width", "depth", "heads")),
     *(f"data.{name}" for name in ("batch_size", "lanes")),
     *(
         f"optim.{name}"
@@ -101,7 +103,7 @@ for size in sorted({recipe.partition(":")[2] for recipe in recipes}):
 for recipe in recipes:
     name, _, size = recipe.partition(":")
     more = [f"init={out}/midnight"] if name == "midnight_highres" else []
-    tile.run(load("tile", [f"recipe={name}", "scale=smoke", f"run={out}/{name}", f"data.shards={out}/tiles-{size}", "trainer.accelerator=cpu", *more]).object())
+    tile.run(load("tile", [f"recipe={name}", "scale=smoke", f"run={out}/{name}", "data=tiles", f"data.shards={out}/tiles-{size}", "trainer.accelerator=cpu", *more]).object())
 """
 
 
@@ -160,7 +162,7 @@ def test_the_second_stage_starts_from_the_first_ones_encoder(slow_runs: Path) ->
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
-    config = load("tile", [f"recipe={name}", "run=r", "data.shards=s", "init=null"]).object()
+    config = load("tile", [f"recipe={name}", "run=r", "data=tiles", "data.shards=s", "init=null"]).object()
 
     def build() -> Objective:
         with torch.device("meta"):
@@ -212,7 +214,7 @@ def test_every_value_says_where_it_is_from(name: str) -> None:
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else(name: str) -> None:
-    given = [f"recipe={name}", "run=r", "data.shards=s"]
+    given = [f"recipe={name}", "run=r", "data=tiles", "data.shards=s"]
     full, smoke = (flat(OmegaConf.to_container(load("tile", [*given, *scale]).tree)) for scale in ([], ["scale=smoke"]))  # type: ignore[arg-type]
     assert {key for key in full if full[key] != smoke[key]} <= SHRUNK
     assert smoke["optim.steps"] == 20 and smoke["model.width"] < full["model.width"]
@@ -229,7 +231,7 @@ def test_the_command_line_wins_over_scale_and_scale_over_the_recipe() -> None:
 
 
 def test_a_second_stage_without_its_first_one_ends_in_one_sentence_that_names_it() -> None:
-    config = load("tile", ["recipe=midnight_highres", "run=r", "data.shards=s"]).object()
+    config = load("tile", ["recipe=midnight_highres", "run=r", "data=tiles", "data.shards=s"]).object()
     with pytest.raises(Fault, match="runs/midnight"):
         init.find_encoder(config.init)
 

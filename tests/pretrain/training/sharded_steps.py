@@ -37,7 +37,13 @@ from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, set_rates
 from pretrain.training.sharding import lay_mesh, materialise, shard
 from tests.pretrain.objectives import tile_objectives
-from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_dinov3, unfilled_mae
+from tests.pretrain.objectives.tile_objectives import (
+    unfilled_dino,
+    unfilled_dinov2,
+    unfilled_dinov3,
+    unfilled_jepa,
+    unfilled_mae,
+)
 
 PROCESSES, STEPS, TILES = 4, 10, 16
 CROPS: dict[str, Any] = {
@@ -66,6 +72,7 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "dinov2": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, drop_path=0.4), prototypes=25),
     "rotary": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, **ROTARY, drop_path=0.4)),
     "dinov3": lambda: unfilled_dinov3(tile_objectives.encoder(**VIT, **ROTARY)),
+    "jepa": lambda: unfilled_jepa(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "dino": lambda: unfilled_dino(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "mae": lambda: unfilled_mae(tile_objectives.encoder(**VIT, position_embedding="sincos")),
 }
@@ -125,7 +132,7 @@ def of_two_stores() -> LongNet:
 
 
 def slide_ibot() -> SlideIBOT:
-    return SlideIBOT(SLIDE_ENCODER, frozen_prototype_norms=False, **SLIDE_IBOT)  # type: ignore[arg-type]
+    return SlideIBOT(SLIDE_ENCODER, **SLIDE_IBOT)  # type: ignore[arg-type]
 
 
 SLIDE_IBOT: dict[str, Any] = {
@@ -138,8 +145,8 @@ SLIDE_IBOT: dict[str, Any] = {
     "dino_weight": 1.0,
     "ibot_weight": 1.0,
     "group_size": 2,
-    "spread": "koleo",
-    "spread_weight": 0.1,
+    **tile_objectives.SPREADING,
+    "frozen_prototype_norms": False,
     "centring": "centre",
 }
 SLIDE_OBJECTIVES: dict[str, Callable[[], Objective]] = {

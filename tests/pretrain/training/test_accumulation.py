@@ -9,7 +9,7 @@ from torch import Tensor
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import centred_softmax, sinkhorn_centre, sinkhorn_knopp
 from pretrain.training.gradients import gradients
-from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, mae, part
+from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, jepa, mae, part
 
 TILES = 8
 MAKERS: dict[str, tuple[Callable[[], Objective], tuple[int, int]]] = {
@@ -18,6 +18,7 @@ MAKERS: dict[str, tuple[Callable[[], Objective], tuple[int, int]]] = {
     "dinov2 kde, shared head": (lambda: dinov2("sinkhorn", spread="kde", separate_ibot_head=False), (2, 3)),
     "dino centre": (lambda: dino("centre", drop_path=0.4), (2, 3)),
     "dino sinkhorn, no local crops": (lambda: dino("sinkhorn"), (2, 0)),
+    "jepa": (lambda: jepa(drop_path=0.4), (2, 3)),
     "mae": (mae, (1, 0)),
 }
 

@@ -43,6 +43,7 @@ DINOV3 = (
     "objective.gram_size=144", "data.crops.local_count=2",
 )  # fmt: skip
 DINO = ("recipe=small_dino", *DINOV2[1:])
+JEPA = ("recipe=small_jepa", *DINOV2[1:])
 MAE = ("recipe=small_mae", "model.depth=3", "data.batch_size=16")
 SLIDE_MAE = ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")
 SLIDE_VIT = ("model=slide_vit", "model.width=96", "model.depth=2", "model.heads=4", "model.feed_forward_width=384")
@@ -83,6 +84,18 @@ STEPS = {
         "none",
         1,
         (*DINO, "model.drop_path=0.3", "data.batch_size=16", "data.crops.local_count=0"),
+    ),
+    "jepa": ("none", 1, JEPA),
+    "jepa of a narrow predictor, in two parts, checkpointed, with rising stochastic depth": (
+        "full",
+        2,
+        (
+            *JEPA,
+            "data.batch_size=16",
+            "objective.predictor_width=48",
+            "model.drop_path=0.4",
+            "model.drop_path_rising=true",
+        ),
     ),
     "mae": ("none", 1, MAE),
     "mae wider, checkpointed": ("full", 2, (*MAE, *WIDER, "objective.mask_ratio=0.5", "objective.decoder_depth=4")),
@@ -152,6 +165,7 @@ def test_every_objective_is_held_to_real_steps() -> None:
 
 
 FURTHER = {name for name in STEPS if name.startswith("slide_") and name not in ("slide_mae", "slide_ibot")}
+FURTHER |= {name for name in STEPS if name.startswith("jepa of")}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * (n in FURTHER)) for n in STEPS])

@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from data.fault import Fault
+from data.masks import Masking
 from data.slides import survey as slide_survey
 from data.tiles.augment_parameters import Colour
-from data.tiles.loader import Masking, TileBatches
+from data.tiles.loader import TileBatches
 from launch.entry import run_command_line
 from pretrain.commands import tile as tile_command
 from pretrain.run import preemption, signals
