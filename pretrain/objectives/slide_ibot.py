@@ -155,7 +155,7 @@ class SlideIBOT(SelfDistillation, SlideObjective):
         loss = self.dino_weight * (dino_global + dino_local) + self.ibot_weight * ibot
         figures = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
         if self.spread_weight:
-            figures["spread"] = self.spread(seen.cls[: part.global_crops], self.group_size)
+            figures["spread"] = self.spread(seen.cls[: part.global_crops], self.group_size, moment)
             loss = loss + self.spread_weight * part.global_count * figures["spread"]
         return loss, figures | self.schedules(moment)
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 Target = Callable[[], Tensor]
-"""Computes a micro-batch's targets, probabilities ``(n, K)``, when they are wanted."""
+"""Computes a micro-batch's targets, probabilities ``(n, K)`` say, when they are wanted."""
 
 
 @dataclass
@@ -27,6 +27,12 @@ class TileBatch:
     masked_numbers: Tensor | None = None
     mpp: Tensor | None = None
     kept: Sequence[Tensor] | None = None
+
+    @property
+    def tiles(self) -> int:
+        """Their number."""
+        images, views = self.crops[0]
+        return len(images) // views
 
     @property
     def masked(self) -> Tensor:

@@ -56,7 +56,7 @@ from pretrain.settings.composition import load
 from tests.data.shards.tars import tile_members, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae"}
+RECIPES = {"dinov2": "small", "dino": "small_dino", "mae": "small_mae", "lejepa": "small_lejepa"}
 LOOKED_AT = (8_000, 32_000, 64_000, 128_000)  # tiles
 CORES = 2
 TILES_PER_SHARD = 400  # more blocks than lanes, so that the stream mixes

@@ -65,6 +65,8 @@ TILE = {
     ],
     "dino": ["objective=dino", "model.drop_path=0.3"],
     "mae": ["objective=mae", *OF_MAE],
+    "lejepa": ["objective=lejepa", "model.drop_path=0.3"],
+    "lejepa in two parts": ["objective=lejepa", "trainer.accumulate=2"],
 }
 
 BY_DISTANCE = ["model=slide_vit", "model.heads=4", "model.feed_forward_width=64"]
@@ -104,15 +106,18 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tile_training(run: Path, shards: Path, *settings: str) -> Training:
-    found = TINY if "objective=dino" not in settings and "objective=mae" not in settings else without(TINY, settings)
-    config = load("tile", [f"run={run}", f"data.shards={shards}", *found, *settings]).object()
+    config = load("tile", [f"run={run}", f"data.shards={shards}", *without(TINY, settings), *settings]).object()
     return TileTraining(run, config, lambda: plugins.build(config.objective, lambda: plugins.build_empty(config.model)))
 
 
 def without(words: list[str], settings: tuple[str, ...]) -> list[str]:
     """Settings that another objective hasn't got are left out."""
-    lacking = {"objective=dino": ("ibot",), "objective=mae": ("objective.",)}
-    left = next(names for setting, names in lacking.items() if setting in settings)
+    lacking = {
+        "objective=dino": ("ibot",),
+        "objective=mae": ("objective.",),
+        "objective=lejepa": ("prototypes", "bottleneck"),
+    }
+    left = next((names for setting, names in lacking.items() if setting in settings), ())
     return [word for word in words if not any(name in word for name in left)]
 
 

@@ -10,6 +10,7 @@ from pretrain.objectives.dino import DINO
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.dinov3 import DINOv3
 from pretrain.objectives.interface import Objective
+from pretrain.objectives.lejepa import LeJEPA
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.tile_batch import TileBatch
 
@@ -104,6 +105,15 @@ def mae(**settings: object) -> MAE:
 def unfilled_mae(make_encoder: Callable[[], VisionTransformer], **settings: object) -> MAE:
     values = {"mask_ratio": 0.75, "norm_pix": True, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
     return MAE(make_encoder, **(values | settings))  # type: ignore[arg-type]
+
+
+def lejepa(drop_path: float = 0.0, **settings: object) -> LeJEPA:
+    return filled(unfilled_lejepa(encoder(drop_path=drop_path), **settings))  # type: ignore[return-value]
+
+
+def unfilled_lejepa(make_encoder: Callable[[], VisionTransformer], **settings: object) -> LeJEPA:
+    values = {"group_size": 2, "hidden": 16, "head_layers": 3, "projection": 8, "slices": 32, "sigreg_weight": 0.05}
+    return LeJEPA(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def batch(

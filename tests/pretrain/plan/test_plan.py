@@ -52,6 +52,7 @@ def planned(*words: str) -> Config:
         pytest.param("float32", "none", 1, (*SMALL, *ROTARY), marks=pytest.mark.slow),
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
         pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
+        pytest.param("float32", "full", 2, ("recipe=small_lejepa", "model.width=96", "data.batch_size=16"), marks=pytest.mark.slow),
         ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),
         pytest.param("float32", "none", 1, CROPS, marks=pytest.mark.slow),
         pytest.param("float32", "full", 2, (*CROPS, "model.depth=5", "objective.centring=sinkhorn"), marks=pytest.mark.slow),

@@ -37,7 +37,13 @@ from pretrain.training.gradients import gradients
 from pretrain.training.optimisation import Optim, clip, parameter_groups, set_rates
 from pretrain.training.sharding import lay_mesh, materialise, shard
 from tests.pretrain.objectives import tile_objectives
-from tests.pretrain.objectives.tile_objectives import unfilled_dino, unfilled_dinov2, unfilled_dinov3, unfilled_mae
+from tests.pretrain.objectives.tile_objectives import (
+    unfilled_dino,
+    unfilled_dinov2,
+    unfilled_dinov3,
+    unfilled_lejepa,
+    unfilled_mae,
+)
 
 PROCESSES, STEPS, TILES = 4, 10, 16
 CROPS: dict[str, Any] = {
@@ -67,6 +73,7 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "rotary": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, **ROTARY, drop_path=0.4)),
     "dinov3": lambda: unfilled_dinov3(tile_objectives.encoder(**VIT, **ROTARY)),
     "dino": lambda: unfilled_dino(tile_objectives.encoder(**VIT, drop_path=0.4)),
+    "lejepa": lambda: unfilled_lejepa(tile_objectives.encoder(**VIT)),
     "mae": lambda: unfilled_mae(tile_objectives.encoder(**VIT, position_embedding="sincos")),
 }
 
