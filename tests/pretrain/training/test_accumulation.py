@@ -9,7 +9,7 @@ from torch import Tensor
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import centred_softmax, sinkhorn_centre, sinkhorn_knopp
 from pretrain.training.gradients import gradients
-from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, lejepa, mae, part
+from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, distil, lejepa, mae, part
 
 TILES = 8
 MAKERS: dict[str, tuple[Callable[[], Objective], tuple[int, int]]] = {
@@ -21,6 +21,7 @@ MAKERS: dict[str, tuple[Callable[[], Objective], tuple[int, int]]] = {
     "mae": (mae, (1, 0)),
     "dinov2 sigreg": (lambda: dinov2("sinkhorn", spread="sigreg"), (2, 3)),
     "lejepa": (lejepa, (2, 3)),
+    "distil": (lambda: distil(drop_path=0.4, distance="smooth_l1"), (2, 3)),
 }
 
 
