@@ -50,5 +50,5 @@ def fingerprint_of(weights: Mapping[str, Tensor], beside: str = "") -> str:
     digest = hashlib.sha256(beside.encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()[:16]

@@ -26,6 +26,7 @@ from pretrain.training.slide_stage import SlideTraining
 from pretrain.training.tile_stage import TileTraining
 from tests.data.shards.tile_folders import write_tiles
 from tests.gpu.fake_gpu import GPU, Waits, fake_gpu, fake_gradients, on_gpu
+from tests.pretrain.objectives.tile_objectives import teacher_file
 from tests.pretrain.training.real_steps import filled
 from tests.pretrain.training.test_slide_training import SMALL
 from tests.pretrain.training.test_tile_training import TINY
@@ -65,6 +66,7 @@ TILE = {
     ],
     "dino": ["objective=dino", "model.drop_path=0.3"],
     "mae": ["objective=mae", *OF_MAE],
+    "distil": ["objective=distil", f"objective.teacher={teacher_file()}", "objective.teacher_heads=3"],
     "lejepa": ["objective=lejepa", "model.drop_path=0.3"],
     "lejepa in two parts": ["objective=lejepa", "trainer.accumulate=2"],
 }
@@ -116,6 +118,7 @@ def without(words: list[str], settings: tuple[str, ...]) -> list[str]:
         "objective=dino": ("ibot",),
         "objective=mae": ("objective.",),
         "objective=lejepa": ("prototypes", "bottleneck"),
+        "objective=distil": ("prototypes", "bottleneck", "hidden"),
     }
     left = next((names for setting, names in lacking.items() if setting in settings), ())
     return [word for word in words if not any(name in word for name in left)]

@@ -110,7 +110,12 @@ def begun(where: Path | str, **changes: object) -> tuple[DINOv2, list[str]]:
     """An objective with its first values, its encoder from ``where``, and what was said."""
     said: list[str] = []
     started = objective(**changes)
-    materialise(started, torch.device("cpu"), 0, lambda built: said.extend(init.start_from(str(where), built.trained().values())))  # type: ignore[arg-type]
+    materialise(
+        started,
+        torch.device("cpu"),
+        0,
+        lambda built: said.extend(init.start_from(str(where), built.trained().values())),
+    )  # type: ignore[arg-type]
     return started, said
 
 

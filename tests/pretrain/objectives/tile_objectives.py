@@ -119,14 +119,18 @@ def teacher_file(width: int = 24, patch_size: int = 6, heads: int = 3) -> str:
     """A file of an encoder of another width and patch size with random weights, by timm's names."""
     folder = Path(tempfile.mkdtemp())
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    network = encoder(width=width, patch_size=patch_size, image_size=4 * patch_size, heads=heads)()
-    initialise(network, 7, "teacher")
-    save_file({k: v for k, v in network.state_dict().items() if k != "mask_token"}, folder / "teacher.safetensors")
+    with torch.device("cpu"):
+        network = encoder(width=width, patch_size=patch_size, image_size=4 * patch_size, heads=heads)()
+        initialise(network, 7, "teacher")
+        weights = {name: tensor for name, tensor in network.state_dict().items() if name != "mask_token"}
+        save_file(weights, folder / "teacher.safetensors")
     return str(folder / "teacher.safetensors")
 
 
-def distil(drop_path: float = 0.0, **settings: object) -> Distil:
-    return filled(unfilled_distil(encoder(drop_path=drop_path), **settings))  # type: ignore[return-value]
+def distil(
+    drop_path: float = 0.0, make_encoder: Callable[[], VisionTransformer] | None = None, **settings: object
+) -> Distil:
+    return filled(unfilled_distil(make_encoder or encoder(drop_path=drop_path), **settings))  # type: ignore[return-value]
 
 
 def unfilled_distil(make_encoder: Callable[[], VisionTransformer], **settings: object) -> Distil:

@@ -41,6 +41,7 @@ from tests.pretrain.objectives.tile_objectives import (
     unfilled_dino,
     unfilled_dinov2,
     unfilled_dinov3,
+    unfilled_distil,
     unfilled_lejepa,
     unfilled_mae,
 )
@@ -73,6 +74,7 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "rotary": lambda: unfilled_dinov2(tile_objectives.encoder(**VIT, **ROTARY, drop_path=0.4)),
     "dinov3": lambda: unfilled_dinov3(tile_objectives.encoder(**VIT, **ROTARY)),
     "dino": lambda: unfilled_dino(tile_objectives.encoder(**VIT, drop_path=0.4)),
+    "distil": lambda: unfilled_distil(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "lejepa": lambda: unfilled_lejepa(tile_objectives.encoder(**VIT)),
     "mae": lambda: unfilled_mae(tile_objectives.encoder(**VIT, position_embedding="sincos")),
 }
