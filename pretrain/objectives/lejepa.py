@@ -47,7 +47,7 @@ class LeJEPA(Objective):
 
     reading = (
         "Of projections that are an isotropic Gaussian 'sigreg' is about 1.05, of collapsed ones .4 times the batch's"
-        " tiles: it falls first. 'prediction' is about 2 where views have nothing in common, less where they agree."
+        " tiles: it falls first. 'prediction' of such is about 1.2 where views have nothing in common."
     )
 
     def __init__(
