@@ -1,4 +1,4 @@
-"""The projection head that turns a token into prototype scores (Caron et al. 2021, appendix C)."""
+"""Heads that turn a token into prototype scores (Caron et al. 2021, appendix C), or into a projection."""
 
 from itertools import pairwise
 
@@ -66,3 +66,33 @@ class PrototypeHead(nn.Module):
             tensor.zero_()
         else:
             raise KeyError(name)
+
+
+class Projector(nn.Module):
+    """MLP with LayerNorm and GELU behind each hidden layer: ``(…, inputs)`` → ``(…, outputs)``."""
+
+    def __init__(self, inputs: int, *, hidden: int, layers: int, outputs: int) -> None:
+        super().__init__()
+        self.outputs = outputs
+        widths = [inputs, *[hidden] * (layers - 1), outputs]
+        modules: list[nn.Module] = []
+        for before, after in pairwise(widths):
+            modules += [nn.Linear(before, after), nn.LayerNorm(after), nn.GELU()]
+        self.mlp = nn.Sequential(*modules[:-2])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mlp(x)  # type: ignore[no-any-return]
+
+    def operations(self, rows: float) -> Operations:
+        """Of so many tokens' projections."""
+        return linear_maps(rows, self)
+
+    def initialise(self, name: str, tensor: Tensor, generator: torch.Generator) -> None:
+        """torch's default for the weights of a linear map, U(±1/√fan_in), no biases: see `models.initialise`."""
+        if name not in self.state_dict():
+            raise KeyError(name)
+        if tensor.ndim > 1:
+            bound = tensor.shape[1] ** -0.5
+            tensor.uniform_(-bound, bound, generator=generator)
+        else:
+            tensor.fill_(1.0 if name.endswith(".weight") else 0.0)

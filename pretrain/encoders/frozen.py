@@ -1,10 +1,11 @@
 """What every frozen encoder has: a device, a precision, no gradients, and a fingerprint of its weights."""
 
 import hashlib
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data.fault import Fault
 from pretrain.settings.hardware import allow_tf32
@@ -40,9 +41,14 @@ def freeze(module: nn.Module, device: torch.device) -> nn.Module:
 
 
 def fingerprint(module: nn.Module, beside: str = "") -> str:
+    """`fingerprint_of` a network's weights, and of what counts ``beside`` them."""
+    return fingerprint_of(module.state_dict(), beside)
+
+
+def fingerprint_of(weights: Mapping[str, Tensor], beside: str = "") -> str:
     """16 hexadecimal digits over what counts ``beside`` the weights, and every weight (name, type, shape, bytes)."""
     digest = hashlib.sha256(beside.encode())
-    for name, tensor in sorted(module.state_dict().items()):
+    for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     return digest.hexdigest()[:16]

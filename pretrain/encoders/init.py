@@ -5,7 +5,7 @@ The student's encoder takes the weights before the teacher is copied from it; he
 is accounted for: missing or unexpected ones are an error that names them.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,6 @@ from models.vit import VisionTransformer
 from pretrain.encoders.run_checkpoint import find_checkpoint, teacher
 from pretrain.encoders.timm_models import timm_module
 from pretrain.encoders.weight_files import TRANSFORMERS_CONFIG, is_transformers, read_file, read_transformers_folder
-from pretrain.objectives.interface import Objective
 
 
 def find_encoder(source: str, plugins: Collection[str] = ()) -> PublishedWeights:
@@ -103,12 +102,13 @@ def is_dinov3_of_timm(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def start_from(source: str, objective: Objective, plugins: Collection[str] = ()) -> list[str]:
-    """Put the weights that ``source`` names into the objective's encoder, whole or sharded; every rank calls it.
+def start_from(source: str, trained: Iterable[nn.Module], plugins: Collection[str] = ()) -> list[str]:
+    """Put the weights that ``source`` names into the encoder among the ``trained`` networks, whole or sharded; every rank
+    calls it.
 
     Returns sentences about what wasn't taken as it stands. Raises `Fault` where the weights don't fit, naming them.
     """
-    encoders = [network for network in objective.trained().values() if isinstance(network, VisionTransformer)]
+    encoders = [network for network in trained if isinstance(network, VisionTransformer)]
     if len(encoders) != 1:
         raise Fault(
             f"init={source} needs an objective with one vision transformer to train, and this one has {len(encoders)}"

@@ -17,9 +17,10 @@ from models.operations import Operations, total_operations
 from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy
+from pretrain.objectives.packed_views import by_view
 from pretrain.objectives.self_distillation import Network, Taught, Teaching
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.objectives.tile_distillation import TileDistillation, by_view
+from pretrain.objectives.tile_distillation import TileDistillation
 
 
 class DINO(TileDistillation):

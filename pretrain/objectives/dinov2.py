@@ -19,6 +19,7 @@ from models.operations import Operations, total_operations
 from models.vit import Tokens, VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
+from pretrain.objectives.packed_views import by_view
 from pretrain.objectives.self_distillation import (
     Taught,
     TeachingOfLevels,
@@ -28,7 +29,7 @@ from pretrain.objectives.self_distillation import (
 )
 from pretrain.objectives.spreading import Spread
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.objectives.tile_distillation import TileDistillation, by_view
+from pretrain.objectives.tile_distillation import TileDistillation
 
 
 class DINOv2(TileDistillation):
@@ -86,7 +87,7 @@ class DINOv2(TileDistillation):
         ibot = masked_cross_entropy(
             student_patches, batch.targets["ibot"](), batch.crop_shares, len(batch.masks), self.student_temperature
         )
-        spread = self.spread(tokens[0].cls)  # mean over views; DINOv2 sums it over them
+        spread = self.spread(tokens[0].cls, moment)  # mean over views; DINOv2 sums it over them
 
         total = (
             self.dino_weight * self.class_token_loss(dino_global, dino_local)

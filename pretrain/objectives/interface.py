@@ -67,6 +67,11 @@ class Objective(nn.Module, ABC):
         """The networks that are sharded like the trained ones but never see a gradient (a teacher)."""
         return {}
 
+    def rests_on(self) -> Mapping[str, str]:
+        """What it was given from elsewhere and its checkpoints don't hold, by name, each with a hash: a run goes on with
+        the same."""
+        return {}
+
     def prototype_counts(self) -> Mapping[str, int]:
         """Of each kind of target that `look` gives figures of, ``teacher_entropy/<kind>`` and so on, its number of
         prototypes."""

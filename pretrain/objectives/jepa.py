@@ -28,10 +28,11 @@ from pretrain.objectives.dense_figures import dense_figures
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy
 from pretrain.objectives.losses.patch_regression import normed_tokens, patch_regression
+from pretrain.objectives.packed_views import by_view
 from pretrain.objectives.self_distillation import ClassLevel, Network, Taught, Teaching, teaching_of
 from pretrain.objectives.spreading import Spread
 from pretrain.objectives.tile_batch import TileBatch
-from pretrain.objectives.tile_distillation import TileDistillation, by_view
+from pretrain.objectives.tile_distillation import TileDistillation
 
 
 class ClassTeaching(ClassLevel, Teaching):
@@ -131,7 +132,7 @@ class JEPA(TileDistillation):
         dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
         predicted = self.predictor(tokens[0].patches, batch.masked)
         patches = patch_regression(predicted, batch.targets["patches"](), batch.crop_shares, len(batch.masks))
-        spread = self.spread(tokens[0].cls)
+        spread = self.spread(tokens[0].cls, moment)
         total = (
             self.dino_weight * (dino_global + dino_local)
             + self.patch_weight * patches

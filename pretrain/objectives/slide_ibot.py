@@ -150,7 +150,7 @@ class SlideIBOT(SelfDistillation, SlideObjective):
         loss = self.dino_weight * (dino_global + dino_local) + self.ibot_weight * ibot
         figures = {"dino_global": dino_global, "dino_local": dino_local, "ibot": ibot}
         if self.spread.peak:
-            figures["spread"] = self.spread(seen.cls[: part.global_crops])
+            figures["spread"] = self.spread(seen.cls[: part.global_crops], moment)
             loss = loss + self.spread.weight(moment) * part.global_count * figures["spread"]
         return loss, figures | self.schedules(moment)
 

@@ -1,14 +1,12 @@
 """The regulariser that keeps class tokens apart, as settings name it, and its weight over a run."""
 
-from collections.abc import Callable
-from functools import partial
 from typing import Annotated, TypedDict
 
 from torch import Tensor
 
 from models.allowed import RANGE, SHARE, one_of, within
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.losses.spread import CONCENTRATED, SPREADS
+from pretrain.objectives.losses.spread import SPREADS
 from pretrain.objectives.schedules import ramp
 
 
@@ -25,14 +23,11 @@ class Spread:
     """``(features (N, D)) → scalar`` over groups of ``group`` rows, low where they are apart."""
 
     def __init__(self, settings: Spreading, group: int) -> None:
-        term: Callable[..., Tensor] = SPREADS[settings["spread"]]
-        if settings["spread"] in CONCENTRATED:
-            term = partial(term, concentration=settings["spread_concentration"])
-        self.term, self.group = term, group
+        self.term, self.group, self.concentration = SPREADS[settings["spread"]], group, settings["spread_concentration"]
         self.peak, self.ends = settings["spread_weight"], settings["spread_ramp"]
 
-    def __call__(self, features: Tensor) -> Tensor:
-        return self.term(features, self.group)
+    def __call__(self, features: Tensor, moment: Moment) -> Tensor:
+        return self.term(features, self.group, moment, self.concentration)
 
     def weight(self, moment: Moment) -> float:
         """That of each global view: nothing up to the first share of the run, all of it from the second on."""

@@ -29,6 +29,12 @@ class TileBatch:
     kept: Sequence[Tensor] | None = None
 
     @property
+    def tiles(self) -> int:
+        """Their number."""
+        images, views = self.crops[0]
+        return len(images) // views
+
+    @property
     def masked(self) -> Tensor:
         """``(M,)`` int64, ascending: which of ``masks.flatten()`` are true."""
         return self.masks.flatten().nonzero()[:, 0] if self.masked_numbers is None else self.masked_numbers

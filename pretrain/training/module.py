@@ -161,6 +161,7 @@ class Training(L.LightningModule, ABC):
         newest = self.began_from = checkpoints.newest(self.run)
         if newest is not None:
             self.require_same_data(newest)
+            self.require_same_givens(newest)
             state = checkpoints.restore(newest, self.objective, self.optimiser)
             self.step, self.skipped = state["step"], state["skipped"]
             self.raised, self.scored = set(state["alarms"]), [(step, score) for step, score in state["scores"]]
@@ -258,6 +259,7 @@ class Training(L.LightningModule, ABC):
             "scores": self.scored,
             "config": self.hash,
             "data": self.data_digest(),
+            "rests_on": dict(self.objective.rests_on()),
             "settings": redacted_settings(asdict(self.config)),
             **self.software,
         }
@@ -296,6 +298,20 @@ class Training(L.LightningModule, ABC):
                 )
             if self.global_rank == 0:
                 say(f"{now}; it goes on with these, at its place in their order")
+
+    def require_same_givens(self, checkpoint: Path) -> None:
+        """Raise Fault where what the objective rests on isn't what it rested on in ``checkpoint``, or say so where
+        changes are allowed."""
+        before = checkpoints.read_state(checkpoint).get("rests_on", {})
+        if other := [name for name, digest in self.objective.rests_on().items() if before.get(name) != digest]:
+            now = f"{', '.join(other)} holds other weights than {self.run} has learned from until now"
+            if not self.config.allow_changes:
+                raise Fault(
+                    f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with"
+                    " these."
+                )
+            if self.global_rank == 0:
+                say(f"{now}; it goes on with these")
 
     # The step --------------------------------------------------------------------------------------------------
 

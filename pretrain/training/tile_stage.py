@@ -276,7 +276,7 @@ class TileTraining(Training):
 
     def begin(self, objective: Objective) -> None:
         if self.config.init is not None:
-            said = init.start_from(self.config.init, objective, self.config.allow_plugins)
+            said = init.start_from(self.config.init, objective.trained().values(), self.config.allow_plugins)
             if self.global_rank == 0:
                 say(f"{self.run}: starts from {self.config.init}")
                 for sentence in said:

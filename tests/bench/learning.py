@@ -1,14 +1,15 @@
 """What a small ViT learns from a few thousand tiles, judged on tiles of other slides.
 
-    python tests/bench/learning.py                                  three objectives × two seeds, about an hour and a half on two cores
+    python tests/bench/learning.py                                  every objective × two seeds, about half an hour each on two cores
     python tests/bench/learning.py OBJECTIVES=dinov2 SEEDS=0 SEEN=32000     less of it
     python tests/bench/learning.py dinov2:optim.lr=5e-4             settings of one objective, as 'pretrain tile' takes them
     python tests/bench/learning.py TILES=mine OTHER=mine_test       class folders of your own, and those of other slides
 
 Training: the unlabelled pixels of TILES (``../shared/tiles/crc5``) from random weights, by ``recipe=small``,
-``small_dino`` and ``small_mae`` in bfloat16 with compiled blocks: a ViT of width 192, depth 6, patch 16, on 2 × 96 + 4
+``small_dino`` and so on (`RECIPES`) in bfloat16 with compiled blocks: a ViT of width 192, depth 6, patch 16, on 2 × 96 + 4
 × 48 pixels. A run is a process of one thread, the seeds side by side. Finished runs are kept in OUT; the same command
-goes on where it was stopped.
+goes on where it was stopped. ``distil`` learns from the finished ``dinov2`` run of its seed, which is trained first where
+it isn't there; its cost is its own, and comes on top of that run's.
 
 Judging, the same for all features: TILES classify OTHER (``../shared/tiles/crc5_other``), whose slides no run has seen,
 whole images scaled to 96 pixels: 20 nearest neighbours by cosine, weighted as DINO weights them, and a linear
@@ -56,7 +57,16 @@ from pretrain.settings.composition import load
 from tests.data.shards.tars import tile_members, write_tar
 
 ROOT = Path(__file__).resolve().parents[2]
-RECIPES = {"dinov2": "small", "dino": "small_dino", "jepa": "small_jepa", "mae": "small_mae"}
+RECIPES = {
+    "dinov2": "small",
+    "dino": "small_dino",
+    "dinov3": "small_dinov3",
+    "jepa": "small_jepa",
+    "mae": "small_mae",
+    "lejepa": "small_lejepa",
+    "distil": "small_distil",
+}
+TEACHER = "dinov2"  # what distil learns from, in the same seed
 LOOKED_AT = (8_000, 32_000, 64_000, 128_000)  # tiles
 CORES = 2
 TILES_PER_SHARD = 400  # more blocks than lanes, so that the stream mixes
@@ -83,9 +93,17 @@ class Asked:
 
     def folder(self, objective: str, seed: int) -> Path:
         """A run's, under a name of its own for other tiles, settings or lengths: what is there is gone on with."""
-        recipe = OmegaConf.to_yaml(recipe_of(objective, self.settings[objective]), sort_keys=True)
+        taught_by = [TEACHER] if objective == "distil" else []
+        recipe = "".join(
+            OmegaConf.to_yaml(recipe_of(name, self.settings[name]), sort_keys=True) for name in [objective, *taught_by]
+        )
         asked = f"{self.tiles.resolve()} {contents(self.tiles)} {self.other} {self.seen} {recipe}"
         return self.out / f"{objective}-{seed}-{hashlib.sha256(asked.encode()).hexdigest()[:8]}"
+
+    def settings_of_run(self, objective: str, seed: int) -> list[str]:
+        """Those that were asked for, and who teaches."""
+        teacher = [f"objective.teacher={self.folder(TEACHER, seed).resolve()}"] if objective == "distil" else []
+        return [*self.settings[objective], *teacher]
 
     @property
     def shards(self) -> Path:
@@ -111,6 +129,9 @@ class Asked:
                 asked.seeds = [whole_number(argument, seed) for seed in value.split(",")]
             elif name == "OBJECTIVES":
                 asked.objectives = value.split(",")
+                if "distil" in asked.objectives:
+                    others = [name for name in asked.objectives if name not in (TEACHER, "distil")]
+                    asked.objectives = [TEACHER, *others, "distil"]
             elif argument.partition(":")[0] in RECIPES:
                 asked.settings[argument.partition(":")[0]].append(argument.partition(":")[2])
             else:
@@ -276,7 +297,7 @@ def train(asked: Asked, shards: Path) -> list[Run]:
     finished = []
     for objective in asked.objectives:
         runs = [
-            Run(objective, seed, asked.folder(objective, seed), asked.seen, asked.settings[objective])
+            Run(objective, seed, asked.folder(objective, seed), asked.seen, asked.settings_of_run(objective, seed))
             for seed in asked.seeds
         ]
         waiting = [run for run in runs if not run.record.exists()]

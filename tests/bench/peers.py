@@ -34,6 +34,7 @@ from pretrain.probing.images import LabelledImages
 from pretrain.probing.scores import score
 from tests.bench.learning import (
     LOOKED_AT,
+    RECIPES,
     Asked,
     Judge,
     Run,
@@ -81,7 +82,7 @@ def asked_of_both(arguments: list[str]) -> tuple[Asked, int]:
             if turns < 1:
                 raise SystemExit(f"{word}: speed is compared in one turn at least")
             continue
-        if name in ("SEEDS", "OBJECTIVES") or name.partition(":")[0] in ("dino", "mae"):
+        if name in ("SEEDS", "OBJECTIVES") or name.partition(":")[0] in RECIPES.keys() - {"dinov2"}:
             raise SystemExit(f"{word}: peers are compared with one seed of dinov2; leave it out")
         key = name.removeprefix("dinov2:")
         if key != name and key not in {*HANDED_OVER.values(), *ALONG}:

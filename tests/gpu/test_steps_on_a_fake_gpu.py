@@ -26,6 +26,7 @@ from pretrain.training.slide_stage import SlideTraining
 from pretrain.training.tile_stage import TileTraining
 from tests.data.shards.tile_folders import write_tiles
 from tests.gpu.fake_gpu import GPU, Waits, fake_gpu, fake_gradients, on_gpu
+from tests.pretrain.objectives.tile_objectives import teacher_file
 from tests.pretrain.training.real_steps import filled
 from tests.pretrain.training.test_slide_training import SMALL
 from tests.pretrain.training.test_tile_training import TINY
@@ -66,6 +67,9 @@ TILE = {
     "jepa": ["objective=jepa", "objective.predictor_heads=2", "model.drop_path=0.3", "trainer.accumulate=2"],
     "dino": ["objective=dino", "model.drop_path=0.3"],
     "mae": ["objective=mae", *OF_MAE],
+    "distil": ["objective=distil", f"objective.teacher={teacher_file()}", "objective.teacher_heads=3"],
+    "lejepa": ["objective=lejepa", "model.drop_path=0.3"],
+    "lejepa in two parts": ["objective=lejepa", "trainer.accumulate=2"],
 }
 
 BY_DISTANCE = ["model=slide_vit", "model.heads=4", "model.feed_forward_width=64"]
@@ -105,14 +109,19 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def tile_training(run: Path, shards: Path, *settings: str) -> Training:
-    found = without(TINY, settings)
-    config = load("tile", [f"run={run}", f"data.shards={shards}", *found, *settings]).object()
+    config = load("tile", [f"run={run}", f"data.shards={shards}", *without(TINY, settings), *settings]).object()
     return TileTraining(run, config, lambda: plugins.build(config.objective, lambda: plugins.build_empty(config.model)))
 
 
 def without(words: list[str], settings: tuple[str, ...]) -> list[str]:
     """Settings that another objective hasn't got are left out."""
-    lacking = {"objective=dino": ("ibot",), "objective=jepa": ("ibot",), "objective=mae": ("objective.",)}
+    lacking = {
+        "objective=dino": ("ibot",),
+        "objective=jepa": ("ibot",),
+        "objective=mae": ("objective.",),
+        "objective=lejepa": ("prototypes", "bottleneck"),
+        "objective=distil": ("prototypes", "bottleneck", "hidden"),
+    }
     left = next((names for setting, names in lacking.items() if setting in settings), ())
     return [word for word in words if not any(name in word for name in left)]
 

@@ -1,11 +1,16 @@
-"""Keeping features apart: KoLeo and kernel density regularisers. Both act on groups of a set size in stream order."""
+"""Keeping features apart: KoLeo, kernel density regularisers, and SIGReg. All act on groups of a set size in stream
+order."""
+
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.fused import fusible
+from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.precision import at_least_float32
+from pretrain.objectives.losses.sigreg import sigreg_of_groups
 
 
 @fusible
@@ -54,8 +59,10 @@ def kde_as_published(x: Tensor, group: int, concentration: float = 5.0) -> Tenso
     return -torch.logsumexp(concentration * (x @ x.transpose(1, 2)), dim=2).mean()
 
 
-SPREADS = {"koleo": koleo, "kde": kde, "kde_as_published": kde_as_published}
-"""The regularisers by name, each ``(features (N, D), group) → scalar``."""
-
-CONCENTRATED = ("kde", "kde_as_published")
-"""Those whose kernel has a ``concentration``, κ."""
+SPREADS: Mapping[str, Callable[[Tensor, int, Moment, float], Tensor]] = {
+    "koleo": lambda x, group, *_: koleo(x, group),
+    "kde": lambda x, group, _, concentration: kde(x, group, concentration),
+    "kde_as_published": lambda x, group, _, concentration: kde_as_published(x, group, concentration),
+    "sigreg": lambda x, group, moment, _: sigreg_of_groups(x, group, moment),
+}
+"""The regularisers by name, each ``(features (N, D), group, moment, κ of the kernels that have one) → scalar``."""

@@ -113,7 +113,12 @@ def begun(where: Path | str, **changes: object) -> tuple[DINOv2, list[str]]:
     """An objective with its first values, its encoder from ``where``, and what was said."""
     said: list[str] = []
     started = objective(**changes)
-    materialise(started, torch.device("cpu"), 0, lambda built: said.extend(init.start_from(str(where), built)))  # type: ignore[arg-type]
+    materialise(
+        started,
+        torch.device("cpu"),
+        0,
+        lambda built: said.extend(init.start_from(str(where), built.trained().values())),
+    )  # type: ignore[arg-type]
     return started, said
 
 
@@ -451,7 +456,7 @@ for block in built.encoder.blocks:
     fully_shard(block, mesh=mesh)
 fully_shard(built.encoder, mesh=mesh)
 built.to_empty(device="cpu")
-init.start_from(sys.argv[1], built)
+init.start_from(sys.argv[1], built.trained().values())
 whole = {name: value.full_tensor() for name, value in built.encoder.state_dict().items()}
 if dist.get_rank() == 0:
     torch.save(whole, sys.argv[2])

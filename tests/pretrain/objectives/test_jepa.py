@@ -13,8 +13,8 @@ from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.cross_entropy import cross_view_entropy
 from pretrain.objectives.losses.spread import kde
+from pretrain.objectives.packed_views import by_view
 from pretrain.objectives.spreading import Spread
-from pretrain.objectives.tile_distillation import by_view
 from pretrain.run import checkpoints
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
@@ -69,8 +69,8 @@ def test_a_spread_rises_between_two_shares_of_the_run_and_has_its_concentration(
     assert weights == pytest.approx([0, 0, 0.2, 0.4, 0.4])
     assert Spread(settings, 4).weight(START) == 0.4  # type: ignore[arg-type]
     x = torch.randn(8, 5)
-    torch.testing.assert_close(ramped(x), kde(x, 4, 10.0))
-    assert ramped(x) != kde(x, 4)
+    torch.testing.assert_close(ramped(x, START), kde(x, 4, 10.0))
+    assert ramped(x, START) != kde(x, 4)
 
 
 # What is refused ---------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.spread import SPREADS, kde, kde_as_published
 
 
@@ -14,13 +15,13 @@ def test_the_published_term_is_the_negative_log_of_the_kernel_sum_self_pairs_inc
     torch.testing.assert_close(kde_as_published(x, 6), by_hand)
 
 
-@pytest.mark.parametrize(("name", "spreads"), [("kde", True), ("kde_as_published", False)])
+@pytest.mark.parametrize(("name", "spreads"), [("kde", True), ("sigreg", True), ("kde_as_published", False)])
 def test_minimised_alone_the_published_sign_pulls_features_together(name: str, spreads: bool) -> None:
     x = (torch.randn(32, 16, generator=torch.Generator().manual_seed(0)) + 1.0).requires_grad_()
     optimiser = torch.optim.Adam([x], lr=0.05)
-    for _ in range(200):
+    for step in range(200):
         optimiser.zero_grad()
-        SPREADS[name](x, 32).backward()
+        SPREADS[name](x, 32, Moment(step, 200, seed=0), 5.0).backward()
         optimiser.step()
     unit = F.normalize(x.detach(), dim=-1)
     cosine = float((unit @ unit.T)[~torch.eye(32, dtype=torch.bool)].mean())

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from data.stochastic_depth import StochasticDepth
 from pretrain.objectives.interface import Moment
+from pretrain.objectives.packed_views import kept_of_views
 from tests.models.drawn_depth import drawn_samples
 from tests.pretrain.objectives.tile_objectives import batch, dinov2
 
@@ -82,7 +83,7 @@ def test_every_crop_is_kept_equally_often() -> None:
 def test_rates_that_rise_skip_nothing_at_first_and_their_full_share_at_last() -> None:
     objective, whole = dinov2(drop_path=0.5, depth=3, drop_path_rising=True), batch(4)
     assert objective.student.encoder.drop_rates == (0.0, 0.25, 0.5)
-    kept = objective._kept(whole, Moment(0, 10, 7))
+    kept = kept_of_views(objective.student.encoder, 2, whole, Moment(0, 10, 7))
     assert kept is not None and kept[0] is None
     # Groups of 2 tiles with 2 global and 3 local views: of 4 and 6 crops 3 and 4 stay, then 2 and 3.
     shapes = [[crops for crops, _ in branch.shapes] for block in kept if block for branch in block]

@@ -1,16 +1,24 @@
 """Tiny objectives and batches for tests."""
 
+import atexit
+import shutil
+import tempfile
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 
 from models.initialise import initialise
 from models.vit import VisionTransformer
 from pretrain.objectives.dino import DINO
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.dinov3 import DINOv3
+from pretrain.objectives.distil import Distil
 from pretrain.objectives.interface import Objective
 from pretrain.objectives.jepa import JEPA
+from pretrain.objectives.lejepa import LeJEPA
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.tile_batch import TileBatch
 
@@ -135,6 +143,50 @@ def mae(**settings: object) -> MAE:
 def unfilled_mae(make_encoder: Callable[[], VisionTransformer], **settings: object) -> MAE:
     values = {"mask_ratio": 0.75, "norm_pix": True, "decoder_width": 16, "decoder_depth": 1, "decoder_heads": 2}
     return MAE(make_encoder, **(values | settings))  # type: ignore[arg-type]
+
+
+@cache
+def teacher_file(width: int = 24, patch_size: int = 6, heads: int = 3) -> str:
+    """A file of an encoder of another width and patch size with random weights, by timm's names."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with torch.device("cpu"):
+        network = encoder(width=width, patch_size=patch_size, image_size=4 * patch_size, heads=heads)()
+        initialise(network, 7, "teacher")
+        weights = {name: tensor for name, tensor in network.state_dict().items() if name != "mask_token"}
+        save_file(weights, folder / "teacher.safetensors")
+    return str(folder / "teacher.safetensors")
+
+
+def distil(
+    drop_path: float = 0.0, make_encoder: Callable[[], VisionTransformer] | None = None, **settings: object
+) -> Distil:
+    return filled(unfilled_distil(make_encoder or encoder(drop_path=drop_path), **settings))  # type: ignore[return-value]
+
+
+def unfilled_distil(make_encoder: Callable[[], VisionTransformer], **settings: object) -> Distil:
+    values = {
+        "teacher": teacher_file(),
+        "teacher_heads": 3,
+        "teacher_epsilon": None,
+        "group_size": 2,
+        "distance": "cosine",
+        "class_weight": 1.0,
+        "local_weight": 0.5,
+        "patch_weight": 1.0,
+        "teacher_momentum": 0.9,
+        "teacher_momentum_final": 1.0,
+    }
+    return Distil(make_encoder, **(values | settings))  # type: ignore[arg-type]
+
+
+def lejepa(drop_path: float = 0.0, **settings: object) -> LeJEPA:
+    return filled(unfilled_lejepa(encoder(drop_path=drop_path), **settings))  # type: ignore[return-value]
+
+
+def unfilled_lejepa(make_encoder: Callable[[], VisionTransformer], **settings: object) -> LeJEPA:
+    values = {"group_size": 2, "hidden": 16, "head_layers": 3, "projection": 8, "slices": 32, "sigreg_weight": 0.05}
+    return LeJEPA(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def batch(

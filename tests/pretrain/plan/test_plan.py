@@ -30,11 +30,13 @@ from pretrain.plan.throughput import pace
 from pretrain.settings.composition import load
 from pretrain.settings.hardware import described
 from pretrain.training.even_shares import micro_batch_share, tiles_of
+from tests.pretrain.objectives.tile_objectives import teacher_file
 from tests.pretrain.training.real_steps import Step, one_process, peak_of_sharing, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
 ROTARY = ("model.position_embedding=rope", "model.qkv_bias=no_key", "model.own_cls_norm=true", "model.registers=4")
 CROPS = ("recipe=small_slide", "objective=slide_ibot", "data.batch_size=8", "data.field_cells=0", "data.crops.global_side=6", "data.crops.local_side=4", "objective.prototypes=512", "objective.hidden=128")  # fmt: skip
+GIVEN = (f"objective.teacher={teacher_file()}", "objective.teacher_heads=3")
 FIXED = ("dinov2_vitg14", "dinov2_vitl16_short", "uni", "openmidnight")
 
 
@@ -54,6 +56,8 @@ def planned(*words: str) -> Config:
         pytest.param("float32", "none", 1, ("recipe=small_jepa", *SMALL[1:], "objective.predictor_width=48"), marks=pytest.mark.slow),
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
         pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
+        pytest.param("float32", "full", 1, ("recipe=small_distil", "model.width=96", "data.batch_size=8", *GIVEN), marks=pytest.mark.slow),
+        pytest.param("float32", "full", 2, ("recipe=small_lejepa", "model.width=96", "data.batch_size=16"), marks=pytest.mark.slow),
         ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),
         pytest.param("float32", "none", 1, CROPS, marks=pytest.mark.slow),
         pytest.param("float32", "full", 2, (*CROPS, "model.depth=5", "objective.centring=sinkhorn"), marks=pytest.mark.slow),
@@ -453,7 +457,13 @@ def test_every_recipe_can_be_planned_at_full_size(name: str) -> None:
     lanes = recipes.compose_recipe(name).tree.data.lanes
     nodes, gpus = (lanes // 8, 8) if lanes % 8 == 0 else (1, lanes)
     found = make_plan(
-        planned(f"recipe={name}", "trainer.precision=bf16", f"launch.nodes={nodes}", f"launch.gpus_per_node={gpus}")
+        planned(
+            f"recipe={name}",
+            "trainer.precision=bf16",
+            f"launch.nodes={nodes}",
+            f"launch.gpus_per_node={gpus}",
+            *(GIVEN if "distil" in name else ()),
+        )
     )
     assert found["peak_bytes"] > 0 and found["pace"]["hours"] > 0
 

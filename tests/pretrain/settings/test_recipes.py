@@ -23,6 +23,7 @@ from pretrain.run.folder import flat
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.settings.config_files import CONFIGS, comments
+from tests.pretrain.objectives.tile_objectives import teacher_file
 
 ROOT = Path(__file__).resolve().parents[3]
 # Encoder parameters as published (mask token left out), and what their count has more or less than ours and why.
@@ -55,6 +56,7 @@ PUBLISHED = {
     "hibou_l": None,
     "nanopath": None,
     "nanopath_jepa": None,
+    "distil_vits": None,
 }
 # Networks of timm that recipes are of, at 224 px, where no number was published for theirs.
 OF_TIMM = {
@@ -65,6 +67,8 @@ OF_TIMM = {
     "hibou_l": "vit_large_patch14_reg4_dinov2",
     "midnight": "vit_giant_patch14_dinov2",
 }
+# What a recipe has to be given.
+GIVEN_WORDS = {"distil_vits": [f"objective.teacher={teacher_file()}", "objective.teacher_heads=3"]}
 # The width of a network is four numbers, its heads' another three, and the batch brings its lanes and groups along.
 SHRUNK = {
     *(f"model.{name}" for name in ("width", "depth", "heads", "feed_forward_width")),
@@ -102,7 +106,7 @@ for size in sorted({recipe.partition(":")[2] for recipe in recipes}):
     shard.run(load("shard", [f"slides={slides}", f"out={out}/tiles-{size}", f"tile_size={size}", "workers=1"]).object())
 for recipe in recipes:
     name, _, size = recipe.partition(":")
-    more = [f"init={out}/midnight"] if name == "midnight_highres" else []
+    more = {"midnight_highres": [f"init={out}/midnight"], "distil_vits": [f"objective.teacher={out}/midnight"]}.get(name, [])
     tile.run(load("tile", [f"recipe={name}", "scale=smoke", f"run={out}/{name}", "data=tiles", f"data.shards={out}/tiles-{size}", "trainer.accelerator=cpu", *more]).object())
 """
 
@@ -162,7 +166,8 @@ def test_the_second_stage_starts_from_the_first_ones_encoder(slow_runs: Path) ->
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_each_recipe_builds_at_full_size_in_under_a_second(name: str) -> None:
-    config = load("tile", [f"recipe={name}", "run=r", "data=tiles", "data.shards=s", "init=null"]).object()
+    words = [f"recipe={name}", "run=r", "data=tiles", "data.shards=s", "init=null", *GIVEN_WORDS.get(name, [])]
+    config = load("tile", words).object()
 
     def build() -> Objective:
         with torch.device("meta"):

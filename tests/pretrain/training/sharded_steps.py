@@ -41,7 +41,9 @@ from tests.pretrain.objectives.tile_objectives import (
     unfilled_dino,
     unfilled_dinov2,
     unfilled_dinov3,
+    unfilled_distil,
     unfilled_jepa,
+    unfilled_lejepa,
     unfilled_mae,
 )
 
@@ -74,6 +76,8 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "dinov3": lambda: unfilled_dinov3(tile_objectives.encoder(**VIT, **ROTARY)),
     "jepa": lambda: unfilled_jepa(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "dino": lambda: unfilled_dino(tile_objectives.encoder(**VIT, drop_path=0.4)),
+    "distil": lambda: unfilled_distil(tile_objectives.encoder(**VIT, drop_path=0.4)),
+    "lejepa": lambda: unfilled_lejepa(tile_objectives.encoder(**VIT)),
     "mae": lambda: unfilled_mae(tile_objectives.encoder(**VIT, position_embedding="sincos")),
 }
 

@@ -45,6 +45,14 @@ DINOV3 = (
 DINO = ("recipe=small_dino", *DINOV2[1:])
 JEPA = ("recipe=small_jepa", *DINOV2[1:])
 MAE = ("recipe=small_mae", "model.depth=3", "data.batch_size=16")
+LEJEPA = (
+    "recipe=small_lejepa", "model.width=96", "model.depth=3", "data.batch_size=8", "objective.group_size=4",
+    "objective.hidden=64",
+)  # fmt: skip
+DISTIL = (
+    "recipe=small_distil", "model.width=96", "model.depth=3", "data.batch_size=8", "objective.group_size=4",
+    f"objective.teacher={tile_objectives.teacher_file()}", "objective.teacher_heads=3",
+)  # fmt: skip
 SLIDE_MAE = ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")
 SLIDE_VIT = ("model=slide_vit", "model.width=96", "model.depth=2", "model.heads=4", "model.feed_forward_width=384")
 DECODER = tuple(f"objective.decoder_{name}" for name in ("width=64", "depth=2", "heads=4", "feed_forward_width=128"))
@@ -99,6 +107,9 @@ STEPS = {
     ),
     "mae": ("none", 1, MAE),
     "mae wider, checkpointed": ("full", 2, (*MAE, *WIDER, "objective.mask_ratio=0.5", "objective.decoder_depth=4")),
+    "lejepa": ("none", 1, LEJEPA),
+    "lejepa in two parts, checkpointed": ("full", 2, LEJEPA),
+    "distil, checkpointed": ("full", 1, DISTIL),
     "slide_mae": ("none", 1, SLIDE_MAE),
     "slide_mae checkpointed": ("full", 1, SLIDE_MAE),
     "slide_mae of gaps, with dropout": (

@@ -51,7 +51,7 @@ QUICK = [
         {"world": 4, "shard_size": 2, "checkpointing": "selective"},
     )
 ] + [Run("slide_ibot", 2), Run("slide_ibot", 4, 2, accumulate=2, checkpointing="full")]
-QUICK += [Run("dinov3", 2), Run("jepa", 2)]
+QUICK += [Run("dinov3", 2), Run("jepa", 2), Run("lejepa", 2, accumulate=2), Run("distil", 2)]
 PLACES: list[dict[str, Any]] = [{"world": 1}, {"world": 2}, {"world": 4}, {"world": 4, "shard_size": 2}]
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -72,7 +72,11 @@ MATRIX = [
         for settings in SETTINGS
         for place in PLACES
     ),
-    *(Run(objective, **place, checkpointing="full") for objective in ("dino", "mae", "slide_ibot") for place in PLACES),
+    *(
+        Run(objective, **place, checkpointing="full")
+        for objective in ("dino", "lejepa", "distil", "mae", "slide_ibot")
+        for place in PLACES
+    ),
     *(
         Run(objective, **place, **how)
         for objective in ("rotary", "dinov3", "jepa")
