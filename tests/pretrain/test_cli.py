@@ -49,7 +49,10 @@ def test_the_help_of_tile_shows_its_groups_and_their_choices(capsys: pytest.Capt
 
 @pytest.mark.parametrize(
     ("stage", "objectives"),
-    [("tile", "dino, dinov2, dinov3, distil, lejepa, mae"), ("slide", "slide_context, slide_ibot, slide_mae, slide_pairs")],
+    [
+        ("tile", "dino, dinov2, dinov3, distil, lejepa, mae"),
+        ("slide", "slide_context, slide_ibot, slide_mae, slide_pairs"),
+    ],
 )
 def test_help_offers_the_objectives_of_its_own_stage(
     stage: str, objectives: str, capsys: pytest.CaptureFixture[str]
