@@ -46,7 +46,7 @@ def tokens_of_views(
     return encoder(crops, masks, kept, wanted=wanted, **drawn_scales(encoder, sizes, moment))  # type: ignore[no-any-return]
 
 
-def _kept(
+def kept_of_views(
     encoder: Any, group: int, batch: TileBatch, moment: Moment
 ) -> list[tuple[KeptSamples, KeptSamples] | None] | None:
     """What an encoder's branches run on, by block; None: on all crops. Drawn here where the loader hasn't."""

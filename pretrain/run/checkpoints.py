@@ -215,7 +215,7 @@ def is_finite(model: nn.Module, optimiser: torch.optim.Optimizer) -> bool:
 def size(model: nn.Module, optimiser: torch.optim.Optimizer) -> int:
     """Bytes of a checkpoint, over all processes: its tensors, and what torch writes around each."""
     moments = (value for state in optimiser.state.values() for value in state.values() if isinstance(value, Tensor))
-    tensors = (*model.parameters(), *model.buffers(), *moments)
+    tensors = (*model.state_dict().values(), *moments)
     return sum(tensor.numel() * tensor.element_size() + AROUND for tensor in tensors)
 
 

@@ -50,6 +50,7 @@ TILE = {
         *COLOURS,
     ],
     "dinov2 with DINOv3's encoder": [
+        "objective.spread=sigreg",
         "model.drop_path=0.3",
         "model.registers=2",
         "model.position_embedding=rope",

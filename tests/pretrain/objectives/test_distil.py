@@ -14,6 +14,7 @@ from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.regression import cosine_distance, normed_smooth_l1
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.probing.images import read_image
+from pretrain.run import checkpoints
 from pretrain.training.gradients import gradients
 from tests.pretrain.objectives.tile_objectives import (
     GLOBAL,
@@ -124,6 +125,9 @@ def test_checkpoints_hold_the_students_networks_and_not_the_given_teachers() -> 
     state = model.state_dict()
     assert {name.partition(".")[0] for name in state} == {"encoder", "teacher", "class_projector", "patch_projector"}
     model.load_state_dict(state)
+    held = sum(tensor.numel() * tensor.element_size() for tensor in state.values())
+    optimiser = torch.optim.AdamW(model.encoder.parameters())
+    assert checkpoints.size(model, optimiser) == held + checkpoints.AROUND * len(state)
     with pytest.raises(RuntimeError, match=r"encoder\.cls_token"):
         model.load_state_dict({name: value for name, value in state.items() if name != "encoder.cls_token"})
 
