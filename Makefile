@@ -47,7 +47,7 @@ bench-packed: setup
 bench-step: setup
 	OMP_NUM_THREADS=1 $(BIN)/python tests/bench/step.py
 
-# What a small network learns, judged on other slides: an hour and a half. Your own tiles: make bench-learning ARGS="TILES=folder OTHER=folder".
+# What a small network learns, judged on other slides: half an hour for each of seven objectives. Your own tiles: make bench-learning ARGS="TILES=folder OTHER=folder".
 bench-learning: setup
 	$(BIN)/python tests/bench/learning.py $(ARGS)
 

@@ -18,6 +18,7 @@ class PublishedRun:
     hardware: str
     gpu_hours: Annotated[float, within(above=0)]
     samples: Annotated[int, within(least=1)]
+    gpus: Annotated[int | None, within(least=1)] = None  # None: as many as the recipe has lanes
 
 
 @dataclass
@@ -36,7 +37,7 @@ class Implied:
 def implied(recipe: str, published: PublishedRun, slides: SupposedSlides) -> Implied:
     """Operations of our plan of ``recipe`` over what its GPUs could have done in the hours that were published."""
     run = run_shape(compose_run([f"recipe={recipe}", "trainer.precision=bf16"], []), slides)
-    processes = run.data.lanes  # in these recipes, one for each GPU of the published run
+    processes = published.gpus or run.data.lanes
     of_all = Settings(processes, processes, "bf16", "none", 1)
     found = estimate(run, of_all, fused_attention=True, largest=False)
     each = sum(found.flops.values()) / found.samples
