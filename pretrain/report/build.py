@@ -56,15 +56,15 @@ def objective_of(run: ReportedRun, allowed: Collection[str]) -> type[Objective]:
 
 
 def found_sections(parts: Parts, allowed: Collection[str]) -> list[Section | None]:
-    """A section for every part that is there, in the order of the road."""
+    """How a run ended that failed, and then a section for every part that is there, in the order of the road."""
     return [
+        ending_section(parts.tile, "tile-ended") if parts.tile else None,
+        ending_section(parts.slide, "slide-ended") if parts.slide else None,
         slides_section(parts.shards) if parts.shards else None,
-        ending_section(parts.tile) if parts.tile else None,
         samples_section(parts.tile) if parts.tile else None,
         tile_section(parts.tile, objective_of(parts.tile, allowed).reading) if parts.tile else None,
         embeddings_section(parts.embeddings, parts.shards) if parts.embeddings else None,
         probe_section(parts.probe) if parts.probe else None,
-        ending_section(parts.slide) if parts.slide else None,
         slide_section(parts.slide, objective_of(parts.slide, allowed).reading) if parts.slide else None,
         how_section(parts),
     ]
@@ -108,7 +108,8 @@ def describe_network(model: Any, allowed: Collection[str]) -> str:
         return "its architecture in the configuration below"
     with torch.device("meta"):
         parameters = sum(p.numel() for p in plugins.build(on_any_machine(model), allowed=allowed).parameters())
-    size = f"{parameters / 1e9:.2f} B" if parameters >= 1e9 else f"{parameters / 1e6:.1f} M"
+    unit, letter = next(one for one in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= one[0] or one[1] == "k")
+    size = f"{parameters / unit:.{2 if letter == 'B' else 1}f} {letter}"
     kind = model["_target_"].rpartition(".")[2]
     words = {"VisionTransformer": "a vision transformer"}.get(kind, kind)
     shape = [f"{model[key]} {name}" for key, name in (("depth", "blocks"), ("heads", "heads")) if key in model]

@@ -13,7 +13,7 @@ from pretrain.training.tile_stage import REPLAY
 TILES_LISTED = 8  # of a replay
 
 
-def ending_section(run: ReportedRun) -> Section | None:
+def ending_section(run: ReportedRun, anchor: str) -> Section | None:
     """What stopped a run, where it stood, the steps that it skipped, what replays of them found, and what to do; None
     of a run that has nothing of it."""
     starts = run.provenance.get("starts") or [{}]
@@ -39,7 +39,7 @@ def ending_section(run: ReportedRun) -> Section | None:
     if open_ones := sorted(kept - {one["step"] for one in found}):
         command = f"pretrain tile run={run.folder} replay={open_ones[-1]}"
         body += page.missing([("Which tile and which term of the loss did it:", command)])
-    return Section("ended", "How it ended" if ended_by else "Steps not taken", body)
+    return Section(anchor, "How it ended" if ended_by else "Steps not taken", body)
 
 
 def skipped_steps(run: ReportedRun) -> list[int]:
