@@ -111,7 +111,9 @@ def describe_recipe(name: str) -> Recipe:
         for line in heading(path(name))
         if line.startswith(tuple(f"# {fact}: " for fact in FACTS_OF_RECIPES))
     )
-    whole = " ".join(line.removeprefix("# ") for line in heading(path(name)))
+    # What a recipe stands on deviates for it too.
+    chain = [file for _, file in composed.files if file.parent.name == "recipe"]
+    headings = [" ".join(line.removeprefix("# ") for line in heading(file)) for file in reversed(chain)]
     kind = objective["_target_"].rpartition(".")[2]
     return Recipe(
         name=name,
@@ -121,7 +123,7 @@ def describe_recipe(name: str) -> Recipe:
         batch=tree.data.batch_size,
         steps=tree.optim.steps,
         **{fact.lower(): facts.get(fact, "") for fact in FACTS_OF_RECIPES},
-        deviates=DEVIATIONS.findall(whole),
+        deviates=[said for one in headings for said in DEVIATIONS.findall(one)],
         unknown=sorted(key for key, comment in said.items() if OUR_CHOICE in comment),
     )
 

@@ -28,18 +28,27 @@ def ending_section(run: ReportedRun, anchor: str) -> Section | None:
     )
     rows.append(("newest checkpoint", f"step {checkpoints.step_of(newest):,}" if newest else "none"))
     rows += [(f"alarm at step {alarm['step']:,}", f"{alarm['alarm']}: {alarm['says']}") for alarm in run.alarms[-1:]]
-    text = "The last start of this run ended before its last step. " if ended_by else ""
     if skipped:
         count = int(run.metrics["skipped"][1][-1])
         rows.append(("steps skipped", f"{count:,}, the last one {skipped[-1]:,}: something wasn’t finite"))
     found = replays(run)
-    body = page.paragraph(f"{text}The same command goes on from the newest checkpoint.") + page.fact_list(rows)
+    body = page.paragraph(words_on_going_on(bool(ended_by), newest is not None)) + page.fact_list(rows)
     body += "".join(replay_facts(one) for one in found)
     kept = {checkpoints.step_of(path) + 1 for path in checkpoints.complete(run.folder / REPLAY)}
     if open_ones := sorted(kept - {one["step"] for one in found}):
         command = f"pretrain tile run={run.folder} replay={open_ones[-1]}"
         body += page.missing([("Which tile and which term of the loss did it:", command)])
     return Section(anchor, "How it ended" if ended_by else "Steps not taken", body)
+
+
+def words_on_going_on(failed: bool, has_checkpoint: bool) -> str:
+    """What the same command does now."""
+    if not failed:
+        return "Some steps of this run weren’t taken; it went on behind them."
+    goes_on = "goes on from the newest checkpoint" if has_checkpoint else "begins anew, since there is no checkpoint"
+    return (
+        f"The last start of this run ended before its last step. Once its cause is mended, the same command {goes_on}."
+    )
 
 
 def skipped_steps(run: ReportedRun) -> list[int]:
@@ -74,5 +83,5 @@ def replay_facts(one: dict[str, Any]) -> str:
     if one.get("began"):
         rows.append(("first layer", str(one["began"])))
     tiles = [" with ".join(str(tile["tile"]) for tile in together) for together in one.get("tiles", [])]
-    rows.append(("tiles", "; ".join(tiles[:TILES_LISTED]) or "none in particular: the next step’s do it too"))
+    rows.append(("tiles", "; ".join(tiles[:TILES_LISTED]) or "none in particular: others in their place do it too"))
     return page.paragraph(f"Step {one['step']:,}, computed again:") + page.fact_list(rows)

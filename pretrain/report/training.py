@@ -10,7 +10,7 @@ from pretrain.pages.page import Section
 from pretrain.probing.scores import errors_that_count
 from pretrain.probing.table import cautions
 from pretrain.report.figures import Panel, curves, dots
-from pretrain.report.parts import ReportedRun, Series
+from pretrain.report.parts import ReportedRun, Series, last_step
 
 TILE_LOSSES = [
     ("Total loss", "", ["loss"]),
@@ -122,8 +122,8 @@ def tile_section(run: ReportedRun, reading: str) -> Section | None:
     """Losses and the course of a tile run; ``reading``: what its objective says of them."""
     if "loss" not in run.metrics:
         return None
-    steps, values = run.metrics["loss"]
-    text = f"{int(steps[-1]):,} steps are on record."
+    values = run.metrics["loss"][1]
+    text = f"{last_step(run):,} steps are on record."
     if change := ends(run.metrics, "loss"):
         text += (
             f" The total loss went from {change[0]:.3f} to {change[1]:.3f} (means of the first and last tenth)."

@@ -118,7 +118,7 @@ def _what_ails(path: Path, error: Exception) -> str:
 def words_for_newest(run: Path) -> str:
     """Words for the newest checkpoint of a run, for what went wrong after it."""
     there = newest(run)
-    return f"the newest finite one is {there}" if there else "there is none before it"
+    return f"the newest finite one is {there}" if there else "there is no finite checkpoint before it"
 
 
 def newest_whole(run: Path) -> Path | None:

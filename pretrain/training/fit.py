@@ -178,6 +178,7 @@ def quieten_lightning() -> None:
         ".*does not have many workers.*",
         ".*IterableDataset.*",
         ".*LeafSpec.*",
+        ".*returned a view tensor.*",
         ".*in eval mode at the start.*",  # a given teacher is
         ".*`srun` command is available.*",
     ):

@@ -206,6 +206,7 @@ class Training(L.LightningModule, ABC):
         self.watchdog.beat()
         if self.step % self.settings.log_every == 0 or self.is_last or not took_step:
             self.record(figures)
+        self.require_some_steps_taken(figures)
         return figures | {"loss": torch.tensor(figures["loss"])}
 
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_index: int) -> None:
@@ -363,14 +364,18 @@ class Training(L.LightningModule, ABC):
         return values, {name: round(count) for name, count in found.items()}, finite
 
     def _skip(self, values: dict[str, float]) -> None:
-        """Count a step that was not taken; stop where too many come in a row. Every rank sees the same values."""
+        """Count a step that was not taken. Every rank sees the same values."""
         self.skipped += 1
         self.skipped_in_a_row += 1
         culprits = ", ".join(name for name, value in values.items() if not math.isfinite(value))
         if self.global_rank == 0:
             say(f"step {self.step + 1} skipped: {culprits} not finite ({self.skipped_in_a_row} in a row)")
         self.keep_for_replay()
+
+    def require_some_steps_taken(self, figures: dict[str, float]) -> None:
+        """Raise Fault where more steps in a row were skipped than ``optim.max_skipped``."""
         if self.skipped_in_a_row > self.optim.max_skipped:
+            culprits = ", ".join(name for name, value in figures.items() if not math.isfinite(value))
             raise Fault(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more"
                 f" than optim.max_skipped={self.optim.max_skipped}; {checkpoints.words_for_newest(self.run)}: go on with a"

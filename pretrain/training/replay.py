@@ -44,6 +44,7 @@ from pretrain.training.sharding import ShardedStrategy
 from pretrain.training.tile_stage import REPLAY, TileTraining, view_sheet
 from pretrain.training.trainer_settings import require_devices
 
+STAND_INS = 8  # single tiles that are tried
 TILES_NAMED = 4  # tiles of a set that only does it together
 
 
@@ -182,13 +183,17 @@ class Replay(TileTraining):
             began = self.first_layer()
         say(f"{self.run}: step {self.step + 1} again, in {self.settings.precision}: not finite; looking for the tiles")
 
-        def fails(tiles: Sequence[int]) -> bool:
-            mixture = self.mixed(tiles)
+        def fails(tiles: Sequence[int], instead: list[TileBatch]) -> bool:
+            mixture = self.mixed(tiles, instead)
             if networks:
                 return not all(map(math.isfinite, self.figures_and_norms(mixture)[1].values()))
             return not all(math.isfinite(figures["loss"]) for figures in self.losses(mixture))
 
-        found = [] if fails([]) else list(islice(narrowed(list(range(self.batch_size)), fails), self.most))
+        # Where the next step has such tiles too, one of its tiles stands in for all of them.
+        stand_ins = (self.others, *(self.repeated(place) for place in range(min(STAND_INS, self.batch_size))))
+        sound = next((one for one in stand_ins if not fails([], one)), None)
+        suspects = narrowed(list(range(self.batch_size)), lambda tiles: sound is not None and fails(tiles, sound))
+        found = [] if sound is None else list(islice(suspects, self.most))
         self.finding = ReplayFinding(self.settings.precision, terms, networks, began, found)
         return {}
 
@@ -240,16 +245,30 @@ class Replay(TileTraining):
                 found.append(name)
         return found
 
-    def mixed(self, tiles: Sequence[int]) -> list[TileBatch]:
-        """The step's micro-batches with tiles of the next step's in place of all but ``tiles``, places in the global
-        batch; masks stay where they are."""
+    def repeated(self, place: int) -> list[TileBatch]:
+        """The next step's micro-batches with the tile at this place of its global batch in all places."""
+        part, place = divmod(place, tiles_in(self.others[0]))
+        chosen = self.others[part]
+        tiles = tiles_in(chosen)
+        crops = [
+            (
+                images.unflatten(0, (views, tiles))[:, place : place + 1].expand(-1, tiles, -1, -1, -1).flatten(0, 1),
+                views,
+            )
+            for images, views in chosen.crops
+        ]
+        return [replace(chosen, crops=crops)] * len(self.others)
+
+    def mixed(self, tiles: Sequence[int], instead: list[TileBatch]) -> list[TileBatch]:
+        """The step's micro-batches with tiles of others in place of all but ``tiles``, places in the global batch; masks
+        stay where they are."""
         parts, begin = [], 0
-        for part, other in zip(self.parts, self.others, strict=True):
+        for part, other in zip(self.parts, instead, strict=True):
             count = tiles_in(part)
             kept = torch.tensor([begin + place in tiles for place in range(count)], device=self.device)
             crops = [
-                (torch.where(kept.repeat(views).view(-1, 1, 1, 1), images, instead), views)
-                for (images, views), (instead, _) in zip(part.crops, other.crops, strict=True)
+                (torch.where(kept.repeat(views).view(-1, 1, 1, 1), images, others), views)
+                for (images, views), (others, _) in zip(part.crops, other.crops, strict=True)
             ]
             mpp = None if part.mpp is None or other.mpp is None else torch.where(kept, part.mpp, other.mpp)
             parts.append(replace(part, crops=crops, mpp=mpp))
@@ -337,7 +356,9 @@ def tell(training: Replay, found: ReplayFinding) -> None:
     if found.began:
         say(f"{run}: the first numbers that aren't finite come out of {found.began}")
     if not found.tiles:
-        say(f"{run}: the next step's tiles do it too, so it is none of this one's: look at the weights and optim.lr")
+        say(
+            f"{run}: whatever tiles stand in for them do it too, so it is hardly these: look at the weights and optim.lr"
+        )
     named = [[training.describe(place) for place in places] for places in found.tiles]
     for tiles in named:
         names = ", ".join(one["tile"] for one in tiles[:TILES_NAMED]) + (
