@@ -195,7 +195,8 @@ def _leave_out(
         own = [word for word in words if key_of(word).partition(".")[0] in (group, "scale")]
         alone = _compose(command, [*own, "~recipe"], search, directories)[0][group]
         if group == "data":  # views and batches are those of any source
-            values.data = {name: value for name, value in values.data.items_ex(resolve=False) if name in alone}
+            for name in values.data.keys() - alone.keys():
+                del values.data[name]
             kept = {f"data.{name}" for name in alone}
         else:
             values[group] = alone

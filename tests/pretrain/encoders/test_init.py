@@ -215,13 +215,14 @@ def test_what_is_not_in_the_format_starts_at_its_initial_value(tmp_path: Path) -
     assert any("heads" in sentence for sentence in said) and any("mask token" in sentence for sentence in said)
 
 
-RECIPES = {path.stem: yaml.safe_load(path.read_text()) for path in (ROOT / "configs" / "recipe").glob("*.yaml")}
+RECIPE_FILES = (ROOT / "configs" / "recipe").glob("*.yaml")
+RECIPES = {path.stem.lstrip("_"): yaml.safe_load(path.read_text()) for path in sorted(RECIPE_FILES, reverse=True)}
 FROM_TIMM = [name for name, recipe in RECIPES.items() if timm.is_model(str(recipe.get("init")).partition(".")[0])]
 
 
 @pytest.mark.parametrize("recipe", FROM_TIMM)
 def test_a_recipe_that_continues_from_a_timm_model_has_the_network_that_its_weights_fit(recipe: str) -> None:
-    config = load("tile", [f"recipe={recipe}", "run=none", "data.shards=none"]).object()
+    config = load("tile", [f"recipe={recipe}", "run=none", "data=tiles", "data.shards=none"]).object()
     assert timm.models.is_model_pretrained(config.init)
     with torch.device("meta"):
         theirs = timm.create_model(config.init, pretrained=False, num_classes=0)

@@ -456,7 +456,10 @@ def test_a_bad_tile_is_named_counted_and_replaced(
         (["objective.group_size=1", "data.lanes=4"], "objective.group_size=1 is not allowed: it must be at least 2."),
         (["trainer.precision=fp8"], "trainer.precision=fp8 is not allowed: it must be float32, bf16 or float64."),
         (["data.lanes=5"], "data.batch_size=16 is not a multiple of data.lanes=5"),
-        (["objective.spread=hope"], "objective.spread=hope is not allowed: it must be koleo, kde or kde_as_published."),
+        (
+            ["objective.spread=hope"],
+            "objective.spread=hope is not allowed: it must be koleo, kde, kde_as_published or sigreg.",
+        ),
     ],
 )
 def test_settings_that_do_not_fit_together_are_one_line(
