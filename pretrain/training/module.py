@@ -292,13 +292,7 @@ class Training(L.LightningModule, ABC):
                 f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or"
                 " remade"
             )
-            if not self.config.allow_changes:
-                raise Fault(
-                    f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with"
-                    " these."
-                )
-            if self.global_rank == 0:
-                say(f"{now}; it goes on with these, at its place in their order")
+            self.require_allowed_change(now, ", at its place in their order")
 
     def require_same_givens(self, checkpoint: Path) -> None:
         """Raise Fault where what the objective rests on isn't what it rested on in ``checkpoint``, or say so where
@@ -306,13 +300,17 @@ class Training(L.LightningModule, ABC):
         before = checkpoints.read_state(checkpoint).get("rests_on", {})
         if other := [name for name, digest in self.objective.rests_on().items() if before.get(name) != digest]:
             now = f"{', '.join(other)} holds other weights than {self.run} has learned from until now"
-            if not self.config.allow_changes:
-                raise Fault(
-                    f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with"
-                    " these."
-                )
-            if self.global_rank == 0:
-                say(f"{now}; it goes on with these")
+            self.require_allowed_change(now)
+
+    def require_allowed_change(self, now: str, how: str = "") -> None:
+        """Raise Fault for what the run was begun on and is no more, in the words ``now``, or say it where changes are
+        allowed."""
+        if not self.config.allow_changes:
+            raise Fault(
+                f"{now}; put them back as they were, or give another run=, or allow_changes=true to go on with these."
+            )
+        if self.global_rank == 0:
+            say(f"{now}; it goes on with these{how}")
 
     # The step --------------------------------------------------------------------------------------------------
 
