@@ -26,10 +26,18 @@ class WeightNormLinear(nn.Module):
 
 class PrototypeHead(nn.Module):
     """MLP with GELU → L2 norm → weight-normed linear: ``(…, inputs)`` → ``(…, prototypes)``. With ``normed`` False the
-    last map is a plain one, DINOv3's."""
+    last map is a plain one, DINOv3's; with ``frozen_norms`` prototypes keep the norm 1 (DINO's norm_last_layer)."""
 
     def __init__(
-        self, inputs: int, *, prototypes: int, bottleneck: int, hidden: int, layers: int, normed: bool = True
+        self,
+        inputs: int,
+        *,
+        prototypes: int,
+        bottleneck: int,
+        hidden: int,
+        layers: int,
+        normed: bool = True,
+        frozen_norms: bool = False,
     ) -> None:
         super().__init__()
         widths = [inputs, *[hidden] * (layers - 1), bottleneck]
@@ -40,14 +48,11 @@ class PrototypeHead(nn.Module):
         self.last_layer = (
             WeightNormLinear(bottleneck, prototypes) if normed else nn.Linear(bottleneck, prototypes, bias=False)
         )
+        if frozen_norms:
+            self.last_layer.weight_g.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))
-
-    def with_frozen_norms(self) -> "PrototypeHead":
-        """The same head, whose prototypes keep the norm 1 (DINO's norm_last_layer)."""
-        self.last_layer.weight_g.requires_grad_(False)
-        return self
 
     def operations(self, rows: float) -> Operations:
         """Of so many tokens' scores."""

@@ -55,8 +55,8 @@ def parse(arguments: list[str]) -> Composed | Sweep | None:
     two_words = any(command.startswith(f"{arguments[0]} ") for command in COMMANDS)
     if two_words and "stage=slide" in arguments and f"{arguments[0]} slide" in COMMANDS:
         arguments = [arguments[0], "slide", *(word for word in arguments[1:] if word != "stage=slide")]
-    if arguments[0] == "tile" and any(word.startswith("replay=") for word in arguments):
-        arguments = ["tile", "replay", *(word for word in arguments[1:] if word != "replay")]
+    if arguments[0] == "tile" and any(word.startswith("replay=") for word in arguments) and arguments[1] != "replay":
+        arguments = ["tile", "replay", *arguments[1:]]
     length = 2 if two_words and not re.match("-|.*=", "".join(arguments[1:2])) else 1
     command, rest = " ".join(arguments[:length]), arguments[length:]
     if command not in COMMANDS:

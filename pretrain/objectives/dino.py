@@ -45,9 +45,14 @@ class DINO(TileDistillation):
             encoder = make_encoder()
             encoder.mask_token.requires_grad_(False)  # nothing is masked
             head = PrototypeHead(
-                encoder.width, prototypes=prototypes, bottleneck=bottleneck, hidden=hidden, layers=head_layers
+                encoder.width,
+                prototypes=prototypes,
+                bottleneck=bottleneck,
+                hidden=hidden,
+                layers=head_layers,
+                frozen_norms=frozen_prototype_norms,
             )
-            return Network(encoder, head.with_frozen_norms() if frozen_prototype_norms else head)
+            return Network(encoder, head)
 
         super().__init__(
             network,

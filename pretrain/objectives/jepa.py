@@ -89,8 +89,9 @@ class JEPA(TileDistillation):
                 bottleneck=settings["bottleneck"],
                 hidden=settings["hidden"],
                 layers=settings["head_layers"],
+                frozen_norms=frozen_prototype_norms,
             )
-            return Network(encoder, head.with_frozen_norms() if frozen_prototype_norms else head)
+            return Network(encoder, head)
 
         super().__init__(network, {"dino": settings["prototypes"]}, group_size=group_size, **teaching_of(settings))
         width = self.student.encoder.width

@@ -94,15 +94,15 @@ def two_level_network(encoder: Any, levels: Levels, normed: bool = True) -> Netw
     """An encoder with the heads that the settings say, their prototypes weight-normed where ``normed``."""
 
     def head(prototypes: int, bottleneck: int) -> PrototypeHead:
-        made = PrototypeHead(
+        return PrototypeHead(
             encoder.width,
             prototypes=prototypes,
             bottleneck=bottleneck,
             hidden=levels["hidden"],
             layers=levels["head_layers"],
             normed=normed,
+            frozen_norms=levels["frozen_prototype_norms"],
         )
-        return made.with_frozen_norms() if levels["frozen_prototype_norms"] else made
 
     dino = head(levels["prototypes"], levels["bottleneck"])
     separate = levels["separate_ibot_head"]

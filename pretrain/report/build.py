@@ -108,8 +108,10 @@ def describe_network(model: Any, allowed: Collection[str]) -> str:
         return "its architecture in the configuration below"
     with torch.device("meta"):
         parameters = sum(p.numel() for p in plugins.build(on_any_machine(model), allowed=allowed).parameters())
-    unit, letter = next(one for one in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if parameters >= one[0] or one[1] == "k")
-    size = f"{parameters / unit:.{2 if letter == 'B' else 1}f} {letter}"
+    if parameters >= 1e9:
+        size = f"{parameters / 1e9:.2f} B"
+    else:
+        size = f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.1f} k"
     kind = model["_target_"].rpartition(".")[2]
     words = {"VisionTransformer": "a vision transformer"}.get(kind, kind)
     shape = [f"{model[key]} {name}" for key, name in (("depth", "blocks"), ("heads", "heads")) if key in model]

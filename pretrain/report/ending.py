@@ -8,7 +8,7 @@ from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.report.parts import ReportedRun, last_step
 from pretrain.run import checkpoints
-from pretrain.training.tile_stage import REPLAY
+from pretrain.run.folder import REPLAY
 
 TILES_LISTED = 8  # of a replay
 

@@ -35,6 +35,9 @@ from pretrain.run import checkpoints, signals
 from pretrain.run.launched import rank
 from pretrain.run.progress import say
 
+REPLAY = "replay"
+"""In a run's folder: networks before its last skipped step, and what replays found."""
+
 # What may differ between two starts of one run: where and how fast it runs and what it says, not what it computes.
 FREE = re.compile(
     r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_(changes|plugins)$|resume$|data\.(threads|processes_per_slide)$|model\.attention$"

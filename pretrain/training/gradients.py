@@ -1,6 +1,7 @@
 """Forward and backward of a step, written out: what the trainer takes, and what a plan rehearses."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -31,3 +32,17 @@ def gradients(
         for name, value in {"loss": loss, **figures}.items():
             means[name] = means.get(name, 0.0) + at_least_float32(value.detach()) / len(parts)
     return means
+
+
+def losses_of(
+    objective: Objective, parts: Sequence[tuple[Any, int]], moment: Moment
+) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
+    """Loss and figures of each of a step's micro-batches, by a forward alone."""
+    given = prepared(objective, [part for part, _ in parts], moment)
+    for part, (_, first) in zip(given, parts, strict=True):
+        yield objective.loss(part, replace(moment, first=first))
+
+
+def not_finite(values: Mapping[str, float]) -> list[str]:
+    """The names of those that aren't finite."""
+    return [name for name, value in values.items() if not math.isfinite(value)]

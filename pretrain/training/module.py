@@ -40,7 +40,7 @@ from pretrain.run.record import RunLogger
 from pretrain.run.watchdog import Watchdog
 from pretrain.training.adamw import ShardAdamW
 from pretrain.training.even_shares import require_even
-from pretrain.training.gradients import gradients
+from pretrain.training.gradients import gradients, not_finite
 from pretrain.training.optimisation import Optim, clip, parameter_groups, rates_at, set_rates
 from pretrain.training.sharding import materialise, shard
 from pretrain.training.trainer_settings import TrainerSettings
@@ -365,7 +365,7 @@ class Training(L.LightningModule, ABC):
         """Count a step that was not taken. Every rank sees the same values."""
         self.skipped += 1
         self.skipped_in_a_row += 1
-        culprits = ", ".join(name for name, value in values.items() if not math.isfinite(value))
+        culprits = ", ".join(not_finite(values))
         if self.global_rank == 0:
             say(f"step {self.step + 1} skipped: {culprits} not finite ({self.skipped_in_a_row} in a row)")
         self.keep_for_replay()
@@ -373,7 +373,7 @@ class Training(L.LightningModule, ABC):
     def require_some_steps_taken(self, figures: dict[str, float]) -> None:
         """Raise Fault where more steps in a row were skipped than ``optim.max_skipped``."""
         if self.skipped_in_a_row > self.optim.max_skipped:
-            culprits = ", ".join(name for name, value in figures.items() if not math.isfinite(value))
+            culprits = ", ".join(not_finite(figures))
             raise Fault(
                 f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more"
                 f" than optim.max_skipped={self.optim.max_skipped}; {checkpoints.words_for_newest(self.run)}: go on with a"

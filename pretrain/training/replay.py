@@ -25,12 +25,11 @@ from data.fault import Fault
 from data.files import appearing, make_folder, write_whole
 from data.loader_process import LoaderProcess, open_more_files
 from data.tiles.loader import RankBatch
-from pretrain.objectives.contract import prepared
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.run import checkpoints
 from pretrain.run.across_ranks import local_shard
-from pretrain.run.folder import read_config
+from pretrain.run.folder import REPLAY, read_config
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.settings.any_machine import on_any_machine
@@ -38,10 +37,10 @@ from pretrain.settings.composition import Composed
 from pretrain.settings.hardware import allow_tf32
 from pretrain.settings.merging import typed
 from pretrain.training.fit import quieten_lightning
-from pretrain.training.gradients import gradients
+from pretrain.training.gradients import gradients, losses_of, not_finite
 from pretrain.training.optimisation import clip
 from pretrain.training.sharding import ShardedStrategy
-from pretrain.training.tile_stage import REPLAY, TileTraining, view_sheet
+from pretrain.training.tile_stage import TileTraining, view_sheet
 from pretrain.training.trainer_settings import require_devices
 
 STAND_INS = 8  # single tiles that are tried
@@ -173,20 +172,20 @@ class Replay(TileTraining):
         self.parts, self.others = ([part for part, _ in self.micro_batches(one)] for one in (self.batch, batch))
         self.firsts = [part.first for part in self.batch.parts]
         values, norms = self.figures_and_norms(self.parts)
-        networks = [name for name, norm in norms.items() if not math.isfinite(norm)]
+        networks = not_finite(norms)
         if math.isfinite(values.pop("loss")):
             if not networks:
                 return {}
             terms, began = self.terms_by_gradient(networks), None
         else:
-            terms, networks = [name for name, value in values.items() if not math.isfinite(value)], []
+            terms, networks = not_finite(values), []
             began = self.first_layer()
         say(f"{self.run}: step {self.step + 1} again, in {self.settings.precision}: not finite; looking for the tiles")
 
         def fails(tiles: Sequence[int], instead: list[TileBatch]) -> bool:
             mixture = self.mixed(tiles, instead)
             if networks:
-                return not all(map(math.isfinite, self.figures_and_norms(mixture)[1].values()))
+                return bool(not_finite(self.figures_and_norms(mixture)[1]))
             return not all(math.isfinite(figures["loss"]) for figures in self.losses(mixture))
 
         # Where the next step has such tiles too, one of its tiles stands in for all of them.
@@ -222,9 +221,7 @@ class Replay(TileTraining):
 
     def forwards(self, parts: list[TileBatch]) -> Iterator[tuple[Tensor, Mapping[str, Any]]]:
         """What the objective says of each micro-batch."""
-        given = prepared(self.objective, parts, self.moment)
-        for part, first in zip(given, self.firsts, strict=True):
-            yield self.objective.loss(part, replace(self.moment, first=first))
+        return losses_of(self.objective, list(zip(parts, self.firsts, strict=True)), self.moment)
 
     def first_layer(self) -> str | None:
         """The first layer of a forward whose numbers aren't finite, if one is; else it is the loss itself."""
@@ -247,9 +244,9 @@ class Replay(TileTraining):
 
     def repeated(self, place: int) -> list[TileBatch]:
         """The next step's micro-batches with the tile at this place of its global batch in all places."""
-        part, place = divmod(place, tiles_in(self.others[0]))
+        part, place = divmod(place, self.others[0].tiles)
         chosen = self.others[part]
-        tiles = tiles_in(chosen)
+        tiles = chosen.tiles
         crops = [
             (
                 images.unflatten(0, (views, tiles))[:, place : place + 1].expand(-1, tiles, -1, -1, -1).flatten(0, 1),
@@ -264,7 +261,7 @@ class Replay(TileTraining):
         stay where they are."""
         parts, begin = [], 0
         for part, other in zip(self.parts, instead, strict=True):
-            count = tiles_in(part)
+            count = part.tiles
             kept = torch.tensor([begin + place in tiles for place in range(count)], device=self.device)
             crops = [
                 (torch.where(kept.repeat(views).view(-1, 1, 1, 1), images, others), views)
@@ -277,7 +274,7 @@ class Replay(TileTraining):
 
     def only(self, tiles: Sequence[int]) -> TileBatch:
         """Crops and masks of these ``tiles`` of the step."""
-        count = tiles_in(self.parts[0])
+        count = self.parts[0].tiles
         places = [divmod(tile, count) for tile in tiles]
 
         def of(whole: Callable[[TileBatch], Tensor]) -> Tensor:
@@ -294,12 +291,6 @@ class Replay(TileTraining):
         assert self.batch is not None
         number = torch.cat([part.numbers for part in self.batch.parts])[place].item()
         return {"place": place, "tile": self.tiles.name(int(number)), "slide": self.tiles.slide(int(number))}
-
-
-def tiles_in(part: TileBatch) -> int:
-    """How many tiles a micro-batch is of."""
-    images, views = part.crops[0]
-    return len(images) // views
 
 
 def narrowed(suspects: list[int], fails: Callable[[Sequence[int]], bool]) -> Iterator[list[int]]:

@@ -1,7 +1,7 @@
 """Stage one: tiles from the stream, through an augmentation on the device, into a tile objective."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar
@@ -24,18 +24,19 @@ from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbe
 from pretrain.encoders import init
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import evaluation_size
-from pretrain.objectives.contract import declared_views, look_of, prepared
+from pretrain.objectives.contract import declared_views, look_of
 from pretrain.objectives.figures import features_of, spread, watched_encoder
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.precision import at_least_float32
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.run import checkpoints
 from pretrain.run.across_ranks import total
-from pretrain.run.folder import note_of_start
+from pretrain.run.folder import REPLAY, note_of_start
 from pretrain.run.progress import say
 from pretrain.run.saving import Saver
 from pretrain.settings import plugins
 from pretrain.training.fixed_images import BetweenBatches
+from pretrain.training.gradients import losses_of
 from pretrain.training.module import Training
 from pretrain.training.pale_tiles import PaleTiles
 from pretrain.training.probe_set import ProbeSet
@@ -49,7 +50,6 @@ JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to
 SAMPLE_TILES = 8
 HELD_OUT = 1024  # tiles, of those that aren't trained on, that tell a loss at every checkpoint; a batch at least
 ALONE = {"slides_per_lane": None}  # how tiles are dealt out that are judged by: as they come
-REPLAY = "replay"  # in a run's folder: networks before its last skipped step, and what replays found
 KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
 
 
@@ -427,9 +427,8 @@ class TileTraining(Training):
             self.objective.eval()
             with torch.no_grad():
                 for batch in self.heeding(batches, count):
-                    given = prepared(self.objective, [self.prepare(part) for part in batch.parts], moment)
-                    for part, of_part in zip(given, batch.parts, strict=True):
-                        loss, _ = self.objective.loss(part, replace(moment, first=of_part.first))
+                    parts = [(self.prepare(part), part.first) for part in batch.parts]
+                    for loss, _ in losses_of(self.objective, parts, moment):
                         losses.append(at_least_float32(loss))
                     self.objective.after_skip()
         finally:
