@@ -4,6 +4,7 @@ import logging
 import time
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
@@ -47,17 +48,11 @@ def fit(training: Training, lease: Lease | None) -> None:
         say(said)
         return
     settings, run = training.settings, training.run
-    allow_tf32()
-    quieten_lightning()
     record, mirror, saving = RunRecord(run), WandbMirror(run, training.config), Checkpoints()
     ending = EndWhenAsked(saving)
     judgement = Judgement(ending)
-    trainer = L.Trainer(
-        accelerator=settings.accelerator,
-        devices=settings.devices,
-        num_nodes=settings.nodes,
-        strategy=ShardedStrategy(settings.shard_size),
-        max_epochs=1,
+    trainer = bare_trainer(
+        training,
         # After each step in this order: what a checkpoint holds must have happened before it.
         callbacks=[
             CollectGarbage(),
@@ -73,11 +68,6 @@ def fit(training: Training, lease: Lease | None) -> None:
         logger=[record, mirror, *(plugins.build(one, base=Logger) for one in settings.loggers)],
         profiler=profiler(settings.profiler, run),
         log_every_n_steps=1,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=run,
     )
     if newest is not None and trainer.global_rank == 0:
         say(f"{run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
@@ -168,6 +158,26 @@ def pass_over_damaged(run: Path, resume: str, first: bool) -> None:
             say(f"{run}: {wrong}; it is now {aside}")
     while (newest := checkpoints.newest(run)) is not None and checkpoints.damage(newest):
         time.sleep(0.5)  # until the first process has set it aside
+
+
+def bare_trainer(training: Training, **added: Any) -> L.Trainer:
+    """Lightning's trainer on the run's processes, without what it would do itself and is ours: checkpoints, progress,
+    an order of tiles."""
+    allow_tf32()
+    quieten_lightning()
+    return L.Trainer(
+        accelerator=training.settings.accelerator,
+        devices=training.settings.devices,
+        num_nodes=training.settings.nodes,
+        strategy=ShardedStrategy(training.settings.shard_size),
+        max_epochs=1,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        use_distributed_sampler=False,
+        default_root_dir=training.run,
+        **added,
+    )
 
 
 def quieten_lightning() -> None:

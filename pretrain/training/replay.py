@@ -16,7 +16,6 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -34,12 +33,10 @@ from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.composition import Composed
-from pretrain.settings.hardware import allow_tf32
 from pretrain.settings.merging import typed
-from pretrain.training.fit import quieten_lightning
+from pretrain.training.fit import bare_trainer
 from pretrain.training.gradients import gradients, losses_of, not_finite
 from pretrain.training.optimisation import clip
-from pretrain.training.sharding import ShardedStrategy
 from pretrain.training.tile_stage import TileTraining, view_sheet
 from pretrain.training.trainer_settings import require_devices
 
@@ -114,23 +111,9 @@ def run_alone(settings: dict[str, Any], run: Path, accelerator: str) -> Any:
 
 def fit_alone(training: "Replay") -> None:
     """Have Lightning build what a run is built of, and stop behind the step."""
-    allow_tf32()
-    quieten_lightning()
     open_more_files()
-    trainer = L.Trainer(
-        accelerator=training.settings.accelerator,
-        devices=1,
-        strategy=ShardedStrategy(None),
-        max_epochs=1,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        use_distributed_sampler=False,
-        default_root_dir=training.run,
-    )
     try:
-        trainer.fit(training)
+        bare_trainer(training, logger=False).fit(training)
     finally:
         if training.loader is not None:
             training.loader.end()
