@@ -26,6 +26,7 @@ from data.fault import Fault
 from models import dilated_attention
 from models.attention import Attention, attend
 from models.attention_statistics import SDPA, StatisticsKernel
+from models.nested_tensors import tensors_in
 from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective, SlideObjective
 from pretrain.plan import constants
@@ -413,14 +414,3 @@ CPU_ATTENTION = {  # torch counts the other fused kernels, by these formulas, an
 }
 FLOPS = ChainMap({operator: shape_wrapper(formula) for operator, formula in CPU_ATTENTION.items()}, flop_registry)
 """Floating-point operations by operator: torch's own formulas, and those that networks have registered there."""
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Every tensor in nested lists, tuples and dataclasses."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, list | tuple):
-        for one in value:
-            yield from tensors_in(one)
-    elif hasattr(value, "__dataclass_fields__"):
-        yield from tensors_in(list(vars(value).values()))

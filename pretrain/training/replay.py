@@ -24,6 +24,7 @@ from data.fault import Fault
 from data.files import appearing, make_folder, write_whole
 from data.loader_process import LoaderProcess, open_more_files
 from data.tiles.loader import RankBatch
+from models.nested_tensors import tensors_in
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.run import checkpoints
@@ -295,7 +296,7 @@ def first_not_finite(network: nn.Module) -> Iterator[list[str]]:
 
     def hook(name: str) -> Callable[..., None]:
         def look(_: nn.Module, __: Any, given: Any) -> None:
-            if not all(bool(local_shard(one).isfinite().all()) for one in numbers_in(given)):
+            if not all(bool(local_shard(one).isfinite().all()) for one in tensors_in(given)):
                 found.append(name)
 
         return look
@@ -306,19 +307,6 @@ def first_not_finite(network: nn.Module) -> Iterator[list[str]]:
     finally:
         for handle in handles:
             handle.remove()
-
-
-def numbers_in(value: Any) -> Iterator[Tensor]:
-    """The floating-point tensors in what a module gave."""
-    if isinstance(value, Tensor):
-        if value.is_floating_point():
-            yield value
-    elif isinstance(value, dict):
-        yield from (one for part in value.values() for one in numbers_in(part))
-    elif isinstance(value, list | tuple):
-        yield from (one for part in value for one in numbers_in(part))
-    elif hasattr(value, "__dict__"):
-        yield from numbers_in(vars(value))
 
 
 def tell(training: Replay, found: ReplayFinding) -> None:
