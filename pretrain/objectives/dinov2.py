@@ -8,39 +8,27 @@ cls, patches    cls, masked patches  ──heads──▶ prototype scores
    └─ centring ────┴─ cross-entropies
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Annotated, ClassVar, Unpack
 
-import torch
-from torch import Tensor
-
 from models.allowed import within
-from models.operations import Operations, total_operations
-from models.vit import Tokens, VisionTransformer
-from pretrain.objectives.interface import Moment
-from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
-from pretrain.objectives.packed_views import by_view
+from models.vit import VisionTransformer
 from pretrain.objectives.self_distillation import (
-    Taught,
     TeachingOfLevels,
     prototypes_of_levels,
     teaching_of,
     two_level_network,
 )
-from pretrain.objectives.spreading import Spread
-from pretrain.objectives.tile_batch import TileBatch
-from pretrain.objectives.tile_distillation import TileDistillation
+from pretrain.objectives.two_levels import TwoLevels
 
 
-class DINOv2(TileDistillation):
+class DINOv2(TwoLevels):
     """The full objective. Keyword arguments are its settings (``configs/objective/dinov2.yaml`` explains each).
 
     ``make_encoder`` builds the tile encoder; it is called twice, for student and teacher.
     """
 
-    masks = True
     normed_prototypes: ClassVar[bool] = True
-    reading = f"{TileDistillation.reading.removesuffix('.')} and for KoLeo rising (features falling together)."
 
     def __init__(
         self,
@@ -53,67 +41,8 @@ class DINOv2(TileDistillation):
             lambda: two_level_network(make_encoder(), settings, self.normed_prototypes),
             prototypes_of_levels(settings),
             group_size=group_size,
+            weights=settings,
             **teaching_of(settings),
         )
-        self.dino_weight, self.ibot_weight = settings["dino_weight"], settings["ibot_weight"]
-        self.spread = Spread(settings, group_size)
 
-    def teacher_tokens(self, batch: TileBatch) -> dict[str, Taught]:
-        (seen,) = self.teacher.encoder([batch.crops[0][0]], wanted=[batch.masked])
-        return {"dino": Taught(seen.cls), "ibot": Taught(seen.patches)}
-
-    def teacher_scores(self, kind: str, tokens: Tensor) -> Tensor:
-        return self.teacher.dino_head(tokens) if kind == "dino" else self.teacher.score_patches(tokens)
-
-    def loss(self, batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch of augmented crops and masks; see `TileBatch`."""
-        if batch.targets is None:
-            (batch,) = self.prepare([batch], moment)
-        return self.loss_of(self.student_tokens(batch, moment, masked=True), batch, moment)
-
-    def loss_of(self, tokens: list[Tokens], batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a micro-batch whose student's tokens are there, and its figures; a subclass adds terms of the
-        same tokens to it."""
-        assert batch.targets is not None
-        global_views = batch.crops[0][1]
-        scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
-        patches = tokens[0].patches
-        if self.all_patches:
-            patches = patches.flatten(0, 1).index_select(0, batch.masked)
-        student_patches = self.student.score_patches(patches)
-
-        cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
-        dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
-        ibot = masked_cross_entropy(
-            student_patches, batch.targets["ibot"](), batch.crop_shares, len(batch.masks), self.student_temperature
-        )
-        spread = self.spread(tokens[0].cls, moment)  # mean over views; DINOv2 sums it over them
-
-        total = (
-            self.dino_weight * self.class_token_loss(dino_global, dino_local)
-            + self.ibot_weight * ibot
-            + self.spread.weight(moment) * global_views * spread
-        )
-        return total, {
-            "dino_global": dino_global,
-            "dino_local": dino_local,
-            "ibot": ibot,
-            "spread": spread,
-            **self.schedules(moment),
-        }
-
-    def class_token_loss(self, dino_global: Tensor, dino_local: Tensor) -> Tensor:
-        """Of the shares of global and local views."""
-        return dino_global + dino_local
-
-    def operations(self, parts: Sequence[TileBatch]) -> Operations:
-        return total_operations(self._operations(part, len(part.masked), len(parts)) for part in parts)
-
-    def _operations(self, batch: TileBatch, masked: int, parts: int) -> Operations:
-        tiles, (crops, _) = sum(len(images) for images, _ in batch.crops), batch.crops[0]
-        patches = self.head_operations("ibot_head" if self.student.ibot_head else "dino_head", masked, masked, parts)
-        return (
-            self.encoder_operations(batch, masked)
-            + self.head_operations("dino_head", tiles, len(crops), parts)
-            + patches
-        )
+    operations = TwoLevels.operations

@@ -57,22 +57,36 @@ class Teaching(Sharpening):
     centring: Annotated[str, one_of("centre", "sinkhorn")]
 
 
-class ClassLevel(Spreading):
-    """Settings of what is learned from class tokens beside something else: the head, its weight, and their spread."""
+class ClassHead(TypedDict):
+    """Settings of the head of class tokens."""
 
     prototypes: Annotated[int, PROTOTYPES]
     bottleneck: Annotated[int, within(least=1)]
     hidden: Annotated[int, within(least=1)]
     head_layers: Annotated[int, within(least=1)]
+
+
+class ClassWeight(Spreading):
+    """Weights of what is learned from class tokens: of their assignments, and of their spread."""
+
     dino_weight: Annotated[float, within(least=0)]
 
 
-class SeparateLevels(ClassLevel):
-    """The same, and those of what is learned from masked parts through a head."""
+class LevelWeights(ClassWeight):
+    """The same, and that of masked parts' assignments."""
+
+    ibot_weight: Annotated[float, within(least=0)]
+
+
+class ClassLevel(ClassHead, ClassWeight):
+    """Settings of what is learned from class tokens beside something else."""
+
+
+class SeparateLevels(ClassHead, LevelWeights):
+    """Those of what is learned from class tokens and from masked parts, through a head each."""
 
     ibot_prototypes: Annotated[int, PROTOTYPES]
     ibot_bottleneck: Annotated[int, within(least=1)]
-    ibot_weight: Annotated[float, within(least=0)]
 
 
 class Levels(SeparateLevels):
@@ -161,6 +175,11 @@ class SelfDistillation(Objective):
         for kind, count in prototypes.items():
             self.register_buffer(f"{kind}_centre", torch.zeros(1, count))
         self._logits: dict[str, tuple[Tensor, int]] = {}  # per kind, the step's sum of teacher logits and their number
+
+    @property
+    def source_of_targets(self) -> Network:
+        """Whose tokens and scores become targets: the moving average."""
+        return self.teacher
 
     @abstractmethod
     def teacher_tokens(self, batch: Any) -> dict[str, Taught]:
@@ -273,7 +292,7 @@ class SelfDistillation(Objective):
             asked = teacher if parts == 1 else (1 + ITERATIONS) * teacher
         else:
             asked = (teacher if moving is None else moving) + (0 if parts == 1 else teacher)
-        own, targets = getattr(self.student, head), getattr(self.teacher, head)
+        own, targets = getattr(self.student, head), getattr(self.source_of_targets, head)
         return own.operations(student) + targets.operations(asked).without_gradients
 
     def after_step(self, moment: Moment) -> None:

@@ -67,4 +67,9 @@ class TileDistillation(SelfDistillation):
         shapes = shapes_of_views(encoder, batch)
         wanted = [crops + (0 if i else masked) for i, (crops, _) in enumerate(shapes)]
         student = operations_of_views(encoder, self.group_size, batch, None if self.all_patches else wanted)
-        return student + self.teacher.encoder.operations(shapes[:1], wanted=wanted[:1]).without_gradients
+        return student + self.teacher_operations(batch, wanted[0])
+
+    def teacher_operations(self, batch: TileBatch, wanted: int) -> Operations:
+        """Of the pass that so many tokens of targets come from."""
+        encoder = self.teacher.encoder
+        return encoder.operations(shapes_of_views(encoder, batch)[:1], wanted=[wanted]).without_gradients
