@@ -1,6 +1,9 @@
 """Heads that turn a token into prototype scores (Caron et al. 2021, appendix C), or into a projection."""
 
+import re
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -40,6 +43,7 @@ class PrototypeHead(nn.Module):
         frozen_norms: bool = False,
     ) -> None:
         super().__init__()
+        self.prototypes = prototypes
         widths = [inputs, *[hidden] * (layers - 1), bottleneck]
         modules: list[nn.Module] = []
         for before, after in pairwise(widths):
@@ -50,6 +54,15 @@ class PrototypeHead(nn.Module):
         )
         if frozen_norms:
             self.last_layer.weight_g.requires_grad_(False)
+
+    @classmethod
+    def of_shapes(cls, inputs: int, shapes: Mapping[str, Sequence[int]]) -> Self:
+        """A head like the one whose parameters have these shapes, by name, for tokens of another width."""
+        normed = "last_layer.weight_v" in shapes
+        prototypes, bottleneck = shapes["last_layer.weight_v" if normed else "last_layer.weight"]
+        layers = sum(bool(re.fullmatch(r"mlp\.\d+\.weight", name)) for name in shapes)
+        hidden = shapes["mlp.0.weight"][0]
+        return cls(inputs, prototypes=prototypes, bottleneck=bottleneck, hidden=hidden, layers=layers, normed=normed)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last_layer(F.normalize(self.mlp(x), dim=-1, eps=1e-6 if x.dtype == torch.float16 else 1e-12))

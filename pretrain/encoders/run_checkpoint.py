@@ -62,8 +62,8 @@ def find_checkpoint(folder: Path, plugins: Collection[str] = ()) -> RunCheckpoin
     raise Fault(f"{folder} holds neither a run (config.yaml) nor an exported encoder (config.json){hint}")
 
 
-def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
-    """The teacher's network with its weights (MAE: the only one), and the preprocessing that its training used."""
+def require_tile_run(found: RunCheckpoint) -> None:
+    """Raise Fault for the checkpoint of another kind of run."""
     settings, data = found.config.get("model"), found.config.get("data") or {}
     if not isinstance(settings, dict) or not {"mean", "std", "crops"} <= data.keys():
         if "embeddings" in data:
@@ -75,13 +75,19 @@ def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
             f"{found.run} is not a tile run (its {RUN_CONFIG} lacks model, or data.mean, std or crops): give a run of"
             " 'pretrain tile'"
         )
+
+
+def teacher(found: RunCheckpoint) -> tuple[nn.Module, Preprocessing]:
+    """The teacher's network with its weights (MAE: the only one), and the preprocessing that its training used. Raises
+    Fault where it is no tile run's."""
+    require_tile_run(found)
     weights = checkpoints.read_network(found.folder, TEACHER, STUDENT)
     network = untrained(found)
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise Fault(f"{found.folder} doesn't fit the model in {found.run / RUN_CONFIG} ({error})") from error
-    size = evaluation_size(found.config)
+    data, size = found.config["data"], evaluation_size(found.config)
     return network, Preprocessing(size, size, tuple(data["mean"]), tuple(data["std"]))
 
 

@@ -319,24 +319,30 @@ def read_network(checkpoint: Path, *prefixes: str) -> dict[str, Tensor]:
 
     Needs neither a model nor a process group. Raises Fault where the checkpoint holds nothing under any of them.
     """
-    reader = WeightsOnlyReader(checkpoint)
+    names = tensors_of(checkpoint)
+    prefix = next((prefix for prefix in prefixes if any(name.startswith(prefix) for name in names)), prefixes[0])
+    found = {
+        f"model.{name}": torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in names.items()
+        if name.startswith(prefix)
+    }
+    if not found:
+        raise Fault(f"{checkpoint} holds no {prefix.rstrip('.')}: it comes from another kind of run.")
+    dcp.load(found, storage_reader=WeightsOnlyReader(checkpoint), planner=WeightsOnlyPlanner(), no_dist=True)
+    return {name.removeprefix(f"model.{prefix}"): tensor for name, tensor in found.items()}
+
+
+def tensors_of(checkpoint: Path) -> dict[str, TensorStorageMetadata]:
+    """What a checkpoint says of its networks' tensors, sizes among it, by name. Raises Fault where it is none."""
     try:
-        metadata = reader.read_metadata()
+        metadata = WeightsOnlyReader(checkpoint).read_metadata()
     except (OSError, EOFError, pickle.UnpicklingError) as error:
         raise Fault(
             f"{checkpoint} is no checkpoint of ours ({error}); give a run's folder or one of its checkpoints/step-…"
             " folders."
         ) from error
-    names = metadata.state_dict_metadata
-    prefix = next(
-        (prefix for prefix in prefixes if any(name.startswith(f"model.{prefix}") for name in names)), prefixes[0]
-    )
-    found = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in names.items()
-        if name.startswith(f"model.{prefix}") and isinstance(entry, TensorStorageMetadata)
+    return {
+        name.removeprefix("model."): entry
+        for name, entry in metadata.state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
     }
-    if not found:
-        raise Fault(f"{checkpoint} holds no {prefix.rstrip('.')}: it comes from another kind of run.")
-    dcp.load(found, storage_reader=reader, planner=WeightsOnlyPlanner(), no_dist=True)
-    return {name.removeprefix(f"model.{prefix}"): tensor for name, tensor in found.items()}

@@ -26,7 +26,7 @@ from pretrain.training.slide_stage import SlideTraining
 from pretrain.training.tile_stage import TileTraining
 from tests.data.shards.tile_folders import write_tiles
 from tests.gpu.fake_gpu import GPU, Waits, fake_gpu, fake_gradients, on_gpu
-from tests.pretrain.objectives.tile_objectives import teacher_file
+from tests.pretrain.objectives.tile_objectives import teacher_file, teacher_run
 from tests.pretrain.training.real_steps import filled
 from tests.pretrain.training.test_slide_training import SMALL
 from tests.pretrain.training.test_tile_training import TINY
@@ -69,6 +69,7 @@ TILE = {
     "dino": ["objective=dino", "model.drop_path=0.3"],
     "mae": ["objective=mae", *OF_MAE],
     "distil": ["objective=distil", f"objective.teacher={teacher_file()}", "objective.teacher_heads=3"],
+    "distil_heads": ["objective=distil_heads", f"objective.teacher={teacher_run()}"],
     "lejepa": ["objective=lejepa", "model.drop_path=0.3"],
     "lejepa in two parts": ["objective=lejepa", "trainer.accumulate=2"],
 }
@@ -122,6 +123,7 @@ def without(words: list[str], settings: tuple[str, ...]) -> list[str]:
         "objective=mae": ("objective.",),
         "objective=lejepa": ("prototypes", "bottleneck"),
         "objective=distil": ("prototypes", "bottleneck", "hidden"),
+        "objective=distil_heads": ("prototypes", "bottleneck", "hidden"),
     }
     left = next((names for setting, names in lacking.items() if setting in settings), ())
     return [word for word in words if not any(name in word for name in left)]

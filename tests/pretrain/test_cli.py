@@ -50,7 +50,7 @@ def test_the_help_of_tile_shows_its_groups_and_their_choices(capsys: pytest.Capt
 @pytest.mark.parametrize(
     ("stage", "objectives"),
     [
-        ("tile", "dino, dinov2, dinov3, distil, jepa, lejepa, mae"),
+        ("tile", "dino, dinov2, dinov3, distil, distil_heads, jepa, lejepa, mae"),
         ("slide", "slide_context, slide_ibot, slide_mae, slide_pairs"),
     ],
 )

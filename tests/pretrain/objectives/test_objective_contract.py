@@ -499,7 +499,7 @@ def test_a_class_that_is_no_objective_and_settings_that_it_has_not_are_found_whe
     [
         (
             ["tile", "objective=slide_mae"],
-            "objective=slide_mae is of 'pretrain slide': here objective= is one of dino, dinov2, dinov3, distil, jepa, lejepa, mae.",
+            "objective=slide_mae is of 'pretrain slide': here objective= is one of dino, dinov2, dinov3, distil, distil_heads, jepa, lejepa, mae.",
         ),
         (
             ["doctor", "objective=slide_mae"],

@@ -8,6 +8,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.distributed.checkpoint as dcp
+import yaml
 from safetensors.torch import save_file
 
 from models.initialise import initialise
@@ -16,11 +18,13 @@ from pretrain.objectives.dino import DINO
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.objectives.dinov3 import DINOv3
 from pretrain.objectives.distil import Distil
+from pretrain.objectives.distil_heads import DistilHeads
 from pretrain.objectives.interface import Objective
 from pretrain.objectives.jepa import JEPA
 from pretrain.objectives.lejepa import LeJEPA
 from pretrain.objectives.mae import MAE
 from pretrain.objectives.tile_batch import TileBatch
+from pretrain.run import checkpoints
 
 GLOBAL, LOCAL, PATCH = 16, 8, 4
 GRAM = 24  # pixels of the crops that DINOv3's Gram teacher sees
@@ -32,21 +36,21 @@ TEACHING = {
     "teacher_momentum": 0.9,
     "teacher_momentum_final": 1.0,
 }
+ENCODER = {
+    "image_size": GLOBAL,
+    "patch_size": PATCH,
+    "width": 16,
+    "depth": 2,
+    "heads": 2,
+    "feed_forward_width": 32,
+    "layer_scale": 1.0,
+}
 HEAD = {"prototypes": 24, "bottleneck": 8, "hidden": 16, "head_layers": 2}
 SPREADING = {"spread": "koleo", "spread_weight": 0.1, "spread_concentration": 5.0, "spread_ramp": [0.0, 0.0]}
 
 
 def encoder(**settings: object) -> Callable[[], VisionTransformer]:
-    defaults = {
-        "image_size": GLOBAL,
-        "patch_size": PATCH,
-        "width": 16,
-        "depth": 2,
-        "heads": 2,
-        "feed_forward_width": 32,
-        "layer_scale": 1.0,
-    }
-    return lambda: VisionTransformer(**(defaults | settings))  # type: ignore[arg-type]
+    return lambda: VisionTransformer(**(ENCODER | settings))  # type: ignore[arg-type]
 
 
 def filled(objective: Objective, seed: int = 0) -> Objective:
@@ -178,6 +182,47 @@ def unfilled_distil(make_encoder: Callable[[], VisionTransformer], **settings: o
         "teacher_momentum_final": 1.0,
     }
     return Distil(make_encoder, **(values | settings))  # type: ignore[arg-type]
+
+
+@cache
+def teacher_run(kind: str = "dinov3", patch_size: int = 6, seed: int = 7, **settings: object) -> str:
+    """A run's folder with a checkpoint of an untrained objective, of another width and patch size."""
+    folder = Path(tempfile.mkdtemp())
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    model = ENCODER | {"width": 24, "heads": 3, "patch_size": patch_size, "image_size": 4 * patch_size}
+    kinds: dict[str, Callable[..., Objective]] = {
+        "dino": unfilled_dino,
+        "dinov2": unfilled_dinov2,
+        "dinov3": unfilled_dinov3,
+        "distil_heads": unfilled_distil_heads,
+    }
+    with torch.device("cpu"):
+        objective = filled(kinds[kind](encoder(**model), **settings), seed)
+    crops = {"global_size": model["image_size"]}
+    config = {
+        "model": {"_target_": "models.vit.VisionTransformer", **model},
+        "data": {"mean": [0.5] * 3, "std": [0.5] * 3, "crops": crops},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    writer = checkpoints.Writer(folder, 1, {}, keep=1)
+    dcp.save({"model": objective.state_dict()}, storage_writer=writer, no_dist=True)
+    return str(folder)
+
+
+def distil_heads(drop_path: float = 0.0, **settings: object) -> DistilHeads:
+    return filled(unfilled_distil_heads(encoder(drop_path=drop_path), **settings))  # type: ignore[return-value]
+
+
+def unfilled_distil_heads(make_encoder: Callable[[], VisionTransformer], **settings: object) -> DistilHeads:
+    values = {
+        **TEACHING,
+        **SPREADING,
+        "teacher": teacher_run(),
+        "group_size": 2,
+        "dino_weight": 1.0,
+        "ibot_weight": 1.0,
+    }
+    return DistilHeads(make_encoder, **(values | settings))  # type: ignore[arg-type]
 
 
 def lejepa(drop_path: float = 0.0, **settings: object) -> LeJEPA:

@@ -30,7 +30,7 @@ from pretrain.plan.throughput import pace
 from pretrain.settings.composition import load
 from pretrain.settings.hardware import described
 from pretrain.training.even_shares import micro_batch_share, tiles_of
-from tests.pretrain.objectives.tile_objectives import teacher_file
+from tests.pretrain.objectives.tile_objectives import teacher_file, teacher_run
 from tests.pretrain.training.real_steps import Step, one_process, peak_of_sharing, shape_of
 
 SMALL = ("recipe=small", "model.width=96", "data.batch_size=8")
@@ -57,6 +57,7 @@ def planned(*words: str) -> Config:
         ("float32", "full", 1, ("recipe=small_mae", "data.batch_size=16")),
         pytest.param("float32", "none", 1, ("recipe=small_mae", "model.width=96", "model.depth=3", "data.batch_size=24"), marks=pytest.mark.slow),
         pytest.param("float32", "full", 1, ("recipe=small_distil", "model.width=96", "data.batch_size=8", *GIVEN), marks=pytest.mark.slow),
+        pytest.param("float32", "full", 1, (*SMALL, "objective=distil_heads", "objective.group_size=8", f"objective.teacher={teacher_run()}"), marks=pytest.mark.slow),
         pytest.param("float32", "full", 2, ("recipe=small_lejepa", "model.width=96", "data.batch_size=16"), marks=pytest.mark.slow),
         ("float32", "none", 1, ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")),
         pytest.param("float32", "none", 1, CROPS, marks=pytest.mark.slow),

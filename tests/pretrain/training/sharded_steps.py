@@ -42,6 +42,7 @@ from tests.pretrain.objectives.tile_objectives import (
     unfilled_dinov2,
     unfilled_dinov3,
     unfilled_distil,
+    unfilled_distil_heads,
     unfilled_jepa,
     unfilled_lejepa,
     unfilled_mae,
@@ -77,6 +78,7 @@ TILE_OBJECTIVES: dict[str, Callable[[], Objective]] = {
     "jepa": lambda: unfilled_jepa(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "dino": lambda: unfilled_dino(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "distil": lambda: unfilled_distil(tile_objectives.encoder(**VIT, drop_path=0.4)),
+    "distil_heads": lambda: unfilled_distil_heads(tile_objectives.encoder(**VIT, drop_path=0.4)),
     "lejepa": lambda: unfilled_lejepa(tile_objectives.encoder(**VIT)),
     "mae": lambda: unfilled_mae(tile_objectives.encoder(**VIT, position_embedding="sincos")),
 }

@@ -9,7 +9,17 @@ from torch import Tensor
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.objectives.losses.assignment import centred_softmax, sinkhorn_centre, sinkhorn_knopp
 from pretrain.training.gradients import gradients
-from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, distil, jepa, lejepa, mae, part
+from tests.pretrain.objectives.tile_objectives import (
+    batch,
+    dino,
+    dinov2,
+    distil,
+    distil_heads,
+    jepa,
+    lejepa,
+    mae,
+    part,
+)
 
 TILES = 8
 MAKERS: dict[str, tuple[Callable[[], Objective], tuple[int, int]]] = {
@@ -23,6 +33,7 @@ MAKERS: dict[str, tuple[Callable[[], Objective], tuple[int, int]]] = {
     "dinov2 sigreg": (lambda: dinov2("sinkhorn", spread="sigreg"), (2, 3)),
     "lejepa": (lejepa, (2, 3)),
     "distil": (lambda: distil(drop_path=0.4, distance="smooth_l1"), (2, 3)),
+    "distil_heads": (lambda: distil_heads(drop_path=0.4), (2, 3)),
 }
 
 

@@ -53,6 +53,10 @@ DISTIL = (
     "recipe=small_distil", "model.width=96", "model.depth=3", "data.batch_size=8", "objective.group_size=4",
     f"objective.teacher={tile_objectives.teacher_file()}", "objective.teacher_heads=3",
 )  # fmt: skip
+DISTIL_HEADS = (
+    "recipe=small", "objective=distil_heads", f"objective.teacher={tile_objectives.teacher_run()}", "objective.group_size=4",
+    "model.width=96", "model.depth=3", "data.batch_size=8",
+)  # fmt: skip
 SLIDE_MAE = ("recipe=small_slide", "data.batch_size=4", "data.field_cells=0")
 SLIDE_VIT = ("model=slide_vit", "model.width=96", "model.depth=2", "model.heads=4", "model.feed_forward_width=384")
 DECODER = tuple(f"objective.decoder_{name}" for name in ("width=64", "depth=2", "heads=4", "feed_forward_width=128"))
@@ -110,6 +114,7 @@ STEPS = {
     "lejepa": ("none", 1, LEJEPA),
     "lejepa in two parts, checkpointed": ("full", 2, LEJEPA),
     "distil, checkpointed": ("full", 1, DISTIL),
+    "distil_heads in two parts, checkpointed": ("full", 2, DISTIL_HEADS),
     "slide_mae": ("none", 1, SLIDE_MAE),
     "slide_mae checkpointed": ("full", 1, SLIDE_MAE),
     "slide_mae of gaps, with dropout": (

@@ -67,6 +67,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 MATRIX = [
     Run("distil", 2),
+    Run("distil_heads", 2, accumulate=2),
     *(
         Run(objective, **place, **settings)
         for objective in ("dinov2", "slide_mae")
@@ -75,7 +76,7 @@ MATRIX = [
     ),
     *(
         Run(objective, **place, checkpointing="full")
-        for objective in ("dino", "lejepa", "distil", "mae", "slide_ibot")
+        for objective in ("dino", "lejepa", "distil", "distil_heads", "mae", "slide_ibot")
         for place in PLACES
     ),
     *(
