@@ -135,7 +135,7 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
     launch = typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = typed(command, values)
     _check_ranges(command, tree, launch)
-    require_heeded(command, words, values)
+    require_heeded(words, values)
     files = _files(command, choices, directories)
     return Composed(command, tree, launch, files, overrides, directories[1:], left_out)
 

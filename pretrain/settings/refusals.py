@@ -3,6 +3,7 @@
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 from hydra import compose, initialize_config_dir
@@ -17,8 +18,11 @@ from pretrain.settings.command_schema import config_class, file_stem, with_launc
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
 from pretrain.settings.shell_words import key_of
 
-# What objectives that compare crops don't read.
 OF_WHOLE_FIELDS = ("data.crop", "data.mask", "data.mask_ratio", "data.block_cells")
+"""What objectives that compare crops of a slide don't read."""
+OF_MASKS = ("data.mask", "data.block_cells", "data.crops.mask")
+"""How settings begin that objectives don't read that mask nothing, or by settings of their own."""
+OF_RATIOS, OF_SQUARES = ("data.masks.low", "data.masks.high"), ("data.masks.squares", "data.masks.square_area")
 OF_LIGHTNINGS_TRAINER = {
     "max_steps": "optim.steps= is a run's length, and optim.schedule_steps= that of its schedules where it stops before",
     "max_epochs": "optim.steps= is a run's length, in steps",
@@ -98,17 +102,27 @@ def require_of_the_stage(
             raise Fault(f"{chose} {asks} of 'pretrain {its}': here {group}= is one of {', '.join(known)}.")
 
 
-def require_heeded(command: str, words: Sequence[str], values: DictConfig) -> None:
-    """Raise Fault for a setting of the command line that the chosen objective of slides doesn't read."""
-    if command != "slide":
+def require_heeded(words: Sequence[str], values: DictConfig) -> None:
+    """Raise Fault for a setting of the command line that would change nothing: the chosen objective doesn't read it, or
+    the chosen kind of mask."""
+    if "objective" not in values:
         return
-    objective = plugins.locate_class(values["objective"]["_target_"], object)
-    crops = bool(getattr(objective, "crops", False))
+    objective: Any = plugins.locate_class(values.objective["_target_"], object)
     for key in map(key_of, words):
-        of_crops = key.startswith("data.crops.")
-        if (of_crops or key in OF_WHOLE_FIELDS) and of_crops != crops:
-            theirs = "compare crops of a slide" if of_crops else "hide tiles of whole slides or fields"
+        if theirs := _done_by_others(key, objective):
             raise Fault(f"{key} is for objectives that {theirs}, and {objective.__name__} doesn't: leave it out.")
+        if key in OF_RATIOS + OF_SQUARES and (key in OF_SQUARES) != ((kind := values.data.masks.kind) == "squares"):
+            raise Fault(f"{key} has no effect with data.masks.kind={kind}: leave it out, or choose another kind.")
+
+
+def _done_by_others(key: str, objective: Any) -> str | None:
+    """What those objectives do that read a setting, where this one doesn't."""
+    slides, of_crops = objective.stage == "slide", key.startswith("data.crops.")
+    if slides and (of_crops or key in OF_WHOLE_FIELDS) and of_crops != objective.crops:
+        return "compare crops of a slide" if of_crops else "hide tiles of whole slides or fields"
+    if key.startswith(OF_MASKS) and not objective.masks:
+        return "hide tiles as the data's settings say" if slides else "mask patches as data.masks says"
+    return None
 
 
 def other_stage(command: str, group: str, choice: str, directories: list[Path]) -> str | None:

@@ -262,6 +262,26 @@ def test_nearest_finds_a_name_by_its_last_part() -> None:
             "data.crops.local_count is for objectives that compare crops of a slide",
         ),
         ("slide", [*CROPS_OF_SLIDES, "data.mask_ratio=0.5"], "data.mask_ratio is for objectives that hide tiles of"),
+        (
+            "tile",
+            ["objective=dino", "data.masks.kind=blocks"],
+            "data.masks.kind is for objectives that mask patches as data.masks says, and DINO doesn't: leave it out.",
+        ),
+        (
+            "doctor",
+            ["recipe=small_mae", "data.masks.share=0.5"],
+            "data.masks.share is for objectives that mask patches",
+        ),
+        (
+            "tile",
+            ["recipe=nanopath_jepa", "data.masks.high=0.5"],
+            "data.masks.high has no effect with data.masks.kind=squares: leave it out",
+        ),
+        (
+            "tile",
+            ["data.masks.squares=3"],
+            "data.masks.squares has no effect with data.masks.kind=blocks: leave it out",
+        ),
         ("plan", ["stage=slide"], "a plan is of the stage that its recipe= or objective= is for: leave stage= out."),
         (
             "plan",
@@ -274,3 +294,4 @@ def test_what_the_command_would_not_heed_is_refused(command: str, words: list[st
     with pytest.raises(Fault, match=re.escape(sentence)):
         load(command, words)
     load("slide", [*CROPS_OF_SLIDES, "data.crops.local_count=3"])
+    load("tile", ["recipe=nanopath_jepa", "data.masks.squares=3"])
