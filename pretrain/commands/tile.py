@@ -20,7 +20,14 @@ from pretrain.objectives.interface import Objective
 from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
-from pretrain.training.tile_stage import TileData, TileTraining, TileWatch, check_crop_patches
+from pretrain.training.tile_stage import (
+    TileData,
+    TileTraining,
+    TileWatch,
+    check_crop_patches,
+    check_further_views,
+    check_view_counts,
+)
 from pretrain.training.trainer_settings import require_devices
 
 
@@ -37,6 +44,9 @@ class Config(RunConfig):
     agreements: ClassVar[Agreements] = {
         (f"data.crops.{kind}_size", f"data.crops.{kind}_count", "model.patch_size"): check_crop_patches
         for kind in ("global", "local")
+    } | {
+        ("objective._target_", "data.crops.global_count", "data.crops.local_count"): check_view_counts,
+        ("objective", "data.crops", "model.patch_size"): check_further_views,
     }
 
 

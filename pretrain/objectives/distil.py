@@ -12,14 +12,14 @@ predicts the prototypes of the teacher's heads, is `DistilHeads`: published weig
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
-from typing import Annotated, Any
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from data.fault import Fault
 from data.stochastic_depth import StochasticDepth
-from models.allowed import ON_DISK, SHARE, one_of, within
+from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
 from models.formats.published import PublishedWeights, require_finite
 from models.heads import Projector
 from models.operations import Operations, total_operations
@@ -34,6 +34,12 @@ from pretrain.objectives.schedules import cosine
 from pretrain.objectives.tile_batch import TileBatch
 
 
+def check_taught(class_weight: float, patch_weight: float) -> None:
+    """Raise ValueError where no distance weighs anything."""
+    if not class_weight and not patch_weight:
+        raise ValueError("nothing is learned: give one of them")
+
+
 class Distil(TaughtByGiven):
     """The objective. Keyword arguments are its settings (``configs/objective/distil.yaml`` explains each).
 
@@ -45,6 +51,8 @@ class Distil(TaughtByGiven):
         "Its terms are distances to the given teacher's features: of cosines 1 is chance and 0 the teacher itself, of"
         " smooth_l1 about .4 is chance. A wide teacher's features can't all be had by a narrow student."
     )
+
+    agreements: ClassVar[Agreements] = {("class_weight", "patch_weight"): check_taught}
 
     def __init__(
         self,
@@ -62,8 +70,7 @@ class Distil(TaughtByGiven):
         teacher_momentum_final: Annotated[float, SHARE],
     ) -> None:
         super().__init__()
-        if not class_weight and not patch_weight:
-            raise ValueError("nothing is learned with class_weight=0 and patch_weight=0: give one of them")
+        check_taught(class_weight, patch_weight)
         self.asked = (teacher, teacher_heads, teacher_epsilon)
         self.learn_from(VisionTransformer(**given_settings(*self.asked)), str(teacher))
         self.encoder = make_encoder()

@@ -30,7 +30,7 @@ from pretrain.encoders.run_checkpoint import RunCheckpoint, find_checkpoint, req
 from pretrain.encoders.weight_files import TRANSFORMERS_CONFIG
 from pretrain.objectives.given_teacher import TaughtByGiven, given_side, shown_to_given
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.packed_views import require_views, tokens_of_views
+from pretrain.objectives.packed_views import tokens_of_views
 from pretrain.objectives.self_distillation import LevelWeights, Network, Sharpening, Taught
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.objectives.two_levels import TwoLevels
@@ -110,7 +110,6 @@ class DistilHeads(TaughtByGiven, TwoLevels):
     def student_tokens(self, batch: TileBatch, moment: Moment, masked: bool = False) -> list[Tokens]:
         """The student's tokens of all crops, with nothing masked: class tokens, and where ``masked`` the patches that
         are compared."""
-        require_views(batch, "distillation by heads")
         wanted = [batch.masked if masked else None, *[None] * (len(batch.crops) - 1)]
         return tokens_of_views(self.student.encoder, self.group_size, batch, moment, wanted=wanted)
 

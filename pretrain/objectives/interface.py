@@ -54,6 +54,10 @@ class Objective(nn.Module, ABC):
         follow in ``TileBatch.crops``, in this order."""
         return ()
 
+    @classmethod
+    def check_views(cls, global_count: int, local_count: int) -> None:
+        """Raise ValueError, with the way out, for so many global and local crops of a tile as it can't learn from."""
+
     def stochastic_depth(self) -> StochasticDepth | None:
         """Which crops skip branches, if any do: the tile stage's loader draws it, into ``TileBatch.kept``."""
         return None

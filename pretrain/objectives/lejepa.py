@@ -34,7 +34,7 @@ from pretrain.objectives.packed_views import (
     by_view,
     depth_of,
     operations_of_views,
-    require_views,
+    require_two_views,
     shapes_of_views,
     tokens_of_views,
 )
@@ -70,12 +70,15 @@ class LeJEPA(Objective):
     def trained(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "projector": self.projector}
 
+    @classmethod
+    def check_views(cls, global_count: int, local_count: int) -> None:
+        require_two_views(global_count, local_count)
+
     def stochastic_depth(self) -> StochasticDepth | None:
         return depth_of(self.encoder, self.group_size)
 
     def projections(self, batch: TileBatch, moment: Moment) -> Tensor:
-        """``(views, tiles, width)`` of a micro-batch, global views first. Raises Fault where there is one view."""
-        require_views(batch, "LeJEPA")
+        """``(views, tiles, width)`` of a micro-batch, global views first."""
         wanted = [None] * len(batch.crops)
         tokens = tokens_of_views(self.encoder, self.group_size, batch, moment, wanted=wanted)
         projected = at_least_float32(self.projector(torch.cat([part.cls for part in tokens])))

@@ -13,7 +13,6 @@ from typing import Annotated, ClassVar
 import numpy as np
 from torch import Tensor, nn
 
-from data.fault import Fault
 from data.keyed import rng
 from data.on_device import on_device
 from models.allowed import Agreements, within
@@ -69,6 +68,13 @@ class MAE(Objective):
         )
         self.mask_ratio, self.norm_pix = mask_ratio, norm_pix
 
+    @classmethod
+    def check_views(cls, global_count: int, local_count: int) -> None:
+        if (global_count, local_count) != (1, 0):
+            raise ValueError(
+                "MAE sees one crop of each tile: set data.crops.global_count=1 and data.crops.local_count=0"
+            )
+
     def trained(self) -> dict[str, nn.Module]:
         return {"encoder": self.encoder, "decoder": self.decoder}
 
@@ -88,8 +94,6 @@ class MAE(Objective):
     def loss(self, batch: TileBatch, moment: Moment) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of a micro-batch of one global crop a tile; what is masked depends on (seed, step, the tile's
         place)."""
-        if len(batch.crops) != 1 or batch.crops[0][1] != 1:
-            raise Fault("MAE sees one crop of each tile: set data.crops.global_count=1 and data.crops.local_count=0.")
         images = batch.crops[0][0]
         patches = batch.masks[0].numel()
         noise = np.stack(

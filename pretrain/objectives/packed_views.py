@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from data.fault import Fault
 from data.on_device import on_device
 from data.stochastic_depth import StochasticDepth
 from models.operations import Operations
@@ -16,11 +15,11 @@ from pretrain.objectives.stochastic_depth import kept_samples
 from pretrain.objectives.tile_batch import TileBatch
 
 
-def require_views(batch: TileBatch, who: str) -> None:
-    """Raise Fault where there are not two views to compare, which ``who`` does."""
-    if sum(views for _, views in batch.crops) < 2:
-        raise Fault(
-            f"{who} compares views of a tile, and there is one: set data.crops.global_count=2, or local_count higher."
+def require_two_views(global_count: int, local_count: int) -> None:
+    """Raise ValueError where there are not two views of a tile to compare."""
+    if global_count + local_count < 2:
+        raise ValueError(
+            "views of a tile are compared, and there is one: set data.crops.global_count=2, or local_count higher"
         )
 
 

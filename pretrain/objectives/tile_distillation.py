@@ -12,7 +12,7 @@ from pretrain.objectives.interface import Moment
 from pretrain.objectives.packed_views import (
     depth_of,
     operations_of_views,
-    require_views,
+    require_two_views,
     shapes_of_views,
     tokens_of_views,
 )
@@ -37,6 +37,10 @@ class TileDistillation(SelfDistillation):
         super().__init__(make_network, prototypes, **teaching)
         self.group_size = group_size
 
+    @classmethod
+    def check_views(cls, global_count: int, local_count: int) -> None:
+        require_two_views(global_count, local_count)
+
     def stochastic_depth(self) -> StochasticDepth | None:
         """Of the student's blocks, in training; else no crop skips any."""
         return depth_of(self.student.encoder, self.group_size)
@@ -52,10 +56,7 @@ class TileDistillation(SelfDistillation):
 
         Where ``masked``, patches are replaced by the mask token as the batch says, and are the patches that come back;
         where `all_patches` is set, those of all crops do, ``(crops, patches, width)``.
-
-        Raises Fault where there are not two views to compare.
         """
-        require_views(batch, "self-distillation")
         others = [None] * (len(batch.crops) - 1)
         masks = [batch.masks.flatten(1) if masked else None, *others]
         wanted = None if self.all_patches else [batch.masked if masked else None, *others]

@@ -35,6 +35,7 @@ from pretrain.run.folder import REPLAY, note_of_start
 from pretrain.run.progress import say
 from pretrain.run.saving import Saver
 from pretrain.settings import plugins
+from pretrain.settings.ranges import MISSING
 from pretrain.training.fixed_images import BetweenBatches
 from pretrain.training.gradients import losses_of
 from pretrain.training.module import Training
@@ -162,6 +163,17 @@ def check_crop_patches(size: int, count: int, patch_size: int) -> None:
     """Raise ValueError for crops that patches don't fill, if there are any."""
     if count and size % patch_size:
         raise ValueError("the side of a crop is a multiple of the patch's")
+
+
+def check_view_counts(target: str, global_count: int, local_count: int) -> None:
+    """Raise ValueError for numbers of crops that an objective can't learn from."""
+    plugins.locate_class(target, Objective).check_views(global_count, local_count)
+
+
+def check_further_views(objective: Mapping[str, Any], crops: Mapping[str, Any], patch_size: int) -> None:
+    """`checked_views` of settings that are all there."""
+    if MISSING not in (*objective.values(), *crops.values()):
+        checked_views(objective, patch_size, Crops(**crops))
 
 
 def checked_views(objective: Mapping[str, Any], patch_size: int, crops: Crops) -> tuple[FurtherViews, ...]:

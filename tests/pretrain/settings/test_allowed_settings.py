@@ -205,6 +205,12 @@ def test_every_number_among_the_settings_has_a_range(command: str, words: list[s
         (["shard", "slides=a", "out=b", "name=../c"], "name=../c is not allowed: it must be a file's name without its ending"),
         (["shard", "slides=a", "out=b", "patient_pattern='('"], "patient_pattern=( is not allowed: it must be a regular expression"),
         (["embed", "out=a", "shards=b"], "say by what to embed"),
+        (["data.crops.global_count=1", "data.crops.local_count=0"], "objective._target_=pretrain.objectives.dinov2.DINOv2, data.crops.global_count=1 and data.crops.local_count=0 don't go together: views of a tile are compared, and there is one: set data.crops.global_count=2, or local_count higher."),
+        (["recipe=small_lejepa", "data.crops.global_count=1", "data.crops.local_count=0"], "objective._target_=pretrain.objectives.lejepa.LeJEPA, data.crops.global_count=1 and data.crops.local_count=0 don't go together: views"),
+        (["recipe=small_mae", "data.crops.global_count=2"], "objective._target_=pretrain.objectives.mae.MAE, data.crops.global_count=2 and data.crops.local_count=0 don't go together: MAE sees one crop of each tile: set data.crops.global_count=1 and"),
+        (["recipe=small_dinov3", "objective.gram_weight=2"], "objective.gram_weight=2 compares with an earlier teacher that sees larger crops: set"),
+        (["recipe=small_dinov3", "objective.gram_weight=2", "objective.gram_size=144", "data.crops.global_count=3"], "DINOv3 asks for larger views of 2 global ones, of 144 px, and there are data.crops.global_count=3"),
+        (["objective=distil", "objective.class_weight=0", "objective.patch_weight=0"], "objective.class_weight=0.0 and objective.patch_weight=0.0 don't go together: nothing is learned: give one of them."),
         (["watch.patience=2"], "watch.patience=2 and watch.probe=null don't go together: a better k-NN accuracy is waited for"),
     ],
 )  # fmt: skip

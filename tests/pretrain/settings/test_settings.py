@@ -40,19 +40,20 @@ def uses(command: str, group: str) -> bool:
     )
 
 
+GO_WITH = {"objective=mae": ["data.crops.global_count=1", "data.crops.local_count=0"]}  # one view of each tile
 CHOICES = [(group, choice) for group in GROUPS for choice in choices_of(group, [CONFIGS])]
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)
 def test_every_file_of_every_group_fits_the_schema_of_a_command(group: str, choice: str) -> None:
-    """Whoever offers the group must take the file: with its recipe left out where a recipe for another network would
-    clash."""
-    refusals = []
+    """Whoever offers the group must take the file, with what goes with it: with its recipe left out where a recipe for
+    another network would clash."""
+    word, refusals = f"{group}={choice}", []
     for command in commands():
         if uses(command, group):
             for others in ([], ["~recipe"] if group != "recipe" and uses(command, "recipe") else []):
                 try:
-                    load(command, [f"{group}={choice}", *others])
+                    load(command, [word, *GO_WITH.get(word, []), *others])
                     return
                 except Fault as fault:
                     refusals.append(f"{command}: {fault}")

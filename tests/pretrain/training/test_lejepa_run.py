@@ -10,7 +10,7 @@ from launch.entry import run_command_line
 from pretrain.encoders.loading import load_encoder
 from pretrain.encoders.run_checkpoint import find_checkpoint, teacher
 from pretrain.run import checkpoints
-from tests.pretrain.training.test_tile_training import TINY, assert_close, metrics, refused, weights
+from tests.pretrain.training.test_tile_training import TINY, assert_close, metrics, weights
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,10 +45,3 @@ def test_a_run_takes_the_same_steps_in_two_parts_and_resumes_bit_for_bit(tile_sh
     network, _ = teacher(find_checkpoint(whole))  # there is none: the one network is what is embedded and exported
     assert all(torch.equal(theirs[f"encoder.{name}"], tensor) for name, tensor in network.state_dict().items())
     assert load_encoder(str(whole), "cpu").embed(torch.zeros(1, 40, 40, 3, dtype=torch.uint8)).isfinite().all()
-
-
-def test_one_view_is_refused(tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    said = refused(
-        words(tmp_path / "run", tile_shards, "data.crops.global_count=1", "data.crops.local_count=0"), capsys
-    )
-    assert "LeJEPA compares views of a tile, and there is one: set data.crops.global_count=2" in said
