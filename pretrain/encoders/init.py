@@ -59,10 +59,13 @@ def find_encoder(source: str, plugins: Collection[str] = ()) -> PublishedWeights
 
 
 def from_timm(name: str, source: str) -> PublishedWeights:
-    """A model that timm loads with its weights."""
+    """A model that timm loads with its weights. Raises Fault where there are none, or of another network."""
     from timm.models.vision_transformer import VisionTransformer as TimmTransformer
 
-    module = timm_module(name)
+    try:
+        module = timm_module(name)
+    except Fault as fault:
+        raise Fault(f"init={source}: {fault}") from fault
     if is_dinov3_of_timm(module):
         try:
             return read_timm_dinov3(module.state_dict(), heads=int(module.blocks[0].attn.num_heads))  # type: ignore[union-attr, index, arg-type]

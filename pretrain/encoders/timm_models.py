@@ -71,6 +71,11 @@ def timm_module(name: str) -> nn.Module:
                 f"timm has no pretrained weights for {name}: choose one of timm.list_models({base + '*'!r},"
                 " pretrained=True)"
             )
+    if not local and (why := why_not_of_hub(name)):
+        raise Fault(
+            f"the weights of {name} can't be had ({why}): is the name right? Without a network copy the cache of a machine"
+            " that has them, or give a folder that the model was saved to"
+        )
     try:
         module = timm.create_model(name, pretrained=True, num_classes=0)
     except (OSError, RuntimeError, ValueError, KeyError) as error:
@@ -78,10 +83,34 @@ def timm_module(name: str) -> nn.Module:
         remedy = (
             "export it again with 'pretrain export'"
             if local
-            else (
-                "download it once on a machine that reaches its hub and copy the cache, or save the model to a folder"
-                " and give that"
-            )
+            else "download it once on a machine that reaches its hub and copy the cache, or give a folder"
         )
         raise Fault(f"the weights of {name.removeprefix('local-dir:')} can't be loaded ({cause}): {remedy}") from error
     return module
+
+
+def why_not_of_hub(name: str) -> str | None:
+    """Why a model isn't to be had from Hugging Face's hub, or None where it is, is cached, or lies elsewhere.
+
+    Asked once, since timm's download asks six times, in half a minute, and says no more than that it failed.
+    """
+    import huggingface_hub as hub
+    import timm
+    from huggingface_hub.file_download import repo_folder_name
+    from huggingface_hub.utils import RepositoryNotFoundError
+
+    repository = name.removeprefix("hf-hub:")
+    if repository == name:
+        config = timm.models.get_pretrained_cfg(name)
+        repository = (config and config.hf_hub_id) or ""
+    repository, _, revision = repository.partition("@")
+    folder = repo_folder_name(repo_id=repository, repo_type="model")
+    if not repository or (Path(hub.constants.HF_HUB_CACHE) / folder / "snapshots").is_dir():
+        return None
+    try:
+        hub.get_hf_file_metadata(hub.hf_hub_url(repository, "config.json", revision=revision or None))
+    except RepositoryNotFoundError:
+        return "the hub has no such model, or none that it gives without a token"
+    except Exception as error:  # of whatever the hub's library asks by: its own, httpx's, requests'
+        return f"asking the hub failed: {(str(error) or type(error).__name__).strip().splitlines()[0]}"
+    return None

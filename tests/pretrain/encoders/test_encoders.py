@@ -1,5 +1,6 @@
 """Loading a frozen encoder from a run, a checkpoint, an export or timm."""
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -8,8 +9,10 @@ from PIL import Image
 from data.fault import Fault
 from data.keyed import rng
 from pretrain.encoders.frozen import device_of
+from pretrain.encoders.init import find_encoder
 from pretrain.encoders.loading import load_encoder
 from pretrain.encoders.preprocessing import Preprocessing
+from pretrain.objectives.distil import given_weights
 
 IMAGES = torch.from_numpy(rng(0, "images").integers(0, 256, size=(3, 32, 32, 3), dtype=np.uint8))
 
@@ -86,12 +89,28 @@ def test_a_name_that_means_nothing_is_refused(name, message):
 
 
 def test_weights_that_cannot_be_had_are_an_error_and_never_random(monkeypatch, tmp_path):
-    import huggingface_hub.constants
-
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    with pytest.raises(Fault, match="the weights of hf-hub:slidewright/none can't be loaded"):
+    with pytest.raises(Fault, match="the weights of hf-hub:slidewright/none can't be had"):
         load_encoder("hf-hub:slidewright/none")
+
+
+@pytest.mark.parametrize("name", ["hf-hub:nobody/nothing", "vit_small_patch14_dinov2"])
+def test_a_hub_that_does_not_answer_is_asked_once_and_the_setting_is_named(name, monkeypatch, tmp_path):
+    asked = []
+
+    def refuse(url):
+        asked.append(url)
+        raise OSError("connection refused")
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", refuse)
+    said = rf"{name}: the weights of {name} can't be had \(asking the hub failed: connection refused\): is the name"
+    with pytest.raises(Fault, match=f"^init={said}"):
+        find_encoder(name)
+    with pytest.raises(Fault, match=rf"^objective\.teacher={said}"):
+        given_weights(name, None, None)
+    assert len(asked) == 2 and all(url.endswith("/resolve/main/config.json") for url in asked)
 
 
 def test_a_run_without_checkpoint_and_a_folder_that_is_no_run_say_what_to_do(tmp_path):

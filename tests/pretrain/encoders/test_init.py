@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import timm
 import torch
@@ -204,6 +205,7 @@ def test_a_timm_name_gives_timms_weights(monkeypatch: pytest.MonkeyPatch) -> Non
         return model
 
     monkeypatch.setattr(timm, "create_model", pretrained)
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
     started, _ = begun("vit_small_patch14_dinov2.lvd142m")
     assert_holds(started.student.encoder, {k: v for k, v in encoder.state_dict().items() if k != "mask_token"})
 
