@@ -31,7 +31,7 @@ from pretrain.encoders.weight_files import TRANSFORMERS_CONFIG
 from pretrain.objectives.given_teacher import TaughtByGiven, given_side, shown_to_given
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.packed_views import tokens_of_views
-from pretrain.objectives.self_distillation import LevelWeights, Network, Sharpening, Taught
+from pretrain.objectives.self_distillation import LevelWeights, Network, Sharpening, Taught, teaching_of
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.objectives.two_levels import TwoLevels
 from pretrain.run import checkpoints
@@ -71,14 +71,12 @@ class DistilHeads(TaughtByGiven, TwoLevels):
             encoder.mask_token.requires_grad_(False)  # nothing is masked
             return with_heads(encoder, shapes)
 
-        sharpening: Sharpening = {name: settings[name] for name in Sharpening.__annotations__}  # type: ignore[assignment, literal-required]
         super().__init__(
             network,
             {"dino": given.dino_head.prototypes, "ibot": (given.ibot_head or given.dino_head).prototypes},
             group_size=group_size,
             weights=settings,
-            centring="sinkhorn",
-            **sharpening,
+            **teaching_of({**settings, "centring": "sinkhorn"}),  # type: ignore[typeddict-unknown-key]
         )
         self.learn_from(given, str(teacher))
 
@@ -94,7 +92,13 @@ class DistilHeads(TaughtByGiven, TwoLevels):
 
     def start(self) -> None:
         super().start()
-        self.fill_given(weights_with_heads(self.source))
+        weights = weights_with_heads(self.source)
+        if odd := sorted(weights.keys() ^ self.given.state_dict().keys()):
+            raise Fault(
+                f"objective.teacher={self.source} doesn't fit the model in its config.yaml: one of them lacks"
+                f" {', '.join(odd[:5])}."
+            )
+        self.fill_given(weights)
 
     def teacher_tokens(self, batch: TileBatch) -> dict[str, Taught]:
         encoder = self.given.encoder

@@ -1,6 +1,7 @@
 """Distillation by heads: a student learns the prototypes that a frozen teacher of another width and patch size gives
 tiles and patches to."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -146,3 +147,13 @@ def test_a_student_may_be_the_next_ones_teacher() -> None:
     model = distil_heads(teacher=teacher_run("distil_heads"))
     assert model.prototype_counts() == {"dino": 24, "ibot": 20}
     assert torch.isfinite(model.loss(batch(2), START)[0])
+
+
+def test_a_teacher_whose_weights_are_of_another_network_is_refused(tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(teacher_run(), tmp_path / "run"))
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("depth: 2", "depth: 1"))
+    with pytest.raises(
+        Fault, match=r"run doesn't fit the model in its config\.yaml: one of them lacks encoder\.blocks\.1"
+    ):
+        distil_heads(teacher=str(copy))
