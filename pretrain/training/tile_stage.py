@@ -49,7 +49,7 @@ from pretrain.training.watching import Watch
 BAD_TILES_SAID = 20  # said one by one; the rest are counted
 JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
 SAMPLE_TILES = 8
-HELD_OUT = 1024  # tiles, of those that aren't trained on, that tell a loss at every checkpoint; a batch at least
+HELD_OUT = 1024  # of the tiles that aren't trained on, so many at most tell a loss at every checkpoint; a batch at least
 ALONE = {"slides_per_lane": None}  # how tiles are dealt out that are judged by: as they come
 KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
 
@@ -429,8 +429,9 @@ class TileTraining(Training):
         of the same tiles each time, without stochastic depth. Nothing learns from them."""
         if not self.held_out:
             return {}
-        count = max(1, HELD_OUT // self.stream.batch_size)
-        batches = self.tile_batches(*self.held_out, 0, count)
+        tiles, stream = self.held_out
+        count = max(1, min(HELD_OUT, len(tiles)) // self.stream.batch_size)
+        batches = self.tile_batches(tiles, stream, 0, count)
         batches.in_slots = False
         moment = Moment(self.step, self.optim.schedule_steps or self.optim.steps, self.config.seed)
         modes = {module: module.training for module in self.objective.modules()}

@@ -57,7 +57,10 @@ def signal_inside(monkeypatch: pytest.MonkeyPatch, number: signal.Signals, step:
     monkeypatch.setattr(DINOv2, "loss", interrupted)
 
 
-@pytest.mark.parametrize("number", signals.ASKING)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGUSR1, signal.SIGTERM, *(pytest.param(one, marks=pytest.mark.slow) for one in signals.ASKING[1::2])],
+)
 def test_a_signal_in_the_middle_of_a_step_ends_the_run_after_it_and_changes_nothing(
     number: signal.Signals,
     tile_shards: Path,

@@ -18,16 +18,15 @@ from tests.data.tiles.test_loader import load as direct
 from tests.pretrain.training.test_tile_training import command, metrics, start
 
 
+@pytest.mark.slow  # in the default suite a loader alone is killed, and each error has its sentence
 @pytest.mark.parametrize(
     ("failure", "processes", "sentence"),
     [
-        pytest.param(
-            "KeyError", 2, "the loader failed with KeyError: 'stain'; its traceback is above", marks=pytest.mark.slow
-        ),
-        pytest.param("OSError", 1, "pretrain: the loader may open no more files", marks=pytest.mark.slow),
-        pytest.param("MemoryError", 1, "pretrain: the loader has no memory left", marks=pytest.mark.slow),
-        pytest.param("SIGKILL", 1, "was ended by Killed (out of memory, most likely", marks=pytest.mark.slow),
-        pytest.param("SIGKILL", 2, "was ended by Killed (out of memory, most likely", marks=pytest.mark.slow),
+        ("KeyError", 2, "the loader failed with KeyError: 'stain'; its traceback is above"),
+        ("OSError", 1, "pretrain: the loader may open no more files"),
+        ("MemoryError", 1, "pretrain: the loader has no memory left"),
+        ("SIGKILL", 1, "was ended by Killed (out of memory, most likely"),
+        ("SIGKILL", 2, "was ended by Killed (out of memory, most likely"),
         ("SIGBUS", 1, "was ended by Bus error (/dev/shm is full"),
     ],
 )

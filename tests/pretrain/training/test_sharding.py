@@ -50,8 +50,7 @@ QUICK = [
         {"world": 2, "accumulate": 2, "checkpointing": "full"},
         {"world": 4, "shard_size": 2, "checkpointing": "selective"},
     )
-] + [Run("slide_ibot", 2), Run("slide_ibot", 4, 2, accumulate=2, checkpointing="full")]
-QUICK += [Run("dinov3", 2), Run("lejepa", 2, accumulate=2)]
+] + [Run("slide_ibot", 2), Run("dinov3", 2), Run("lejepa", 2, accumulate=2)]
 PLACES: list[dict[str, Any]] = [{"world": 1}, {"world": 2}, {"world": 4}, {"world": 4, "shard_size": 2}]
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -67,6 +66,7 @@ SETTINGS: list[dict[str, Any]] = [
 ]
 MATRIX = [
     Run("distil", 2),
+    Run("slide_ibot", 4, 2, accumulate=2, checkpointing="full"),
     Run("distil_heads", 2, accumulate=2),
     *(
         Run(objective, **place, **settings)
