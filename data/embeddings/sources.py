@@ -65,7 +65,7 @@ class ShardSource:
     def __init__(self, shards: Sequence[str]) -> None:
         self.sizes: list[int] = []
         self._places: dict[str, tuple[ShardIndex, int]] = {}
-        for index in (index for named in shards for index in open_shards(named)):
+        for index in open_shards(shards):
             for number, tiles in index.tiles_here.items():
                 slide = index.slides[number]
                 if slide in self._places:

@@ -166,7 +166,10 @@ class ShardIndex:
             {entry.name for entry in os.scandir(folder) if entry.name.endswith(".tar")} if folder.is_dir() else set()
         )
         if not present and not path.exists():
-            raise Fault(f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'")
+            raise Fault(
+                f"there are no tile shards in {folder}: make some with 'pretrain shard slides=… out={folder}'; what lies"
+                f" there instead, 'pretrain shards index shards={folder}' says"
+            )
         if not path.exists():
             if (folder / "plan.json").exists():
                 raise Fault(f"the shards in {folder} aren't finished: run the same 'pretrain shard' command again")

@@ -3,10 +3,14 @@
 shards                                   the folder
 shards/tiles-{000000..000123}.tar        these tars of it, every one of them
 shards/tiles-*.tar                       those that there are
+cohorts/*                                the folders that there are
 s3://bucket/tiles-{000..123}.tar         the same behind a URL
 """
 
 import fnmatch
+import glob
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from data.fault import Fault
@@ -17,12 +21,19 @@ PIPE = "pipe:"
 GAPS_NAMED = 5
 
 
-def open_shards(named: str) -> list[ShardIndex]:
-    """The tiles of a folder of shards, or of the tars that are named, an index for each folder of theirs. Raises Fault
-    as `ShardIndex.open` does, for a tar that isn't in its folder's index, and for a pipe."""
+def open_shards(named: Iterable[str]) -> list[ShardIndex]:
+    """The tiles of folders of shards, or of the tars that are named, an index for each folder: a tar that several names
+    lead to is there once. Raises Fault as `ShardIndex.open` does, for a tar that isn't in its folder's index, and for a
+    pipe."""
+    wanted: dict[str, tuple[str, list[str] | None, list[str]]] = {}
+    for one in map(str, named):
+        for folder, names in named_tars(one).items():
+            there = folder if is_remote(folder) else os.path.realpath(folder)
+            as_named, before, by = wanted.get(there, (folder, [], []))
+            wanted[there] = as_named, None if names is None or before is None else [*before, *names], [*by, one]
     return [
-        ShardIndex.open(folder) if names is None else _only(folder, names, str(named))
-        for folder, names in named_tars(named).items()
+        ShardIndex.open(folder) if names is None else _only(folder, names, ", ".join(by))
+        for folder, names, by in wanted.values()
     ]
 
 
@@ -37,10 +48,10 @@ def named_tars(named: str) -> dict[str, list[str] | None]:
         )
     wanted: dict[str, list[str] | None] = {}
     for url in _expanded(named) if _names_tars(named) else [named]:
-        if not _names_tars(url):
-            wanted[url] = None
+        if folders := [url] if not _names_tars(url) else _folders_like(url):
+            wanted |= dict.fromkeys(folders)
             continue
-        path, mark, query = url.partition("?")
+        path, mark, query = _parted(url)
         folder, slash, name = path.rpartition("/")
         names = wanted.setdefault(f"{folder}{mark}{query}" if slash else ".", [])
         if names is not None:
@@ -65,8 +76,18 @@ def gap(named: str, lost: list[str], folder: str) -> Fault:
 
 
 def _names_tars(named: str) -> bool:
-    path, folder = named.partition("?")[0], not is_remote(named) and Path(named).is_dir()
-    return not folder and (path.endswith(".tar") or "{" in path or "*" in path.rpartition("/")[2])
+    path, folder = _parted(named)[0], not is_remote(named) and Path(named).is_dir()
+    return not folder and (path.endswith(".tar") or "{" in path or glob.has_magic(path.rpartition("/")[2]))
+
+
+def _parted(named: str) -> tuple[str, str, str]:
+    """A URL without and with its query; on a disk ``?`` is any character."""
+    return named.partition("?") if is_remote(named) else (named, "", "")
+
+
+def _folders_like(named: str) -> list[str]:
+    """The folders on a disk that a glob leads to."""
+    return [] if is_remote(named) else sorted(filter(os.path.isdir, glob.glob(named)))
 
 
 def _expanded(named: str) -> list[str]:

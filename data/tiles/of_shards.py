@@ -33,7 +33,7 @@ class ShardTiles(TileSource):
     def __init__(self, group: int = 1, *, shards: list[str]) -> None:
         if not shards:
             raise Fault("data.shards is empty: give a folder of shards.")
-        self.indices = [index for named in shards for index in open_shards(named)]
+        self.indices = open_shards(shards)
         self.numbering = Numbering(map(len, self.indices))
         sizes = np.concatenate([cut_blocks(_runs(index, group), group) for index in self.indices])
         self.parts = [Part(sizes, name=", ".join(map(str, shards)))]

@@ -31,7 +31,7 @@ def shards_page(
     """Sheets of ``tiles`` tiles, the views that ``recipe`` makes of some (None: none), ``maps`` tile maps, histograms,
     and the shares of a mixture by ``weights`` (any scale; None: by their tiles). Tiles that can't be read are named.
     Raises Fault for weights that don't fit the folders, and where not one tile can be read."""
-    indices = [index for folder in folders for index in open_shards(str(folder))]
+    indices = open_shards(map(str, folders))
     counts = np.array([len(index) for index in indices])
     shares = counts / counts.sum() if weights is None else _shares(weights, len(indices))
     names = [PurePath(redacted(str(index.location).partition("?")[0])).name for index in indices]
