@@ -84,7 +84,10 @@ class ParquetQuestion:
 def _size_and_version(file: str) -> tuple[int, str]:
     if is_remote(file):
         return size_and_version(file)
-    told = Path(file).stat()
+    try:
+        told = Path(file).stat()
+    except OSError:  # a link to nothing, say: it is left out when it is looked through, with the reason
+        return 0, ""
     return told.st_size, str(told.st_mtime_ns)
 
 

@@ -177,11 +177,12 @@ def test_files_that_can_t_be_used_are_left_out_by_name_and_none_left_is_a_senten
     write_table(folder / "g.parquet", [])
     pq.write_table(pa.table({"label": [1]}), folder / "h.parquet")
     pq.write_table(pa.table({"png": [encoded(0)]}), folder / "i.parquet")
+    (folder / "j.parquet").symlink_to(folder / "gone.parquet")
+    (folder / "k.parquet").symlink_to(folder / "a.parquet")  # is there already
     index = index_of(folder)
-    assert len(index) == 38 and len(index.left_out) == 5
-    for name, why in zip(
-        "efghi", ("can't be read", "can't be read", "no rows", "no column of bytes", "other columns"), strict=True
-    ):
+    assert len(index) == 38 and len(index.left_out) == 6
+    cant = "can't be read"
+    for name, why in zip("efghij", (cant, cant, "no rows", "no column of bytes", "other columns", cant), strict=True):
         assert any(f"{name}.parquet" in said and why in said for said in index.left_out), (name, index.left_out)
     with pytest.raises(Fault, match="none of the Parquet files can be used"):
         index_of(folder, [str(folder / "e.parquet")])
