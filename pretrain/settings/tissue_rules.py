@@ -38,7 +38,9 @@ def _own(settings: dict[str, Any], share: Sequence[float] | None) -> TissueNeede
     target = settings["_target_"]
     known = plugins.settings_of(target, TissueRule)
     if unknown := sorted(settings.keys() - known.keys() - {"_target_"}):
-        raise Fault(f"tissue: {target} has no setting {unknown[0]!r}; it has {', '.join(known) or 'none'}.")
+        why = plugins.why_unknown(target, unknown[0])
+        has = f"it has {', '.join(known) or 'none: settings are the arguments behind a * in its constructor'}."
+        raise Fault(f"tissue: {target} has no setting {unknown[0]!r}{f', as {why}' if why else f'; {has}'}")
     rule: TissueRule = plugins.build(settings, base=TissueRule)
     for name in ("mpp", "min_tissue"):
         value = getattr(rule, name, None)

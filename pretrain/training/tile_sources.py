@@ -260,6 +260,8 @@ def _member(name: str, given: Any) -> tuple[dict[str, Any], float, str | None]:
     )
     settings = {"sample": None} | {key: value for key, value in defaults.items() if key in wanted} | dict(given)
     for key in settings.keys() - wanted.keys() - {"_target_"}:
+        if "_target_" in given and (why := plugins.why_unknown(given["_target_"], key)):
+            raise Fault(f"there is no setting '{prefix}{key}': {why}")
         raise Fault(f"there is no setting '{prefix}{key}'{nearest(key, set(wanted))}")
     for key, kind in wanted.items():
         if settings.get(key, ranges.MISSING) == ranges.MISSING:

@@ -93,6 +93,19 @@ class Failing(TissueRule):
         return [[True], [True, False]] if self.how == "ragged" else rgb[..., 0] < 240
 
 
+class Positional(TissueRule):
+    """Takes a threshold in an ordinary way, and so has no settings."""
+
+    mpp, min_tissue = 8.0, 0.5
+
+    def __init__(self, least_red: int = 150) -> None:
+        self.least_red = least_red
+
+    def mask(self, rgb: np.ndarray) -> np.ndarray:
+        return rgb[..., 0] >= self.least_red
+
+
+POSITIONAL = "tests.pretrain.settings.test_tissue_rules.Positional"
 FAILING = "tests.pretrain.settings.test_tissue_rules.Failing"
 WRONG = "tests.pretrain.settings.test_tissue_rules.Wrong"
 
@@ -108,6 +121,13 @@ WRONG = "tests.pretrain.settings.test_tissue_rules.Wrong"
         ([{"_target_": FAILING, "how": "", "min_tissue": 2.0}], None, f"{FAILING} has min_tissue=2.0: a share is 0"),
         ([{"_target_": FAILING, "how": "closure"}], None, f"tissue: {FAILING} can't be sent to other processes"),
         ([{"_target_": WRONG, "scale": 4}], None, f"tissue: {WRONG} has no setting 'scale'; it has mpp."),
+        (
+            [{"_target_": POSITIONAL, "least_red": 4}],
+            None,
+            f"tissue: {POSITIONAL} has no setting 'least_red', as the settings of {POSITIONAL} are the arguments behind a"
+            " * in its constructor, and least_red isn't one: write it as def __init__(self, …, *, least_red: int).",
+        ),
+        ([{"_target_": POSITIONAL, "red": 4}], None, "no setting 'red'; it has none: settings are the arguments behind a"),
         ([{"_target_": "data.tiles.stream.Stream"}], None, "data.tiles.stream.Stream is no TissueRule"),
         ([{"_target_": "nowhere.Rule"}], None, "nowhere.Rule can't be imported"),
     ],
