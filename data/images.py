@@ -36,6 +36,17 @@ def decode_image(data: bytes | memoryview) -> np.ndarray:
         raise ValueError(str(error).replace(" <_io.BytesIO object", "").split(" at 0x")[0]) from error
 
 
+def is_encoded(data: bytes) -> bool:
+    """Whether bytes begin as an encoded image does; it may be damaged further on."""
+    try:
+        Image.open(io.BytesIO(data)).close()
+    except Image.DecompressionBombError:
+        return True
+    except OF_DAMAGE:
+        return False
+    return True
+
+
 def load_whole_range(image: Image.Image) -> None:
     """Read the pixels of an opened image. Raises ValueError where its colours have 16 bits, of which Pillow takes the upper
     eight, and what they say is in the lower ones."""

@@ -3,13 +3,13 @@
 Images are encoded bytes: a column of bytes, or the hub's struct of ``bytes`` and ``path``.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
 
 from data.fault import Fault
 
-IMAGE_NAMES = ("jpeg", "jpg", "png", "webp", "image", "img", "tile", "patch")  # taken first where there are several
 SLIDE_NAMES = ("slide", "slide_id", "slide_name", "wsi", "wsi_id")
 PATIENT_NAMES = ("patient", "patient_id", "case", "case_id", "submitter_id", "subject_id", "donor_id")
 
@@ -25,24 +25,31 @@ class ImageColumns:
 
 
 def find_columns(
-    schema: pa.Schema, file: str, image: str | None, slide: str | None, patient: str | None
+    schema: pa.Schema,
+    file: str,
+    image: str | None,
+    slide: str | None,
+    patient: str | None,
+    holding: Callable[[list[str]], list[str]],
 ) -> ImageColumns:
-    """The columns to read: those that are named, or else what there is. Raises Fault where a named one is not there or
-    of another type, and where there is no image, or several and none is called what an image is called."""
+    """The columns to read: those that are named, or else what there is; ``holding`` tells which of several columns of
+    bytes hold images. Raises Fault where a named one is not there or of another type, and where not one alone holds
+    images."""
     columns = _leaves(schema)
     images = [name for name, kind in columns.items() if _is_bytes(kind)]
     if image is None:
-        called = [name for wanted in IMAGE_NAMES for name in images if name in (wanted, f"{wanted}.bytes")]
-        if not images or (len(images) > 1 and not called):
-            if not images:
-                kinds = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
-                raise Fault(
-                    f"{file} has no column of bytes: it has {kinds}. Encoded images are plain bytes, or the hub's struct of"
-                    " bytes and path: write it anew like that."
-                )
-            found = f"several columns of bytes ({', '.join(images)})"
-            raise Fault(f"{file} has {found}: say which holds the images by data.image={'|'.join(images)}.")
-        image = images[0] if len(images) == 1 else called[0]
+        if not images:
+            kinds = ", ".join(f"{name} ({kind})" for name, kind in columns.items())
+            raise Fault(
+                f"{file} has no column of bytes: it has {kinds}. Encoded images are plain bytes, or the hub's struct of"
+                " bytes and path: write it anew like that."
+            )
+        encoded = images if len(images) == 1 else holding(images)
+        if len(encoded) != 1:
+            of, names = ("encoded images", encoded) if encoded else ("bytes", images)
+            found = f"several columns of {of} ({', '.join(names)})"
+            raise Fault(f"{file} has {found}: say which holds the images by data.image={'|'.join(names)}.")
+        image = encoded[0]
     elif f"{image}.bytes" in images:
         image = f"{image}.bytes"
     elif image not in images:
@@ -53,6 +60,31 @@ def find_columns(
         _text(columns, file, "slide", slide, SLIDE_NAMES),
         _text(columns, file, "patient", patient, PATIENT_NAMES),
     )
+
+
+def unusable_names(schema: pa.Schema, columns: ImageColumns, slide_pattern: str | None) -> Iterator[str]:
+    """What to say of files in which no column names slides, and of a column that can't name them, or patients that a
+    pattern doesn't tell, although it is called so."""
+    told = "(?P<patient>" in (slide_pattern or "")
+    wrong = {
+        setting: next((column for name in names for column in schema if column.name == name), None)
+        for setting, names, found in (
+            ("slide", SLIDE_NAMES, columns.slide),
+            ("patient", PATIENT_NAMES, columns.patient or told),
+        )
+        if not found
+    }
+    for setting, column in wrong.items():
+        ways = f"data.{setting}=COLUMN names one" + (
+            ", and data.slide_pattern what of it is the slide" if setting == "slide" else ""
+        )
+        if column is not None:
+            yield (
+                f"no tile has a {setting}: the column {column.name} is {column.type}, and names are text or whole numbers;"
+                f" {ways}"
+            )
+        elif setting == "slide":
+            yield f"no tile has a slide: no column is called {', '.join(SLIDE_NAMES[:-1])} or {SLIDE_NAMES[-1]}; {ways}"
 
 
 def _leaves(schema: pa.Schema) -> dict[str, pa.DataType]:

@@ -20,6 +20,7 @@ import zipfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -31,8 +32,8 @@ import pyarrow.parquet as pq
 from data.fault import Fault
 from data.files import appearing
 from data.npz_files import SPOILT, mapped, place_of, write_column
-from data.parquet.columns import ImageColumns, find_columns
-from data.parquet.row_groups import column_place, read_footer, read_raw_footer
+from data.parquet.columns import ImageColumns, find_columns, unusable_names
+from data.parquet.row_groups import column_place, columns_of_images, read_footer, read_raw_footer
 from data.remote import RemotePath, is_remote, size_and_version
 
 INDEX_COLUMNS = ("file_groups", "group_rows", "group_bytes", "slide")
@@ -97,7 +98,8 @@ class ParquetIndex:
     ``file_groups`` (files + 1,) are the row groups at which the files begin; ``group_rows`` and ``group_bytes``
     (groups,) the rows of each and the bytes of its images; ``slide`` (rows,) int32 says which of ``slides`` a row is
     of, and is empty where slides aren't known. ``patients`` are those of the slides, "" where not known. ``left_out``
-    says which files can't be used, and why; ``unclear`` what keeps patients from being told apart, "" where nothing does.
+    says which files can't be used, and why; ``unclear`` what keeps patients from being told apart, "" where nothing does;
+    ``unnamed`` why tiles have no slide or patient, where that may not be meant.
     """
 
     def __init__(self, question: ParquetQuestion, columns: dict[str, np.ndarray], meta: dict[str, Any]) -> None:
@@ -108,6 +110,7 @@ class ParquetIndex:
         self.patients: list[str] = meta["patients"]
         self.left_out: list[str] = meta["left_out"]
         self.unclear: str = meta["unclear"]
+        self.unnamed: list[str] = meta.get("unnamed", [])  # an older index doesn't say
         self.digest: str = meta["digest"]
 
     def __len__(self) -> int:
@@ -136,6 +139,11 @@ def scan_parquet(
     columns that are asked for are not there.
     """
     found: list[tuple[int, pq.FileMetaData, ImageColumns]] = []
+
+    def holding(file: str, names: list[str]) -> list[str]:
+        as_first = [name for _, _, columns in found[:1] for name in names if name == columns.image]
+        return as_first or columns_of_images(file, names)
+
     sizes: list[int] = []
     left_out: list[str] = []
     seen = hashlib.blake2b(digest_size=8)
@@ -151,7 +159,9 @@ def scan_parquet(
             else:
                 try:
                     schema = footer.schema.to_arrow_schema()
-                    columns = find_columns(schema, file, question.image, question.slide, question.patient)
+                    columns = find_columns(
+                        schema, file, question.image, question.slide, question.patient, partial(holding, file)
+                    )
                 except Fault as fault:
                     if not found and not left_out:
                         raise  # of the first file: it is likely what was asked that is wrong
@@ -176,7 +186,7 @@ def scan_parquet(
     rows = [footer.row_group(group).num_rows for _, footer, _ in found for group in range(footer.num_row_groups)]
     groups = np.cumsum([0, *(footer.num_row_groups for _, footer, _ in found)])
     known = sum(rows) if columns.slide else 0
-    with appearing(question.path(folder)) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_STORED) as archive:
+    with appearing(question.path(folder)) as begun, zipfile.ZipFile(begun, "w", zipfile.ZIP_STORED) as archive:
         for name, values in (("file_groups", groups), ("group_rows", rows), ("group_bytes", sizes)):
             write_column(archive, name, np.dtype(np.int64), len(values), [np.asarray(values)])
         files = [question.files[number] for number, _, _ in found]
@@ -185,6 +195,8 @@ def scan_parquet(
         write_column(archive, "slide", np.dtype(np.int32), known, _hashed(pieces, seen))
         meta = {"files": [number for number, _, _ in found], "image": columns.image} | slides.names()
         seen.update(json.dumps(meta).encode())
+        unnamed = unusable_names(found[0][1].schema.to_arrow_schema(), columns, question.slide_pattern)
+        meta["unnamed"] = list(unnamed)
         meta |= {"left_out": left_out, "unclear": slides.unclear(), "digest": question.digest_with(seen.hexdigest())}
         archive.writestr("meta.json", json.dumps(meta))
 
@@ -205,7 +217,8 @@ def _footer(file: str, size: int) -> tuple[pq.FileMetaData, bytes] | Exception:
 
 def _difference(one: ImageColumns, other: ImageColumns) -> str:
     return ", ".join(
-        f"{what} in {theirs} and not in {ours}"
+        (f"{what} in {theirs}" if theirs else f"no {what}")
+        + f", where that has {f'them in {ours}' if ours else 'none'}"
         for what, ours, theirs in zip(
             ("images", "slides", "patients"), vars(one).values(), vars(other).values(), strict=True
         )

@@ -9,10 +9,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from data.images import is_encoded
 from data.remote import RemotePath, Truncated, is_remote, read_range
 from data.seekable import SeekableFile
 
 GAP = 1 << 20  # bytes of other columns between two row groups that are read along, since another read costs more
+ROWS_PEEKED, PEEKED = 16, 1 << 20  # and bytes at once, where it is asked what columns hold
 FOOTER_END = 8  # bytes behind the footer: its length, and "PAR1"
 
 
@@ -87,6 +89,19 @@ def _read(file: str, start: int, stop: int) -> bytes:
     if start < stop:
         raise Truncated(f"{file} ends {stop - start} bytes before its row group does: it is truncated")
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def columns_of_images(file: str, names: list[str]) -> list[str]:
+    """Those of several columns of bytes whose first value is an encoded image; none where that can't be read."""
+    source = RemotePath(file).open() if is_remote(file) else file
+    try:
+        with pq.ParquetFile(source, buffer_size=PEEKED) as opened:
+            batch = next(opened.iter_batches(ROWS_PEEKED, columns=names), pa.RecordBatch.from_pylist([]))
+            first = pa.Table.from_batches([batch]).flatten()
+            values = {name: first.column(name).drop_null() for name in names if name in first.column_names}
+    except (OSError, pa.ArrowException):
+        return []
+    return [name for name, some in values.items() if len(some) and is_encoded(some[0].as_py())]
 
 
 class _Parts(SeekableFile):

@@ -138,6 +138,8 @@ class ParquetFiles(ParquetTiles):
             say(f"left out: {why}")
         if len(found.left_out) > NAMED:
             say(f"… and {len(found.left_out) - NAMED} more Parquet files are left out")
+        for why in () if rank() else found.unnamed:
+            say(why)
         super().__init__(found, group, hold_out)
 
 

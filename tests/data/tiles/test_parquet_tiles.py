@@ -184,6 +184,8 @@ def test_files_that_can_t_be_used_are_left_out_by_name_and_none_left_is_a_senten
     cant = "can't be read"
     for name, why in zip("efghij", (cant, cant, "no rows", "no column of bytes", "other columns", cant), strict=True):
         assert any(f"{name}.parquet" in said and why in said for said in index.left_out), (name, index.left_out)
+    write_table(folder / "j.parquet", [1])
+    assert any("a.parquet: no slides, where that has them in slide" in said for said in index_of(folder).left_out)
     with pytest.raises(Fault, match="none of the Parquet files can be used"):
         index_of(folder, [str(folder / "e.parquet")])
 
@@ -228,6 +230,44 @@ def test_what_is_asked_for_and_isn_t_there_is_said(tmp_path: Path, columns: dict
     pq.write_table(two, tmp_path / "a.parquet")
     with pytest.raises(Fault, match=r"several columns of bytes \(one, other\): .* data\.image=one\|other"):
         index_of(tmp_path)
+
+
+def test_of_several_columns_of_bytes_the_one_of_images_is_read_and_two_of_images_are_asked_about(
+    tmp_path: Path,
+) -> None:
+    write_table(tmp_path / "a.parquet", [1, 2], hash=[b"0123456789abcdef"] * 2, tile=[None, b"x"])
+    assert index_of(tmp_path).image == "jpeg"
+    write_table(tmp_path / "a.parquet", [1, 2], thumb=[None, encoded(0)], hash=[b"0123456789abcdef"] * 2)
+    with pytest.raises(Fault, match=r"several columns of encoded images \(jpeg, thumb\): .* data\.image=jpeg\|thumb\."):
+        index_of(tmp_path)
+    assert index_of(tmp_path, image="thumb").image == "thumb"
+
+
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        (
+            {"slide": [1.0]},
+            ["no tile has a slide: the column slide is double, and names are text or whole numbers; data."],
+        ),
+        (
+            {"wsi": [["s"]], "case": [b"p"]},
+            ["no tile has a slide: the column wsi is list", "a patient: the column case is b"],
+        ),
+        ({"slide": [{"id": "s"}]}, ["the column slide is struct<id: string>"]),
+        (
+            {"label": [1]},
+            ["no tile has a slide: no column is called slide, slide_id, slide_name, wsi or wsi_id; data.slide="],
+        ),
+        ({"slide": ["s"], "patient": ["p"]}, []),
+    ],
+)
+def test_a_column_that_can_t_name_slides_is_said_with_its_type(
+    tmp_path: Path, columns: dict[str, Any], says: list[str]
+) -> None:
+    write_table(tmp_path / "a.parquet", [1], **columns)
+    for said, why in zip(index_of(tmp_path).unnamed, says, strict=True):
+        assert why in said
 
 
 def test_a_copy_for_another_process_reads_the_same(folder: Path) -> None:

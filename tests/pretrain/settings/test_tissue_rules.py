@@ -127,7 +127,11 @@ WRONG = "tests.pretrain.settings.test_tissue_rules.Wrong"
             f"tissue: {POSITIONAL} has no setting 'least_red', as the settings of {POSITIONAL} are the arguments behind a"
             " * in its constructor, and least_red isn't one: write it as def __init__(self, …, *, least_red: int).",
         ),
-        ([{"_target_": POSITIONAL, "red": 4}], None, "no setting 'red'; it has none: settings are the arguments behind a"),
+        (
+            [{"_target_": POSITIONAL, "red": 4}],
+            None,
+            "no setting 'red'; it has none: settings are the arguments behind a",
+        ),
         ([{"_target_": "data.tiles.stream.Stream"}], None, "data.tiles.stream.Stream is no TissueRule"),
         ([{"_target_": "nowhere.Rule"}], None, "nowhere.Rule can't be imported"),
     ],
