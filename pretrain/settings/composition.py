@@ -36,7 +36,7 @@ from pretrain.settings.merging import (
     typed_launch,
     unresolved,
 )
-from pretrain.settings.refusals import require_heeded, require_of_the_stage, why_refused
+from pretrain.settings.refusals import require_heeded, require_no_range_in_a_list, require_of_the_stage, why_refused
 from pretrain.settings.shell_words import key_of, readable
 
 
@@ -134,6 +134,7 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
     left_out = _leave_out(command, words, search, directories, values, choices)
     launch = typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = typed(command, values)
+    require_no_range_in_a_list(words, values)
     _check_ranges(command, tree, launch)
     require_heeded(words, values)
     files = _files(command, choices, directories)

@@ -13,6 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.fault import Fault
+from data.tiles.scales import LAWS
 from pretrain.settings import plugins, ranges
 from pretrain.settings.command_schema import config_class, file_stem, with_launch
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
@@ -81,13 +82,33 @@ def why_refused(
                 return f"there is no setting {key!r} as 'pretrain {command}' is set here: it belongs to {belongs}."
             return f"there is no setting {key!r} in 'pretrain {command}'{in_its_place(key, known)}"
         elif isinstance(value, dict) and key in known and OmegaConf.is_list(OmegaConf.select(tree, key)):
+            if drawn := _drawn_between(key, value, known):
+                return drawn
             if value and all(isinstance(one, int | float) for one in value.values()):
-                drawn = f" with {key}_law=log_uniform, which draws between two" if f"{key}_law" in known else ""
-                return f"{key} is a list: write {key}=[{','.join(map(str, value.values()))}]{drawn}."
+                return f"{key} is a list: write {key}=[{','.join(map(str, value.values()))}]."
             return f"{key} is a list: write {key}=[{text.partition('=')[2]}]."
         elif key in known and override.is_add() and not override.is_force_add():
             return f"{key} is a setting already, and + adds one: write {text.lstrip('+')}."
     return " ".join(str(error).split())
+
+
+def require_no_range_in_a_list(words: Sequence[str], values: DictConfig) -> None:
+    """Raise Fault for ``data.mpp=[{from: 0.5, to: 2}]``: between two values is drawn by a setting beside the list."""
+    known = dotted_keys(values)
+    for key in map(key_of, words):
+        given = OmegaConf.select(values, key) if f"{key}_law" in known else None
+        one = given[0] if OmegaConf.is_list(given) and len(given) == 1 else None
+        if OmegaConf.is_dict(one) and (drawn := _drawn_between(key, one, known)):
+            raise Fault(drawn)
+
+
+def _drawn_between(key: str, value: Mapping[Any, Any], known: set[str]) -> str | None:
+    """The sentence for a table of two numbers, and perhaps a law, where a list and a law beside it are asked for."""
+    ends = [one for one in value.values() if isinstance(one, int | float)]
+    if len(ends) != 2 or f"{key}_law" not in known:
+        return None
+    law = next((one for one in value.values() if one in LAWS), "log_uniform")
+    return f"{key} is a list: write {key}=[{ends[0]},{ends[1]}] {key}_law={law}, which draws between two."
 
 
 def require_of_the_stage(

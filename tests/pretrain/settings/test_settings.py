@@ -80,7 +80,15 @@ def test_every_value_says_what_it_means_where_it_is_introduced(file: Path) -> No
         (["+batch_siz=4"], "there is no setting 'batch_siz' in 'pretrain tile'; did you mean 'data.batch_size'?"),
         (
             ["data.mpp={from: 0.25, to: 2.0}", "data=online", "data.slides=x"],
-            "data.mpp is a list: write data.mpp=[0.25,2.0] with data.mpp_law=log_uniform, which draws between two.",
+            "data.mpp is a list: write data.mpp=[0.25,2.0] data.mpp_law=log_uniform, which draws between two.",
+        ),
+        (
+            ["data.mpp={from: 0.25, to: 2.0, law: uniform}", "data=online", "data.slides=x"],
+            "data.mpp is a list: write data.mpp=[0.25,2.0] data.mpp_law=uniform, which draws between two.",
+        ),
+        (
+            ["data.mpp=[{from: 0.25, to: 2.0, law: uniform}]", "data=online", "data.slides=x"],
+            "data.mpp is a list: write data.mpp=[0.25,2.0] data.mpp_law=uniform, which draws between two.",
         ),
         (["data.hold_out=0.1"], "'data.hold_out' as 'pretrain tile' is set here: it belongs to data=parquet."),
         (["data=online", "data.shards=x"], "'data.shards' as 'pretrain tile' is set here: it belongs to data=tiles."),
