@@ -88,10 +88,10 @@ class SampleTable:
         keys = place_keys(x, y)
         order = np.argsort(keys, kind="stable")
         if len(twice := np.flatnonzero(np.diff(keys[order]) == 0)):
-            row = order[twice[0]]
+            row, such = order[twice[0]], len(np.unique(keys[order[twice]]))
             raise Fault(
-                f"{self.path} has the tile of {slide} at ({x[row]}, {y[row]}) twice ({len(twice)} such): leave one row of"
-                " each."
+                f"{self.path} has the tile of {slide} at ({x[row]}, {y[row]}) more than once ({such:,} such of this slide):"
+                " leave one row of each tile, of all slides."
             )
         if len(np.unique(sides)) > 1:
             raise Fault(
@@ -109,7 +109,7 @@ class SampleTable:
                 for batch in opened.iter_batches(ROWS_AT_ONCE, columns=columns):
                     slides = batch.column(0)
                     if slides.null_count:
-                        raise Fault(f"{self.path} doesn't say the slide of {slides.null_count} tiles: fill them in.")
+                        raise Fault(f"{self.path} doesn't say the slide of every tile: fill them in.")
                     self._note_runs(first, pc.dictionary_encode(pc.cast(slides, pa.string())))
                     self.chosen += int((self._weights(batch) > 0).sum())
                     first += len(batch)
@@ -168,7 +168,7 @@ class SampleTable:
     def _whole(self, column: pa.Array | pa.ChunkedArray, name: str) -> np.ndarray:
         """A column as int64. Raises Fault where its values aren't whole numbers."""
         if column.null_count:
-            raise Fault(f"{self.path} has {column.null_count} tiles without {name}: fill them in, or leave them out.")
+            raise Fault(f"{self.path} has tiles without {name}: fill them in, or leave them out.")
         try:
             return np.asarray(pc.cast(column, pa.int64()))
         except pa.ArrowException as error:
