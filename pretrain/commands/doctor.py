@@ -23,6 +23,7 @@ from typing import Annotated, Any
 from omegaconf import OmegaConf
 
 from data.tiles.source import TileSource
+from data.tiles.stream import Stream
 from models.allowed import ON_DISK, within
 from pretrain.commands import tile
 from pretrain.doctor import machine, own_objective, report, run_settings, tiles
@@ -55,8 +56,11 @@ def run(config: Config) -> None:
     def whole() -> tile.Config:
         return tile.Config(**as_tile | {"data": typed_data(data)})
 
+    opened: list[tuple[TileSource, Stream]] = []  # of what is built, as opening says how much is taken of the tiles
+
     def build(run: tile.Config) -> None:
-        TileTraining(place, run, objective)
+        stage = TileTraining(place, run, objective)
+        opened.append((stage.tiles, stage.stream))
         if run.init is not None:
             init.find_encoder(run.init)
 
@@ -68,7 +72,14 @@ def run(config: Config) -> None:
         processes, patch = trainer.devices * trainer.nodes, config.model["patch_size"]
         checks.append(
             lambda: tiles.check_tiles(
-                data, processes, trainer.accumulate, patch, config.tiles_per_second, config.seed, trainer.devices
+                data,
+                processes,
+                trainer.accumulate,
+                patch,
+                config.tiles_per_second,
+                config.seed,
+                trainer.devices,
+                next(iter(opened), None),
             )
         )
     report.say_findings(

@@ -32,11 +32,12 @@ def check_tiles(
     needed: float | None,
     seed: int,
     here: int = 1,
+    opened: tuple[TileSource, Stream] | None = None,
 ) -> list[Finding]:
     """All checks of a run's ``data:``; ``needed`` is the tiles a second that all its processes together are to get,
-    ``here`` how many run here."""
+    ``here`` how many run here; ``opened`` what `open_stream` would open, where it is open already."""
     try:
-        source, stream = open_stream(data, seed)
+        source, stream = opened or open_stream(data, seed)
         tiles_of(data, processes, accumulate, 1)
         read_ends_of_source(source)
         blocks = min(len(part.block_sizes) for part in source.parts)

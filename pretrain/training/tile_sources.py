@@ -206,9 +206,10 @@ def _looked_up(tiles: int, places: Iterable[TilePlaces]) -> Iterator[TilePlaces]
 
 def _says_chosen(table: str, source: TileSource, made: ChosenTiles, found: Chosen) -> Iterator[str]:
     often = "" if len(made) == found.tiles else f", {len(made):,} a pass, by their weights"
+    away = "are held out or aren't" if found.lost and source.held_out() else "aren't"
     yield (
-        f"{table}: {found.tiles:,} of {len(source):,} tiles are trained on{often}; {found.left:,} are left out by it, and"
-        f" {found.unknown:,} that it hasn't got; {found.lost:,} of its own aren't in this source"
+        f"{table}: trains on {found.tiles:,} of {len(source):,} tiles{often}; leaves out {found.left:,}, and {found.unknown:,}"
+        f" that it hasn't got; of its own, {found.lost:,} {away} in this source"
     )
     before, after = (len(one) / sum(len(part.block_sizes) for part in one.parts) for one in (source, made))
     if after < before / 2:

@@ -7,6 +7,8 @@ from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
@@ -473,6 +475,17 @@ def test_what_the_run_would_refuse_the_doctor_refuses_in_the_same_words(
         said = capsys.readouterr()
         assert ended.value.code != 0 and words in said.out + said.err and "Traceback" not in said.err, said
     assert not list((tmp_path / "run").rglob("step-*"))
+
+
+def test_what_a_table_chooses_is_said_once_and_that_tiles_of_it_are_held_out(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], unmeasured: None
+) -> None:
+    rows = {"slide": [f"s{number // 5}" for number in range(80)], "x": [48 * n for n in range(80)], "y": [0] * 80}
+    write_table(tmp_path / "a.parquet", range(80), **rows)
+    pq.write_table(pa.table(rows), tmp_path / "table.parquet")
+    words = [f"data.files={tmp_path / 'a.parquet'}", "data.hold_out=0.3", f"data.sample={tmp_path / 'table.parquet'}"]
+    run_command_line(["doctor", "data=parquet", *words, f"run={tmp_path / 'run'}", *TINY])
+    assert capsys.readouterr().err.count("are held out or aren't in this source") == 1
 
 
 def test_another_run_s_folder_and_one_that_is_in_use_are_said(

@@ -151,7 +151,9 @@ def test_a_chosen_subset_trains_resumes_also_from_another_place_and_says_what_it
     words = ["tile", *TINY, f"data.shards={shards}", f"data.sample={tmp_path / 'table.parquet'}"]
     run_command_line([*words, f"run={tmp_path / 'whole'}"])
     said = capsys.readouterr().err
-    assert "46 of 77 tiles are trained on, 69 a pass, by their weights; 24 are left out by it, and 7 that it" in said
+    assert (
+        "trains on 46 of 77 tiles, 69 a pass, by their weights; leaves out 24, and 7 that it hasn't got; of its" in said
+    )
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     shutil.rmtree(tmp_path / "again" / "checkpoints" / "step-00000006")
     (tmp_path / "moved").mkdir()
