@@ -40,6 +40,7 @@ from data.fault import Fault
 from data.files import PARTIAL, remove, require_writable
 from data.lease import alone
 from models.allowed import ON_DISK, SHARE, SOME, Agreements, numbers, one_of, within
+from pretrain.cutting.summary import counted_as
 from pretrain.run.progress import say
 
 
@@ -106,7 +107,8 @@ def run(config: Config) -> None:
             write_curation_page(out, facts, shown)
     for number, level in enumerate(facts["levels"], 1):
         before, after = level["effective"]
-        say(f"level {number}: {level['clusters']:,} clusters, as even as {before:,.1f} before and {after:,.1f} after")
+        clusters = counted_as(level["clusters"], "cluster")
+        say(f"level {number}: {clusters}, as even as {before:,.1f} before and {after:,.1f} after")
     say(f"look at {out / 'index.html'}; train on them with data.sample={out / TABLE}")
     said = {name: facts[name] for name in ("tiles", "taken", "slides", "slides_taken")}
     print(json.dumps({"out": config.out} | said), flush=True)

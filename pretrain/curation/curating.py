@@ -175,7 +175,9 @@ def _centres(out: Path, rows: StoreRows, wanted: Wanted, peers: Peers) -> list[T
             steps = wanted.resampling_steps[min(level, 1)]
             first, last = own_rows(len(below), chunk_rows(count, rows.width))
             with _watched(
-                (steps + 1) * wanted.iterations * (last - first), f"finding {count:,} clusters", "rows"
+                (steps + 1) * wanted.iterations * (last - first),
+                f"finding {count:,} cluster{'s' * (count != 1)}",
+                "rows",
             ) as watched:
                 centres = fitted_level(
                     below,

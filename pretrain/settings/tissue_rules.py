@@ -24,8 +24,8 @@ def chosen_rules(given: Sequence[Any], min_tissue: Sequence[float] | None) -> tu
     processes."""
     if min_tissue is not None and len(min_tissue) != len(given):
         raise Fault(
-            f"min_tissue={list(min_tissue)} has {len(min_tissue)} shares, and tissue= has {len(given)} rules: each"
-            " needs one, or null takes their own."
+            f"min_tissue={list(min_tissue)} is {len(min_tissue)} long, and tissue= {len(given)}: each rule needs a share,"
+            " or null takes their own."
         )
     found: list[TissueNeeded] = []
     for number, one in enumerate(given):

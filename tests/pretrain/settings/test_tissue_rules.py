@@ -113,7 +113,7 @@ WRONG = "tests.pretrain.settings.test_tissue_rules.Wrong"
 @pytest.mark.parametrize(
     ("given", "shares", "sentence"),
     [
-        (["otsu", "hsv"], [0.4], "min_tissue=[0.4] has 1 shares, and tissue= has 2 rules"),
+        (["otsu", "hsv"], [0.4], "min_tissue=[0.4] is 1 long, and tissue= 2: each rule"),
         ([{"_target_": WRONG}], None, f"tissue: {WRONG} doesn't say its mpp"),
         ([{"_target_": FAILING, "how": "", "mpp": True}], None, f"tissue: {FAILING} doesn't say its mpp"),
         ([{"_target_": FAILING, "how": "", "mpp": -1.0}], None, f"tissue: {FAILING} has mpp=-1.0: µm per pixel are"),
