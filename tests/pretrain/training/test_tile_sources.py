@@ -322,6 +322,7 @@ def test_wrong_settings_end_in_one_sentence(folder: Path, settings: list[str], s
         ("{a:{shards:s,weight:x}}", "data.members.a.weight: Value 'x' of type 'str' could not be converted to Float"),
         ("{a:{shards:s,weight:nan}}", "data.members.a.weight=nan is not allowed: it must be a finite number, more than 0."),
         ("{a:{shard:s,weight:1}}", "data.members.a says no source: give it shards=…, slides=… or files=…."),
+        ("{a:{_target_:data.tiles.of_shards.ShardTiles,shards:s,group:2,weight:1}}", "ShardTiles are the arguments behind a * in its"),
         ("{a:{shards:s,weight:1},b:{slides:s,grids:g,mmp:2,weight:1}}", "there is no setting 'data.members.b.mmp'; did you mean 'mpp'?"),
         ("{a:{shards:s,slides:s,weight:1}}", "data.members.a has shards=… and slides=…: a member is one source; make it two."),
         ("{a:{shards:[],weight:1}}", "data.members.a.shards is empty: give a value"),
