@@ -9,7 +9,7 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.fault import Fault
@@ -97,8 +97,8 @@ def require_no_range_in_a_list(words: Sequence[str], values: DictConfig) -> None
     known = dotted_keys(values)
     for key in map(key_of, words):
         given = OmegaConf.select(values, key) if f"{key}_law" in known else None
-        one = given[0] if OmegaConf.is_list(given) and len(given) == 1 else None
-        if OmegaConf.is_dict(one) and (drawn := _drawn_between(key, one, known)):
+        one = given[0] if isinstance(given, ListConfig) and len(given) == 1 else None
+        if isinstance(one, DictConfig) and (drawn := _drawn_between(key, one, known)):
             raise Fault(drawn)
 
 
