@@ -26,6 +26,7 @@ from pretrain.training.tile_stage import (
     TileWatch,
     check_crop_patches,
     check_further_views,
+    check_masked,
     check_view_counts,
 )
 from pretrain.training.trainer_settings import require_devices
@@ -47,6 +48,7 @@ class Config(RunConfig):
     } | {
         ("objective._target_", "data.crops.global_count", "data.crops.local_count"): check_view_counts,
         ("objective", "data.crops", "model.patch_size"): check_further_views,
+        ("objective", "data.masks.share"): check_masked,
     }
 
 

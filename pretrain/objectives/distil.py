@@ -76,16 +76,15 @@ class Distil(TaughtByGiven):
         self.encoder = make_encoder()
         self.encoder.mask_token.requires_grad_(False)  # nothing is masked
         self.teacher = nn.ModuleDict({BACKBONE: make_encoder().requires_grad_(False)})
-        self.class_projector = linear(self.encoder.width, self.given.width)
-        self.patch_projector = linear(self.encoder.width, self.given.width)
+        self.class_projector = linear(self.encoder.width, self.given.width) if class_weight else None
+        self.patch_projector = linear(self.encoder.width, self.given.width) if patch_weight else None
         self.group_size, self.distance = group_size, DISTANCES[distance]
         self.class_weight, self.local_weight, self.patch_weight = class_weight, local_weight, patch_weight
         self.momenta = (teacher_momentum, teacher_momentum_final)
 
     def trained(self) -> dict[str, nn.Module]:
         heads = {"class_projector": self.class_projector, "patch_projector": self.patch_projector}
-        used = {"class_projector": self.class_weight, "patch_projector": self.patch_weight}
-        return {BACKBONE: self.encoder} | {name: head for name, head in heads.items() if used[name]}
+        return {BACKBONE: self.encoder} | {name: head for name, head in heads.items() if head is not None}
 
     def frozen(self) -> dict[str, nn.Module]:
         return {f"teacher.{BACKBONE}": self.teacher[BACKBONE], "teacher that is given": self.given}
@@ -110,7 +109,7 @@ class Distil(TaughtByGiven):
         tokens = tokens_of_views(self.encoder, self.group_size, batch, moment)
         figures: dict[str, Tensor] = {}
         loss = patches.new_zeros(())
-        if self.class_weight:
+        if self.class_projector is not None:
             projected = by_view(self.class_projector(torch.cat([part.cls for part in tokens])), batch)
             figures["class_global"] = self.distance(projected[0], classes)
             loss = loss + self.class_weight * figures["class_global"]
@@ -118,7 +117,7 @@ class Distil(TaughtByGiven):
                 every = torch.cat(projected[1:]).unsqueeze(1).expand(-1, len(classes), -1, -1)
                 figures["class_local"] = self.distance(every, classes.unsqueeze(0))
                 loss = loss + self.class_weight * self.local_weight * figures["class_local"]
-        if self.patch_weight:
+        if self.patch_projector is not None:
             figures["patches"] = self.distance(self.patch_projector(tokens[0].patches), patches)
             loss = loss + self.patch_weight * figures["patches"]
         return loss, figures | {"momentum": torch.tensor(self.teacher_momentum(moment))}
@@ -140,11 +139,8 @@ class Distil(TaughtByGiven):
         given = [(shapes[0][0], self.given.tokens_per_crop(given_side(self.given, batch)))]
         found = operations_of_views(self.encoder, self.group_size, batch, None)
         found += self.given.operations(given).without_gradients
-        for weight, head, rows in (
-            (self.class_weight, self.class_projector, crops),
-            (self.patch_weight, self.patch_projector, patches),
-        ):
-            found += head.operations(rows) if weight else Operations()
+        for head, rows in ((self.class_projector, crops), (self.patch_projector, patches)):
+            found += Operations() if head is None else head.operations(rows)
         return found
 
 

@@ -137,6 +137,8 @@ def run_with_heads(source: str | None) -> RunWithHeads:
             " dinov3, or one of its checkpoints."
         )
     folder = checkpoints.resolved(Path(source))
+    if "/" in source and ":" not in source and not folder.exists():
+        raise Fault(f"objective.teacher={source}: there is no folder {source}; give the run, where it is now.")
     if folder.is_dir() and not (folder / TRANSFORMERS_CONFIG).is_file():
         found = find_checkpoint(folder)
         require_tile_run(found)

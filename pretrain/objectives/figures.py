@@ -73,8 +73,10 @@ def rankme(features: np.ndarray, epsilon: float = 1e-7) -> float:
     """RankMe, a smooth count of the directions that features (n, width) use (Garrido 2023, equations 1 and 2).
 
     exp(−Σ pₖ log pₖ) with pₖ = σₖ / ‖σ‖₁ + ε, over the singular values σ of the features as they are, not centred.
-    Between 1 (all features on one line: collapse) and min(n, width).
+    Between 1 (all features on one line: collapse) and min(n, width); NaN where one isn't finite.
     """
+    if not np.isfinite(features).all():
+        return math.nan
     singular = np.linalg.svd(np.asarray(features, dtype=np.float64), compute_uv=False)
     p = singular / max(singular.sum(), np.finfo(np.float64).tiny) + epsilon
     return float(np.exp(-np.sum(p * np.log(p))))

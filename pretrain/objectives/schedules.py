@@ -24,7 +24,7 @@ def ramp(step: int, *, begin: float, end: float) -> float:
     """0 up to step ``begin``, 1 from ``end`` on, linear between."""
     if step >= end:
         return 1.0
-    return max(0.0, (step - begin) / (end - begin))
+    return (step - begin) / (end - begin) if step > begin else 0.0
 
 
 def cosine(

@@ -172,6 +172,16 @@ def check_view_counts(target: str, global_count: int, local_count: int) -> None:
     plugins.locate_class(target, Objective).check_views(global_count, local_count)
 
 
+def check_masked(objective: Mapping[str, Any], share: float) -> None:
+    """Raise Fault for an objective that is to learn from masked patches where none is masked."""
+    weights = [name for name in ("ibot_weight", "patch_weight") if objective.get(name) not in (None, 0, MISSING)]
+    if share == 0 and weights and (found := plugins.locate_class(objective["_target_"], Objective)).masks:
+        raise Fault(
+            f"data.masks.share=0 leaves no patches that {found.__name__} could learn from: give a share, or set"
+            f" objective.{weights[0]}=0."
+        )
+
+
 def check_further_views(objective: Mapping[str, Any], crops: Mapping[str, Any], patch_size: int) -> None:
     """`checked_views` of settings that are all there."""
     if MISSING not in (*objective.values(), *crops.values()):

@@ -193,7 +193,12 @@ def test_the_views_shown_are_those_of_training_and_follow_the_recipe() -> None:
                 "quarter_turns=0",
             )
         ]
-        + ["data.colour.jitter_probability=0", "data.colour.grey_probability=0", "data.masks.share=0"]
+        + [
+            "data.colour.jitter_probability=0",
+            "data.colour.grey_probability=0",
+            "data.masks.share=0",
+            "objective.ibot_weight=0",
+        ]
         + ["data.colour.blur_probability=[0,0,0]", "data.colour.solarise_probability=[0,0,0]"],
     )
     shown = np.asarray(seen(tiles, plain, 0)).astype(int)

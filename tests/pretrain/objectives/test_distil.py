@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from data.fault import Fault
+from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.distil import Distil
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.regression import cosine_distance, normed_smooth_l1
@@ -92,6 +93,16 @@ def test_the_given_teacher_sees_global_crops_alone_at_the_students_grid_of_patch
     assert all(
         p.grad is not None for network in model.trained().values() for p in network.parameters() if p.requires_grad
     )
+
+
+@pytest.mark.parametrize("left_out", ["class_weight", "patch_weight"])
+def test_a_term_without_weight_has_no_projection_and_the_other_is_learned(left_out: str) -> None:
+    model, moment = distil(**{left_out: 0.0}), Moment(0, 10, 0)
+    require_trainable(model)
+    model.loss(batch(2), moment)[0].backward()
+    trained = model.trained()
+    assert len(trained) == 2 and f"{left_out.removesuffix('_weight')}_projector" not in trained
+    assert all(p.grad is not None for network in trained.values() for p in network.parameters() if p.requires_grad)
 
 
 def test_terms_are_means_over_tiles_of_the_same_view_and_of_local_views_with_all_global_ones() -> None:

@@ -125,17 +125,21 @@ def test_checkpoints_hold_student_and_moving_average_and_not_the_given_teacher()
     assert [len(digest) for digest in model.rests_on().values()] == [16]
 
 
-@pytest.mark.parametrize("of", ["file", "timm", "dino", "nowhere"])
-def test_a_teacher_without_heads_is_told_and_what_learns_from_it(of: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("of", ["file", "timm", "dino"])
+def test_a_teacher_without_heads_is_told_and_what_learns_from_it(of: str) -> None:
     named = {
         "file": teacher_file,
         "timm": lambda: "vit_small_patch14_dinov2",
         "dino": lambda: teacher_run("dino"),
-        "nowhere": lambda: str(tmp_path / "run"),
     }
     source = named[of]()
     with pytest.raises(Fault, match=rf"objective\.teacher={source} names no run with heads .* by objective=distil\."):
         unfilled_distil_heads(encoder(), teacher=source)
+
+
+def test_a_teacher_that_is_gone_is_told_as_such(tmp_path: Path) -> None:
+    with pytest.raises(Fault, match=rf"objective\.teacher={tmp_path}/run: there is no folder .*/run; give the run"):
+        unfilled_distil_heads(encoder(), teacher=f"{tmp_path}/run")
 
 
 def test_a_teacher_that_is_not_named_is_asked_for() -> None:

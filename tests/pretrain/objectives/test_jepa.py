@@ -64,6 +64,8 @@ def test_held_out_tiles_are_judged_without_stochastic_depth_or_gradients() -> No
 
 def test_a_spread_rises_between_two_shares_of_the_run_and_has_its_concentration() -> None:
     settings = SPREADING | {"spread": "kde", "spread_weight": 0.4, "spread_concentration": 10.0}
+    begun = Spread(settings | {"spread_ramp": [0.3, 0.3]}, 4)  # type: ignore[typeddict-item]
+    assert [begun.weight(Moment(step, 10, 0)) for step in (0, 2, 3, 9)] == [0, 0, begun.peak, begun.peak]
     ramped = Spread(settings | {"spread_ramp": [0.1, 0.5]}, 4)  # type: ignore[typeddict-item]
     weights = [ramped.weight(Moment(step, 100, 0)) for step in (0, 10, 30, 50, 100)]
     assert weights == pytest.approx([0, 0, 0.2, 0.4, 0.4])

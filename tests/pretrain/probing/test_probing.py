@@ -163,6 +163,7 @@ def test_rankme_counts_equal_directions_and_sees_collapse():
     # σ = (3, 1): p = (.75, .25), exp of its entropy.
     entropy = -0.75 * math.log(0.75) - 0.25 * math.log(0.25)
     assert rankme(np.diag([3.0, 1.0])) == pytest.approx(math.exp(entropy), rel=1e-5)
+    assert math.isnan(rankme(np.diag([3.0, np.inf])))
 
 
 def test_standard_errors_are_binomial_and_gains_are_paired():

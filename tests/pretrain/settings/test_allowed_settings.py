@@ -210,6 +210,8 @@ def test_every_number_among_the_settings_has_a_range(command: str, words: list[s
         (["recipe=small_mae", "data.crops.global_count=2"], "objective._target_=pretrain.objectives.mae.MAE, data.crops.global_count=2 and data.crops.local_count=0 don't go together: MAE sees one crop of each tile: set data.crops.global_count=1 and"),
         (["recipe=small_dinov3", "objective.gram_weight=2"], "objective.gram_weight=2 compares with an earlier teacher that sees larger crops: set"),
         (["recipe=small_dinov3", "objective.gram_weight=2", "objective.gram_size=144", "data.crops.global_count=3"], "DINOv3 asks for larger views of 2 global ones, of 144 px, and there are data.crops.global_count=3"),
+        (["recipe=small_jepa", "data.masks.share=0"], "data.masks.share=0 leaves no patches that JEPA could learn from: give a share, or set objective.patch_weight=0."),
+        (["recipe=small", "data.masks.share=0"], "data.masks.share=0 leaves no patches that DINOv2 could learn from: give a share, or set objective.ibot_weight=0."),
         (["objective=distil", "objective.class_weight=0", "objective.patch_weight=0"], "objective.class_weight=0.0 and objective.patch_weight=0.0 don't go together: nothing is learned: give one of them."),
         (["watch.patience=2"], "watch.patience=2 and watch.probe=null don't go together: a better k-NN accuracy is waited for"),
     ],
