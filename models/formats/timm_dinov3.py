@@ -84,13 +84,15 @@ def write_timm_dinov3(network: VisionTransformer) -> Weights:
 def timm_dinov3_architecture(settings: dict[str, Any], image_size: int) -> tuple[str, dict[str, Any]]:
     """timm's architecture name and its arguments for one of our vision transformers with rotary positions.
 
-    Raises ValueError for an epsilon of norms that timm's don't have.
+    Raises ValueError for an epsilon of norms that timm's don't have, and for none of the layer scales that they have.
     """
     if settings.get("norm_epsilon") != EPSILON:
         raise ValueError(
             f"timm's DINOv3 has norms of epsilon {EPSILON:g}, and this run"
             f" model.norm_epsilon={settings.get('norm_epsilon', 1e-6):g}: export format=transformers"
         )
+    if not settings["layer_scale"]:
+        raise ValueError("timm's DINOv3 has layer scales, and this run model.layer_scale=0: hand on the run itself")
     arguments = timm_sizes(settings, image_size, settings["feed_forward_width"])
     arguments |= {"num_reg_tokens": settings["registers"]}
     if settings["feed_forward"] == "swiglu":

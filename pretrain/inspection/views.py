@@ -18,8 +18,9 @@ from pretrain.training.tile_stage import checked_views, colour, crop_sizes, mask
 
 
 def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:
-    """The settings of 'pretrain tile' under a recipe. Raises Fault for a recipe that there isn't."""
-    return load("tile", ["run=none", "data.shards=none", f"recipe={recipe}", *overrides]).object()
+    """The settings of 'pretrain tile' under a recipe, wherever its own tiles come from. Raises Fault for a recipe that
+    there isn't."""
+    return load("tile", ["run=none", "data=tiles", "data.shards=none", f"recipe={recipe}", *overrides]).object()
 
 
 def seen(tiles: Sequence[np.ndarray], config: Any, seed: int) -> Image.Image:

@@ -30,6 +30,7 @@ from pretrain.objectives.tile_batch import TileBatch
 from pretrain.run import checkpoints
 from pretrain.run.across_ranks import local_shard
 from pretrain.run.folder import REPLAY, read_config
+from pretrain.run.metrics import tail, thinned
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.settings.any_machine import on_any_machine
@@ -77,6 +78,9 @@ def replay_step(run: Path, step: int, accelerator: str, most: int) -> None:
             tell(training, found)
             return
         say(f"{run}: step {step} is finite in {precision}")
+    if not was_skipped(run, step):
+        say(f"{run}: step {step} was finite in the run too")
+        return
     say(
         f"{run}: what happened in step {step} doesn't come back here. Where its GPUs were others, look there for one that"
         " computes wrongly ('pretrain doctor')."
@@ -85,9 +89,13 @@ def replay_step(run: Path, step: int, accelerator: str, most: int) -> None:
 
 def networks_before(run: Path, step: int) -> Path:
     """The checkpoint of a run's networks before a step, as ``metrics.jsonl`` counts them. Raises Fault where there is
-    none."""
+    none, and for a step that was never taken."""
     kept = {checkpoints.step_of(path) + 1: path for path in checkpoints.complete(run)}
     skipped = {checkpoints.step_of(path) + 1: path for path in checkpoints.complete(run / REPLAY)}
+    taken = max([last_recorded(run), *(after - 1 for after in kept), *skipped])
+    if step > taken:
+        raise Fault(f"{run}: step {step:,} was never taken: the run has {taken:,}.")
+    kept.pop(taken + 1, None)
     if step in skipped or step in kept:
         return (kept | skipped)[step]
     known = ", ".join(f"{one} (skipped)" if one in skipped else str(one) for one in sorted(kept | skipped)) or "none"
@@ -95,6 +103,18 @@ def networks_before(run: Path, step: int) -> Path:
         f"{run} has no networks from just before step {step}: those of these steps are kept, replay=STEP of one of them:"
         f" {known}."
     )
+
+
+def last_recorded(run: Path) -> int:
+    """The last step of ``metrics.jsonl``; 0 where it has none."""
+    return max((record["step"] for record in tail(run)), default=0)
+
+
+def was_skipped(run: Path, step: int) -> bool:
+    """Whether the record says so, where a skipped step is always a line, or ends before a step whose networks were
+    kept."""
+    figures = (record for record in thinned(run) if record["step"] == step and "loss" in record)
+    return step > last_recorded(run) or any(None in (one["loss"], one["grad_norm"]) for one in figures)
 
 
 def run_alone(settings: dict[str, Any], run: Path, accelerator: str) -> Any:

@@ -16,6 +16,7 @@ from torch import Tensor
 from data.fault import Fault
 from models.formats import timm as timm_format
 from models.formats.timm_dinov3 import timm_dinov3_architecture, write_timm_dinov3
+from models.vit import VisionTransformer
 from pretrain.encoders.export.hosts import HOSTS
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.export.tiles import export_tiles, tile_card, vision_transformer
@@ -31,15 +32,7 @@ def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[s
     """
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
-    model, size = found.config["model"], preprocessing.image_size
-    try:
-        if network.position_embedding == "rope":
-            (architecture, arguments), weights = timm_dinov3_architecture(model, size), write_timm_dinov3(network)
-        else:
-            architecture, arguments = timm_format.architecture(model, size)
-            weights = timm_format.write_timm(network, size)
-    except ValueError as error:
-        raise Fault(f"{error}.") from error
+    architecture, arguments, weights = as_timms(network, found.config["model"], preprocessing.image_size)
     config = timm_config(architecture, arguments, preprocessing, license)
     files: dict[str, dict[str, Any] | str] = {"config.json": config, **HOSTS}
     use = """\
@@ -51,6 +44,19 @@ features = encoder(images)"""
     new, difference = export_tiles(out, found, network, preprocessing, files, weights, card, timm_features)
     checked = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
     return Exported(new, checked, f'timm.create_model("local-dir:{out}", pretrained=True)', difference)
+
+
+def as_timms(
+    network: VisionTransformer, model: dict[str, Any], image_size: int
+) -> tuple[str, dict[str, Any], dict[str, Tensor]]:
+    """timm's architecture for a network of the settings ``model``, its arguments, and the weights under its names.
+    Raises `Fault` for a network that timm can't express."""
+    try:
+        if network.position_embedding == "rope":
+            return *timm_dinov3_architecture(model, image_size), write_timm_dinov3(network)
+        return *timm_format.architecture(model, image_size), timm_format.write_timm(network, image_size)
+    except ValueError as error:
+        raise Fault(f"{error}.") from error
 
 
 def timm_config(

@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 
 from data.files import create_folder_whole
-from models.formats import timm as timm_format
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.export.tiles import images_to_check, require_same_features, tile_card, vision_transformer
+from pretrain.encoders.export.timm import as_timms
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import find_checkpoint
 
@@ -25,21 +25,21 @@ SCRIPT_TOLERANCE = 1e-4
 
 def export_torchscript(checkpoint: Path, out: Path, license: str, plugins: Collection[str] = ()) -> Exported:
     """Write a tile run's teacher as a traced module, unless it is there already. Raises `Fault` where it says something
-    else than the teacher, for one image or for several.
+    else than the teacher, for one image or for several, and for a network that timm can't express.
 
     What is traced is timm's network with the teacher's weights: ours has gradients of its own, which a trace can't hold.
     """
     found = find_checkpoint(checkpoint, plugins)
     network, preprocessing = vision_transformer(found)
     size, difference = preprocessing.image_size, 0.0
-    architecture, arguments = timm_format.architecture(found.config["model"], size)
+    architecture, arguments, weights = as_timms(network, found.config["model"], size)
 
     def fill(folder: Path) -> None:
         import timm
 
         nonlocal difference
         whole = timm.create_model(architecture, **arguments).eval()
-        whole.load_state_dict(timm_format.write_timm(network, size))
+        whole.load_state_dict(weights)
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of what is constant in it, as the size of an image is
             torch.jit.save(torch.jit.trace(whole, images_to_check(2, size)), str(folder / "encoder.pt"))

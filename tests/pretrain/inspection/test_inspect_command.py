@@ -22,6 +22,7 @@ from pretrain.inspection.shards import _draw, _facts, shards_page
 from pretrain.inspection.slides import COLOURS, contact_sheet, histogram
 from pretrain.inspection.views import recipe_settings, seen
 from pretrain.pages.page import STYLE
+from pretrain.settings.composition import load
 from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import picture, spoil, write_tiles
 from tests.data.slides.synthetic_slides import stained, write_slide
@@ -206,6 +207,14 @@ def test_the_views_shown_are_those_of_training_and_follow_the_recipe() -> None:
         for column in range(2):
             view = shown[68 * row : 68 * row + 64, 68 * column : 68 * column + 64]
             assert min(np.abs(view - other).max() for other in (tile, tile[:, ::-1])) <= 1
+
+
+def test_the_views_of_a_recipe_with_another_source_are_its_own() -> None:
+    shown = recipe_settings("nanopath_jepa")
+    assert seen([picture(0, 64)], shown, 0).width > 2 * shown.data.crops.global_size
+    own = load("tile", ["run=none", "data.files=none", "recipe=nanopath_jepa"]).object().data
+    parts = ("crops", "colour", "masks", "mean", "std")
+    assert [getattr(shown.data, part) for part in parts] == [getattr(own, part) for part in parts]
 
 
 def test_tiles_that_are_no_jpeg_are_named_beside_those_that_are(

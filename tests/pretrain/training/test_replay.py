@@ -13,7 +13,7 @@ from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain.objectives.dinov2 import DINOv2
 from pretrain.run import checkpoints
-from pretrain.training.replay import first_not_finite, narrowed, networks_before
+from pretrain.training.replay import first_not_finite, narrowed, networks_before, was_skipped
 from tests.data.shards.tile_folders import write_tiles
 from tests.pretrain.training.test_tile_training import WAYS, command
 
@@ -140,9 +140,26 @@ def test_a_finite_step_is_said_to_be_and_one_whose_networks_are_not_kept_is_refu
     run = tmp_path / "run"
     run_command_line(command(shards, run, "optim.steps=4"))
     run_command_line(["tile", "replay", f"run={run}", "replay=3", "accelerator=cpu"])
-    assert "step 3 is finite in float32" in capsys.readouterr().err
-    with pytest.raises(Fault, match=r"just before step 2: .*: 3, 5"):
+    said = capsys.readouterr().err
+    assert "step 3 is finite in float32" in said and "step 3 was finite in the run too" in said and "GPU" not in said
+    with pytest.raises(Fault, match=r"just before step 2: .*: 3\.$"):
         networks_before(run, 2)
+    with pytest.raises(Fault, match=r"step 5 was never taken: the run has 4\.$"):
+        networks_before(run, 5)
+
+
+def test_only_a_step_that_the_run_skipped_and_is_finite_here_is_a_gpus(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        spoil(patch, anyway)
+        run_command_line(command(shards, run, "optim.steps=4"))
+    assert [was_skipped(run, step) for step in (2, STEP, 4)] == [False, True, False]
+    capsys.readouterr()
+    run_command_line(["tile", f"run={run}", f"replay={STEP}", "accelerator=cpu"])
+    said = capsys.readouterr().err
+    assert f"what happened in step {STEP} doesn't come back here" in said and "finite in the run too" not in said
 
 
 def test_a_skipped_step_is_the_one_that_a_run_without_the_fault_takes(
@@ -152,7 +169,7 @@ def test_a_skipped_step_is_the_one_that_a_run_without_the_fault_takes(
     spoil(monkeypatch, anyway)
     run_command_line(command(shards, tmp_path / "spoilt", "optim.steps=4", "optim.schedule_steps=2"))
     kept = networks_before(tmp_path / "spoilt", STEP)
-    sound = networks_before(tmp_path / "sound", STEP)
+    sound = checkpoints.complete(tmp_path / "sound")[-1]
     first, second = (checkpoints.read_network(one, "") for one in (kept, sound))
     assert kept.parent.parent.name == "replay" and all(torch.equal(first[name], second[name]) for name in first)
 

@@ -244,7 +244,16 @@ def test_an_encoder_without_a_record_says_that_its_resolution_is_unknown(make_ti
     )
 
 
-@pytest.mark.parametrize("model", [{}, {"feed_forward": "swiglu", "feed_forward_width": 40, "registers": 2}], ids=str)
+ROPE = {"position_embedding": "rope", "norm_epsilon": 1e-5}
+TRACED = [
+    {},
+    {"feed_forward": "swiglu", "feed_forward_width": 40, "registers": 2},
+    ROPE | {"qkv_bias": "none", "registers": 4},
+    ROPE | {"qkv_bias": "none", "feed_forward": "swiglu", "feed_forward_width": 40},
+]
+
+
+@pytest.mark.parametrize("model", TRACED, ids=str)
 def test_a_traced_encoder_gives_the_teachers_features_for_any_number_of_images(make_tile_run, tmp_path, model):
     folder, teacher = make_tile_run(**model)
     exported = export_torchscript(folder, tmp_path / "encoder", "mit")
@@ -254,6 +263,23 @@ def test_a_traced_encoder_gives_the_teachers_features_for_any_number_of_images(m
     with torch.no_grad():
         torch.testing.assert_close(loaded(images), teacher.features(images)[0], atol=1e-5, rtol=1e-4)
     assert json.loads((tmp_path / "encoder" / "config.json").read_text())["mean"] == [0.7, 0.5, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("model", "sentence"),
+    [
+        (ROPE | {"qkv_bias": "all"}, "timm's DINOv3 has no biases of keys"),
+        (ROPE | {"layer_scale": 0.0}, r"timm's DINOv3 has layer scales, and this run model\.layer_scale=0"),
+        (ROPE | {"norm_epsilon": 1e-6}, "timm's DINOv3 has norms of epsilon 1e-05"),
+        ({"norm_epsilon": 1e-5}, r"no place for model\.norm_epsilon=1e-05"),
+    ],
+    ids=str,
+)
+def test_a_network_that_timm_has_no_place_for_is_not_traced(make_tile_run, tmp_path, model, sentence):
+    folder, _ = make_tile_run(**model)
+    with pytest.raises(Fault, match=sentence):
+        export_torchscript(folder, tmp_path / "encoder", "mit")
+    assert not (tmp_path / "encoder").exists()
 
 
 class Registry(dict):
