@@ -184,7 +184,7 @@ def stock_backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, l
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, False)
     if kernel == "plain":
         return plain_backward(grad, q, k, v, out, lse)
-    padded = F.pad(lse, (0, -q.shape[2] % ALIGNED), value=torch.inf)
+    padded = F.pad(lse, (0, -q.shape[2] % ALIGNED), value=torch.inf).contiguous()  # padded by nothing it is as it was
     seed, offset = torch.zeros(2, dtype=torch.int64, device=q.device).unbind()
     return aten._scaled_dot_product_efficient_attention_backward(
         grad, q, k, v, None, out, padded, seed, offset, 0.0, [True, True, True, False]

@@ -67,7 +67,7 @@ def kernels() -> dict[str, Any]:
 
     from models.attention_kernels import kernel
     from models.attention_statistics import Batched, matrix_products, plain_backward, takes_flash
-    from models.dilated_attention import dilated_attention
+    from models.dilated_attention import MOST_RUNS, dilated_attention
 
     torch.backends.cuda.matmul.allow_tf32 = False
     shapes = (
@@ -104,8 +104,8 @@ def kernels() -> dict[str, Any]:
             results.append([out, *torch.autograd.grad(out.float().square().sum(), (q, k, v))])
         for name, some in (("float32", results[0]), ("bfloat16", results[2])):
             worst[f"dilated {name} {'compatible' if compatible else 'exact'}"] = max(map(relative, some, results[1]))
-    many = torch.ones(70_000, 1, 64, device=device(), dtype=torch.bfloat16)
-    kernel("sdpa").forward(many, many, many, [(70_000, 1)])  # more runs than a grid has rows
+    many = torch.ones(MOST_RUNS, 1, 64, device=device(), dtype=torch.bfloat16)
+    kernel("sdpa").forward(many, many, many, [(MOST_RUNS, 1)])  # as many runs as a grid has rows
     limits = {"bfloat16": 3e-2, "float16": 4e-3, "float32": 1e-4}
     bad = {
         name: error for name, error in worst.items() if error > next(limits[kind] for kind in limits if kind in name)
@@ -240,6 +240,7 @@ def step() -> dict[str, Any]:
                 found[f"{kind}_reserved_gib"] = torch.cuda.max_memory_reserved() / 2**30
                 torch.cuda.set_sync_debug_mode("warn")
                 with warnings.catch_warnings(record=True) as waits:
+                    warnings.simplefilter("always")  # else those of one line count as one
                     one()
                 torch.cuda.set_sync_debug_mode("default")
                 found[f"{kind}_waits"] = len(waits)

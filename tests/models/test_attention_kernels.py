@@ -142,6 +142,18 @@ class Calls(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("length", [40, 64])  # padded, and a multiple of what CUDA's kernel aligns to
+def test_statistics_are_given_to_cudas_backward_densely(length):
+    """It takes the last stride for 1 whatever that is."""
+    with FakeTensorMode(), Calls() as calls:
+        q, k, v, grad = (torch.empty(6 * length, 4, 48, device="cuda") for _ in range(4))
+        out, lse = SDPA.forward(q, k, v, [(6, length)])
+        SDPA.backward(grad, q, k, v, out, lse, [(6, length)])
+    (given,) = calls.seen["aten._scaled_dot_product_efficient_attention_backward.default"]
+    statistics = given[6]
+    assert statistics.shape == (6, 4, 64) and statistics.is_contiguous()
+
+
 def test_runs_of_all_lengths_are_one_call_of_flash_on_cuda_with_the_rows_at_which_they_begin():
     with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
         q, k, v, grad = (torch.empty(ROWS, 4, 48, dtype=torch.bfloat16, device="cuda") for _ in range(4))
