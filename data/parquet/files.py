@@ -14,8 +14,9 @@ ENDINGS = (".parquet", ".parq", ".pq")
 
 
 def list_parquet(named: list[str]) -> list[str]:
-    """Parquet files, each once, by whatever links, sorted within each name that leads to them. A folder, on a disk or behind a URL, is
-    searched through; ``hf://datasets/ORG/NAME`` is one. Raises Fault for a name that leads to nothing."""
+    """Parquet files, each once, by whatever links, sorted within each name that leads to them. A folder, on a disk or
+    behind a URL, is searched through; ``hf://datasets/ORG/NAME`` is one. Raises Fault for a name that leads to
+    nothing."""
     found: dict[str, str] = {}
     for file in (file for name in named for file in _named(name)):
         found.setdefault(file if is_remote(file) else os.path.realpath(file), file)

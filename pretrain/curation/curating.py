@@ -39,6 +39,7 @@ from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import Rows, RowsInMemory, StoreRows, chunk_rows
 from pretrain.curation.table import SeenClusters, SlideShare, write_curated
+from pretrain.cutting.summary import counted_as
 from pretrain.run.across_ranks import from_first
 from pretrain.run.peers import Peers
 from pretrain.run.progress import Progress, say
@@ -176,7 +177,7 @@ def _centres(out: Path, rows: StoreRows, wanted: Wanted, peers: Peers) -> list[T
             first, last = own_rows(len(below), chunk_rows(count, rows.width))
             with _watched(
                 (steps + 1) * wanted.iterations * (last - first),
-                f"finding {count:,} cluster{'s' * (count != 1)}",
+                f"finding {counted_as(count, 'cluster')}",
                 "rows",
             ) as watched:
                 centres = fitted_level(

@@ -8,7 +8,6 @@ itself (``optim.clip_each``); gradients are otherwise those of its loss.
 from collections.abc import Callable, Sequence
 from typing import Annotated, Unpack
 
-import torch
 from torch import Tensor
 
 from models.allowed import PROTOTYPES, within
@@ -16,8 +15,6 @@ from models.heads import PrototypeHead
 from models.operations import Operations, total_operations
 from models.vit import VisionTransformer
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.losses.cross_entropy import cross_view_entropy
-from pretrain.objectives.packed_views import by_view
 from pretrain.objectives.self_distillation import Network, Taught, Teaching
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.objectives.tile_distillation import TileDistillation
@@ -71,11 +68,7 @@ class DINO(TileDistillation):
         """The loss of a micro-batch of augmented crops; its masks play no part."""
         if batch.targets is None:
             (batch,) = self.prepare([batch], moment)
-        assert batch.targets is not None
-        tokens = self.student_tokens(batch, moment)
-        scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
-        cls_targets = batch.targets["dino"]().unflatten(0, (batch.crops[0][1], -1))
-        dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
+        dino_global, dino_local = self.class_entropies(self.student_tokens(batch, moment), batch)
         return dino_global + dino_local, {
             "dino_global": dino_global,
             "dino_local": dino_local,

@@ -26,9 +26,7 @@ from models.patch_predictor import PatchPredictor
 from models.vit import VisionTransformer
 from pretrain.objectives.dense_figures import dense_figures
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.losses.cross_entropy import cross_view_entropy
 from pretrain.objectives.losses.patch_regression import normed_tokens, patch_regression
-from pretrain.objectives.packed_views import by_view
 from pretrain.objectives.self_distillation import ClassLevel, Network, Taught, Teaching, teaching_of
 from pretrain.objectives.spreading import Spread
 from pretrain.objectives.tile_batch import TileBatch
@@ -128,9 +126,7 @@ class JEPA(TileDistillation):
         assert batch.targets is not None
         global_views = batch.crops[0][1]
         tokens = self.student_tokens(batch, moment, masked=True)
-        scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
-        cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
-        dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
+        dino_global, dino_local = self.class_entropies(tokens, batch)
         predicted = self.predictor(tokens[0].patches, batch.masked)
         patches = patch_regression(predicted, batch.targets["patches"](), batch.crop_shares, len(batch.masks))
         spread = self.spread(tokens[0].cls, moment)

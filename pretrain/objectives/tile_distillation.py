@@ -5,11 +5,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Unpack
 
+import torch
+from torch import Tensor
+
 from data.stochastic_depth import StochasticDepth
 from models.operations import Operations
 from models.vit import Tokens
 from pretrain.objectives.interface import Moment
+from pretrain.objectives.losses.cross_entropy import cross_view_entropy
 from pretrain.objectives.packed_views import (
+    by_view,
     depth_of,
     operations_of_views,
     require_two_views,
@@ -61,6 +66,13 @@ class TileDistillation(SelfDistillation):
         masks = [batch.masks.flatten(1) if masked else None, *others]
         wanted = None if self.all_patches else [batch.masked if masked else None, *others]
         return tokens_of_views(self.student.encoder, self.group_size, batch, moment, masks, wanted)
+
+    def class_entropies(self, tokens: list[Tokens], batch: TileBatch) -> tuple[Tensor, Tensor]:
+        """`cross_view_entropy` of the student's class tokens, its shares of global and of local views."""
+        assert batch.targets is not None
+        scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
+        targets = batch.targets["dino"]().unflatten(0, (batch.crops[0][1], -1))
+        return cross_view_entropy(by_view(scores, batch), targets, self.student_temperature)
 
     def encoder_operations(self, batch: TileBatch, masked: int) -> Operations:
         """Of both encoders on a micro-batch whose loss is given ``masked`` patches."""

@@ -4,14 +4,12 @@ the teacher's at the same place, and class tokens are kept apart."""
 from collections.abc import Callable, Sequence
 from typing import Unpack
 
-import torch
 from torch import Tensor
 
 from models.operations import Operations, total_operations
 from models.vit import Tokens
 from pretrain.objectives.interface import Moment
-from pretrain.objectives.losses.cross_entropy import cross_view_entropy, masked_cross_entropy
-from pretrain.objectives.packed_views import by_view
+from pretrain.objectives.losses.cross_entropy import masked_cross_entropy
 from pretrain.objectives.self_distillation import LevelWeights, Network, Taught, Teaching
 from pretrain.objectives.spreading import Spread
 from pretrain.objectives.tile_batch import TileBatch
@@ -57,14 +55,11 @@ class TwoLevels(TileDistillation):
         same tokens to it."""
         assert batch.targets is not None
         global_views = batch.crops[0][1]
-        scores = self.student.dino_head(torch.cat([part.cls for part in tokens]))
+        dino_global, dino_local = self.class_entropies(tokens, batch)
         patches = tokens[0].patches
         if self.all_patches:
             patches = patches.flatten(0, 1).index_select(0, batch.masked)
         student_patches = self.student.score_patches(patches)
-
-        cls_targets = batch.targets["dino"]().unflatten(0, (global_views, -1))
-        dino_global, dino_local = cross_view_entropy(by_view(scores, batch), cls_targets, self.student_temperature)
         ibot = masked_cross_entropy(
             student_patches, batch.targets["ibot"](), batch.crop_shares, len(batch.masks), self.student_temperature
         )

@@ -49,9 +49,7 @@ from pretrain.training.watching import Watch
 BAD_TILES_SAID = 20  # said one by one; the rest are counted
 JUDGED_FROM = 10_000  # tiles: a bad one or two among the first are no reason to stop
 SAMPLE_TILES = 8
-HELD_OUT = (
-    1024  # of the tiles that aren't trained on, so many at most tell a loss at every checkpoint; a batch at least
-)
+HELD_OUT = 1024  # of the tiles that aren't trained on, so many at most, and a batch, tell a loss at checkpoints
 ALONE = {"slides_per_lane": None}  # how tiles are dealt out that are judged by: as they come
 KEPT_SAMPLES = 20  # pictures of crops: the first, and the newest
 
