@@ -19,12 +19,14 @@ graph is recorded. A `Kernel` is found by name:
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import accumulate, pairwise
 from typing import Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from models.uploaded import uploaded
 
 EqualRuns = tuple[int, int]
 """``(runs, tokens in each)``."""
@@ -121,13 +123,9 @@ class VariableLength:
 def run_starts(shapes: tuple[EqualRuns, ...], device: torch.device) -> tuple[Tensor, int]:
     """The rows at which runs begin, (runs + 1,) int32 with the total last, and the longest run. Cached: every layer
     asks again."""
-    edges = list(accumulate((runs * length for runs, length in shapes), initial=0))
-    first = (
-        torch.arange(start, stop, length, dtype=torch.int32, device=device)
-        for (start, stop), (_, length) in zip(pairwise(edges), shapes, strict=True)
-    )
-    end = torch.full((1,), edges[-1], dtype=torch.int32, device=device)
-    return torch.cat([*first, end]), max(length for _, length in shapes)
+    counts, lengths = np.array(shapes, dtype=np.int32).T
+    starts = np.concatenate([[0], lengths.repeat(counts).cumsum()])
+    return uploaded(torch.from_numpy(starts.astype(np.int32)), device), int(lengths.max())
 
 
 def flash(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: int) -> tuple[Tensor, Tensor]:

@@ -21,19 +21,21 @@ The public code treats the weights ``exp(lse_b - LSE)`` as constants in the back
 zero padding of incomplete segments. A model trained that way needs both to give the same numbers: ``compatible=True``.
 """
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
-from math import ceil, inf, log
+from itertools import accumulate, groupby
+from math import ceil
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.attention_statistics import SDPA, EqualRuns, StatisticsKernel
+from models.uploaded import uploaded
 
 CALL_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 """Elements of q in one call of a branch with gaps, unless one run is more: bounds what is copied out at a time."""
@@ -147,74 +149,67 @@ def lay_out(
     the public code; when r does not divide the heads, the last groups are smaller or empty. A slide shorter than w is
     one segment. ``compatible``: with `Call.padding`.
     """
-    segments = []  # (first token, segments, tokens in each, tokens missing from each)
+    segments = []  # (first token, tokens, tokens missing)
     for start, n in zip(accumulate(lengths, initial=0), lengths, strict=False):
         segment = min(w, n)
-        full, rest = divmod(n, segment)
-        segments.append((start, full, segment, 0))
-        if rest:
-            segments.append((start + full * segment, 1, rest, segment - rest))
+        segments += [(start + at, min(segment, n - at), max(0, segment - (n - at))) for at in range(0, n, segment)]
+    first, size, missing = np.array(segments).T
+    if r == 1 and len(segments) <= MOST_RUNS:  # every segment is a run, in the order of the tokens
+        padding = _padding(size, missing, device) if compatible else None
+        return Branch(len(heads), [Call(None, _equal_runs(size), padding)], complete=True)
 
-    if r == 1:  # every segment is a run, in the order of the tokens
-        shapes = tuple((count, length) for _, count, length, _ in segments)
-        short = [(count * length, missing) for _, count, length, missing in segments]
-        return Branch(len(heads), [Call(None, shapes, _padding(short, device) if compatible else None)], complete=True)
-    rows, runs, short = _permutation(segments, r, heads, ceil(every / r), device)
-    padding = _padding(short, device) if compatible else None
+    # A run is (segment, head), its tokens r apart from the offset at which the head is active; runs by their lengths.
+    own = np.arange(len(heads))
+    phase = (own + heads.start) // ceil(every / r)
+    length = np.maximum(0, -((phase - size[:, None]) // r)).flatten()  # ceil((size - phase) / r)
+    order = np.argsort(length, kind="stable")[np.count_nonzero(length == 0) :]
+    short = (-(-(size + missing) // r)[:, None] - length.reshape(len(size), -1)).flatten()[order]
+    begin = ((first[:, None] + phase) * len(heads) + own).flatten()[order]
+    length = length[order]
+    rows = _arithmetic_runs(begin, length, r * len(heads), device)
+    padding = _padding(length, short, device) if compatible else None
     # A CPU's kernel shares its work out by run, so a call has enough of them for every thread.
     together = torch.get_num_threads() if device.type == "cpu" else 1
     per_call = CALL_ELEMENTS.get(device.type, CALL_ELEMENTS["cuda"]) // head_width
     calls, start = [], 0
-    for some in _cut(runs, per_call, together):
-        stop = start + sum(count * length for count, length in some)
+    for some in _cut(_equal_runs(length), per_call, together):
+        stop = start + sum(count * tokens for count, tokens in some)
         calls.append(Call(rows[start:stop], tuple(some), None if padding is None else padding[start:stop]))
         start = stop
     # A row is one head of a token, though a group's heads move together: a kernel likes a head's tokens side by side.
     return Branch(1, calls, complete=False)
 
 
-def _permutation(
-    segments: list[tuple[int, int, int, int]], r: int, heads: range, per_group: int, device: torch.device
-) -> tuple[Tensor, list[EqualRuns], list[tuple[int, int]]]:
-    """Ratio r > 1: a run is (segment, head), its tokens r apart. All rows by run length, shapes, and (rows, missing
-    tokens of their runs) in the same order.
+def _equal_runs(lengths: np.ndarray) -> tuple[EqualRuns, ...]:
+    return tuple((len(list(same)), length) for length, same in groupby(lengths.tolist()))
 
-    Computed on the device, from numbers that are known here: nothing is copied there, and nothing is asked of it.
+
+def _arithmetic_runs(begin: np.ndarray, length: np.ndarray, step: int, device: torch.device) -> Tensor:
+    """``begin, begin + step, …`` of each run, one run behind another.
+
+    Computed on the device from a number or two a run: indices of all tokens are tens of megabytes, and a call for each
+    run would keep a GPU waiting for its host.
     """
-    found: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # run length → rows (runs, length), missing
-    phases = [head // per_group for head in heads]  # the offset mod r at which each head is active; ascending
-    head = torch.arange(len(heads), device=device)
-    own = (head + heads.start) // per_group * len(heads) + head  # the row of a head's first token
-    for first, count, size, missing in segments:
-        padded = ceil((size + missing) / r)
-        longer = sum(phase < size % r for phase in phases)  # heads that meet one token more than the others
-        for some, length in ((own[:longer], size // r + 1), (own[longer:], size // r)):
-            if len(some) == 0 or length == 0:
-                continue
-            segment = torch.arange(first, first + count * size, size, device=device)[:, None, None]
-            token = segment + torch.arange(0, length * r, r, device=device)
-            rows = (token * len(heads) + some[:, None]).flatten(0, 1)  # (segments * heads, length)
-            found[length].append((rows, padded - length))
-    parts = [(rows, missing) for length in sorted(found) for rows, missing in found[length]]
-    if not parts:  # none of these heads is active
-        return torch.empty(0, dtype=torch.int64, device=device), [], []
-    shapes = [(len(rows), rows.shape[1]) for rows, _ in parts]
-    short = [(rows.numel(), missing) for rows, missing in parts]
-    return torch.cat([rows.flatten() for rows, _ in parts]), shapes, short
+    before = np.cumsum(length) - length
+    number = step * torch.arange(int(length.sum()), device=device)
+    return number + _repeated(begin - step * before, length, device)
 
 
-def _padding(short: list[tuple[int, int]], device: torch.device) -> Tensor | None:
-    """`Call.padding` of rows in order, ``(rows, missing tokens of their runs)``; None where none are missing."""
-    if not any(missing for _, missing in short):
+def _padding(length: np.ndarray, missing: np.ndarray, device: torch.device) -> Tensor | None:
+    """`Call.padding` of runs that lack so many tokens each; None where none are missing."""
+    if not missing.any():
         return None
-    logs = (
-        torch.full((rows, 1), log(missing) if missing else -inf, dtype=torch.float64, device=device)
-        for rows, missing in short
-    )
-    return torch.cat(list(logs))
+    with np.errstate(divide="ignore"):  # log 0 = -inf: nothing is added
+        return _repeated(np.log(missing), length, device)[:, None]
 
 
-def _cut(shapes: list[EqualRuns], per_call: int, together: int) -> Iterator[list[EqualRuns]]:
+def _repeated(values: np.ndarray, counts: np.ndarray, device: torch.device) -> Tensor:
+    """Each value so many times."""
+    given, times = (uploaded(torch.from_numpy(numbers), device) for numbers in (values, counts))
+    return given.repeat_interleave(times, output_size=int(counts.sum()))
+
+
+def _cut(shapes: Sequence[EqualRuns], per_call: int, together: int) -> Iterator[list[EqualRuns]]:
     """Runs in order, cut into calls of at most ``per_call`` tokens and `MOST_RUNS`, or of ``together`` runs where their
     tokens are more."""
     call: list[EqualRuns] = []

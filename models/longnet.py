@@ -23,7 +23,7 @@ from models.attention import check_heads
 from models.attention_kernels import ATTENTION_KERNELS, kernel
 from models.dilated_attention import attended_pairs, check_schedule, dilated_attention
 from models.operations import Operations, attention_products, linear_maps, total_operations
-from models.packed_slides import in_runs, number_of_each, prepend, summarise
+from models.packed_slides import of_each_token, prepend, summarise
 from models.positions import check_sines, position_embedding
 from models.sequence_parallel import (
     Group,
@@ -409,9 +409,8 @@ def drop_path(x: Tensor, rate: float, share: TokenShare, seeds: Sequence[int] | 
     scaled = x * (1 / (1 - rate))
     if all(there for there, _ in parts):
         return scaled
-    runs = in_runs(scaled, [size for _, size in parts])
-    there = number_of_each([there for there, _ in parts], x).split([len(run) for run in runs])
-    return torch.cat([(run * some[:, None, None]).flatten(0, 1) for run, some in zip(runs, there, strict=True)])
+    there, sizes = zip(*parts, strict=True)
+    return scaled * of_each_token(there, sizes, x)[:, None]
 
 
 def dropout_seed(seed: int, site: str) -> int:

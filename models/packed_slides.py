@@ -10,6 +10,8 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from models.uploaded import uploaded
+
 
 def in_runs(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
     """``(T, …)`` → ``(slides, tokens, …)`` for every run of slides of one length, without a copy."""
@@ -47,15 +49,12 @@ def summarise(
 
 def numbers_of_slides(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(T,) int64, the number of each token's slide."""
-    found, first = [], 0
-    for length, same in groupby(lengths):
-        count = len(list(same))
-        found.append(torch.arange(first, first + count, device=device).unsqueeze(1).expand(count, length).flatten())
-        first += count
-    return torch.cat(found)
+    numbers = uploaded(torch.arange(len(lengths)), device)
+    return numbers.repeat_interleave(uploaded(torch.tensor(lengths), device), output_size=sum(lengths))
 
 
-def number_of_each(values: Sequence[float], like: Tensor) -> Tensor:
-    """(B,) a number for each slide, on the device and in the precision of ``like``, for which no GPU is waited for."""
-    found = torch.tensor(values, dtype=like.dtype)
-    return found.pin_memory().to(like.device, non_blocking=True) if like.is_cuda else found.to(like.device)
+def of_each_token(values: Sequence[float], lengths: Sequence[int], like: Tensor) -> Tensor:
+    """(T,) the number of each token's slide, on the device and in the precision of ``like``, for which no GPU is waited
+    for."""
+    given = uploaded(torch.tensor(values, dtype=like.dtype), like.device)
+    return given.repeat_interleave(uploaded(torch.tensor(lengths), like.device), output_size=sum(lengths))

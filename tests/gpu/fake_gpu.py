@@ -78,7 +78,13 @@ class Waits(TorchDispatchMode):
             masks := [one for one in args[1] if one is not None and not one.dtype.is_signed]
         ):
             return args[0].new_empty(masks[0].numel() // 2, *args[0].shape[masks[0].dim() :])
-        return self._of_any_shape(function, args) if function in SHAPED_BY_NUMBERS else function(*args, **kwargs)
+        of_any_shape = self._shaped_by_numbers(function, kwargs)
+        return self._of_any_shape(function, args) if of_any_shape else function(*args, **kwargs)
+
+    @staticmethod
+    def _shaped_by_numbers(function: Any, kwargs: Any) -> bool:
+        """A size that is given needn't be asked for."""
+        return function in SHAPED_BY_NUMBERS and kwargs.get("output_size") is None
 
     def _of_any_shape(self, function: Any, args: Any) -> Any:
         """A result of a shape that nobody knows: as if half of the numbers were true."""
@@ -90,7 +96,7 @@ class Waits(TorchDispatchMode):
         raise NotImplementedError(f"{function} at {_place()}: its shape depends on numbers")
 
     def _waits(self, function: Any, args: Any, kwargs: Any) -> bool:
-        if function in SHAPED_BY_NUMBERS or function is aten.equal.default:
+        if self._shaped_by_numbers(function, kwargs) or function is aten.equal.default:
             return on_gpu(args[0])
         if function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) and on_gpu(args[0]):
             indices = [index for index in args[1] if index is not None]

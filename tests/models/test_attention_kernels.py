@@ -6,7 +6,6 @@ from collections import defaultdict
 import pytest
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from models import attention_statistics
@@ -23,6 +22,7 @@ from models.attention_statistics import (
 )
 from models.dilated_attention import dilated_attention, lay_out
 from models.longnet import LongNet
+from tests.gpu.fake_gpu import fake_gpu
 
 CPU = torch.device("cpu")
 SHAPES = [(3, 5), (1, 9), (2, 1), (1, 9)]  # runs of several lengths, one length twice
@@ -117,17 +117,12 @@ def test_a_branch_of_many_lengths_is_one_call():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_stock_kernels_of_cuda_take_and_give_these_shapes(dtype):
-    with FakeTensorMode():  # operators and shapes of CUDA without the device
+    with fake_gpu():  # operators and shapes of CUDA without the device
         q, k, v, grad = (torch.empty(ROWS, 4, 48, dtype=dtype, device="cuda") for _ in range(4))
         out, lse = SDPA.forward(q, k, v, SHAPES)
         assert out.shape == q.shape and out.dtype == dtype and lse.shape == q.shape[:2] and lse.dtype == torch.float32
         for gradient in SDPA.backward(grad, q, k, v, out, lse, SHAPES):
             assert gradient.shape == q.shape and gradient.dtype == dtype
-
-
-@pytest.fixture(autouse=True)
-def no_plan_of_another_test() -> None:
-    run_starts.cache_clear()  # one test's fake tensors are nothing to another's
 
 
 class Calls(TorchDispatchMode):
@@ -145,7 +140,7 @@ class Calls(TorchDispatchMode):
 @pytest.mark.parametrize("length", [40, 64])  # padded, and a multiple of what CUDA's kernel aligns to
 def test_statistics_are_given_to_cudas_backward_densely(length):
     """It takes the last stride for 1 whatever that is."""
-    with FakeTensorMode(), Calls() as calls:
+    with fake_gpu(), Calls() as calls:
         q, k, v, grad = (torch.empty(6 * length, 4, 48, device="cuda") for _ in range(4))
         out, lse = SDPA.forward(q, k, v, [(6, length)])
         SDPA.backward(grad, q, k, v, out, lse, [(6, length)])
@@ -155,7 +150,7 @@ def test_statistics_are_given_to_cudas_backward_densely(length):
 
 
 def test_runs_of_all_lengths_are_one_call_of_flash_on_cuda_with_the_rows_at_which_they_begin():
-    with FakeTensorMode(allow_non_fake_inputs=True), Calls() as calls:
+    with fake_gpu(), Calls() as calls:
         q, k, v, grad = (torch.empty(ROWS, 4, 48, dtype=torch.bfloat16, device="cuda") for _ in range(4))
         out, lse = SDPA.forward(q, k, v, SHAPES)
         SDPA.backward(grad, q, k, v, out, lse, SHAPES)
