@@ -7,12 +7,13 @@ import subprocess
 import sys
 import time
 import timeit
+from functools import cache
 from pathlib import Path
 
 import pytest
 import timm
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from data.fault import Fault
 from pretrain.commands import recipes
@@ -23,6 +24,7 @@ from pretrain.run.folder import flat
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.settings.config_files import CONFIGS, comments
+from pretrain.training.optimisation import Optim, rates_at, scaled_lr
 from tests.pretrain.objectives.tile_objectives import teacher_file
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -80,9 +82,9 @@ SHRUNK = {
     *(f"data.{name}" for name in ("batch_size", "lanes")),
     *(
         f"optim.{name}"
-        for name in ("steps", "schedule_steps", "warmup_steps", "frozen_last_layer_steps", "frozen_backbone_steps")
+        for name in ("steps", "schedule_steps", "warmup_steps", "cosine_steps", "frozen_last_layer_steps", "frozen_backbone_steps")
     ),
-    *("objective.teacher_temperature_warmup", "init"),
+    *("objective.teacher_temperature_warmup", "objective.gram_every", "init"),
 }
 # Published recipes of slide encoders, and a part of what is said to be public of each.
 OF_SLIDES = {
@@ -217,10 +219,25 @@ def test_every_value_says_where_it_is_from(name: str) -> None:
         assert "?:" not in comment or "?: our choice" in comment, f"{key}: {comment!r}"
 
 
+@cache
+def tree_of(command: str, name: str, scale: str) -> DictConfig:
+    """A recipe's values, on tile shards in the tile stage."""
+    place = ["data=tiles", "data.shards=s"] if command == "tile" else []
+    return load(command, [f"recipe={name}", f"scale={scale}", "run=r", *place]).tree
+
+
+@pytest.mark.parametrize(("command", "name"), [("tile", name) for name in PUBLISHED] + [("slide", name) for name in OF_SLIDES])
+def test_at_smoke_scale_the_rate_of_some_step_is_at_least_half_of_the_recipes_peak(command: str, name: str) -> None:
+    tree = tree_of(command, name, "smoke")
+    optim, batch = OmegaConf.to_object(tree.optim), tree.data.batch_size
+    assert isinstance(optim, Optim)
+    rates = [rates_at(step, optim, batch)[0] for step in range(optim.steps)]
+    assert max(rates) >= max(scaled_lr(optim, batch), optim.lr_final) / 2 > 0
+
+
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_smoke_shrinks_width_depth_batch_and_steps_and_nothing_else(name: str) -> None:
-    given = [f"recipe={name}", "run=r", "data=tiles", "data.shards=s"]
-    full, smoke = (flat(OmegaConf.to_container(load("tile", [*given, *scale]).tree)) for scale in ([], ["scale=smoke"]))  # type: ignore[arg-type]
+    full, smoke = (flat(OmegaConf.to_container(tree_of("tile", name, scale))) for scale in ("full", "smoke"))  # type: ignore[arg-type]
     assert {key for key in full if full[key] != smoke[key]} <= SHRUNK
     assert smoke["optim.steps"] == 20 and smoke["model.width"] < full["model.width"]
 
