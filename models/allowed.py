@@ -8,6 +8,10 @@ What two settings must be to each other is declared once beside them, as functio
 
     agreements: ClassVar[Agreements] = {("width", "heads"): check_heads}
 
+Where a setting changes nothing is declared beside its type too:
+
+    drop_path_rising: Annotated[bool, idle_where("drop_path", 0)]
+
 Networks and objectives declare both in their constructors and classes, settings in their dataclasses;
 `pretrain.settings.ranges` holds values to them.
 """
@@ -30,6 +34,19 @@ class Allowed:
     says: str
     holds: Callable[[Any], bool]
     whole: bool = False
+
+
+@dataclass(frozen=True)
+class Idle:
+    """A setting changes nothing while the one beside it, ``by``, has one of these values."""
+
+    by: str
+    values: tuple[Any, ...]
+
+
+def idle_where(by: str, *values: Any) -> Idle:
+    """Of no effect while another setting of the same class is one of ``values``."""
+    return Idle(by, values)
 
 
 def within(

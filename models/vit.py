@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.allowed import Agreements, one_of, within
+from models.allowed import Agreements, idle_where, one_of, within
 from models.attention import QKV_BIASES, Attention, Shape, backend, check_heads
 from models.operations import Operations, linear_maps, total_operations
 from models.positions import check_sines, grid_embedding
@@ -310,9 +310,9 @@ class VisionTransformer(nn.Module):
         registers: Annotated[int, within(least=0)] = 0,
         layer_scale: Annotated[float, within(least=0)] = 1e-5,
         drop_path: Annotated[float, within(least=0, below=1)] = 0.0,
-        drop_path_rising: bool = False,
-        position_antialias: bool = True,
-        position_offset: Annotated[float, within(least=0, below=1)] = 0.0,
+        drop_path_rising: Annotated[bool, idle_where("drop_path", 0)] = False,
+        position_antialias: Annotated[bool, idle_where("position_embedding", "rope")] = True,
+        position_offset: Annotated[float, within(least=0, below=1), idle_where("position_embedding", "rope")] = 0.0,
         position_embedding: Annotated[str, one_of(*POSITIONS)] = "learned",
         position_rescale: Annotated[float, within(least=1)] = 1.0,
         qkv_bias: Annotated[str, one_of(*QKV_BIASES)] = "all",

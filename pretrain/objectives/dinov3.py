@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from data.fault import Fault
 from data.tiles.crops import FurtherViews
-from models.allowed import PIXEL_COUNT, one_of, within
+from models.allowed import PIXEL_COUNT, idle_where, one_of, within
 from models.operations import Operations, total_operations
 from models.vit import VisionTransformer
 from pretrain.objectives import teacher as ema
@@ -30,6 +30,7 @@ from pretrain.objectives.self_distillation import SharpeningOfSeparateLevels
 from pretrain.objectives.tile_batch import TileBatch
 
 GLOBAL_VIEWS = 2  # of a tile, as in every run of the reference
+WITHOUT_GRAM = idle_where("gram_weight", 0)
 
 
 class DINOv3(DINOv2):
@@ -48,10 +49,10 @@ class DINOv3(DINOv2):
         group_size: Annotated[int, within(least=2)],
         local_weight: Annotated[float, within(least=0)],
         gram_weight: Annotated[float, within(least=0)],
-        gram_size: Annotated[int | None, PIXEL_COUNT],
-        gram_every: Annotated[int, within(least=1)],
-        gram_refreshes: Annotated[int, within(least=0)],
-        gram_negatives: Annotated[str, one_of(*GRAM_NEGATIVES)],
+        gram_size: Annotated[int | None, PIXEL_COUNT, WITHOUT_GRAM],
+        gram_every: Annotated[int, within(least=1), WITHOUT_GRAM, idle_where("gram_refreshes", 0)],
+        gram_refreshes: Annotated[int, within(least=0), WITHOUT_GRAM],
+        gram_negatives: Annotated[str, one_of(*GRAM_NEGATIVES), WITHOUT_GRAM],
         **settings: Unpack[SharpeningOfSeparateLevels],
     ) -> None:
         super().__init__(

@@ -4,7 +4,7 @@ from typing import Annotated, TypedDict
 
 from torch import Tensor
 
-from models.allowed import RANGE, SHARE, one_of, within
+from models.allowed import RANGE, SHARE, idle_where, one_of, within
 from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.spread import SPREADS
 from pretrain.objectives.schedules import ramp
@@ -13,10 +13,12 @@ from pretrain.objectives.schedules import ramp
 class Spreading(TypedDict):
     """Settings of every objective with such a term."""
 
-    spread: Annotated[str, one_of(*SPREADS)]
+    spread: Annotated[str, one_of(*SPREADS), idle_where("spread_weight", 0)]
     spread_weight: Annotated[float, within(least=0)]
-    spread_concentration: Annotated[float, within(above=0)]
-    spread_ramp: Annotated[list[float], RANGE, SHARE]
+    spread_concentration: Annotated[
+        float, within(above=0), idle_where("spread", "koleo", "sigreg"), idle_where("spread_weight", 0)
+    ]
+    spread_ramp: Annotated[list[float], RANGE, SHARE, idle_where("spread_weight", 0)]
 
 
 class Spread:

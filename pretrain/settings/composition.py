@@ -11,7 +11,7 @@ what.
 import dataclasses
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -36,7 +36,7 @@ from pretrain.settings.merging import (
     typed_launch,
     unresolved,
 )
-from pretrain.settings.refusals import require_heeded, require_no_range_in_a_list, require_of_the_stage, why_refused
+from pretrain.settings.refusals import require_no_range_in_a_list, require_of_the_stage, unheeded, why_refused
 from pretrain.settings.shell_words import key_of, readable
 
 
@@ -63,6 +63,7 @@ class Composed:
     left_out: list[str] = field(
         default_factory=list
     )  # settings of another objective, network or source, which the recipe has and the chosen one does without
+    unheeded: dict[str, str] = field(default_factory=dict)  # given settings that change nothing, with what to say of each
 
     @property
     def overridden(self) -> set[str]:
@@ -112,8 +113,11 @@ class Composed:
 
 
 @of_the_command_line()
-def load(command: str, overrides: list[str], config_dirs: list[Path] | None = None) -> Composed:
-    """Compose and check the configuration of ``command``. Raises Fault for anything unknown, mistyped or malformed."""
+def load(
+    command: str, overrides: list[str], config_dirs: list[Path] | None = None, elsewhere: Collection[str] = ()
+) -> Composed:
+    """Compose and check the configuration of ``command``. Raises Fault for anything unknown, mistyped or malformed, and
+    for a given setting that changes nothing, but for those that a sweep's other runs may heed, ``elsewhere``."""
     if not (CONFIGS / f"{file_stem(command)}.yaml").exists():
         raise Fault(f"configs/{file_stem(command)}.yaml is missing from this installation.")
     directories = [CONFIGS, *(config_dirs or [])]
@@ -135,21 +139,24 @@ def load(command: str, overrides: list[str], config_dirs: list[Path] | None = No
     launch = typed_launch(command, values.pop("launch")) if "launch" in choices else {}
     tree = typed(command, values)
     require_no_range_in_a_list(words, values)
-    _check_ranges(command, tree, launch)
-    require_heeded(words, values)
+    idle = unheeded(command, words, _checked(command, tree, launch))
+    if said := [sentence for key, sentence in idle.items() if key not in elsewhere]:
+        raise Fault(said[0])
     files = _files(command, choices, directories)
-    return Composed(command, tree, launch, files, overrides, directories[1:], left_out)
+    return Composed(command, tree, launch, files, overrides, directories[1:], left_out, idle)
 
 
-def _check_ranges(command: str, tree: DictConfig, launch: plugins.Plugin) -> None:
-    """Raise Fault for a value that its setting doesn't allow; a value that is still missing isn't one."""
+def _checked(command: str, tree: DictConfig, launch: plugins.Plugin) -> dict[str, Any]:
+    """The values, plain. Raises Fault for one that its setting doesn't allow; a value that is still missing isn't
+    one."""
     try:
-        values = OmegaConf.to_container(tree, resolve=True)
+        values: dict[str, Any] = OmegaConf.to_container(tree, resolve=True)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise Fault(unresolved(error)) from error
-    ranges.check_whole(values, config_class(command))  # type: ignore[arg-type]
+    ranges.check_whole(values, config_class(command))
     if launch:
         ranges.require_allowed({"launch": launch}, {"launch": plugins.Plugin})
+    return values
 
 
 def _compose(

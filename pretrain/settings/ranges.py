@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_args, get_origin
 from torch import nn
 
 from data.fault import Fault
-from models.allowed import Agreements, Allowed, matching, one_of, within
+from models.allowed import Agreements, Allowed, Idle, matching, one_of, within
 from pretrain.settings import plugins
 
 __all__ = ["Agreements", "Allowed", "declared", "hints", "matching", "one_of", "require_allowed", "within"]
@@ -69,6 +69,19 @@ def declared(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = 
             yield from declared(value, _settings_of(inner), f"{prefix}{name}.")
         if _is_table(kind, value):
             yield from declared(value, dict.fromkeys(value, get_args(kind)[1]), f"{prefix}{name}.")
+
+
+def idle(values: Mapping[str, Any], kinds: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Which of ``values`` and those inside them change nothing: dotted names, each with ``setting=value`` of the one
+    that makes it so."""
+    for name, kind in kinds.items():
+        if name not in values:
+            continue
+        for extra in get_args(kind)[1:] if get_origin(kind) is Annotated else ():
+            if isinstance(extra, Idle) and (value := values.get(extra.by, MISSING)) in extra.values:
+                yield f"{prefix}{name}", f"{prefix}{extra.by}={_plain(value)}"
+        for inner in _inside(apart(kind)[0], values[name]):
+            yield from idle(values[name], _settings_of(inner), f"{prefix}{name}.")
 
 
 def _check(name: str, value: Any, kind: Any) -> None:

@@ -23,7 +23,6 @@ OF_WHOLE_FIELDS = ("data.crop", "data.mask", "data.mask_ratio", "data.block_cell
 """What objectives that compare crops of a slide don't read."""
 OF_MASKS = ("data.mask", "data.block_cells", "data.crops.mask")
 """How settings begin that objectives don't read that mask nothing, or by settings of their own."""
-OF_RATIOS, OF_SQUARES = ("data.masks.low", "data.masks.high"), ("data.masks.squares", "data.masks.square_area")
 OF_LIGHTNINGS_TRAINER = {
     "max_steps": "optim.steps= is a run's length, and optim.schedule_steps= that of its schedules where it stops before",
     "max_epochs": "optim.steps= is a run's length, in steps",
@@ -123,17 +122,26 @@ def require_of_the_stage(
             raise Fault(f"{chose} {asks} of 'pretrain {its}': here {group}= is one of {', '.join(known)}.")
 
 
-def require_heeded(words: Sequence[str], values: DictConfig) -> None:
-    """Raise Fault for a setting of the command line that would change nothing: the chosen objective doesn't read it, or
-    the chosen kind of mask."""
-    if "objective" not in values:
-        return
-    objective: Any = plugins.locate_class(values.objective["_target_"], object)
+def unheeded(command: str, words: Sequence[str], values: Mapping[str, Any]) -> dict[str, str]:
+    """Of the settings that the command line gives, those that would change nothing, each with the sentence that says
+    so: the chosen objective doesn't read it, or another setting leaves it without effect (`models.allowed.Idle`)."""
+    found, idle = {}, dict(ranges.idle(values, ranges.hints(config_class(command))))
+    objective: Any = plugins.locate_class(values["objective"]["_target_"], object) if "objective" in values else None
     for key in map(key_of, words):
-        if theirs := _done_by_others(key, objective):
-            raise Fault(f"{key} is for objectives that {theirs}, and {objective.__name__} doesn't: leave it out.")
-        if key in OF_RATIOS + OF_SQUARES and (key in OF_SQUARES) != ((kind := values.data.masks.kind) == "squares"):
-            raise Fault(f"{key} has no effect with data.masks.kind={kind}: leave it out, or choose another kind.")
+        if objective and (theirs := _done_by_others(key, objective)):
+            found[key] = f"{key} is for objectives that {theirs}, and {objective.__name__} doesn't: leave it out."
+        elif key == "model.own_local_cls_norm" and _all_of_one_size(values, objective):
+            found[key] = f"{key} is for crops of a second size, and there are none: leave it out, or give local crops."
+        elif key in idle:
+            found[key] = f"{key} has no effect with {idle[key]}: leave it out, or change that."
+    return found
+
+
+def _all_of_one_size(values: Mapping[str, Any], objective: Any) -> bool:
+    """Whether a tile objective sees global crops alone, by settings that are all there."""
+    settings = {name: value for name, value in values["objective"].items() if name != "_target_"}
+    none_local = values["data"].get("crops", {}).get("local_count") == 0
+    return none_local and ranges.MISSING not in settings.values() and not objective.further_views(settings)
 
 
 def _done_by_others(key: str, objective: Any) -> str | None:

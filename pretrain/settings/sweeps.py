@@ -49,14 +49,23 @@ def sweep_of(command: str, words: list[str], config_dirs: list[Path]) -> Sweep:
     if not runs or "run" in keys:
         raise Fault("a sweep has one run=, the folder below which each of its runs has its own.")
     folder = Path(str(load(command, [runs[-1]], config_dirs).tree.run))
-    points = {}
+    fixed = set(map(key_of, words)) - set(keys)
+    points: dict[str, Composed] = {}
+    idle: list[dict[str, str]] = []
     for chosen in product(*values):
         name = _folder_name([chosen[place] for place in swept])
         own = [word for word in chosen if key_of(word) != "run"]
         if name in points:
             raise Fault(f"two runs of the sweep are the same: {name}.")
-        points[name] = load(command, [f"run={folder / name}", *own], config_dirs)
-        points[name].require_given()
+        words_of_run = [f"run={folder / name}", *own]
+        composed = load(command, words_of_run, config_dirs, fixed)
+        idle.append(composed.unheeded)
+        if idle[-1]:
+            composed = load(command, [word for word in words_of_run if key_of(word) not in idle[-1]], config_dirs)
+        composed.require_given()
+        points[name] = composed
+    if said := [sentence for key, sentence in idle[0].items() if all(key in each for each in idle)]:
+        raise Fault(said[0])
     return Sweep(command, folder, points, words)
 
 

@@ -20,7 +20,7 @@ from data.tiles.crops import CropSizes, FurtherViews
 from data.tiles.loader import MicroBatch, RankBatch, TileBatches, loader_of
 from data.tiles.source import TileSource
 from data.tiles.stream import Stream, group_size
-from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, numbers, one_of, within
+from models.allowed import ON_DISK, PIXEL_COUNT, RANGE, SHARE, Agreements, idle_where, numbers, one_of, within
 from pretrain.encoders import init
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import evaluation_size
@@ -105,16 +105,20 @@ def check_shares(low: float, high: float) -> None:
         raise ValueError("the smallest share is larger than the largest")
 
 
+WITH_SQUARES = idle_where("kind", "squares")
+WITHOUT_SQUARES = idle_where("kind", *(kind for kind in MASK_KINDS if kind != "squares"))
+
+
 @dataclass
 class MaskSettings:
     """``data.masks``: which share of the global crops is masked, and how much of them."""
 
     share: Annotated[float, SHARE]
     kind: Annotated[str, one_of(*MASK_KINDS)]
-    low: Annotated[float, SHARE]
-    high: Annotated[float, SHARE]
-    squares: Annotated[int, within(least=1)]
-    square_area: Annotated[float, within(above=0, most=1)]
+    low: Annotated[float, SHARE, WITH_SQUARES]
+    high: Annotated[float, SHARE, WITH_SQUARES]
+    squares: Annotated[int, within(least=1), WITHOUT_SQUARES]
+    square_area: Annotated[float, within(above=0, most=1), WITHOUT_SQUARES]
 
     agreements: ClassVar[Agreements] = {("low", "high"): check_shares}
 

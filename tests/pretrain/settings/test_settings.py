@@ -13,7 +13,8 @@ from pretrain.settings.annotation import annotated
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import load
 from pretrain.settings.config_files import CONFIGS, choices_of, comments
-from pretrain.settings.refusals import OF_LIGHTNINGS_TRAINER, dotted_keys, nearest
+from pretrain.settings.refusals import OF_LIGHTNINGS_TRAINER, dotted_keys, nearest, unheeded
+from pretrain.settings.sweeps import sweep_of
 
 CROPS_OF_SLIDES = ["objective=slide_ibot", "data.field_cells=0"]
 GROUPS = sorted(folder.name for folder in CONFIGS.iterdir() if folder.is_dir())
@@ -304,3 +305,50 @@ def test_what_the_command_would_not_heed_is_refused(command: str, words: list[st
         load(command, words)
     load("slide", [*CROPS_OF_SLIDES, "data.crops.local_count=3"])
     load("tile", ["recipe=nanopath_jepa", "data.masks.squares=3"])
+
+
+def test_a_given_setting_that_another_leaves_without_effect_is_refused() -> None:
+    given = ["objective=dinov3", "model=dinov3_small", "data.crops.local_count=0"]
+    values = OmegaConf.to_container(load("tile", given).tree)
+    without_gram = [f"objective.gram_{name}" for name in ("size", "every", "refreshes", "negatives")]
+    words = [
+        *(f"{name}=1" for name in without_gram),
+        "objective.spread=koleo",
+        "objective.spread_concentration=3",
+        "model.drop_path_rising=true",
+        "model.position_antialias=false",
+        "model.own_local_cls_norm=true",
+        "model.drop_path=0",
+    ]
+    assert unheeded("tile", words, values) == {  # type: ignore[arg-type]
+        **{
+            name: f"{name} has no effect with objective.gram_weight=0.0: leave it out, or change that."
+            for name in without_gram
+        },
+        "objective.spread_concentration": "objective.spread_concentration has no effect with objective.spread=koleo:"
+        " leave it out, or change that.",
+        "model.drop_path_rising": "model.drop_path_rising has no effect with model.drop_path=0.0: leave it out, or"
+        " change that.",
+        "model.position_antialias": "model.position_antialias has no effect with model.position_embedding=rope: leave"
+        " it out, or change that.",
+        "model.own_local_cls_norm": "model.own_local_cls_norm is for crops of a second size, and there are none: leave"
+        " it out, or give local crops.",
+    }
+    with pytest.raises(Fault, match=r"^objective.spread_ramp has no effect with objective.spread_weight=0.0: leave"):
+        load("tile", ["objective=jepa", "objective.spread_weight=0", "objective.spread_ramp=[0.1,0.5]"])
+
+
+@pytest.mark.parametrize(
+    ("recipe", "off"), [("dinov3_gram", "objective.gram_weight=0"), ("nanopath_jepa", "objective.spread_weight=0")]
+)
+def test_a_recipes_settings_may_be_left_without_effect_by_one_override(recipe: str, off: str) -> None:
+    assert load("tile", [f"recipe={recipe}", off]).overrides[1:] == [off]
+
+
+def test_a_sweep_refuses_what_none_of_its_runs_heeds_and_leaves_it_out_where_one_does_not() -> None:
+    words = ["run=r", "data.shards=s", "objective=dinov2", "objective.spread_weight=0,0.1"]
+    kde = ["objective.spread=kde", "objective.spread_concentration=3"]
+    without, with_it = sweep_of("tile", [*words, *kde], []).points.values()
+    assert set(kde) & set(without.words) == set() and set(kde) <= set(with_it.words)
+    with pytest.raises(Fault, match=r"^objective.spread_concentration has no effect with"):
+        sweep_of("tile", [*words, kde[1]], [])
