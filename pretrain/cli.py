@@ -59,6 +59,8 @@ def parse(arguments: list[str]) -> Composed | Sweep | None:
         arguments = ["tile", "replay", *arguments[1:]]
     length = 2 if two_words and not re.match("-|.*=", "".join(arguments[1:2])) else 1
     command, rest = " ".join(arguments[:length]), arguments[length:]
+    if command == f"{arguments[0]} tile" and f"{arguments[0]} slide" in COMMANDS:
+        raise Fault(f"there is no command {command!r}: 'pretrain {arguments[0]}' is the one for tiles.")
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
     overrides, config_dirs, wants_help, wants_config, sweeps = [], [], False, False, False

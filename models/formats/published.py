@@ -1,7 +1,7 @@
 """A published encoder: its weights under our names, and how it may be put into a network of ours."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,21 +90,11 @@ class PublishedWeights:
 
         Positions of another grid are resampled as the source itself resamples them. A mask token that the format
         doesn't keep is left out. Raises ValueError naming every weight that is missing, unexpected or of another shape,
-        and for another number of heads, which shapes don't show.
+        and with all settings to change for what shapes don't show: positions, heads, the epsilon of norms.
         """
-        if self.heads is not None and self.heads != network.heads:
-            raise ValueError(f"it has {self.heads} heads and the model {network.heads}: set model.heads={self.heads}")
-        if self.norm_epsilon is not None and self.norm_epsilon != network.norm_epsilon:
-            raise ValueError(
-                f"its norms have epsilon {self.norm_epsilon:g} and the model's {network.norm_epsilon:g}: set"
-                f" model.norm_epsilon={self.norm_epsilon:g}"
-            )
-        if self.rotary != (network.position_embedding == "rope"):
-            kind, setting = ("rotary", "rope") if self.rotary else ("a grid of", "learned")
-            raise ValueError(
-                f"it has {kind} positions, and the model position_embedding={network.position_embedding}: set"
-                f" model.position_embedding={setting}"
-            )
+        if others := list(self._other_settings(network)):
+            words, settings = zip(*others, strict=True)
+            raise ValueError(f"{', '.join(words)}: set {' '.join(f'model.{setting}' for setting in settings)}")
         weights, said = dict(self.weights), list(self.said)
         if self.place:
             said.append(f"the encoder is the part {self.place} of it")
@@ -153,6 +143,18 @@ class PublishedWeights:
         if complaints:
             raise ValueError("; ".join(complaints))
         return weights, said
+
+    def _other_settings(self, network: VisionTransformer) -> Iterator[tuple[str, str]]:
+        """In what else than weights it is another network, in words, each with the setting that is wanted."""
+        if self.rotary != (network.position_embedding == "rope"):
+            kind, setting = ("rotary", "rope") if self.rotary else ("a grid of", "learned")
+            words = f"it has {kind} positions, and the model position_embedding={network.position_embedding}"
+            yield words, f"position_embedding={setting}"
+        if self.heads is not None and self.heads != network.heads:
+            yield f"it has {self.heads} heads and the model {network.heads}", f"heads={self.heads}"
+        if self.norm_epsilon is not None and self.norm_epsilon != network.norm_epsilon:
+            words = f"its norms have epsilon {self.norm_epsilon:g} and the model's {network.norm_epsilon:g}"
+            yield words, f"norm_epsilon={self.norm_epsilon:g}"
 
     def _fit_biases(self, weights: Weights, network: VisionTransformer) -> list[str]:
         """Give ``weights`` the biases of queries, keys and values that the network has, where that changes no feature.

@@ -17,6 +17,7 @@ from typing import Annotated, ClassVar
 
 from models.allowed import ON_DISK, Agreements
 from pretrain.objectives.interface import Objective
+from pretrain.objectives.jepa import check_predictor_in
 from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
@@ -49,6 +50,7 @@ class Config(RunConfig):
         ("objective._target_", "data.crops.global_count", "data.crops.local_count"): check_view_counts,
         ("objective", "data.crops", "model.patch_size"): check_further_views,
         ("objective", "data.masks.share"): check_masked,
+        ("model.width", "objective.predictor_width", "objective.predictor_heads"): check_predictor_in,
     }
 
 

@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from data.fault import Fault
 from data.stochastic_depth import StochasticDepth
 from models.allowed import ON_DISK, SHARE, Agreements, one_of, within
+from models.attention import check_heads
 from models.formats.published import PublishedWeights, require_finite
 from models.heads import Projector
 from models.operations import Operations, total_operations
+from models.rotary import check_turns
 from models.vit import VisionTransformer
 from pretrain.encoders.init import find_encoder
 from pretrain.objectives import teacher as ema
@@ -174,10 +176,18 @@ def given_weights(source: str | None, heads: int | None, epsilon: float | None) 
 @lru_cache
 def given_settings(source: str | None, heads: int | None, epsilon: float | None) -> dict[str, Any]:
     """The settings of its network; a run asks some times over, and files are large. Raises Fault where they don't
-    show."""
+    show, and for heads that its width can't be shared by."""
     try:
-        return given_weights(source, heads, epsilon).settings()
+        found = given_weights(source, heads, epsilon).settings()
     except ValueError as error:
         raise Fault(
             f"objective.teacher={source}: {error}: give objective.teacher_heads=, objective.teacher_epsilon= or both."
         ) from error
+    try:
+        check_heads(found["width"], found["heads"])
+        check_turns(found["position_embedding"], found["width"], found["heads"])
+    except ValueError as error:
+        raise Fault(
+            f"objective.teacher={source}: {error}: give its own number of heads, objective.teacher_heads=."
+        ) from error
+    return found

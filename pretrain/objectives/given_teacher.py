@@ -42,7 +42,7 @@ class TaughtByGiven(Objective):
             assign(target, weights[name].float() if name in weights else torch.zeros(target.shape))
 
     def rests_on(self) -> dict[str, str]:
-        return {f"objective.teacher={self.source}": self.digest}
+        return {"objective.teacher": self.digest}
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

@@ -72,8 +72,8 @@ class Objective(nn.Module, ABC):
         return {}
 
     def rests_on(self) -> Mapping[str, str]:
-        """What it was given from elsewhere and its checkpoints don't hold, by name, each with a hash: a run goes on with
-        the same."""
+        """What it was given from elsewhere and its checkpoints don't hold, by the setting that says where it lies, each
+        with a hash: a run goes on with the same, wherever that lies now."""
         return {}
 
     def prototype_counts(self) -> Mapping[str, int]:

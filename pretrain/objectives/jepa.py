@@ -45,6 +45,11 @@ def check_predictor(predictor_width: int | None, predictor_heads: int) -> None:
         )
 
 
+def check_predictor_in(width: int, predictor_width: int | None, predictor_heads: int) -> None:
+    """`check_predictor` beside an encoder of a ``width``."""
+    check_predictor(predictor_width or width, predictor_heads)
+
+
 class JEPA(TileDistillation):
     """The objective. Keyword arguments are its settings (``configs/objective/jepa.yaml`` explains each).
 

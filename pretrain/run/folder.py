@@ -5,7 +5,7 @@
 Running the same command on it resumes it. Settings other than those of its newest checkpoint are refused with the
 difference, because a run that silently went on under others could never be explained; ``allow_changes=true`` lets them
 through, and provenance.json keeps what changed. The folders of the data may be others, if its digest says that it is
-the same.
+the same; and so may the places of what an objective was given, a teacher's, if their hashes do.
 
 What is private in a URL is written nowhere (`data.redaction`), and compared without it: a new token is not a change.
 """
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
@@ -69,14 +69,15 @@ def held(run: Path) -> Iterator[Lease | None]:
         yield lease
 
 
-def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
+def open_run(run: Path, config: Any, first_rank: bool, data: str = "", givens: Mapping[str, str] | None = None) -> str:
     """Create or reopen a run's folder for ``config`` (a dataclass); returns the configuration's hash.
 
     Rank 0 writes ``config.yaml`` and adds a start, on the data of this digest, to ``provenance.json``. Raises Fault
     where the folder holds a run of another configuration, with what differs, unless ``config.allow_changes``.
+    ``givens``: as in `allowed_changes`.
     """
     settings = redacted_settings(asdict(config))
-    changes, shown = allowed_changes(run, config, data)
+    changes, shown = allowed_changes(run, config, data, givens)
     if changes and first_rank:
         say(f"{run} goes on under other settings: {shown}")
     if first_rank:
@@ -87,13 +88,16 @@ def open_run(run: Path, config: Any, first_rank: bool, data: str = "") -> str:
     return digest(settings)
 
 
-def allowed_changes(run: Path, config: Any, data: str | None) -> tuple[dict[str, tuple[Any, Any]], str]:
+def allowed_changes(
+    run: Path, config: Any, data: str | None, givens: Mapping[str, str] | None = None
+) -> tuple[dict[str, tuple[Any, Any]], str]:
     """What ``config`` changes of the run in a folder, and the same in words. Raises Fault unless
     ``config.allow_changes``.
 
-    ``data``: the digest of its data; None where nobody read it, and then its place isn't judged.
+    ``data``: the digest of its data, ``givens``: the hashes of what its objective was given, by the settings that name
+    it; None where nobody read them, and then their places aren't judged.
     """
-    changes = _changes(run, redacted_settings(asdict(config)), data)
+    changes = _changes(run, redacted_settings(asdict(config)), data, givens)
     listed = [f"{key}: {before} → {now}" for key, (before, now) in changes.items()]
     shown = "; ".join(listed[:8]) + (" …" if len(listed) > 8 else "")
     if changes and not config.allow_changes:
@@ -104,11 +108,14 @@ def allowed_changes(run: Path, config: Any, data: str | None) -> tuple[dict[str,
     return changes, shown
 
 
-def _changes(run: Path, settings: dict[str, Any], data: str | None) -> dict[str, tuple[Any, Any]]:
+def _changes(
+    run: Path, settings: dict[str, Any], data: str | None, givens: Mapping[str, str] | None
+) -> dict[str, tuple[Any, Any]]:
     """What differs between the settings of a run's newest checkpoint (or its ``config.yaml``) and ``settings``: before
     and now.
 
-    Where the data lies is no difference, if that was of the digest ``data`` too.
+    Where the data lies is no difference, if that was of the digest ``data`` too; nor where something lies that the
+    checkpoint's hash says is the same.
     """
     newest, path = checkpoints.newest(run), run / "config.yaml"
     state = checkpoints.read_state(newest) if newest else {}
@@ -123,7 +130,14 @@ def _changes(run: Path, settings: dict[str, Any], data: str | None) -> dict[str,
     before, now = flat(redacted_settings(last)), flat(settings)
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     free = [key for key in differing if FREE.match(key) or (same_data and PLACE_SETTINGS.match(key))]
+    free += [name for name, hash in givens_of(state).items() if givens is None or givens.get(name) == hash]
     return {key: (before.get(key), now.get(key)) for key in differing if key not in free}
+
+
+def givens_of(state: Mapping[str, Any]) -> dict[str, str]:
+    """The hashes of what a checkpoint's objective was given, by the settings that name it. Checkpoints of before have
+    the settings' values there too, behind a =."""
+    return {name.partition("=")[0]: hash for name, hash in state.get("rests_on", {}).items()}
 
 
 def digest(settings: dict[str, Any]) -> str:

@@ -63,7 +63,9 @@ class Composed:
     left_out: list[str] = field(
         default_factory=list
     )  # settings of another objective, network or source, which the recipe has and the chosen one does without
-    unheeded: dict[str, str] = field(default_factory=dict)  # given settings that change nothing, with what to say of each
+    unheeded: dict[str, str] = field(
+        default_factory=dict
+    )  # given settings that change nothing, with what to say of each
 
     @property
     def overridden(self) -> set[str]:

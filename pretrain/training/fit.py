@@ -69,8 +69,6 @@ def fit(training: Training, lease: Lease | None) -> None:
         profiler=profiler(settings.profiler, run),
         log_every_n_steps=1,
     )
-    if newest is not None and trainer.global_rank == 0:
-        say(f"{run}: resuming after step {checkpoints.read_state(newest)['step']} of {training.optim.steps}")
     # Lightning's own handler of SIGTERM exchanges with other ranks from inside the handler, which deadlocks.
     if hasattr(trainer, "_signal_connector"):
         trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]

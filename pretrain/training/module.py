@@ -78,6 +78,9 @@ class Training(L.LightningModule, ABC):
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
         self.watchdog = Watchdog(self.settings.stalled_minutes)
         self._ended = time.monotonic()
+        newest = checkpoints.newest(run)
+        if newest is None or checkpoints.step_of(newest) < self.optim.steps:
+            self.objective_without_numbers()  # what can't be built, or had (a teacher), is said before the data is read
 
     # What a stage adds -----------------------------------------------------------------------------------------
 
@@ -131,9 +134,7 @@ class Training(L.LightningModule, ABC):
     def configure_model(self) -> None:
         if self.objective is not None:
             return
-        with torch.device("meta"):
-            objective = self.make_objective()
-        require_trainable(objective)
+        objective = self.objective_without_numbers()
         if self.peak and (silent := silent_about_operations(objective)):
             self.peak = None
             if self.global_rank == 0:
@@ -151,17 +152,27 @@ class Training(L.LightningModule, ABC):
             run_folder.flat(asdict(self.config)),
         )
 
+    def objective_without_numbers(self) -> Objective:
+        """The objective on the meta device. Raises Fault for one that can't be built or trained."""
+        with torch.device("meta"):
+            objective = self.make_objective()
+        require_trainable(objective)
+        return objective
+
     def configure_optimizers(self) -> ShardAdamW:
         groups = parameter_groups(self.objective.trained(), self.optim)
         return ShardAdamW(groups, lr=0.0, betas=(self.optim.betas[0], self.optim.betas[1]), fused=True)
 
     def on_fit_start(self) -> None:
-        self.hash = run_folder.open_run(self.run, self.config, self.global_rank == 0, self.data_digest())
+        first, givens = self.global_rank == 0, self.objective.rests_on()
+        self.hash = run_folder.open_run(self.run, self.config, first, self.data_digest(), givens)
         self.software = run_folder.software()
         newest = self.began_from = checkpoints.newest(self.run)
         if newest is not None:
             self.require_same_data(newest)
             self.require_same_givens(newest)
+            if first:
+                say(f"{self.run}: resuming after step {checkpoints.step_of(newest)} of {self.optim.steps}")
             state = checkpoints.restore(newest, self.objective, self.optimiser)
             self.step, self.skipped = state["step"], state["skipped"]
             self.raised, self.scored = set(state["alarms"]), [(step, score) for step, score in state["scores"]]
@@ -297,9 +308,11 @@ class Training(L.LightningModule, ABC):
     def require_same_givens(self, checkpoint: Path) -> None:
         """Raise Fault where what the objective rests on isn't what it rested on in ``checkpoint``, or say so where
         changes are allowed."""
-        before = checkpoints.read_state(checkpoint).get("rests_on", {})
+        before = run_folder.givens_of(checkpoints.read_state(checkpoint))
         if other := [name for name, digest in self.objective.rests_on().items() if before.get(name) != digest]:
-            now = f"{', '.join(other)} holds other weights than {self.run} has learned from until now"
+            named = run_folder.flat(asdict(self.config))
+            others = ", ".join(f"{name}={named[name]}" if name in named else name for name in other)
+            now = f"{others} holds other weights than {self.run} has learned from until now"
             self.require_allowed_change(now)
 
     def require_allowed_change(self, now: str, how: str = "") -> None:

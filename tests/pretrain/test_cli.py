@@ -81,6 +81,7 @@ def test_a_users_folder_of_settings_is_searched(tmp_path: Path, capsys: pytest.C
         (["tlie"], "there is no command 'tlie'; did you mean 'tile'?"),
         (["shards", "verfy"], "there is no command 'shards verfy'; did you mean 'shards verify'?"),
         (["shards"], "there is no command 'shards'"),
+        (["doctor", "tile", "run=r"], "there is no command 'doctor tile': 'pretrain doctor' is the one for tiles."),
         (["tile", "--devices", "2"], "there is no option '--devices'"),
         (["tile", "--cfg", "hydra"], "--cfg takes the word 'job'"),
         (["tile", "--config-dir", "/no/such/place"], "--config-dir /no/such/place is not a folder"),

@@ -162,6 +162,11 @@ def test_periods_rounded_to_bfloat16_are_said_and_others_are_refused() -> None:
         ({}, {"norm_epsilon": 1e-6}, r"epsilon 1e-05 and the model's 1e-06: set model\.norm_epsilon=1e-05"),
         ({}, {"position_embedding": "learned"}, r"rotary positions, .* set model\.position_embedding=rope"),
         ({"position_embedding": "learned"}, {}, r"a grid of positions, .* set model\.position_embedding=learned"),
+        (
+            {},
+            {"norm_epsilon": 1e-6, "position_embedding": "learned"},
+            r"rotary positions, .* set model\.position_embedding=rope model\.norm_epsilon=1e-05",
+        ),
         ({"qkv_bias": "all"}, {}, r"attn\.qkv\.bias are not zero, .* set model\.qkv_bias=all"),
         ({"qkv_bias": "no_key"}, {"qkv_bias": "none"}, r"attn\.qkv\.bias are not zero, .* set model\.qkv_bias=no_key"),
         ({"own_cls_norm": True}, {}, r"unexpected: cls_norm\.bias, cls_norm\.weight"),

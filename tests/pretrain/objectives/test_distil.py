@@ -149,6 +149,7 @@ def test_checkpoints_hold_the_students_networks_and_not_the_given_teachers() -> 
         ({"teacher": None}, "objective.teacher= names nothing: give the encoder to be learned from"),
         ({"teacher_heads": None}, "how many heads attention has.*give objective.teacher_heads="),
         ({"teacher": "nowhere/run"}, "there is no folder nowhere/run"),
+        ({"teacher_heads": 5}, "not divisible by heads 5: give its own number of heads, objective.teacher_heads="),
     ],
 )
 def test_a_teacher_that_can_not_be_had_is_one_sentence(settings: dict[str, object], says: str) -> None:

@@ -82,7 +82,14 @@ SHRUNK = {
     *(f"data.{name}" for name in ("batch_size", "lanes")),
     *(
         f"optim.{name}"
-        for name in ("steps", "schedule_steps", "warmup_steps", "cosine_steps", "frozen_last_layer_steps", "frozen_backbone_steps")
+        for name in (
+            "steps",
+            "schedule_steps",
+            "warmup_steps",
+            "cosine_steps",
+            "frozen_last_layer_steps",
+            "frozen_backbone_steps",
+        )
     ),
     *("objective.teacher_temperature_warmup", "objective.gram_every", "init"),
 }
@@ -226,7 +233,9 @@ def tree_of(command: str, name: str, scale: str) -> DictConfig:
     return load(command, [f"recipe={name}", f"scale={scale}", "run=r", *place]).tree
 
 
-@pytest.mark.parametrize(("command", "name"), [("tile", name) for name in PUBLISHED] + [("slide", name) for name in OF_SLIDES])
+@pytest.mark.parametrize(
+    ("command", "name"), [("tile", name) for name in PUBLISHED] + [("slide", name) for name in OF_SLIDES]
+)
 def test_at_smoke_scale_the_rate_of_some_step_is_at_least_half_of_the_recipes_peak(command: str, name: str) -> None:
     tree = tree_of(command, name, "smoke")
     optim, batch = OmegaConf.to_object(tree.optim), tree.data.batch_size

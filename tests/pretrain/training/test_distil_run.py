@@ -41,7 +41,7 @@ def run_given(place: Path, changed: bool) -> None:
 
 
 @pytest.mark.parametrize(("setting", "give"), [(DISTIL, file_given), (HEADS, run_given)], ids=["features", "heads"])
-def test_a_run_goes_on_with_the_same_teacher_bit_for_bit_and_with_no_other(
+def test_a_run_goes_on_with_the_same_teacher_wherever_it_lies_bit_for_bit_and_with_no_other(
     setting: list[str],
     give: Callable[[Path, bool], None],
     tile_shards: Path,
@@ -61,8 +61,17 @@ def test_a_run_goes_on_with_the_same_teacher_bit_for_bit_and_with_no_other(
     give(given, True)
     said = refused(["tile", f"run={again}", *words], capsys)
     assert f"objective.teacher={given} holds other weights than {again} has learned from until now; put" in said
-    give(given, False)
-    run_command_line(["tile", f"run={again}", *words])
+    moved = tmp_path / "moved" / given.name
+    moved.parent.mkdir()
+    give(moved, True)
+    there = [*words[:-1], f"objective.teacher={moved}"]
+    with pytest.raises(SystemExit):
+        run_command_line(["tile", f"run={again}", *there])
+    said = "".join(capsys.readouterr())
+    assert f"other settings (objective.teacher: {given} → {moved})" in said and "resuming" not in said
+    give(moved, False)
+    run_command_line(["tile", f"run={again}", *there])
+    assert "resuming after step 2 of 4" in "".join(capsys.readouterr())
     assert metrics(again) == metrics(whole)
     ours, theirs = weights(again), weights(whole)
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
@@ -76,8 +85,16 @@ def test_a_run_goes_on_with_the_same_teacher_bit_for_bit_and_with_no_other(
 
 
 @pytest.mark.parametrize("setting", [DISTIL, HEADS], ids=["features", "heads"])
-def test_a_teacher_that_is_not_named_is_asked_for(
-    setting: list[str], tile_shards: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        ([], "objective.teacher= names nothing: give the "),
+        (["objective.teacher=nowhere/run"], "objective.teacher=nowhere/run: there is no folder nowhere/run"),
+    ],
+    ids=["unnamed", "missing"],
+)
+def test_a_teacher_that_can_not_be_had_is_said_before_the_data_is_looked_for(
+    setting: list[str], words: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    said = refused(["tile", f"run={tmp_path / 'run'}", f"data.shards={tile_shards}", *setting], capsys)
-    assert "objective.teacher= names nothing: give the " in said
+    said = refused(["tile", f"run={tmp_path / 'run'}", f"data.shards={tmp_path / 'none'}", *setting, *words], capsys)
+    assert says in said
