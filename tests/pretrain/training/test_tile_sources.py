@@ -21,6 +21,7 @@ from launch.entry import run_command_line
 from pretrain.commands import tile as tile_command
 from pretrain.run import preemption, signals
 from pretrain.run.metrics import read_metrics
+from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.training.tile_sources import _member
 from pretrain.training.tile_stage import TileTraining
@@ -44,7 +45,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def stage(folder: Path, *settings: str) -> TileTraining:
     config = load("tile", [f"run={folder / 'none'}", *TINY, *settings]).object()
-    return TileTraining(Path(config.run), config, lambda: None)  # type: ignore[arg-type, return-value]
+    return TileTraining(
+        Path(config.run), config, lambda: plugins.build(config.objective, lambda: plugins.build_empty(config.model))
+    )
 
 
 def losses(run: Path) -> list[float]:
