@@ -40,7 +40,7 @@ DINOV2 = ("recipe=small", "model.width=96", "model.depth=3", "data.batch_size=8"
 DINOV3 = (
     "recipe=dinov3_gram", "scale=smoke", "model.width=96", "model.depth=3", "model.heads=3", "model.feed_forward_width=384",
     "data.batch_size=8", "objective.group_size=4", "data.crops.global_size=96", "data.crops.local_size=48",
-    "objective.gram_size=144", "data.crops.local_count=2",
+    "data.crops.local_count=2",
 )  # fmt: skip
 DINO = ("recipe=small_dino", *DINOV2[1:])
 JEPA = ("recipe=small_jepa", *DINOV2[1:])
@@ -88,7 +88,7 @@ STEPS = {
     ),
     "dinov2 in two parts": ("none", 2, (*DINOV2, "objective.prototypes=4096")),
     "dinov2 in two parts, centred": ("none", 2, (*DINOV2, "objective.prototypes=4096", "objective.centring=centre")),
-    "dinov3 with Gram anchoring": ("none", 1, DINOV3),
+    "dinov3 with Gram anchoring": ("none", 1, (*DINOV3, "objective.gram_size=144")),
     "dinov3 in two parts, checkpointed": ("full", 2, (*DINOV3, "objective.gram_weight=0")),
     "dino": ("none", 1, DINO),
     "dino wider, checkpointed": ("full", 2, (*DINO, *WIDER, "data.crops.local_count=6")),
