@@ -367,6 +367,8 @@ def _parallel(settings: Slurm, job: Job) -> str:
 # This script runs on the first node, and so does rank 0.
 export MASTER_ADDR=$(hostname) MASTER_PORT=$((12000 + SLURM_JOB_ID % 20000))
 export OMP_NUM_THREADS={threads}
+# Tensors change size from step to step; pieces of memory that can't be joined would fill a GPU.
+export PYTORCH_ALLOC_CONF=${{PYTORCH_ALLOC_CONF:-expandable_segments:True}}
 """
 
 

@@ -110,8 +110,11 @@ def check_under_load(
 
 
 def products_per_second(device: torch.device, side: int, seconds: float) -> float:
-    """Floating-point operations a second in bf16 products of two square matrices of random numbers."""
-    a, b = (torch.randn(side, side, device=device, dtype=torch.bfloat16) for _ in range(2))
+    """Floating-point operations a second in bf16 products of two square matrices of random numbers; in float16 ones of a
+    GPU that has no bf16 units, as configs/hardware has its peak."""
+    older = device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 0)
+    dtype = torch.float16 if older else torch.bfloat16
+    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
     out, count, began = torch.empty_like(a), 0, time.monotonic()
     while True:
         for _ in range(PRODUCTS_AT_ONCE):
@@ -153,13 +156,13 @@ def judge_products(
         found.append(
             warned(
                 "matmul",
-                f"{who} multiplies {rate / 1e12:,.3g} TFLOP/s in bf16, {low}: nvidia-smi shows its clocks and who else"
+                f"{who} multiplies {rate / 1e12:,.3g} TFLOP/s in 16 bits, {low}: nvidia-smi shows its clocks and who else"
                 " uses it, and launch.exclude= leaves its node out",
             )
         )
     if found:
         return found
-    says = f"{len(gpus)} × {gpus[0].name}, {_range(numbers, 1e12)} TFLOP/s in bf16"
+    says = f"{len(gpus)} × {gpus[0].name}, {_range(numbers, 1e12)} TFLOP/s in 16 bits"
     kind = machine_called(gpus[0].name, described_in)
     if kind is None:
         return [passed("matmul", f"{says}; configs/hardware doesn't describe it, so that isn't judged")]

@@ -16,10 +16,14 @@ from data.fault import Fault
 from data.slides.reading import Slide
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.run.launched import way_out_of_own_gpus
+from pretrain.settings.hardware import machine_called
 
 COMPROMISED = {"lightning": {"2.6.2", "2.6.3"}}  # releases that carried malicious code
 PROCESSES_TIMEOUT = (
     120  # that processes may take to find each other; starting Python and torch on a busy shared disk is most of it
+)
+SOUND_EXCHANGE = (
+    0.25  # choice: of the links' bandwidth; sound ones do 70 to 90 % of it, a way through the host 10 or less
 )
 VALUES = {"gloo": 2**20, "nccl": 2**26}  # of float32 that are added up: 4 MiB, and on GPUs 256, which fill their links
 DOCTORS_PORT = 43_000  # and the job's number behind it: where processes of a job's nodes meet
@@ -173,19 +177,36 @@ def all_reduce(processes: int, gpu: bool, seconds: float = PROCESSES_TIMEOUT) ->
         ]
     slowest = max(float(answer.split()[-1]) for answer in answers)
     rate = bus_bandwidth(processes, 4 * VALUES[backend], slowest)
-    judged = "; NVLink gives hundreds, PCIe tens" if gpu and processes > 1 else ""
-    return [passed("all-reduce", f"{processes} processes, {backend}: {rate}{judged}")]
+    return [judge_exchange(processes, backend, rate, torch.cuda.get_device_name(0) if gpu else None)]
 
 
-def bus_bandwidth(processes: int, size: int, seconds: float) -> str:
-    """What each process's link carries in an all-reduce of ``size`` bytes, whatever their number: ``2 (n − 1) / n``
-    times them.
+def bus_bandwidth(processes: int, size: int, seconds: float) -> float:
+    """Bytes a second that each process's link carries in an all-reduce of ``size`` bytes, whatever their number: ``2 (n
+    − 1) / n`` times them.
 
     Source: nccl-tests, doc/PERFORMANCE.md (``busbw``).
     """
-    if processes == 1:
-        return "nothing to exchange"
-    return f"{2 * (processes - 1) / processes * size / seconds / 1e9:,.3g} GB/s of bus bandwidth"
+    return 2 * (processes - 1) / processes * size / seconds
+
+
+def judge_exchange(processes: int, backend: str, rate: float, gpu_name: str | None) -> Finding:
+    """The bandwidth between a node's processes, against what configs/hardware says of GPUs of that name."""
+    says = f"{processes} processes, {backend}: {_in_words(processes, rate)}"
+    kind = machine_called(gpu_name) if gpu_name else None
+    if processes == 1 or kind is None:
+        return passed("all-reduce", says)
+    says += f", {100 * rate / 1e9 / kind.intra_node_gb_s:.0f} % of what configs/hardware says of its links"
+    if rate >= SOUND_EXCHANGE * kind.intra_node_gb_s * 1e9:
+        return passed("all-reduce", says)
+    return warned(
+        "all-reduce",
+        f"{says}, and a sound node does {100 * SOUND_EXCHANGE:.0f} or more: 'nvidia-smi topo -m' shows how GPUs are"
+        " linked, NCCL_DEBUG=INFO which way NCCL takes",
+    )
+
+
+def _in_words(processes: int, rate: float) -> str:
+    return f"{rate / 1e9:,.3g} GB/s of bus bandwidth" if processes > 1 else "nothing to exchange"
 
 
 def between_nodes(environment: Mapping[str, str], seconds: float = PROCESSES_TIMEOUT) -> list[Finding]:
@@ -232,7 +253,7 @@ def between_nodes(environment: Mapping[str, str], seconds: float = PROCESSES_TIM
         passed(
             "network",
             f"{nodes} nodes, one process each, gloo:"
-            f" {bus_bandwidth(nodes, 4 * VALUES['gloo'], float(answer.split()[-1]))}",
+            f" {_in_words(nodes, bus_bandwidth(nodes, 4 * VALUES['gloo'], float(answer.split()[-1])))}",
         )
     ]
 

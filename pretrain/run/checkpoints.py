@@ -169,7 +169,8 @@ class Writer(dcp.FileSystemWriter):
         self.state = json.dumps({"step": step, **state}, indent=1)
         # What is staged lies on the CPU: nothing is copied ahead, or the writing thread would wait for the GPU's stream.
         super().__init__(self.final.with_name(self.final.name + PARTIAL), per_thread_copy_ahead=0)
-        self.device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        # Asked of a run that is on a GPU alone: to ask opens a context, on the first one.
+        self.device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
         if self.device is not None:

@@ -34,6 +34,12 @@ SHAPED_BY_NUMBERS = {
     aten._unique2.default,
     aten.repeat_interleave.Tensor,
 }
+ASKED_FOR_ITS_END = {
+    aten.equal.default,
+    aten._linalg_check_errors.default,
+    aten._linalg_eigh.default,
+    aten.histc.default,
+}  # of a known shape, and yet a number is read
 
 
 class Waits(TorchDispatchMode):
@@ -96,7 +102,7 @@ class Waits(TorchDispatchMode):
         raise NotImplementedError(f"{function} at {_place()}: its shape depends on numbers")
 
     def _waits(self, function: Any, args: Any, kwargs: Any) -> bool:
-        if self._shaped_by_numbers(function, kwargs) or function is aten.equal.default:
+        if self._shaped_by_numbers(function, kwargs) or function in ASKED_FOR_ITS_END:
             return on_gpu(args[0])
         if function in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default) and on_gpu(args[0]):
             indices = [index for index in args[1] if index is not None]
@@ -106,7 +112,9 @@ class Waits(TorchDispatchMode):
             return there != on_gpu(args[0]) and not (kwargs.get("non_blocking") and (not there or locked(args[0])))
         if function is aten.copy_.default:
             target, source, asynchronous = args[0], args[1], len(args) > 2 and args[2]
-            return on_gpu(target) != on_gpu(source) and not (asynchronous and (on_gpu(source) or locked(source)))
+            return on_gpu(target) != on_gpu(source) and not (
+                asynchronous and locked(source if on_gpu(target) else target)
+            )
         return False
 
     def _note(self) -> None:

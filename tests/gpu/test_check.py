@@ -4,10 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+import torch
 
+from tests.gpu import check
 from tests.gpu.check import SECTIONS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,8 +29,28 @@ def test_all_sections_run_on_a_cpu() -> None:
     assert len(lines_of()) == len(SECTIONS)
 
 
-def test_all_sections_together_take_less_than_nine_minutes() -> None:
-    assert sum(section.limit for section in SECTIONS.values()) < 9 * 60
+def test_a_section_ends_at_its_limit_with_all_that_it_started(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    script = tmp_path / "hangs.py"
+    script.write_text(
+        "import subprocess, sys\n"
+        f"child = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        f"open({str(tmp_path / 'child')!r}, 'w').write(str(child.pid))\n"
+        "child.wait()\n"
+    )
+    monkeypatch.setattr(check, "__file__", str(script))
+    assert check.as_process("kernels", 3)["error"] == "not over after 3 s"
+    child = int((tmp_path / "child").read_text())
+    deadline = time.monotonic() + 10
+    while Path(f"/proc/{child}").exists() and ") Z" not in Path(f"/proc/{child}/stat").read_text():
+        assert time.monotonic() < deadline, "what the section started runs on"
+        time.sleep(0.05)
+    assert "540 s are over" in check.as_process("kernels", 0)["error"]
+
+
+def test_a_section_that_an_older_torch_cannot_do_is_skipped_with_the_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    line = check.as_process("checkpoints", 100)
+    assert line["ok"] and line["skipped"] == "needs torch 2.14, and here is 2.11.0+cu130"
 
 
 def test_without_a_gpu_it_says_so_and_does_nothing() -> None:

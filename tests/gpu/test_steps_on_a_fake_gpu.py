@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from data.embeddings.sequences import SlideBatch
 from data.embeddings.store import EmbeddingStore
@@ -14,6 +16,8 @@ from models.attention import _SplitHeads
 from models.attention_statistics import SDPA
 from models.dilated_attention import _DilatedAttention, lay_out
 from models.recomputed import GELU, NONE, SWIGLU, Activation, _AddedLinear, _TakenRows
+from models.rotary import _Turned
+from models.sequence_parallel import TokenShare, _Exchange, _Gather, _heads_for_tokens, _tokens_for_heads
 from models.vit import VisionTransformer
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.tile_encoder import TileEncoder
@@ -314,6 +318,36 @@ def test_heads_and_cross_entropies_wait_for_nothing_on_a_gpu_forward_and_backwar
     assert not waits.seen
 
 
+def test_turned_queries_wait_for_nothing_on_a_gpu_forward_and_backward() -> None:
+    with fake_gpu() as waits:
+        tables = [torch.empty(n, 8, device=GPU) for n in (16, 16, 4, 4)]
+        context = Context(1)
+        turned = _Turned.forward(context, numbers(2 * 17 + 3 * 5, 96), ((2, 17), (3, 5)), 2, *tables)
+        back, *_ = _Turned.backward(context, numbers(*turned.shape))
+        assert {(one.shape, one.device, one.dtype) for one in (turned, back)} == {((49, 96), GPU, torch.bfloat16)}
+    assert not waits.seen
+
+
+def test_tokens_are_exchanged_by_processes_that_share_a_slide_without_a_wait_forward_and_backward() -> None:
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        with fake_gpu() as waits:
+            share = TokenShare((7, 4), dist.group.WORLD)
+            gathered, there, back = Context(1), Context(1), Context(1)
+            whole = _Gather.forward(gathered, numbers(5, 32), share)
+            grads = [_Gather.backward(gathered, numbers(*whole.shape))[0]]
+            of_heads = _Exchange.forward(there, numbers(5, 3, 4, 8), share, _tokens_for_heads, _heads_for_tokens)
+            grads += [_Exchange.backward(there, numbers(*of_heads.shape))[0]]
+            of_tokens = _Exchange.forward(back, of_heads, share, _heads_for_tokens, _tokens_for_heads)
+            grads += [_Exchange.backward(back, numbers(*of_tokens.shape))[0]]
+            shapes = [tuple(one.shape) for one in (whole, of_heads, of_tokens, *grads)]
+            assert shapes == [(11, 32), (11, 3, 2, 8), (5, 3, 4, 8), (5, 32), (5, 3, 4, 8), (11, 3, 2, 8)]
+            assert {(one.device, one.dtype) for one in (whole, of_heads, *grads)} == {(GPU, torch.bfloat16)}
+        assert not waits.seen
+    finally:
+        dist.destroy_process_group()
+
+
 def numbers(*size: int) -> torch.Tensor:
     """Such a tensor on the GPU that isn't there."""
     return torch.empty(*size, dtype=torch.bfloat16, device=GPU)
@@ -365,7 +399,15 @@ def waits_of(code: str) -> int:
         ("host.pin_memory().to(GPU)", 1),
         ("torch.tensor([1.0, 2.0], device=GPU)", 1),
         ("x.copy_(host)", 1),
+        ("host.copy_(x, non_blocking=True)", 1),
+        ("x.histc(4)", 1),
+        ("torch.linalg.inv(x.view(2, 2))", 1),
+        ("torch.linalg.cholesky(x.view(2, 2))", 1),
+        ("torch.linalg.eigh(x.view(2, 2))", 1),
         ("host.pin_memory().to(GPU, non_blocking=True)", 0),
+        ("x.to('cpu', non_blocking=True)", 0),  # into page-locked memory, which torch takes for it
+        ("host.pin_memory().copy_(x, non_blocking=True)", 0),
+        ("x.repeat_interleave(torch.full((4,), 2, device=GPU), output_size=8)", 0),
         ("torch.full((), 2.0, device=GPU)", 0),
         ("torch.where(x > 0, x, 0).cumsum(0)", 0),
         ("x[torch.arange(2, device=GPU)] * 2.0", 0),

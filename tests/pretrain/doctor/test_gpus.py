@@ -82,12 +82,12 @@ def test_a_machine_without_nvidia_smi_is_said_to_have_none() -> None:
 def test_products_are_held_against_the_data_sheet_and_the_other_gpus() -> None:
     assert only(gpus.judge_products(H200, [770e12, 781e12, 790e12])) == (
         "ok",
-        "3 × NVIDIA H200, 770 to 790 TFLOP/s in bf16, 78 to 80 % of the peak in configs/hardware",
+        "3 × NVIDIA H200, 770 to 790 TFLOP/s in 16 bits, 78 to 80 % of the peak in configs/hardware",
     )
     status, says = only(gpus.judge_products(H200, [770e12, 410e12, 790e12]))
-    assert status == "warn" and "GPU 1 (NVIDIA H200) multiplies 410 TFLOP/s in bf16, 41 % of the peak" in says
+    assert status == "warn" and "GPU 1 (NVIDIA H200) multiplies 410 TFLOP/s in 16 bits, 41 % of the peak" in says
     status, says = only(gpus.judge_products(H200, [770e12, 650e12, 790e12]))
-    assert status == "warn" and "650 TFLOP/s in bf16, 84 % of the median here" in says
+    assert status == "warn" and "650 TFLOP/s in 16 bits, 84 % of the median here" in says
     status, says = only(gpus.judge_products(H200, [770e12, "CUDA error: uncorrectable ECC error", 780e12]))
     assert status == "FAIL" and "GPU 1 (NVIDIA H200) can't multiply matrices (CUDA error: uncorrectable ECC" in says
     status, says = only(gpus.judge_products([VisibleGpu(CPU, "NVIDIA RTX of tomorrow", "")], [1e12]))
@@ -112,9 +112,18 @@ def test_a_gpu_that_cannot_compute_is_no_crash_of_the_doctor(monkeypatch: pytest
 
 
 def test_bandwidth_is_what_each_link_carries_whatever_the_number_of_processes() -> None:
-    assert machine.bus_bandwidth(2, 2**30, 1.0) == machine.bus_bandwidth(2, 2**31, 2.0) == "1.07 GB/s of bus bandwidth"
-    assert machine.bus_bandwidth(8, 8 * 10**9, 0.035) == "400 GB/s of bus bandwidth"
-    assert machine.bus_bandwidth(1, 2**30, 1.0) == "nothing to exchange"
+    assert machine.bus_bandwidth(2, 2**30, 1.0) == machine.bus_bandwidth(2, 2**31, 2.0) == 2**30
+    assert machine.bus_bandwidth(8, 8 * 10**9, 0.035) == pytest.approx(400e9)
+
+
+def test_the_exchange_between_gpus_is_held_against_what_their_links_carry() -> None:
+    found = machine.judge_exchange(8, "nccl", 380e9, "NVIDIA H200")
+    assert (found.status, "380 GB/s of bus bandwidth, 84 % of what" in found.says) == ("ok", True)
+    found = machine.judge_exchange(8, "nccl", 24e9, "NVIDIA H200")  # through the host
+    assert found.status == "warn" and "5 % of what configs/hardware says of its links" in found.says
+    assert machine.judge_exchange(8, "nccl", 1e9, "NVIDIA RTX of tomorrow").says.endswith("1 GB/s of bus bandwidth")
+    assert machine.judge_exchange(1, "nccl", 0.0, "NVIDIA H200").says == "1 processes, nccl: nothing to exchange"
+    assert machine.judge_exchange(2, "gloo", 1e9, None).status == "ok"
 
 
 def test_a_bad_gpu_node_is_told_line_by_line(

@@ -3,6 +3,7 @@
 import json
 from collections import Counter
 from dataclasses import replace
+from math import gcd
 from pathlib import Path
 
 import pytest
@@ -455,8 +456,10 @@ def test_a_slip_is_answered_with_the_nearest_setting_of_the_plan_or_of_the_run()
 @pytest.mark.slow
 @pytest.mark.parametrize("name", recipes.names())
 def test_every_recipe_can_be_planned_at_full_size(name: str) -> None:
-    lanes = recipes.compose_recipe(name).tree.data.lanes
-    nodes, gpus = (lanes // 8, 8) if lanes % 8 == 0 else (1, lanes)
+    tree = recipes.compose_recipe(name).tree
+    groups = tree.data.batch_size // tree.objective.get("group_size", 1)
+    processes = gcd(tree.data.lanes, groups) // tree.trainer.accumulate
+    nodes, gpus = (processes // 8, 8) if processes % 8 == 0 else (1, processes)
     found = make_plan(
         planned(
             f"recipe={name}",

@@ -428,7 +428,7 @@ def test_the_writing_thread_keeps_to_its_process_s_gpu_and_waits_for_none(
 ) -> None:
     """Copying ahead would wait for the compute stream at every few tensors, and a new thread's device is the first."""
     chosen: list[tuple[str, int]] = []
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 3)
     monkeypatch.setattr(
         torch.cuda, "set_device", lambda device: chosen.append((threading.current_thread().name, device))
