@@ -32,7 +32,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -129,34 +129,19 @@ def parity() -> dict[str, Any]:
     from data.tiles.augment import augment_together
     from data.tiles.augment_cpu import augment_each
     from data.tiles.augment_parameters import Colour, draw_parameters
-    from pretrain.objectives.interface import Moment
-    from tests.pretrain.objectives.tile_objectives import batch, dino, dinov2, jepa, mae
 
     torch.backends.cuda.matmul.allow_tf32 = False
     found: dict[str, float] = {}
-    made = {
-        "dinov2 sinkhorn": lambda: dinov2(drop_path=0.3),
-        "dinov2 centre kde": lambda: dinov2("centre", spread="kde"),
-        "dino": lambda: dino(drop_path=0.3),
-        "jepa": lambda: jepa(drop_path=0.3),
-        "mae": mae,
-    }
-    for name, make in made.items():
-        results = []
-        for where in (torch.device("cpu"), device()):
-            objective, given = make().to(where), batch(8, (1, 0) if name == "mae" else (2, 3))
-            given.crops = [(images.to(where), views) for images, views in given.crops]
-            given.masks = given.masks.to(where)
-            loss, _ = objective.loss(given, Moment(0, 10, 0))
-            loss.backward()
-            gradients = [p.grad.cpu() for p in objective.parameters() if p.grad is not None]
-            results.append((loss.detach().cpu(), gradients))
-        (loss, gradients), (other, others) = results
-        largest = max(float(g.norm()) for g in gradients)
-        found[f"{name} loss"] = float((loss - other).abs() / loss.abs())
-        found[f"{name} gradients"] = max(
-            relative(b, a) for a, b in zip(gradients, others, strict=True) if float(a.norm()) > 1e-6 * largest
-        )
+    with tempfile.TemporaryDirectory() as folder:
+        for name, (make, given) in (tile_steps() | slide_steps(Path(folder))).items():
+            (loss, gradients), (other, others) = (
+                loss_and_gradients(make, given, where) for where in (torch.device("cpu"), device())
+            )
+            largest = max(float(g.norm()) for g in gradients)
+            found[f"{name} loss"] = float((loss - other).abs() / loss.abs())
+            found[f"{name} gradients"] = max(
+                relative(b, a) for a, b in zip(gradients, others, strict=True) if float(a.norm()) > 1e-6 * largest
+            )
     colours = Colour(0.8, 0.4, 0.4, 0.2, 0.1, 0.2, (0.5, 0.5, 0.5), (0.1, 2.0), (0.2, 0.2, 0.2), 0.0, 0.0)
     rows = np.stack([draw_parameters(colours, [0], rng(0, "check", i))[0] for i in range(32)])
     images = torch.randint(0, 256, (32, 3, 96, 96), dtype=torch.uint8)
@@ -170,6 +155,77 @@ def parity() -> dict[str, Any]:
         name: error for name, error in found.items() if error > next(limits[kind] for kind in limits if kind in name)
     }
     return {"ok": not bad, **found, "bad": bad}
+
+
+Steps = dict[str, tuple[Callable[[], Any], Any]]  # how an objective is made, and its batch, by name
+
+
+def tile_steps() -> Steps:
+    """Every objective of tiles."""
+    from tests.pretrain.objectives import tile_objectives as tile
+
+    seen, larger = tile.batch(8), tile.batch(8, larger=True)
+    return {
+        "dinov2 sinkhorn": (lambda: tile.dinov2(drop_path=0.3), seen),
+        "dinov2 centre kde": (lambda: tile.dinov2("centre", spread="kde"), seen),
+        "dinov3": (lambda: tile.filled(tile.unfilled_dinov3(tile.encoder(position_embedding="rope"))), larger),
+        "dino": (lambda: tile.dino(drop_path=0.3), seen),
+        "jepa": (lambda: tile.jepa(drop_path=0.3), seen),
+        "lejepa": (tile.lejepa, seen),
+        "distil": (tile.distil, seen),
+        "distil_heads": (tile.distil_heads, seen),
+        "mae": (tile.mae, tile.batch(8, (1, 0))),
+    }
+
+
+def slide_steps(folder: Path) -> Steps:
+    """Every objective of slides; without dropout, whose draws are the device's own."""
+    from data.embeddings.grid_crops import CropSequences
+    from data.embeddings.standardisation import Statistics
+    from models.slide_vit import SlideViT
+    from pretrain.objectives.slide_ibot import SlideIBOT
+    from tests.data.embeddings.test_slide_sequences import DEFAULTS
+    from tests.pretrain.objectives import test_slide_context as context
+    from tests.pretrain.objectives import test_slide_mae_objective as mae
+    from tests.pretrain.objectives import test_slide_pairs as pairs
+    from tests.pretrain.objectives.tile_objectives import filled
+    from tests.pretrain.training.sharded_steps import CROPS, SLIDE_IBOT
+
+    store = mae.waves(folder, 16)
+    whole = mae.whole_slides(store).batch(0)
+    crops = CropSequences(store, Statistics.of(store), **(DEFAULTS | CROPS))
+
+    def ibot() -> Any:
+        sizes = {"width": 32, "depth": 2, "heads": 4, "feed_forward_width": 64, "dropout": 0.0, "drop_path": 0.1}
+        settings = SLIDE_IBOT | {"spread_weight": 0.0, "frozen_prototype_norms": True}
+        return filled(
+            SlideIBOT(lambda: SlideViT(mae.WIDTH, **sizes, registers=1, slopes="fixed", reach=None), **settings)
+        )
+
+    return {
+        "slide_mae": (mae.objective, whole),
+        "slide_mae nearby": (lambda: mae.objective("token", decoder_start="nearby"), whole),
+        "slide_pairs": (pairs.objective, whole),
+        "slide_pairs by distance": (lambda: pairs.objective("slide_vit"), whole),
+        "slide_context": (lambda: context.context("longnet", []), whole),
+        "slide_ibot": (ibot, crops.batch(0)),
+    }
+
+
+def loss_and_gradients(make: Callable[[], Any], given: Any, where: Any) -> tuple[Any, list[Any]]:
+    """Of a step on that device in float32, on the CPU."""
+    from pretrain.objectives.interface import Moment
+    from pretrain.objectives.tile_batch import TileBatch
+    from pretrain.training.gradients import gradients
+
+    objective = make().to(where)
+    if isinstance(given, TileBatch):
+        crops = [(images.to(where), views) for images, views in given.crops]
+        given = replace(given, crops=crops, masks=given.masks.to(where))
+    else:
+        given = given.to(where)
+    means = gradients(objective, [(given, 0)], Moment(0, 10, 0), lambda loss: loss.backward())
+    return means["loss"].cpu(), [p.grad.cpu() for p in objective.parameters() if p.grad is not None]
 
 
 def run() -> dict[str, Any]:
