@@ -267,6 +267,15 @@ class EmbeddingStore:
         text = json.dumps([self.width, self.encoder_hash, facts])
         return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
+    def in_numbers(self) -> dict[str, Any]:
+        """What is here: ``slides``, ``tiles``, ``mpp`` [lowest, highest] of the tiles as they were embedded, and
+        ``tile_size``, the delivered pixels a side that there are; lists are empty where that isn't known."""
+        entries = self._entries.values()
+        mpp, sizes = [e.mpp for e in entries if e.mpp > 0], {e.tile_size for e in entries if e.tile_size}
+        rows = sum(e.rows for e in entries)
+        bounds = [min(mpp), max(mpp)] if mpp else []
+        return {"slides": len(entries), "tiles": rows, "mpp": bounds, "tile_size": sorted(sizes)}
+
     def rows(self, slide: str) -> int:
         """How many tiles a slide has, from the index alone."""
         return self._entries[slide].rows

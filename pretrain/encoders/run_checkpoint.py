@@ -53,6 +53,8 @@ def find_checkpoint(folder: Path, plugins: Collection[str] = ()) -> RunCheckpoin
             if wrong := checkpoints.damage(folder):
                 raise Fault(f"{wrong}: give another checkpoint of {run}{checkpoints.whole_before(folder)}.")
             return RunCheckpoint(folder, run, read_config(run), plugins)
+    if (folder / "config.json").is_file():
+        raise Fault(f"{folder} is an exported encoder, and here a run is asked for: give the one it was made from.")
     inside = sorted(path.parent.name for path in folder.glob(f"*/{RUN_CONFIG}"))
     hint = (
         f": did you mean {folder / inside[0]}?"

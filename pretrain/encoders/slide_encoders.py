@@ -113,13 +113,10 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
         notes.append(
             f"it was trained on fields of {cells} × {cells} tiles, and whole slides may be larger than any it saw"
         )
-    trained_on = found.run / TILE_ENCODER
     numbers = range(len(network.input_widths))
     hashes: list[str | None] = [None for _ in numbers]
-    if trained_on.is_file():
-        way_out = "put a copy back, or delete it, and nobody is held to the tile encoder any more"
-        about = read_object(trained_on, {"encoder_hash"}, way_out)
-        hashes = [one["encoder_hash"] for one in (about, *about.get("further", []))]
+    if trained_on := tile_encoders_of(found):
+        hashes = [one["encoder_hash"] for one in trained_on]
     elif len(numbers) > 1:
         raise Fault(
             f"{found.run} was trained on embeddings of {len(numbers)} tile encoders, and {TILE_ENCODER}, which says whose"
@@ -128,6 +125,17 @@ def load_slide_encoder(checkpoint: str, device: str = "", plugins: Collection[st
     name = f"{found.run.resolve().name} ({found.folder.name})"
     inputs = [EncoderInput(hashes[number], standardised_by(found, number)) for number in numbers]
     return _frozen(network, name, inputs, notes, place)
+
+
+def tile_encoders_of(found: RunCheckpoint) -> list[dict[str, Any]]:
+    """Whose embeddings of what a slide run was trained on, as it noted it, the first store's first; none where that is
+    missing."""
+    path = found.run / TILE_ENCODER
+    if not path.is_file():
+        return []
+    way_out = "put a copy back, or delete it, and nobody is held to the tile encoder any more"
+    about = read_object(path, {"encoder_hash"}, way_out)
+    return [about, *about.get("further", [])]
 
 
 def standardised_by(found: RunCheckpoint, number: int = 0) -> Statistics | None:

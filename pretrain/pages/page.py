@@ -75,7 +75,8 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--rule);
 @media screen and (max-width: 44rem) {
   figure { overflow-x: auto; }
   figure svg { min-width: 40rem; }
-  figcaption { position: sticky; left: 0; }
+  figcaption, caption span { position: sticky; left: 0; }
+  caption span { display: inline-block; max-width: calc(100vw - 3rem); }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; }
@@ -191,7 +192,7 @@ def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str 
         columns = "".join(f"<td{number_class(i)}>{escape(value)}</td>" for i, value in enumerate(row) if i)
         marks = ' class="ours"' if index == ours else ""
         body.append(f'<tr{marks}><th scope="row">{escape(row[0])}</th>{columns}</tr>')
-    under = f"<caption>{prose(caption)}</caption>" if caption else ""
+    under = f"<caption><span>{prose(caption)}</span></caption>" if caption else ""
     return (
         f'<div class="scroll"><table>{under}<thead><tr>{cells}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )

@@ -35,7 +35,8 @@ SIDE_BY_SIDE_FIGURES = {
     "grad_norm": "Gradient norm",
 }
 OF_THE_FOLDER = {"run"}  # settings that differ by themselves
-MOST_SETTINGS = 12  # columns
+MOST_SETTINGS = 6  # columns
+OF_ONE_OBJECTIVE = {"loss", "validation_loss"}  # figures that mean something else under another
 
 
 def runs_in(folder: Path) -> list[ReportedRun]:
@@ -51,21 +52,24 @@ def build_comparison(title: str, runs: Sequence[ReportedRun], out: Path, command
     stages = {"slide" if "embeddings" in inputs(run) else "tile" for run in runs}
     if len(stages) > 1:
         raise Fault("runs of 'pretrain tile' and of 'pretrain slide' have no figures in common: compare them apart.")
-    names, differing = _names(runs), differing_settings([run.config for run in runs])
-    figure, (words, sign) = next(
-        ((name, how) for name, how in JUDGED.items() if all(name in run.metrics for run in runs)),
-        ("loss", JUDGED["loss"]),
-    )
-    scores = {name: _score(run, figure, sign) for name, run in zip(names, runs, strict=True)}
-    order = sorted(names, key=lambda name: (np.isnan(scores[name]), -sign * scores[name]))
+    named, differing = dict(zip(_names(runs), runs, strict=True)), differing_settings([run.config for run in runs])
+    apart = OF_ONE_OBJECTIVE if len({_objective(run) for run in runs}) > 1 else set()
+    judged = next((name for name in JUDGED if name not in apart and all(name in run.metrics for run in runs)), None)
+    order, how = list(named), "as they were given: losses of different objectives can’t be compared"
+    if judged or not apart:
+        judged = judged or "loss"
+        words, sign = JUDGED[judged]
+        scores = {name: _score(run, judged, sign) for name, run in named.items()}
+        order.sort(key=lambda name: (_failure(named[name]), np.isnan(scores[name]), -sign * scores[name]))
+        how = f"by their {words}, the best first"
     text = page.document(
         title=title,
         kicker="Slidewright comparison",
-        lead=f"{len(runs)} runs of 'pretrain {stages.pop()}', ordered by their {words}.",
+        lead=f"{len(runs)} runs of 'pretrain {stages.pop()}', ordered {how}.",
         opening="",
         sections=[
-            Section("runs", "Runs", _table(dict(zip(names, runs, strict=True)), order, differing, figure)),
-            Section("curves", "Side by side", _curves(dict(zip(names, runs, strict=True)), order)),
+            Section("runs", "Runs", _table(named, order, differing, highlighted=judged is not None)),
+            Section("curves", "Side by side", _curves(named, order, apart)),
         ],
         footer=(
             f"Written by <code>{page.escape(command)}</code> on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC. Not a medical"
@@ -81,6 +85,16 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[s
     names = dict.fromkeys(name for settings in flat for name in settings if name not in OF_THE_FOLDER)
     values = {name: [str(settings.get(name, "–")) for settings in flat] for name in names}
     return {name: found for name, found in values.items() if len(set(found)) > 1}
+
+
+def _objective(run: ReportedRun) -> str:
+    objective = run.config.get("objective")
+    return str(objective.get("_target_")) if isinstance(objective, dict) else ""
+
+
+def _failure(run: ReportedRun) -> str:
+    """What the last start of a run ended by, if it was an error; else nothing."""
+    return str((run.provenance.get("starts") or [{}])[-1].get("ended_by") or "")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -112,8 +126,9 @@ def _score(run: ReportedRun, name: str, sign: int) -> float:
 
 
 def _table(
-    runs: Mapping[str, ReportedRun], order: Sequence[str], differing: Mapping[str, list[str]], judged: str
+    runs: Mapping[str, ReportedRun], order: Sequence[str], differing: Mapping[str, list[str]], highlighted: bool
 ) -> str:
+    """Results first: a narrow window shows the columns that are on the left."""
     shown, places = list(differing)[:MOST_SETTINGS], {name: place for place, name in enumerate(runs)}
     probes = {name: run.folder / "probe.json" for name, run in runs.items()}
     scores = {
@@ -123,10 +138,10 @@ def _table(
     }
     figures = [name for name in JUDGED if any(name in run.metrics for run in runs.values())]
     head = [
-        *("Run", *shown, "steps"),
+        *("Run", "state", "steps"),
         *(f"{'' if name == 'loss' else 'best '}{JUDGED[name][0]}" for name in figures),
         *(("k-NN, probed", "linear, probed") if scores else ()),
-        "state",
+        *shown,
     ]
     rows = []
     for place, name in enumerate(order, 1):
@@ -138,35 +153,37 @@ def _table(
         rows.append(
             (
                 f"{place}. {name}",
-                *(differing[key][places[name]] for key in shown),
+                _state(run),
                 f"{last_step(run):,}",
                 *own,
                 *probed,
-                _state(run),
+                *(differing[key][places[name]] for key in shown),
             )
         )
     left = f" {len(differing) - len(shown)} more settings differ: {', '.join(list(differing)[MOST_SETTINGS:])}."
-    caption = f"Only settings that differ are shown, the best run first.{left if len(differing) > len(shown) else ''}"
-    return page.html_table(head, rows, caption, ours=0)
+    caption = f"Only settings that differ are shown.{left if len(differing) > len(shown) else ''}"
+    return page.html_table(head, rows, caption, ours=0 if highlighted else None)
 
 
 def _state(run: ReportedRun) -> str:
     """How far a run came, and what its record raised alarms about."""
     wanted = int((run.config.get("optim") or {}).get("steps", 0))
     words = ["done" if last_step(run) >= wanted else f"at {last_step(run) / max(1, wanted):.0%}"]
+    if _failure(run):
+        words = [f"failed {words[0]}: {_failure(run).split(': ')[0]}"]
     return ", ".join([*words, *dict.fromkeys(str(alarm["alarm"]) for alarm in run.alarms)])
 
 
-def _curves(runs: Mapping[str, ReportedRun], order: Sequence[str]) -> str:
-    """A panel for each figure that some run has; the best few runs have colours and their place in the table, the
-    others are faint."""
+def _curves(runs: Mapping[str, ReportedRun], order: Sequence[str], apart: set[str]) -> str:
+    """A panel for each figure that some run has, but for those that are ``apart``; the first few runs have colours and
+    their place in the table, the others are faint."""
     named, rest = order[: len(LINE_COLOURS)], order[len(LINE_COLOURS) :]
     panels = []
     for figure, title in SIDE_BY_SIDE_FIGURES.items():
         has = {name: run.metrics[figure] for name, run in runs.items() if figure in run.metrics}
         lines = {str(place): has[name] for place, name in enumerate(named, 1) if name in has}
         faint = {name: has[name] for name in rest if name in has}
-        if has:
+        if has and figure not in apart:
             panels.append(Panel(title, lines, smooth=figure in ("loss", "grad_norm"), faint=faint))
     words = f"Numbers are the runs' places in the table{'; those behind are faint' if rest else ''}."
     return page.figure(curves(panels, columns=2, height=2.6), words, "The same figures of all runs, over steps.")

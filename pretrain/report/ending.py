@@ -11,6 +11,10 @@ from pretrain.run import checkpoints
 from pretrain.run.folder import REPLAY
 
 TILES_LISTED = 8  # of a replay
+WITHOUT_AN_END = (
+    "This run has steps to go, and no error is on record: it goes on now, was told to stop, or was killed. The same"
+    " command goes on from the newest checkpoint, or says who holds the folder."
+)
 
 
 def ending_section(run: ReportedRun, anchor: str) -> Section | None:
@@ -18,10 +22,11 @@ def ending_section(run: ReportedRun, anchor: str) -> Section | None:
     of a run that has nothing of it."""
     starts = run.provenance.get("starts") or [{}]
     ended_by, skipped = starts[-1].get("ended_by"), skipped_steps(run)
-    if not ended_by and not skipped:
-        return None
     optim = run.config.get("optim")
     steps, newest = optim.get("steps") if isinstance(optim, dict) else None, checkpoints.newest(run.folder)
+    open_end = not ended_by and isinstance(steps, int) and last_step(run) < steps
+    if not ended_by and not skipped and not open_end:
+        return None
     rows = [("ended by", str(ended_by))] if ended_by else []
     rows.append(
         ("steps on record", f"{last_step(run):,} of {steps:,}" if isinstance(steps, int) else f"{last_step(run):,}")
@@ -32,13 +37,15 @@ def ending_section(run: ReportedRun, anchor: str) -> Section | None:
         count = int(run.metrics["skipped"][1][-1])
         rows.append(("steps skipped", f"{count:,}, the last one {skipped[-1]:,}: something wasn’t finite"))
     found = replays(run)
-    body = page.paragraph(words_on_going_on(bool(ended_by), newest is not None)) + page.fact_list(rows)
+    words = WITHOUT_AN_END if open_end else words_on_going_on(bool(ended_by), newest is not None)
+    body = page.paragraph(words) + page.fact_list(rows)
     body += "".join(replay_facts(one) for one in found)
     kept = {checkpoints.step_of(path) + 1 for path in checkpoints.complete(run.folder / REPLAY)}
     if open_ones := sorted(kept - {one["step"] for one in found}):
         command = f"pretrain tile run={run.folder} replay={open_ones[-1]}"
         body += page.missing([("Which tile and which term of the loss did it:", command)])
-    return Section(anchor, "How it ended" if ended_by else "Steps not taken", body)
+    title = "How it ended" if ended_by else "How far it is" if open_end else "Steps not taken"
+    return Section(anchor, title, body)
 
 
 def words_on_going_on(failed: bool, has_checkpoint: bool) -> str:

@@ -273,7 +273,7 @@ class SlideTraining(Training):
             if number:
                 require_same_tiles(self.store, store, watched(f"holding {store.folder} against {self.store.folder}"))
             about, *further = (
-                {"encoder": one.encoder, "encoder_hash": one.encoder_hash, "width": one.width}
+                {"encoder": one.encoder, "encoder_hash": one.encoder_hash, "width": one.width, **one.in_numbers()}
                 for one in (self.store, *self.further)
             )
             write_whole(self.run / TILE_ENCODER, json.dumps(about | ({"further": further} if further else {})))

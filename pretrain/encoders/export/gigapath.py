@@ -23,7 +23,7 @@ from data.files import create_folder_whole
 from pretrain.encoders.export.card import as_lines, facts, whole_record
 from pretrain.encoders.export.publishing import Exported
 from pretrain.encoders.run_checkpoint import STUDENT, TEACHER, RunCheckpoint, find_checkpoint
-from pretrain.encoders.slide_encoders import standardised_by
+from pretrain.encoders.slide_encoders import standardised_by, tile_encoders_of
 from pretrain.run import checkpoints
 
 OF_TRAINING = re.compile(r"mask_token|patch_embed\.proj\d")  # none of the released names
@@ -123,6 +123,25 @@ Tiles come row by row. Their code divides places by a tile's side of 256: give c
 """
 
 
+def tile_encoder_facts(found: RunCheckpoint) -> dict[str, str]:
+    """What a slide encoder can't be used without: whose embeddings it takes, and of which tiles."""
+    trained_on = tile_encoders_of(found)
+    if not trained_on:
+        return {"Tile encoder": "not recorded: find out before you use it"}
+    first = trained_on[0]
+    told = {"Tile encoder": f"{first.get('encoder')}, of hash {first['encoder_hash']}"}
+    if "slides" in first:
+        sizes = " or ".join(f"{size} × {size} px" for size in first["tile_size"]) or "not recorded"
+        low, high = first["mpp"] or (0, 0)
+        mpp = f"{low:g} µm/px" if low == high else f"{low:g} to {high:g} µm/px"
+        told |= {
+            "Embeddings": f"{first['slides']:,} slides, {first['tiles']:,} tiles",
+            "Size of a tile": sizes,
+            "Resolution of a tile": mpp if low else "not recorded: find out before you use it",
+        }
+    return told
+
+
 def slide_card(found: RunCheckpoint, weights: dict[str, Tensor], license: str, architecture: str | None) -> str:
     """The model card of an exported slide encoder."""
     parameters = sum(tensor.numel() for tensor in weights.values())
@@ -145,7 +164,7 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 {how_it_is_used(architecture, weights)}
 ## Training
 
-{as_lines(facts(found))}
+{as_lines(tile_encoder_facts(found) | facts(found))}
 {whole_record(found.run)}
 ## Limits
 

@@ -52,14 +52,14 @@ def sweep(tmp_path: Path) -> Path:
 def test_a_folder_of_runs_is_one_page_with_what_differs_and_the_best_run_first(sweep: Path) -> None:
     text = page_of(f"run={sweep}")
     head, *rows = rows_of(text)
-    assert head == ["Run", "optim.lr", "steps", "best k-NN accuracy on labelled tiles", "loss", "state"]
+    assert head == ["Run", "state", "steps", "best k-NN accuracy on labelled tiles", "loss", "optim.lr"]
     assert [row[0] for row in rows] == [
         f"{i}. optim.lr={lr}" for i, lr in enumerate((0.032, 0.016, 0.008, 0.004, 0.002, 0.001), 1)
     ]
     assert [row[3] for row in rows] == ["0.6", "0.58", "0.56", "0.54", "0.52", "0.5"]
     assert (
-        rows[0][-1] == "done"
-        and rows[-1][-1] == "at 50%"
+        rows[0][1] == "done"
+        and rows[-1][1] == "at 50%"
         and "http" not in re.sub(r"www\.w3\.org\S*|http://www", "", text)
     )
     charts = re.findall(r"<svg.*?</svg>", text, flags=re.S)
@@ -79,6 +79,27 @@ def test_runs_are_named_by_as_little_as_tells_them_apart(tmp_path: Path) -> None
     )
     text = page_of(f"run={one}", f"beside=[{other}]")
     assert [row[0] for row in rows_of(text)[1:]] == ["1. b/tile", "2. a/tile"] and (one / "compared.html").exists()
+
+
+def test_losses_of_different_objectives_rank_nothing(tmp_path: Path) -> None:
+    for name, knn in (("dino", []), ("mae", [])):
+        config = yaml.safe_load((written(tmp_path / name, 1e-3, knn) / "config.yaml").read_text())
+        config["objective"] = {"_target_": f"of.{name}"}
+        (tmp_path / name / "config.yaml").write_text(yaml.safe_dump(config))
+    text = page_of(f"run={tmp_path}")
+    assert "as they were given: losses of different objectives can" in text and 'class="ours"' not in text
+    assert [row[0] for row in rows_of(text)[1:]] == ["1. dino", "2. mae"]
+    assert "Learning rate" in text and ">Loss<" not in text
+
+
+def test_a_run_that_failed_says_so_and_comes_last(tmp_path: Path) -> None:
+    for name, knn in (("a", 0.9), ("b", 0.5)):
+        written(tmp_path / name, 1e-3 if name == "a" else 2e-3, [0.5, knn])
+    (tmp_path / "a" / "provenance.json").write_text(json.dumps({"starts": [{"ended_by": "Fault: the disk is full"}]}))
+    assert [(row[0], row[1]) for row in rows_of(page_of(f"run={tmp_path}"))[1:]] == [
+        ("1. b", "done"),
+        ("2. a", "failed done: Fault"),
+    ]
 
 
 def test_settings_that_one_run_lacks_differ(tmp_path: Path) -> None:

@@ -354,6 +354,12 @@ def write_slide_run(folder, encoder: nn.Module) -> None:
     checkpoints.save(folder, 1, objective, torch.optim.SGD(objective.parameters(), lr=0.1), {}, keep=0)
 
 
+def test_an_exported_folder_is_no_run_to_export_from(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(Fault, match="is an exported encoder, and here a run is asked for"):
+        run(Config(str(tmp_path), str(tmp_path / "out"), "transformers", "mit", []))
+
+
 def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
     from models.initialise import initialise
     from models.longnet import LongNet
@@ -375,6 +381,15 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
     fresh.load_state_dict(released["model"], strict=True)
     for name, tensor in encoder.state_dict().items():
         torch.testing.assert_close(fresh.state_dict()[name], tensor, atol=0, rtol=0)
+    assert "| Tile encoder | not recorded" in (tmp_path / "out" / "README.md").read_text()
+
+    about = {"encoder": "teacher of runs/tile", "encoder_hash": "abc", "width": 8}
+    about |= {"slides": 3, "tiles": 1200, "mpp": [0.5, 0.5], "tile_size": [256]}
+    (tmp_path / "slide" / "tile_encoder.json").write_text(json.dumps(about))
+    run(Config(str(tmp_path / "slide"), str(tmp_path / "again"), "gigapath", "mit", []))
+    card = (tmp_path / "again" / "README.md").read_text()
+    assert "| Tile encoder | teacher of runs/tile, of hash abc |" in card and "3 slides, 1,200 tiles" in card
+    assert "| Size of a tile | 256 × 256 px |" in card and "| Resolution of a tile | 0.5 µm/px |" in card
 
 
 def test_a_card_names_gigapaths_architecture_where_it_has_this_one() -> None:
