@@ -35,7 +35,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from models.attention_statistics import SDPA, EqualRuns, StatisticsKernel
-from models.uploaded import uploaded
+from models.uploaded import repeated
 
 CALL_ELEMENTS = {"cpu": 2**21, "cuda": 2**25}
 """Elements of q in one call of a branch with gaps, unless one run is more: bounds what is copied out at a time."""
@@ -192,7 +192,7 @@ def _arithmetic_runs(begin: np.ndarray, length: np.ndarray, step: int, device: t
     """
     before = np.cumsum(length) - length
     number = step * torch.arange(int(length.sum()), device=device)
-    return number + _repeated(begin - step * before, length, device)
+    return number + repeated(torch.from_numpy(begin - step * before), length.tolist(), device)
 
 
 def _padding(length: np.ndarray, missing: np.ndarray, device: torch.device) -> Tensor | None:
@@ -200,13 +200,7 @@ def _padding(length: np.ndarray, missing: np.ndarray, device: torch.device) -> T
     if not missing.any():
         return None
     with np.errstate(divide="ignore"):  # log 0 = -inf: nothing is added
-        return _repeated(np.log(missing), length, device)[:, None]
-
-
-def _repeated(values: np.ndarray, counts: np.ndarray, device: torch.device) -> Tensor:
-    """Each value so many times."""
-    given, times = (uploaded(torch.from_numpy(numbers), device) for numbers in (values, counts))
-    return given.repeat_interleave(times, output_size=int(counts.sum()))
+        return repeated(torch.from_numpy(np.log(missing)), length.tolist(), device)[:, None]
 
 
 def _cut(shapes: Sequence[EqualRuns], per_call: int, together: int) -> Iterator[list[EqualRuns]]:

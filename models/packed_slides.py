@@ -10,7 +10,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from models.uploaded import uploaded
+from models.uploaded import repeated
 
 
 def in_runs(x: Tensor, lengths: Sequence[int]) -> list[Tensor]:
@@ -49,12 +49,9 @@ def summarise(
 
 def numbers_of_slides(lengths: Sequence[int], device: torch.device) -> Tensor:
     """(T,) int64, the number of each token's slide."""
-    numbers = uploaded(torch.arange(len(lengths)), device)
-    return numbers.repeat_interleave(uploaded(torch.tensor(lengths), device), output_size=sum(lengths))
+    return repeated(torch.arange(len(lengths)), lengths, device)
 
 
 def of_each_token(values: Sequence[float], lengths: Sequence[int], like: Tensor) -> Tensor:
-    """(T,) the number of each token's slide, on the device and in the precision of ``like``, for which no GPU is waited
-    for."""
-    given = uploaded(torch.tensor(values, dtype=like.dtype), like.device)
-    return given.repeat_interleave(uploaded(torch.tensor(lengths), like.device), output_size=sum(lengths))
+    """(T,) for each token the value of its slide, on the device and in the precision of ``like``."""
+    return repeated(torch.tensor(values, dtype=like.dtype), lengths, like.device)

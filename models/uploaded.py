@@ -1,9 +1,16 @@
-"""Numbers that the host knows, on their way to the device."""
+"""Numbers that the host knows, on their way to the device, so that no GPU is waited for."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 
 def uploaded(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` of the CPU on ``device``; to a GPU from page-locked memory, so that nobody waits for it."""
+    """``numbers`` of the CPU on ``device``; to a GPU from page-locked memory."""
     return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+
+
+def repeated(values: Tensor, counts: Sequence[int], device: torch.device) -> Tensor:
+    """(n,) of the CPU, each value as often as its count says → (sum of counts,) on ``device``."""
+    return uploaded(values, device).repeat_interleave(uploaded(torch.tensor(counts), device), output_size=sum(counts))

@@ -12,6 +12,7 @@ from data.files import write_whole
 from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.probing.score_file import read_scores
+from pretrain.report.ending import last_error
 from pretrain.report.figures import LINE_COLOURS, Panel, curves
 from pretrain.report.parts import ReportedRun, inputs, last_step, read_run
 from pretrain.report.training import ends
@@ -60,7 +61,7 @@ def build_comparison(title: str, runs: Sequence[ReportedRun], out: Path, command
         judged = judged or "loss"
         words, sign = JUDGED[judged]
         scores = {name: _score(run, judged, sign) for name, run in named.items()}
-        order.sort(key=lambda name: (_failure(named[name]), np.isnan(scores[name]), -sign * scores[name]))
+        order.sort(key=lambda name: (bool(last_error(named[name])), np.isnan(scores[name]), -sign * scores[name]))
         how = f"by their {words}, the best first"
     text = page.document(
         title=title,
@@ -90,11 +91,6 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[s
 def _objective(run: ReportedRun) -> str:
     objective = run.config.get("objective")
     return str(objective.get("_target_")) if isinstance(objective, dict) else ""
-
-
-def _failure(run: ReportedRun) -> str:
-    """What the last start of a run ended by, if it was an error; else nothing."""
-    return str((run.provenance.get("starts") or [{}])[-1].get("ended_by") or "")
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -169,8 +165,8 @@ def _state(run: ReportedRun) -> str:
     """How far a run came, and what its record raised alarms about."""
     wanted = int((run.config.get("optim") or {}).get("steps", 0))
     words = ["done" if last_step(run) >= wanted else f"at {last_step(run) / max(1, wanted):.0%}"]
-    if _failure(run):
-        words = [f"failed {words[0]}: {_failure(run).split(': ')[0]}"]
+    if error := last_error(run):
+        words = [f"failed {words[0]}: {error.split(': ')[0]}"]
     return ", ".join([*words, *dict.fromkeys(str(alarm["alarm"]) for alarm in run.alarms)])
 
 

@@ -20,14 +20,13 @@ WITHOUT_AN_END = (
 def ending_section(run: ReportedRun, anchor: str) -> Section | None:
     """What stopped a run, where it stood, the steps that it skipped, what replays of them found, and what to do; None
     of a run that has nothing of it."""
-    starts = run.provenance.get("starts") or [{}]
-    ended_by, skipped = starts[-1].get("ended_by"), skipped_steps(run)
+    ended_by, skipped = last_error(run), skipped_steps(run)
     optim = run.config.get("optim")
     steps, newest = optim.get("steps") if isinstance(optim, dict) else None, checkpoints.newest(run.folder)
     open_end = not ended_by and isinstance(steps, int) and last_step(run) < steps
     if not ended_by and not skipped and not open_end:
         return None
-    rows = [("ended by", str(ended_by))] if ended_by else []
+    rows = [("ended by", ended_by)] if ended_by else []
     rows.append(
         ("steps on record", f"{last_step(run):,} of {steps:,}" if isinstance(steps, int) else f"{last_step(run):,}")
     )
@@ -46,6 +45,11 @@ def ending_section(run: ReportedRun, anchor: str) -> Section | None:
         body += page.missing([("Which tile and which term of the loss did it:", command)])
     title = "How it ended" if ended_by else "How far it is" if open_end else "Steps not taken"
     return Section(anchor, title, body)
+
+
+def last_error(run: ReportedRun) -> str:
+    """What the last start of a run ended by, if it was an error; else nothing."""
+    return str((run.provenance.get("starts") or [{}])[-1].get("ended_by") or "")
 
 
 def words_on_going_on(failed: bool, has_checkpoint: bool) -> str:
