@@ -9,7 +9,6 @@ the network itself, the mask token left out, as publishers do.
     pretrain tile recipe=midnight run=runs/midnight data.shards=shards
 """
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,16 +19,13 @@ from pretrain.settings import plugins
 from pretrain.settings.annotation import annotated, as_dictionary
 from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.composition import Composed, load
-from pretrain.settings.config_files import CONFIGS, choices_of, comments
+from pretrain.settings.config_files import CONFIGS, choices_of
+from pretrain.settings.recipe_headings import deviations, heading, our_choices
 from pretrain.settings.refusals import nearest
 
 RECIPE_STAGES = ("tile", "slide")
 TILE_WIDTH = 1536  # a slide encoder's input in the table: Prov-GigaPath's
 FACTS_OF_RECIPES = ("Data", "Cost", "Public")  # lines of a recipe's heading that the table has
-DEVIATIONS = re.compile(
-    r"(?:Left out|Differs): .*?(?=(?: |^)(?:Left out|Differs|Tiles|Data|Cost|Public): |$)"
-)  # in a heading
-OUR_CHOICE = "?:"  # how a recipe marks a value that is our choice
 
 
 @dataclass
@@ -100,20 +96,11 @@ def describe_recipe(name: str) -> Recipe:
     with torch.device("meta"):
         encoder = plugins.build(on_any_machine(model), *([TILE_WIDTH] if composed.command == "slide" else []))
     parameters = sum(p.numel() for name, p in encoder.named_parameters() if name != "mask_token")
-    said = {
-        key: comment
-        for prefix, file in composed.files
-        for key, comment in comments(file).items()
-        if file.parent.name == "recipe"
-    }
     facts = dict(
         line.removeprefix("# ").split(": ", 1)
         for line in heading(path(name))
         if line.startswith(tuple(f"# {fact}: " for fact in FACTS_OF_RECIPES))
     )
-    # What a recipe stands on deviates for it too.
-    chain = [file for _, file in composed.files if file.parent.name == "recipe"]
-    headings = [" ".join(line.removeprefix("# ") for line in heading(file)) for file in reversed(chain)]
     kind = objective["_target_"].rpartition(".")[2]
     return Recipe(
         name=name,
@@ -123,16 +110,9 @@ def describe_recipe(name: str) -> Recipe:
         batch=tree.data.batch_size,
         steps=tree.optim.steps,
         **{fact.lower(): facts.get(fact, "") for fact in FACTS_OF_RECIPES},
-        deviates=[said for one in headings for said in DEVIATIONS.findall(one)],
-        unknown=sorted(key for key, comment in said.items() if OUR_CHOICE in comment),
+        deviates=deviations(name),
+        unknown=our_choices(name),
     )
-
-
-def heading(file: Path) -> list[str]:
-    """The comment at the top of a recipe's file, without Hydra's line."""
-    lines = file.read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if not line.startswith("#"))
-    return [line for line in lines[:first] if "@package" not in line]
 
 
 def recipe_table(recipes: list[Recipe]) -> str:

@@ -34,10 +34,11 @@ class Preprocessing:
         )
         return (x - mean) / std
 
-    def __str__(self) -> str:
+    def resizing(self) -> str:
+        """What is done before normalising, in words."""
         cut = f", centre {self.image_size} px" if self.resize_to != self.image_size else ""
+        return f"shorter side to {self.resize_to} px ({self.interpolation}, antialiased){cut}"
+
+    def __str__(self) -> str:
         numbers = ["/".join(f"{value:.3f}" for value in values) for values in (self.mean, self.std)]
-        return (
-            f"shorter side to {self.resize_to} px ({self.interpolation}, antialiased){cut}, mean {numbers[0]}, std"
-            f" {numbers[1]}"
-        )
+        return f"{self.resizing()}, mean {numbers[0]}, std {numbers[1]}"

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from data.files import write_whole
+from pretrain.encoders.export.card import parameters_in_words
 from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.pages import page
 from pretrain.pages.page import Section
@@ -108,16 +109,12 @@ def describe_network(model: Any, allowed: Collection[str]) -> str:
         return "its architecture in the configuration below"
     with torch.device("meta"):
         parameters = sum(p.numel() for p in plugins.build(on_any_machine(model), allowed=allowed).parameters())
-    if parameters >= 1e9:
-        size = f"{parameters / 1e9:.2f} B"
-    else:
-        size = f"{parameters / 1e6:.1f} M" if parameters >= 1e6 else f"{parameters / 1e3:.1f} k"
     kind = model["_target_"].rpartition(".")[2]
     words = {"VisionTransformer": "a vision transformer"}.get(kind, kind)
     shape = [f"{model[key]} {name}" for key, name in (("depth", "blocks"), ("heads", "heads")) if key in model]
     width = [f"width {model['width']}"] if "width" in model else []
     patch = [f"patch {model['patch_size']} px"] if "patch_size" in model else []
-    return f"{words} of {size} parameters ({', '.join(shape + width + patch)})"
+    return f"{words} of {parameters_in_words(parameters)} parameters ({', '.join(shape + width + patch)})"
 
 
 def glance(parts: Parts) -> list[tuple[str, str]]:

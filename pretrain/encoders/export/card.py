@@ -1,18 +1,33 @@
 """What a model card says of the run behind an encoder: what it was trained on and how, by which recipe and where it
-deviates from it, and how it was judged."""
+deviates from it, where that differs from what was published, and how it was judged. A card is made to be handed on: it
+names no host, no folders and no command."""
 
+import json
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from data.json_files import read_object
 from data.redaction import redacted
+from pretrain.encoders.export.where_things_lie import without_folders, without_places
 from pretrain.encoders.preprocessing import Preprocessing
-from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint
+from pretrain.encoders.run_checkpoint import RunCheckpoint
 from pretrain.run.folder import read_starts
+from pretrain.settings.recipe_headings import deviations, our_choices
 from pretrain.settings.shell_words import key_of
 
 OF_NO_RECIPE = ("run", "launch", "trainer", "watch", "wandb", "allow_plugins", "allow_changes")
 """Words of a command line that aren't about what is learned."""
+PUBLIC_OF_A_START = ("time", "changes", "data", "python", "packages", "git")
+"""What a card repeats of each start that ``provenance.json`` lists."""
+
+
+def parameters_in_words(count: int) -> str:
+    """``1.14 B``, ``86.6 M``, ``25.9 k``."""
+    if count >= 1e9:
+        return f"{count / 1e9:.2f} B"
+    return f"{count / 1e6:.1f} M" if count >= 1e6 else f"{count / 1e3:.1f} k"
 
 
 def facts(found: RunCheckpoint, preprocessing: Preprocessing | None = None) -> dict[str, str]:
@@ -24,20 +39,31 @@ def facts(found: RunCheckpoint, preprocessing: Preprocessing | None = None) -> d
     batch = data.get("batch_size")
     told = {
         "Objective": objective,
-        "Recipe": recipe_and_deviations([start.get("command") or [] for start in starts]),
+        "Recipe": recipe_and_deviations(commands_of(starts)),
         "Steps": f"{step:,} of {optim.get('steps', step):,}, batches of {batch}" if step and batch else None,
         "Data": ", ".join(sources) if (sources := sources_of(data)) else None,
         "Starts from": config.get("init"),
     }
     if preprocessing is not None:
         told |= size_and_resolution((starts[-1] if starts else {}).get("tiles") or {}, preprocessing, data)
-    return {name: str(redacted(str(value))) for name, value in told.items() if value}
+    return {name: without_folders(redacted(str(value))) for name, value in told.items() if value}
+
+
+def commands_of(starts: list[dict[str, Any]]) -> list[list[str]]:
+    """The command lines of a run's starts, in words."""
+    return [start.get("command") or [] for start in starts]
+
+
+def recipe_of(commands: list[list[str]]) -> str | None:
+    """The recipe that the first start names."""
+    named = (word for command in commands for word in command if word.startswith("recipe="))
+    return next((word.partition("=")[2] for word in named), None)
 
 
 def recipe_and_deviations(commands: list[list[str]]) -> str | None:
-    """The recipe that the first start names, and what all starts' words set besides; None where none is named."""
+    """The recipe, and what all starts' words set besides; None where none is named."""
     words = [word for command in commands for word in command if "=" in word]
-    recipe = next((word.partition("=")[2] for word in words if word.startswith("recipe=")), None)
+    recipe = recipe_of(commands)
     if recipe is None:
         return None
     own = {key_of(word): word for word in words}
@@ -47,6 +73,26 @@ def recipe_and_deviations(commands: list[list[str]]) -> str | None:
         if key != "recipe" and key.partition(".")[0] not in OF_NO_RECIPE and key not in PATHS
     ]
     return f"{recipe}{', with ' + ', '.join(others) if others else ''}"
+
+
+def published_differences(run: Path) -> str:
+    """Where the run's recipe differs from what was published, and what nobody knows of that, as a section; empty where
+    the recipe says neither."""
+    recipe = recipe_of(commands_of(read_starts(run)))
+    sentences, unknown = (deviations(recipe), our_choices(recipe)) if recipe else ([], [])
+    if unknown:
+        values = "One value isn't" if len(unknown) == 1 else f"{len(unknown)} values aren't"
+        sentences.append(f"{values} known, and our choice: {', '.join(f'`{key}`' for key in unknown)}.")
+    if not sentences:
+        return ""
+    listed = "\n".join(f"- {sentence}" for sentence in sentences)
+    return f"""
+## How this recipe differs from the published one
+
+Of `{recipe}`, as this version of Slidewright has it:
+
+{listed}
+"""
 
 
 PATHS = (
@@ -64,8 +110,9 @@ PATHS = (
 
 def sources_of(data: dict[str, Any]) -> list[str]:
     """Where the tiles or embeddings came from."""
-    given = [data.get(key) for key in ("shards", "slides", "files", "embeddings")]
-    found = [str(one) for value in given if value for one in (value if isinstance(value, list) else [value])]
+    of_kinds = [(key, data.get(key)) for key in ("shards", "slides", "files", "embeddings")]
+    given = [(key, str(one)) for key, some in of_kinds if some for one in (some if isinstance(some, list) else [some])]
+    found = [without_places(one, key) for key, one in given]
     return found + [source for member in (data.get("members") or {}).values() for source in sources_of(member)]
 
 
@@ -85,18 +132,40 @@ def size_and_resolution(
     }
     if mpp:
         low, middle, high = mpp
+        scales = scales_of(data) or ([middle] if low == high else [])
         told["Resolution of a tile"] = (
-            f"{middle:g} µm/px" if low == high else f"{low:g} to {high:g} µm/px, median {middle:g}"
+            in_a_row(scales) if scales else f"{low:g} to {high:g} µm/px, median {middle:g}: tiles of all between"
         )
+        if len(scales) > 1:
+            told["Resolution of a tile"] += ": tiles of each were seen"
         if pixels:
-            side = min(pixels) * middle
+            px = min(pixels)
+            ends = scales or [low, high]
+            sides, inputs = ([px * one for one in ends], [px * one / preprocessing.resize_to for one in ends])
+            joint = " and " if scales else " to "
             told["Meant for"] = (
-                f"tiles of {side:.4g} µm a side, as {min(pixels)} px at {middle:g} µm/px; scaled to the input they are"
-                f" {side / preprocessing.resize_to:.3g} µm/px"
+                f"tiles of {in_a_row(sides, 'µm', '.4g', joint)} a side, as {px} px at {in_a_row(ends, joint=joint)};"
+                f" scaled to the input they are {in_a_row(inputs, digits='.3g', joint=joint)}"
             )
     else:
         told["Resolution of a tile"] = "not recorded: find out before you use it"
     return told
+
+
+def scales_of(data: dict[str, Any]) -> list[float]:
+    """The several µm/px at which the settings have tiles read from slides; none where tiles have what they have, or one
+    is drawn between two."""
+    members = (data.get("members") or {}).values()
+    if members:
+        each = [scales_of(member) for member in members]
+        return sorted({one for scales in each for one in scales}) if all(each) else []
+    return sorted(data.get("mpp") or []) if data.get("mpp_law") == "values" and len(data.get("mpp") or []) > 1 else []
+
+
+def in_a_row(numbers: list[float], unit: str = "µm/px", digits: str = "g", joint: str = " and ") -> str:
+    """``0.25, 0.5 and 1 µm/px``."""
+    *others, last = (f"{number:{digits}}" for number in numbers)
+    return f"{', '.join(others)}{joint if others else ''}{last} {unit}"
 
 
 def as_lines(told: dict[str, str]) -> str:
@@ -126,8 +195,19 @@ Frozen, on {probe["test"]["images"]:,} images in {len(probe["classes"])} classes
 """
 
 
-def whole_record(run: Path) -> str:
-    """The run's configuration and provenance, as sections."""
-    path = run / "provenance.json"
-    told = f"\nProvenance:\n\n```json\n{redacted(path.read_text().strip())}\n```\n" if path.is_file() else ""
-    return f"The whole configuration:\n\n```yaml\n{redacted((run / RUN_CONFIG).read_text().strip())}\n```\n{told}"
+def whole_record(found: RunCheckpoint) -> str:
+    """The run's configuration and provenance, as sections, without where things lie: a card is handed on."""
+    configuration = yaml.safe_dump(without_places(found.config), sort_keys=False, allow_unicode=True).strip()
+    starts = [
+        {name: without_places(start[name]) for name in PUBLIC_OF_A_START if name in start}
+        for start in read_starts(found.run)
+    ]
+    provenance = redacted(json.dumps({"starts": starts}, indent=1, ensure_ascii=False))
+    told = f"\nProvenance:\n\n```json\n{provenance}\n```\n" if starts else ""
+    return f"""\
+The configuration, of whose paths only the last parts are here; the whole record, with commands and machines, is in the run's folder:
+
+```yaml
+{redacted(configuration)}
+```
+{told}"""

@@ -20,8 +20,9 @@ from torch import Tensor
 from data.embeddings.standardisation import Statistics
 from data.fault import Fault
 from data.files import create_folder_whole
-from pretrain.encoders.export.card import as_lines, facts, whole_record
+from pretrain.encoders.export.card import as_lines, facts, parameters_in_words, published_differences, whole_record
 from pretrain.encoders.export.publishing import Exported
+from pretrain.encoders.export.where_things_lie import without_folders
 from pretrain.encoders.run_checkpoint import STUDENT, TEACHER, RunCheckpoint, find_checkpoint
 from pretrain.encoders.slide_encoders import standardised_by, tile_encoders_of
 from pretrain.run import checkpoints
@@ -61,7 +62,7 @@ def export_gigapath(checkpoint: Path, out: Path, license: str, plugins: Collecti
         loaded = torch.load(path, weights_only=True)["model"]
         if list(loaded) != list(weights) or not all(torch.equal(loaded[name], weights[name]) for name in weights):
             raise Fault(f"{path} read back differs from what was written: check the disk, and export again")
-        (folder / "README.md").write_text(slide_card(found, weights, license, architecture))
+        (folder / "README.md").write_text(slide_card(found, weights, license, architecture, out.resolve().name))
 
     use = code_to_load(f"{out}/slide_encoder.pth", architecture, weights)
     return Exported(create_folder_whole(out, fill), f"{out}/slide_encoder.pth: the released key names", use)
@@ -98,13 +99,15 @@ def code_to_load(path: str, architecture: str | None, weights: Mapping[str, Tens
     return f'slide_encoder.create_model("{path}", "{architecture}", {weights["patch_embed.proj.weight"].shape[1]})'
 
 
-def how_it_is_used(architecture: str | None, weights: Mapping[str, Tensor]) -> str:
-    """The card's section of that."""
-    code = code_to_load("{this folder}/slide_encoder.pth", architecture, weights)
+def how_it_is_used(architecture: str | None, weights: Mapping[str, Tensor], folder: str) -> str:
+    """The card's section of that, beside a ``folder`` of this name."""
+    code = code_to_load(f"{folder}/slide_encoder.pth", architecture, weights)
     if architecture is None:
         return f"""\
 ```python
-weights = {code}
+import torch
+
+weights = {code}  # run beside the folder {folder}
 ```
 
 Prov-GigaPath's code has no name for a network of these sizes, heads or segments: build its `LongNetViT` with them, or hand on the
@@ -114,7 +117,7 @@ run itself, which `pretrain embed stage=slide` reads.
 ```python
 from gigapath import slide_encoder  # github.com/prov-gigapath/prov-gigapath; with numpy below 2
 
-encoder = {code}.eval()
+encoder = {code}.eval()  # run beside the folder {folder}
 cls = encoder(tiles, places)[0]  # (1, n, {weights["patch_embed.proj.weight"].shape[1]}) embeddings, (1, n, 2) places → (1, {weights["cls_token"].shape[-1]})
 ```
 
@@ -128,22 +131,27 @@ def tile_encoder_facts(found: RunCheckpoint) -> dict[str, str]:
     trained_on = tile_encoders_of(found)
     if not trained_on:
         return {"Tile encoder": "not recorded: find out before you use it"}
-    first = trained_on[0]
-    told = {"Tile encoder": f"{first.get('encoder')}, of hash {first['encoder_hash']}"}
+    first, *others = trained_on
+    told = {"Tile encoder": f"{without_folders(str(first.get('encoder')))}, of hash {first['encoder_hash']}"}
+    low, high = first.get("mpp") or (0, 0)
+    mpp = f"{low:g} µm/px" if low == high else f"{low:g} to {high:g} µm/px"
+    told |= {
+        "Size of a tile": " or ".join(f"{size} × {size} px" for size in first.get("tile_size") or [])
+        or "not recorded: find out before you use it",
+        "Resolution of a tile": mpp if low else "not recorded: find out before you use it",
+    }
     if "slides" in first:
-        sizes = " or ".join(f"{size} × {size} px" for size in first["tile_size"]) or "not recorded"
-        low, high = first["mpp"] or (0, 0)
-        mpp = f"{low:g} µm/px" if low == high else f"{low:g} to {high:g} µm/px"
-        told |= {
-            "Embeddings": f"{first['slides']:,} slides, {first['tiles']:,} tiles",
-            "Size of a tile": sizes,
-            "Resolution of a tile": mpp if low else "not recorded: find out before you use it",
-        }
+        store = Path(str((found.config.get("data") or {}).get("embeddings"))).name
+        told["Embeddings"] = f"{first['slides']:,} slides, {first['tiles']:,} tiles, in the store {store}"
+    if others:
+        told["Trained with"] = f"embeddings of {len(others)} more tile encoders, which this file doesn't take"
     return told
 
 
-def slide_card(found: RunCheckpoint, weights: dict[str, Tensor], license: str, architecture: str | None) -> str:
-    """The model card of an exported slide encoder."""
+def slide_card(
+    found: RunCheckpoint, weights: dict[str, Tensor], license: str, architecture: str | None, name: str
+) -> str:
+    """The model card of a slide encoder that is exported into a folder of this ``name``."""
     parameters = sum(tensor.numel() for tensor in weights.values())
     return f"""\
 ---
@@ -153,7 +161,7 @@ tags: [pathology, histology, longnet, whole-slide]
 
 # {found.run.resolve().name}: a pathology slide encoder
 
-A LongNet encoder of {parameters / 1e6:.1f} M parameters, trained with Slidewright as a masked autoencoder over frozen tile embeddings.
+A LongNet encoder of {parameters_in_words(parameters)} parameters, trained with Slidewright as a masked autoencoder over frozen tile embeddings.
 `slide_encoder.pth` holds `{{"model": state_dict}}` with the key names of Prov-GigaPath's release.
 
 It was trained with exact attention gradients and without attended padding. Code that follows the released model attends to
@@ -161,11 +169,11 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 
 ## Use
 
-{how_it_is_used(architecture, weights)}
+{how_it_is_used(architecture, weights, name)}
 ## Training
 
 {as_lines(tile_encoder_facts(found) | facts(found))}
-{whole_record(found.run)}
+{whole_record(found)}{published_differences(found.run)}
 ## Limits
 
 It has seen the slides and the tile encoder of its training and no others. Compare it with the mean of the tiles, with smoothed tiles and

@@ -13,7 +13,14 @@ from data.fault import Fault
 from data.files import create_folder_whole
 from data.keyed import rng
 from models.vit import VisionTransformer
-from pretrain.encoders.export.card import as_lines, facts, judged, whole_record
+from pretrain.encoders.export.card import (
+    as_lines,
+    facts,
+    judged,
+    parameters_in_words,
+    published_differences,
+    whole_record,
+)
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, teacher
 
@@ -83,9 +90,16 @@ def largest_difference(
 
 
 def tile_card(
-    found: RunCheckpoint, network: nn.Module, preprocessing: Preprocessing, license: str, library: str, use: str
+    found: RunCheckpoint,
+    network: nn.Module,
+    preprocessing: Preprocessing,
+    license: str,
+    library: str,
+    use: str,
+    folder: str,
 ) -> str:
-    """The model card of an exported tile encoder; ``use`` is code that ends with the features of ``images``."""
+    """The model card of an exported tile encoder; ``use`` is code that ends with the features of ``images``, run
+    beside the ``folder`` of this name."""
     model = found.config["model"]
     parameters = sum(p.numel() for name, p in network.named_parameters() if name != "mask_token")
     mean, std = list(preprocessing.mean), list(preprocessing.std)
@@ -99,22 +113,24 @@ tags: [pathology, histology]
 
 # {found.run.resolve().name}: a pathology tile encoder
 
-A vision transformer of {parameters / 1e6:.1f} M parameters (width {model["width"]}, {model["depth"]} blocks, {model["heads"]} heads,
+A vision transformer of {parameters_in_words(parameters)} parameters (width {model["width"]}, {model["depth"]} blocks, {model["heads"]} heads,
 patch {model["patch_size"]}, {model["feed_forward"]}, {model["registers"]} registers), trained with Slidewright by self-supervision:
 no label was used. The weights are those of {found.folder.name}: the moving-average teacher's where the objective has one.
 
 ## Use
 
+Beside the folder {folder}:
+
 ```python
 {use}  # images (B, 3, {preprocessing.image_size}, {preprocessing.image_size}) → (B, {model["width"]}): the class token
 ```
 
-Input: {preprocessing}. In numbers: mean {mean}, std {std}.
+Input: {preprocessing.resizing()}, mean {mean}, std {std}.
 
 ## Training
 
 {as_lines(facts(found, preprocessing))}
-{whole_record(found.run)}{judged(found.run)}
+{whole_record(found)}{published_differences(found.run)}{judged(found.run)}
 ## Limits
 
 It has seen the tissue, stains and scanners of its training slides and no others. Measure it on your task (`pretrain probe`) before you

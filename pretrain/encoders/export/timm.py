@@ -35,12 +35,13 @@ def export_timm(checkpoint: Path, out: Path, license: str, plugins: Collection[s
     architecture, arguments, weights = as_timms(network, found.config["model"], preprocessing.image_size)
     config = timm_config(architecture, arguments, preprocessing, license)
     files: dict[str, dict[str, Any] | str] = {"config.json": config, **HOSTS}
-    use = """\
+    name = out.resolve().name
+    use = f"""\
 import timm, torch
 
-encoder = timm.create_model("local-dir:{this folder}", pretrained=True).eval()
+encoder = timm.create_model("local-dir:{name}", pretrained=True).eval()
 features = encoder(images)"""
-    card = tile_card(found, network, preprocessing, license, "timm", use)
+    card = tile_card(found, network, preprocessing, license, "timm", use, name)
     new, difference = export_tiles(out, found, network, preprocessing, files, weights, card, timm_features)
     checked = f"{out}: loads strictly in timm, features within {difference:.1g} of the teacher's"
     return Exported(new, checked, f'timm.create_model("local-dir:{out}", pretrained=True)', difference)

@@ -4,6 +4,9 @@
     encoder.pt                torch.jit.load: images (B, 3, size, size), normalised → class tokens (B, width)
     config.json               size, mean and std of these images, and the width
     README.md                 model card
+
+Debug records in encoder.pt name the source files of what was traced, with their folders: torch.jit.save has no way to
+leave them out.
 """
 
 import json
@@ -33,6 +36,12 @@ def export_torchscript(checkpoint: Path, out: Path, license: str, plugins: Colle
     network, preprocessing = vision_transformer(found)
     size, difference = preprocessing.image_size, 0.0
     architecture, arguments, weights = as_timms(network, found.config["model"], size)
+    name = out.resolve().name
+    use = f"""\
+import torch
+
+encoder = torch.jit.load("{name}/encoder.pt").eval()
+features = encoder(images)"""
 
     def fill(folder: Path) -> None:
         import timm
@@ -50,18 +59,12 @@ def export_torchscript(checkpoint: Path, out: Path, license: str, plugins: Colle
                 difference = max(difference, float((theirs - ours).abs().max() / ours.abs().max()))
         require_same_features(difference, SCRIPT_TOLERANCE, found)
         (folder / "config.json").write_text(json.dumps(how_images_come(preprocessing, network.width), indent=2) + "\n")
-        (folder / "README.md").write_text(tile_card(found, network, preprocessing, license, "pytorch", USE))
+        card = tile_card(found, network, preprocessing, license, "pytorch", use, name)
+        (folder / "README.md").write_text(card)
 
     new = create_folder_whole(out, fill)
     checked = f"{out}: loads in torch.jit, features within {difference:.1g} of the teacher's"
     return Exported(new, checked, f'torch.jit.load("{out}/encoder.pt")', difference)
-
-
-USE = """\
-import torch
-
-encoder = torch.jit.load("{this folder}/encoder.pt").eval()
-features = encoder(images)"""
 
 
 def how_images_come(preprocessing: Preprocessing, width: int) -> dict[str, object]:

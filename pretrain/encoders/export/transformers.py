@@ -41,12 +41,13 @@ def export_transformers(checkpoint: Path, out: Path, license: str, plugins: Coll
         "preprocessor_config.json": processor_config(preprocessing),
     }
     model = config["architectures"][0]
+    name = out.resolve().name
     use = f"""\
 from transformers import {model}
 
-encoder = {model}.from_pretrained("{{this folder}}").eval()
+encoder = {model}.from_pretrained("{name}").eval()
 features = encoder(images).pooler_output"""
-    card = tile_card(found, network, preprocessing, license, "transformers", use)
+    card = tile_card(found, network, preprocessing, license, "transformers", use, name)
     new, difference = export_tiles(out, found, network, preprocessing, files, weights, card, transformers_features)
     checked = f"{out}: loads whole in transformers, features within {difference:.1g} of the teacher's"
     return Exported(new, checked, f'transformers.AutoModel.from_pretrained("{out}")', difference)

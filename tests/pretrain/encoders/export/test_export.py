@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import runpy
 import sys
 import types
@@ -22,11 +23,13 @@ from data.keyed import rng
 from pretrain.commands import probe
 from pretrain.commands.export import Config, run
 from pretrain.encoders.export import timm as timm_export
+from pretrain.encoders.export.card import parameters_in_words, scales_of, size_and_resolution
 from pretrain.encoders.export.gigapath import architecture_of, how_it_is_used
 from pretrain.encoders.export.timm import export_timm
 from pretrain.encoders.export.torchscript import export_torchscript
 from pretrain.encoders.export.transformers import export_transformers
 from pretrain.encoders.loading import load_encoder
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.run import checkpoints
 from pretrain.settings.composition import load
 from pretrain.settings.config_files import CONFIGS
@@ -235,6 +238,53 @@ def test_the_card_says_what_a_tile_is_which_recipe_it_was_and_how_it_was_judged(
     )
 
 
+def test_a_card_names_each_resolution_that_was_asked_for_and_a_range_where_tiles_have_their_own():
+    preprocessing = Preprocessing(192, 192, (0.5,) * 3, (0.5,) * 3)
+    tiles = {"tiles": 55, "pixels": [256, 256], "mpp": [0.499, 0.499, 1.0]}
+    told = size_and_resolution(tiles, preprocessing, {"mpp": [0.5, 1.0], "mpp_law": "values"})
+    assert told["Resolution of a tile"] == "0.5 and 1 µm/px: tiles of each were seen"
+    assert told["Meant for"] == (
+        "tiles of 128 and 256 µm a side, as 256 px at 0.5 and 1 µm/px; scaled to the input they are 0.667 and 1.33 µm/px"
+    )
+    members = {name: {"mpp": [0.25, mpp], "mpp_law": "values"} for name, mpp in (("a", 0.5), ("b", 2.0))}
+    assert scales_of({"members": members}) == [0.25, 0.5, 2.0] and scales_of({"members": members | {"c": {}}}) == []
+    told = size_and_resolution(tiles, preprocessing, {"mpp": [0.5, 1.0], "mpp_law": "uniform"})
+    assert told["Meant for"].startswith("tiles of 127.7 to 256 µm a side, as 256 px at 0.499 to 1 µm/px; scaled")
+
+
+def test_a_card_says_where_its_recipe_differs_from_the_published_one_and_names_no_folder_or_host(
+    make_tile_run, tmp_path
+):
+    folder, _ = make_tile_run()
+    config = yaml.safe_load((folder / "config.yaml").read_text())
+    config |= {"run": "/disk3/ann/runs/secret7", "init": "hf-hub:lab/model"}
+    config["data"] |= {"shards": ["/srv/hospital/shards", "s3://bucket/more"], "slide_pattern": "/(?P<slide>[^/]+)/"}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["tile", "recipe=virchow", "run=/disk3/ann/runs/secret7", "objective.teacher=/disk3/ann/vit.pth"]
+    start = {"command": ["pretrain", *words], "host": "node17", "git": "abcdef", "ended_by": "/disk3/ann failed"}
+    start["changes"] = {"data.grids": ["/srv/hospital/grids", "grids2"]}
+    (folder / "provenance.json").write_text(json.dumps({"starts": [start]}))
+    run(Config(str(folder), str(tmp_path / "encoder"), "timm", "mit", []))
+    card = (tmp_path / "encoder" / "README.md").read_text()
+    assert not re.search("disk3|hospital|bucket|node17", card), card
+    assert "| Recipe | virchow, with objective.teacher=vit.pth |" in card and "| Data | shards, more |" in card
+    assert "run: secret7" in card and "init: hf-hub:lab/model" in card and "slide_pattern: /(?P<slide>[^/]+)/" in card
+    assert "the whole record, with commands and machines, is in the run's folder" in card and "abcdef" in card
+    differences = card.partition("## How this recipe differs from the published one")[2].partition("\n## ")[0]
+    assert "- Left out: each GPU sees 256 tiles of one slide in a step (S)" in differences
+    assert "values aren't known, and our choice:" in differences and "`init`" in differences
+    assert 'timm.create_model("local-dir:encoder", pretrained=True)' in card and "Beside the folder encoder:" in card
+    assert card.count("mean [0.7, 0.5, 0.6]") == 1 and "mean 0.7" not in card and "0.0 M" not in card
+
+
+def test_parameters_are_counted_in_the_unit_that_fits():
+    assert [parameters_in_words(count) for count in (25_900, 86_600_000, 1_136_000_000)] == [
+        "25.9 k",
+        "86.6 M",
+        "1.14 B",
+    ]
+
+
 def test_an_encoder_without_a_record_says_that_its_resolution_is_unknown(make_tile_run, tmp_path):
     folder, _ = make_tile_run()
     export_timm(folder, tmp_path / "encoder", "mit")
@@ -388,7 +438,10 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
     (tmp_path / "slide" / "tile_encoder.json").write_text(json.dumps(about))
     run(Config(str(tmp_path / "slide"), str(tmp_path / "again"), "gigapath", "mit", []))
     card = (tmp_path / "again" / "README.md").read_text()
-    assert "| Tile encoder | teacher of runs/tile, of hash abc |" in card and "3 slides, 1,200 tiles" in card
+    assert (
+        "| Tile encoder | teacher of runs/tile, of hash abc |" in card
+        and "3 slides, 1,200 tiles, in the store embeddings" in card
+    )
     assert "| Size of a tile | 256 × 256 px |" in card and "| Resolution of a tile | 0.5 µm/px |" in card
 
 
@@ -401,8 +454,8 @@ def test_a_card_names_gigapaths_architecture_where_it_has_this_one() -> None:
     weights |= {f"encoder.layers.{i}.ffn.fc1.weight": torch.empty(3072, 768, device="meta") for i in range(12)}
     name = architecture_of(published, weights)
     assert name == "gigapath_slide_enc12l768d"
-    assert 'create_model("{this folder}/slide_encoder.pth", "gigapath_slide_enc12l768d", 1536)' in how_it_is_used(
-        name, weights
+    assert 'create_model("out/slide_encoder.pth", "gigapath_slide_enc12l768d", 1536)' in how_it_is_used(
+        name, weights, "out"
     )
     for other in (
         {"heads": 8},
@@ -410,7 +463,7 @@ def test_a_card_names_gigapaths_architecture_where_it_has_this_one() -> None:
         {"dilated_ratios": [1, 2, 4, 8, 8]},
     ):
         assert architecture_of(published | other, weights) is None
-    assert "no name for a network of these" in how_it_is_used(None, weights)
+    assert "no name for a network of these" in how_it_is_used(None, weights, "out")
 
 
 def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_run, tmp_path):
