@@ -118,6 +118,19 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
+def held_by(folder: Path, name: str = ".lease") -> Holder | None:
+    """Who holds a folder, as far as can be told without waiting: of another machine, whoever was heard of lately."""
+    path = folder / name
+    holder = read_holder(path)
+    if holder is None or (gone := holder.is_gone()):
+        return None
+    try:
+        silent = time.time() - (_last_beat(path) or 0)
+    except OSError:
+        return None
+    return holder if gone is False or silent < SILENCE else None
+
+
 def take(
     path: Path, enough: Callable[[], bool] = lambda: False, while_waiting: WhileWaiting = nothing
 ) -> Lease | Holder | None:

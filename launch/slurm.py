@@ -25,7 +25,7 @@ from pretrain.run.progress import say
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.composition import Composed, of_the_command_line
 from pretrain.settings.ranges import matching, within
-from pretrain.settings.sweeps import Sweep
+from pretrain.settings.sweeps import Sweep, of_each_point
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,7 @@ class Slurm(Launcher):
                 "launch.array= and launch.chain= aren't for a sweep, which is an array of jobs itself: leave them out;"
                 " each of them goes back into the queue by itself."
             )
-        checked = [self._checked(composed) for composed in sweep.points.values()]
+        checked = list(of_each_point(sweep.points, self._checked).values())
         first, processes = next(iter(sweep.points.values())), checked[0][0]
         if any(other != processes for other, _ in checked):
             raise Fault("the runs of a sweep are one array of jobs, all with as many nodes, GPUs and processes.")

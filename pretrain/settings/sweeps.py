@@ -8,10 +8,11 @@ Each point's run has a folder of its own below the sweep's: ``<run>/optim.lr=1e-
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise, product
 from pathlib import Path
+from typing import TypeVar
 
 from hydra.core.override_parser.types import ChoiceSweep, Glob
 
@@ -22,6 +23,9 @@ from pretrain.settings.shell_words import LISTED, key_of, parsed
 
 SWEPT = ("tile", "slide")
 LONGEST_FOLDER_NAME = 200  # bytes of a folder's name; file systems take 255
+
+
+Point, Found = TypeVar("Point"), TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -50,23 +54,46 @@ def sweep_of(command: str, words: list[str], config_dirs: list[Path]) -> Sweep:
         raise Fault("a sweep has one run=, the folder below which each of its runs has its own.")
     folder = Path(str(load(command, [runs[-1]], config_dirs).tree.run))
     fixed = set(map(key_of, words)) - set(keys)
-    points: dict[str, Composed] = {}
+    words_of: dict[str, list[str]] = {}
     idle: list[dict[str, str]] = []
     for chosen in product(*values):
         name = _folder_name([chosen[place] for place in swept])
-        own = [word for word in chosen if key_of(word) != "run"]
-        if name in points:
+        if name in words_of:
             raise Fault(f"two runs of the sweep are the same: {name}.")
-        words_of_run = [f"run={folder / name}", *own]
+        words_of[name] = [f"run={folder / name}", *(word for word in chosen if key_of(word) != "run")]
+
+    def checked(words_of_run: list[str]) -> Composed:
         composed = load(command, words_of_run, config_dirs, fixed)
         idle.append(composed.unheeded)
         if idle[-1]:
             composed = load(command, [word for word in words_of_run if key_of(word) not in idle[-1]], config_dirs)
         composed.require_given()
-        points[name] = composed
+        return composed
+
+    points = of_each_point(words_of, checked)
     if said := [sentence for key, sentence in idle[0].items() if all(key in each for each in idle)]:
         raise Fault(said[0])
     return Sweep(command, folder, points, words)
+
+
+def of_each_point(points: Mapping[str, Point], look: Callable[[Point], Found]) -> dict[str, Found]:
+    """What ``look`` finds of each of a sweep's points. Its Fault is raised as it is where it is every point's, else with the
+    first such point's name before it."""
+    found: dict[str, Found] = {}
+    refused: dict[str, Fault] = {}
+    for name, point in points.items():
+        try:
+            found[name] = look(point)
+        except Fault as fault:
+            refused[name] = fault
+        if refused and (found or len({str(fault) for fault in refused.values()}) > 1):
+            first, fault = next(iter(refused.items()))
+            of_point = Fault(f"{first}: {fault}", fault.trace)
+            of_point.code = fault.code
+            raise of_point from fault
+    if refused:
+        raise next(iter(refused.values()))
+    return found
 
 
 def _values(word: str, config_dirs: list[Path]) -> Iterator[str]:

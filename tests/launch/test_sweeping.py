@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.lease import alone as hold_alone
 from launch import sweeping
 from launch.entry import run_command_line
 from pretrain.settings.sweeps import Sweep, sweep_of
@@ -128,6 +129,32 @@ def test_a_run_that_fails_leaves_the_others_and_one_that_was_stopped_ends_the_sw
         run_command_line(words)
     assert (tmp_path / "ran").read_text() == ran
     assert says in capsys.readouterr().err
+
+
+def test_a_run_that_another_process_holds_goes_on_elsewhere_and_has_not_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ending(monkeypatch, tmp_path, [0, 1, 0])
+    with hold_alone(tmp_path / "runs" / "sweep" / "seed=1"), pytest.raises(SystemExit) as ended:
+        run_command_line(words)
+    said = capsys.readouterr().err
+    assert ended.value.code == 75 and "goes on elsewhere, as said above: seed=1, 1 of 3 runs;" in said
+    assert "failed" not in said and "all 3 runs are done" not in said
+
+
+def test_a_refusal_names_its_point_unless_it_is_every_points(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    slurm = ["launch=slurm", "launch.gpus_per_node=4", "launch.dry_run=true"]
+    for words, sentence in (
+        (["data.lanes=4,2", *slurm], "data.lanes=2: data.lanes=2 can't be shared evenly by 4 processes"),
+        (["optim.lr=1e-4,-1"], "optim.lr=-1: optim.lr=-1"),
+        (["seed=1,2", "optim.lr=-1"], "optim.lr=-1"),
+    ):
+        with pytest.raises(SystemExit):
+            run_command_line(["tile", "--multirun", *TILE, *words])
+        assert capsys.readouterr().err.startswith(f"pretrain: {sentence}")
 
 
 def test_each_job_of_the_array_runs_the_command_of_its_point(
