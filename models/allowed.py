@@ -29,11 +29,13 @@ together."""
 
 @dataclass(frozen=True)
 class Allowed:
-    """Values that a setting may have, and the words for them; of a list, its items or ``whole``."""
+    """Values that a setting may have, and the words for them; of a list, its items or ``whole``. ``absent``: values that
+    people look for and that aren't there, each with the sentence why."""
 
     says: str
     holds: Callable[[Any], bool]
     whole: bool = False
+    absent: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -73,9 +75,9 @@ def within(
     return Allowed(says or "a finite number", holds)
 
 
-def one_of(*choices: str) -> Allowed:
+def one_of(*choices: str, absent: tuple[tuple[str, str], ...] = ()) -> Allowed:
     """Words of a list."""
-    return Allowed(f"{', '.join(choices[:-1])} or {choices[-1]}", lambda value: value in choices)
+    return Allowed(f"{', '.join(choices[:-1])} or {choices[-1]}", lambda value: value in choices, absent=absent)
 
 
 def matching(pattern: str, says: str) -> Allowed:

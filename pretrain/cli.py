@@ -57,7 +57,7 @@ def parse(arguments: list[str]) -> Composed | Sweep | None:
         arguments = [arguments[0], "slide", *(word for word in arguments[1:] if word != "stage=slide")]
     if arguments[0] == "tile" and any(word.startswith("replay=") for word in arguments) and arguments[1] != "replay":
         arguments = ["tile", "replay", *arguments[1:]]
-    length = 2 if two_words and not re.match("-|.*=", "".join(arguments[1:2])) else 1
+    length = 2 if two_words and not re.match("[-+~]|.*=", "".join(arguments[1:2])) else 1
     command, rest = " ".join(arguments[:length]), arguments[length:]
     if command == f"{arguments[0]} tile" and f"{arguments[0]} slide" in COMMANDS:
         raise Fault(f"there is no command {command!r}: 'pretrain {arguments[0]}' is the one for tiles.")

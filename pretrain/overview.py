@@ -26,11 +26,11 @@ COMMANDS = {
 
 
 def said_at_once(arguments: list[str]) -> str | None:
-    """What is printed for a command line that names no command: all of them, or the version. None where it names
-    one."""
+    """What is printed for a command line that names no command: all of them; or that asks for the version. None for any
+    other."""
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         return overview()
-    return f"slidewright {version('slidewright')}" if arguments[0] == "--version" else None
+    return f"slidewright {version('slidewright')}" if "--version" in arguments else None
 
 
 def overview() -> str:

@@ -37,7 +37,7 @@ from typing import Annotated
 from data.fault import Fault
 from data.files import require_writable
 from models.allowed import ON_DISK, one_of
-from pretrain.encoders.export.formats import ENCODER_EXPORTS
+from pretrain.encoders.export.formats import ENCODER_EXPORTS, NOT_WRITTEN
 from pretrain.run.progress import say
 
 
@@ -45,7 +45,7 @@ from pretrain.run.progress import say
 class Config:
     checkpoint: Annotated[str, ON_DISK]
     out: Annotated[str, ON_DISK]
-    format: Annotated[str, one_of(*ENCODER_EXPORTS)]
+    format: Annotated[str, one_of(*ENCODER_EXPORTS, absent=NOT_WRITTEN)]
     license: str
     allow_plugins: list[str]
 

@@ -40,6 +40,21 @@ OF_LIGHTNINGS_TRAINER = {
     "optim.steps= with optim.schedule_steps= stops a run before its schedules end, and trainer.fast_dev_run= tries it",
 )
 """What there is here in place of the settings of Lightning's trainer that people know by heart."""
+CALLED_ELSEWHERE = {
+    "optim.lr": "learning_rate base_lr max_lr peak_lr",
+    "optim.lr_final": "min_lr final_lr",
+    "optim.weight_decay": "wd decay",
+    "optim.warmup_steps": "warmup warmup_epochs",
+    "optim.steps": "epochs iterations max_iter max_iters num_steps",
+    "optim.clip": "clip_grad grad_clip max_grad_norm",
+    "data.batch_size": "batch bs batchsize batch_size_per_gpu",
+    "data.threads": "workers num_workers",
+    "trainer.devices": "gpus num_gpus ngpus",
+    "trainer.precision": "amp dtype fp16 bf16",
+    "run": "output output_dir out_dir save_dir",
+    "out": "output output_dir out_dir save_dir",
+}
+"""By our name of a setting, what other programs call it, in words."""
 
 
 def why_refused(
@@ -73,6 +88,8 @@ def why_refused(
         elif not launch and key.startswith("launch.") and (having := _choices_with(key, directories)):
             choices = " and of ".join(f"launch={choice}" for choice in having)
             return f"{key} is a setting of {choices}: give that too, as without it the command runs here."
+        elif override.is_delete() and key in known and f"'{key}' does not exist" in str(error):
+            return f"{text}: there is nothing to delete, as {key} is null without that: leave the word out."
         elif command == "plan" and key == "stage":
             return "a plan is of the stage that its recipe= or objective= is for: leave stage= out."
         elif key not in known and not override.is_add():
@@ -209,8 +226,8 @@ def dotted_keys(tree: DictConfig, prefix: str = "") -> set[str]:
 
 
 def in_its_place(key: str, known: set[str]) -> str:
-    """The end of a sentence about an unknown setting: what there is in place of one of Lightning's trainer, or the
-    `nearest`."""
+    """The end of a sentence about an unknown setting: what there is in place of one of Lightning's trainer, what other
+    programs call otherwise, or the `nearest`."""
     node, _, name = key.rpartition(".")
     if node in ("", "trainer") and "trainer" in known and name in OF_LIGHTNINGS_TRAINER:
         return f": {OF_LIGHTNINGS_TRAINER[name]}."
@@ -219,6 +236,9 @@ def in_its_place(key: str, known: set[str]) -> str:
             ", whose runs are judged on held-out slides (watch.held_out_slides=); by labels of slides 'pretrain probe"
             " stage=slide' judges them."
         )
+    for ours, theirs in CALLED_ELSEWHERE.items():
+        if name in theirs.split() and ours in known:
+            return f"; did you mean {ours!r}?"
     return nearest(key, known)
 
 

@@ -84,6 +84,12 @@ def test_a_users_folder_of_settings_is_searched(tmp_path: Path, capsys: pytest.C
         (["doctor", "tile", "run=r"], "there is no command 'doctor tile': 'pretrain doctor' is the one for tiles."),
         (["tile", "--devices", "2"], "there is no option '--devices'"),
         (["tile", "--cfg", "hydra"], "--cfg takes the word 'job'"),
+        (["tile", "optim.learning_rate=1"], "'pretrain tile'; did you mean 'optim.lr'?"),
+        (["slide", "batch=3"], "'pretrain slide'; did you mean 'data.batch_size'?"),
+        (["embed", "output_dir=a"], "'pretrain embed'; did you mean 'out'?"),
+        (["tile", "~watch.patience"], "~watch.patience: there is nothing to delete, as watch.patience is null"),
+        (["tile", "~watch.nothing"], "there is no setting 'watch.nothing' in 'pretrain tile'"),
+        (["tile", "~watch.every=3"], "Could not delete from config. The value of 'watch.every' is "),
         (["tile", "--config-dir", "/no/such/place"], "--config-dir /no/such/place is not a folder"),
     ],
 )
@@ -117,3 +123,4 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:
     assert said(["--version"], capsys).startswith("slidewright 0.")
+    assert said(["tile", "--version"], capsys) == said(["--version"], capsys)

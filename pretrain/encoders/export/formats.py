@@ -17,3 +17,12 @@ ENCODER_EXPORTS: dict[str, Callable[[Path, Path, str, Collection[str]], Exported
 }
 """By name: from a run or checkpoint into a folder, with a licence; the packages whose classes the run may name beside
 ours."""
+
+NOT_WRITTEN = (
+    (
+        "onnx",
+        "no ONNX is written, since what is written is loaded back and compared, and nothing that runs ONNX is among this"
+        " project's packages; format=torchscript is one file that needs PyTorch alone",
+    ),
+)
+"""Forms that people look for, each with why it isn't one and what there is."""

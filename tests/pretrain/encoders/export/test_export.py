@@ -474,7 +474,9 @@ def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_ru
     with pytest.raises(Fault, match="is a run of 'pretrain slide'"):
         run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "timm", "mit", []))
     with pytest.raises(
-        Fault, match="format=onnx is not allowed: it must be timm, transformers, torchscript or gigapath"
+        Fault, match="format=keras is not allowed: it must be timm, transformers, torchscript or gigapath"
     ):
+        load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}", "format=keras"])
+    with pytest.raises(Fault, match="^format=onnx: no ONNX is written, .*; format=torchscript is one file"):
         load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}", "format=onnx"])
     assert not (tmp_path / "out").exists()
