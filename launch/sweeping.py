@@ -25,7 +25,8 @@ def run_sweep(sweep: Sweep) -> None:
     launcher = plugins.build(next(iter(sweep.points.values())).launch, base=Launcher)
     if launcher.launch_sweep(sweep):
         return
-    failed, elsewhere = [], []
+    failed: list[str] = []
+    elsewhere: list[str] = []
     for number, (name, composed) in enumerate(sweep.points.items(), 1):
         say(f"run {number} of {len(sweep.points)}: {sweep.folder / name}")
         code = _run_to_its_end([sys.executable, *python_arguments(composed, composed.overrides)])

@@ -23,9 +23,9 @@ def say_renamed(names: dict[Path, str]) -> None:
         )
 
 
-def counted_as(number: int, noun: str) -> str:
-    """``1 shard``, ``2 shards``."""
-    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
+def counted_as(number: int, noun: str, several: str = "") -> str:
+    """``1 shard``, ``2 shards``; ``several``: the noun of more than one, where that isn't with an s."""
+    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def holdings(index: ShardIndex) -> str:

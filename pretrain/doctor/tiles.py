@@ -14,6 +14,7 @@ from data.tiles.loader import TileBatches, shared_memory_needed
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Stream, group_size
+from pretrain.cutting.summary import counted_as
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
 from pretrain.training.even_shares import tiles_of
@@ -49,15 +50,15 @@ def check_tiles(
     found = [
         passed(
             "tiles",
-            f"{len(source):,} tiles in {blocks:,} blocks for {data['lanes']} lanes on {processes} processes;"
-            f" {SAMPLED_TILES} of them read as the index says",
+            f"{counted_as(len(source), 'tile')} in {counted_as(blocks, 'block')} for {counted_as(data['lanes'], 'lane')} on"
+            f" {counted_as(processes, 'process', 'processes')}; {SAMPLED_TILES} of them read as the index says",
         )
     ]
     if blocks < 2 * data["lanes"]:
         found = [
             warned(
                 "tiles",
-                f"{blocks} blocks for {data['lanes']} lanes: a lane hardly mixes its tiles; set data.lanes lower (a"
+                f"{counted_as(blocks, 'block')} for {counted_as(data['lanes'], 'lane')}: a lane hardly mixes its tiles; set data.lanes lower (a"
                 f" multiple of the {processes} processes), or take more data",
             )
         ]

@@ -10,6 +10,7 @@ from data.redaction import redacted
 from data.slides.tissue import saturated_share
 from data.tiles.of_parquet import ParquetTiles
 from data.tiles.source import TileSource, UnreadableTile
+from pretrain.cutting.summary import counted_as
 from pretrain.inspection.drawn_tiles import DrawnTiles
 from pretrain.inspection.page import Page
 from pretrain.inspection.slides import histogram
@@ -24,7 +25,7 @@ def source_page(source: TileSource, min_saturated: float | None, recipe: str | N
     Raises Fault where not one can be read."""
     page = Page(f"{', '.join(part.name for part in source.parts)}: tiles")
     blocks = sum(len(part.block_sizes) for part in source.parts)
-    page.facts = [("tiles", f"{len(source):,} in {blocks:,} blocks")]
+    page.facts = [("tiles", f"{len(source):,} in {counted_as(blocks, 'block')}")]
     if isinstance(source, ParquetTiles):
         page.facts += _of_parquet(source)
     numbers = _drawn(source, tiles, seed, "inspect", page)

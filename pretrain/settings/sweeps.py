@@ -25,7 +25,8 @@ SWEPT = ("tile", "slide")
 LONGEST_FOLDER_NAME = 200  # bytes of a folder's name; file systems take 255
 
 
-Point, Found = TypeVar("Point"), TypeVar("Found")
+Point = TypeVar("Point")
+Found = TypeVar("Found")
 
 
 @dataclass(frozen=True)
@@ -86,11 +87,11 @@ def of_each_point(points: Mapping[str, Point], look: Callable[[Point], Found]) -
             found[name] = look(point)
         except Fault as fault:
             refused[name] = fault
-        if refused and (found or len({str(fault) for fault in refused.values()}) > 1):
-            first, fault = next(iter(refused.items()))
-            of_point = Fault(f"{first}: {fault}", fault.trace)
-            of_point.code = fault.code
-            raise of_point from fault
+        if refused and (found or len({str(one) for one in refused.values()}) > 1):
+            first, its = next(iter(refused.items()))
+            of_point = Fault(f"{first}: {its}", its.trace)
+            of_point.code = its.code
+            raise of_point from its
     if refused:
         raise next(iter(refused.values()))
     return found

@@ -28,6 +28,7 @@ from data.fused import fusing
 from data.lease import SILENCE, Lease
 from data.loader_process import SHARED_MEMORY, LoaderProcess
 from data.redaction import redacted_settings
+from pretrain.cutting.summary import counted_as
 from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.run import checkpoints, signals
@@ -388,7 +389,7 @@ class Training(L.LightningModule, ABC):
         if self.skipped_in_a_row > self.optim.max_skipped:
             culprits = ", ".join(not_finite(figures))
             raise Fault(
-                f"{self.skipped_in_a_row} steps in a row had a loss or gradient that is not finite ({culprits}), more"
+                f"{counted_as(self.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not finite ({culprits}), more"
                 f" than optim.max_skipped={self.optim.max_skipped}; {checkpoints.words_for_newest(self.run)}: go on with a"
                 " lower optim.lr and allow_changes=true, or look at the data."
             )

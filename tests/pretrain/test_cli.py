@@ -7,6 +7,7 @@ import pytest
 from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain import cli
+from pretrain.cutting.summary import counted_as
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.config_files import CONFIGS
 
@@ -119,6 +120,11 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch: pytest.MonkeyPatch, capsys: pytes
     with pytest.raises(SystemExit) as ended:
         run_command_line([])
     assert ended.value.code == 130 and "the same command continues" in capsys.readouterr().err
+
+
+def test_what_is_counted_is_named_as_one_or_as_several() -> None:
+    assert [counted_as(number, "block") for number in (1, 2)] == ["1 block", "2 blocks"]
+    assert [counted_as(number, "process", "processes") for number in (1, 2)] == ["1 process", "2 processes"]
 
 
 def test_the_version_is_the_distributions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -133,11 +133,10 @@ def size_and_resolution(
     if mpp:
         low, middle, high = mpp
         scales = scales_of(data) or ([middle] if low == high else [])
+        seen = ": tiles of each were seen" if len(scales) > 1 else ""
         told["Resolution of a tile"] = (
-            in_a_row(scales) if scales else f"{low:g} to {high:g} µm/px, median {middle:g}: tiles of all between"
+            f"{in_a_row(scales)}{seen}" if scales else f"{low:g} to {high:g} µm/px, median {middle:g}"
         )
-        if len(scales) > 1:
-            told["Resolution of a tile"] += ": tiles of each were seen"
         if pixels:
             px = min(pixels)
             ends = scales or [low, high]

@@ -230,7 +230,7 @@ def test_parquet_files_are_read_and_timed_and_what_is_wrong_with_them_is_no_shar
     words = [f"data.files={tmp_path}", "data.batch_size=4", "data.lanes=1"]
     settings = load("doctor", ["data=parquet", *words]).object().data
     looked, rate = tiles.check_tiles(settings, 1, 1, 16, None, 0)
-    assert "80 tiles in 2 blocks for 1 lanes on 1 processes; 64 of them read" in looked.says
+    assert "80 tiles in 2 blocks for 1 lane on 1 process; 64 of them read" in looked.says
     assert rate.status == "ok" and tiles.check_tiles(settings, 1, 1, 16, 1e9, 0)[1].status == "FAIL"
     told = (tmp_path / "a.parquet").stat()
     with (tmp_path / "a.parquet").open("r+b") as file:

@@ -477,6 +477,6 @@ def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_ru
         Fault, match="format=keras is not allowed: it must be timm, transformers, torchscript or gigapath"
     ):
         load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}", "format=keras"])
-    with pytest.raises(Fault, match="^format=onnx: no ONNX is written, .*; format=torchscript is one file"):
+    with pytest.raises(Fault, match=r"^format=onnx: no ONNX is written, .*; format=torchscript is one file"):
         load("export", [f"checkpoint={folder}", f"out={tmp_path / 'out'}", "format=onnx"])
     assert not (tmp_path / "out").exists()
