@@ -46,6 +46,7 @@ nav a:hover { text-decoration: underline; }
 figure { margin: 1.6rem 0 2rem; }
 figure svg, figure img { display: block; max-width: 100%; height: auto; }
 figure svg { width: 100%; overflow: visible; }
+.charts { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: .8rem 1.2rem; }
 figure img { border-radius: 3px; }
 figure img.crisp { image-rendering: pixelated; }
 figcaption { font: .87rem/1.5 var(--sans); color: var(--soft); margin-top: .7rem; max-width: 46rem; }
@@ -53,9 +54,8 @@ figcaption b { color: var(--ink); font-weight: 600; }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; align-items: start; }
 .pair img { width: 100%; }
 .pair > :only-child { max-width: 34rem; }
-.scroll { overflow-x: auto; margin: 1.2rem 0 1.6rem; }
+.scroll { overflow-x: auto; }
 table { border-collapse: collapse; font: .92rem/1.45 var(--sans); font-variant-numeric: tabular-nums; }
-caption { caption-side: bottom; text-align: left; color: var(--soft); font-size: .87rem; padding-top: .6rem; max-width: 46rem; }
 th, td { padding: .38rem 1.4rem .38rem 0; text-align: left; vertical-align: baseline; border-bottom: 1px solid var(--rule); }
 thead th { font-weight: 600; color: var(--soft); border-bottom: 1px solid var(--faint); }
 tbody th { font-weight: 400; min-width: 11rem; }
@@ -75,8 +75,9 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--rule);
 @media screen and (max-width: 44rem) {
   figure { overflow-x: auto; }
   figure svg { min-width: 40rem; }
-  figcaption, caption span { position: sticky; left: 0; }
-  caption span { display: inline-block; max-width: calc(100vw - 3rem); }
+  figure .charts { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }
+  figure .charts svg { min-width: 0; }
+  figcaption { position: sticky; left: 0; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; }
@@ -185,17 +186,15 @@ def pair(*pictures: str) -> str:
 
 def html_table(head: Sequence[str], rows: Iterable[Sequence[str]], caption: str = "", ours: int | None = None) -> str:
     """A table whose first column names its rows and whose other columns hold numbers; ``ours`` is the row that is
-    judged."""
+    judged. Its caption stays where it is as a wide table scrolls."""
     cells = "".join(f'<th scope="col"{number_class(i)}>{escape(name)}</th>' for i, name in enumerate(head))
     body = []
     for index, row in enumerate(rows):
         columns = "".join(f"<td{number_class(i)}>{escape(value)}</td>" for i, value in enumerate(row) if i)
         marks = ' class="ours"' if index == ours else ""
         body.append(f'<tr{marks}><th scope="row">{escape(row[0])}</th>{columns}</tr>')
-    under = f"<caption><span>{prose(caption)}</span></caption>" if caption else ""
-    return (
-        f'<div class="scroll"><table>{under}<thead><tr>{cells}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
-    )
+    table = f"<table><thead><tr>{cells}</tr></thead><tbody>{''.join(body)}</tbody></table>"
+    return figure(f'<div class="scroll">{table}</div>', caption)
 
 
 def number_class(column: int) -> str:
@@ -210,9 +209,14 @@ def fact_list(pairs: Iterable[tuple[str, str]]) -> str:
     )
 
 
-def folded(summary: str, text: str) -> str:
-    """Long preformatted text behind a line that opens it."""
-    return f"<details><summary>{escape(summary)}</summary><pre>{escape(text)}</pre></details>"
+def folded(summary: str, content: str) -> str:
+    """HTML behind a line that opens it."""
+    return f"<details><summary>{escape(summary)}</summary>{content}</details>"
+
+
+def preformatted(text: str) -> str:
+    """Text in the lines that it has."""
+    return f"<pre>{escape(text)}</pre>"
 
 
 def missing(wants: Iterable[tuple[str, str]]) -> str:

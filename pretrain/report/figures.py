@@ -37,18 +37,14 @@ class Panel:
 
 
 def curves(panels: Sequence[Panel], columns: int, height: float = 2.1) -> str:
-    """Small multiples of curves over steps, ``columns`` a row, as SVG."""
-    plt = pyplot()
-    rows = -(-len(panels) // columns)
-    figure, axes = plt.subplots(rows, columns, figsize=(WIDTH, height * rows), squeeze=False, layout="constrained")
-    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.09)
-    for axis in axes.flat[len(panels) :]:
-        axis.remove()
-    for axis, panel in zip(axes.flat, panels, strict=False):
+    """Small multiples of curves over steps, ``columns`` a row, half as many where the page is narrow: an SVG each."""
+    plt, drawn = pyplot(), []
+    for panel in panels:
+        figure, axis = plt.subplots(figsize=(WIDTH / columns, height), layout="constrained")
         draw_panel(axis, panel, int(LETTERS_PER_INCH * WIDTH / columns))
-    for axis in axes.flat[max(0, len(panels) - columns) : len(panels)]:
         axis.set_xlabel("step")
-    return svg(figure)
+        drawn.append(svg(figure))
+    return f'<div class="charts" style="--columns:{columns};--narrow:{max(1, columns // 2)}">{"".join(drawn)}</div>'
 
 
 def draw_panel(axis: Any, panel: Panel, letters: int) -> None:

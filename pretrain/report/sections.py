@@ -194,8 +194,14 @@ def how_section(parts: Parts) -> Section | None:
                 [("started", times), *((name, on_one_line(value)) for name, value in starts[-1].items())]
             )
         if run.provenance:
-            body += page.folded("All of provenance.json", json.dumps(run.provenance, indent=2, ensure_ascii=False))
-        body += page.folded("The whole configuration", yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True))
+            body += page.folded(
+                "All of provenance.json",
+                page.preformatted(json.dumps(run.provenance, indent=2, ensure_ascii=False)),
+            )
+        body += page.folded(
+            "The whole configuration",
+            page.preformatted(yaml.safe_dump(run.config, sort_keys=False, allow_unicode=True)),
+        )
     if not body:
         return None
     return Section(

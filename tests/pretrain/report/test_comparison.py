@@ -63,9 +63,8 @@ def test_a_folder_of_runs_is_one_page_with_what_differs_and_the_best_run_first(s
         and "http" not in re.sub(r"www\.w3\.org\S*|http://www", "", text)
     )
     charts = re.findall(r"<svg.*?</svg>", text, flags=re.S)
-    assert len(charts) == 1 and all(
-        title in charts[0] for title in ("Loss", "k-NN accuracy on labelled tiles", "Learning rate")
-    )
+    titles = ("Loss", "k-NN accuracy on labelled tiles", "Learning rate")
+    assert len(charts) == len(titles) and all(title in chart for title, chart in zip(titles, charts, strict=True))
     last_tenth = float(rows[0][4])
     values = [
         json.loads(line)["loss"] for line in (sweep / "optim.lr=0.032" / "metrics.jsonl").read_text().splitlines()[:200]

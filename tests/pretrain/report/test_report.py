@@ -203,6 +203,15 @@ def test_alarms_and_what_the_looks_saw_are_on_the_page(road):
     assert "alarm at step" not in written(road, road / "slide")
 
 
+def test_a_narrow_page_has_half_the_columns_of_charts_and_captions_outside_of_what_scrolls():
+    line = (np.arange(3), np.arange(3.0))
+    charts = figures.curves([figures.Panel(title, {"a": line}) for title in ("A", "B", "C")], columns=2)
+    assert charts.count("<svg") == 3 and "--columns:2;--narrow:1" in charts
+    narrow = page.STYLE.partition("@media screen and (max-width: 44rem)")[2].partition("@media")[0]
+    assert "repeat(var(--narrow)" in narrow and ".charts svg { min-width: 0; }" in narrow
+    assert page.html_table(["a"], [["b"]], "words").endswith("</table></div><figcaption>words</figcaption></figure>")
+
+
 FILLS_IN = "A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones."
 
 
