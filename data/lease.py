@@ -22,6 +22,8 @@ from data.fault import Fault
 from data.files import create_whole, make_folder, write_whole
 
 BEAT, SILENCE = 5.0, 60.0  # seconds
+LEASE = ".lease"
+"""The file in a folder that is held."""
 LONG_AGO = 15 * 60.0  # seconds: a last beat before that needs no waiting, however wrong the clocks are
 
 WhileWaiting = Callable[[], None]
@@ -205,9 +207,7 @@ def _take_over(path: Path, holder: Holder | None, me: Holder) -> bool:
         mark.unlink(missing_ok=True)
 
 
-def hold(
-    folder: Path, name: str = ".lease", doing: str = "another run", while_waiting: WhileWaiting = nothing
-) -> Lease:
+def hold(folder: Path, name: str = LEASE, doing: str = "another run", while_waiting: WhileWaiting = nothing) -> Lease:
     """Hold a folder until `Lease.end`. Raises Fault where ``doing`` is somebody else's there, with who it is."""
     make_folder(folder)
     lease = take(folder / name, while_waiting=while_waiting)
@@ -219,7 +219,7 @@ def hold(
 
 @contextmanager
 def alone(
-    folder: Path, name: str = ".lease", doing: str = "another run", while_waiting: WhileWaiting = nothing
+    folder: Path, name: str = LEASE, doing: str = "another run", while_waiting: WhileWaiting = nothing
 ) -> Iterator[Lease]:
     """`hold` a folder while a block runs."""
     lease = hold(folder, name, doing, while_waiting)

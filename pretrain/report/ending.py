@@ -2,8 +2,10 @@
 with."""
 
 import json
+import shlex
 from typing import Any
 
+from data.lease import LEASE, Holder, read_holder
 from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.report.parts import ReportedRun, last_step
@@ -11,10 +13,6 @@ from pretrain.run import checkpoints
 from pretrain.run.folder import REPLAY
 
 TILES_LISTED = 8  # of a replay
-WITHOUT_AN_END = (
-    "This run has steps to go, and no error is on record: it goes on now, was told to stop, or was killed. The same"
-    " command goes on from the newest checkpoint, or says who holds the folder."
-)
 
 
 def ending_section(run: ReportedRun, anchor: str) -> Section | None:
@@ -36,20 +34,39 @@ def ending_section(run: ReportedRun, anchor: str) -> Section | None:
         count = int(run.metrics["skipped"][1][-1])
         rows.append(("steps skipped", f"{count:,}, the last one {skipped[-1]:,}: something wasn’t finite"))
     found = replays(run)
-    words = WITHOUT_AN_END if open_end else words_on_going_on(bool(ended_by), newest is not None)
+    holder = read_holder(run.folder / LEASE) if open_end else None
+    gone = holder.is_gone() if holder else open_end
+    words = words_on_an_open_end(holder, gone) if open_end else words_on_going_on(bool(ended_by), newest is not None)
     body = page.paragraph(words) + page.fact_list(rows)
+    if open_end and gone is not False and (again := starts[-1].get("command")):
+        does = "goes on from the newest checkpoint" if newest else "begins anew, since there is no checkpoint"
+        body += page.missing([(f"The same command {does}:", shlex.join(map(str, again)))])
     body += "".join(replay_facts(one) for one in found)
     kept = {checkpoints.step_of(path) + 1 for path in checkpoints.complete(run.folder / REPLAY)}
     if open_ones := sorted(kept - {one["step"] for one in found}):
         command = f"pretrain tile run={run.folder} replay={open_ones[-1]}"
         body += page.missing([("Which tile and which term of the loss did it:", command)])
-    title = "How it ended" if ended_by else "How far it is" if open_end else "Steps not taken"
+    title = "How it ended" if ended_by or gone else "How far it is" if open_end else "Steps not taken"
     return Section(anchor, title, body)
 
 
 def last_error(run: ReportedRun) -> str:
     """What the last start of a run ended by, if it was an error; else nothing."""
     return str((run.provenance.get("starts") or [{}])[-1].get("ended_by") or "")
+
+
+def words_on_an_open_end(holder: Holder | None, gone: bool | None) -> str:
+    """What is known of a run that has steps to go and no error on record: who is killed leaves its lease behind, who is
+    told to stop gives it up. ``gone``: whether its holder is; None where that can't be told from this machine."""
+    if holder is None:
+        known = "nobody holds its folder: it was told to stop, or this is a copy of it."
+    elif gone is None:
+        known = f"its folder was held by {holder}: it still runs there, or was killed."
+    else:
+        known = f"who held its folder is gone, {holder}: it was killed."
+    if gone is False:
+        return f"This run goes on now: its folder is held by {holder}."
+    return f"This run has steps to go. No end is on record, and {known}"
 
 
 def words_on_going_on(failed: bool, has_checkpoint: bool) -> str:

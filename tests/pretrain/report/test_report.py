@@ -13,6 +13,7 @@ from PIL import Image
 
 from data.fault import Fault
 from data.keyed import rng
+from data.lease import LEASE, alone
 from pretrain.commands import embed, probe
 from pretrain.commands.report import Config, run
 from pretrain.pages import page
@@ -210,6 +211,31 @@ def test_a_narrow_page_has_half_the_columns_of_charts_and_captions_outside_of_wh
     narrow = page.STYLE.partition("@media screen and (max-width: 44rem)")[2].partition("@media")[0]
     assert "repeat(var(--narrow)" in narrow and ".charts svg { min-width: 0; }" in narrow
     assert page.html_table(["a"], [["b"]], "words").endswith("</table></div><figcaption>words</figcaption></figure>")
+
+
+@pytest.mark.parametrize(
+    ("change", "heading", "said"),
+    [
+        (None, "How it ended", "nobody holds its folder: it was told to stop, or"),
+        ({}, "How far it is", "This run goes on now: its folder is held by process"),
+        ({"began": "0"}, "How it ended", "it was killed."),
+        ({"host": "elsewhere"}, "How far it is", "it still runs there, or was killed."),
+    ],
+)
+def test_a_run_without_an_end_says_whether_it_goes_on_or_was_killed(road, change, heading, said):
+    tile = road / "tile"
+    config = yaml.safe_load((tile / "config.yaml").read_text())
+    config["optim"] = {"steps": 300}
+    (tile / "config.yaml").write_text(yaml.safe_dump(config))
+    words = ["pretrain", "tile", "run=a b"]
+    (tile / "provenance.json").write_text(json.dumps({"starts": [{"command": words}]}))
+    if change is not None:
+        with alone(tile):
+            holder = json.loads((tile / LEASE).read_text())
+        (tile / LEASE).write_text(json.dumps(holder | change))
+    text = written(road, tile)
+    assert heading in Reader(text).headings and said in text and "200 of 300" in text and "newest checkpoint" in text
+    assert ("pretrain tile &#x27;run=a b&#x27;" in text.partition("</section>")[0]) == (change != {})
 
 
 FILLS_IN = "A LongNet slide encoder learned to fill in hidden tile embeddings from the visible ones."
