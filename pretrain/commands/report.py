@@ -11,9 +11,10 @@ Examples:
     pretrain report run=demo out=demo/report.html
     pretrain report run=runs/tile probe=scores.json embeddings=embeddings shards=shards
     pretrain report run=runs/sweep
-    pretrain report run=runs/first beside=[runs/second,runs/third] out=compared.html
+    pretrain report run=runs/first beside=[runs/second,runs/sweep] out=compared.html
 """
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -37,16 +38,16 @@ class Config:
 def run(config: Config) -> None:
     """Write the page."""
     from pretrain.report.build import build_page
-    from pretrain.report.comparison import build_comparison, runs_in
-    from pretrain.report.parts import read_run
+    from pretrain.report.comparison import build_comparison, runs_in, runs_named
     from pretrain.report.road import road_picture
 
     folder = Path(config.run)
     out = Path(config.out) if config.out else folder / ("compared.html" if config.beside else "report.html")
     require_writable(out)
-    several = [read_run(Path(run)) for run in (config.run, *config.beside)] if config.beside else runs_in(folder)
+    several = [*runs_named([config.run]), *runs_named(config.beside)] if config.beside else runs_in(folder)
     if several:
-        build_comparison(folder.resolve().name, several, out, f"pretrain report run={folder}")
+        words = [f"run={folder}", *([f"beside=[{','.join(config.beside)}]"] if config.beside else [])]
+        build_comparison(folder.resolve().name, several, out, shlex.join(["pretrain", "report", *words]))
         say(f"{out}: {len(several)} runs side by side, open it in a browser")
         return
     shards, embeddings, probe = (

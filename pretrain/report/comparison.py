@@ -1,5 +1,7 @@
 """Runs side by side on one page: what differs in their settings, how far they came, how good they are, their curves."""
 
+import re
+import shlex
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -12,19 +14,23 @@ from data.files import write_whole
 from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.probing.score_file import read_scores
-from pretrain.report.ending import last_error
+from pretrain.report.ending import last_error, last_start
 from pretrain.report.figures import LINE_COLOURS, Panel, curves
 from pretrain.report.parts import ReportedRun, inputs, last_step, read_run
 from pretrain.report.training import ends
+from pretrain.settings.shell_words import key_of
 
 ROAD = {"tile", "slide"}  # stages of one road, in folders of these names
 JUDGED = {  # figures that tell which run is better, the first that all have; larger is better, or smaller
     "probe_knn": ("k-NN accuracy on labelled tiles", 1),
+    "probed_knn": ("k-NN, probed", 1),
+    "probed_linear": ("linear, probed", 1),
     "labels_score": ("score on labelled slides", 1),
     "validation_loss": ("loss of held-out data", -1),
     "r2": ("R² of hidden tiles", 1),
     "loss": ("loss", -1),
 }
+PROBED = {"probed_knn": "knn", "probed_linear": "linear"}  # in a run's probe.json, by their names there
 SIDE_BY_SIDE_FIGURES = {
     "loss": "Loss",
     "validation_loss": "Loss of held-out data",
@@ -35,9 +41,10 @@ SIDE_BY_SIDE_FIGURES = {
     "lr": "Learning rate",
     "grad_norm": "Gradient norm",
 }
-OF_THE_FOLDER = {"run"}  # settings that differ by themselves
+OF_THE_FOLDER = {"run", "launch"}  # settings that differ by themselves, or for the machine
 MOST_SETTINGS = 6  # columns
-OF_ONE_OBJECTIVE = {"loss", "validation_loss"}  # figures that mean something else under another
+OF_ONE_OBJECTIVE = {"loss", "validation_loss", "grad_norm"}  # figures that mean something else under another
+NOT_COMPARED = "losses of different objectives can’t be compared"
 
 
 def runs_in(folder: Path) -> list[ReportedRun]:
@@ -48,28 +55,44 @@ def runs_in(folder: Path) -> list[ReportedRun]:
     return [read_run(path) for path in found] if len(found) > 1 and not {path.name for path in found} <= ROAD else []
 
 
+def runs_named(words: Sequence[str]) -> list[ReportedRun]:
+    """The runs that words name, a sweep's folder all of its runs. A name with commas, as those of a sweep's runs are,
+    may have been taken apart at them. Raises Fault for what is neither."""
+    found, rest = [], list(words)
+    while rest:
+        names = [",".join(rest[:count]) for count in range(1, len(rest) + 1)]
+        count = next((i for i, name in enumerate(names, 1) if (Path(name) / "config.yaml").is_file()), 1)
+        folder, rest = Path(names[count - 1]), rest[count:]
+        found += runs_in(folder) or [read_run(folder)]
+    return found
+
+
 def build_comparison(title: str, runs: Sequence[ReportedRun], out: Path, command: str) -> None:
     """Write the page about ``runs`` to ``out``. Raises Fault for runs of both stages."""
     stages = {"slide" if "embeddings" in inputs(run) else "tile" for run in runs}
     if len(stages) > 1:
         raise Fault("runs of 'pretrain tile' and of 'pretrain slide' have no figures in common: compare them apart.")
-    named, differing = dict(zip(_names(runs), runs, strict=True)), differing_settings([run.config for run in runs])
+    named = dict(zip(_names(runs), runs, strict=True))
     apart = OF_ONE_OBJECTIVE if len({_objective(run) for run in runs}) > 1 else set()
-    judged = next((name for name in JUDGED if name not in apart and all(name in run.metrics for run in runs)), None)
-    order, how = list(named), "as they were given: losses of different objectives can’t be compared"
-    if judged or not apart:
+    results = {figure: found for figure in JUDGED if (found := _results(named, figure))}
+    sound = [name for name, run in named.items() if not last_error(run)]
+    judged = next((figure for figure in results if figure not in apart and set(sound) <= results[figure].keys()), None)
+    order, how = sound, f"as they were given: {NOT_COMPARED}"
+    if sound and (judged or not apart):
         judged = judged or "loss"
-        words, sign = JUDGED[judged]
-        scores = {name: _score(run, judged, sign) for name, run in named.items()}
-        order.sort(key=lambda name: (bool(last_error(named[name])), np.isnan(scores[name]), -sign * scores[name]))
+        scores, (words, sign) = results.get(judged, {}), JUDGED[judged]
+        order = sorted(sound, key=lambda name: -sign * scores.get(name, -sign * np.inf))
         how = f"by their {words}, the best first"
+    order = [*order, *(name for name in named if name not in sound)]
+    how += "; those that failed stand last" if len(sound) < len(named) else ""
+    best = order[0] if judged and order[0] in results.get(judged, {}) and sound else None
     text = page.document(
         title=title,
         kicker="Slidewright comparison",
         lead=f"{len(runs)} runs of 'pretrain {stages.pop()}', ordered {how}.",
         opening="",
         sections=[
-            Section("runs", "Runs", _table(named, order, differing, highlighted=judged is not None)),
+            Section("runs", "Runs", _table(named, order, results, best) + _failures(named)),
             Section("curves", "Side by side", _curves(named, order, apart)),
         ],
         footer=(
@@ -110,64 +133,97 @@ def _names(runs: Sequence[ReportedRun]) -> list[str]:
     raise Fault("the same run is given twice.")
 
 
-def _score(run: ReportedRun, name: str, sign: int) -> float:
-    """A run's best value of a figure; of the loss, which scatters, the mean of its last tenth."""
-    if name not in run.metrics:
-        return float("nan")
-    values = run.metrics[name][1][np.isfinite(run.metrics[name][1])]
-    if name == "loss":
-        change = ends(run.metrics, name)
-        return change[1] if change else float(values[-1]) if len(values) else float("nan")
-    return float(sign * (sign * values).max()) if len(values) else float("nan")
+def _results(runs: Mapping[str, ReportedRun], figure: str) -> dict[str, float]:
+    """The best finite value of a figure of each run that has one; of the loss, which scatters, the mean of its last
+    tenth."""
+    found, sign = {}, JUDGED[figure][1]
+    for name, run in runs.items():
+        change = ends(run.metrics, figure) if figure == "loss" else None
+        if change:
+            found[name] = change[1]
+        elif values := _values(run, figure):
+            found[name] = values[-1] if figure == "loss" else sign * max(sign * value for value in values)
+    return found
+
+
+def _values(run: ReportedRun, figure: str) -> list[float]:
+    """The finite values of a figure that are on record, or the one in the run's probe.json."""
+    if figure not in PROBED:
+        values = run.metrics[figure][1] if figure in run.metrics else np.array([])
+        return [float(value) for value in values[np.isfinite(values)]]
+    path = run.folder / "probe.json"
+    if not path.is_file():
+        return []
+    scores = read_scores(path, f"write it again with pretrain probe out={path}")["scores"]
+    return [float(scores["encoder"][PROBED[figure]])]
+
+
+def _asked_for(runs: Sequence[ReportedRun], differing: Mapping[str, list[str]]) -> dict[str, list[str]]:
+    """What the command lines of runs say unlike: a sweep's own keys, and a recipe in place of all that it sets."""
+    said = [
+        {
+            key_of(word): word.partition("=")[2]
+            for word in map(str, last_start(run).get("command") or [])
+            if "=" in word
+        }
+        for run in runs
+    ]
+    settings = set().union(*(_flat(run.config) for run in runs))
+    found = {}
+    for key in dict.fromkeys(key for words in said for key in words if key not in OF_THE_FOLDER):
+        values = differing.get(key) or [words.get(key, "–") for words in said]
+        is_choice = "." not in key and key not in settings
+        if key in differing or (is_choice and len(set(values)) > 1):
+            found[key] = values
+    return found
 
 
 def _table(
-    runs: Mapping[str, ReportedRun], order: Sequence[str], differing: Mapping[str, list[str]], highlighted: bool
+    runs: Mapping[str, ReportedRun], order: Sequence[str], results: Mapping[str, Mapping[str, float]], best: str | None
 ) -> str:
-    """Results first: a narrow window shows the columns that are on the left."""
-    shown, places = list(differing)[:MOST_SETTINGS], {name: place for place, name in enumerate(runs)}
-    probes = {name: run.folder / "probe.json" for name, run in runs.items()}
-    scores = {
-        name: read_scores(path, f"write it again with pretrain probe out={path}")["scores"]["encoder"]
-        for name, path in probes.items()
-        if path.is_file()
-    }
-    figures = [name for name in JUDGED if any(name in run.metrics for run in runs.values())]
+    """Results first: a narrow window shows the columns that are on the left. Then what was asked for; what else differs
+    is folded."""
+    differing = differing_settings([run.config for run in runs.values()])
+    columns = dict(list((_asked_for(list(runs.values()), differing) or differing).items())[:MOST_SETTINGS])
+    rest, places = [key for key in differing if key not in columns], [list(runs).index(name) for name in order]
+    numbered = {name: f"{place}. {name}" for place, name in enumerate(order, 1)}
     head = [
         *("Run", "state", "steps"),
-        *(f"{'' if name == 'loss' else 'best '}{JUDGED[name][0]}" for name in figures),
-        *(("k-NN, probed", "linear, probed") if scores else ()),
-        *shown,
+        *(JUDGED[figure][0] if figure in ("loss", *PROBED) else f"best {JUDGED[figure][0]}" for figure in results),
+        *columns,
     ]
-    rows = []
-    for place, name in enumerate(order, 1):
-        run = runs[name]
-        own = [f"{score:.4g}" for score in (_score(run, figure, JUDGED[figure][1]) for figure in figures)]
-        probed = (
-            [f"{scores[name][kind]:.3f}" if name in scores else "–" for kind in ("knn", "linear")] if scores else []
-        )
-        rows.append(
-            (
-                f"{place}. {name}",
-                _state(run),
-                f"{last_step(run):,}",
-                *own,
-                *probed,
-                *(differing[key][places[name]] for key in shown),
-            )
-        )
-    left = f" {len(differing) - len(shown)} more settings differ: {', '.join(list(differing)[MOST_SETTINGS:])}."
-    caption = f"Only settings that differ are shown.{left if len(differing) > len(shown) else ''}"
-    return page.html_table(head, rows, caption, ours=0 if highlighted else None)
+    rows = [
+        [
+            *(numbered[name], _state(runs[name]), f"{last_step(runs[name]):,}"),
+            *(f"{found[name]:.4g}" if name in found else "–" for found in results.values()),
+            *(values[place] for values in columns.values()),
+        ]
+        for name, place in zip(order, places, strict=True)
+    ]
+    body = page.html_table(head, rows, ours=order.index(best) if best else None)
+    if rest:
+        settings = [[key, *(differing[key][place] for place in places)] for key in rest]
+        count = f"{len(rest)} {'more ' if columns else ''}setting{'s differ' if len(rest) > 1 else ' differs'}"
+        body += page.folded(count, page.html_table(["Setting", *numbered.values()], settings))
+    return body
+
+
+def _failures(runs: Mapping[str, ReportedRun]) -> str:
+    """What failed, why in a sentence, and the command that tells more."""
+    told = []
+    for name, run in runs.items():
+        if why := last_error(run):
+            first = re.split(r"(?<=[.!?])\s|;\s|\n", why)[0].rstrip(".")
+            told.append((f"{name} failed: {first}.", shlex.join(["pretrain", "report", f"run={run.folder}"])))
+    return page.missing(told) if told else ""
 
 
 def _state(run: ReportedRun) -> str:
     """How far a run came, and what its record raised alarms about."""
     wanted = int((run.config.get("optim") or {}).get("steps", 0))
-    words = ["done" if last_step(run) >= wanted else f"at {last_step(run) / max(1, wanted):.0%}"]
-    if error := last_error(run):
-        words = [f"failed {words[0]}: {error.split(': ')[0]}"]
-    return ", ".join([*words, *dict.fromkeys(str(alarm["alarm"]) for alarm in run.alarms)])
+    share = f"at {last_step(run) / max(1, wanted):.0%}"
+    state = f"failed {share}" if last_error(run) else "done" if last_step(run) >= wanted else share
+    return ", ".join([state, *dict.fromkeys(str(alarm["alarm"]) for alarm in run.alarms)])
 
 
 def _curves(runs: Mapping[str, ReportedRun], order: Sequence[str], apart: set[str]) -> str:
@@ -182,4 +238,6 @@ def _curves(runs: Mapping[str, ReportedRun], order: Sequence[str], apart: set[st
         if has and figure not in apart:
             panels.append(Panel(title, lines, smooth=figure in ("loss", "grad_norm"), faint=faint))
     words = f"Numbers are the runs' places in the table{'; those behind are faint' if rest else ''}."
+    if apart:
+        words += f" Losses and the norms of their gradients are left out: {NOT_COMPARED}."
     return page.figure(curves(panels, columns=2, height=2.6), words, "The same figures of all runs, over steps.")

@@ -52,7 +52,13 @@ def ending_section(run: ReportedRun, anchor: str) -> Section | None:
 
 def last_error(run: ReportedRun) -> str:
     """What the last start of a run ended by, if it was an error; else nothing."""
-    return str((run.provenance.get("starts") or [{}])[-1].get("ended_by") or "")
+    return str(last_start(run).get("ended_by") or "")
+
+
+def last_start(run: ReportedRun) -> dict[str, Any]:
+    """What is on record of the last start of a run; nothing where there is no record."""
+    found: dict[str, Any] = (run.provenance.get("starts") or [{}])[-1]
+    return found
 
 
 def words_on_an_open_end(holder: Holder | None, gone: bool | None) -> str:
