@@ -78,6 +78,8 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   figure .charts { grid-template-columns: repeat(var(--narrow), minmax(0, 1fr)); }
   figure .charts svg { min-width: 0; }
   figcaption { position: sticky; left: 0; }
+  th, td { padding-right: .9rem; }
+  tbody th { min-width: 0; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; }
