@@ -120,7 +120,7 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
-def held_by(folder: Path, name: str = ".lease") -> Holder | None:
+def held_by(folder: Path, name: str = LEASE) -> Holder | None:
     """Who holds a folder, as far as can be told without waiting: of another machine, whoever was heard of lately."""
     path = folder / name
     holder = read_holder(path)

@@ -40,7 +40,7 @@ from data.fault import Fault
 from data.files import PARTIAL, remove, require_writable
 from data.lease import alone
 from models.allowed import ON_DISK, SHARE, SOME, Agreements, numbers, one_of, within
-from pretrain.cutting.summary import counted_as
+from pretrain.run.counted import counted_as
 from pretrain.run.progress import say
 
 

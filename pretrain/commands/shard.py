@@ -49,9 +49,10 @@ from data.slides.mpp import SlidesMpp
 from data.slides.names import name_slides
 from data.slides.tiling import TilingSettings
 from models.allowed import FILE_STEM, ON_DISK, PATTERN, SHARE, SOME, TILE, within
-from pretrain.cutting.summary import counted_as, say_outcomes, say_renamed
+from pretrain.cutting.summary import say_outcomes, say_renamed
 from pretrain.cutting.tiles import cut_shards, failed_parts, record_outcomes
 from pretrain.cutting.tissue import find_tissue, hold_to_same_mpp
+from pretrain.run.counted import counted_as
 from pretrain.run.progress import say
 from pretrain.settings.tissue_rules import RULES, chosen_rules
 

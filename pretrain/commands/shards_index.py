@@ -33,7 +33,8 @@ from data.shards.scan import describe_left_out, disputed, scan
 from data.shards.tile_members import LeftOut
 from data.shards.writing import is_published
 from models.allowed import ON_DISK, SOME
-from pretrain.cutting.summary import counted_as, holdings
+from pretrain.cutting.summary import holdings
+from pretrain.run.counted import counted_as
 from pretrain.run.progress import say
 
 KINDS_SAID = 20  # kinds of what was left out

@@ -39,8 +39,8 @@ from pretrain.curation.nearest import nearest_of_many
 from pretrain.curation.own_rows import own_rows
 from pretrain.curation.rows import Rows, RowsInMemory, StoreRows, chunk_rows
 from pretrain.curation.table import SeenClusters, SlideShare, write_curated
-from pretrain.cutting.summary import counted_as
 from pretrain.run.across_ranks import from_first
+from pretrain.run.counted import counted_as
 from pretrain.run.peers import Peers
 from pretrain.run.progress import Progress, say
 

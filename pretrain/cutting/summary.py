@@ -6,6 +6,7 @@ from pathlib import Path
 from data.shards.folder import FAILED, NO_TISSUE, TILED, ShardFolder
 from data.shards.index import ShardIndex
 from data.shards.job_array import JobPart
+from pretrain.run.counted import counted_as
 from pretrain.run.progress import say
 
 RENAMED_ONE_BY_ONE = 10  # slides under another name than their file's that are said one by one
@@ -21,11 +22,6 @@ def say_renamed(names: dict[Path, str]) -> None:
             f"… and {len(renamed) - RENAMED_ONE_BY_ONE} more slides under another name than their file's; slides.csv"
             " has them all"
         )
-
-
-def counted_as(number: int, noun: str, several: str = "") -> str:
-    """``1 shard``, ``2 shards``; ``several``: the noun of more than one, where that isn't with an s."""
-    return f"{number:,} {noun if number == 1 else several or f'{noun}s'}"
 
 
 def holdings(index: ShardIndex) -> str:

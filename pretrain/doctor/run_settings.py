@@ -28,7 +28,7 @@ def check_settings(
         _refusal(lambda: build(whole())) if whole and build and not uneven else None,
     ]
     found = [finding for finding in findings if finding]
-    holder = lease.read_holder(run / ".lease")
+    holder = lease.read_holder(run / lease.LEASE)
     if holder is not None and holder.is_gone() is False:
         found.append(failed("run", f"another job is writing to {run}: {holder}"))
     newest = checkpoints.newest(run)

@@ -14,9 +14,9 @@ from data.tiles.loader import TileBatches, shared_memory_needed
 from data.tiles.of_shards import ShardTiles
 from data.tiles.source import TileSource, UnreadableTile
 from data.tiles.stream import Stream, group_size
-from pretrain.cutting.summary import counted_as
 from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
+from pretrain.run.counted import counted_as
 from pretrain.training.even_shares import tiles_of
 from pretrain.training.tile_sources import build_source
 from pretrain.training.tile_stage import ColourSettings, Crops, colour, crop_sizes
@@ -58,8 +58,8 @@ def check_tiles(
         found = [
             warned(
                 "tiles",
-                f"{counted_as(blocks, 'block')} for {counted_as(data['lanes'], 'lane')}: a lane hardly mixes its tiles; set data.lanes lower (a"
-                f" multiple of the {processes} processes), or take more data",
+                f"{counted_as(blocks, 'block')} for {counted_as(data['lanes'], 'lane')}: a lane hardly mixes its tiles;"
+                f" set data.lanes lower (a multiple of the {processes} processes), or take more data",
             )
         ]
     does = f"one process with data.threads={data['threads']} reads, decodes and cuts"

@@ -10,10 +10,10 @@ from data.redaction import redacted
 from data.slides.tissue import saturated_share
 from data.tiles.of_parquet import ParquetTiles
 from data.tiles.source import TileSource, UnreadableTile
-from pretrain.cutting.summary import counted_as
 from pretrain.inspection.drawn_tiles import DrawnTiles
 from pretrain.inspection.page import Page
 from pretrain.inspection.slides import histogram
+from pretrain.run.counted import counted_as
 
 ROWS_COUNTED = 1 << 22  # rows at once, of which slide they are
 ASKED = 10_000  # tiles whose µm/px make a histogram

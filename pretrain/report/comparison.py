@@ -161,11 +161,7 @@ def _values(run: ReportedRun, figure: str) -> list[float]:
 def _asked_for(runs: Sequence[ReportedRun], differing: Mapping[str, list[str]]) -> dict[str, list[str]]:
     """What the command lines of runs say unlike: a sweep's own keys, and a recipe in place of all that it sets."""
     said = [
-        {
-            key_of(word): word.partition("=")[2]
-            for word in map(str, last_start(run).get("command") or [])
-            if "=" in word
-        }
+        {key_of(word): word.partition("=")[2] for word in map(str, last_start(run).get("command") or []) if "=" in word}
         for run in runs
     ]
     settings = set().union(*(_flat(run.config) for run in runs))

@@ -38,7 +38,7 @@ def ending_section(run: ReportedRun, anchor: str) -> Section | None:
     gone = holder.is_gone() if holder else open_end
     words = words_on_an_open_end(holder, gone) if open_end else words_on_going_on(bool(ended_by), newest is not None)
     body = page.paragraph(words) + page.fact_list(rows)
-    if open_end and gone is not False and (again := starts[-1].get("command")):
+    if open_end and gone is not False and (again := last_start(run).get("command")):
         does = "goes on from the newest checkpoint" if newest else "begins anew, since there is no checkpoint"
         body += page.missing([(f"The same command {does}:", shlex.join(map(str, again)))])
     body += "".join(replay_facts(one) for one in found)

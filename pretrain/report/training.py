@@ -9,6 +9,7 @@ from pretrain.pages import page
 from pretrain.pages.page import Section
 from pretrain.probing.scores import errors_that_count
 from pretrain.probing.table import cautions
+from pretrain.report.ending import last_start
 from pretrain.report.figures import Panel, curves, dots
 from pretrain.report.parts import ReportedRun, Series, last_step
 
@@ -171,8 +172,7 @@ def about_slides(run: ReportedRun) -> str:
 def how_watched(run: ReportedRun) -> list[tuple[str, str]]:
     """How the run split its labelled tiles, and why it doesn't say how well slides are told; as its newest start
     has it."""
-    starts = run.provenance.get("starts") or [{}]
-    return list(starts[-1].get("watched", {}).items())
+    return list(last_start(run).get("watched", {}).items())
 
 
 def alarms_list(run: ReportedRun) -> str:

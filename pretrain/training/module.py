@@ -28,12 +28,12 @@ from data.fused import fusing
 from data.lease import SILENCE, Lease
 from data.loader_process import SHARED_MEMORY, LoaderProcess
 from data.redaction import redacted_settings
-from pretrain.cutting.summary import counted_as
 from pretrain.objectives.contract import require_trainable
 from pretrain.objectives.interface import Moment, Objective
 from pretrain.run import checkpoints, signals
 from pretrain.run import folder as run_folder
 from pretrain.run.across_ranks import total, world_size
+from pretrain.run.counted import counted_as
 from pretrain.run.history import known_facts
 from pretrain.run.preemption import Preemption
 from pretrain.run.progress import SECONDS_BETWEEN_LINES, Progress, say
@@ -389,7 +389,7 @@ class Training(L.LightningModule, ABC):
         if self.skipped_in_a_row > self.optim.max_skipped:
             culprits = ", ".join(not_finite(figures))
             raise Fault(
-                f"{counted_as(self.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not finite ({culprits}), more"
-                f" than optim.max_skipped={self.optim.max_skipped}; {checkpoints.words_for_newest(self.run)}: go on with a"
+                f"{counted_as(self.skipped_in_a_row, 'step')} in a row had a loss or gradient that is not finite"
+                f" ({culprits}), more than optim.max_skipped={self.optim.max_skipped}; {checkpoints.words_for_newest(self.run)}: go on with a"
                 " lower optim.lr and allow_changes=true, or look at the data."
             )

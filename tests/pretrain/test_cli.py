@@ -7,7 +7,7 @@ import pytest
 from data.fault import Fault
 from launch.entry import run_command_line
 from pretrain import cli
-from pretrain.cutting.summary import counted_as
+from pretrain.run.counted import counted_as
 from pretrain.settings.command_schema import file_stem
 from pretrain.settings.config_files import CONFIGS
 
