@@ -1,11 +1,7 @@
 """Exports load elsewhere, strictly, and say the same."""
 
-import importlib
 import json
 import re
-import runpy
-import sys
-import types
 
 import numpy as np
 import pytest
@@ -13,7 +9,6 @@ import timm
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -330,60 +325,6 @@ def test_a_network_that_timm_has_no_place_for_is_not_traced(make_tile_run, tmp_p
     with pytest.raises(Fault, match=sentence):
         export_torchscript(folder, tmp_path / "encoder", "mit")
     assert not (tmp_path / "encoder").exists()
-
-
-class Registry(dict):
-    """eva's, as it documents it."""
-
-    def register(self, key):
-        return lambda item: self.setdefault(key, item)
-
-
-class BasePatchEncoder(nn.Module):
-    """TRIDENT's, as it documents it."""
-
-    def __init__(self, weights_path=None, **arguments):
-        super().__init__()
-        self.weights_path = weights_path
-        self.model, self.eval_transforms, self.precision = self._build(**arguments)
-
-    def forward(self, images):
-        return self.model(images)
-
-
-def stand_in(monkeypatch, name: str, **members: object) -> None:
-    """A module of another package, where that isn't installed; the packages above it too."""
-    try:
-        importlib.import_module(name)
-    except ImportError:
-        for end in range(1, name.count(".") + 1):
-            above = ".".join(name.split(".")[:end])
-            monkeypatch.setitem(sys.modules, above, types.ModuleType(above))
-        module = types.ModuleType(name)
-        vars(module).update(members)
-        monkeypatch.setitem(sys.modules, name, module)
-
-
-def test_trident_eva_and_clam_take_the_encoder_by_the_files_beside_it(make_tile_run, tmp_path, monkeypatch):
-    folder, _ = make_tile_run(registers=2)
-    export_timm(folder, tmp_path / "encoder", "mit")
-    stand_in(monkeypatch, "trident.patch_encoder_models.load", BasePatchEncoder=BasePatchEncoder, encoder_registry={})
-    stand_in(monkeypatch, "eva.vision.models.networks.backbones.registry", backbone_registry=Registry())
-    moved = (tmp_path / "encoder").rename(tmp_path / "mine")  # nothing in it knows where it was written
-    found = {name: runpy.run_path(str(moved / name)) for name in ("in_trident.py", "in_eva.py", "in_clam.py")}
-    in_trident = found["in_trident.py"]["encoder_registry"]["mine"]().eval()
-    in_eva = found["in_eva.py"]["backbone_registry"].get("slidewright/mine")().eval()
-    maps = found["in_eva.py"]["backbone_registry"].get("slidewright/mine")(out_indices=1)
-    in_clam, prepare = found["in_clam.py"]["get_encoder"]("uni_v1", target_img_size=224)
-    image = Image.fromarray(rng(3, "check").integers(0, 256, size=(40, 50, 3), dtype=np.uint8))
-    ours = load_encoder(str(folder))
-    expected = ours.embed(torch.from_numpy(np.asarray(image)).unsqueeze(0))
-    with torch.no_grad():
-        for encoder, ready in ((in_trident, in_trident.eval_transforms), (in_eva, prepare), (in_clam.eval(), prepare)):
-            torch.testing.assert_close(
-                encoder(ready(image).unsqueeze(0)), expected, atol=2e-2, rtol=2e-2
-            )  # PIL scales bytes
-        assert maps(prepare(image).unsqueeze(0))[0].shape == (1, 24, 4, 4)
 
 
 def test_timms_truncated_ratio_gives_the_exact_hidden_width():
