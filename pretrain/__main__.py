@@ -14,6 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from pretrain.console import Unfailing
+from pretrain.lean_torchmetrics import import_lean
 from pretrain.overview import said_at_once
 from pretrain.run import signals
 
@@ -66,6 +67,7 @@ def main() -> None:
         # torch reads this at its first allocation.
         os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
         keep_freed_memory()
+    import_lean()
     entry = importlib.import_module("launch.entry")
     sys.excepthook = entry.say_defect
     warnings.showwarning = entry.show_warning

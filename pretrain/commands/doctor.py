@@ -30,7 +30,7 @@ from pretrain.doctor import machine, own_objective, report, run_settings, tiles
 from pretrain.encoders import init
 from pretrain.objectives.interface import Objective
 from pretrain.settings import plugins
-from pretrain.training.tile_stage import TileData, TileTraining
+from pretrain.training.tile_settings import TileData
 
 
 @dataclass
@@ -59,6 +59,8 @@ def run(config: Config) -> None:
     opened: list[tuple[TileSource, Stream]] = []  # of what is built, as opening says how much is taken of the tiles
 
     def build(run: tile.Config) -> None:
+        from pretrain.training.tile_stage import TileTraining
+
         stage = TileTraining(place, run, objective)
         opened.append((stage.tiles, stage.stream))
         if run.init is not None:

@@ -16,7 +16,7 @@ from pretrain.commands import slide
 from pretrain.doctor import embeddings, report, run_settings
 from pretrain.objectives.interface import Objective, SlideObjective
 from pretrain.settings import plugins
-from pretrain.training.slide_stage import build_slide_network, open_further, open_store, require_cells_seen
+from pretrain.training.slide_settings import build_slide_network, open_further, open_store, require_cells_seen
 
 
 @dataclass

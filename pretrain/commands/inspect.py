@@ -56,8 +56,8 @@ from pretrain.inspection.sources import source_page
 from pretrain.run.progress import say
 from pretrain.settings import plugins
 from pretrain.settings.tissue_rules import RULES, chosen_rules
+from pretrain.training.tile_settings import TileData
 from pretrain.training.tile_sources import build_source
-from pretrain.training.tile_stage import TileData
 
 EXAMPLES = 8  # tiles of each verdict
 

@@ -28,9 +28,8 @@ from pretrain.settings import plugins
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
-from pretrain.training.slide_stage import (
+from pretrain.training.slide_settings import (
     SlideData,
-    SlideTraining,
     SlideWatch,
     build_slide_network,
     open_further,
@@ -84,5 +83,7 @@ def run(config: Config) -> None:
 
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: build_slide_network(config.model, widths))
+
+    from pretrain.training.slide_stage import SlideTraining
 
     train(config, lambda folder: SlideTraining(folder, config, objective, store, further))

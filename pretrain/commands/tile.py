@@ -21,9 +21,8 @@ from pretrain.objectives.jepa import check_predictor_in
 from pretrain.settings import plugins
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
-from pretrain.training.tile_stage import (
+from pretrain.training.tile_settings import (
     TileData,
-    TileTraining,
     TileWatch,
     check_crop_patches,
     check_further_views,
@@ -56,6 +55,8 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Train, or say that the run is done."""
+    from pretrain.training.tile_stage import TileTraining
+
     require_devices(config.trainer)
 
     def objective():  # type: ignore[no-untyped-def]

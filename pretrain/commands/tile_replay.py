@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 
 from models.allowed import ON_DISK, one_of, within
-from pretrain.training.replay import replay_step
 
 
 @dataclass
@@ -32,4 +31,6 @@ class Config:
 
 def run(config: Config) -> None:
     """Replay the step, and say what was found."""
+    from pretrain.training.replay import replay_step
+
     replay_step(Path(config.run), config.replay, config.accelerator, config.most)

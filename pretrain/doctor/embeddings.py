@@ -12,7 +12,8 @@ from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
 from pretrain.objectives.interface import SlideObjective
 from pretrain.training.even_shares import lanes_of
-from pretrain.training.slide_stage import SlideBatches, SlideData, open_further, open_store, sequences_of
+from pretrain.training.slide_batches import SlideBatches, sequences_of
+from pretrain.training.slide_settings import SlideData, open_further, open_store
 
 SAMPLED_SLIDES = 64  # slides that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process

@@ -11,7 +11,7 @@ from data.redaction import redacted
 from pretrain.doctor import cores, folder, gpus, machine, services
 from pretrain.doctor.finding import Finding, failed
 from pretrain.objectives.interface import Objective
-from pretrain.run.record import WandbSettings, logged_in
+from pretrain.run.wandb_settings import WandbSettings, logged_in
 from pretrain.training.trainer_settings import TrainerSettings
 
 Check = Callable[[], list[Finding]]

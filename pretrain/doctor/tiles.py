@@ -18,8 +18,8 @@ from pretrain.doctor.finding import Finding, failed, passed, warned
 from pretrain.doctor.rate import fast_enough
 from pretrain.run.counted import counted_as
 from pretrain.training.even_shares import tiles_of
+from pretrain.training.tile_settings import ColourSettings, Crops, colour, crop_sizes
 from pretrain.training.tile_sources import build_source
-from pretrain.training.tile_stage import ColourSettings, Crops, colour, crop_sizes
 
 SAMPLED_TILES = 64  # tiles that are read beside those of the rate
 WARM_UP, MEASURED = 2, 8  # steps' shares of one process

@@ -14,7 +14,8 @@ from data.tiles.augment_parameters import draw_parameters
 from data.tiles.crops import cut
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.settings.composition import load
-from pretrain.training.tile_stage import checked_views, colour, crop_sizes, masking, view_sheet
+from pretrain.training.tile_settings import checked_views, colour, crop_sizes, masking
+from pretrain.training.view_sheet import view_sheet
 
 
 def recipe_settings(recipe: str, overrides: Sequence[str] = ()) -> Any:

@@ -12,7 +12,7 @@ from data.tiles.augment_parameters import draw_parameters
 from pretrain.plan.ledger import Ledger
 from pretrain.plan.torch_internals import FakeTensorMode, TorchDispatchMode, tree_leaves
 from pretrain.settings.annotation import as_dictionary
-from pretrain.training.tile_stage import ColourSettings, colour
+from pretrain.training.tile_settings import ColourSettings, colour
 
 FIRST, OTHERS, LOCAL = range(3)  # kinds of view, as colours are drawn for them
 

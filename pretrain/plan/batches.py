@@ -12,7 +12,7 @@ from pretrain.objectives.tile_batch import TileBatch
 from pretrain.plan.rehearsal import LARGEST_CELL, RehearsedBatch
 from pretrain.settings import plugins
 from pretrain.settings.ranges import within
-from pretrain.training.tile_stage import checked_views, masking
+from pretrain.training.tile_settings import checked_views, masking
 
 
 @dataclass

@@ -17,7 +17,7 @@ from torch import nn
 from pretrain.plan.collectives import Collective
 from pretrain.plan.rehearsal import OF_THE_BATCH, Rehearsal, rehearse
 from pretrain.plan.run_shape import RunShape
-from pretrain.training.sharding import PRECISIONS
+from pretrain.training.trainer_settings import PRECISIONS
 
 COUNTED = ("flops", "calls", "sent", "work")  # of a rehearsal
 FEW = 2  # blocks that are rehearsed of more; and then one more

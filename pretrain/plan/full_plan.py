@@ -21,8 +21,8 @@ from pretrain.plan.throughput import pace, slide_cost, tile_cost
 from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import locate_class
 from pretrain.training.even_shares import require_even
-from pretrain.training.sharding import CHECKPOINTING
-from pretrain.training.tile_stage import checked_views
+from pretrain.training.tile_settings import checked_views
+from pretrain.training.trainer_settings import CHECKPOINTING
 
 GIB = 2**30
 GPUS = 8  # of a node, unless launch.gpus_per_node says so

@@ -15,7 +15,7 @@ from pretrain.settings.annotation import as_dictionary
 from pretrain.settings.any_machine import on_any_machine
 from pretrain.settings.composition import Composed
 from pretrain.training.even_shares import micro_batch_share
-from pretrain.training.slide_stage import build_slide_network
+from pretrain.training.slide_settings import build_slide_network
 
 DEPTHS = (("model", "depth"), ("objective", "decoder_depth"))
 """Settings that say how many equal blocks there are."""

@@ -13,10 +13,10 @@ import sys
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
@@ -24,18 +24,10 @@ from lightning.pytorch.utilities import rank_zero_only
 from data.fault import Fault
 from data.files import refused, write_whole
 from data.redaction import redacted_settings
-from models.allowed import one_of
 from pretrain.run import metrics as metrics_file
 from pretrain.run.history import Alarm, History
 from pretrain.run.progress import say
-
-
-@dataclass
-class WandbSettings:
-    """The settings under ``wandb:``: ``mode`` is off, online or offline."""
-
-    mode: Annotated[str, one_of("off", "online", "offline")]
-    project: str
+from pretrain.run.wandb_settings import WandbSettings, logged_in
 
 
 class RunLogger(Logger):
@@ -180,13 +172,6 @@ def _redacted_arguments() -> Iterator[None]:
         yield
     finally:
         sys.argv = before
-
-
-def logged_in() -> bool:
-    """Whether W&B has credentials here."""
-    import wandb
-
-    return bool(wandb.login(prompt=False))
 
 
 class WandbMirror(RunLogger):

@@ -29,7 +29,7 @@ from pretrain.training.judging import Judgement, why_ended
 from pretrain.training.looking import Looks
 from pretrain.training.module import Training
 from pretrain.training.recording import Recording
-from pretrain.training.sharding import ShardedStrategy
+from pretrain.training.sharded_strategy import ShardedStrategy
 from pretrain.training.showing import ShownProgress
 from pretrain.training.utilisation import device_peak
 

@@ -39,8 +39,9 @@ from pretrain.settings.merging import typed
 from pretrain.training.fit import bare_trainer
 from pretrain.training.gradients import gradients, losses_of, not_finite
 from pretrain.training.optimisation import clip
-from pretrain.training.tile_stage import TileTraining, view_sheet
+from pretrain.training.tile_stage import TileTraining
 from pretrain.training.trainer_settings import require_devices
+from pretrain.training.view_sheet import view_sheet
 
 STAND_INS = 8  # single tiles that are tried
 TILES_NAMED = 4  # tiles of a set that only does it together

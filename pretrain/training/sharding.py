@@ -1,4 +1,4 @@
-"""FSDP2 through Lightning: how networks are wrapped, and the strategy that owns the mesh of processes.
+"""FSDP2: the mesh of processes, and how networks are wrapped. Lightning owns the mesh; see `ShardedStrategy`.
 
 Order, stated once:  build on the meta device → every block: recompute → compile → shard → the network: shard → allocate → fill.
 
@@ -12,10 +12,9 @@ import re
 from collections.abc import Callable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -25,47 +24,7 @@ from data.fault import Fault
 from models.initialise import assign, fill, key
 from pretrain.objectives.interface import Objective
 from pretrain.run.across_ranks import local_shard, total
-
-
-class Precision(NamedTuple):
-    """``masters``: parameters, the optimiser's moments, and gradients from where they are summed. ``compute``: the
-    networks' arithmetic."""
-
-    masters: torch.dtype
-    compute: torch.dtype
-
-
-PRECISIONS = {
-    "float32": Precision(torch.float32, torch.float32),
-    "bf16": Precision(torch.float32, torch.bfloat16),
-    "float64": Precision(torch.float64, torch.float64),
-}
-
-CHECKPOINTING = ("none", "full", "selective")
-"""What a block's backward computes anew: nothing; everything; all but linear maps and attention."""
-
-
-class ShardedStrategy(ModelParallelStrategy):
-    """Lightning's strategy for FSDP2 with a ``(replicate, shard)`` mesh.
-
-    ``shard_size`` processes share one copy of the networks, and the copies are replicas; None shards over all
-    processes. The data-parallel size is always the whole world.
-    """
-
-    def __init__(self, shard_size: int | None = None) -> None:
-        super().__init__(data_parallel_size=1, tensor_parallel_size=1)
-        self.shard_size = shard_size
-
-    def setup_environment(self) -> None:
-        # The grandparent's setup starts the processes' group; the parent's would lay a mesh of its own over it.
-        self._setup_distributed()
-        self._device_mesh = lay_mesh(self.root_device.type, self.world_size, self.shard_size)
-        assert self.lightning_module is not None
-        self.lightning_module._device_mesh = self._device_mesh
-
-    @property
-    def distributed_sampler_kwargs(self) -> dict[str, int]:
-        return {"num_replicas": self.world_size, "rank": self.global_rank}
+from pretrain.training.trainer_settings import PRECISIONS
 
 
 def processes_a_copy(world_size: int, shard_size: int | None) -> int:
@@ -90,7 +49,7 @@ def shard(
 ) -> None:
     """Wrap every network of an objective that was built on the meta device: blocks first, then the network.
 
-    ``checkpointing``: see `CHECKPOINTING`. ``compiled`` blocks go through torch.compile, each by itself: all blocks of
+    ``checkpointing``: see `pretrain.training.trainer_settings.CHECKPOINTING`. ``compiled`` blocks go through torch.compile, each by itself: all blocks of
     a network share one compilation, and what gathers and frees their parameters stays outside of it. One process has
     nothing to gather, and pays a few per cent of a small network's step for the units all the same.
     """

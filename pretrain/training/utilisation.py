@@ -31,7 +31,7 @@ def silent_about_operations(objective: Objective) -> list[str]:
 
 def operations_of_step(objective: Objective, parts: Sequence[Any], checkpointing: str) -> float:
     """Floating-point operations of a step on these micro-batches; ``checkpointing``: see
-    `pretrain.training.sharding.CHECKPOINTING`."""
+    `pretrain.training.trainer_settings.CHECKPOINTING`."""
     found = operations_of(objective, parts)
     return (
         found.forward + found.backward + {"none": 0.0, "full": found.full, "selective": found.selective}[checkpointing]

@@ -73,3 +73,37 @@ def test_memory_that_is_freed_is_not_fetched_from_the_system_again() -> None:
     done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before > 1000 and after < 100
+
+
+def test_settings_are_refused_and_explained_before_lightning_is_imported() -> None:
+    program = """
+import sys
+from pretrain import cli
+from data.fault import Fault
+for command in ("tile", "slide", "plan", "doctor", "tile replay", "doctor slide"):
+    try:
+        cli.parse([*command.split(), "nothing=1"])
+    except Fault as fault:
+        assert "there is no setting 'nothing'" in str(fault), fault
+    else:
+        raise AssertionError(command)
+    assert "lightning" not in sys.modules, command
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_lightning_brings_nothing_along_that_no_run_uses_and_extras_are_there_for_who_asks_later() -> None:
+    program = """
+import sys
+from pretrain.lean_torchmetrics import import_lean
+import_lean()
+import lightning.pytorch, torchmetrics
+brought = {"transformers", "torchvision", "scipy", "matplotlib", "onnxruntime"} & sys.modules.keys()
+assert not brought, brought
+from lightning_utilities.core.imports import RequirementCache, package_available
+assert RequirementCache("scipy>=1.0") and package_available("matplotlib")
+assert torchmetrics.MeanMetric()(3.0) == 3
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

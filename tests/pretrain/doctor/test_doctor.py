@@ -24,7 +24,7 @@ from pretrain.inspection.views import recipe_settings
 from pretrain.objectives.slide_mae import SlideMAE
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
-from pretrain.training.slide_stage import SlideData
+from pretrain.training.slide_settings import SlideData
 from tests.data.parquet.tables import write_table
 from tests.data.shards.tile_folders import spoil, write_tiles
 from tests.pretrain.training.test_slide_training import SMALL

@@ -16,7 +16,7 @@ from pretrain.objectives.interface import Moment
 from pretrain.objectives.losses.gram import gram_distance, on_grid
 from pretrain.settings.composition import load
 from pretrain.training.optimisation import rates_at
-from pretrain.training.tile_stage import checked_views
+from pretrain.training.tile_settings import checked_views
 from tests.pretrain.objectives import tile_objectives
 from tests.pretrain.objectives.tile_objectives import GRAM, filled, unfilled_dinov3
 

@@ -29,7 +29,7 @@ from pretrain.plan.rehearsal import RehearsedBatch, rehearse
 from pretrain.settings import plugins
 from pretrain.settings.composition import load
 from pretrain.training.sharding import units_of
-from pretrain.training.tile_stage import checked_views
+from pretrain.training.tile_settings import checked_views
 from tests.pretrain.objectives.test_own_objective import SIZES
 from tests.pretrain.objectives.tile_objectives import batch, encoder
 from tests.pretrain.training.test_tile_training import TINY

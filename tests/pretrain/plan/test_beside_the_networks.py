@@ -21,7 +21,7 @@ from pretrain.plan.table import plan_table
 from pretrain.plan.torch_internals import TorchDispatchMode
 from pretrain.settings.annotation import as_dictionary
 from pretrain.settings.hardware import described
-from pretrain.training.tile_stage import ColourSettings, colour
+from pretrain.training.tile_settings import ColourSettings, colour
 from tests.pretrain.plan.test_plan import SLIDE, SMALL, planned
 from tests.pretrain.training.real_steps import shape_of
 

@@ -13,7 +13,8 @@ import torch
 
 from data.fault import Fault
 from pretrain.run import metrics as metrics_file
-from pretrain.run.record import RunRecord, WandbMirror, WandbSettings
+from pretrain.run.record import RunRecord, WandbMirror
+from pretrain.run.wandb_settings import WandbSettings
 
 
 @dataclass

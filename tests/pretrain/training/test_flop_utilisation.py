@@ -23,7 +23,7 @@ from pretrain.settings.composition import load
 from pretrain.settings.hardware import allow_tf32, peak_of
 from pretrain.training.gradients import gradients
 from pretrain.training.sharding import lay_mesh, materialise, shard
-from pretrain.training.slide_stage import sequences_of
+from pretrain.training.slide_batches import sequences_of
 from pretrain.training.utilisation import operations_of_step, silent_about_operations
 from tests.data.shards.tile_folders import write_tiles
 from tests.pretrain.objectives import tile_objectives
