@@ -10,4 +10,5 @@ def on_device(array: np.ndarray | Tensor, device: torch.device) -> Tensor:
     tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
     if device.type != "cuda" or tensor.is_cuda:
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    # What has gaps would be laid out anew, in memory that isn't locked, before it is copied.
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)

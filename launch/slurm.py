@@ -76,6 +76,9 @@ WRITTEN = {
 }
 """Options of sbatch that have a meaning for the script, by both of their names, with what sets them."""
 
+HIDING_GPUS = ("gpus-per-task", "ntasks-per-gpu", "gpu-bind")
+"""Options by which a task sees some of its node's GPUs alone; each process looks for all, and takes that of its number."""
+
 POINT = "{point}"  # stands for the words of a job of a sweep
 
 TIME = matching(
@@ -244,9 +247,14 @@ class Slurm(Launcher):
                 "launch.chain= and launch.array= exclude each other: of an array every job goes back into the queue by"
                 " itself."
             )
-        for option in self.sbatch:
-            name = option.lstrip("-").partition("=")[0].split()[0]
-            if name in WRITTEN:
+        for setting, option in [*(("srun", one) for one in self.srun), *(("sbatch", one) for one in self.sbatch)]:
+            name, value = re.match(r"-*([\w-]*)[\s=]*(.*)", option).groups()  # type: ignore[union-attr]
+            if name in HIDING_GPUS and value != "none":
+                raise Fault(
+                    f"launch.{setting} holds {option}, by which a process sees some of its node's GPUs alone: leave it"
+                    " out; launch.gpus_per_node= asks for them, and each process takes one."
+                )
+            if name in WRITTEN and setting == "sbatch":
                 raise Fault(f"launch.sbatch holds {option}, and the script says that itself: {WRITTEN[name]}.")
         limit = seconds(self.time) if self.time else 0
         if self.time and not limit and re.match(r"\d", self.time):

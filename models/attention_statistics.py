@@ -18,7 +18,7 @@ graph is recorded. A `Kernel` is found by name:
 """
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Protocol
 
 import numpy as np
@@ -197,9 +197,17 @@ def _stock_kernel(q: Tensor) -> str:
 
 
 def takes_flash(q: Tensor) -> bool:
-    """Whether CUDA's FlashAttention takes ``q``: 16-bit numbers, and a head of whole 16-byte words, up to 256 wide."""
+    """Whether CUDA's FlashAttention takes ``q``: 16-bit numbers, and a head of whole 16-byte words, up to 256 wide; on a
+    GPU since Ampere."""
     low = q.dtype in (torch.float16, torch.bfloat16)
-    return q.device.type == "cuda" and low and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    fits = q.device.type == "cuda" and low and q.shape[-1] % 8 == 0 and q.shape[-1] <= 256
+    return fits and has_flash(q.device)
+
+
+@cache
+def has_flash(device: torch.device) -> bool:
+    """Whether a GPU has what FlashAttention is written for; one that isn't there (fake tensors) has."""
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def matrix_products(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,8 +7,10 @@ from torch import Tensor
 
 
 def uploaded(numbers: Tensor, device: torch.device) -> Tensor:
-    """``numbers`` of the CPU on ``device``; to a GPU from page-locked memory."""
-    return numbers.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else numbers.to(device)
+    """``numbers`` of the CPU on ``device``; to a GPU from page-locked memory, without gaps: see `data.on_device`."""
+    if device.type != "cuda":
+        return numbers.to(device)
+    return numbers.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def repeated(values: Tensor, counts: Sequence[int], device: torch.device) -> Tensor:

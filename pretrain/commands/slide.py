@@ -21,11 +21,9 @@ The folder is like that of a tile run, and the same command resumes it.
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from data.fault import Fault
 from models.allowed import Agreements
 from pretrain.objectives.interface import SlideObjective
 from pretrain.settings import plugins
-from pretrain.settings.composition import of_the_command_line
 from pretrain.settings.plugins import Plugin
 from pretrain.training.run_config import RunConfig, train
 from pretrain.training.slide_settings import (
@@ -39,6 +37,7 @@ from pretrain.training.slide_settings import (
     require_network_shared,
     require_objective_shared,
     require_read,
+    require_uncompiled,
     require_within_fields,
 )
 from pretrain.training.trainer_settings import require_devices
@@ -62,19 +61,14 @@ class Config(RunConfig):
             "data.crops.local_count",
         ): require_within_fields,
         ("watch.patience", "data.validation_fraction", "watch.slide_labels"): require_judged,
+        ("trainer.compile",): require_uncompiled,
         ("data.processes_per_slide", "model._target_"): require_network_shared,
         ("data.processes_per_slide", "objective._target_"): require_objective_shared,
     }
 
 
 def run(config: Config) -> None:
-    """Train, or say that the run is done. Raises Fault for compiled blocks, of which every step would need others."""
-    if config.trainer.compile:
-        with of_the_command_line():
-            raise Fault(
-                "trainer.compile=true is for 'pretrain tile': slides have other lengths at every step, and each would"
-                " be compiled anew; leave it out."
-            )
+    """Train, or say that the run is done."""
     require_devices(config.trainer)
     require_cells_seen(config)
     store = open_store(config.data)

@@ -50,17 +50,25 @@ def visible_gpus(devices: int) -> list[VisibleGpu]:
     return found
 
 
+def said_first(error: Exception) -> str:
+    """The first line of what an error says; its kind where it says nothing."""
+    return next(iter(str(error).splitlines()), type(error).__name__)
+
+
 def check_allocator(environment: Mapping[str, str]) -> list[Finding]:
     """Does torch's allocator join freed pieces? A step's tensors change size from step to step."""
-    given = ",".join(environment.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    if "expandable_segments:True" in given.replace(" ", "").split(","):
+    # Where the older name is set, torch doesn't look at the newer one.
+    name = "PYTORCH_CUDA_ALLOC_CONF" if "PYTORCH_CUDA_ALLOC_CONF" in environment else "PYTORCH_ALLOC_CONF"
+    given = environment.get(name, "").replace(" ", "").split(",")
+    if "expandable_segments:True" in given:
         return [passed("allocator", "expandable segments")]
+    others = [one for one in given if one and not one.startswith("expandable_segments:")]
     return [
         warned(
             "allocator",
-            "PYTORCH_ALLOC_CONF lacks expandable_segments:True, and a step's tensors change size, so free memory breaks"
-            " into pieces that nothing fits: export PYTORCH_ALLOC_CONF=expandable_segments:True (a line of"
-            " launch.setup=)",
+            f"{name} lacks expandable_segments:True, and a step's tensors change size, so free memory breaks"
+            f" into pieces that nothing fits: export {name}={','.join([*others, 'expandable_segments:True'])}"
+            " (a line of launch.setup=)",
         )
     ]
 
@@ -99,7 +107,7 @@ def check_under_load(
         try:
             return products_per_second(gpu.device, side, seconds)
         except RuntimeError as error:  # torch's, of a GPU that is full or broken
-            return str(error).splitlines()[0]
+            return said_first(error)
 
     with ThreadPoolExecutor(len(gpus)) as pool:
         list(pool.map(lambda gpu: work(gpu, 0), gpus))  # so that all have begun when the clocks are asked for
@@ -177,7 +185,7 @@ def check_clocks(gpus: Sequence[VisibleGpu], ask: Ask = answer) -> list[Finding]
         lines = {uuid: values for uuid, *values in (line.split(", ") for line in said.splitlines())}
         by_gpu = [(i, *(int(value, 0) for value in lines[f"GPU-{gpu.uuid}"])) for i, gpu in enumerate(gpus)]
     except (OSError, subprocess.TimeoutExpired, ValueError, KeyError) as error:
-        return [warned("clocks", f"not looked at, since nvidia-smi doesn't tell them ({str(error).splitlines()[0]})")]
+        return [warned("clocks", f"not looked at, since nvidia-smi doesn't tell them ({said_first(error)})")]
     found = []
     for i, clock, highest, reasons in by_gpu:
         slowed = [words for bit, words in SLOWED.items() if reasons & bit]

@@ -153,16 +153,13 @@ def all_reduce(processes: int, gpu: bool, seconds: float = PROCESSES_TIMEOUT) ->
         answers = []
         for process in started:
             try:
-                answers.append(process.communicate(timeout=seconds)[0].strip())
+                said, error = process.communicate(timeout=seconds)
+                answers.append(said.strip() or f"it ended with an error ({' '.join(error.split())[-200:]})")
             except subprocess.TimeoutExpired:
                 process.kill()
                 answers.append(f"no answer in {seconds:.0f} s ({' '.join(process.communicate()[1].split())[-200:]})")
     expected = f"sum {processes * (processes + 1) // 2}"
-    wrong = [
-        f"rank {rank}: {answer or 'it ended with an error'}"
-        for rank, answer in enumerate(answers)
-        if not answer.startswith(expected)
-    ]
+    wrong = [f"rank {rank}: {answer}" for rank, answer in enumerate(answers) if not answer.startswith(expected)]
     if wrong:
         remedy = (
             "NCCL_DEBUG=INFO shows more; NCCL_SOCKET_IFNAME and NCCL_P2P_DISABLE=1 are what usually helps"

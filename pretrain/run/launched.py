@@ -38,10 +38,16 @@ def environment_number(name: str, default: int) -> int:
 
 
 def way_out_of_own_gpus(environment: Mapping[str, str]) -> str | None:
-    """What to do where SLURM lets each task of a job see GPUs of its own alone; None elsewhere."""
-    if "SLURM_GPUS_PER_TASK" not in environment:
+    """What to do where SLURM lets each task of a job see some of its node's GPUs alone; None elsewhere."""
+    options = {
+        "SLURM_GPUS_PER_TASK": "gpus-per-task",
+        "SLURM_NTASKS_PER_GPU": "ntasks-per-gpu",
+        "SLURM_GPU_BIND": "gpu-bind",
+    }
+    given = [f"--{option}" for name, option in options.items() if environment.get(name, "none") != "none"]
+    if not given:
         return None
     return (
-        "this job gives each task GPUs of its own (--gpus-per-task); give --gpus-per-node in its place, so that a"
+        f"this job gives each task GPUs of its own ({', '.join(given)}); give --gpus-per-node in its place, so that a"
         " process sees all of its node"
     )

@@ -124,6 +124,15 @@ def require_within_fields(field_cells: int, side: int, target: str, crops: int =
         )
 
 
+def require_uncompiled(compiled: bool) -> None:
+    """Raise Fault for compiled blocks, of which every step would need others."""
+    if compiled:
+        raise Fault(
+            "trainer.compile=true is for 'pretrain tile': slides have other lengths at every step, and each would be"
+            " compiled anew; leave it out."
+        )
+
+
 def require_judged(patience: int | None, validation_fraction: float, table: str | None) -> None:
     """Raise ValueError for a wait for figures that nobody makes."""
     if patience and not validation_fraction and table is None:

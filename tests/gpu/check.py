@@ -19,36 +19,56 @@
 
 A section that fails doesn't stop the next; what would begin after nine minutes is left out. Times are held against what this GPU was just seen to multiply and to copy a
 second, so any CUDA GPU will do. With OUT set the lines are left there as gpu_check.json, and the traces. What is needed
-beside a plain CUDA image of torch is in WHEELS, as wheels of that Python.
+beside a plain CUDA image of torch is said before anything is done, with the command that fetches it as wheels.
 """
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from importlib.metadata import distributions
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
-WHEELS = (
-    "hydra-core omegaconf antlr4-python3-runtime==4.9.3 simplejpeg openslide-python openslide-bin"
-    " lightning webdataset safetensors timm numba pytest"
-)
+IN_THE_IMAGE = {"torch", "torchvision", "numpy"}  # of a plain CUDA image
+NOT_USED = {"wandb"}  # here: a run's record is written without it
 ALL_OF_IT = 9 * 60  # seconds
 NEWER = {
     name: (2, 14) for name in ("run", "checkpoints", "preemption")
 }  # torch's; before, none is saved beside training
 TINY = "--tiny" in sys.argv
 STEP_BYTES_A_TILE = 170.8e9 / 64  # of an uncompiled ViT-L step outside of its products, as tests/bench/step.py counts
+
+
+def needed() -> list[str]:
+    """What must be installed beside a plain CUDA image of torch: what the project declares, and its tests."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    tests = [one for one in project["optional-dependencies"]["test"] if name_of(one) in ("pytest", "hypothesis")]
+    return [one for one in project["dependencies"] + tests if name_of(one) not in IN_THE_IMAGE | NOT_USED]
+
+
+def name_of(requirement: str) -> str:
+    """``Numba_x>=0.63`` → ``numba-x``."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[^\w.-]", requirement)[0]).lower()
+
+
+def lacking() -> list[str]:
+    """What of that isn't here, in any version."""
+    here = {name_of(str(one.metadata["Name"])) for one in distributions()}
+    return [one for one in needed() if name_of(one) not in here]
 
 
 def environment() -> dict[str, Any]:
@@ -490,9 +510,10 @@ def preemption() -> dict[str, Any]:
             "optim.steps=100000",
             "trainer.checkpoint_every=100000",
         ]
-        process = subprocess.Popen(command(*words), cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.STDOUT)
+        with (place / "said").open("w") as said:
+            process = subprocess.Popen(command(*words), cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         while not (place / "run" / "metrics.jsonl").exists() or len(read_metrics(place / "run")) < 3:
-            assert process.poll() is None, "the run ended by itself"
+            assert process.poll() is None, f"the run ended by itself: {(place / 'said').read_text()[-2000:]}"
             time.sleep(0.2)
         began = time.monotonic()
         process.send_signal(signal.SIGUSR1)
@@ -725,7 +746,8 @@ def one_section(name: str) -> None:
     try:
         found = SECTIONS[name].work()
     except Exception as error:  # told, and the next section is run all the same
-        found = {"ok": False, "error": f"{type(error).__name__}: {error}"[:2000]}
+        said = f"{type(error).__name__}: {error}"
+        found = {"ok": False, "error": said if len(said) < 3000 else f"{said[:800]} […] {said[-2000:]}"}
     print(json.dumps({"section": name, "seconds": round(time.monotonic() - began, 1), **found}, default=str))
 
 
@@ -756,6 +778,9 @@ def as_process(name: str, limit: float) -> dict[str, Any]:
 
 def main() -> int:
     names = [word for word in sys.argv[1:] if not word.startswith("--")]
+    if unknown := [name for name in names if name not in SECTIONS]:
+        print(f"there is no section {unknown[0]}: {', '.join(SECTIONS)}")
+        return 2
     if "--here" in sys.argv:
         one_section(names[0])
         return 0
@@ -764,6 +789,11 @@ def main() -> int:
     if not torch.cuda.is_available() and not TINY:
         print("skipped: torch sees no CUDA device here; --tiny tries the script itself on the CPU")
         return 0
+    if absent := lacking():
+        print(f"not here: {', '.join(map(name_of, absent))}. Where there is a network:\n")
+        print(f"    {shlex.join(['pip', 'download', '--only-binary=:all:', '--dest', 'wheels', *absent])}\n")
+        print("then here: pip install --no-index --find-links wheels --no-deps wheels/*.whl")
+        return 1
     lines, end = [], time.monotonic() + (ALL_OF_IT if not TINY else float("inf"))
     for name in names or SECTIONS:
         limit = min(SECTIONS[name].limit * (3 if TINY else 1), end - time.monotonic())

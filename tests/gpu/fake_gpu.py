@@ -14,6 +14,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from torch import Tensor
+from torch._prims_common import is_non_overlapping_and_dense_or_false
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._python_dispatch import _disable_current_modes as without_modes
@@ -38,8 +39,15 @@ ASKED_FOR_ITS_END = {
     aten.equal.default,
     aten._linalg_check_errors.default,
     aten._linalg_eigh.default,
+    aten._linalg_svd.default,
     aten.histc.default,
 }  # of a known shape, and yet a number is read
+FILLED_WITH = {  # the place of a value that the host reads
+    aten.masked_fill.Tensor: 2,
+    aten.masked_fill_.Tensor: 2,
+    aten.index_fill.int_Tensor: 3,
+    aten.index_fill_.int_Tensor: 3,
+}
 
 
 class Waits(TorchDispatchMode):
@@ -109,13 +117,14 @@ class Waits(TorchDispatchMode):
             return any(index.dtype in (torch.bool, torch.uint8) or not on_gpu(index) for index in indices)
         if function is aten._to_copy.default:
             there = torch.device(kwargs.get("device") or args[0].device).type == "cuda"
-            return there != on_gpu(args[0]) and not (kwargs.get("non_blocking") and (not there or locked(args[0])))
-        if function is aten.copy_.default:
-            target, source, asynchronous = args[0], args[1], len(args) > 2 and args[2]
-            return on_gpu(target) != on_gpu(source) and not (
-                asynchronous and locked(source if on_gpu(target) else target)
+            return there != on_gpu(args[0]) and not (
+                kwargs.get("non_blocking")
+                and (not there or (locked(args[0]) and straight(args[0], kwargs.get("dtype"))))
             )
-        return False
+        if function in (aten.copy_.default, aten._foreach_copy_.default):
+            pairs = [args[:2]] if function is aten.copy_.default else zip(*args[:2], strict=True)
+            return any(_copy_waits(*pair, asynchronous=len(args) > 2 and args[2]) for pair in pairs)
+        return function in FILLED_WITH and on_gpu(args[FILLED_WITH[function]])
 
     def _note(self) -> None:
         self.seen.append(_place())
@@ -139,6 +148,19 @@ LOCKED: set[int] = set()  # storages that are said to be page-locked
 
 def locked(tensor: Tensor) -> bool:
     return tensor.untyped_storage()._cdata in LOCKED
+
+
+def _copy_waits(target: Tensor, source: Tensor, asynchronous: bool) -> bool:
+    if on_gpu(target) == on_gpu(source):
+        return False
+    host, other = (source, target) if on_gpu(target) else (target, source)
+    return not (asynchronous and locked(host) and straight(host, other.dtype))
+
+
+def straight(tensor: Tensor, dtype: torch.dtype | None) -> bool:
+    """Whether a copy to or from the host is one of memory as it lies: else PyTorch lays the numbers out anew, in memory
+    that isn't locked (ATen/native/cuda/Copy.cu, copy_requires_temporaries)."""
+    return is_non_overlapping_and_dense_or_false(tensor) and dtype in (None, tensor.dtype)
 
 
 @contextmanager

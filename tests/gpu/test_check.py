@@ -56,3 +56,18 @@ def test_a_section_that_an_older_torch_cannot_do_is_skipped_with_the_reason(monk
 def test_without_a_gpu_it_says_so_and_does_nothing() -> None:
     done = subprocess.run(CHECK, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.startswith("skipped: torch sees no CUDA device here")
+
+
+def test_what_is_lacking_is_said_before_anything_is_done_with_the_command_that_fetches_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert check.lacking() == []
+    here = [one for one in check.distributions() if check.name_of(str(one.metadata["Name"])) not in ("pyarrow", "h5py")]
+    monkeypatch.setattr(check, "distributions", lambda: here)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(sys, "argv", ["check.py"])
+    assert check.main() == 1
+    said = capsys.readouterr().out
+    assert said.startswith("not here: h5py, pyarrow. Where there is a network:") and "pip download" in said
+    monkeypatch.setattr(sys, "argv", ["check.py", "kernel"])
+    assert check.main() == 2 and "there is no section kernel: environment, kernels," in capsys.readouterr().out

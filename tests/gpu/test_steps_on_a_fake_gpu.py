@@ -100,6 +100,9 @@ SLIDE = {
         "trainer.accumulate=2",
     ],
     "by distance, within a reach": [*BY_DISTANCE, "model.slopes=learned", "model.reach=[2,3,4,5]"],
+    "pairs": ["objective=slide_pairs"],
+    "pairs by distance": [*BY_DISTANCE, "objective=slide_pairs"],
+    "context": ["objective=slide_context", "objective.decoder_heads=4", "objective.decoder_feed_forward_width=64"],
     "crops with empty cells": [*CROPS, "data.crops.empty_cells=true"],
 }
 
@@ -135,7 +138,8 @@ def without(words: list[str], settings: tuple[str, ...]) -> list[str]:
 
 def slide_training(run: Path, store: Path, *settings: str) -> Training:
     run.mkdir(parents=True)
-    small = [word for word in SMALL if "objective=slide_ibot" not in settings or "decoder" not in word]
+    bare = {"objective=slide_ibot", "objective=slide_pairs"} & set(settings)  # without a decoder
+    small = [word for word in SMALL if not bare or "decoder" not in word]
     config = load("slide", [f"run={run}", f"data.embeddings={store}", *small, *settings]).object()
     return SlideTraining(
         run,
@@ -404,6 +408,17 @@ def waits_of(code: str) -> int:
         ("torch.linalg.inv(x.view(2, 2))", 1),
         ("torch.linalg.cholesky(x.view(2, 2))", 1),
         ("torch.linalg.eigh(x.view(2, 2))", 1),
+        ("torch.linalg.svdvals(x.view(2, 2))", 1),
+        ("x.masked_fill(x > 0, x[0])", 1),
+        ("x.index_fill(0, torch.zeros(1, dtype=torch.int64, device=GPU), x[0])", 1),
+        ("torch._foreach_copy_([x], [host], True)", 1),
+        ("torch._foreach_copy_([x], [host.pin_memory()], True)", 0),
+        (
+            "host.pin_memory()[::2].to(GPU, non_blocking=True)",
+            1,
+        ),  # has gaps: laid out anew, in memory that isn't locked
+        ("host.pin_memory().view(2, 2).T.to(GPU, non_blocking=True)", 0),
+        ("host.pin_memory().to(GPU, torch.float64, non_blocking=True)", 1),  # converted before
         ("host.pin_memory().to(GPU, non_blocking=True)", 0),
         ("x.to('cpu', non_blocking=True)", 0),  # into page-locked memory, which torch takes for it
         ("host.pin_memory().copy_(x, non_blocking=True)", 0),

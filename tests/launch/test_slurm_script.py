@@ -272,6 +272,8 @@ def test_what_does_not_fit_is_refused_in_one_line(
         (["launch.exclude=['n 1']"], "launch.exclude holds 'n 1', which is not allowed: each must be the name of a node"),
         (["launch.signal_seconds=-5"], "launch.signal_seconds=-5 is not allowed: it must be at least 1 and at most 65535."),
         (["launch.srun=[gpu-bind]"], "launch.srun holds 'gpu-bind', which is not allowed: each must be an option"),
+        (["launch.srun=['--gpu-bind=closest']"], "launch.srun holds --gpu-bind=closest, by which a process sees some of its node's GPUs alone: leave"),
+        (["launch.sbatch=['--gpus-per-task 1']"], "launch.sbatch holds --gpus-per-task 1, by which a process sees some"),
         (["launch.chain=1"], "launch.chain=1 is not allowed: it must be at least 2 and at most 1000."),
         (["launch.chain=2", "launch.array=2"], "launch.chain= and launch.array= exclude each other"),
         (["launch.time=0"], "launch.time=0 is no time: give it some, or launch.time=UNLIMITED"),
@@ -395,8 +397,8 @@ def test_the_examples_in_the_settings_can_be_typed_as_they_are_shown(capsys: pyt
     ("words", "step"),
     [
         (["launch.container='apptainer exec --nv --bind /data slidewright.sif'", "launch.python=python3"], "apptainer exec --nv --bind /data slidewright.sif python3 -P -m pretrain"),
-        (["launch.srun=['--container-image=slidewright.sqsh','--container-mounts=/data:/data','--gpu-bind=closest']", "launch.python=python3"],
-         "--container-image=slidewright.sqsh --container-mounts=/data:/data --gpu-bind=closest python3 -P -m pretrain"),
+        (["launch.srun=['--container-image=slidewright.sqsh','--container-mounts=/data:/data','--cpu-bind=cores']", "launch.python=python3"],
+         "--container-image=slidewright.sqsh --container-mounts=/data:/data --cpu-bind=cores python3 -P -m pretrain"),
     ],
 )  # fmt: skip
 def test_the_doctor_is_where_the_run_is_in_its_container_and_with_its_cores(

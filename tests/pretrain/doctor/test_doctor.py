@@ -95,6 +95,9 @@ def test_tasks_with_a_gpu_each_are_told_to_see_all_of_their_node(monkeypatch: py
     status, says = only(machine.accelerators("gpu", 8, "bf16", {"SLURM_GPUS_PER_TASK": "1"}))
     assert status == "FAIL" and "1 GPUs are visible and trainer.devices=8" in says
     assert "(--gpus-per-task); give --gpus-per-node in its place" in says
+    bound = {"SLURM_GPU_BIND": "closest", "SLURM_NTASKS_PER_GPU": "1"}
+    assert "(--ntasks-per-gpu, --gpu-bind); give" in only(machine.accelerators("gpu", 8, "bf16", bound))[1]
+    assert "ask for more GPUs" in only(machine.accelerators("gpu", 8, "bf16", {"SLURM_GPU_BIND": "none"}))[1]
 
 
 @pytest.mark.slow

@@ -1,5 +1,8 @@
 """What the doctor says of GPUs, by answers that are made up; the timing itself is tried on the CPU."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -35,13 +38,26 @@ def hardware_with(name: str, bf16_tflops: float, folder: Path) -> Path:
     [
         ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "ok"),
         ({"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:64, expandable_segments:True"}, "ok"),
-        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "warn"),
+        ({"PYTORCH_ALLOC_CONF": "roundup_power2_divisions:4"}, "warn"),
         ({}, "warn"),
     ],
 )
 def test_an_allocator_without_expandable_segments_is_named(environment: dict[str, str], status: str) -> None:
     found = only(gpus.check_allocator(environment))
-    assert found[0] == status and (status == "ok" or "export PYTORCH_ALLOC_CONF=expandable_segments:True" in found[1])
+    assert found[0] == status
+    way_out = ",".join([*environment.values(), "expandable_segments:True"])
+    assert status == "ok" or f"export PYTORCH_ALLOC_CONF={way_out} (" in found[1]
+
+
+def test_of_both_names_of_the_allocators_setting_the_one_that_torch_reads_counts() -> None:
+    both = {"PYTORCH_CUDA_ALLOC_CONF": "max_split_size_mb:512", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+    status, says = only(gpus.check_allocator(both))
+    assert (
+        status == "warn" and "export PYTORCH_CUDA_ALLOC_CONF=max_split_size_mb:512,expandable_segments:True (" in says
+    )
+    read = "import torch; print(torch._C._accelerator_getAllocatorSettings())"
+    told = subprocess.run([sys.executable, "-c", read], env=os.environ | both, capture_output=True, text=True)
+    assert told.stdout.strip() == "max_split_size_mb:512", told.stderr
 
 
 def test_pairs_of_gpus_that_do_not_reach_each_other_are_named() -> None:

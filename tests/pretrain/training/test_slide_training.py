@@ -119,6 +119,10 @@ def test_compiled_blocks_are_refused_where_every_step_would_compile_anew(
         run_command_line(words(tmp_path / "run", store, "trainer.compile=true"))
     assert ended.value.code == 2 and not (tmp_path / "run").exists()
     assert "trainer.compile=true is for 'pretrain tile'" in capsys.readouterr().err
+    for command in (["plan", "recipe=small_slide"], [*words(tmp_path / "run", store), "launch=slurm"]):
+        with pytest.raises(SystemExit):
+            run_command_line([*command, "trainer.compile=true"])
+        assert "trainer.compile=true is for 'pretrain tile'" in capsys.readouterr().err
 
 
 def watched_labels(folder: Path) -> str:
