@@ -63,7 +63,8 @@ def parse(arguments: list[str]) -> Composed | Sweep | None:
         raise Fault(f"there is no command {command!r}: 'pretrain {arguments[0]}' is the one for tiles.")
     if command not in COMMANDS:
         raise Fault(f"there is no command {command!r}{nearest(command, set(COMMANDS))} 'pretrain --help' lists them.")
-    overrides, config_dirs, wants_help, wants_config, sweeps = [], [], False, False, False
+    overrides, config_dirs = [], []
+    wants_help = wants_config = sweeps = resolves = False
     words = iter(part for word in rest for part in _apart(word))
     for word in words:
         if word in ("-h", "--help"):
@@ -76,7 +77,7 @@ def parse(arguments: list[str]) -> Composed | Sweep | None:
                 )
             wants_config = True
         elif word == "--resolve":
-            pass  # what --cfg job prints is resolved
+            resolves = True
         elif word in ("--multirun", "-m"):
             sweeps = True
         elif word in ("--config-dir", "-cd"):
@@ -99,6 +100,8 @@ def parse(arguments: list[str]) -> Composed | Sweep | None:
     if wants_help:
         print(explain(command))
         return None
+    if resolves and not wants_config:
+        raise Fault("--resolve is of --cfg job, which prints the configuration, and resolved it is: give both.")
     if sweeps and wants_config:
         raise Fault("--cfg job is of one run: leave --multirun out, and give each setting one value.")
     if sweeps:

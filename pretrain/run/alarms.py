@@ -33,12 +33,13 @@ def find_alarms(history: History, known: Facts) -> list[Alarm]:
 
 
 def that_can_be_taken(says: str, known: Facts) -> str:
-    """An alarm's line without the advice that names settings which the run hasn't got."""
+    """An alarm's line without the advice that names settings which the run hasn't got, or values that it has."""
     what, helps, ways = says.partition(f" {HELPS}")
     if not helps:
         return says
     each = re.split(r", (?![^(]*\))", ways.removesuffix("."))
     left = [way for way in each if all(map(known.has, re.findall(r"\b(?:objective|data|optim)\.\w+", way)))]
+    left = [way for way in left if not any(known.is_set(*one) for one in re.findall(r"\b([\w.]+)=(\w+)", way))]
     return f"{what} {HELPS}{', '.join(left)}." if left else what
 
 

@@ -3,7 +3,7 @@ them."""
 
 import math
 from collections import defaultdict, deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,18 +22,22 @@ class Facts:
     prototypes: Mapping[str, int]  # of each kind of target; the largest entropy is the logarithm of it
     settled: int  # the step from which features can be judged
     chance_losses: Mapping[str, Sequence[str]] = field(default_factory=dict)  # see `Objective.chance_losses`
-    settings: Collection[str] | None = None  # the names that the run has, ``objective.spread`` say; None: any
+    settings: Mapping[str, Any] | None = None  # what the run has, ``objective.spread`` say, and its value; None: any
 
     def has(self, setting: str) -> bool:
         """Whether the run has a setting, or a group of that name."""
         return self.settings is None or any(f"{name}.".startswith(f"{setting}.") for name in self.settings)
+
+    def is_set(self, setting: str, value: str) -> bool:
+        """Whether the run has that value already."""
+        return self.settings is not None and str(self.settings.get(setting)) == value
 
 
 def known_facts(
     prototypes: Mapping[str, int],
     warmup_steps: int,
     chance_losses: Mapping[str, Sequence[str]],
-    settings: Collection[str],
+    settings: Mapping[str, Any],
 ) -> Facts:
     """The facts of a run whose objective says how many ``prototypes`` each kind of its targets has."""
     return Facts(prototypes, min(SETTLED, warmup_steps), chance_losses, settings)

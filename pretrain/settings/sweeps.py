@@ -7,6 +7,7 @@ Each point's run has a folder of its own below the sweep's: ``<run>/optim.lr=1e-
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from typing import TypeVar
 from hydra.core.override_parser.types import ChoiceSweep, Glob
 
 from data.fault import Fault
+from pretrain.settings.annotation import as_dictionary
 from pretrain.settings.composition import Composed, load, of_the_command_line
 from pretrain.settings.config_files import CONFIGS, choices_of
 from pretrain.settings.shell_words import LISTED, key_of, parsed
@@ -54,13 +56,17 @@ def sweep_of(command: str, words: list[str], config_dirs: list[Path]) -> Sweep:
     if not runs or "run" in keys:
         raise Fault("a sweep has one run=, the folder below which each of its runs has its own.")
     folder = Path(str(load(command, [runs[-1]], config_dirs).tree.run))
+    if (folder / "config.yaml").is_file():
+        raise Fault(f"{folder} is a run, and a sweep's runs lie below a folder of their own: give another run=.")
     fixed = set(map(key_of, words)) - set(keys)
     words_of: dict[str, list[str]] = {}
+    written: dict[str, str] = {}
     idle: list[dict[str, str]] = []
     for chosen in product(*values):
-        name = _folder_name([chosen[place] for place in swept])
-        if name in words_of:
-            raise Fault(f"two runs of the sweep are the same: {name}.")
+        name = _folder_name(told := [chosen[place] for place in swept])
+        if name in words_of:  # unlike words, of which a folder's name can't tell the difference
+            name = f"{name}-{_digest(told)}"
+        written[name] = ",".join(told)
         words_of[name] = [f"run={folder / name}", *(word for word in chosen if key_of(word) != "run")]
 
     def checked(words_of_run: list[str]) -> Composed:
@@ -72,6 +78,13 @@ def sweep_of(command: str, words: list[str], config_dirs: list[Path]) -> Sweep:
         return composed
 
     points = of_each_point(words_of, checked)
+    seen: dict[str, str] = {}
+    for name, composed in points.items():
+        alike = seen.setdefault(
+            json.dumps(as_dictionary(composed.tree) | {"run": None}, sort_keys=True, default=str), name
+        )
+        if alike != name:
+            raise Fault(f"two runs of the sweep are the same, {written[alike]} and {written[name]}: leave one out.")
     if said := [sentence for key, sentence in idle[0].items() if all(key in each for each in idle)]:
         raise Fault(said[0])
     return Sweep(command, folder, points, words)
@@ -111,9 +124,9 @@ def _values(word: str, config_dirs: list[Path]) -> Iterator[str]:
         if not found:
             raise Fault(f"{word} fits none of {key}: {', '.join(names)}.")
         yield from (f"{key}={name}" for name in found)
-    elif isinstance(value, ChoiceSweep) and not (value.shuffle or value.tags):
-        text = re.fullmatch(r"choice\((.*)\)", word.partition("=")[2].strip(), re.DOTALL)
-        yield from (f"{key}={one.strip()}" for one in _apart(text[1] if text else word.partition("=")[2]))
+    elif isinstance(value, ChoiceSweep) and not re.match(r"\s*(?!choice)[a-z]+\(", text := word.partition("=")[2]):
+        choice = re.fullmatch(r"choice\((.*)\)", text.strip(), re.DOTALL)
+        yield from (f"{key}={one.strip()}" for one in _apart(choice[1] if choice else text))
     elif override.is_discrete_sweep():
         yield from (f"{key}={one}" for one in override.sweep_string_iterator())
     else:
@@ -141,4 +154,8 @@ def _folder_name(words: list[str]) -> str:
     name = ",".join(re.sub(r"[^\w.=+~-]", "_", word.replace("'", "").replace('"', "")) for word in words)
     if len(name.encode()) <= LONGEST_FOLDER_NAME:
         return name
-    return f"{name.encode()[:LONGEST_FOLDER_NAME].decode(errors='ignore')}-{hashlib.sha256(','.join(words).encode()).hexdigest()[:8]}"
+    return f"{name.encode()[:LONGEST_FOLDER_NAME].decode(errors='ignore')}-{_digest(words)}"
+
+
+def _digest(words: list[str]) -> str:
+    return hashlib.sha256(",".join(words).encode()).hexdigest()[:8]

@@ -74,7 +74,7 @@ class Training(L.LightningModule, ABC):
         self.sharing = 1  # processes that share a sample
         self.peak: float | None = None  # operations a second of a process's device, where they are to be recorded
         self.operations = 0.0  # of the present step, the mean over processes
-        self.facts = known_facts({}, 0, {}, ())  # until the objective is there
+        self.facts = known_facts({}, 0, {}, {})  # until the objective is there
         self.raised: set[str] = set()  # names of alarms: each is said once in the run's life
         self.scored: list[tuple[int, float]] = []  # (step, score) of each checkpoint
         self.watchdog = Watchdog(self.settings.stalled_minutes)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from data.fault import Fault
 from data.lease import alone as hold_alone
 from launch import sweeping
 from launch.entry import run_command_line
@@ -47,6 +48,7 @@ def test_each_combination_is_a_run_in_a_folder_that_names_it_and_the_last_word_c
         ("watch.probe=2024_01,'a,b'", ["2024_01", "a,b"]),
         ("watch.probe=null,probe", ["None", "probe"]),
         ("seed=range(0,5,2)", ["0", "2", "4"]),
+        ("seed=sort(3,1,2)", ["1", "2", "3"]),
     ],
 )
 def test_values_are_taken_as_they_are_written(word: str, values: list[str]) -> None:
@@ -67,7 +69,7 @@ def test_values_are_taken_as_they_are_written(word: str, values: list[str]) -> N
         (["tile", "data.shards=a", "run=a,b", "-m"], "a sweep has one run=, "),
         (["tile", *TILE, "optim.lr=interval(0,1)", "-m"], "optim.lr=interval(0,1) has no end of values: list some, optim.lr=0.1,0.2"),
         (["tile", *TILE, "recipe=glob(x*)", "-m"], "recipe=glob(x*) fits none of recipe: "),
-        (["tile", *TILE, "seed=1,1", "-m"], "two runs of the sweep are the same: seed=1."),
+        (["tile", *TILE, "seed=1,1", "-m"], "two runs of the sweep are the same, seed=1 and seed=1: leave one out."),
         (["tile", *TILE, "optim.lrr=1,2", "--multirun"], "there is no setting 'optim.lrr'"),
         (["tile", "run=a", "seed=1,2", "--multirun"], "data.shards must be given"),
         (["tile", *TILE, "seed=1,2", "-m", "--cfg", "job"], "--cfg job is of one run: leave --multirun out"),
@@ -82,6 +84,18 @@ def test_what_is_no_sweep_is_said_before_anything_runs(
         run_command_line(words)
     said = capsys.readouterr().err
     assert ended.value.code == 2 and said.startswith(f"pretrain: {sentence}") and said.count("\n") == 1, said
+
+
+def test_runs_are_told_apart_by_what_they_are_and_not_by_how_they_are_written(tmp_path: Path) -> None:
+    for words in ("optim.lr=1e-4,0.0001", "seed=1,01"):
+        with pytest.raises(Fault, match=r"two runs of the sweep are the same, (.*)=.* and \1=.*: leave one out"):
+            sweep(words)
+    both = sweep("data.sample=a/b,a_b").points
+    assert next(iter(both)) == "data.sample=a_b" and len(both) == 2
+    assert [composed.object().data.sample for composed in both.values()] == ["a/b", "a_b"]
+    (tmp_path / "config.yaml").write_text("seed: 1\n")
+    with pytest.raises(Fault, match="is a run, and a sweep's runs lie below a folder of their own"):
+        sweep_of("tile", [f"run={tmp_path}", "data.shards=shards", "seed=1,2"], [])
 
 
 def test_a_long_name_of_a_folder_is_cut_and_stays_its_own() -> None:

@@ -85,6 +85,7 @@ def test_a_users_folder_of_settings_is_searched(tmp_path: Path, capsys: pytest.C
         (["doctor", "tile", "run=r"], "there is no command 'doctor tile': 'pretrain doctor' is the one for tiles."),
         (["tile", "--devices", "2"], "there is no option '--devices'"),
         (["tile", "--cfg", "hydra"], "--cfg takes the word 'job'"),
+        (["tile", "run=r", "--resolve"], "--resolve is of --cfg job"),
         (["tile", "optim.learning_rate=1"], "'pretrain tile'; did you mean 'optim.lr'?"),
         (["slide", "batch=3"], "'pretrain slide'; did you mean 'data.batch_size'?"),
         (["embed", "output_dir=a"], "'pretrain embed'; did you mean 'out'?"),

@@ -141,13 +141,19 @@ def test_figures_that_are_not_finite_or_no_numbers_are_left_out() -> None:
 
 
 def test_the_facts_of_a_configuration() -> None:
-    assert known_facts({"dino": 64, "ibot": 32}, 300, {}, ()) == Facts({"dino": 64, "ibot": 32}, 300, {}, ())
-    assert known_facts({"dino": 64}, 10**5, {}, ()) == Facts({"dino": 64}, 1000, {}, ())
+    assert known_facts({"dino": 64, "ibot": 32}, 300, {}, {}) == Facts({"dino": 64, "ibot": 32}, 300, {}, {})
+    assert known_facts({"dino": 64}, 10**5, {}, {}) == Facts({"dino": 64}, 1000, {}, {})
 
 
 def test_advice_names_no_setting_that_the_run_has_not_got() -> None:
     says = "it fell. Usually helps: a lower optim.lr, a spread regulariser (objective.spread=koleo, or kde), stronger data.colour."
-    known = Facts({}, 0, settings=["optim.lr", "optim.clip", "objective.spread_weight", "data.colour.hue"])
+    known = Facts(
+        {}, 0, settings={"optim.lr": 1, "optim.clip": 3, "objective.spread_weight": 0.1, "data.colour.hue": 0}
+    )
     assert alarms.that_can_be_taken(says, known) == "it fell. Usually helps: a lower optim.lr, stronger data.colour."
-    assert alarms.that_can_be_taken(says, Facts({}, 0, settings=[])) == "it fell."
+    assert alarms.that_can_be_taken(says, Facts({}, 0, settings={})) == "it fell."
     assert alarms.that_can_be_taken(says, Facts({}, 0)) == says
+    says = "it fell. Usually helps: a lower optim.lr, objective.centring=sinkhorn."
+    has = {"optim.lr": 1, "objective.centring": "sinkhorn"}
+    assert alarms.that_can_be_taken(says, Facts({}, 0, settings=has)) == "it fell. Usually helps: a lower optim.lr."
+    assert alarms.that_can_be_taken(says, Facts({}, 0, settings=has | {"objective.centring": "mean"})) == says
