@@ -1,13 +1,16 @@
 """What every frozen encoder has: a device, a precision, no gradients, and a fingerprint of its weights."""
 
 import hashlib
+import json
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 
 import torch
 from torch import Tensor, nn
 
 from data.fault import Fault
+from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.settings.hardware import allow_tf32
 
 EMBEDDING_PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -43,6 +46,11 @@ def freeze(module: nn.Module, device: torch.device) -> nn.Module:
 def fingerprint(module: nn.Module, beside: str = "") -> str:
     """`fingerprint_of` a network's weights, and of what counts ``beside`` them."""
     return fingerprint_of(module.state_dict(), beside)
+
+
+def fingerprint_prepared(module: nn.Module, preprocessing: Preprocessing, precision: str) -> str:
+    """`fingerprint` of a tile encoder: its weights, what is done to images before, and what they are computed in."""
+    return fingerprint(module, json.dumps([asdict(preprocessing), precision]))
 
 
 def fingerprint_of(weights: Mapping[str, Tensor], beside: str = "") -> str:

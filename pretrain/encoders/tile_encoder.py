@@ -4,9 +4,8 @@ It carries the preprocessing it was trained with, and a hash of both, so that tw
 were made the same way. Random weights are a separate, explicit question (`TileEncoder.random_twin`).
 """
 
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from data.keyed import rng
 from models.initialise import initialise
-from pretrain.encoders.frozen import computing_in, fingerprint, freeze
+from pretrain.encoders.frozen import computing_in, fingerprint_prepared, freeze
 from pretrain.encoders.preprocessing import Preprocessing
 
 
@@ -43,7 +42,7 @@ class TileEncoder:
     @cached_property
     def hash(self) -> str:
         """What it is: two embeddings made with the same hash were made the same way."""
-        return fingerprint(self.module, json.dumps([asdict(self.preprocessing), self.precision]))
+        return fingerprint_prepared(self.module, self.preprocessing, self.precision)
 
     @property
     def image_size(self) -> int:

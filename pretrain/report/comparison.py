@@ -44,7 +44,8 @@ SIDE_BY_SIDE_FIGURES = {
 OF_THE_FOLDER = {"run", "launch"}  # settings that differ by themselves, or for the machine
 MOST_SETTINGS = 6  # columns
 OF_ONE_OBJECTIVE = {"loss", "validation_loss", "grad_norm"}  # figures that mean something else under another
-NOT_COMPARED = "losses of different objectives can’t be compared"
+NOT_COMPARED = "losses of different objectives or data can’t be compared"
+SOURCES = ("data.shards", "data.slides", "data.files", "data.embeddings", "data.members")  # settings that name the data
 
 
 def runs_in(folder: Path) -> list[ReportedRun]:
@@ -73,17 +74,20 @@ def build_comparison(title: str, runs: Sequence[ReportedRun], out: Path, command
     if len(stages) > 1:
         raise Fault("runs of 'pretrain tile' and of 'pretrain slide' have no figures in common: compare them apart.")
     named = dict(zip(_names(runs), runs, strict=True))
-    apart = OF_ONE_OBJECTIVE if len({_objective(run) for run in runs}) > 1 else set()
+    apart = set() if len({_learned(run) for run in runs}) == 1 else set(OF_ONE_OBJECTIVE)
+    apart |= set() if len(_questions(runs)) <= 1 else set(PROBED)
     results = {figure: found for figure in JUDGED if (found := _results(named, figure))}
     sound = [name for name, run in named.items() if not last_error(run)]
     judged = next((figure for figure in results if figure not in apart and set(sound) <= results[figure].keys()), None)
     order, how = sound, f"as they were given: {NOT_COMPARED}"
-    if sound and (judged or not apart):
+    if sound and (judged or not apart & OF_ONE_OBJECTIVE):
         judged = judged or "loss"
         scores, (words, sign) = results.get(judged, {}), JUDGED[judged]
         order = sorted(sound, key=lambda name: -sign * scores.get(name, -sign * np.inf))
         how = f"by their {words}, the best first"
+        how += "" if len({last_step(named[name]) for name in sound}) == 1 else ", though not all are equally far"
     order = [*order, *(name for name in named if name not in sound)]
+    how += "; their probes asked different questions" if apart & PROBED.keys() else ""
     how += "; those that failed stand last" if len(sound) < len(named) else ""
     best = order[0] if judged and order[0] in results.get(judged, {}) and sound else None
     text = page.document(
@@ -111,9 +115,22 @@ def differing_settings(configs: Sequence[Mapping[str, Any]]) -> dict[str, list[s
     return {name: found for name, found in values.items() if len(set(found)) > 1}
 
 
-def _objective(run: ReportedRun) -> str:
-    objective = run.config.get("objective")
-    return str(objective.get("_target_")) if isinstance(objective, dict) else ""
+def _learned(run: ReportedRun) -> tuple[str, ...]:
+    """What a run learns, and from what: losses of others can't be held beside its own."""
+    settings = _flat(run.config)
+    named = (value for name, value in settings.items() if name.startswith(SOURCES))
+    return (str(settings.get("objective._target_")), *map(str, named))
+
+
+def _questions(runs: Sequence[ReportedRun]) -> set[str]:
+    """What the runs' probes asked: of which images, in which classes, taught by which others."""
+    files = [run.folder / "probe.json" for run in runs]
+    asked = [read_scores(path, _written_again(path)) for path in files if path.is_file()]
+    return {str([one.get(name) for name in ("train", "test", "classes", "split")]) for one in asked}
+
+
+def _written_again(path: Path) -> str:
+    return f"write it again with pretrain probe out={path}"
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -154,7 +171,7 @@ def _values(run: ReportedRun, figure: str) -> list[float]:
     path = run.folder / "probe.json"
     if not path.is_file():
         return []
-    scores = read_scores(path, f"write it again with pretrain probe out={path}")["scores"]
+    scores = read_scores(path, _written_again(path))["scores"]
     return [float(scores["encoder"][PROBED[figure]])]
 
 

@@ -3,6 +3,7 @@ deviates from it, where that differs from what was published, and how it was jud
 names no host, no folders and no command."""
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from pretrain.encoders.export.where_things_lie import without_folders, without_p
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RunCheckpoint
 from pretrain.run.folder import read_starts
+from pretrain.run.progress import say
 from pretrain.settings.recipe_headings import deviations, our_choices
 from pretrain.settings.shell_words import key_of
 
@@ -39,14 +41,14 @@ def facts(found: RunCheckpoint, preprocessing: Preprocessing | None = None) -> d
     batch = data.get("batch_size")
     told = {
         "Objective": objective,
-        "Recipe": recipe_and_deviations(commands_of(starts)),
+        "Recipe": without_folders(recipe_and_deviations(commands_of(starts)) or ""),
         "Steps": f"{step:,} of {optim.get('steps', step):,}, batches of {batch}" if step and batch else None,
         "Data": ", ".join(sources) if (sources := sources_of(data)) else None,
-        "Starts from": config.get("init"),
+        "Starts from": without_places(config.get("init")),
     }
     if preprocessing is not None:
         told |= size_and_resolution((starts[-1] if starts else {}).get("tiles") or {}, preprocessing, data)
-    return {name: without_folders(redacted(str(value))) for name, value in told.items() if value}
+    return {name: redacted(str(value)) for name, value in told.items() if value}
 
 
 def commands_of(starts: list[dict[str, Any]]) -> list[list[str]]:
@@ -173,12 +175,20 @@ def as_lines(told: dict[str, str]) -> str:
     return f"| | |\n|---|---|\n{rows}\n"
 
 
-def judged(run: Path) -> str:
-    """The scores that ``pretrain probe`` left in the run's folder, as a section; empty where it has none."""
-    path = run / "probe.json"
+def judged(found: RunCheckpoint, hashes: Collection[str]) -> str:
+    """The scores that ``pretrain probe`` left in the run's folder, as a section; empty where it has none, or those of
+    other weights than are exported, which is said. ``hashes``: of the exported ones, as a probe may have had them."""
+    path = found.run / "probe.json"
     if not path.is_file():
         return ""
-    probe = read_object(path, {"scores", "test", "classes", "split"}, f"write it again with pretrain probe out={path}")
+    known_by = {"encoder", "scores", "test", "classes", "split"}
+    probe = read_object(path, known_by, f"write it again with pretrain probe out={path}")
+    if probe["encoder"]["hash"] not in hashes:
+        say(
+            f"{path} judges {probe['encoder']['name']}, other weights than are exported or other images to them, so the card"
+            f" is without scores: pretrain probe checkpoint={found.folder} train=DIR out={path} judges these"
+        )
+        return ""
     rows = "\n".join(
         f"| {name} | {got['knn']:.3f} ± {got['knn_se']:.3f} | {got['linear']:.3f} ± {got['linear_se']:.3f} |"
         for name, got in probe["scores"].items()

@@ -1,6 +1,7 @@
 """What all exports of a tile encoder share: the teacher, the check of what was written, the model card."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from pretrain.encoders.export.card import (
     published_differences,
     whole_record,
 )
+from pretrain.encoders.frozen import EMBEDDING_PRECISIONS, fingerprint_prepared
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, teacher
 
@@ -58,6 +60,7 @@ def export_tiles(
             (folder / name).write_text(text)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
         (folder / "README.md").write_text(card)
+        shutil.copymode(folder / "README.md", folder / "model.safetensors")  # which safetensors keeps to its owner
         difference = largest_difference(network, preprocessing.image_size, lambda images: features(folder, images))
         require_same_features(difference, FEATURE_TOLERANCE, found)
 
@@ -103,6 +106,7 @@ def tile_card(
     model = found.config["model"]
     parameters = sum(p.numel() for name, p in network.named_parameters() if name != "mask_token")
     mean, std = list(preprocessing.mean), list(preprocessing.std)
+    hashes = [fingerprint_prepared(network, preprocessing, precision) for precision in EMBEDDING_PRECISIONS]
     return f"""\
 ---
 license: {license}
@@ -130,7 +134,7 @@ Input: {preprocessing.resizing()}, mean {mean}, std {std}.
 ## Training
 
 {as_lines(facts(found, preprocessing))}
-{whole_record(found)}{published_differences(found.run)}{judged(found.run)}
+{whole_record(found)}{published_differences(found.run)}{judged(found, hashes)}
 ## Limits
 
 It has seen the tissue, stains and scanners of its training slides and no others. Measure it on your task (`pretrain probe`) before you

@@ -1,23 +1,22 @@
 """What a model card leaves out of a run's settings: the folders and hosts where things lie, of which the last part stays.
 
-data.shards: /disk3/ann/lab7/shards      → shards
-init: s3://bucket/weights/vit.pth       → vit.pth
+data.shards: /disk3/ann/lab7/shards            → shards
+init: s3://bucket/weights/vit.pth             → vit.pth
+data.members={a:{shards:hospital/shards}}     → data.members={a:{shards:shards}}
 """
 
 import re
 from typing import Any
 
-PLACES = (
-    *("run", "init", "teacher", "probe", "slide_labels"),
-    *("shards", "slides", "files", "grids", "index", "embeddings", "further", "sample"),
-)
-"""Settings, by their last name, that say where things are."""
-
 NO_PLACES = ("slide_pattern",)
-"""Settings that may look like it and are none."""
+"""Settings with strokes that are no paths."""
 
-ABSOLUTE = re.compile(r"(?:[A-Za-z][\w+.-]*://|~?/|\.{1,2}/)")
-IN_A_TEXT = re.compile(r"(?<![^\s=:,'\"\[{(])(?:[A-Za-z][\w+.-]*://|~?/|\.{1,2}/)[^\s,'\"\]})]+")
+HUB = "hf-hub:"  # its names stay
+PATH = re.compile(
+    r"'[^']*/[^']*'|\"[^\"]*/[^\"]*\""  # in quotes: with all that a name may hold
+    rf"|{HUB}[^\s,'\"\]}})]+"
+    r"|(?:[A-Za-z][\w+.-]*://)?[^\s,'\"\[\]{}=:]*/[^\s,'\"\[\]{}]*"
+)
 
 
 def last_part(path: str) -> str:
@@ -26,19 +25,24 @@ def last_part(path: str) -> str:
 
 
 def without_folders(text: str) -> str:
-    """A text in which paths that begin at a root, at home or here are their last parts."""
-    return IN_A_TEXT.sub(lambda found: last_part(found[0]), text)
+    """Words of a command line, or a sentence about a path, in which every path is its last part."""
+
+    def short(found: re.Match[str]) -> str:
+        path = found[0]
+        if path.startswith(HUB):
+            return path
+        quote = path[0] if path[0] in "'\"" else ""
+        return f"{quote}{last_part(path.strip(quote) if quote else path)}{quote}"
+
+    return PATH.sub(short, text)
 
 
 def without_places(value: Any, name: str = "") -> Any:
-    """Settings in which every path is its last part: in those that say where things are, and wherever a whole value is
-    an absolute one. A name of a hub (``hf-hub:org/model``) stays."""
+    """Settings in which every path is its last part. A name of a hub (``hf-hub:org/model``) stays."""
     if isinstance(value, dict):
         return {key: without_places(one, f"{name}.{key}") for key, one in value.items()}
     if isinstance(value, list | tuple):
         return [without_places(one, name) for one in value]
-    if not isinstance(value, str) or name.endswith(NO_PLACES):
+    if not isinstance(value, str) or name.endswith(NO_PLACES) or value.startswith(HUB):
         return value
-    own = name.rpartition(".")[2]
-    is_place = own in PLACES and not re.match(r"[A-Za-z][\w-]*:(?!//)", value)
-    return last_part(value) or value if is_place or ABSOLUTE.match(value) else value
+    return last_part(value) or value

@@ -97,7 +97,7 @@ def test_losses_of_different_objectives_rank_nothing(tmp_path: Path) -> None:
     for name, knn in (("dino", []), ("mae", [])):
         of_objective(written(tmp_path / name, 1e-3, knn), name)
     text = page_of(f"run={tmp_path}")
-    assert "as they were given: losses of different objectives can" in text and 'class="ours"' not in text
+    assert "as they were given: losses of different objectives or data can" in text and 'class="ours"' not in text
     assert [row[0] for row in rows_of(text)[1:]] == ["1. dino", "2. mae"]
     assert "Learning rate" in text and ">Loss<" not in text and "gradients are left out: losses of different" in text
     for name, score in (("dino", 0.5), ("mae", 0.75)):
@@ -106,6 +106,24 @@ def test_losses_of_different_objectives_rank_nothing(tmp_path: Path) -> None:
     text = page_of(f"run={tmp_path}")
     assert "ordered by their k-NN, probed, the best first" in text and text.count('class="ours"') == 1
     assert [row[0] for row in rows_of(text)[1:3]] == ["1. mae", "2. dino"] and ">Loss<" not in text
+
+
+def test_neither_losses_on_other_data_nor_probes_of_other_images_rank_runs_and_unequal_steps_are_said(
+    tmp_path: Path,
+) -> None:
+    for name in ("one", "other"):
+        written(tmp_path / name, 1e-3, [], steps=100 if name == "one" else 200)
+    assert "by their loss, the best first, though not all are equally far." in page_of(f"run={tmp_path}")
+    config = yaml.safe_load((tmp_path / "one" / "config.yaml").read_text())
+    config["data"]["shards"] = ["elsewhere"]
+    (tmp_path / "one" / "config.yaml").write_text(yaml.safe_dump(config))
+    assert "as they were given: losses of different objectives or data" in page_of(f"run={tmp_path}")
+    for name, images in (("one", 24), ("other", 36)):
+        encoder = {"knn": 0.5, "knn_se": 0.1, "linear": 0.5, "linear_se": 0.1}
+        probe = {"question": "x", "test": {"images": images}, "scores": {"encoder": encoder}}
+        (tmp_path / name / "probe.json").write_text(json.dumps(probe))
+    text = page_of(f"run={tmp_path}")
+    assert "as they were given" in text and "their probes asked different questions" in text
 
 
 def test_a_swept_recipe_is_one_column_and_what_it_sets_is_folded(tmp_path: Path) -> None:

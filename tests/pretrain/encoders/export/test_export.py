@@ -23,6 +23,7 @@ from pretrain.encoders.export.gigapath import architecture_of, how_it_is_used
 from pretrain.encoders.export.timm import export_timm
 from pretrain.encoders.export.torchscript import export_torchscript
 from pretrain.encoders.export.transformers import export_transformers
+from pretrain.encoders.export.where_things_lie import without_folders
 from pretrain.encoders.loading import load_encoder
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.run import checkpoints
@@ -233,6 +234,33 @@ def test_the_card_says_what_a_tile_is_which_recipe_it_was_and_how_it_was_judged(
     )
 
 
+def test_scores_of_other_weights_stay_out_of_the_card_and_files_may_be_read_by_whoever_may_read_the_folder(
+    make_tile_run, tmp_path, class_folders, capsys
+):
+    (folder, _), (other, _) = make_tile_run(), make_tile_run("other", seed=1)
+    words = [f"train={class_folders}", f"out={folder / 'probe.json'}", "device=cpu"]
+    probe.run(load("probe", [f"checkpoint={other}", *words]).object())
+    export_timm(folder, tmp_path / "encoder", "mit")
+    assert "## Judged" not in (tmp_path / "encoder" / "README.md").read_text()
+    assert f"{folder / 'probe.json'} judges other (step-00000003), other weights than are" in capsys.readouterr().err
+    assert len({path.stat().st_mode for path in (tmp_path / "encoder").iterdir()}) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "left"),
+    [
+        ("virchow, with objective.teacher=hospital/run", "virchow, with objective.teacher=run"),
+        ("small, with init='/disk/Ann Smith/p1'", "small, with init='p1'"),
+        ("data.members={fine:{shards:hospital/Patient/shards,weight:1}}", "data.members={fine:{shards:shards,weight:1}}"),
+        ("data.shards=[s3://bucket/a,b/c/]", "data.shards=[a,c]"),
+        ("init=hf-hub:lab/model", "init=hf-hub:lab/model"),
+        ("optim.lr=1e-3", "optim.lr=1e-3"),
+    ],
+)  # fmt: skip
+def test_of_paths_in_a_text_the_last_parts_stay(text: str, left: str) -> None:
+    assert without_folders(text) == left
+
+
 def test_a_card_names_each_resolution_that_was_asked_for_and_a_range_where_tiles_have_their_own():
     preprocessing = Preprocessing(192, 192, (0.5,) * 3, (0.5,) * 3)
     tiles = {"tiles": 55, "pixels": [256, 256], "mpp": [0.499, 0.499, 1.0]}
@@ -380,7 +408,7 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
     run(Config(str(tmp_path / "slide"), str(tmp_path / "again"), "gigapath", "mit", []))
     card = (tmp_path / "again" / "README.md").read_text()
     assert (
-        "| Tile encoder | teacher of runs/tile, of hash abc |" in card
+        "| Tile encoder | teacher of tile, of hash abc |" in card
         and "3 slides, 1,200 tiles, in the store embeddings" in card
     )
     assert "| Size of a tile | 256 × 256 px |" in card and "| Resolution of a tile | 0.5 µm/px |" in card
