@@ -71,7 +71,8 @@ def require_tile_run(found: RunCheckpoint) -> None:
         if "embeddings" in data:
             raise Fault(
                 f"{found.run} is a run of 'pretrain slide': 'pretrain probe stage=slide' judges it by labels of slides, and"
-                " 'pretrain embed stage=slide' embeds with it; here give a run of 'pretrain tile'"
+                " 'pretrain embed stage=slide' embeds with it, and 'pretrain export format=gigapath' hands it on; here give a run"
+                " of 'pretrain tile'"
             )
         raise Fault(
             f"{found.run} is not a tile run (its {RUN_CONFIG} lacks model, or data.mean, std or crops): give a run of"

@@ -15,7 +15,7 @@ from pretrain.pages.page import Section
 from pretrain.report.ending import ending_section
 from pretrain.report.parts import Parts, ReportedRun, find_parts, inputs, last_step
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
-from pretrain.report.training import ends, last, probe_section, slide_section, tile_section
+from pretrain.report.training import ends, last, of_what_else, probe_section, slide_section, tile_section
 from pretrain.settings import plugins
 from pretrain.settings.any_machine import on_any_machine
 
@@ -65,7 +65,7 @@ def found_sections(parts: Parts, allowed: Collection[str]) -> list[Section | Non
         samples_section(parts.tile) if parts.tile else None,
         tile_section(parts.tile, objective_of(parts.tile, allowed).reading) if parts.tile else None,
         embeddings_section(parts.embeddings, parts.shards) if parts.embeddings else None,
-        probe_section(parts.probe) if parts.probe else None,
+        probe_section(parts.probe, of_what_else(parts.probe, parts.tile)) if parts.probe else None,
         slide_section(parts.slide, objective_of(parts.slide, allowed).reading) if parts.slide else None,
         how_section(parts),
     ]

@@ -1,6 +1,7 @@
 """What the training and the judging sections show: curves, R² beside its baselines, probe scores."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from pretrain.probing.table import cautions
 from pretrain.report.ending import last_start
 from pretrain.report.figures import Panel, curves, dots
 from pretrain.report.parts import ReportedRun, Series, last_step
+from pretrain.run import checkpoints
 
 TILE_LOSSES = [
     ("Total loss", "", ["loss"]),
@@ -253,8 +255,20 @@ def r2_verdict(metrics: Series) -> str:
     )
 
 
-def probe_section(probe: dict[str, Any]) -> Section:
-    """Probe scores: a chart with error bars, the table, the method."""
+def of_what_else(probe: dict[str, Any], run: ReportedRun | None) -> str:
+    """A sentence where scores in a tile run's folder are of another run, or of a checkpoint before its newest one."""
+    judged, newest = Path(str(probe["encoder"].get("source"))), checkpoints.newest(run.folder) if run else None
+    if run is None or newest is None or judged.parent.name != newest.parent.name:
+        return ""
+    if judged.parent.parent.name != run.folder.resolve().name:
+        return f"These scores are of {probe['encoder']['name']}, and not of this run."
+    if judged.name != newest.name:
+        return f"These scores are of {judged.name}, and this run has come to {newest.name} since."
+    return ""
+
+
+def probe_section(probe: dict[str, Any], of_another: str = "") -> Section:
+    """Probe scores: a chart with error bars, the table, the method; ``of_another``: what else than the run was judged."""
     scores, enough = probe["scores"], errors_that_count(probe["test"].get("groups"))
     chart = dots(
         list(scores),
@@ -280,6 +294,7 @@ def probe_section(probe: dict[str, Any]) -> Section:
         f"Encoder {probe['encoder']['name']}, frozen, on {train['images']:,} training and {test['images']:,} test"
         f" images in {len(probe['classes'])} classes ({probe['split']}). " + probe_verdict(probe)
     )
+    body += page.paragraph(of_another) if of_another else ""
     body += "".join(page.paragraph(f"{caution[0].upper()}{caution[1:]}.") for caution in cautions(probe))
     body += page.figure(
         chart,

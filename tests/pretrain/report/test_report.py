@@ -400,3 +400,18 @@ def test_tiles_are_painted_where_they_lie():
 
 def test_apostrophes_are_set_as_a_printer_sets_them():
     assert page.prose('the slide\'s "tiles" & more') == "the slide’s &quot;tiles&quot; &amp; more"
+
+
+def test_scores_of_another_run_or_of_an_earlier_checkpoint_are_said_to_be(tmp_path: Path) -> None:
+    run = parts.ReportedRun(tmp_path / "mine", {}, {}, {}, [], [])
+    (run.folder / "checkpoints" / "step-00000060").mkdir(parents=True)
+    (run.folder / "checkpoints" / "step-00000060" / "state.json").touch()
+    told = {}
+    for name in ("mine/checkpoints/step-00000060", "mine/checkpoints/step-00000010", "other/checkpoints/step-00000060"):
+        told[name] = training.of_what_else({"encoder": {"name": name, "source": str(tmp_path / name)}}, run)
+    assert list(told.values()) == [
+        "",
+        "These scores are of step-00000010, and this run has come to step-00000060 since.",
+        "These scores are of other/checkpoints/step-00000060, and not of this run.",
+    ]
+    assert training.of_what_else({"encoder": {"name": "vit", "source": "hf-hub:a/b"}}, run) == ""
