@@ -14,7 +14,7 @@ from data.tiles.of_shards import ShardTiles
 from data.tiles.source import UnreadableTile
 from pretrain.inspection.slides import contact_sheet
 from pretrain.pages import page as paper
-from pretrain.report.figures import FAINT, VIOLET, WIDTH, pyplot, svg
+from pretrain.pages.drawing import FAINT, VIOLET, WIDTH, charts, pyplot, svg
 
 TILES_BESIDE = 8  # tiles on a row of a sheet
 
@@ -79,17 +79,19 @@ def _clusters(facts: dict[str, Any]) -> str:
 
 
 def size_chart(levels: Sequence[dict[str, Any]]) -> str:
-    """The shares of each level's clusters by rank, before and after, as SVG."""
-    figure, axes = pyplot().subplots(1, len(levels), figsize=(WIDTH, 2.8), squeeze=False, layout="constrained")
-    for number, (axis, level) in enumerate(zip(axes[0], levels, strict=True), 1):
+    """The shares of each level's clusters by rank, before and after, an SVG each."""
+    drawn = []
+    for number, level in enumerate(levels, 1):
+        figure, axis = pyplot().subplots(figsize=(WIDTH / len(levels), 2.8), layout="constrained")
         for curve, colour, name in zip(level["curves"], (FAINT, VIOLET), ("all tiles", "chosen"), strict=True):
             ranks, shares = np.array(curve).T
             axis.plot(ranks, np.where(shares > 0, shares, np.nan), color=colour, label=name)
         axis.set(xscale="log", yscale="log", xlabel="cluster by size")
         axis.minorticks_off()
         axis.set_title(f"level {number}")
-    axes[0][-1].legend()
-    return svg(figure)
+        axis.legend()
+        drawn.append(svg(figure))
+    return charts(drawn, len(levels))
 
 
 def _slides(facts: dict[str, Any]) -> str:

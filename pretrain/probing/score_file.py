@@ -7,8 +7,22 @@ from typing import Any
 
 from data.fault import Fault
 
+OF_TILES, OF_SLIDES = ("question", "scores"), ("rows", "labels")
+"""What tells scores by labels of tiles, and by labels of slides."""
 
-def read_scores(path: Path, way_out: str, known_by: Collection[str] = ("question", "scores")) -> dict[str, Any]:
+
+def scores_in(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """A file's scores by labels of tiles, or else of slides; neither where there is no file. Raises Fault for one that
+    'pretrain probe' didn't write."""
+    if not path.is_file():
+        return None, None
+    found = read_scores(path, f"write it again with pretrain probe out={path}", ())
+    if set(OF_SLIDES) <= found.keys():
+        return None, found
+    return read_scores(path, f"write it again with pretrain probe out={path}"), None
+
+
+def read_scores(path: Path, way_out: str, known_by: Collection[str] = OF_TILES) -> dict[str, Any]:
     """What it holds; ``known_by``: what of it tells that it is one. Raises Fault, with the ``way_out``, for a file that is
     something else."""
     try:

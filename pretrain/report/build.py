@@ -15,7 +15,15 @@ from pretrain.pages.page import Section
 from pretrain.report.ending import ending_section
 from pretrain.report.parts import Parts, ReportedRun, find_parts, inputs, last_step
 from pretrain.report.sections import embeddings_section, how_section, samples_section, slides_section
-from pretrain.report.training import ends, last, of_what_else, probe_section, slide_section, tile_section
+from pretrain.report.training import (
+    ends,
+    labels_section,
+    last,
+    of_what_else,
+    probe_section,
+    slide_section,
+    tile_section,
+)
 from pretrain.settings import plugins
 from pretrain.settings.any_machine import on_any_machine
 
@@ -67,6 +75,7 @@ def found_sections(parts: Parts, allowed: Collection[str]) -> list[Section | Non
         embeddings_section(parts.embeddings, parts.shards) if parts.embeddings else None,
         probe_section(parts.probe, of_what_else(parts.probe, parts.tile)) if parts.probe else None,
         slide_section(parts.slide, objective_of(parts.slide, allowed).reading) if parts.slide else None,
+        labels_section(parts.slide_probe) if parts.slide_probe else None,
         how_section(parts),
     ]
 

@@ -12,13 +12,16 @@ import numpy as np
 from data.fault import Fault
 from data.files import write_whole
 from pretrain.pages import page
+from pretrain.pages.drawing import LINE_COLOURS
 from pretrain.pages.page import Section
-from pretrain.probing.score_file import read_scores
+from pretrain.probing.score_file import scores_in
 from pretrain.report.ending import last_error, last_start
-from pretrain.report.figures import LINE_COLOURS, Panel, curves
+from pretrain.report.figures import Panel, curves
 from pretrain.report.parts import ReportedRun, inputs, last_step, read_run
 from pretrain.report.training import ends
 from pretrain.settings.shell_words import key_of
+from pretrain.slide_probing.answer import ENCODER_ROW
+from pretrain.slide_probing.vectors import DEFAULT_POOLING
 
 ROAD = {"tile", "slide"}  # stages of one road, in folders of these names
 JUDGED = {  # figures that tell which run is better, the first that all have; larger is better, or smaller
@@ -26,11 +29,16 @@ JUDGED = {  # figures that tell which run is better, the first that all have; la
     "probed_knn": ("k-NN, probed", 1),
     "probed_linear": ("linear, probed", 1),
     "labels_score": ("score on labelled slides", 1),
+    "probed_labels": ("labels of slides, probed", 1),
     "validation_loss": ("loss of held-out data", -1),
     "r2": ("R² of hidden tiles", 1),
     "loss": ("loss", -1),
 }
-PROBED = {"probed_knn": "knn", "probed_linear": "linear"}  # in a run's probe.json, by their names there
+PROBED = {  # in a run's probe.json, by their names there
+    "probed_knn": "knn",
+    "probed_linear": "linear",
+    "probed_labels": f"{ENCODER_ROW}, {DEFAULT_POOLING}",
+}
 SIDE_BY_SIDE_FIGURES = {
     "loss": "Loss",
     "validation_loss": "Loss of held-out data",
@@ -49,11 +57,11 @@ SOURCES = ("data.shards", "data.slides", "data.files", "data.embeddings", "data.
 
 
 def runs_in(folder: Path) -> list[ReportedRun]:
-    """The runs in a folder that is no run and no road itself, by name; none where there are fewer than two."""
+    """The runs in a folder that is no run and no road itself, by name."""
     if (folder / "config.yaml").is_file() or not folder.is_dir():
         return []
     found = sorted(path.parent for path in folder.glob("*/config.yaml"))
-    return [read_run(path) for path in found] if len(found) > 1 and not {path.name for path in found} <= ROAD else []
+    return [read_run(path) for path in found] if not {path.name for path in found} <= ROAD else []
 
 
 def runs_named(words: Sequence[str]) -> list[ReportedRun]:
@@ -124,13 +132,10 @@ def _learned(run: ReportedRun) -> tuple[str, ...]:
 
 def _questions(runs: Sequence[ReportedRun]) -> set[str]:
     """What the runs' probes asked: of which images, in which classes, taught by which others."""
-    files = [run.folder / "probe.json" for run in runs]
-    asked = [read_scores(path, _written_again(path)) for path in files if path.is_file()]
-    return {str([one.get(name) for name in ("train", "test", "classes", "split")]) for one in asked}
-
-
-def _written_again(path: Path) -> str:
-    return f"write it again with pretrain probe out={path}"
+    asked = [found for run in runs for found in scores_in(run.folder / "probe.json") if found is not None]
+    return {
+        str([one.get(name) for name in ("train", "test", "classes", "split", "labels", "measure")]) for one in asked
+    }
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -168,11 +173,12 @@ def _values(run: ReportedRun, figure: str) -> list[float]:
     if figure not in PROBED:
         values = run.metrics[figure][1] if figure in run.metrics else np.array([])
         return [float(value) for value in values[np.isfinite(values)]]
-    path = run.folder / "probe.json"
-    if not path.is_file():
-        return []
-    scores = read_scores(path, _written_again(path))["scores"]
-    return [float(scores["encoder"][PROBED[figure]])]
+    of_tiles, of_slides = scores_in(run.folder / "probe.json")
+    if of_tiles is not None and figure != "probed_labels":
+        return [float(of_tiles["scores"]["encoder"][PROBED[figure]])]
+    row = of_slides["rows"].get(PROBED[figure]) if of_slides is not None else None
+    value = row[of_slides["measure"]]["value"] if of_slides is not None and row is not None else None
+    return [] if value is None else [float(value)]
 
 
 def _asked_for(runs: Sequence[ReportedRun], differing: Mapping[str, list[str]]) -> dict[str, list[str]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from data.fault import Fault
 from data.redaction import redacted_settings
-from pretrain.probing.score_file import read_scores
+from pretrain.probing.score_file import scores_in
 from pretrain.run.folder import read_config
 from pretrain.run.metrics import thinned
 from pretrain.run.progress import say
@@ -39,7 +39,8 @@ class Parts:
     slide: ReportedRun | None
     shards: Path | None
     embeddings: Path | None
-    probe: dict[str, Any] | None
+    probe: dict[str, Any] | None  # scores by labels of tiles
+    slide_probe: dict[str, Any] | None  # and of slides
 
 
 def find_parts(run: Path, shards: Path | None, embeddings: Path | None, probe: Path | None) -> Parts:
@@ -63,9 +64,10 @@ def find_parts(run: Path, shards: Path | None, embeddings: Path | None, probe: P
         slide=slide,
         shards=shards or first_folder(run / "shards", tile and inputs(tile).get("shards")),
         embeddings=embeddings or first_folder(run / "embeddings", slide and inputs(slide).get("embeddings")),
-        probe=read_probe(probe, run / "probe.json", run / "tile" / "probe.json"),
+        probe=first_of(0, probe, run / "probe.json", run / "tile" / "probe.json"),
+        slide_probe=first_of(1, probe, run / "probe.json", run / "slide" / "probe.json"),
     )
-    if not any((parts.tile, parts.slide, parts.shards, parts.embeddings, parts.probe)):
+    if not any((parts.tile, parts.slide, parts.shards, parts.embeddings, parts.probe, parts.slide_probe)):
         raise Fault(
             f"{run} holds nothing to report: give a run's folder, or a folder that holds shards/, tile/, embeddings/ or"
             " slide/"
@@ -129,9 +131,7 @@ def series(records: list[dict[str, Any]]) -> Series:
     }
 
 
-def read_probe(*candidates: Path | None) -> dict[str, Any] | None:
-    """The scores in the first of the files that exists. Raises `Fault` for one that ``pretrain probe`` didn't write."""
-    for path in candidates:
-        if path is not None and path.is_file():
-            return read_scores(path, f"write it again with pretrain probe out={path}")
-    return None
+def first_of(kind: int, *candidates: Path | None) -> dict[str, Any] | None:
+    """The first of the files' scores of one `scores_in` kind."""
+    found = (scores_in(path)[kind] for path in candidates if path is not None)
+    return next((scores for scores in found if scores is not None), None)

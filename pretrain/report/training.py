@@ -14,6 +14,7 @@ from pretrain.report.ending import last_start
 from pretrain.report.figures import Panel, curves, dots
 from pretrain.report.parts import ReportedRun, Series, last_step
 from pretrain.run import checkpoints
+from pretrain.slide_probing.table import heads, judged_in_words, rows_in_words
 
 TILE_LOSSES = [
     ("Total loss", "", ["loss"]),
@@ -265,6 +266,15 @@ def of_what_else(probe: dict[str, Any], run: ReportedRun | None) -> str:
     if judged.name != newest.name:
         return f"These scores are of {judged.name}, and this run has come to {newest.name} since."
     return ""
+
+
+def labels_section(probe: dict[str, Any]) -> Section:
+    """Scores of a slide encoder by labels of slides, as 'pretrain probe stage=slide' finds them."""
+    who = probe["slide_encoder"]["name"] if probe["slide_encoder"] else "no slide encoder"
+    body = page.paragraph(f"{who[0].upper()}{who[1:]}, beside rows that need none: {judged_in_words(probe)}.")
+    body += page.html_table(["", *heads(probe)], rows_in_words(probe))
+    body += "".join(page.paragraph(f"{said}.") for said in [*probe["how"], *probe["labels"]["said"]])
+    return Section("labels", "Labels of slides", body)
 
 
 def probe_section(probe: dict[str, Any], of_another: str = "") -> Section:

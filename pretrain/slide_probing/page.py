@@ -1,16 +1,14 @@
 """A slide probe as one HTML page: the table, ROC curves, and the slides on two principal components."""
 
-import io
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from PIL import Image
 from sklearn.decomposition import PCA
 from sklearn.metrics import roc_curve
 from sklearn.preprocessing import StandardScaler
 
-from pretrain.pages.page import Section, document, figure, html_table, pair, paragraph, picture_tag
+from pretrain.pages.drawing import FAINT, LINE_COLOURS, WIDTH, charts, pyplot, svg
+from pretrain.pages.page import Section, document, figure, html_table, paragraph
 from pretrain.slide_probing.answer import (
     ATTENTION_ROW,
     ENCODER_ROW,
@@ -20,10 +18,11 @@ from pretrain.slide_probing.answer import (
 )
 from pretrain.slide_probing.judge import Judged
 from pretrain.slide_probing.labels import LabelledSlides
-from pretrain.slide_probing.table import TITLES, with_interval
+from pretrain.slide_probing.table import heads, rows_in_words
 from pretrain.slide_probing.vectors import DEFAULT_POOLING
 
 PANELS_ACROSS, MOST_PANELS = 3, 6  # of ROC curves
+LINES = ("-", "--", ":")  # of the first rows, of those after them
 MOST_COLOURS = 10  # of classes; further ones are grey
 SMOOTHED_STD_ROW = "mean + std + smoothed std"
 CURVES = (
@@ -36,16 +35,16 @@ CURVES = (
 
 def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
     """The whole page."""
-    labels, measures = result["labels"], result["measures"]
-    head = ["", *(f"{TITLES[name]} (95 % interval)" for name in measures), "above the mean of tiles"]
-    rows = []
-    for name, row in result["rows"].items():
-        first = row[result["measure"]]
-        cells = [with_interval(row[measure]["value"], row[measure]["interval"]) for measure in measures]
-        rows.append([name, *cells, with_interval(first["above_mean"], first["above_mean_interval"], "+")])
-    sections = [Section("rows", "What each kind of vector tells", html_table(head, rows) + _said(result))]
+    labels = result["labels"]
+    sections = [
+        Section(
+            "rows",
+            "What each kind of vector tells",
+            html_table(["", *heads(result)], rows_in_words(result)) + _said(result),
+        )
+    ]
     if labels["kind"] == "classes":
-        curves = picture_tag(_roc(found), "ROC curves of the rows")
+        curves = _roc(found)
         caption = "All that was judged, of all rounds together."
         if len(labels["classes"]) > 2:
             caption = f"Each class against all others, the {MOST_PANELS} most frequent ones at most. {caption}"
@@ -53,7 +52,7 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
     pictures = [
         _components(found, name) for name in (MEAN_ROW, f"{ENCODER_ROW}, {DEFAULT_POOLING}") if name in found.vectors
     ]
-    shown = pair(*(picture_tag(picture, "Slides on two principal components") for picture in pictures))
+    shown = charts(pictures, 2)
     caption = "The first two principal components of the standardised vectors, coloured by label."
     sections.append(Section("slides", "The slides", figure(shown, caption)))
     who = result["slide_encoder"]["name"] if result["slide_encoder"] else "no slide encoder"
@@ -71,27 +70,27 @@ def _said(result: dict[str, Any]) -> str:
     return "".join(paragraph(f"{sentence}.") for sentence in [*result["how"], *result["labels"]["said"]])
 
 
-def _roc(found: Answers) -> Image.Image:
-    """Of two classes, of the second; of more, of each against the rest."""
+def _roc(found: Answers) -> str:
+    """Of two classes, of the second; of more, of each against the rest: an SVG each."""
     labelled = found.judge.labelled
-    shown = [1] if len(labelled.classes) == 2 else _most_frequent(labelled, MOST_PANELS)
-    across = min(len(shown), PANELS_ACROSS)
-    down = -(-len(shown) // across)
-    side = 5.2 if len(shown) == 1 else 3.6
-    drawn = Figure(figsize=(side * across + 0.2, side * down), dpi=110, layout="constrained")
-    panels = drawn.subplots(down, across, squeeze=False).ravel()
-    for axes, code in zip(panels, shown, strict=False):
-        for name in (row for row in CURVES if row in found.rows):
+    two = len(labelled.classes) == 2
+    shown = [1] if two else _most_frequent(labelled, MOST_PANELS)
+    across = min(max(2, len(shown)), PANELS_ACROSS)
+    drawn = []
+    for code in shown:
+        figure, axes = pyplot().subplots(figsize=(WIDTH / across, WIDTH / across), layout="constrained")
+        for number, name in enumerate(row for row in CURVES if row in found.rows):
             truth, score = _together(found, found.rows[name], code)
             false, true, _ = roc_curve(truth, score)
-            axes.plot(false, true, label=name, linewidth=1.4)
-        axes.plot([0, 1], [0, 1], color="#999999", linewidth=0.8, linestyle="--")
+            colour, line = LINE_COLOURS[number % len(LINE_COLOURS)], LINES[number // len(LINE_COLOURS)]
+            axes.plot(false, true, label=name, linewidth=1.4, color=colour, linestyle=line)
+        axes.plot([0, 1], [0, 1], color=FAINT, linewidth=0.8, linestyle="--")
         axes.set(xlabel="False positive rate", ylabel="True positive rate", aspect="equal")
-        axes.set_title(_plain(labelled.classes[code]), fontsize=9)
-    for axes in panels[len(shown) :]:
-        axes.set_axis_off()
-    panels[0].legend(frameon=False, fontsize=8 if len(shown) == 1 else 6, loc="lower right")
-    return _image(drawn)
+        other = labelled.classes[0] if two else "all others"
+        axes.set_title(_plain(f"{labelled.classes[code]} against {other}"))
+        axes.legend(fontsize=7, loc="lower right")
+        drawn.append(svg(figure))
+    return charts(drawn, across)
 
 
 def _together(found: Answers, judged: Judged, code: int) -> tuple[np.ndarray, np.ndarray]:
@@ -101,14 +100,13 @@ def _together(found: Answers, judged: Judged, code: int) -> tuple[np.ndarray, np
     return truth, np.concatenate([shares[:, code] for shares in judged.predictions])
 
 
-def _components(found: Answers, name: str) -> Image.Image:
+def _components(found: Answers, name: str) -> str:
     labelled = found.judge.labelled
     scaled = StandardScaler().fit_transform(found.vectors[name])
     components = min(2, *scaled.shape)
     places = np.zeros((len(scaled), 2))  # what has one dimension lies on a line
     places[:, :components] = PCA(components).fit_transform(scaled)
-    drawn = Figure(figsize=(5.6, 4.2), dpi=110, layout="constrained")
-    axes = drawn.subplots()
+    drawn, axes = pyplot().subplots(figsize=(WIDTH / 2, 3.6), layout="constrained")
     if labelled.kind == "classes":
         named = _most_frequent(labelled, MOST_COLOURS)
         rest = ~np.isin(labelled.values, named)
@@ -122,7 +120,7 @@ def _components(found: Answers, name: str) -> Image.Image:
         value = labelled.values if labelled.kind == "number" else labelled.values[:, 0]
         drawn.colorbar(axes.scatter(places[:, 0], places[:, 1], s=14, c=value), ax=axes)
     axes.set(title=name, xticks=[], yticks=[])
-    return _image(drawn)
+    return svg(drawn)
 
 
 def _most_frequent(labelled: LabelledSlides, most: int) -> list[int]:
@@ -133,9 +131,3 @@ def _most_frequent(labelled: LabelledSlides, most: int) -> list[int]:
 def _plain(text: str) -> str:
     """As matplotlib takes it for no formula."""
     return text.replace("$", r"\$")
-
-
-def _image(drawn: Figure) -> Image.Image:
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="png")
-    return Image.open(buffer).convert("RGB")

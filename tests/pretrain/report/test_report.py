@@ -16,7 +16,7 @@ from data.keyed import rng
 from data.lease import LEASE, alone
 from pretrain.commands import embed, probe
 from pretrain.commands.report import Config, run
-from pretrain.pages import page
+from pretrain.pages import drawing, page
 from pretrain.report import figures, maps, parts, training
 from pretrain.settings.composition import load
 
@@ -277,7 +277,7 @@ def test_a_slide_run_lacks_the_r2_of_an_objective_that_is_judged_by_it_alone(roa
 
 def test_charts_take_their_colours_from_the_page(road):
     text = written(road)
-    assert "var(--violet)" in text and not any(placeholder in text for placeholder in figures.STYLE_VARIABLES)
+    assert "var(--violet)" in text and not any(placeholder in text for placeholder in drawing.STYLE_VARIABLES)
 
 
 def test_a_bare_run_says_which_command_makes_what_is_missing(make_tile_run, tmp_path):
