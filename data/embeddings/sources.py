@@ -83,6 +83,12 @@ class ShardSource:
         self.slides = list(self._places)
         self._tars = OpenTars()
 
+    def tile_side(self) -> float | None:
+        """The side in µm of the first slide's tiles; None where nobody recorded it."""
+        index, number = next(iter(self._places.values()))
+        facts = index.facts(number)
+        return float(facts["mpp"]) * float(facts["tile_size"]) if facts["mpp"] and facts.get("tile_size") else None
+
     def open(self, slide: str) -> TilesToEmbed:
         """Find a slide's tiles. Raises Fault where nobody recorded where they lie on the slide."""
         index, number = self._places[slide]

@@ -210,6 +210,7 @@ def _embed_tiles(config: Config, part: int, parts: int) -> None:
     """stage=tile, by an encoder."""
     from pretrain.embedding.tiles import embed_slides
     from pretrain.encoders.loading import load_encoder
+    from pretrain.encoders.tiles_seen import tiles_seen, unlike_those_seen
 
     assert config.checkpoint is not None
     began, out = time.monotonic(), Path(config.out)
@@ -224,6 +225,10 @@ def _embed_tiles(config: Config, part: int, parts: int) -> None:
         failed: dict[str, str] = {}
         if pending:
             say(f"{encoder.name} ({encoder.hash}): {encoder.preprocessing}")
+            side = shards.tile_side() if shards else config.mpp * config.tile_size
+            seen = tiles_seen(Path(place) for place in (config.checkpoint, encoder.source))
+            if side and (unlike := unlike_those_seen(seen, side)):
+                say(f"{unlike}; mpp= and tile_size= say what is cut")
             failed = embed_slides(
                 encoder.start,
                 source,

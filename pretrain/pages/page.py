@@ -79,7 +79,7 @@ footer { margin-top: 4rem; padding-top: 1rem; border-top: 1px solid var(--rule);
   figure .charts svg { min-width: 0; }
   figcaption { position: sticky; left: 0; }
   th, td { padding-right: .9rem; }
-  tbody th { min-width: 0; }
+  tbody th { min-width: 7rem; }
 }
 @media print {
   body { max-width: none; padding: 0; font-size: 10.5pt; }

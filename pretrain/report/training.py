@@ -273,7 +273,9 @@ def labels_section(probe: dict[str, Any]) -> Section:
     who = probe["slide_encoder"]["name"] if probe["slide_encoder"] else "no slide encoder"
     body = page.paragraph(f"{who[0].upper()}{who[1:]}, beside rows that need none: {judged_in_words(probe)}.")
     body += page.html_table(["", *heads(probe)], rows_in_words(probe))
-    body += "".join(page.paragraph(f"{said}.") for said in [*probe["how"], *probe["labels"]["said"]])
+    body += "".join(
+        page.paragraph(f"{said[0].upper()}{said[1:]}.") for said in [*probe["how"], *probe["labels"]["said"]]
+    )
     return Section("labels", "Labels of slides", body)
 
 

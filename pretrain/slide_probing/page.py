@@ -67,7 +67,9 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
 
 
 def _said(result: dict[str, Any]) -> str:
-    return "".join(paragraph(f"{sentence}.") for sentence in [*result["how"], *result["labels"]["said"]])
+    return "".join(
+        paragraph(f"{sentence[0].upper()}{sentence[1:]}.") for sentence in [*result["how"], *result["labels"]["said"]]
+    )
 
 
 def _roc(found: Answers) -> str:

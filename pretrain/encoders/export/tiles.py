@@ -25,6 +25,7 @@ from pretrain.encoders.export.card import (
 from pretrain.encoders.frozen import EMBEDDING_PRECISIONS, fingerprint_prepared
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, teacher
+from pretrain.encoders.tiles_seen import TILES_FILE, tiles_seen
 
 FEATURE_TOLERANCE = 1e-5
 
@@ -51,11 +52,11 @@ def export_tiles(
 ) -> tuple[bool, float]:
     """Publish configuration ``files`` (settings, or text), ``weights`` and ``card``, once ``features`` loaded from them are the
     network's."""
-    difference = 0.0
+    difference, seen = 0.0, tiles_seen([found.run])
 
     def fill(folder: Path) -> None:
         nonlocal difference
-        for name, content in files.items():
+        for name, content in (files | ({TILES_FILE: seen} if seen else {})).items():
             text = content if isinstance(content, str) else json.dumps(content, indent=2) + "\n"
             (folder / name).write_text(text)
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
