@@ -18,6 +18,7 @@ class Tiles:
     downsample: float  # level-0 pixels per thumbnail pixel
     corners: np.ndarray
     side: float
+    is_blank: bool = False  # white paper in its place
 
     def boxes(self) -> np.ndarray:
         """Left, top, right, bottom of every tile in thumbnail pixels, int (n, 4); neighbours share their edges."""

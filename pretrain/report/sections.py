@@ -103,7 +103,7 @@ def over_thumbnail(facts: SlideFacts) -> maps.Tiles:
             thumbnail = image.convert("RGB")
         return maps.Tiles(thumbnail, facts.downsample, facts.corners, facts.side)
     paper, downsample = maps.blank(facts.corners, facts.side)
-    return maps.Tiles(paper, downsample, facts.corners, facts.side)
+    return maps.Tiles(paper, downsample, facts.corners, facts.side, is_blank=True)
 
 
 def chosen(items: list[Any], most: int) -> list[Any]:
@@ -152,17 +152,14 @@ def embeddings_section(store_folder: Path, shards: Path | None) -> Section | Non
     for slide in slides:
         tiles = embedded_tiles(slide, index)
         picture = maps.colour_map(tiles, colouring.colours(np.asarray(slide.embeddings)))
-        figures.append(
-            page.figure(
-                page.pair(
-                    page.picture_tag(tiles.thumbnail, f"thumbnail of {slide.slide}"),
-                    page.picture_tag(picture, f"principal components of the tile embeddings of {slide.slide}"),
-                ),
-                f"{len(slide.embeddings):,} tiles. Left: the slide. Right: the first three principal components as red,"
-                " green and blue.",
-                f"{slide.slide}.",
-            )
-        )
+        coloured = page.picture_tag(picture, f"principal components of the tile embeddings of {slide.slide}")
+        words = "the first three principal components as red, green and blue."
+        if tiles.is_blank:
+            shown, words = page.pair(coloured), f"{words[0].upper()}{words[1:]} There is no picture of the slide."
+        else:
+            shown = page.pair(page.picture_tag(tiles.thumbnail, f"thumbnail of {slide.slide}"), coloured)
+            words = f"First the slide, then {words}"
+        figures.append(page.figure(shown, f"{len(slide.embeddings):,} tiles. {words}", f"{slide.slide}."))
     body = page.paragraph(
         f"Tiles whose embeddings are alike have like colours. The three components hold {colouring.explained:.0%} of"
         f" the variance of the {store.width}-wide embeddings and are shared by all slides shown. Colours should follow"
@@ -176,9 +173,9 @@ def embedded_tiles(slide: SlideEmbeddings, index: ShardIndex | None) -> maps.Til
     corners, side = np.asarray(slide.coordinates, dtype=np.float64), float(slide.tile_size_level0)
     if index is not None and slide.slide in index.slides:
         behind = over_thumbnail(slide_facts(index, index.slides.index(slide.slide)))
-        return maps.Tiles(behind.thumbnail, behind.downsample, corners, side)
+        return maps.Tiles(behind.thumbnail, behind.downsample, corners, side, behind.is_blank)
     paper, downsample = maps.blank(corners, side)
-    return maps.Tiles(paper, downsample, corners, side)
+    return maps.Tiles(paper, downsample, corners, side, is_blank=True)
 
 
 def how_section(parts: Parts) -> Section | None:
