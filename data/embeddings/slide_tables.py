@@ -16,7 +16,7 @@ COLUMN_NAMES = {
     "patient": ("patient", "case_id", "patient_id", "case"),
     "label": ("label", "target"),
 }
-STANDS_FOR_NOTHING = {"", "na", "n/a", "nan", "none", "null"}
+MAY_STAND_FOR_NOTHING = {"na", "n/a", "none", "null"}  # or be a class: the column tells
 TCGA_PATIENT = re.compile(r"(TCGA-[A-Z0-9]{2}-[A-Z0-9]{4})-")
 
 
@@ -33,6 +33,11 @@ def read_slide_table(table: Path) -> tuple[list[str], list[dict[str, str]]]:
         return columns, [{name: _text(value) for name, value in zip(header, row, strict=False) if name} for row in rows]
     except (OSError, ValueError) as error:
         raise Fault(f"{table} can't be read as a table ({error}): give a CSV, TSV or Parquet file.") from error
+
+
+def empty_for_nothing(text: str) -> str:
+    """What a cell says, of a column where NA and none name nothing."""
+    return "" if text.lower() in MAY_STAND_FOR_NOTHING else text
 
 
 def column_of(kind: str, columns: Sequence[str]) -> str | None:
@@ -64,7 +69,8 @@ def patients_of(table: Path | None, known: Collection[str]) -> dict[str, str]:
     slide, patient = column_of("slide", columns), column_of("patient", columns)
     if slide is None or patient is None:
         raise Fault(f"{table} has the columns {', '.join(columns)}: to tell patients it needs slide and patient.")
-    told = {as_the_store_calls(line[slide], known): line[patient] for line in lines if line[patient]}
+    named = ((line[slide], empty_for_nothing(line[patient])) for line in lines)
+    told = {as_the_store_calls(name, known): one for name, one in named if one}
     if known and not told.keys() & set(known):
         raise Fault(f"{table} tells the patient of none of the slides ({min(known)}, say): its names must be theirs.")
     return found | {name: one for name, one in told.items() if name in known}
@@ -78,8 +84,8 @@ def _once_each(table: Path, columns: Sequence[str]) -> list[str]:
 
 
 def _text(value: object) -> str:
-    """What a cell says, nothing for what stands for nothing, and 1 and 0 for true and false."""
+    """What a cell says, nothing for NaN, and 1 and 0 for true and false."""
     if isinstance(value, bool):
         return str(int(value))
     text = "" if value is None else str(value).strip()
-    return "" if text.lower() in STANDS_FOR_NOTHING else text
+    return "" if text.lower() == "nan" else text

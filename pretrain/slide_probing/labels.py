@@ -4,20 +4,31 @@ slide (slide_id, wsi_id, file)          a name in the store, also with the endin
 label (target), or the column that label= names: classes, or a number
 time, event                              survival: how long, and whether it ended with the event (1) or unseen (0);
                                          label=OS: the columns OS_days (_months, _years) and OS_event
-patient (case_id, patient_id)            optional; slides of one patient are judged together, or are in one fold
+patient (case_id, patient_id)            optional; slides of one patient are judged together, or are in one fold; an empty
+                                         cell is filled in from TCGA's names, or refused
 fold | split | fold_0, fold_1, …         optional: a number, train/test, or a column a round, as Patho-Bench has them
+
+An empty cell or NaN is no label. NA, N/A, none and null are none beside numbers, and a class beside words, since a class
+may be called so; which of both is said.
 
 Patho-Bench's own file beside a table says more: see `pretrain.slide_probing.patho_bench`.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from data.embeddings.slide_tables import as_the_store_calls, column_of, patient_by_name, read_slide_table
+from data.embeddings.slide_tables import (
+    MAY_STAND_FOR_NOTHING,
+    as_the_store_calls,
+    column_of,
+    empty_for_nothing,
+    patient_by_name,
+    read_slide_table,
+)
 from data.fault import Fault
 from pretrain.slide_probing.measures import differ
 from pretrain.slide_probing.patho_bench import TASK_FILE, SlideTask, as_code, task_beside
@@ -59,7 +70,7 @@ class LabelledSlides:
 @dataclass(frozen=True)
 class _Row:
     slide: str
-    patient: str  # the slide, where none is told
+    patient: str  # empty where none is told
     answer: tuple[str, ...]  # the label, or time and event; empty strings where there is none
     sides: dict[str, str]  # who is judged when: what the columns for it say
 
@@ -75,9 +86,11 @@ def read_labels(table: Path, column: str | None, known: Mapping[str, int], cases
     slide_column, patient_column, asked = _columns(table, columns, task.column if task else column)
     sides = _side_columns(table, columns)
     rows = _rows(table, lines, slide_column, patient_column, asked, sides, known)
+    rows, about_words = _without_words_for_nothing(table, rows, task)
     kept, said = _judgeable(table, rows, slide_column, known)
     by_slide = cases == "slide" or (cases is None and task is not None and task.by_slide)
-    said.append(_who_belongs_together(kept, patient_column, by_slide))
+    kept, who = _who_belongs_together(table, kept, patient_column, by_slide)
+    said += [*about_words, who]
     if task is not None:
         said.append(f"{TASK_FILE} beside {table} says what is asked, {task.column}, and of whom")
     members: dict[str, list[_Row]] = {}
@@ -145,11 +158,12 @@ def _rows(
     """A row a slide, though a table may have a line for each of its tiles."""
     rows: dict[str, _Row] = {}
     for number, line in enumerate(lines, start=2):
-        slide = as_the_store_calls(line[slide_column], known)
+        slide = as_the_store_calls(empty_for_nothing(line[slide_column]), known)
         if not slide:
             raise Fault(f"{table} names no slide in line {number}: fill it in, or remove the line.")
-        patient = line[patient_column] if patient_column else patient_by_name(slide)
-        row = _Row(slide, patient or slide, tuple(line[name] for name in asked), {name: line[name] for name in sides})
+        patient = empty_for_nothing(line[patient_column]) if patient_column else ""
+        told = {name: empty_for_nothing(line[name]) for name in sides}
+        row = _Row(slide, patient, tuple(line[name] for name in asked), told)
         if rows.setdefault(slide, row) != row:
             raise Fault(
                 f"{table} has {slide} twice, the second time in line {number}, and says other things: remove one."
@@ -182,17 +196,76 @@ def _judgeable(
     return kept, [f"{_count(slides)} {what}" for slides, what in sentences if slides]
 
 
-def _who_belongs_together(rows: Sequence[_Row], patient_column: str | None, by_slide: bool) -> str:
+def _without_words_for_nothing(
+    table: Path, rows: Sequence[_Row], task: SlideTask | None
+) -> tuple[list[_Row], list[str]]:
+    """Rows with an empty answer where a word like NA is none, and sentences about such words: among numbers and
+    Patho-Bench's codes it is none, among words it may be a class, and is one."""
+    found = [row for row in rows if any(one.lower() in MAY_STAND_FOR_NOTHING for one in row.answer)]
+    if task is not None and task.classes:
+        found = [row for row in found if as_code(row.answer[0]) not in task.classes]
+    if not found:
+        return list(rows), []
+    others = {one for row in rows for one in row.answer if one and one.lower() not in MAY_STAND_FOR_NOTHING}
+    words = ", ".join(sorted({one for row in found for one in row.answer if one.lower() in MAY_STAND_FOR_NOTHING}))
+    slides = _count([row.slide for row in found])
+    coded = (task is not None and bool(task.classes)) or len(rows[0].answer) == 2
+    if not coded and not all(NUMBER.fullmatch(one) or _is_number(one) for one in others):
+        return list(rows), [
+            f"{words} of {table} is taken for a class, {slides}: where it means no label, empty the cell"
+        ]
+    left_out = {row.slide for row in found}
+    return [
+        replace(row, answer=tuple(empty_for_nothing(one) for one in row.answer)) if row.slide in left_out else row
+        for row in rows
+    ], [f"{words} of {table} is taken for no label, {slides}, as the others are numbers: to keep it, write one there"]
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _who_belongs_together(
+    table: Path, rows: Sequence[_Row], patient_column: str | None, by_slide: bool
+) -> tuple[list[_Row], str]:
+    """Rows with a patient each, the slide where none is known, and how these are known. Raises Fault where a column
+    tells some slides' patients, and neither it nor the name tells another's."""
+    named = {row.slide: patient_by_name(row.slide) for row in rows}
+    empty = [row.slide for row in rows if not row.patient]
+    told: dict[str | None, set[str]] = {}  # by the patient of the name: what the column says of this one's slides
+    for row in rows:
+        told.setdefault(named[row.slide], set()).update({row.patient} - {""})
+    by_column = len(empty) < len(rows)
+    if by_column and (unknown := [slide for slide in empty if named[slide] is None or len(told[named[slide]]) > 1]):
+        raise Fault(
+            f"{table} leaves the column {patient_column} empty for {_count(unknown)}, whose names tell no patient: fill"
+            " it in, with the slide's own name where it stands for itself, or leave the column out."
+        )
+    whole = [
+        replace(row, patient=row.patient or next(iter(told[name]), None) or name or row.slide)
+        if (name := named[row.slide])
+        else replace(row, patient=row.patient or row.slide)
+        for row in rows
+    ]
     how = (
         "slides are judged one by one, a patient's in one fold"
         if by_slide
         else "slides of a patient are judged together"
     )
-    if patient_column is not None:
-        return f"{how}, by the column {patient_column}"
-    if any(row.patient != row.slide for row in rows):
-        return f"{how}, by TCGA's names"
-    return "each slide stands for itself: where a patient has several, name them in a column patient"
+    if by_column:
+        filled = f", and TCGA's names for {_count(empty)} without an entry there" if empty else ""
+        return whole, f"{how}, by the column {patient_column}{filled}"
+    nothing_there = "" if patient_column is None else f", as the column {patient_column} is empty"
+    if any(named.values()):
+        return whole, f"{how}, by TCGA's names{nothing_there}"
+    return (
+        whole,
+        f"each slide stands for itself{nothing_there}: where a patient has several, name them in a column patient",
+    )
 
 
 def _values(

@@ -145,6 +145,40 @@ def test_patients_are_known_by_a_column_or_by_tcgas_names_and_which_is_said(tmp_
     assert "each slide stands for itself" in alone.said[-1]
 
 
+def test_empty_cells_of_a_column_of_patients_are_filled_from_names_or_refused(tmp_path: Path) -> None:
+    names = {f"TCGA-AA-000{i // 2}-01Z-00-DX{i % 2 + 1}": 5 for i in range(8)}
+
+    def found(*patients: str) -> tuple[list[list[str]], str]:
+        lines = [f"{name},{one},{'ab'[i // 2 % 2]}" for i, (name, one) in enumerate(zip(names, patients, strict=True))]
+        labelled = read_labels(table(tmp_path, "slide,patient,label\n" + "\n".join(lines)), None, names)
+        return labelled.bags, labelled.said[-1]
+
+    pairs = [list(names)[i : i + 2] for i in range(0, 8, 2)]
+    bags, said = found(*[""] * 8)
+    assert bags == pairs and said.endswith("by TCGA's names, as the column patient is empty")
+    bags, said = found("p0", "", "NA", "", "p2", "p2", "p3", "p3")
+    assert bags == pairs and "by the column patient, and TCGA's names for 3 slides (TCGA-AA-0000-01Z-00-DX2, …)" in said
+    with pytest.raises(Fault, match=r"patient empty for 1 slide \(s2\), whose names tell no patient: fill it in"):
+        lines = rows(*(f"{'' if i == 2 else f'p{i // 2}'},{'ab'[i // 2 % 2]}" for i in range(8)))
+        read_labels(table(tmp_path, "slide,patient,label\n" + lines), None, KNOWN)
+    alone = read_labels(
+        table(tmp_path, "slide,patient,label\n" + rows(*(f",{one}" for one in "abababab"))), None, KNOWN
+    )
+    assert "each slide stands for itself, as the column patient is empty" in alone.said[-1]
+
+
+@pytest.mark.parametrize("word", ["none", "None", "null", "N/A", "NA"])
+def test_a_word_that_may_stand_for_nothing_is_a_class_among_words_and_none_among_numbers(
+    tmp_path: Path, word: str
+) -> None:
+    among_words = read_labels(table(tmp_path, "slide,label\n" + rows(*["micro", word, "macro", ""] * 2)), None, KNOWN)
+    assert set(among_words.classes) == {word, "micro", "macro"} and len(among_words.bags) == 6
+    assert any(f"{word} of" in one and "taken for a class, 2 slides (s1, …)" in one for one in among_words.said)
+    among_numbers = read_labels(table(tmp_path, "slide,label\n" + rows(*["1", word, "0", "1"] * 2)), None, KNOWN)
+    assert among_numbers.classes == ["0", "1"] and len(among_numbers.bags) == 6
+    assert any(f"{word} of" in one and "for no label, 2 slides (s1, …)" in one for one in among_numbers.said)
+
+
 def test_what_stands_for_nothing_is_no_label_and_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
     found = read_labels(
         table(tmp_path, "slide, label\n" + rows("1", "1.0", "NA", "0", "0", "nan", "1", "")), None, KNOWN
