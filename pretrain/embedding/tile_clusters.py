@@ -52,7 +52,7 @@ def kept_clusters(
     ones of the store, which are then kept there. Raises Fault where they are of another tile encoder, or others than
     those given, or of another ``seed``, lie there already."""
     path = out / CLUSTERS_FILE
-    wanted = None if given is None else _read(given / CLUSTERS_FILE if given.is_dir() else given, store)
+    wanted = None if given is None else read_clusters(given, store)
 
     def make() -> None:
         made = clusters_of(store, slides, seed) if wanted is None else TileClusters(wanted.centres)
@@ -60,7 +60,7 @@ def kept_clusters(
         write_whole(path, json.dumps(about))
 
     once(path, make)
-    found = _read(path, store)
+    found = read_clusters(path, store)
     if wanted is None and found.seed not in (None, seed):
         raise Fault(
             f"{out} has clusters that seed={found.seed} drew, not seed={seed}: give the former, or choose another folder."
@@ -70,7 +70,9 @@ def kept_clusters(
     return found
 
 
-def _read(path: Path, store: EmbeddingStore) -> TileClusters:
+def read_clusters(path: Path, store: EmbeddingStore) -> TileClusters:
+    """The clusters in a file, or in a folder that has them. Raises Fault where they aren't of the store's embeddings."""
+    path = path / CLUSTERS_FILE if path.is_dir() else path
     if not path.is_file():
         raise Fault(f"there are no clusters at {path}: give a folder of slide embeddings, or its {CLUSTERS_FILE}.")
     way_out = "give another, or embed into a new folder"

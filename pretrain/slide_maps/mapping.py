@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from data import lease
 from data.embeddings.slide_features import MAPS, OF_CLUSTERS, claim_slide_store
@@ -14,7 +15,7 @@ from data.slides.lists import list_slides
 from data.slides.names import name_slides
 from pretrain.embedding.poolings import pooled_vectors
 from pretrain.embedding.slides import output_hash, packed, seen_by
-from pretrain.embedding.tile_clusters import TileClusters, kept_clusters
+from pretrain.embedding.tile_clusters import CLUSTERS_FILE, TileClusters, kept_clusters, read_clusters
 from pretrain.encoders.slide_encoders import SlideEncoder
 from pretrain.run.progress import Progress, say
 from pretrain.slide_maps.files import is_mapped, write_map
@@ -40,7 +41,8 @@ def map_store(
     why each of the others wasn't.
 
     way: one of `WAYS`. pooling, direction: of whose vectors, and a file with a direction among them; None: each
-    vector's own. slides: slides' own files, for their thumbnails. Raises Fault as `embed_store`.
+    vector's own. clusters: kept ones to use; None: those beside ``direction``, or as `kept_clusters`. slides: slides' own
+    files, for their thumbnails. Raises Fault as `embed_store`, and for a direction whose clusters nobody names.
     """
     encoder.require_fits(store)
     files = {slide: path for path, slide in name_slides(list_slides(slides), {}).items()}
@@ -49,6 +51,8 @@ def map_store(
         raise Fault(
             f"slides= names {min(files)}, say, and none of those in {store.folder} ({mine[0] if mine else '–'})"
         )
+    if direction is not None and pooling in OF_CLUSTERS:
+        clusters = clusters_of_direction(direction, clusters, store)
     make_folder(out)
     kept = kept_clusters(out, store, mine, seed, clusters) if pooling in OF_CLUSTERS else None  # of all parts' slides
     mine = mine[part - 1 :: parts] if part else mine
@@ -84,6 +88,22 @@ def map_store(
                 progress.advance()
         progress.close()
     return len(pending) - len(failed), failed
+
+
+def clusters_of_direction(direction: Path, given: Path | None, store: EmbeddingStore) -> Path:
+    """The clusters by which the vectors were made that ``direction`` was found among: those ``given``, or that lie
+    beside it. Raises Fault where there are none, or those given are others than lie beside it."""
+    beside = direction.parent / CLUSTERS_FILE
+    if given is None and not beside.exists():
+        raise Fault(
+            f"direction={direction} counts on the clusters of tiles that its vectors were made by, and none lie beside"
+            f" it: give the folder of those slide embeddings, clusters=…, or its {CLUSTERS_FILE}."
+        )
+    if given is not None and beside.exists():
+        centres, others = (read_clusters(path, store).centres for path in (given, beside))
+        if not torch.equal(centres, others):
+            raise Fault(f"clusters={given} are others than those of direction={direction}, {beside}: leave them out.")
+    return beside if given is None else given
 
 
 def width_of(

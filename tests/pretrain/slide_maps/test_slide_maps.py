@@ -97,12 +97,13 @@ def test_files_hold_the_scores_at_their_tiles_and_only_what_is_absent_is_made(tm
 def test_what_does_not_go_together_is_refused(tmp_path: Path) -> None:
     write_small_store(tmp_path), write_small_run(tmp_path)
     np.save(tmp_path / "short.npy", np.ones(5))
+    embed(tmp_path, out="vectors")
     for words, said in (
         (
-            ["maps=gradient", f"direction={tmp_path / 'short.npy'}"],
+            ["maps=gradient", f"direction={tmp_path / 'short.npy'}", f"clusters={tmp_path / 'vectors'}"],
             "has 5 numbers, and vectors of pooling=cluster_moments are 576",
         ),
-        (["maps=gradient", f"direction={tmp_path / 'none.npy'}"], "can't be read"),
+        (["maps=gradient", f"direction={tmp_path / 'none.npy'}", "pooling=cls"], "can't be read"),
         (
             ["maps=rollout", f"direction={tmp_path / 'short.npy'}"],
             "direction= is for maps=gradient and maps=sensitivity: a rollout has none",

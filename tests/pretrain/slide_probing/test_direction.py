@@ -1,14 +1,16 @@
 """A probe's linear model is what maps are asked by: its weights and clusters go from one command to the other."""
 
+import json
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from data.embeddings.store import EmbeddingStore
 from launch.entry import run_command_line
 from pretrain.slide_probing import judge
-from tests.pretrain.slide_probing.labelled_slides import write_labelled_slides
+from tests.pretrain.slide_probing.labelled_slides import copy_slides, write_labelled_slides
 from tests.pretrain.training.test_slide_training import SMALL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -37,6 +39,28 @@ def test_a_probe_s_weights_tell_its_labels_and_make_maps(
 
     run_command_line([*embedded, f"out={tmp_path / 'maps'}", "maps=sensitivity", f"direction={made / 'weights.npy'}"])
     assert len(list((tmp_path / "maps").rglob("*.parquet"))) >= 12
+    # Of another store, the direction's own clusters are taken, though nobody names them.
+    copy_slides(EmbeddingStore.open(tmp_path / "store"), [slide for slide, _ in labels[:5]], tmp_path / "others")
+    other = ["embed", "stage=slide", f"embeddings={tmp_path / 'others'}", asked[1], "device=cpu", "maps=sensitivity"]
+    weights_file = f"direction={made / 'weights.npy'}"
+    run_command_line([*other, f"out={tmp_path / 'of_others'}", weights_file])
+    run_command_line([*other, f"out={tmp_path / 'named'}", weights_file, f"clusters={made}"])
+    kept = [(tmp_path / name / "clusters.json").read_text() for name in ("of_others", "named")]
+    assert (
+        kept[0] == kept[1]
+        and json.loads(kept[0])["centres"] == json.loads((made / "clusters.json").read_text())["centres"]
+    )
+    moved = tmp_path / "moved.npy"
+    moved.write_bytes((made / "weights.npy").read_bytes())
+    run_command_line([*other[:-1], f"out={tmp_path / 'vectors_of_others'}"])
+    capsys.readouterr()
+    for words, said in (
+        ([f"direction={moved}"], "none lie beside it: give the folder of those slide embeddings, clusters="),
+        ([weights_file, f"clusters={tmp_path / 'vectors_of_others'}"], "are others than those of direction="),
+    ):
+        with pytest.raises(SystemExit):
+            run_command_line([*other, f"out={tmp_path / 'refused'}", *words])
+        assert said in capsys.readouterr().err and not (tmp_path / "refused").exists()
     (tmp_path / "labels.csv").write_text(
         "slide,label\n" + "\n".join(f"{s},{'abc'[i % 3]}" for i, (s, _) in enumerate(labels))
     )
