@@ -9,6 +9,8 @@ name, whose heads and segments its code sets; a file that isn't there it answers
 tried on their public code at the published size, with a stand-in for fairscale: no parameter missing, none left over.
 """
 
+import importlib
+import importlib.util
 import re
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -35,6 +37,7 @@ ARCHITECTURES = {
 }  # by width and depth, all with 16 heads and a feed-forward of four widths
 THEIR_SEGMENTS = [1024, 5792, 32768, 185363, 1048576]  # of their default max_wsi_size and tile_size
 THEIR_RATIOS = [1, 2, 4, 8, 16]
+OBJECTIVES = "pretrain.objectives"
 CLOSE = 0.001  # our 185,360 is the nearest to theirs that its ratio divides
 
 
@@ -85,8 +88,6 @@ def architecture_of(model: Mapping[str, Any], weights: Mapping[str, Tensor]) -> 
     same = len(segments) == len(THEIR_SEGMENTS) and all(
         abs(ours / theirs - 1) < CLOSE for ours, theirs in zip(segments, THEIR_SEGMENTS, strict=True)
     )
-    if model.get("order", "rows") != "rows":
-        return None
     if not same or list(ratios) != THEIR_RATIOS or model.get("heads") != 16 or hidden != 4 * width:
         return None
     return ARCHITECTURES.get((width, depth))
@@ -99,7 +100,19 @@ def code_to_load(path: str, architecture: str | None, weights: Mapping[str, Tens
     return f'slide_encoder.create_model("{path}", "{architecture}", {weights["patch_embed.proj.weight"].shape[1]})'
 
 
-def how_it_is_used(architecture: str | None, weights: Mapping[str, Tensor], folder: str) -> str:
+def order_in_words(model: Mapping[str, Any]) -> str:
+    """In which order their code, which cuts tiles into segments as they come, must be given them."""
+    if model.get("order", "rows") == "rows":
+        return "Tiles come row by row."
+    return """\
+Tiles come along a Hilbert curve (`model.order=hilbert`), not row by row: their code cuts segments from tiles as they come, and
+in another order its answers are others. Sort a slide's tiles by Slidewright's `models.token_order.hilbert_index` of their
+cells (column, row)."""
+
+
+def how_it_is_used(
+    architecture: str | None, weights: Mapping[str, Tensor], folder: str, model: Mapping[str, Any]
+) -> str:
     """The card's section of that, beside a ``folder`` of this name."""
     code = code_to_load(f"{folder}/slide_encoder.pth", architecture, weights)
     if architecture is None:
@@ -111,7 +124,7 @@ weights = {code}  # run beside the folder {folder}
 ```
 
 Prov-GigaPath's code has no name for a network of these sizes, heads or segments: build its `LongNetViT` with them, or hand on the
-run itself, which `pretrain embed stage=slide` reads.
+run itself, which `pretrain embed stage=slide` reads. {order_in_words(model)}
 """
     return f"""\
 ```python
@@ -121,9 +134,35 @@ encoder = {code}.eval()  # run beside the folder {folder}
 cls = encoder(tiles, places)[0]  # (1, n, {weights["patch_embed.proj.weight"].shape[1]}) embeddings, (1, n, 2) places → (1, {weights["cls_token"].shape[-1]})
 ```
 
-Tiles come row by row. Their code divides places by a tile's side of 256: give cell (column, row) times 256. With
+{order_in_words(model)} Their code divides places by a tile's side of 256: give cell (column, row) times 256. With
 `global_pool=True` it answers with the mean of the tiles.
 """
+
+
+def objective_in_words(settings: Mapping[str, Any]) -> str:
+    """What an objective of ours says of itself first; the name alone of another's."""
+    module, _, name = str(settings.get("_target_", "")).rpartition(".")
+    if not module.startswith(f"{OBJECTIVES}.") or importlib.util.find_spec(module) is None:
+        return f"Its objective was `{name}`." if name else "Its objective isn't recorded."
+    told = (importlib.import_module(module).__doc__ or "").partition("\n\n")[0]
+    return f"Its objective was `{name}`. {' '.join(told.split())}"
+
+
+def attention_in_words(model: Mapping[str, Any]) -> str:
+    """With which arithmetic the network was trained, and what that means for code that follows the released model."""
+    if model.get("compatible"):
+        return """\
+It was trained with the released model's attention (`model.compatible=true`): zero padding is attended, and branch weights are
+constants in the backward. Code that follows the released model attends as it did in training."""
+    return """\
+It was trained with exact attention gradients and without attended padding. Code that follows the released model attends to
+zero padding, so for segments that a slide doesn't fill its outputs differ from those seen in training."""
+
+
+def objective_facts(settings: Mapping[str, Any]) -> dict[str, str]:
+    """How the objective was set."""
+    told = ", ".join(f"{key}={value}" for key, value in settings.items() if not key.startswith("_"))
+    return {"Settings of the objective": told} if told else {}
 
 
 def tile_encoder_facts(found: RunCheckpoint) -> dict[str, str]:
@@ -153,6 +192,7 @@ def slide_card(
 ) -> str:
     """The model card of a slide encoder that is exported into a folder of this ``name``."""
     parameters = sum(tensor.numel() for tensor in weights.values())
+    model, objective = found.config.get("model") or {}, found.config.get("objective") or {}
     return f"""\
 ---
 license: {license}
@@ -161,18 +201,18 @@ tags: [pathology, histology, longnet, whole-slide]
 
 # {found.run.resolve().name}: a pathology slide encoder
 
-A LongNet encoder of {parameters_in_words(parameters)} parameters, trained with Slidewright as a masked autoencoder over frozen tile embeddings.
+A LongNet encoder of {parameters_in_words(parameters)} parameters, trained with Slidewright over frozen tile embeddings.
+{objective_in_words(objective)}
 `slide_encoder.pth` holds `{{"model": state_dict}}` with the key names of Prov-GigaPath's release.
 
-It was trained with exact attention gradients and without attended padding. Code that follows the released model attends to
-zero padding, so for segments that a slide doesn't fill its outputs differ from those seen in training.
+{attention_in_words(model)}
 
 ## Use
 
-{how_it_is_used(architecture, weights, name)}
+{how_it_is_used(architecture, weights, name, model)}
 ## Training
 
-{as_lines(tile_encoder_facts(found) | facts(found))}
+{as_lines(tile_encoder_facts(found) | facts(found) | objective_facts(objective))}
 {whole_record(found)}{published_differences(found.run)}
 ## Limits
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +20,7 @@ from pretrain.commands import probe
 from pretrain.commands.export import Config, run
 from pretrain.encoders.export import timm as timm_export
 from pretrain.encoders.export.card import parameters_in_words, scales_of, size_and_resolution
-from pretrain.encoders.export.gigapath import architecture_of, how_it_is_used
+from pretrain.encoders.export.gigapath import architecture_of, how_it_is_used, objective_in_words
 from pretrain.encoders.export.timm import export_timm
 from pretrain.encoders.export.torchscript import export_torchscript
 from pretrain.encoders.export.transformers import export_transformers
@@ -414,6 +415,61 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
     assert "| Size of a tile | 256 × 256 px |" in card and "| Resolution of a tile | 0.5 µm/px |" in card
 
 
+@pytest.mark.parametrize(
+    ("target", "says"),
+    [
+        ("slide_mae.SlideMAE", "predict the frozen embeddings of masked tiles from the visible ones."),
+        (
+            "slide_pairs.SlidePairs",
+            "a hidden tile's embedding from one visible tile, their displacement, and the slide",
+        ),
+        ("slide_ibot.SlideIBOT", "a student and its moving average compare square crops of a slide's grid"),
+        ("slide_context.SlideContext", "from one encoder's visible embeddings to all encoders' hidden ones."),
+    ],
+)
+def test_a_slide_card_says_each_objective_in_its_own_words(target: str, says: str) -> None:
+    told = objective_in_words({"_target_": f"pretrain.objectives.{target}"})
+    assert f"`{target.partition('.')[2]}`" in told and says in told and "\n" not in told
+    assert objective_in_words({"_target_": "theirs.Objective"}) == "Its objective was `Objective`."
+
+
+def test_a_slide_card_is_true_of_compatible_attention_and_of_tiles_along_a_curve(tmp_path: Path) -> None:
+    from models.initialise import initialise
+    from models.longnet import LongNet
+    from models.token_order import hilbert_index
+
+    settings = {
+        "width": 32, "depth": 2, "heads": 4, "feed_forward_width": 64, "segment_lengths": [8, 16],
+        "dilated_ratios": [1, 2], "dropout": 0.0, "drop_path": 0.0, "compatible": True, "order": "hilbert",
+    }  # fmt: skip
+    curved, rows = LongNet(8, **settings).eval(), LongNet(8, **settings | {"order": "rows"}).eval()
+    initialise(curved, 0)
+    rows.load_state_dict(curved.state_dict())
+    write_slide_run(tmp_path / "slide", curved)
+    objective = {"_target_": "pretrain.objectives.slide_pairs.SlidePairs", "pairs": 64}
+    config = {"data": {"embeddings": "embeddings"}, "model": settings, "objective": objective}
+    (tmp_path / "slide" / "config.yaml").write_text(yaml.safe_dump(config))
+    run(Config(str(tmp_path / "slide"), str(tmp_path / "out"), "gigapath", "mit", []))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "masked autoencoder" not in card and "| Settings of the objective | pairs=64 |" in card
+    assert "`model.compatible=true`" in card and "without attended padding" not in card
+    assert "hilbert_index" in card and "row by row." not in card
+    published = yaml.safe_load((CONFIGS / "model" / "longnet.yaml").read_text())
+    assert "hilbert" not in how_it_is_used(None, {}, "out", published)
+
+    # What the card says of the order: a network that cuts segments from tiles as they come says the same of sorted ones.
+    cells = torch.from_numpy(np.argwhere(np.ones((9, 7)))[:, ::-1].copy())
+    tiles, order = (
+        torch.from_numpy(rng("tiles").normal(size=(63, 8)).astype(np.float32)),
+        hilbert_index(cells).argsort(),
+    )
+    with torch.no_grad():
+        ours, theirs = curved(tiles, cells, [63]), rows(tiles[order], cells[order], [63])
+        assert not torch.allclose(ours.cls, rows(tiles, cells, [63]).cls, atol=1e-4)
+    torch.testing.assert_close(theirs.cls, ours.cls, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(theirs.tiles, ours.tiles[order], atol=1e-5, rtol=1e-5)
+
+
 def test_a_card_names_gigapaths_architecture_where_it_has_this_one() -> None:
     published = yaml.safe_load((CONFIGS / "model" / "longnet.yaml").read_text())
     shapes = {
@@ -424,7 +480,7 @@ def test_a_card_names_gigapaths_architecture_where_it_has_this_one() -> None:
     name = architecture_of(published, weights)
     assert name == "gigapath_slide_enc12l768d"
     assert 'create_model("out/slide_encoder.pth", "gigapath_slide_enc12l768d", 1536)' in how_it_is_used(
-        name, weights, "out"
+        name, weights, "out", published
     )
     for other in (
         {"heads": 8},
@@ -432,7 +488,7 @@ def test_a_card_names_gigapaths_architecture_where_it_has_this_one() -> None:
         {"dilated_ratios": [1, 2, 4, 8, 8]},
     ):
         assert architecture_of(published | other, weights) is None
-    assert "no name for a network of these" in how_it_is_used(None, weights, "out")
+    assert "no name for a network of these" in how_it_is_used(None, weights, "out", published)
 
 
 def test_a_run_of_the_other_stage_and_an_unknown_format_are_refused(make_tile_run, tmp_path):
