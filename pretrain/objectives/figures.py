@@ -17,6 +17,7 @@ from pretrain.objectives.interface import BACKBONE, Objective
 from pretrain.objectives.tile_batch import TileBatch
 from pretrain.run.across_ranks import gathered, total
 
+FEWEST_SAMPLES = 4  # whose spread is told: one has none, and what two or three share looks like collapse
 MOST_FEATURES = 1024  # a singular value decomposition of more would take seconds
 
 
@@ -45,27 +46,32 @@ def features_of(encoder: nn.Module, parts: Sequence[TileBatch]) -> Tensor:
 
 
 def spread(features: Tensor) -> dict[str, float]:
-    """How far apart features ``(n, width)`` lie.
+    """How far apart features ``(n, width)`` lie; nothing of fewer than `FEWEST_SAMPLES`.
 
     ``rankme``: the number of directions in use, 1 in collapse, at most min(n, width). ``feature_cosine``: mean cosine
     of two different samples, 1 in collapse. ``feature_std``: standard deviation of the unit-length features times
     √width, 0 in collapse and near 1 where they are spread over the sphere.
     """
+    if len(features) < FEWEST_SAMPLES:
+        return {}
     x = features.detach().cpu().double()
     unit = F.normalize(x, dim=1)
     n, width = unit.shape
     return {
         "rankme": rankme(x.numpy()),
         # Σ_ij u_i·u_j = |Σ u_i|², of which the n pairs of a sample with itself are taken off.
-        "feature_cosine": ((unit.sum(0).square().sum() - n) / max(n * (n - 1), 1)).item(),
+        "feature_cosine": ((unit.sum(0).square().sum() - n) / (n * (n - 1))).item(),
         "feature_std": (unit.std(0, correction=0).mean() * math.sqrt(width)).item(),
     }
 
 
 def spread_of_slides(vectors: Tensor) -> dict[str, float]:
-    """`spread` of slides' vectors ``(n, width)``, its ``rankme`` as the record calls it there: ``effective_rank``, at
-    most the number of sequences."""
-    found = spread(vectors)
+    """`spread` of slides' vectors ``(n, width)``, or ``(n, views, width)``, its ``rankme`` as the record calls it there:
+    ``effective_rank``, at most the number of vectors. Nothing of fewer slides than `FEWEST_SAMPLES`, however many views
+    there are of each."""
+    if len(vectors) < FEWEST_SAMPLES:
+        return {}
+    found = spread(vectors.flatten(0, -2))
     return {"effective_rank": found.pop("rankme")} | found
 
 

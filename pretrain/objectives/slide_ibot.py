@@ -11,6 +11,7 @@ class, cells    class, masked cells  ──heads──▶ prototype scores
 DINO's loss on class tokens trains the slide vector itself; iBOT's on masked cells the tiles' (Zhou et al. 2022).
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, NamedTuple, Unpack
 
@@ -202,7 +203,7 @@ class SlideIBOT(SelfDistillation, SlideObjective):
         """What the class token knows of slides that weren't trained on.
 
         ``matched``: share of global crops whose nearest one of another view, by the teacher's class tokens' cosine, is
-        of the same slide; by chance one over the number of slides, in collapse too. ``matched_means``: the same by the
+        of the same slide; by chance one over the number of slides, in collapse too; NaN of one slide. ``matched_means``: the same by the
         means of the crops' standardised tiles, which needs no learning. ``class_agreement`` and ``masked_agreement``:
         how often student and teacher choose one prototype, of pairs of crops and of masked cells; 1 in collapse.
         ``effective_rank``, ``feature_cosine``, ``feature_std``: of the teacher's class tokens, see `pretrain.objectives.
@@ -214,7 +215,7 @@ class SlideIBOT(SelfDistillation, SlideObjective):
             "matched_means": matched(rows["means"]),
             "class_agreement": float(rows["class_agreed"].mean()),
             "masked_agreement": agreed / max(masked, 1),
-            **spread_of_slides(rows["cls"].flatten(0, 1)),
+            **spread_of_slides(rows["cls"]),
         }
 
 
@@ -227,7 +228,9 @@ def by_crop_view(scores: Tensor, batch: CropBatch) -> list[Tensor]:
 
 def matched(features: Tensor) -> float:
     """Of features ``(N, views, D)``, the share of pairs of views in which the nearest of the other view is of the same
-    row."""
+    row; NaN of one row, which is always its own nearest."""
+    if len(features) < 2:
+        return math.nan
     unit = F.normalize(features, dim=-1)
     own = torch.arange(len(unit), device=unit.device)
     views = range(unit.shape[1])

@@ -1,5 +1,6 @@
 """Slide iBOT: means over the global batch however it is divided, what judges it, and what it is made of."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -68,6 +69,7 @@ def test_crops_of_one_slide_that_lie_together_are_matched_and_in_collapse_chance
     assert matched(torch.ones(6, 2, 4)) == pytest.approx(1 / 6)
     swapped = torch.stack([torch.eye(4), torch.eye(4).roll(1, 0)], 1)
     assert matched(swapped) == 0.0
+    assert np.isnan(matched(swapped[:1]))  # of one slide, nothing is told
 
 
 def test_held_out_slides_are_judged_alike_together_and_alone(store):

@@ -15,7 +15,14 @@ from data.fault import Fault
 from data.keyed import rng
 from models.initialise import initialise
 from pretrain.encoders.preprocessing import Preprocessing
-from pretrain.objectives.figures import assignment_figures, features_of, rankme, spread, watched_encoder
+from pretrain.objectives.figures import (
+    assignment_figures,
+    features_of,
+    rankme,
+    spread,
+    spread_of_slides,
+    watched_encoder,
+)
 from pretrain.objectives.interface import Moment
 from pretrain.probing.images import read_image
 from pretrain.probing.scores import knn_predict
@@ -45,7 +52,13 @@ def test_spread_at_its_ends() -> None:
     assert one["rankme"] == pytest.approx(1, rel=1e-4)
     every = spread(torch.cat([torch.eye(64), -torch.eye(64)]))
     assert every["feature_std"] == pytest.approx(1) and every["rankme"] == pytest.approx(64, rel=1e-3)
-    assert spread(torch.ones(1, 4))["feature_cosine"] == 0  # a single sample has no pair
+
+
+def test_few_samples_tell_no_spread_so_that_one_slide_is_no_collapse() -> None:
+    assert spread(draw(3, 6)) == spread_of_slides(draw(1, 6)) == spread_of_slides(draw(3, 2, 6)) == {}
+    several = draw(4, 2, 6)
+    assert spread_of_slides(several)["effective_rank"] == pytest.approx(rankme(several.flatten(0, 1).numpy()))
+    assert spread_of_slides(several)["feature_std"] == spread(several.flatten(0, 1))["feature_std"]
 
 
 @pytest.mark.parametrize(
