@@ -25,3 +25,8 @@ def drawn(population: int, count: int, *key: int | str) -> np.ndarray:
     """``count`` of the numbers below ``population`` (all where there are fewer), each as likely, ascending int64: drawn
     with that key, in time and memory of ``count`` and not of ``population``."""
     return np.sort(rng(*key).choice(population, min(count, population), replace=False, shuffle=False))
+
+
+def place_of_name(name: str) -> float:
+    """A name's place in [0, 1), by its hash: those below a share are that share of all names, whatever others there are."""
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from data.fault import Fault
+from data.keyed import place_of_name
 from data.npz_files import let_go
 from data.parquet.index import UNREADABLE, ParquetIndex
 from data.parquet.row_groups import read_footer, read_images, read_numbers
@@ -166,7 +167,7 @@ class ParquetTiles(TileSource):
         if not self.hold_out:
             return None
         whose = [patient or slide for slide, patient in zip(self.index.slides, self.index.patients, strict=True)]
-        out = np.array([_share_of(name) < self.hold_out for name in whose])
+        out = np.array([place_of_name(name) < self.hold_out for name in whose])
         return out if self._is_held_out else ~out
 
     def _counts(self) -> np.ndarray:
@@ -213,8 +214,3 @@ def _chunk_starts(index: ParquetIndex) -> np.ndarray:
         filled[0] = 0  # but in a file's first chunk they may come first
         starts.append(first + filled[np.flatnonzero(np.diff(parts, prepend=-1))])
     return np.concatenate([*starts, index.file_groups[-1:]])
-
-
-def _share_of(name: str) -> float:
-    """A name's place in [0, 1), by its hash."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "big") / 2**64

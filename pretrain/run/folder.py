@@ -43,7 +43,7 @@ FREE = re.compile(
     r"trainer\.(?!precision$)|wandb\.|watch\.|run$|allow_(changes|plugins)$|resume$|data\.(threads|processes_per_slide)$|model\.attention$"
 )
 # Where the data lies. What it is, its digest says.
-PLACE_SETTINGS = re.compile(r"data\.(members\.[^.]+\.)?(shards|slides|grids|embeddings|sample)$")
+PLACE_SETTINGS = re.compile(r"data\.(members\.[^.]+\.)?(shards|slides|slides_share|grids|embeddings|sample)$")
 RECORDED_PACKAGES = (
     "slidewright",
     "torch",

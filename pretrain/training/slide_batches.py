@@ -39,7 +39,7 @@ def sequences_of(
 ) -> SlideSequences:
     """The sequences that a run's settings make of a store, as an objective of this ``kind`` wants them. ``centres``: of
     clusters, for one that asks for them. ``further``: stores beside the first. Raises Fault as `SlideSequences` does."""
-    others = ("embeddings", "further", "slides", "processes_per_slide", "crops")
+    others = ("embeddings", "further", "slides", "slides_share", "processes_per_slide", "crops")
     settings = {name: value for name, value in vars(data).items() if name not in others}
     if not kind.masks:
         settings["mask_ratio"] = 0.0

@@ -51,6 +51,7 @@ class SlideData:
     embeddings: Annotated[str, ON_DISK]
     further: Annotated[list[str], ON_DISK]
     slides: Annotated[str | None, ON_DISK]
+    slides_share: Annotated[float, within(above=0, most=1)]
     batch_size: Annotated[int, within(least=1)]
     batch_tokens: Annotated[int | None, within(least=1)]
     lanes: Annotated[int, within(least=1)]
@@ -88,13 +89,13 @@ class SlideWatch(Watch):
 
 def open_store(data: SlideData) -> EmbeddingStore:
     """The slides that a run is to learn from and to be judged by. Raises Fault where there are none."""
-    return open_chosen(Path(data.embeddings), None if data.slides is None else Path(data.slides))
+    return open_chosen(Path(data.embeddings), None if data.slides is None else Path(data.slides), data.slides_share)
 
 
 def open_further(data: SlideData, store: EmbeddingStore) -> list[EmbeddingStore]:
     """Stores of the same slides by other tile encoders. Raises Fault for one whose index holds others."""
     table = None if data.slides is None else Path(data.slides)
-    further = [open_chosen(Path(folder), table) for folder in data.further]
+    further = [open_chosen(Path(folder), table, data.slides_share) for folder in data.further]
     for number, other in enumerate(further):
         for before in [store, *further[:number]]:
             require_same_slides(before, other)

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from data.fault import Fault
+from data.keyed import place_of_name
 from data.parquet.files import list_parquet
 from data.parquet.index import ParquetIndex, ParquetQuestion, scan_parquet
 from data.tiles import of_parquet
@@ -81,13 +82,11 @@ def test_a_pass_of_the_stream_holds_every_row_once(folder: Path, monkeypatch: py
 
 def test_held_out_patients_are_the_same_in_any_company_and_the_others_remain(folder: Path) -> None:
     index = index_of(folder)
-    share = next(
-        share for share in (0.2, 0.4, 0.6, 0.8) if len({of_parquet._share_of(p) < share for p in ("p0", "p1")}) == 2
-    )
+    share = next(share for share in (0.2, 0.4, 0.6, 0.8) if len({place_of_name(p) < share for p in ("p0", "p1")}) == 2)
     kept = ParquetTiles(index, hold_out=share)
     out = kept.held_out()
     assert out is not None and len(kept) + len(out) == 38
-    (patient,) = (name for name in ("p0", "p1") if of_parquet._share_of(name) < share)
+    (patient,) = (name for name in ("p0", "p1") if place_of_name(name) < share)
     numbers = [number for number in range(38) if f"p{number // 20}" == patient]
     assert len(out) == len(numbers) and out.digest != kept.digest
     for own, number in enumerate(numbers):
