@@ -16,6 +16,7 @@ collapse.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Annotated, Any, ClassVar
+from zlib import crc32
 
 import numpy as np
 import torch
@@ -91,6 +92,7 @@ class SlideMAE(SlideObjective):
         super().__init__()
         self.weighting, self.target, self.tile_loss = weighting, SLIDE_TARGETS[target], SLIDE_LOSSES[loss]
         self.encoder = make_encoder()
+        self._neighbours: dict[tuple[int | str, ...], Tensor] = {}
         output_width = clusters if target == "clusters" else sum(self.encoder.input_widths)
         self.decoder: SlideDecoder | LinearPrediction
         if mask_tokens == "encoder":
@@ -200,7 +202,7 @@ class SlideMAE(SlideObjective):
             "model": _error_of_each(batch, self._read(result["prediction"], batch), wanted),
             "shuffled": _error_of_each(batch, self._read(shuffled, batch), wanted),
             "mean": _error_of_each(batch, torch.zeros((), device=wanted.device), wanted),
-            **baseline_errors(batch, targets),
+            **baseline_errors(batch, targets, self._neighbours),
             "loss": torch.stack([some.sum() for some in losses]),
             "tiles": torch.tensor(batch.masked_lengths, device=wanted.device),
             "pooled": result["pooled"],
@@ -244,25 +246,45 @@ def dropout_seeds(batch: SlideBatch, step_seed: int | None) -> list[int] | None:
     return [int(rng(step_seed, "slide dropout", position).integers(2**62)) for position in batch.positions]
 
 
-def baseline_errors(batch: SlideBatch, targets: Tensor) -> dict[str, Tensor]:
+def baseline_errors(
+    batch: SlideBatch, targets: Tensor, remembered: dict[tuple[int | str, ...], Tensor] | None = None
+) -> dict[str, Tensor]:
     """Squared errors, summed over each sequence's masked tiles, of predictions that need no learning: ``slide_mean``
     (B,), the mean of its visible tiles, and ``neighbours`` (B, K), means of nearest visible tiles.
 
-    Masked tiles are looked at as many at a time as fill `BLOCK`, so a slide of a million tiles needs no more.
+    Masked tiles are looked at as many at a time as fill `BLOCK`, so a slide of a million tiles needs no more. Time grows
+    with visible × masked tiles, hours for such a slide, so sums are ``remembered`` for when the same sequence is judged
+    again, hidden alike.
     """
     means, near = [], []
+    keys, known = _sequence_keys(batch), {} if remembered is None else remembered
     visible, masked = batch.visible.split(batch.visible_lengths), batch.masked.split(batch.masked_lengths)
-    for seen, hidden in zip(visible, masked, strict=True):
+    for seen, hidden, key in zip(visible, masked, keys, strict=True):
         values, places = targets[seen], batch.cells[seen]
         mean = values.mean(dim=0)
         of_mean, of_near = [], []
         for some in hidden.split(max(1, BLOCK // max(len(seen), BASELINE_NEIGHBOURS[-1] * values.shape[1]))):
             of_mean.append(_errors(mean, targets[some]).sum())
+            if key in known:
+                continue
             predictions = neighbour_means(values, places, batch.cells[some])
             of_near.append(torch.stack([_errors(one, targets[some]).sum() for one in predictions]))
         means.append(torch.stack(of_mean).sum())
-        near.append(torch.stack(of_near).sum(dim=0))
+        if key not in known:
+            known[key] = torch.stack(of_near).sum(dim=0)
+        near.append(known[key])
     return {"slide_mean": torch.stack(means), "neighbours": torch.stack(near)}
+
+
+def _sequence_keys(batch: SlideBatch) -> list[tuple[int | str, ...]]:
+    """Of each sequence: its slide, its position in the stream, and the tiles that it has and hides."""
+    first, keys = 0, list[tuple[int | str, ...]]()
+    masked = batch.masked.cpu().split(batch.masked_lengths)
+    for slide, position, n, hidden in zip(batch.slides, batch.positions, batch.lengths, masked, strict=True):
+        cells = batch.cells[first : first + n].cpu().numpy()
+        keys.append((slide, position, crc32(cells.tobytes()), crc32((hidden - first).numpy().tobytes())))
+        first += n
+    return keys
 
 
 def neighbour_means(values: Tensor, places: Tensor, wanted: Tensor) -> list[Tensor]:

@@ -221,6 +221,25 @@ def test_baselines_are_the_same_in_blocks_and_never_hold_more(sequences, monkeyp
     assert block / 2 < largest.numbers <= block
 
 
+def test_neighbours_are_looked_for_once_a_sequence_and_anew_where_others_are_hidden(sequences, monkeypatch):
+    batch = sequences.held_out(sequences.held_out_batches(1000)[0])
+    model, asked, search = objective(), [], slide_mae.neighbour_means
+    monkeypatch.setattr(slide_mae, "neighbour_means", lambda *given: asked.append(len(given[2])) or search(*given))
+    with torch.no_grad():
+        first, again = model.judged(batch), model.judged(batch)
+    assert sum(asked) == sum(batch.masked_lengths)
+    for name in ("slide_mean", "neighbours"):
+        assert again[name].equal(first[name]) and again[name].equal(baseline_errors(batch, batch.targets())[name])
+    swapped = SlideBatch(
+        **vars(batch)
+        | {"visible": batch.masked, "visible_lengths": batch.masked_lengths}
+        | {"masked": batch.visible, "masked_lengths": batch.visible_lengths}
+    )
+    with torch.no_grad():
+        other = model.judged(swapped)["neighbours"]
+    assert other.equal(baseline_errors(swapped, batch.targets())["neighbours"]) and not other.equal(first["neighbours"])
+
+
 def test_predicting_the_data_set_mean_has_r2_zero_and_a_perfect_model_one(sequences, monkeypatch):
     model = objective()
     for parameter in model.decoder.head.parameters():
