@@ -41,8 +41,11 @@ def empty_for_nothing(text: str) -> str:
 
 
 def column_of(kind: str, columns: Sequence[str]) -> str | None:
-    """The column of one of the kinds of `COLUMN_NAMES`, if there is one."""
-    return next((name for name in COLUMN_NAMES[kind] if name in columns), None)
+    """The column of one of the kinds of `COLUMN_NAMES`, or of that name, if there is one: as it is written, or else in
+    other capitals."""
+    names = COLUMN_NAMES.get(kind, (kind,))
+    found = (one for name in names for one in columns if one == name)
+    return next(found, next((one for name in names for one in columns if one.lower() == name), None))
 
 
 def as_the_store_calls(name: str, known: Collection[str]) -> str:

@@ -127,8 +127,9 @@ def _columns(table: Path, columns: Sequence[str], label: str | None) -> tuple[st
         raise Fault(f"{table} has no column {label!r} (it has {', '.join(columns)}): name one of them, label=….")
     slide = column_of("slide", columns)
     label = label or column_of("label", columns)
-    if label in (None, "time") and {"time", "event"} <= set(columns):
-        survival = ("time", "event")
+    time, event = (column_of(name, columns) for name in ("time", "event"))
+    if label in (None, time) and time and event:
+        survival = (time, event)
     if slide is None or (label is None and not survival):
         raise Fault(
             f"{table} has the columns {', '.join(columns)}: it needs slide and label, or slide, time and event; label=…"
@@ -139,8 +140,10 @@ def _columns(table: Path, columns: Sequence[str], label: str | None) -> tuple[st
 
 def _side_columns(table: Path, columns: Sequence[str]) -> list[str]:
     """The columns that say who is judged when."""
-    by_round = [name for name in columns if name.startswith("fold_") and name[5:].isdigit()]
-    names = sorted(by_round, key=lambda name: int(name[5:])) or [name for name in ("split", "fold") if name in columns]
+    by_round = [name for name in columns if name.lower().startswith("fold_") and name[5:].isdigit()]
+    names = sorted(by_round, key=lambda name: int(name[5:])) or [
+        name for kind in ("split", "fold") if (name := column_of(kind, columns))
+    ]
     if len(names) > 1 and not by_round:
         raise Fault(f"{table} has the columns split and fold, which say two things: leave one out.")
     return names
@@ -179,6 +182,10 @@ def _judgeable(
     unlabelled = [row.slide for row in rows if not all(row.answer)]
     unknown = [row.slide for row in rows if all(row.answer) and row.slide not in known]
     kept = [row for row in rows if all(row.answer) and known.get(row.slide)]
+    if not rows:
+        raise Fault(f"{table} has the names of its columns and no line: give a line for each slide.")
+    if not kept and unlabelled and not unknown and not empty:
+        raise Fault(f"{table} has a label of no slide ({_some(unlabelled)}, say): fill the labels in.")
     if not kept:
         raise Fault(
             f"none of the slides of {table} is in the store with a label ({_some(unknown)}, say; the store has"
@@ -209,7 +216,7 @@ def _without_words_for_nothing(
     others = {one for row in rows for one in row.answer if one and one.lower() not in MAY_STAND_FOR_NOTHING}
     words = ", ".join(sorted({one for row in found for one in row.answer if one.lower() in MAY_STAND_FOR_NOTHING}))
     slides = _count([row.slide for row in found])
-    coded = (task is not None and bool(task.classes)) or len(rows[0].answer) == 2
+    coded = (task is not None and bool(task.classes)) or len(found[0].answer) == 2
     if not coded and not all(NUMBER.fullmatch(one) or _is_number(one) for one in others):
         return list(rows), [
             f"{words} of {table} is taken for a class, {slides}: where it means no label, empty the cell"
@@ -361,7 +368,7 @@ def _rounds(table: Path, names: Sequence[str], rows: Sequence[_Row], patients: S
         if lacking := next((patient for patient, side in told.items() if not side), None):
             raise Fault(f"{table} leaves {name} empty for {lacking}: fill it in.")
         side = np.array([told[patient] for patient in patients])
-        if name == "fold":
+        if name.lower() == "fold":
             rounds += [(np.flatnonzero(side != one), np.flatnonzero(side == one)) for one in sorted(set(side.tolist()))]
         else:
             if other := sorted({one for one in side.tolist() if one.lower() not in SIDES}):

@@ -179,6 +179,16 @@ def test_a_word_that_may_stand_for_nothing_is_a_class_among_words_and_none_among
     assert any(f"{word} of" in one and "for no label, 2 slides (s1, …)" in one for one in among_numbers.said)
 
 
+def test_columns_are_known_in_capitals_too(tmp_path: Path) -> None:
+    lines = rows(*(f"p{i // 2},{'ab'[i // 2 % 2]},{['train', 'test'][i // 4]}" for i in range(8)))
+    found = read_labels(table(tmp_path, "Slide,Patient,Label,Split\n" + lines), None, KNOWN)
+    assert found.names == ["p0", "p1", "p2", "p3"] and found.classes == ["a", "b"]
+    assert found.rounds is not None and [part.tolist() for part in found.rounds[0]] == [[0, 1], [2, 3]]
+    survival = table(tmp_path, "SLIDE,Time,Event,Fold\n" + rows(*(f"{i},{i % 2},{i % 2}" for i in range(8))))
+    told = read_labels(survival, None, KNOWN)
+    assert told.kind == "survival" and told.rounds is not None and len(told.rounds) == 2
+
+
 def test_what_stands_for_nothing_is_no_label_and_numbers_are_compared_as_numbers(tmp_path: Path) -> None:
     found = read_labels(
         table(tmp_path, "slide, label\n" + rows("1", "1.0", "NA", "0", "0", "nan", "1", "")), None, KNOWN
@@ -252,6 +262,8 @@ def test_folds_of_one_case_each_judge_it_beside_the_others(tmp_path: Path) -> No
         ("slide,grade\ns0,a", "has the columns slide, grade: it needs slide and label"),
         ("slide,label\ns0,a\ns0,b", "has s0 twice, the second time in line 3"),
         ("slide,label\n,a", "names no slide in line 2"),
+        ("slide,label\n", "has the names of its columns and no line: give a line for each slide"),
+        ("slide,label\n" + rows("", "nan"), "has a label of no slide (s0, say): fill the labels in"),
         ("slide,label\nx,a\ny,b", "none of the slides of"),
         ("slide,label\n" + rows(*"aaaaaaaa"), "are a: there is nothing to tell apart"),
         ("slide,label\n" + rows(*["0.5"] * 8), "are 0.5: there is nothing to tell apart"),
