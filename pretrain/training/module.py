@@ -55,6 +55,7 @@ class Training(L.LightningModule, ABC):
     """One run of one objective in one folder. A stage says where its batches come from and what to do with one."""
 
     unit = "samples"
+    data_may_have = "shards or embeddings were added to or remade"  # where their digest is another
     score = ""  # the figure of `evaluate` by which the best checkpoint is told; higher is better
 
     def __init__(self, run: Path, config: Any, make_objective: Callable[[], Objective], batch_size: int) -> None:
@@ -300,10 +301,7 @@ class Training(L.LightningModule, ABC):
     def require_same_data(self, checkpoint: Path) -> None:
         """Raise Fault where the data isn't that of ``checkpoint``, or say so where changes are allowed."""
         if checkpoints.read_state(checkpoint)["data"] != self.data_digest():
-            now = (
-                f"the data is not what {self.run} was trained on until now: shards or embeddings were added to or"
-                " remade"
-            )
+            now = f"the data is not what {self.run} was trained on until now: {self.data_may_have}"
             self.require_allowed_change(now, ", at its place in their order")
 
     def require_same_givens(self, checkpoint: Path) -> None:

@@ -78,6 +78,8 @@ class SlideTraining(Training):
                 " watch.patience=null; or give labels of slides, watch.slide_labels=."
             )
         self.store, self.further = store, list(further)
+        if config.data.slides:
+            self.data_may_have = f"{self.data_may_have}, or {config.data.slides} names others"
         known, *others = (self._statistics(number) for number in range(1 + len(further)))
         centres = self._clusters(known, kind.clusters(config.objective))
         beside = list(zip(self.further, others, strict=True))

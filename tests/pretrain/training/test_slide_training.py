@@ -312,6 +312,22 @@ def test_the_published_recipe_runs_at_smoke_scale_even_on_a_single_slide(store: 
 
 
 @pytest.mark.usefixtures("one_thread")
+def test_a_run_that_is_gone_on_with_on_another_list_of_slides_is_refused_by_the_list(
+    store: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = tmp_path / "some.txt"
+    given = [*SMALL, f"data.slides={chosen}", "data.validation_fraction=0", "optim.schedule_steps=2"]
+    given += ["optim.warmup_steps=1"]
+    chosen.write_text("slide0\nslide1\nslide2\n")
+    run_command_line(words(tmp_path / "run", store, *given, "optim.steps=1"))
+    chosen.write_text("slide0\nslide1\nslide3\n")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        run_command_line(words(tmp_path / "run", store, *given, "optim.steps=1"))
+    assert f"added to or remade, or {chosen} names others" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("recipe", ["titan_slide", "ticon"])
 def test_recipes_of_regions_run_at_smoke_scale(recipe: str, store: Path, tmp_path: Path) -> None:
     more = ["trainer.precision=float32", "trainer.checkpoint_every=6", "watch.every=0", "optim.steps=6"]
