@@ -52,7 +52,12 @@ def idle_where(by: str, *values: Any) -> Idle:
 
 
 def within(
-    *, least: float | None = None, above: float | None = None, most: float | None = None, below: float | None = None
+    *,
+    least: float | None = None,
+    above: float | None = None,
+    most: float | None = None,
+    below: float | None = None,
+    absent: tuple[tuple[str, str], ...] = (),
 ) -> Allowed:
     """Numbers between bounds; never infinity or NaN."""
     bounds = ((least, "at least"), (above, "more than"), (most, "at most"), (below, "less than"))
@@ -72,7 +77,7 @@ def within(
             )
         )
 
-    return Allowed(says or "a finite number", holds)
+    return Allowed(says or "a finite number", holds, absent=absent)
 
 
 def one_of(*choices: str, absent: tuple[tuple[str, str], ...] = ()) -> Allowed:

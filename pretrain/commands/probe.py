@@ -48,7 +48,7 @@ class Config:
 
 def run(config: Config) -> None:
     """Probe, print the table and write the JSON."""
-    from pretrain.encoders.loading import load_encoder
+    from pretrain.encoders.loading import load_encoder, require_no_slide_run
     from pretrain.probing.answer import answered
     from pretrain.probing.question import asked_of
 
@@ -58,6 +58,7 @@ def run(config: Config) -> None:
     test, groups, out = (None if path is None else Path(path) for path in (config.test, config.groups, config.out))
     if out is not None:
         require_writable(out)
+    require_no_slide_run(config.checkpoint, config.allow_plugins)
     question = asked_of(
         Path(config.train), test, groups, config.test_fraction, config.seed, config.threads, ahead=2 * config.batch
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 from data.fault import Fault
 from models.formats.published import require_finite
 from pretrain.encoders.frozen import EMBEDDING_PRECISIONS, device_of
-from pretrain.encoders.run_checkpoint import find_checkpoint, run_encoder
+from pretrain.encoders.run_checkpoint import find_checkpoint, require_tile_run, run_encoder
 from pretrain.encoders.tile_encoder import TileEncoder
 from pretrain.encoders.timm_models import timm_encoder
 from pretrain.encoders.transformers_folders import transformers_encoder
@@ -34,6 +34,13 @@ def load_encoder(
     except ValueError as error:
         raise Fault(f"{checkpoint} is not usable: {error}") from error
     return encoder
+
+
+def require_no_slide_run(checkpoint: str, plugins: Collection[str] = ()) -> None:
+    """Raise Fault for a run of the slide stage, without its weights being read."""
+    folder = checkpoints.resolved(Path(checkpoint))
+    if folder.is_dir() and not is_transformers(folder) and not (folder / "config.json").is_file():
+        require_tile_run(find_checkpoint(folder, plugins))
 
 
 def _load(checkpoint: str, device: str, precision: str, plugins: Collection[str]) -> TileEncoder:

@@ -142,7 +142,7 @@ def _hold(name: str, value: Any, allowed: Allowed) -> None:
             if not allowed.holds(item):
                 raise Fault(f"{name} holds {item!r}, which is not allowed: each must be {_wanted(item, allowed)}.")
     elif not allowed.holds(value):
-        if isinstance(value, str) and (why := dict(allowed.absent).get(value)):
+        if why := dict(allowed.absent).get(_plain(value)):
             raise Fault(f"{name}={value}: {why}.")
         raise Fault(f"{name}={_plain(value)} is not allowed: it must be {_wanted(value, allowed)}.")
 

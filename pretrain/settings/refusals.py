@@ -15,7 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from data.fault import Fault
 from data.tiles.scales import LAWS
 from pretrain.settings import plugins, ranges
-from pretrain.settings.command_schema import config_class, file_stem, with_launch
+from pretrain.settings.command_schema import config_class, file_stem, setting_types, with_launch
 from pretrain.settings.config_files import CONFIGS, choices_of, comments, with_parents
 from pretrain.settings.shell_words import key_of
 
@@ -96,6 +96,9 @@ def why_refused(
             if others := _belongs_to(command, key, tree, directories):
                 belongs = " and to ".join(others)
                 return f"there is no setting {key!r} as 'pretrain {command}' is set here: it belongs to {belongs}."
+            of_slides = f"{command} slide"
+            if (CONFIGS / f"{file_stem(of_slides)}.yaml").exists() and key in setting_types(of_slides):
+                return f"{key} is a setting of 'pretrain {command} stage=slide': give stage=slide too."
             return f"there is no setting {key!r} in 'pretrain {command}'{in_its_place(key, known)}"
         elif isinstance(value, dict) and key in known and OmegaConf.is_list(OmegaConf.select(tree, key)):
             if drawn := _drawn_between(key, value, known):

@@ -35,12 +35,17 @@ MOST_STEPS = (
     10**9
 )  # hundreds of the longest published runs; with more, a moment's place in its schedule is no longer exact
 
+RANDOM_WEIGHTS = (
+    "a run takes at least 1 step; with random weights in place of a slide run's, 'pretrain embed stage=slide random=true'"
+    " embeds slides, and 'pretrain probe' has a row of such weights beside the others"
+)
+
 
 @dataclass
 class Optim:
     """The settings under ``optim:``, explained beside their values in ``configs/optim/``."""
 
-    steps: Annotated[int, within(least=1, most=MOST_STEPS)]
+    steps: Annotated[int, within(least=1, most=MOST_STEPS, absent=(("0", RANDOM_WEIGHTS),))]
     schedule_steps: Annotated[int | None, within(least=1, most=MOST_STEPS)]
     lr: Annotated[float, within(least=0)]
     lr_scaling: Annotated[str, one_of(*SCALINGS)]

@@ -87,6 +87,8 @@ def test_a_users_folder_of_settings_is_searched(tmp_path: Path, capsys: pytest.C
         (["tile", "--cfg", "hydra"], "--cfg takes the word 'job'"),
         (["tile", "run=r", "--resolve"], "--resolve is of --cfg job"),
         (["tile", "optim.learning_rate=1"], "'pretrain tile'; did you mean 'optim.lr'?"),
+        (["probe", "store=s", "labels=l"], "store is a setting of 'pretrain probe stage=slide': give stage=slide too."),
+        (["slide", "run=r", "data.embeddings=e", "optim.steps=0"], "'pretrain embed stage=slide random=true' embeds"),
         (["slide", "batch=3"], "'pretrain slide'; did you mean 'data.batch_size'?"),
         (["embed", "output_dir=a"], "'pretrain embed'; did you mean 'out'?"),
         (["tile", "~watch.patience"], "~watch.patience: there is nothing to delete, as watch.patience is null"),

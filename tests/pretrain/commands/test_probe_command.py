@@ -3,12 +3,14 @@
 import dataclasses
 import json
 import shutil
+from unittest.mock import patch
 
 import pytest
 
 from data.fault import Fault
 from pretrain.commands import probe
 from pretrain.commands.probe import Config, run
+from pretrain.encoders.run_checkpoint import RunCheckpoint
 
 
 def settings(checkpoint, train, **changes) -> Config:
@@ -47,6 +49,16 @@ def test_train_and_test_can_be_given_and_an_exported_folder_scores_like_its_run(
     assert results[0]["split"] == "train and test given" and results[0]["test"]["images"] == 24
     assert (ours["knn"], ours["linear"]) == (theirs["knn"], theirs["linear"])
     assert ours["rankme"] == pytest.approx(theirs["rankme"], rel=1e-3)
+
+
+def test_a_slide_run_is_refused_before_an_image_is_looked_at(tmp_path):
+    (tmp_path / "slide").mkdir()
+    found = RunCheckpoint(tmp_path / "slide", tmp_path / "slide", {"data": {"embeddings": "store"}}, [])
+    with (
+        patch("pretrain.encoders.loading.find_checkpoint", lambda *_: found),
+        pytest.raises(Fault, match="is a run of 'pretrain slide': 'pretrain probe stage=slide' judges it"),
+    ):
+        run(settings(tmp_path / "slide", tmp_path / "nowhere"))
 
 
 def test_a_second_run_shows_the_same_table_without_computing(
