@@ -15,9 +15,9 @@ per_tile=true makes out= a store instead, as stage=tile does, of what the slide 
 a folder of maps, of how much each tile counted for its slide's vector: Parquet (slide, x, y, score), h5, GeoJSON for
 QuPath, and a heat map, over the slide's thumbnail where slides= has its file. maps=rollout follows attention back from
 the mean of the tiles, or the class token where pooling= is of that; 1 is an even share. maps=gradient is gradient × input
-of the vector that pooling= names, along its own direction or that of a linear model's weights (direction=weights.npy),
-and maps=sensitivity its size. What decides a label is asked with such weights: attention, and a vector's own direction,
-know nothing of it.
+of the vector that pooling= names, along its own direction or that of a linear model's weights (direction=weights.npy,
+with the clusters beside it), and maps=sensitivity its size. What decides a label is asked with such weights: attention,
+and a vector's own direction, know nothing of it.
 
 Stopped at any moment, the same command goes on with the first slide that isn't whole. A slide that can't be read is
 named and left out, the others go on, and the command ends with an error; run again, it is retried. The last line of

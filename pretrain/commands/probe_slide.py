@@ -11,11 +11,13 @@ column), or slide, time and event. Optional: patient, whose slides are judged to
 who is judged when. Columns as Patho-Bench, eva and CLAM call them are known, and so is what Patho-Bench's config.yaml
 says beside a table; label=OS reads OS_days and OS_event.
 
-Folds keep patients together (by the column, or TCGA's names) and classes in proportion. Intervals are of a bootstrap over
-patients, and so are those of the difference to the mean of the tiles; they tell who was judged, not what was fitted, and
-are too narrow for it. It prints a table, and writes JSON to out=, with every prediction, and a page beside it. Run again
-with the same inputs, it shows what it found. direction=FOLDER keeps the weights of a linear model on the slide encoder's
-vector, for maps of what its answer depends on.
+An empty cell is no label; NA, N/A, none and null are none beside numbers, and a class beside words, which it says.
+
+Folds keep patients together (by the column, or TCGA's names where it is empty) and classes in proportion. Intervals are
+of a bootstrap over patients, and so are those of the difference to the mean of the tiles; they tell who was judged, not
+what was fitted, and are too narrow for it. It prints a table, and writes JSON to out=, with every prediction, and a page
+beside it. Run again with the same inputs, it shows what it found. direction=FOLDER keeps the weights of a linear model
+on the slide encoder's vector, for maps of what its answer depends on.
 
 Examples:
 
@@ -23,7 +25,7 @@ Examples:
     pretrain probe slide store=embeddings labels=labels.csv            # no slide encoder: is there anything to gain?
     pretrain probe slide store=[embeddings,more] labels=labels.csv checkpoint=runs/slide fine_tune=200
     pretrain probe slide store=embeddings labels=labels.csv checkpoint=runs/slide direction=direction
-    pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=maps maps=sensitivity direction=direction/weights.npy clusters=direction
+    pretrain embed stage=slide checkpoint=runs/slide embeddings=embeddings out=maps maps=sensitivity direction=direction/weights.npy
     pretrain probe slide store=embeddings labels=k=all.tsv label=BRAF checkpoint=slide_encoder.pth
 """
 

@@ -214,18 +214,20 @@ def _without_words_for_nothing(
     if not found:
         return list(rows), []
     others = {one for row in rows for one in row.answer if one and one.lower() not in MAY_STAND_FOR_NOTHING}
-    words = ", ".join(sorted({one for row in found for one in row.answer if one.lower() in MAY_STAND_FOR_NOTHING}))
+    words = ", ".join(
+        sorted({f"'{one}'" for row in found for one in row.answer if one.lower() in MAY_STAND_FOR_NOTHING})
+    )
     slides = _count([row.slide for row in found])
     coded = (task is not None and bool(task.classes)) or len(found[0].answer) == 2
     if not coded and not all(NUMBER.fullmatch(one) or _is_number(one) for one in others):
         return list(rows), [
-            f"{words} of {table} is taken for a class, {slides}: where it means no label, empty the cell"
+            f"{words} in {table} is taken for a class, {slides}: where it means no label, empty the cell"
         ]
     left_out = {row.slide for row in found}
     return [
         replace(row, answer=tuple(empty_for_nothing(one) for one in row.answer)) if row.slide in left_out else row
         for row in rows
-    ], [f"{words} of {table} is taken for no label, {slides}, as the others are numbers: to keep it, write one there"]
+    ], [f"{words} in {table} is taken for no label, {slides}, as the others are numbers: to keep it, write one there"]
 
 
 def _is_number(text: str) -> bool:

@@ -173,10 +173,10 @@ def test_a_word_that_may_stand_for_nothing_is_a_class_among_words_and_none_among
 ) -> None:
     among_words = read_labels(table(tmp_path, "slide,label\n" + rows(*["micro", word, "macro", ""] * 2)), None, KNOWN)
     assert set(among_words.classes) == {word, "micro", "macro"} and len(among_words.bags) == 6
-    assert any(f"{word} of" in one and "taken for a class, 2 slides (s1, …)" in one for one in among_words.said)
+    assert any(f"'{word}' in" in one and "taken for a class, 2 slides (s1, …)" in one for one in among_words.said)
     among_numbers = read_labels(table(tmp_path, "slide,label\n" + rows(*["1", word, "0", "1"] * 2)), None, KNOWN)
     assert among_numbers.classes == ["0", "1"] and len(among_numbers.bags) == 6
-    assert any(f"{word} of" in one and "for no label, 2 slides (s1, …)" in one for one in among_numbers.said)
+    assert any(f"'{word}' in" in one and "for no label, 2 slides (s1, …)" in one for one in among_numbers.said)
 
 
 def test_columns_are_known_in_capitals_too(tmp_path: Path) -> None:
