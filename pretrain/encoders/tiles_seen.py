@@ -3,6 +3,7 @@
 The run's provenance has it; an exported folder has it as ``tiles.json``:
 
     {"tiles": 24000, "pixels": [256, 256], "mpp": [0.5, 0.5, 0.5]}     numbers; height, width; least, median, most µm/px
+    {"tiles": 24000, "sizes": [[224, 224, 1.0], [64, 64, 0.5]], …}     of several sizes: of each, with its µm/px
 """
 
 from collections.abc import Iterable
@@ -28,13 +29,21 @@ def tiles_seen(places: Iterable[Path]) -> dict[str, Any]:
     return {}
 
 
+def sides_seen(seen: dict[str, Any]) -> list[float]:
+    """The shorter sides of tiles in µm: of each size, or the least and the most; none where they aren't known."""
+    if "sizes" in seen:
+        return [min(height, width) * mpp for height, width, mpp in seen["sizes"] if mpp]
+    if "mpp" not in seen or "pixels" not in seen:
+        return []
+    return [min(seen["pixels"]) * mpp for mpp in (seen["mpp"][0], seen["mpp"][-1])]
+
+
 def unlike_those_seen(seen: dict[str, Any], side: float) -> str | None:
     """A sentence where tiles of a ``side`` in µm are larger or smaller than all that the encoder was trained on; None where
     that isn't so, or isn't known."""
-    if "mpp" not in seen or "pixels" not in seen:
-        return None
-    low, high = (min(seen["pixels"]) * mpp for mpp in (seen["mpp"][0], seen["mpp"][-1]))
-    if low / AS_LARGE <= side <= high * AS_LARGE:
+    sides = sides_seen(seen)
+    low, high = min(sides, default=0.0), max(sides, default=0.0)
+    if not sides or low / AS_LARGE <= side <= high * AS_LARGE:
         return None
     trained = f"{low:.4g} µm" if low == high else f"{low:.4g} to {high:.4g} µm"
     return (

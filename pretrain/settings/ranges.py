@@ -142,9 +142,11 @@ def _hold(name: str, value: Any, allowed: Allowed) -> None:
             if not allowed.holds(item):
                 raise Fault(f"{name} holds {item!r}, which is not allowed: each must be {_wanted(item, allowed)}.")
     elif not allowed.holds(value):
-        if why := dict(allowed.absent).get(_plain(value)):
+        why = dict(allowed.absent).get(_plain(value))
+        if isinstance(value, str) and why:
             raise Fault(f"{name}={value}: {why}.")
-        raise Fault(f"{name}={_plain(value)} is not allowed: it must be {_wanted(value, allowed)}.")
+        hint = f"; {why}" if why else ""
+        raise Fault(f"{name}={_plain(value)} is not allowed: it must be {_wanted(value, allowed)}{hint}.")
 
 
 def _wanted(value: Any, allowed: Allowed) -> str:

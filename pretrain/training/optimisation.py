@@ -36,8 +36,8 @@ MOST_STEPS = (
 )  # hundreds of the longest published runs; with more, a moment's place in its schedule is no longer exact
 
 RANDOM_WEIGHTS = (
-    "a run takes at least 1 step; with random weights in place of a slide run's, 'pretrain embed stage=slide random=true'"
-    " embeds slides, and 'pretrain probe' has a row of such weights beside the others"
+    "with random weights in place of a slide run's, 'pretrain embed stage=slide random=true' embeds slides, and 'pretrain"
+    " probe' has a row of such weights beside the others"
 )
 
 

@@ -14,6 +14,8 @@ from data.redaction import redacted
 from pretrain.encoders.export.where_things_lie import without_folders, without_places
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RunCheckpoint
+from pretrain.encoders.slide_encoders import load_slide_encoder
+from pretrain.encoders.tiles_seen import sides_seen
 from pretrain.run.folder import read_starts
 from pretrain.run.progress import say
 from pretrain.settings.recipe_headings import deviations, our_choices
@@ -126,7 +128,7 @@ def size_and_resolution(
     scale = crops.get("global_scale")
     told: dict[str, str | None] = {
         "Tiles": f"{tiles['tiles']:,}" if "tiles" in tiles else None,
-        "Size of a tile": f"{pixels[1]} × {pixels[0]} px" if pixels else None,
+        "Size of a tile": f"{pixels[1]} × {pixels[0]} px" if pixels else sizes_in_words(tiles),
         "Resolution of a tile": None,
         "Views": f"global crops of {scale[0]:.0%} to {scale[1]:.0%} of a tile, scaled to {crops['global_size']} px"
         if scale
@@ -148,9 +150,20 @@ def size_and_resolution(
                 f"tiles of {in_a_row(sides, 'µm', '.4g', joint)} a side, as {px} px at {in_a_row(ends, joint=joint)};"
                 f" scaled to the input they are {in_a_row(inputs, digits='.3g', joint=joint)}"
             )
+        elif sides := sides_seen(tiles):
+            told["Meant for"] = f"tiles of {in_a_row(sides, 'µm', '.4g')} a side"
     else:
         told["Resolution of a tile"] = "not recorded: find out before you use it"
     return told
+
+
+def sizes_in_words(tiles: dict[str, Any]) -> str | None:
+    """``224 × 224 px at 1 µm/px, 64 × 64 px at 0.5 µm/px``; None where one size is all, or none is known."""
+    told = (
+        f"{width} × {height} px" + (f" at {mpp:g} µm/px" if mpp else "")
+        for height, width, mpp in tiles.get("sizes", [])
+    )
+    return ", ".join(told) or None
 
 
 def scales_of(data: dict[str, Any]) -> list[float]:
@@ -199,6 +212,37 @@ def judged(found: RunCheckpoint, hashes: Collection[str]) -> str:
 Frozen, on {probe["test"]["images"]:,} images in {len(probe["classes"])} classes ({probe["split"]}), by `pretrain probe`:
 
 | | k-NN | linear |
+|---|---|---|
+{rows}
+"""
+
+
+def judged_by_labels(found: RunCheckpoint) -> str:
+    """The scores that ``pretrain probe stage=slide`` left in a slide run's folder, as a section; empty where it has none,
+    or those of other weights than are exported, which is said."""
+    path = found.run / "probe.json"
+    if not path.is_file():
+        return ""
+    known_by = {"slide_encoder", "rows", "labels", "measure"}
+    probe = read_object(path, known_by, f"write it again with pretrain probe stage=slide out={path}")
+    judged, measure, labels = probe["slide_encoder"] or {}, probe["measure"], probe["labels"]
+    if judged.get("hash") != load_slide_encoder(str(found.folder), "cpu", found.plugins).hash:
+        say(
+            f"{path} judges {judged.get('name')}, other weights than are exported, so the card is without scores: pretrain"
+            f" probe stage=slide checkpoint={found.folder} store=… labels=… out={path} judges these"
+        )
+        return ""
+    rows = "\n".join(
+        f"| {name} | {got[measure]['value']:.3f} | {got[measure]['interval'][0]:.3f} to {got[measure]['interval'][1]:.3f} |"
+        for name, got in probe["rows"].items()
+        if None not in (got[measure]["value"], *got[measure]["interval"])
+    )
+    return f"""
+## Judged
+
+Frozen, by labels of {labels["slides"]:,} slides of {labels["cases"]:,} cases, by `pretrain probe stage=slide`:
+
+| | {measure.replace("_", " ")} | 95 % interval |
 |---|---|---|
 {rows}
 """

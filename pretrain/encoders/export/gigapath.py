@@ -22,9 +22,16 @@ from torch import Tensor
 from data.embeddings.standardisation import Statistics
 from data.fault import Fault
 from data.files import create_folder_whole
-from pretrain.encoders.export.card import as_lines, facts, parameters_in_words, published_differences, whole_record
+from pretrain.encoders.export.card import (
+    as_lines,
+    facts,
+    judged_by_labels,
+    parameters_in_words,
+    published_differences,
+    whole_record,
+)
 from pretrain.encoders.export.publishing import Exported
-from pretrain.encoders.export.where_things_lie import without_folders
+from pretrain.encoders.export.where_things_lie import without_folders, without_places
 from pretrain.encoders.run_checkpoint import STUDENT, TEACHER, RunCheckpoint, find_checkpoint
 from pretrain.encoders.slide_encoders import standardised_by, tile_encoders_of
 from pretrain.run import checkpoints
@@ -161,7 +168,9 @@ zero padding, so for segments that a slide doesn't fill its outputs differ from 
 
 def objective_facts(settings: Mapping[str, Any]) -> dict[str, str]:
     """How the objective was set."""
-    told = ", ".join(f"{key}={value}" for key, value in settings.items() if not key.startswith("_"))
+    told = ", ".join(
+        f"{key}={value}" for key, value in without_places(dict(settings)).items() if not key.startswith("_")
+    )
     return {"Settings of the objective": told} if told else {}
 
 
@@ -213,7 +222,7 @@ A LongNet encoder of {parameters_in_words(parameters)} parameters, trained with 
 ## Training
 
 {as_lines(tile_encoder_facts(found) | facts(found) | objective_facts(objective))}
-{whole_record(found)}{published_differences(found.run)}
+{whole_record(found)}{published_differences(found.run)}{judged_by_labels(found)}
 ## Limits
 
 It has seen the slides and the tile encoder of its training and no others. Compare it with the mean of the tiles, with smoothed tiles and

@@ -17,6 +17,8 @@ def test_tiles_of_another_side_than_all_that_were_seen_are_told() -> None:
         assert f"are {side} µm a side, and the encoder was trained on tiles of 112 to 224 µm" in str(
             unlike_those_seen(seen, side)
         )
+    sizes = {"tiles": 9, "sizes": [[224, 224, 1.0], [64, 80, 0.5], [9, 9, None]]}
+    assert unlike_those_seen(sizes, 100) is None and "tiles of 32 to 224 µm" in str(unlike_those_seen(sizes, 20))
     assert unlike_those_seen({"tiles": 9}, 128) is None and unlike_those_seen({}, 128) is None
 
 

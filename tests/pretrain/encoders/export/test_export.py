@@ -2,6 +2,7 @@
 
 import json
 import re
+import types
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +19,7 @@ from data.files import Refused
 from data.keyed import rng
 from pretrain.commands import probe
 from pretrain.commands.export import Config, run
+from pretrain.encoders.export import card as card_of_runs
 from pretrain.encoders.export import timm as timm_export
 from pretrain.encoders.export.card import parameters_in_words, scales_of, size_and_resolution
 from pretrain.encoders.export.gigapath import architecture_of, how_it_is_used, objective_in_words
@@ -272,6 +274,10 @@ def test_a_card_names_each_resolution_that_was_asked_for_and_a_range_where_tiles
     )
     members = {name: {"mpp": [0.25, mpp], "mpp_law": "values"} for name, mpp in (("a", 0.5), ("b", 2.0))}
     assert scales_of({"members": members}) == [0.25, 0.5, 2.0] and scales_of({"members": members | {"c": {}}}) == []
+    several = {"tiles": 9, "sizes": [[224, 224, 1.0], [64, 80, 0.5]], "mpp": [0.5, 0.5, 1.0]}
+    told = size_and_resolution(several, preprocessing, {})
+    assert told["Size of a tile"] == "224 × 224 px at 1 µm/px, 80 × 64 px at 0.5 µm/px"
+    assert told["Meant for"] == "tiles of 224 and 32 µm a side"
     told = size_and_resolution(tiles, preprocessing, {"mpp": [0.5, 1.0], "mpp_law": "uniform"})
     assert told["Meant for"].startswith("tiles of 127.7 to 256 µm a side, as 256 px at 0.499 to 1 µm/px; scaled")
 
@@ -380,7 +386,7 @@ def test_an_exported_folder_is_no_run_to_export_from(tmp_path):
         run(Config(str(tmp_path), str(tmp_path / "out"), "transformers", "mit", []))
 
 
-def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
+def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path, monkeypatch):
     from models.initialise import initialise
     from models.longnet import LongNet
 
@@ -413,6 +419,15 @@ def test_a_slide_encoder_exports_under_the_released_key_names(tmp_path):
         and "3 slides, 1,200 tiles, in the store embeddings" in card
     )
     assert "| Size of a tile | 256 × 256 px |" in card and "| Resolution of a tile | 0.5 µm/px |" in card
+    monkeypatch.setattr(card_of_runs, "load_slide_encoder", lambda *_: types.SimpleNamespace(hash="its own"))
+    encoder = {"name": "slide", "hash": "its own"}
+    rows = {"mean of tiles": {"auroc": {"value": 0.61, "interval": [0.5, 0.7]}}}
+    probe_json = {"rows": rows, "labels": {"slides": 24, "cases": 12}, "measure": "auroc"}
+    for number, slide_encoder in enumerate((encoder, encoder | {"hash": "another"})):
+        (tmp_path / "slide" / "probe.json").write_text(json.dumps(probe_json | {"slide_encoder": slide_encoder}))
+        run(Config(str(tmp_path / "slide"), str(tmp_path / f"judged{number}"), "gigapath", "mit", []))
+        card = (tmp_path / f"judged{number}" / "README.md").read_text()
+        assert ("| mean of tiles | 0.610 | 0.500 to 0.700 |" in card) == (slide_encoder is encoder)
 
 
 @pytest.mark.parametrize(
