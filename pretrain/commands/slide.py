@@ -78,6 +78,6 @@ def run(config: Config) -> None:
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: build_slide_network(config.model, widths))
 
-    from pretrain.training.slide_stage import SlideTraining
+    from pretrain.training.slide_stage import SlideTraining  # brings Lightning with it
 
     train(config, lambda folder: SlideTraining(folder, config, objective, store, further))

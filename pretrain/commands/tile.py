@@ -55,9 +55,8 @@ class Config(RunConfig):
 
 def run(config: Config) -> None:
     """Train, or say that the run is done."""
-    from pretrain.training.tile_stage import TileTraining
-
     require_devices(config.trainer)
+    from pretrain.training.tile_stage import TileTraining  # brings Lightning with it
 
     def objective():  # type: ignore[no-untyped-def]
         return plugins.build(config.objective, lambda: plugins.build_empty(config.model))
