@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
-from unittest import mock
 
 KEPT = ("torch", "numpy")
 
@@ -41,17 +40,19 @@ def others_absent() -> Iterator[None]:
     """While it lasts, Lightning's way of asking for packages says no to all but those that are needed."""
     from lightning_utilities.core import imports
 
-    asked = imports.RequirementCache.__bool__
+    asked, available = imports.RequirementCache.__bool__, imports.package_available
 
     def is_needed(package: imports.RequirementCache) -> bool:
         name = re.match(r"[\w.-]*", str(package.requirement or package.module))
         return name is not None and name[0] in KEPT and asked(package)
 
-    with (
-        mock.patch.object(imports.RequirementCache, "__bool__", is_needed),
-        mock.patch.object(imports, "package_available", lambda name: name in KEPT),
-    ):
+    imports.RequirementCache.__bool__ = is_needed  # type: ignore[assignment,method-assign]
+    imports.package_available = KEPT.__contains__  # type: ignore[assignment]
+    try:
         yield
+    finally:
+        imports.RequirementCache.__bool__ = asked  # type: ignore[method-assign]
+        imports.package_available = available
 
 
 def import_lean() -> None:
