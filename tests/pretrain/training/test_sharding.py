@@ -24,7 +24,8 @@ from models.sequence_parallel import TokenShare
 from models.vit import MLP, Block
 from pretrain.plan.torch_internals import FakeStore
 from pretrain.settings.composition import load
-from pretrain.training.sharding import ShardedStrategy, lay_mesh, recomputed, shard
+from pretrain.training.sharded_strategy import ShardedStrategy
+from pretrain.training.sharding import lay_mesh, recomputed, shard
 from tests.pretrain.objectives.tile_objectives import encoder
 from tests.pretrain.training.sharded_steps import (
     STEPS,

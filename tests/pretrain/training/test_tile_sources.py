@@ -135,7 +135,7 @@ def test_tiles_held_out_tell_a_loss_at_checkpoints_and_change_nothing(tmp_path: 
             return {}
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_command, "TileTraining", NoneHeldOut)
+        patch.setattr("pretrain.training.tile_stage.TileTraining", NoneHeldOut)
         run_command_line([*words, f"run={tmp_path / 'unjudged'}"])
     ours, theirs = (
         [line["loss"] for line in metrics(tmp_path / name) if "loss" in line] for name in ("whole", "unjudged")
