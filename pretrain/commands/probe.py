@@ -24,7 +24,7 @@ from typing import Annotated
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from models.allowed import ON_DISK, one_of, within
-from pretrain.probing.score_file import read_scores
+from pretrain.probing.score_file import OF_TILES, read_scores
 from pretrain.probing.table import score_table
 from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
@@ -64,7 +64,9 @@ def run(config: Config) -> None:
     )
     encoder = load_encoder(config.checkpoint, config.device or "", config.precision, config.allow_plugins)
     asked = question.hash(encoder.hash, config.seed)
-    earlier = read_scores(out, "choose another out=, or remove it") if out is not None and out.exists() else {}
+    earlier = (
+        read_scores(out, "choose another out=, or remove it", OF_TILES) if out is not None and out.exists() else {}
+    )
     if out is not None and earlier.get("question") == asked:
         say(f"{out} holds these scores already, nothing to do")
         print(score_table(earlier))

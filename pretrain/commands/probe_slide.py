@@ -39,7 +39,7 @@ from data.embeddings.store import EmbeddingStore
 from data.fault import Fault
 from data.files import require_writable, write_whole
 from models.allowed import ON_DISK, SOME, one_of, within
-from pretrain.probing.score_file import read_scores
+from pretrain.probing.score_file import OF_SLIDES, read_scores
 from pretrain.run.progress import say
 from pretrain.settings.composition import of_the_command_line
 from pretrain.slide_probing.labels import LabelledSlides, read_labels
@@ -90,8 +90,8 @@ def run(config: Config) -> None:
     if out is not None and page is not None:
         require_writable(out)
         require_writable(page)
-    way_out, known_by = "choose another out=, or remove it", {"rows", "labels"}
-    earlier = read_scores(out, way_out, known_by) if out is not None and out.exists() else {}
+    way_out = "choose another out=, or remove it"
+    earlier = read_scores(out, way_out, OF_SLIDES) if out is not None and out.exists() else {}
     first, *others = [EmbeddingStore.open(Path(folder)) for folder in config.store]
     store = reduce(EmbeddingStore.with_slides_of, others, first)
     known = {slide: store.rows(slide) for slide in store.slides}

@@ -152,6 +152,11 @@ def paragraph(text: str) -> str:
     return f"<p>{prose(text)}</p>"
 
 
+def sentences(told: Iterable[str]) -> str:
+    """What is told without a capital and a full stop, a paragraph each."""
+    return "".join(paragraph(f"{one[0].upper()}{one[1:]}.") for one in told)
+
+
 def figure(content: str, caption: str, lead: str = "") -> str:
     """A figure: HTML content, and a caption, if any, whose first words ``lead`` stand out."""
     head = f"<b>{prose(lead)}</b> " if lead else ""

@@ -16,19 +16,17 @@ def scores_in(path: Path) -> tuple[dict[str, Any] | None, dict[str, Any] | None]
     'pretrain probe' didn't write."""
     if not path.is_file():
         return None, None
-    found = read_scores(path, f"write it again with pretrain probe out={path}", ())
-    if set(OF_SLIDES) <= found.keys():
-        return None, found
-    return read_scores(path, f"write it again with pretrain probe out={path}"), None
+    found = read_scores(path, f"write it again with pretrain probe out={path}", OF_TILES, OF_SLIDES)
+    return (None, found) if set(OF_SLIDES) <= found.keys() else (found, None)
 
 
-def read_scores(path: Path, way_out: str, known_by: Collection[str] = OF_TILES) -> dict[str, Any]:
-    """What it holds; ``known_by``: what of it tells that it is one. Raises Fault, with the ``way_out``, for a file that is
-    something else."""
+def read_scores(path: Path, way_out: str, *kinds: Collection[str]) -> dict[str, Any]:
+    """What it holds; ``kinds``: what of it tells that it is one of those wanted, `OF_TILES` or `OF_SLIDES`. Raises Fault,
+    with the ``way_out``, for a file that is something else."""
     try:
         found = json.loads(path.read_text())
     except ValueError as error:
         raise Fault(f"{path} exists and isn't JSON: {way_out}") from error
-    if not isinstance(found, dict) or not set(known_by) <= found.keys():
+    if not isinstance(found, dict) or not any(set(kind) <= found.keys() for kind in kinds):
         raise Fault(f"{path} exists and holds no scores of 'pretrain probe': {way_out}")
     return found

@@ -273,9 +273,7 @@ def labels_section(probe: dict[str, Any]) -> Section:
     who = probe["slide_encoder"]["name"] if probe["slide_encoder"] else "no slide encoder"
     body = page.paragraph(f"{who[0].upper()}{who[1:]}, beside rows that need none: {judged_in_words(probe)}.")
     body += page.html_table(["", *heads(probe)], rows_in_words(probe))
-    body += "".join(
-        page.paragraph(f"{said[0].upper()}{said[1:]}.") for said in [*probe["how"], *probe["labels"]["said"]]
-    )
+    body += page.sentences([*probe["how"], *probe["labels"]["said"]])
     return Section("labels", "Labels of slides", body)
 
 
@@ -307,7 +305,7 @@ def probe_section(probe: dict[str, Any], of_another: str = "") -> Section:
         f" images in {len(probe['classes'])} classes ({probe['split']}). " + probe_verdict(probe)
     )
     body += page.paragraph(of_another) if of_another else ""
-    body += "".join(page.paragraph(f"{caution[0].upper()}{caution[1:]}.") for caution in cautions(probe))
+    body += page.sentences(cautions(probe))
     body += page.figure(
         chart,
         f"Points: accuracy on the test images. Bars: {enough:.3g} standard errors to each side, 95 % of the time.",

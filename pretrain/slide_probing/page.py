@@ -8,7 +8,7 @@ from sklearn.metrics import roc_curve
 from sklearn.preprocessing import StandardScaler
 
 from pretrain.pages.drawing import FAINT, LINE_COLOURS, WIDTH, charts, pyplot, svg
-from pretrain.pages.page import Section, document, figure, html_table, paragraph
+from pretrain.pages.page import Section, document, figure, html_table, paragraph, sentences
 from pretrain.slide_probing.answer import (
     ATTENTION_ROW,
     ENCODER_ROW,
@@ -40,7 +40,8 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
         Section(
             "rows",
             "What each kind of vector tells",
-            html_table(["", *heads(result)], rows_in_words(result)) + _said(result),
+            html_table(["", *heads(result)], rows_in_words(result))
+            + sentences([*result["how"], *result["labels"]["said"]]),
         )
     ]
     if labels["kind"] == "classes":
@@ -63,12 +64,6 @@ def slide_probe_page(result: dict[str, Any], found: Answers) -> str:
         "",
         sections,
         paragraph("The JSON beside this page has every figure."),
-    )
-
-
-def _said(result: dict[str, Any]) -> str:
-    return "".join(
-        paragraph(f"{sentence[0].upper()}{sentence[1:]}.") for sentence in [*result["how"], *result["labels"]["said"]]
     )
 
 

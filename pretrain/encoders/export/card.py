@@ -3,15 +3,17 @@ deviates from it, where that differs from what was published, and how it was jud
 names no host, no folders and no command."""
 
 import json
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import nn
 
 from data.json_files import read_object
 from data.redaction import redacted
 from pretrain.encoders.export.where_things_lie import without_folders, without_places
+from pretrain.encoders.frozen import EMBEDDING_PRECISIONS, fingerprint_prepared
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RunCheckpoint
 from pretrain.encoders.slide_encoders import load_slide_encoder
@@ -188,19 +190,36 @@ def as_lines(told: dict[str, str]) -> str:
     return f"| | |\n|---|---|\n{rows}\n"
 
 
-def judged(found: RunCheckpoint, hashes: Collection[str]) -> str:
-    """The scores that ``pretrain probe`` left in the run's folder, as a section; empty where it has none, or those of
-    other weights than are exported, which is said. ``hashes``: of the exported ones, as a probe may have had them."""
+def scores_of_these(
+    found: RunCheckpoint, encoder: str, known_by: set[str], command: str, hashes: Callable[[], Collection[str]]
+) -> dict[str, Any] | None:
+    """The ``probe.json`` that a probe's ``command`` left in the run's folder; None where it left none, or judged other
+    weights than are exported, which is said. ``encoder``: what it calls the encoder; ``hashes``: of the exported one."""
     path = found.run / "probe.json"
     if not path.is_file():
-        return ""
-    known_by = {"encoder", "scores", "test", "classes", "split"}
-    probe = read_object(path, known_by, f"write it again with pretrain probe out={path}")
-    if probe["encoder"]["hash"] not in hashes:
-        say(
-            f"{path} judges {probe['encoder']['name']}, other weights than are exported or other images to them, so the card"
-            f" is without scores: pretrain probe checkpoint={found.folder} train=DIR out={path} judges these"
-        )
+        return None
+    probe = read_object(
+        path, {encoder} | known_by, f"write it again with {command.partition(' checkpoint=')[0]} out={path}"
+    )
+    judged_one = probe[encoder] or {}
+    if judged_one.get("hash") in hashes():
+        return probe
+    say(
+        f"{path} judges {judged_one.get('name')}, other weights than are exported or prepared otherwise, so the card is"
+        f" without scores: {command} out={path} judges these"
+    )
+    return None
+
+
+def judged(found: RunCheckpoint, network: nn.Module, preprocessing: Preprocessing) -> str:
+    """The scores of a tile encoder by labels of tiles, as a section; empty where there are none of these weights."""
+
+    def hashes() -> list[str]:
+        return [fingerprint_prepared(network, preprocessing, precision) for precision in EMBEDDING_PRECISIONS]
+
+    command = f"pretrain probe checkpoint={found.folder} train=DIR"
+    probe = scores_of_these(found, "encoder", {"scores", "test", "classes", "split"}, command, hashes)
+    if probe is None:
         return ""
     rows = "\n".join(
         f"| {name} | {got['knn']:.3f} ± {got['knn_se']:.3f} | {got['linear']:.3f} ± {got['linear_se']:.3f} |"
@@ -218,20 +237,16 @@ Frozen, on {probe["test"]["images"]:,} images in {len(probe["classes"])} classes
 
 
 def judged_by_labels(found: RunCheckpoint) -> str:
-    """The scores that ``pretrain probe stage=slide`` left in a slide run's folder, as a section; empty where it has none,
-    or those of other weights than are exported, which is said."""
-    path = found.run / "probe.json"
-    if not path.is_file():
+    """The scores of a slide encoder by labels of slides, as a section; empty where there are none of these weights."""
+
+    def hashes() -> list[str]:
+        return [load_slide_encoder(str(found.folder), "cpu", found.plugins).hash]
+
+    command = f"pretrain probe stage=slide checkpoint={found.folder} store=… labels=…"
+    probe = scores_of_these(found, "slide_encoder", {"rows", "labels", "measure"}, command, hashes)
+    if probe is None:
         return ""
-    known_by = {"slide_encoder", "rows", "labels", "measure"}
-    probe = read_object(path, known_by, f"write it again with pretrain probe stage=slide out={path}")
-    judged, measure, labels = probe["slide_encoder"] or {}, probe["measure"], probe["labels"]
-    if judged.get("hash") != load_slide_encoder(str(found.folder), "cpu", found.plugins).hash:
-        say(
-            f"{path} judges {judged.get('name')}, other weights than are exported, so the card is without scores: pretrain"
-            f" probe stage=slide checkpoint={found.folder} store=… labels=… out={path} judges these"
-        )
-        return ""
+    measure, labels = probe["measure"], probe["labels"]
     rows = "\n".join(
         f"| {name} | {got[measure]['value']:.3f} | {got[measure]['interval'][0]:.3f} to {got[measure]['interval'][1]:.3f} |"
         for name, got in probe["rows"].items()

@@ -22,7 +22,6 @@ from pretrain.encoders.export.card import (
     published_differences,
     whole_record,
 )
-from pretrain.encoders.frozen import EMBEDDING_PRECISIONS, fingerprint_prepared
 from pretrain.encoders.preprocessing import Preprocessing
 from pretrain.encoders.run_checkpoint import RUN_CONFIG, RunCheckpoint, teacher
 from pretrain.encoders.tiles_seen import TILES_FILE, tiles_seen
@@ -107,7 +106,6 @@ def tile_card(
     model = found.config["model"]
     parameters = sum(p.numel() for name, p in network.named_parameters() if name != "mask_token")
     mean, std = list(preprocessing.mean), list(preprocessing.std)
-    hashes = [fingerprint_prepared(network, preprocessing, precision) for precision in EMBEDDING_PRECISIONS]
     return f"""\
 ---
 license: {license}
@@ -135,7 +133,7 @@ Input: {preprocessing.resizing()}, mean {mean}, std {std}.
 ## Training
 
 {as_lines(facts(found, preprocessing))}
-{whole_record(found)}{published_differences(found.run)}{judged(found, hashes)}
+{whole_record(found)}{published_differences(found.run)}{judged(found, network, preprocessing)}
 ## Limits
 
 It has seen the tissue, stains and scanners of its training slides and no others. Measure it on your task (`pretrain probe`) before you
